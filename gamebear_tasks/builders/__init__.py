@@ -1,0 +1,176 @@
+"""Builders: where jobs run. Each is opened by the scheme of its URL; others come by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import SettingsError
+from ..job import Job
+
+GROUP = "gamebear_tasks.builders"
+"""The entry-point group: the scheme is the entry point's name, its object a function from a URL to a builder."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job, and where its parts are on this machine.
+
+    Attributes:
+        job: what to build.
+        files: the local file of each SHA-256 that the job names (script, modules, inputs).
+        fetch_trees: gives the tar of each of the job's sources, by name, and the pickle of a function; called only if
+            the job must be built, because it may have to download them. Raises SourceError.
+        time_limit: seconds after which the builder ends the job; 0 for none.
+        base: where Debian's base images come from: `auto`, `registry` or `bootstrap`.
+        python: `major.minor` of the Python that a pickled function needs, None for a buildscript.
+    """
+
+    job: Job
+    files: Mapping[str, Path]
+    fetch_trees: Callable[[], Mapping[str, Path]]
+    time_limit: float = 0.0
+    base: str = "auto"
+    python: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a builder says of an artifact: to be checked, not believed.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its content.
+        executable: whether the program left it executable.
+    """
+
+    size: int
+    sha256: str
+    executable: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed.
+
+    Attributes:
+        kind: what failed: `script`, `command`, `output`, `image`, `arch`, `time`, `blob`, `store`, `killed`, …
+        message: a paragraph for a person, the way out included.
+    """
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a job is.
+
+    Attributes:
+        state: `queued`, `running`, `done`, `failed`, `cancelled`, or `lost` (its supervisor died, or nobody knows it).
+        attempt: tells one run of the job from the next; the log's offsets count within one attempt.
+        joined: it was there already when it was submitted.
+        outputs: by name, when done.
+        failure: when failed.
+        phases: seconds spent per phase on the builder.
+    """
+
+    state: str
+    attempt: str
+    joined: bool = False
+    outputs: Mapping[str, Output] = field(default_factory=dict)
+    failure: Failure | None = None
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing of this attempt runs any more."""
+        return self.state in ("done", "failed", "cancelled", "lost")
+
+
+class Sink(Protocol):
+    """Where an output's content goes."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take all of `data`, the next bytes of the content."""
+        ...
+
+
+class Builder(Protocol):
+    """Anything that can be told "this job, please", and be asked about it later by its digest.
+
+    Its methods may be called from several threads at once. Each raises `BuilderError` when the builder cannot do what
+    it is asked, and `BuilderLost` when it stays out of reach; what it runs goes on all the same.
+    """
+
+    url: str
+
+    def submit(self, order: Order, again: bool = False) -> Status:
+        """Have a job built, unless it runs or is done already.
+
+        Args:
+            order: the job and its parts.
+            again: build it even if its last attempt failed and nobody has seen that failure.
+        """
+        ...
+
+    def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job.
+
+        Returns:
+            Where the job is, and the log from `offset` on; a final status comes with the last of the log.
+        """
+        ...
+
+    def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
+        """Give an output's content from `offset` on to a sink, each byte once whatever happens on the way.
+
+        Args:
+            digest: the job.
+            attempt: the attempt which made the output.
+            name: the output.
+            offset: where to begin, in bytes.
+            target: where it goes.
+            limit: the most bytes to take.
+        """
+        ...
+
+    def cancel(self, digest: str, attempt: str) -> bool:
+        """End a job, unless somebody else waits for it too; say whether it was ended."""
+        ...
+
+    def discard(self, digest: str, attempt: str) -> None:
+        """Have the builder check a result that did not match its digest, and forget it if it is damaged."""
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Say what the builder is: Python's version, machine, host name, free bytes, …"""
+        ...
+
+    def close(self) -> None:
+        """Close connections; nothing that runs on the builder minds. Never raises."""
+        ...
+
+
+def open_builder(url: str) -> Builder:
+    """Open the builder that a URL names; connects only when it is first asked something.
+
+    Raises:
+        SettingsError: the URL is not one, or no installed builder has its scheme.
+    """
+    scheme, colon, _ = url.partition(":")
+    if not colon or not scheme:
+        raise SettingsError(
+            f"The builder {url!r} is not a URL.", "Say builder=local: or builder=ssh://user@host, for example."
+        )
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if scheme not in found:
+        raise SettingsError(
+            f"No installed builder has the scheme {scheme!r} of {url!r}.",
+            f"There are: {', '.join(sorted(found))}. Others come with packages that add them.",
+        )
+    builder: Builder = found[scheme].load()(url)
+    return builder

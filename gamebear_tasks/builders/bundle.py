@@ -1,0 +1,112 @@
+"""The runner as it travels: one file, named by its content, and the command that starts it on a builder.
+
+The file is a zip of the package `gamebear_runner` and a `__main__.py`. The command is a few lines for the builder's
+`python3` that unpack it under `<cache>/gamebear/v1/runner/<sha256>/` if it is not there yet (the client sends it when
+asked), and run it from there; nothing else is installed. Mitogen's bootstrap is the model: what must be on the other
+side is Python, and what travels is measured (`docs/architecture.md`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from ..runner.store import VERSION
+from ..runner.wire import PREAMBLE
+
+_MAIN = b"import sys\n\nfrom gamebear_runner.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
+
+# Runs on whatever the builder has as python3, so its own syntax is old. `-I` keeps the user's environment out, `-S`
+# saves the time of looking for site-packages. It comes in base64, so that no login shell finds anything to expand.
+_START = """\
+import os, sys
+def say(text):
+    os.write(1, {preamble!r} + text + b"\\n")
+if sys.version_info < (3, 9):
+    say(b" python " + ".".join(map(str, sys.version_info[:3])).encode())
+    sys.exit(1)
+home = os.environ.get("XDG_CACHE_HOME", "")
+if not home.startswith("/"):
+    home = os.path.expanduser("~/.cache")
+top = os.path.join(home, "gamebear", {version!r}, "runner")
+place = os.path.join(top, {sha256!r})
+if not os.path.isdir(place):
+    import hashlib, io, shutil, tempfile, zipfile, zlib
+    os.umask(0o077)
+    try:
+        os.makedirs(top, exist_ok=True)
+        aside = tempfile.mkdtemp(dir=top)
+    except OSError as error:
+        say(b" failed " + str(error).encode())
+        sys.exit(1)
+    say(b" send")
+    data = b""
+    while len(data) < {size}:
+        more = os.read(0, {size} - len(data))
+        if not more:
+            break
+        data += more
+    try:
+        data = zlib.decompress(data)
+        if hashlib.sha256(data).hexdigest() != {sha256!r}:
+            raise ValueError("damaged")
+        zipfile.ZipFile(io.BytesIO(data)).extractall(aside)
+        os.sync()
+        try:
+            os.rename(aside, place)
+        except OSError:
+            if not os.path.isdir(place):
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        say(b" failed " + str(error).encode())
+        sys.exit(1)
+sys.path.insert(0, place)
+from gamebear_runner.main import main
+sys.exit(main(["serve"]))
+"""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The runner, packed.
+
+    Attributes:
+        sha256: the runner's version: SHA-256 of the zip.
+        packed: what is sent: the zip, compressed as a whole (zlib).
+        command: what starts a session on a builder, for any login shell.
+    """
+
+    sha256: str
+    packed: bytes
+    command: str
+
+
+@cache
+def bundle() -> Bundle:
+    """Pack the runner; the same files give the same version on every machine."""
+    files = {"__main__.py": _MAIN}
+    for entry in resources.files("gamebear_tasks.runner").iterdir():
+        if entry.name.endswith(".py"):
+            files[f"gamebear_runner/{entry.name}"] = entry.read_bytes()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), files[name])
+    data = buffer.getvalue()
+    sha256 = hashlib.sha256(data).hexdigest()
+    packed = zlib.compress(data, 9)
+    start = _START.format(preamble=PREAMBLE, version=VERSION, sha256=sha256, size=len(packed))
+    code = base64.b64encode(zlib.compress(start.encode(), 9)).decode()
+    return Bundle(
+        sha256,
+        packed,
+        f"exec python3 -I -S -c 'import base64,zlib;exec(zlib.decompress(base64.b64decode(\"{code}\")))'",
+    )

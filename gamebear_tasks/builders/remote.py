@@ -1,0 +1,624 @@
+"""A builder that runs our runner, wherever a connection can start a program: what `local:` and `ssh:` share.
+
+A few sessions with runners are kept open, each for one request at a time and borrowed by whoever has one. Every request
+may be repeated, so a broken connection is mended here: connect again, ask again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import settings
+from ..errors import BuilderBusy, BuilderError, BuilderLost, SourceError
+from ..job import File, Job
+from ..report import notice, printable, size
+from ..runner import wire
+from . import Failure, Order, Output, Sink, Status
+from .bundle import bundle
+from .channel import Channel, Connection
+
+CHUNK = 256 << 10
+"""Bytes sent or received at once."""
+
+INLINE = 16 << 10
+"""Bytes of small files that travel with the first request, on the chance that the builder lacks them."""
+
+BATCH = 4 << 20
+"""Bytes of small files in one request."""
+
+SESSIONS = 6
+"""The most sessions with one builder: below the ten that sshd allows a connection by default (`MaxSessions`)."""
+
+SILENCE = 60.0
+"""Seconds after which an unanswered request means that the connection is dead."""
+
+FOLLOW = 20.0
+"""Seconds for which a builder holds back its answer while there is no news."""
+
+FIRST_PATIENCE = 3.0
+"""Seconds for which the first connection of a run is tried again, against refusals that pass (`MaxStartups`)."""
+
+TRIES = 8
+"""How often a request may break off without any progress before that is the builder's fault and not the network's."""
+
+_Pieces = Iterable[bytes | memoryview]
+_Take = Callable[[bytes], object]
+
+
+class RunnerBuilder:
+    """A builder reached over a connection that can start programs.
+
+    Args:
+        url: the builder's name in messages and settings.
+        place: what to call it in messages, such as `pi@buildpi`.
+        connect: opens a connection; raises BuilderLost if it may work later, BuilderError if not.
+    """
+
+    def __init__(self, url: str, place: str, connect: Callable[[], Connection]) -> None:
+        self.url = url
+        self.place = place
+        self.client = os.urandom(8).hex()
+        self.patience = settings().patience
+        self._connect_to = connect
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._connecting = threading.Lock()
+        self._connection: Connection | None = None
+        self._idle: list[_Session] = []
+        self._open = 0
+        self._limit = SESSIONS
+        self._met = False
+        self._given_up: BuilderError | None = None
+
+    # what a builder does
+
+    def submit(self, order: Order, again: bool = False) -> Status:
+        """Have a job built, unless it runs or is done already."""
+        job = order.job
+        files = dict(order.files)
+        has_trees = bool(job.sources) or job.is_function
+        trees: dict[str, str] | None = None if has_trees else {}
+        needs = sorted({file.sha256 for file in _files_of(job)})
+        inline = _small_files(needs, files, INLINE)
+        for _ in range(TRIES):
+            reply = self._ask(
+                {
+                    "op": "submit",
+                    "digest": job.digest,
+                    "job": job.canonical.decode("ascii"),
+                    "client": self.client,
+                    "blobs": [[sha256, len(data)] for sha256, data in inline],
+                    "trees": trees,
+                    "needs": needs,
+                    "time_limit": order.time_limit,
+                    "base": order.base,
+                    "python": order.python,
+                    "again": again,
+                },
+                lambda: [data for _, data in inline],  # noqa: B023 - asked before inline changes
+            )
+            if reply.get("state") != "absent":
+                return self._status(job, reply, joined=not reply.get("started"))
+            if reply.get("trees_wanted"):
+                fetched = order.fetch_trees()
+                trees = {}
+                for name, path in fetched.items():
+                    trees[name] = _sha256_of(path)
+                    files[trees[name]] = path
+                inline = []
+                if not reply.get("missing"):
+                    continue
+            self._upload(reply.get("missing"), files)
+            inline = []
+        raise BuilderError(f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.")
+
+    def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job."""
+        log = bytearray()
+
+        def start() -> list[bytes]:
+            log.clear()
+            return []
+
+        with self._changed:
+            others_wait = self._open >= self._limit and not self._idle
+        reply = self._ask(
+            {
+                "op": "follow",
+                "digest": digest,
+                "attempt": attempt,
+                "client": self.client,
+                "offset": offset,
+                "wait": 0.5 if others_wait else FOLLOW,
+            },
+            start,
+            log.extend,
+            limit=CHUNK * 4,
+        )
+        if reply.get("attempt") != attempt:
+            return Status("lost", attempt), b""
+        return self._status(None, reply), bytes(log)
+
+    def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
+        """Give an output's content from `offset` on to a sink."""
+        failures = 0
+        got = 0
+
+        def take(data: bytes) -> None:
+            nonlocal got, failures
+            target.write(data)
+            got += len(data)
+            failures = 0
+
+        while True:
+            header = {"op": "fetch", "digest": digest, "attempt": attempt, "name": name, "offset": offset + got}
+            try:
+                self._ask_once(header, None, take, limit - got)
+                return
+            except BuilderLost:
+                failures += 1
+                if self._given_up or failures > TRIES:
+                    raise
+
+    def cancel(self, digest: str, attempt: str) -> bool:
+        """End a job, unless somebody else waits for it too."""
+        reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client})
+        return not reply.get("others")
+
+    def leave(self, digest: str) -> None:
+        """Tell the builder that we no longer wait for a job."""
+        self._ask({"op": "leave", "digest": digest, "client": self.client})
+
+    def discard(self, digest: str, attempt: str) -> None:
+        """Have the builder check a result, and forget it if it is damaged."""
+        self._ask({"op": "discard", "digest": digest, "attempt": attempt})
+
+    def describe(self) -> Mapping[str, Any]:
+        """Say what the builder is."""
+        return self._ask({"op": "hello"})
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._pid != os.getpid():
+            return  # it is our parent's
+        with self._changed:
+            connection, self._connection = self._connection, None
+            idle, self._idle = self._idle, []
+            self._open -= len(idle)
+        for session in idle:
+            session.close()
+        if connection is not None:
+            connection.close()
+
+    # files
+
+    def _upload(self, missing: object, files: Mapping[str, Path]) -> None:
+        """Send blobs that the builder lacks: small ones many at a time, large ones from where they broke off."""
+        if not isinstance(missing, list):
+            raise BuilderError(f"{self.place} does not say what it lacks.")
+        batch: list[tuple[str, bytes]] = []
+        for item in missing:
+            sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
+            path = files.get(sha256) if isinstance(sha256, str) else None
+            if path is None or not isinstance(sha256, str) or not isinstance(have, int):
+                raise BuilderError(f"{self.place} asks for a file that the job does not have.")
+            length = path.stat().st_size
+            if length > CHUNK:
+                self._upload_large(sha256, path, length, have)
+                continue
+            batch.append((sha256, path.read_bytes()))
+            if sum(len(data) for _, data in batch) > BATCH:
+                self._upload_small(batch)
+                batch = []
+        if batch:
+            self._upload_small(batch)
+
+    def _upload_small(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        blobs = [[sha256, len(data)] for sha256, data in batch]
+        self._ask({"op": "put", "blobs": blobs}, lambda: [data for _, data in batch])
+
+    def _upload_large(self, sha256: str, path: Path, length: int, have: int) -> None:
+        failures = 0
+        damaged = 0
+        while True:
+            if not 0 <= have <= length:
+                have = 0
+            header = {"op": "put", "sha256": sha256, "size": length, "offset": have}
+            try:
+                reply = self._ask_once(header, _FileFrom(path, have, length))
+            except BuilderLost:
+                before = have
+                have = self._size_there(sha256)
+                failures = 0 if have > before else failures + 1
+                if failures > TRIES:
+                    raise
+                continue
+            got = reply.get("have")
+            if got == length:
+                return
+            damaged += 1
+            if damaged > 2 or not isinstance(got, int):
+                raise SourceError(f"{path} changed while it was sent to {self.place}.", "Run doit again.")
+            have = got
+
+    def _size_there(self, sha256: str) -> int:
+        have = self._ask({"op": "have", "sha256": sha256}).get("have")
+        return have if isinstance(have, int) else 0
+
+    # requests
+
+    def _ask(
+        self,
+        header: Mapping[str, Any],
+        body: Callable[[], Sequence[bytes]] | None = None,
+        sink: _Take | None = None,
+        limit: int = 0,
+    ) -> dict[str, Any]:
+        """Ask until there is an answer; `body` is called for each try."""
+        failures = 0
+        while True:
+            try:
+                return self._ask_once(header, _Bytes(body()) if body is not None else None, sink, limit)
+            except BuilderLost:
+                failures += 1
+                if self._given_up or failures > TRIES:
+                    raise
+
+    def _ask_once(
+        self, header: Mapping[str, Any], body: _Body | None = None, sink: _Take | None = None, limit: int = 0
+    ) -> dict[str, Any]:
+        session = self._borrow()
+        try:
+            reply = session.ask(header, body, sink, limit)
+        except BuilderLost as error:
+            self._drop(session, broken=True)
+            if session.channel_says:
+                raise BuilderLost(f"{error.message} {session.channel_says}", error.hint) from error
+            raise
+        except BaseException:
+            self._drop(session, broken=False)  # in the middle of an answer: of no use to anybody else
+            raise
+        self._give_back(session)
+        if "error" in reply:
+            raise BuilderError(f"On {self.place}: {_text(reply['error'])}", _text(reply.get("hint", "")))
+        return reply
+
+    # sessions
+
+    def _borrow(self) -> _Session:
+        if self._pid != os.getpid():
+            self._reset()  # a fork of the process that connected: the connection is the parent's
+        while True:
+            with self._changed:
+                while not self._idle and self._open >= self._limit:
+                    self._changed.wait(1.0)
+                if self._given_up is not None:
+                    raise self._given_up
+                if self._idle:
+                    return self._idle.pop()
+                self._open += 1
+            try:
+                return self._start_session(self._connected())
+            except BuilderBusy:
+                with self._changed:
+                    self._open -= 1
+                    if self._open < 1:
+                        raise
+                    self._limit = self._open
+            except BaseException:
+                with self._changed:
+                    self._open -= 1
+                    self._changed.notify()
+                raise
+
+    def _give_back(self, session: _Session) -> None:
+        with self._changed:
+            if session.connection is self._connection:
+                self._idle.append(session)
+                self._changed.notify()
+                return
+            self._open -= 1
+            self._changed.notify()
+        session.close()
+
+    def _drop(self, session: _Session, broken: bool) -> None:
+        """Close a session; where its connection broke, drop that too, once, for all who use it."""
+        session.close()
+        with self._changed:
+            self._open -= 1
+            stale: list[_Session] = []
+            connection = None
+            if broken and session.connection is self._connection:
+                connection, self._connection = self._connection, None
+                stale, self._idle = self._idle, []
+                self._open -= len(stale)
+            self._changed.notify_all()
+        for other in stale:
+            other.close()
+        if connection is not None:
+            connection.close()
+
+    def _connected(self) -> Connection:
+        """Return the connection; open it again where it was lost, for as long as we have patience."""
+        with self._connecting:
+            if self._connection is not None:
+                return self._connection
+            if self._given_up is not None:
+                raise self._given_up
+            start = time.monotonic()
+            patience = self.patience if self._met else min(FIRST_PATIENCE, self.patience)
+            pause = 0.5
+            while True:
+                try:
+                    connection = self._connect_to()
+                except BuilderLost as error:
+                    left = start + patience - time.monotonic()
+                    if left <= 0:
+                        raise self._give_up(error) from error
+                    if self._met and pause == 0.5:
+                        notice(f"lost the connection to {self.place}; trying again for {patience:g} seconds")
+                    time.sleep(min(pause, max(left, 0.05)))
+                    pause = min(pause * 2, 15.0)
+                except BuilderError as error:
+                    self._given_up = error
+                    raise
+                else:
+                    if self._met:
+                        notice(f"connected to {self.place} again")
+                    self._met = True
+                    with self._changed:
+                        self._connection = connection
+                        self._limit = SESSIONS
+                    return connection
+
+    def _give_up(self, error: BuilderLost) -> BuilderLost:
+        if self._met:
+            error = BuilderLost(
+                f"{self.place} has been out of reach for {self.patience:g} seconds: {error.message}",
+                "What it is building goes on; run doit again when it is back, and it is found by its name.",
+            )
+        self._given_up = error
+        return error
+
+    def _start_session(self, connection: Connection) -> _Session:
+        packed = bundle()
+        try:
+            channel = connection.start(packed.command)
+        except BuilderLost:
+            with self._changed:
+                if self._connection is connection:
+                    self._connection = None
+            connection.close()
+            raise
+        session = _Session(connection, channel, self.place)
+        try:
+            session.begin(packed.packed)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    # what is said
+
+    def _status(self, job: Job | None, reply: Mapping[str, Any], joined: bool = False) -> Status:
+        """Read a status out of a reply; nothing in it is believed that it does not have to be."""
+        state = reply.get("state")
+        attempt = reply.get("attempt")
+        if state not in ("queued", "running", "done", "failed", "cancelled", "lost") or not isinstance(attempt, str):
+            raise BuilderError(f"{self.place} answers something that makes no sense (state {state!r}).")
+        outputs = {}
+        for name, about in _mapping(reply.get("outputs")).items():
+            about = _mapping(about)
+            length, sha256 = about.get("size"), about.get("sha256")
+            if not isinstance(length, int) or isinstance(length, bool) or length < 0 or not isinstance(sha256, str):
+                raise BuilderError(f"{self.place} describes the output {name!r} in a way that makes no sense.")
+            outputs[name] = Output(length, sha256, about.get("executable") is True)
+        failure = None
+        if state == "failed":
+            about = _mapping(reply.get("failure"))
+            failure = Failure(_text(about.get("kind", "")), _text(about.get("message", "It failed.")))
+        phases = {
+            _text(name): float(seconds)
+            for name, seconds in _mapping(reply.get("phases")).items()
+            if isinstance(seconds, int | float)
+        }
+        return Status(state, attempt, joined, outputs, failure, phases)
+
+
+class _Session:
+    """One runner, ready for one request at a time."""
+
+    def __init__(self, connection: Connection, channel: Channel, place: str) -> None:
+        self.connection = connection
+        self.channel_says = ""
+        self._channel = channel
+        self._place = place
+        self._buffer = bytearray()
+
+    def begin(self, packed: bytes) -> None:
+        """Wait until the runner is ready; send it there first when it asks for it.
+
+        Raises:
+            BuilderError: the builder lacks what a runner needs.
+            BuilderLost: the connection broke.
+        """
+        word = self._preamble()
+        if word == "send":
+            self._channel.send(packed)
+            word = self._preamble()
+        if word == "ready":
+            return
+        if word.startswith("python"):
+            raise BuilderError(
+                f"{self._place} has Python {word[7:]}, and the runner needs 3.9 or newer.",
+                "Upgrade the builder's system (Debian 11 or later has it).",
+            )
+        raise BuilderError(
+            f"The runner cannot be put on {self._place}: {_text(word[7:])}.",
+            "See that its disk has room and that ~/.cache there can be written to.",
+        )
+
+    def _preamble(self) -> str:
+        """Read up to the line that the runner begins with; a login shell may have printed anything before it."""
+        seen = bytearray()
+        while True:
+            start = seen.find(wire.PREAMBLE)
+            end = seen.find(b"\n", start)
+            if start >= 0 and end >= 0:
+                self._buffer[:] = seen[end + 1 :]
+                return seen[start + len(wire.PREAMBLE) : end].decode("utf-8", "replace").strip()
+            data = self._channel.receive(4096, SILENCE)
+            if not data:
+                raise self._no_runner(bytes(seen))
+            seen += data
+            if len(seen) > 1 << 20:
+                raise BuilderError(
+                    f"{self._place} prints without end when we log in.", "See what its shell's start-up files do."
+                )
+
+    def _no_runner(self, seen: bytes) -> BuilderError:
+        status = self._channel.exit_status(5.0)
+        said = _last_lines(self._channel.errors() or seen)
+        if status is None:
+            return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
+        if status == 127 or "not found" in said:
+            return BuilderError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
+        return BuilderError(
+            f"No runner can be started on {self._place} (status {status}): {said}",
+            "See that `ssh` to it gives a shell that can run python3.",
+        )
+
+    def ask(self, header: Mapping[str, Any], body: _Body | None, sink: _Take | None, limit: int) -> dict[str, Any]:
+        """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""
+        length = body.length if body is not None else 0
+        start = wire.encode(dict(header), length)
+        if body is not None and length <= CHUNK:
+            start += b"".join(body)
+            body = None
+        self._channel.send(start)
+        for piece in body or ():
+            self._channel.send(piece)
+        try:
+            message = wire.decode(self._read)
+        except wire.WireError as error:
+            raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
+        if message is None:
+            self.channel_says = _last_lines(self._channel.errors())
+            raise BuilderLost(f"The connection to {self._place} broke.")
+        reply, size_there = message
+        if size_there > limit:
+            raise BuilderError(
+                f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept."
+            )
+        while size_there:
+            data = self._some(min(size_there, CHUNK))
+            if sink is not None:
+                sink(data)
+            size_there -= len(data)
+        return reply
+
+    def _read(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            data = self._channel.receive(CHUNK, SILENCE)
+            if not data:
+                break
+            self._buffer += data
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return data
+
+    def _some(self, count: int) -> bytes:
+        if self._buffer:
+            return self._read(min(count, len(self._buffer)))
+        data = self._channel.receive(count, SILENCE)
+        if not data:
+            raise BuilderLost(f"The connection to {self._place} broke.")
+        return data
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class _Body:
+    """A request's body: its length in bytes, and its pieces."""
+
+    length: int
+
+    def __iter__(self) -> Any:
+        raise NotImplementedError
+
+
+class _Bytes(_Body):
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.length = sum(map(len, pieces))
+        self._pieces = pieces
+
+    def __iter__(self) -> Any:
+        return iter(self._pieces)
+
+
+class _FileFrom(_Body):
+    """A file's content from an offset on; cut or filled to the length that was said, the digest tells."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self.length = length - offset
+        self._path = path
+        self._offset = offset
+
+    def __iter__(self) -> Any:
+        left = self.length
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._offset)
+            while left:
+                data = file.read(min(CHUNK, left)) or b"\0" * min(CHUNK, left)
+                left -= len(data)
+                yield data
+
+
+def _files_of(job: Job) -> Iterable[File]:
+    if not job.is_function:
+        yield File(job.identity)
+    yield from job.modules.values()
+    yield from job.inputs.values()
+
+
+def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) -> list[tuple[str, bytes]]:
+    small = []
+    for sha256 in needs:
+        path = files[sha256]
+        if path.stat().st_size <= limit:
+            data = path.read_bytes()
+            limit -= len(data)
+            small.append((sha256, data))
+    return small
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: object) -> str:
+    """Return a builder's words: bounded, and without what a terminal would act on."""
+    return printable(str(value)[:4000])
+
+
+def _last_lines(data: bytes) -> str:
+    lines = _text(data[-1000:].decode("utf-8", "replace")).strip().splitlines()
+    return " / ".join(lines[-3:])

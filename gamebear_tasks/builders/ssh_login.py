@@ -1,0 +1,389 @@
+"""Logging in over SSH: the agent's keys, key files and certificates, and what only a person knows.
+
+Importing this module imports paramiko; nothing does before a connection is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import getpass
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import paramiko
+from paramiko.agent import AgentKey, AgentSSH
+from paramiko.pkey import PKey, PublicBlob
+
+from ..errors import BuilderError, BuilderLost
+from . import ssh_hosts
+from .ssh_config import Host
+from .ssh_transport import Transport
+
+AUTH_TIMEOUT = 60.0
+"""Seconds for which a server may think about one key: PAM and reverse name look-ups are slow on some."""
+PATIENCE = 300.0
+"""Seconds for which a person may think about a server's question."""
+
+_KINDS: dict[str, type[PKey]] = {
+    "ssh-ed25519": paramiko.Ed25519Key,
+    "ssh-rsa": paramiko.RSAKey,
+    **{f"ecdsa-sha2-nistp{size}": paramiko.ECDSAKey for size in (256, 384, 521)},
+}
+_TRIES = 3
+"""How often a person may mistype a passphrase."""
+
+
+class _Refused(Exception):
+    """The server has ended the connection while we tried to log in, or has nothing left to try."""
+
+
+def log_in(transport: Transport, host: Host, place: str) -> None:
+    """Log in, by all means that the configuration and the server leave, in the order in which `ssh` would try them.
+
+    Args:
+        transport: with its keys agreed on and its host key checked.
+        host: who is there.
+        place: what to call it in errors.
+
+    Raises:
+        BuilderError: the server does not let us in.
+        BuilderLost: the connection broke.
+    """
+    transport.auth_timeout = AUTH_TIMEOUT
+    attempt = _Attempt(transport, host)
+    try:
+        with _agent(host.agent) as agent:
+            attempt.run(agent)
+    except _Refused as refused:
+        raise _error(attempt, place, str(refused)) from refused
+    except (EOFError, OSError) as error:
+        raise BuilderLost(
+            f"{place} broke the connection off while we logged in ({error or 'no reason given'})."
+        ) from error
+
+
+@dataclass
+class _Attempt:
+    """One try to log in, and what became of each key."""
+
+    transport: Transport
+    host: Host
+    offered: frozenset[str] = frozenset()
+    tried: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    locked: list[Path] = field(default_factory=list)
+    done: bool = False
+
+    def run(self, agent: AgentSSH | None) -> None:
+        """Try everything; raises _Refused at the end of the list."""
+        # As ssh does, ask first without any proof: the refusal says what the server takes.
+        self._try(lambda: self.transport.auth_none(self.host.user))
+        for label, key in self._keys(agent):
+            if self.done or "publickey" not in self.offered:
+                break
+            self.tried.append(label)
+            self._try(lambda key=key: self.transport.auth_publickey(self.host.user, key))
+        if not self.done and "keyboard-interactive" in self.offered and self.host.may_ask and _has_terminal():
+            self.transport.auth_timeout = PATIENCE
+            self._try(lambda: self.transport.auth_interactive(self.host.user, self._answer))
+        if not self.done and "password" in self.offered:
+            password = _secret(f"{self.host.user}@{self.host.hostname}'s password: ", self.host.may_ask)
+            if password is not None:
+                self.tried.append("the password")
+                self._try(lambda: self.transport.auth_password(self.host.user, password, fallback=False))
+                if not self.done:
+                    _forget(f"{self.host.user}@{self.host.hostname}'s password: ")
+        if not self.done:
+            raise _Refused
+
+    def _try(self, method: Any) -> None:
+        """Call one of paramiko's ways to log in; note whether it was enough, and what else the server would take."""
+        try:
+            further = method()
+        except paramiko.BadAuthenticationType as error:
+            self._offer(error.allowed_types)
+        except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
+            if not self.transport.is_active():
+                if self.transport.farewell:
+                    raise _Refused(self.transport.farewell) from error
+                raise EOFError from error
+            if str(error) == "Authentication timeout.":
+                raise TimeoutError(f"no answer within {AUTH_TIMEOUT:.0f} seconds") from error
+        else:
+            self.done = not further
+            if further:
+                self._offer(further)
+
+    def _offer(self, methods: list[str]) -> None:
+        self.offered = frozenset(methods) & self.host.methods
+
+    def _answer(self, title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
+        """Put a server's questions to a person."""
+        answers = []
+        for prompt, _shown in prompts:
+            words = "".join(char for char in f"({self.host.user}@{self.host.hostname}) {prompt}" if char.isprintable())
+            answer = _secret(words, self.host.may_ask, keep=False)
+            answers.append(answer or "")  # an exception here would end paramiko's thread, and the connection
+        if prompts:
+            self.tried.append("what you typed")
+        return answers
+
+    def _keys(self, agent: AgentSSH | None) -> Iterator[tuple[str, PKey]]:
+        """Give the keys to try with what to call each: configured ones that the agent has, its others, files."""
+        files = [file for path in dict.fromkeys(self.host.identities) if (file := _KeyFile.read(path)) is not None]
+        certificates = [blob for path in self.host.certificates if (blob := _certificate(path)) is not None]
+        held: dict[bytes, AgentKey] = {key.blob: key for key in agent.get_keys()} if agent else {}
+        chosen = [held.pop(file.blob) for file in files if file.blob in held]
+        beside = [blob for file in files if (blob := _certificate(file.certificate)) is not None]
+        chosen += [held.pop(blob.key_blob) for blob in (*certificates, *beside) if blob.key_blob in held]
+        seen = {key.blob for key in chosen}
+        for key in chosen + ([] if self.host.only_identities else list(held.values())):
+            seen.add(key.blob)
+            label = f"the agent's {key.comment or 'key'} {_fingerprint(key.blob)}"
+            for path in (file.certificate for file in files if file.blob == key.blob):
+                if blob := _certificate(path):
+                    key.public_blob = blob  # type: ignore[assignment]
+                    yield f"{label} with {path.name}", key
+                    key.public_blob = None
+            yield label, key
+        for file in sorted(files, key=lambda file: file.encrypted):
+            if file.blob and file.blob in seen:
+                continue
+            loaded = self._load(file)
+            if loaded is None:
+                continue
+            blobs = [certificate for certificate in certificates if _plain(certificate.key_blob) == loaded.asbytes()]
+            for blob in (_certificate(file.certificate), *blobs):
+                if blob is not None:
+                    loaded.public_blob = blob
+                    yield f"{file.path} with its certificate", loaded
+                    loaded.public_blob = None
+            yield f"{file.path} {_fingerprint(loaded.asbytes())}", loaded
+
+    def _load(self, file: _KeyFile) -> PKey | None:
+        if file.problem:
+            self.unusable.append(f"{file.path} ({file.problem})")
+            return None
+        if not file.encrypted:
+            try:
+                return file.load(None)
+            except (paramiko.SSHException, ValueError, OSError):
+                self.unusable.append(f"{file.path} (damaged)")
+                return None
+        prompt = f"Passphrase for {file.path}: "
+        for _ in range(_TRIES):
+            passphrase = _secret(prompt, self.host.may_ask)
+            if passphrase is None:
+                self.locked.append(file.path)
+                return None
+            try:
+                return file.load(passphrase)
+            except (paramiko.SSHException, ValueError, OSError):
+                _forget(prompt)
+        self.unusable.append(f"{file.path} (wrong passphrase)")
+        return None
+
+
+def _error(attempt: _Attempt, place: str, farewell: str) -> BuilderError:
+    """Say why we were not let in, which keys were tried, and what to do."""
+    host = attempt.host
+    words = host.address.words
+    tried = "; ".join(attempt.tried) if attempt.tried else "nothing, for want of a key that can be used"
+    message = f"{place} does not let {host.user} in. Tried: {tried}."
+    if attempt.unusable:
+        message += f" Not used: {'; '.join(attempt.unusable)}."
+    if farewell:
+        message += f" It says: {farewell}."
+    if "too many authentication failures" in farewell.lower():
+        return BuilderError(
+            message,
+            f"Name one key in ~/.ssh/config, under `Host {host.address.host}`: IdentityFile, IdentitiesOnly yes.",
+        )
+    if attempt.locked:
+        names = " ".join(map(str, attempt.locked))
+        message += f" {names} needs its passphrase, and there is no terminal to ask for it."
+        return BuilderError(message, f"Run `ssh-add {names}` first.")
+    public = [path for path in host.identities if path.with_name(path.name + ".pub").exists()]
+    if not attempt.tried and not public:
+        return BuilderError(message, f"Make a key with `ssh-keygen`, then `ssh-copy-id {words}`.")
+    key = f"-i {public[0]} " if public else ""
+    return BuilderError(
+        message,
+        f"Put your key there with `ssh-copy-id {key}{words}`; if it is there already, see that the account is not "
+        f"locked. `ssh {words} true` must work.",
+    )
+
+
+# keys
+
+
+@dataclass(frozen=True)
+class _KeyFile:
+    """A file with a private key.
+
+    Attributes:
+        blob: its public half, b"" where that cannot be told without the passphrase.
+        problem: why it cannot be used, "" if it can.
+    """
+
+    path: Path
+    kind: str
+    blob: bytes
+    encrypted: bool
+    problem: str = ""
+
+    @property
+    def certificate(self) -> Path:
+        return self.path.with_name(self.path.name + "-cert.pub")
+
+    @classmethod
+    def read(cls, path: Path) -> _KeyFile | None:
+        """Look at a private key, or, as with ssh, at a public one whose private half the agent has; None: no file."""
+        try:
+            data = path.read_bytes()
+            status = path.stat()
+        except FileNotFoundError:
+            beside = _public(path.with_name(path.name + ".pub"))
+            return cls(path, "", beside, False, "only its public half is here") if beside else None
+        except OSError as error:
+            return cls(path, "", b"", False, error.strerror or "unreadable")
+        if public := _public(path):
+            return cls(path, "", public, False, "only its public half is here")
+        kind, blob, encrypted = _inspect(data)
+        blob = blob or _public(path.with_name(path.name + ".pub"))
+        problem = ""
+        if kind not in _KINDS:
+            problem = f"a key of a kind or format that cannot be read here; `ssh-add {path}` may"
+        elif status.st_mode & 0o077 and status.st_uid == os.getuid():
+            problem = f"others can read it; `chmod 600 {path}`"
+        return cls(path, kind, blob, encrypted, problem)
+
+    def load(self, passphrase: str | None) -> PKey:
+        return _KINDS[self.kind].from_private_key_file(str(self.path), passphrase)
+
+
+def _inspect(data: bytes) -> tuple[str, bytes, bool]:
+    """Tell a private key's kind, its public half where that is in the clear, and whether it is encrypted.
+
+    The format is OpenSSH's PROTOCOL.key; older keys are PEM.
+    """
+    begin = re.search(rb"-----BEGIN (RSA|EC|OPENSSH) PRIVATE KEY-----(.*?)-----END", data, re.DOTALL)
+    if begin is None:
+        return "", b"", False
+    if begin[1] == b"RSA":
+        return "ssh-rsa", b"", b"ENCRYPTED" in begin[2]
+    if begin[1] == b"EC":
+        return "ecdsa-sha2-nistp256", b"", b"ENCRYPTED" in begin[2]
+    try:
+        rest = base64.b64decode(b"".join(begin[2].split())).removeprefix(b"openssh-key-v1\0")
+        cipher, rest = ssh_hosts.split_string(rest)
+        _kdf, rest = ssh_hosts.split_string(rest)
+        _options, rest = ssh_hosts.split_string(rest)
+        blob, _ = ssh_hosts.split_string(rest[4:])
+        return ssh_hosts.split_string(blob)[0].decode(), blob, cipher != b"none"
+    except (binascii.Error, struct.error, UnicodeDecodeError):
+        return "", b"", False
+
+
+def _public(path: Path) -> bytes:
+    """Return the key in a file of one public key; b"" if it is none."""
+    try:
+        words = path.read_text(encoding="utf-8", errors="replace").split()
+        blob = base64.b64decode(words[1], validate=True)
+        return blob if ssh_hosts.split_string(blob)[0].decode() == words[0] else b""
+    except (OSError, IndexError, ValueError, struct.error):
+        return b""
+
+
+def _certificate(path: Path) -> PublicBlob | None:
+    try:
+        return PublicBlob.from_file(str(path))
+    except (OSError, ValueError, UnicodeDecodeError, paramiko.SSHException):
+        return None
+
+
+def _plain(blob: bytes) -> bytes:
+    """Return the key in a certificate, b"" if it is damaged."""
+    try:
+        return ssh_hosts.certified_key(blob)
+    except ssh_hosts.HostKeyRefused:
+        return b""
+
+
+def _fingerprint(blob: bytes) -> str:
+    try:
+        return ssh_hosts.fingerprint(blob)
+    except (struct.error, ssh_hosts.HostKeyRefused):
+        return "(of an unknown kind)"
+
+
+@contextlib.contextmanager
+def _agent(path: str | None) -> Iterator[AgentSSH | None]:
+    """Connect to the agent at a socket; None where there is none or it does not speak the protocol."""
+    if path is None:
+        yield None
+        return
+    agent = AgentSSH()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(AUTH_TIMEOUT)  # it may ask a person to touch something
+        try:
+            connection.connect(path)
+            # paramiko.Agent knows only $SSH_AUTH_SOCK, not IdentityAgent; this is what it does with its connection.
+            agent._connect(connection)  # type: ignore[attr-defined]
+        except (OSError, paramiko.SSHException):
+            yield None
+            return
+        yield agent
+
+
+# what only a person knows
+
+_asking = threading.Lock()
+_secrets: dict[str, str | None] = {}
+
+
+def _secret(prompt: str, may_ask: bool, keep: bool = True) -> str | None:
+    """Ask a person at the terminal, once per process and prompt; None where there is nobody to ask."""
+    with _asking:
+        if keep and prompt in _secrets:
+            return _secrets[prompt]
+        if not may_ask or not _has_terminal():
+            return None
+        try:
+            answer = getpass.getpass(prompt)
+        except (EOFError, OSError):
+            answer = None
+        if keep:
+            _secrets[prompt] = answer
+        return answer
+
+
+def _forget(prompt: str) -> None:
+    with _asking:
+        _secrets.pop(prompt, None)
+
+
+def _has_terminal() -> bool:
+    """Say whether a person sits at the terminal and this process is in its foreground."""
+    if not sys.__stderr__ or not sys.__stderr__.isatty():
+        return False
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

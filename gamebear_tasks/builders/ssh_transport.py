@@ -1,0 +1,327 @@
+"""Paramiko's transport with its re-keying mended and a peer that has gone silent noticed.
+
+Importing this module imports paramiko; nothing does before a connection is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import paramiko
+from paramiko.buffered_pipe import BufferedPipe
+from paramiko.common import (
+    MSG_CHANNEL_CLOSE,
+    MSG_CHANNEL_FAILURE,
+    MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_GLOBAL_REQUEST,
+    cMSG_REQUEST_FAILURE,
+)
+from paramiko.message import Message
+from paramiko.packet import Packetizer as ParamikoPacketizer
+
+# What goes wrong is told in our own errors; Python would print paramiko's, with their tracebacks, on standard error.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+if logging.getLogger("paramiko").level == logging.NOTSET:
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
+
+POLL = 0.1
+"""Seconds for which paramiko lets one read or write of its socket wait."""
+
+
+class PeerSilent(paramiko.SSHException):
+    """The peer has answered nothing for as long as the settings allow."""
+
+
+class Packetizer(ParamikoPacketizer):
+    """Paramiko's reader and writer of packets, which asks a silent peer whether it is still there.
+
+    OpenSSH does the same (`ServerAliveInterval`, `ServerAliveCountMax`). Paramiko's own keep-alive expects no answer,
+    and its `write_all` tries for ever where the peer takes nothing.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self._socket = sock
+        self.alive_interval = 15.0
+        self.alive_count = 3
+        self.owner: weakref.ref[Transport] | None = None
+        self._heard = time.monotonic()
+        self._unanswered = 0
+        self._writing = False
+
+    def read_message(self) -> tuple[int, Message]:
+        """Read one message; it shows that the peer is alive."""
+        message = super().read_message()
+        self._heard = time.monotonic()
+        self._unanswered = 0
+        return message
+
+    def write_all(self, out: bytes) -> None:  # type: ignore[override]
+        """Write bytes; raises EOFError where the connection is gone or takes nothing any more."""
+        waited = 0.0
+        self._writing = True
+        try:
+            while out:
+                try:
+                    sent = self._socket.send(out)
+                except (TimeoutError, BlockingIOError):
+                    waited += POLL
+                    if self.closed or waited > self.alive_interval * (self.alive_count + 1):
+                        raise EOFError from None
+                    continue
+                except OSError as error:
+                    raise EOFError from error
+                if not sent:
+                    raise EOFError
+                waited = 0.0
+                out = out[sent:]
+        finally:
+            self._writing = False
+
+    def _check_keepalive(self) -> None:
+        """Ask for a sign of life where there was none for a while (paramiko calls this when a read has waited).
+
+        It counts questions and not time: after the process has been stopped for an hour the peer gets its chance.
+        """
+        transport = self.owner() if self.owner else None
+        if transport is None or not transport.is_authenticated():
+            return
+        now = time.monotonic()
+        if now - self._heard < self.alive_interval:
+            return
+        if self._unanswered >= self.alive_count:
+            raise PeerSilent(f"it has answered nothing for {self.alive_interval * (self.alive_count + 1):.0f} seconds")
+        self._unanswered += 1
+        self._heard = now
+        if not self._writing:
+            transport.ask_for_life()
+
+
+class Transport(paramiko.Transport):
+    """A client's SSH transport on which re-keying is safe, however many channels and threads there are.
+
+    Args:
+        sock: a connected socket, or a channel of another transport.
+        host_key_algorithms: what to ask the server to identify itself with, best first.
+        ciphers: those allowed; empty: all that paramiko has.
+        macs: the same for message authentication.
+        alive_interval: seconds of silence after which the peer is asked for a sign of life.
+        alive_count: how many of these questions may stay unanswered.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket | paramiko.Channel,
+        host_key_algorithms: Sequence[str],
+        ciphers: Collection[str],
+        macs: Collection[str],
+        alive_interval: float,
+        alive_count: int,
+    ) -> None:
+        super().__init__(sock, packetizer_class=Packetizer)
+        self.host_key_blob = b""
+        """The host key or host certificate that the server has identified itself with."""
+        self.farewell = ""
+        """Why the server has disconnected, in its words."""
+        self._host_key_algorithms = tuple(host_key_algorithms)
+        self._ciphers = ciphers
+        self._macs = macs
+        self._process = os.getpid()
+        self._held: list[Message] = []
+        self._incarnations: dict[int, int] = {}
+        self._closed_channels: set[int] = set()
+        assert isinstance(self.packetizer, Packetizer)
+        self.packetizer.alive_interval = alive_interval
+        self.packetizer.alive_count = alive_count
+        self.packetizer.owner = weakref.ref(self)
+        # The server's answer to our request for new keys queues up behind what it has sent already: at 50 kB/s that
+        # is longer than the 30 s for which paramiko waits. Whether the peer is alive is the packetizer's business.
+        self.clear_to_send_timeout = float("inf")
+
+    @property
+    def preferred_keys(self) -> Sequence[str]:
+        """The host key algorithms to ask for."""
+        return self._host_key_algorithms
+
+    @property
+    def preferred_ciphers(self) -> Sequence[str]:
+        """The ciphers to ask for: GCM first, half as fast again as CTR with a MAC, and at two thirds of its cost."""
+        available = super().preferred_ciphers
+        allowed = [name for name in available if name in self._ciphers] or available
+        return sorted(allowed, key=lambda name: "-gcm@" not in name)
+
+    @property
+    def preferred_macs(self) -> Sequence[str]:
+        """The message authentication codes to ask for."""
+        available = super().preferred_macs
+        return [name for name in available if name in self._macs] or available
+
+    def shake_hands(self, timeout: float) -> None:
+        """Agree on keys; raises SSHException, EOFError or OSError.
+
+        Args:
+            timeout: seconds for all of it.
+        """
+        done = threading.Event()
+        self.handshake_timeout = timeout
+        self.start_client(event=done)
+        until = time.monotonic() + timeout
+        while not done.wait(POLL) and self.active and time.monotonic() < until:
+            pass
+        # Ends paramiko's timer: it is a thread that would keep a process whose handshake failed from ending.
+        self.packetizer.complete_handshake()
+        if not self.active:
+            raise self.saved_exception or EOFError()
+        if not self.initial_kex_done:
+            raise TimeoutError
+
+    def ask_for_life(self) -> None:
+        """Send a request that every server answers, if only by saying that it does not know it."""
+        if not self.clear_to_send.is_set():
+            return
+        request = Message()
+        request.add_byte(cMSG_GLOBAL_REQUEST)
+        request.add_string("keepalive@openssh.com")
+        request.add_boolean(True)
+        self._send_user_message(request)
+
+    def cut(self) -> None:
+        """Shut the socket down, so that no thread waits for it any more. Never raises."""
+        if isinstance(self.sock, socket.socket):
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+    def hang_up(self) -> None:
+        """Close the connection at once, whatever other threads are doing with it. Never raises."""
+        self.cut()
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def abandon(self) -> None:
+        """Forget the connection in a process that was forked off: close its copy of the socket, send nothing.
+
+        Locks may be held by threads that the new process does not have, so they are replaced.
+        """
+        self.active = False
+        self._channels._lock = threading.Lock()  # type: ignore[attr-defined]
+        for channel in self._channels.values():  # type: ignore[attr-defined]
+            channel.lock = threading.Lock()
+            channel.out_buffer_cv = threading.Condition(channel.lock)
+            channel.active = False
+        if isinstance(self.sock, socket.socket):
+            self.sock.close()
+
+    # Paramiko's thread, which reads and handles all messages, also answers some of them (a channel's CLOSE with EOF and
+    # CLOSE, a failed request) by `_send_user_message`. Between our KEXINIT and the server's, which may still send what
+    # it likes, that call waits for the end of the key exchange, which only the waiting thread could bring about: after
+    # 30 s the connection dies of "Key-exchange timed out waiting for key negotiation". (paramiko/transport.py,
+    # `_send_user_message`, and paramiko/channel.py, `_handle_close`, in 3.4 to 5.1; https://github.com/paramiko/
+    # paramiko/issues/822.) The larger a channel's window, the more is under way at that moment, and the likelier it is.
+    # So here that thread never waits: what it wants to say is held back and said when the new keys are in use.
+    #
+    # A message that another thread had ready while the channel's CLOSE went out must not follow it: OpenSSH disconnects
+    # a client that writes to a channel that is no more ("nonexistent channel"), and with it every other channel. Such a
+    # message is dropped, also where the server has given the channel's number to a new one meanwhile.
+
+    def _send_user_message(self, data: Message) -> None:
+        if os.getpid() != self._process:
+            return
+        ours = threading.current_thread() is self
+        if ours and not self.clear_to_send.is_set():
+            self._held.append(data)
+            return
+        head = data.packet.getbuffer()[:5]
+        kind, channel = head[0], int.from_bytes(head[1:], "big")
+        head.release()
+        of_channel = MSG_CHANNEL_WINDOW_ADJUST <= kind <= MSG_CHANNEL_FAILURE
+        incarnation = self._incarnations.get(channel, 0)
+        while True:
+            self.clear_to_send.wait(POLL)
+            if not self.active:
+                return
+            with self.clear_to_send_lock:
+                if not self.clear_to_send.is_set():
+                    continue
+                if of_channel:
+                    if channel in self._closed_channels or self._incarnations.get(channel, 0) != incarnation:
+                        return
+                    if kind == MSG_CHANNEL_CLOSE:
+                        self._closed_channels.add(channel)
+                self.packetizer.send_message(data)
+                return
+
+    def _parse_channel_open_success(self, message: Message) -> None:
+        message.get_int()
+        channel = message.get_int()
+        message.rewind()
+        with self.clear_to_send_lock:
+            self._closed_channels.discard(channel)
+            self._incarnations[channel] = self._incarnations.get(channel, 0) + 1
+        super()._parse_channel_open_success(message)  # type: ignore[misc]
+
+    def _parse_newkeys(self, message: Message) -> None:
+        super()._parse_newkeys(message)  # type: ignore[misc]
+        held, self._held = self._held, []
+        for data in held:
+            self._send_user_message(data)
+
+    def _activate_outbound(self) -> None:
+        # Paramiko thinks here that the key exchange is over, though the server's NEWKEYS are still to come; reaching
+        # its own limit in between it would start the next one in the middle of this one.
+        super()._activate_outbound()  # type: ignore[misc]
+        self.in_kex = True
+
+    def _parse_global_request(self, message: Message) -> None:
+        # Paramiko answers even in the middle of a key exchange, which RFC 4253, section 7.1, forbids.
+        message.get_text()
+        if message.get_boolean():
+            reply = Message()
+            reply.add_byte(cMSG_REQUEST_FAILURE)
+            self._send_user_message(reply)
+
+    def _verify_key(self, host_key: bytes, signature: bytes) -> None:
+        super()._verify_key(host_key, signature)  # type: ignore[misc]
+        if self.host_key_blob and host_key != self.host_key_blob:
+            raise paramiko.SSHException("the server has changed its host key in the middle of the connection")
+        self.host_key_blob = host_key
+
+    def _parse_disconnect(self, message: Message) -> None:
+        message.get_int()
+        words = message.get_string().decode("utf-8", "replace")
+        self.farewell = "".join(char if char.isprintable() else " " for char in words)[:300].rstrip(". ")
+
+
+if TYPE_CHECKING:
+    _BytePipe = BufferedPipe[bytes]
+else:
+    _BytePipe = BufferedPipe  # generic in its stub only
+
+
+class ErrorTail(_BytePipe):
+    """The last of what a program has written to its standard error; takes the place of a channel's own buffer.
+
+    It takes everything at once and tells the server so: both streams share one window, and a program that writes much
+    to its standard error would otherwise come to a halt.
+    """
+
+    LIMIT = 64 * 1024
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        super().__init__()
+        self._channel = weakref.ref(channel)
+        self.tail = b""
+
+    def feed(self, data: bytes) -> None:
+        """Keep the last of the data and widen the window by all of it (called by paramiko's thread)."""
+        super().feed(data)
+        channel = self._channel()
+        if channel is not None:
+            self.tail = (self.tail + channel.recv_stderr(len(data)))[-self.LIMIT :]

@@ -1,0 +1,172 @@
+"""Settings: a doit variable, else the environment, else `[tool.gamebear]` in `pyproject.toml`, else the default."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from doit import get_var
+
+from .errors import SettingsError
+
+ARCHITECTURES = {
+    "aarch64": "arm64",
+    "amd64": "amd64",
+    "arm64": "arm64",
+    "armv6l": "armhf",
+    "armv7l": "armhf",
+    "armv8l": "armhf",
+    "i386": "i386",
+    "i686": "i386",
+    "loongarch64": "loong64",
+    "ppc64le": "ppc64el",
+    "riscv64": "riscv64",
+    "s390x": "s390x",
+    "x86_64": "amd64",
+}
+"""Debian's name of an architecture, by what `uname -m` calls the machine."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person may set for a run.
+
+    Attributes:
+        builder: URL of the builder, such as `ssh://pi@buildpi`.
+        arch: Debian's name of the architecture to build for; by default this machine's.
+        sources: which of several sources of one thing to take (see `either`), such as `debian`; by default the first.
+        base: where Debian's base images come from: `registry`, `bootstrap` (made on the builder), or `auto`.
+        patience: seconds for which a lost connection is tried again before a run gives up on its builder.
+        interrupt: what Ctrl-C does to what runs on the builder: `cancel` or `detach`.
+        time_limit: seconds after which the builder ends a job that does not say so itself; 0 for never.
+    """
+
+    builder: str = "local:"
+    arch: str = ""
+    sources: str = ""
+    base: str = "auto"
+    patience: float = 600.0
+    interrupt: str = "cancel"
+    time_limit: float = 86400.0
+
+
+def own_architecture() -> str:
+    """Return Debian's name of this machine's architecture; raises SettingsError when it has none."""
+    machine = platform.machine().lower()
+    if machine not in ARCHITECTURES:
+        raise SettingsError(
+            f"This machine is a {machine!r}, for which no Debian architecture is known.",
+            "Say what to build for, such as arch=armhf.",
+        )
+    return ARCHITECTURES[machine]
+
+
+def settings() -> Settings:
+    """Return the settings of this run.
+
+    Raises:
+        SettingsError: a setting is not what it may be; it says where it was set.
+    """
+    project = _project_settings(Path.cwd() / "pyproject.toml")
+    values: dict[str, Any] = {}
+    for item in fields(Settings):
+        value, where = _look_up(item.name, project)
+        if value is None:
+            continue
+        check: Callable[[str, object, str], object] = _CHECKS.get(item.name, _text)
+        values[item.name] = check(item.name, value, where)
+    if not values.get("arch"):
+        values["arch"] = own_architecture()
+    return Settings(**values)
+
+
+def _look_up(name: str, project: dict[str, Any]) -> tuple[object, str]:
+    value = get_var(name, None)
+    if value is not None:
+        return value, f"the doit variable {name}"
+    variable = f"GAMEBEAR_{name.upper()}"
+    if os.environ.get(variable):
+        return os.environ[variable], variable
+    return project.get(name), "[tool.gamebear] in pyproject.toml"
+
+
+def _project_settings(path: Path) -> dict[str, Any]:
+    try:
+        about = path.stat()
+    except OSError:
+        return {}
+    return _read_project(str(path), about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read_project(path: str, _mtime: int, _size: int) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        data = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"pyproject.toml cannot be read: {error}.") from error
+    table = data.get("tool", {})
+    found = table.get("gamebear", {}) if isinstance(table, dict) else {}
+    if not isinstance(found, dict):
+        raise SettingsError("[tool.gamebear] in pyproject.toml is not a table.")
+    known = {item.name for item in fields(Settings)}
+    for name in found:
+        if name not in known:
+            raise SettingsError(
+                f"[tool.gamebear] in pyproject.toml sets {name!r}, which is no setting.",
+                f"There are: {', '.join(sorted(known))}.",
+            )
+    return found
+
+
+def _text(name: str, value: object, where: str) -> str:
+    if not isinstance(value, str) or "\n" in value:
+        raise SettingsError(f"The setting {name} must be a text, not {value!r} (from {where}).")
+    return value.strip()
+
+
+def _architecture(name: str, value: object, where: str) -> str:
+    text = _text(name, value, where)
+    known = sorted(set(ARCHITECTURES.values()))
+    if text and text not in known:
+        better = ARCHITECTURES.get(text)
+        hint = f"Debian calls it {better}." if better else f"There are: {', '.join(known)}."
+        raise SettingsError(f"No architecture is called {text!r} (from {where}).", hint)
+    return text
+
+
+def _seconds(name: str, value: object, where: str) -> float:
+    try:
+        seconds = float(value) if isinstance(value, str | int | float) else -1.0
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise SettingsError(f"The setting {name} must be a number of seconds, not {value!r} (from {where}).")
+    return seconds
+
+
+def _one_of(*choices: str) -> Callable[[str, object, str], str]:
+    def check(name: str, value: object, where: str) -> str:
+        if value not in choices:
+            raise SettingsError(f"The setting {name} must be {' or '.join(choices)}, not {value!r} (from {where}).")
+        return str(value)
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, object, str], object]] = {
+    "arch": _architecture,
+    "base": _one_of("auto", "registry", "bootstrap"),
+    "interrupt": _one_of("cancel", "detach"),
+    "patience": _seconds,
+    "time_limit": _seconds,
+}

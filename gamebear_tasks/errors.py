@@ -1,0 +1,46 @@
+"""What a person reads when something fails: one paragraph, with the way out."""
+
+from __future__ import annotations
+
+from doit.exceptions import InvalidDodoFile
+
+
+class GamebearError(Exception):
+    """Something failed in a way that a person can act on.
+
+    Args:
+        message: what failed, and where (which builder, which source, which file).
+        hint: what to do now; a sentence or two.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+class SettingsError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # doit has no types
+    """A setting, an argument of `artifact()` or a URL makes no sense; doit shows it as it shows its own such errors."""
+
+
+class SourceError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # doit has no types
+    """A source cannot be had, or is not what its pin says."""
+
+
+class BuilderError(GamebearError):
+    """A builder cannot be reached, or cannot do what it was asked."""
+
+
+class BuilderLost(BuilderError):
+    """The connection to a builder broke; what runs there goes on, and asking again may succeed."""
+
+
+class JobError(GamebearError):
+    """A job ran and failed, was cancelled, or its result cannot be used."""
+
+
+class BuilderBusy(BuilderError):
+    """The builder gives no further channel now; those that are open go on working."""

@@ -1,0 +1,109 @@
+"""A job: what is built, from what, with what, for which architecture. Pure data; its digest is its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+FORMAT = 1
+"""Version of the canonical form. A change of what the form says, or of how a builder must read it, raises it."""
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+
+def canonical_json(value: Json) -> bytes:
+    """Return the one JSON text that stands for a value: keys sorted, no spaces, ASCII only.
+
+    Equal values give equal bytes on every machine and every Python: numbers are written in the shortest form that reads
+    back the same (as RFC 8785 asks), what is not ASCII is escaped.
+
+    Raises:
+        TypeError: the value, or something in it, is not JSON; a key is not a string.
+        ValueError: a number is infinite or not a number.
+    """
+    _check(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _check(value: Json) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"a key is {key!r}, not a string")
+            _check(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check(item)
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        raise TypeError(f"{value!r} is not JSON")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file that goes into a job.
+
+    Attributes:
+        sha256: of its content, lower-case hex.
+        executable: whether its owner may execute it.
+    """
+
+    sha256: str
+    executable: bool = False
+
+    def document(self) -> dict[str, Json]:
+        """Return the file as JSON."""
+        return {"sha256": self.sha256, **({"executable": True} if self.executable else {})}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a builder is asked to build.
+
+    Attributes:
+        arch: Debian's name of the architecture of the containers, such as `armhf`.
+        program: the name of the buildscript, or of the Python function.
+        identity: SHA-256 of the buildscript's bytes; of the function's canonical description (see `functions`).
+        is_function: the program is a function that travels by cloudpickle.
+        outputs: file names that the program leaves in its folder.
+        modules: local modules which the program imports, by their path below the buildscript's folder.
+        inputs: files laid beside the script, by name.
+        sources: pinned upstream trees laid beside the script as folders, by name: each its content's identity.
+        args: values for the program, by name.
+    """
+
+    arch: str
+    program: str
+    identity: str
+    outputs: tuple[str, ...]
+    is_function: bool = False
+    modules: Mapping[str, File] = field(default_factory=dict)
+    inputs: Mapping[str, File] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    args: Mapping[str, Json] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Json]:
+        """Return the job as JSON, in the form whose canonical text is digested."""
+        return {
+            "gamebear": FORMAT,
+            "arch": self.arch,
+            "function" if self.is_function else "script": {"name": self.program, "sha256": self.identity},
+            "modules": {path: file.document() for path, file in self.modules.items()},
+            "inputs": {name: file.document() for name, file in self.inputs.items()},
+            "sources": {name: dict(source) for name, source in self.sources.items()},
+            "args": dict(self.args),
+            "outputs": sorted(self.outputs),
+        }
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """The canonical JSON text of the job."""
+        return canonical_json(self.document())
+
+    @cached_property
+    def digest(self) -> str:
+        """The job's name: SHA-256 of its canonical text, in lower-case hex."""
+        return hashlib.sha256(self.canonical).hexdigest()

@@ -1,0 +1,212 @@
+"""Artifacts become targets: whole, verified, all of them or none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from .builders import Output, Sink
+from .errors import JobError
+from .report import size
+from .runner.files import CHUNK, sync_folder
+
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
+Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
+"""Gives an output, by name, from an offset on, to a sink; a limit of bytes at the most. Raises BuilderError."""
+
+
+class Mismatch(JobError):
+    """What came is not what the builder said it would be."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A target's content while it is still under way."""
+
+    target: Path
+    path: Path
+    output: Output
+
+
+def part_pattern(target: Path) -> str:
+    """Return the glob, in the target's folder, of what a broken-off download of it leaves."""
+    return f".{_glob_escaped(target.name[:60])}.*.part"
+
+
+def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
+    """Bring a job's outputs to their targets.
+
+    Each is written to a temporary file in its target's folder, where a broken-off download is taken up again, checked
+    against its SHA-256, synced; when all are there, each is renamed. A target that has the content already is not
+    fetched.
+
+    Args:
+        targets: where each output goes, by the output's name.
+        outputs: what the builder says of each.
+        fetch: gets the content.
+
+    Returns:
+        How many bytes were fetched.
+
+    Raises:
+        JobError: a target cannot be written: no space, no permission, a folder in the way.
+        Mismatch: an output is not what the builder said. Nothing is placed.
+        BuilderError: it cannot be fetched.
+    """
+    parts: list[_Part] = []
+    fetched = 0
+    try:
+        with contextlib.ExitStack() as open_parts:
+            for name, target in targets.items():
+                output = outputs[name]
+                if target.is_dir():
+                    raise JobError(f"{target} is a folder, and should become a file.", "Move it out of the way.")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if len(targets) == 1 and _is_already(target, output):
+                    _set_mode(target, output)
+                    return 0
+                part = _Part(target, target.parent / f".{target.name[:60]}.{output.sha256[:16]}.part", output)
+                parts.append(part)
+                file = open_parts.enter_context(_opened(part))
+                fetched += _complete(name, part, file, fetch)
+            _rename(parts)
+    except OSError as error:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.path.unlink()
+        raise JobError(f"The artifact cannot be written: {_reason(error)}.", _remedy(error)) from error
+    return fetched
+
+
+@contextlib.contextmanager
+def _opened(part: _Part) -> Iterator[BinaryIO]:
+    """Open a part for us alone, keeping what is in it; raises OSError."""
+    while True:
+        fd = os.open(part.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(part.path)):
+                break
+        os.close(fd)  # another doit has made a target of it while we waited
+    with open(fd, "r+b", buffering=0) as file:
+        yield file
+
+
+def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
+    """Fetch what is missing of a part, verify it and sync it; return the bytes fetched."""
+    output = part.output
+    have = os.fstat(file.fileno()).st_size
+    if have > output.size:
+        file.truncate(0)
+        have = 0
+    missing = output.size - have
+    free = shutil.disk_usage(part.path.parent).free
+    if missing > free:
+        part.path.unlink()
+        raise JobError(
+            f"There is no room for {part.target}: it takes {size(output.size)}, and {size(free)} are free.",
+            "Make room, then run doit again: it is fetched, not built.",
+        )
+    checked = _Checked(file, have)
+    fetch(name, have, checked, missing)
+    if checked.size == output.size and checked.sha256() == output.sha256:
+        os.fchmod(file.fileno(), _mode(output))
+        os.fsync(file.fileno())
+        return missing
+    part.path.unlink()
+    if have:
+        raise Mismatch(f"What an earlier run had fetched of {part.target} was damaged; it is removed.")
+    raise Mismatch(
+        f"{part.target} did not arrive as the builder said it would: {checked.size} of {output.size} bytes,"
+        f" SHA-256 {checked.sha256()} instead of {output.sha256}. It was not kept."
+    )
+
+
+class _Checked:
+    """A file that is hashed as it is written, what was there before included."""
+
+    def __init__(self, file: BinaryIO, have: int) -> None:
+        self._digest = hashlib.sha256()
+        self._file = file
+        self.size = have
+        file.seek(0)
+        while data := file.read(CHUNK):
+            self._digest.update(data)
+
+    def write(self, data: bytes, /) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) or 0 :]
+        self._digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _rename(parts: list[_Part]) -> None:
+    """Make targets of the parts. Where there are several, the old ones go first: a mixture is never to be seen."""
+    if len(parts) > 1:
+        for part in parts:
+            with contextlib.suppress(FileNotFoundError):
+                part.target.unlink()
+    placed: list[_Part] = []
+    try:
+        for part in parts:
+            os.replace(part.path, part.target)
+            placed.append(part)
+    except BaseException:
+        for part in placed if len(parts) > 1 else ():
+            with contextlib.suppress(OSError):
+                part.target.unlink()
+        raise
+    for folder in {part.target.parent for part in parts}:
+        sync_folder(folder)
+
+
+def _is_already(target: Path, output: Output) -> bool:
+    try:
+        with target.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != output.size or target.is_symlink():
+                return False
+            digest = hashlib.sha256()
+            while data := file.read(CHUNK):
+                digest.update(data)
+    except OSError:
+        return False
+    return digest.hexdigest() == output.sha256
+
+
+def _set_mode(target: Path, output: Output) -> None:
+    with contextlib.suppress(OSError):
+        target.chmod(_mode(output))
+
+
+def _mode(output: Output) -> int:
+    return (0o777 if output.executable else 0o666) & ~_UMASK
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror or error)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room, then run doit again: it is fetched, not built."
+    return ""
+
+
+def _glob_escaped(text: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in text)

@@ -1,0 +1,115 @@
+"""Files as the runner handles them: hashing, writing aside and renaming, names that are safe to join to a path."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHUNK = 1 << 20
+"""Bytes read or written at once."""
+
+
+class RunnerError(Exception):
+    """Something failed on the builder in a way that a person can act on.
+
+    Args:
+        message: what failed.
+        hint: what to do now.
+    """
+
+    kind = "runner"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+def sha256(file: BinaryIO) -> str:
+    """Return the SHA-256 of what is left to read of a file, in lower-case hex."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of(path: os.PathLike[str] | str) -> str:
+    """Return the SHA-256 of a file's content, in lower-case hex; raises OSError."""
+    with open(path, "rb", buffering=0) as file:
+        return sha256(file)
+
+
+def is_sha256(text: object) -> bool:
+    """Say whether something is a SHA-256 in lower-case hex."""
+    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def is_file_name(name: object) -> bool:
+    """Say whether something can name one entry of a folder: no separator, not `.` or `..`, at most 255 bytes."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    return len(os.fsencode(name)) <= 255
+
+
+def is_relative_path(name: object) -> bool:
+    """Say whether something is a path of safe names that stays below the folder it is joined to."""
+    return isinstance(name, str) and all(is_file_name(part) for part in name.split("/"))
+
+
+def sync_folder(folder: os.PathLike[str] | str) -> None:
+    """Make renames and removals in a folder survive a power cut (fsync of the folder)."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def written_aside(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """Give a temporary file in the same folder that becomes `path` when the block ends well.
+
+    It is synced before it is renamed, the folder after; when the block raises, nothing of it is left and `path` is
+    as it was.
+    """
+    fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.rename(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a whole file, aside, synced and renamed; raises OSError."""
+    with written_aside(path, mode) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, aside, synced and renamed; raises OSError."""
+    write_bytes(path, json.dumps(value, sort_keys=True).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; None where there is none or where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

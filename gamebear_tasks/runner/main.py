@@ -1,0 +1,35 @@
+"""The runner's command line: `serve` for a client, `supervise` and `build` for a job."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the runner's commands and return its exit status.
+
+    Each imports only what it needs: starting Python is most of what a short command costs on a small machine.
+    """
+    command, *rest = argv
+    if command == "serve":
+        from . import serve
+
+        return serve.main()
+    if command == "supervise":
+        from . import supervise
+
+        digest, attempt, lock = rest
+        return supervise.main(digest, attempt, int(lock))
+    if command == "build":
+        from . import build
+
+        return build.main(*rest)
+    if command == "remove-tree":
+        import shutil
+
+        for path in rest:
+            shutil.rmtree(path, ignore_errors=True)
+        return 0
+    print(f"the runner has no command {command!r}", file=sys.stderr)
+    return 2

@@ -1,0 +1,84 @@
+"""Slots: how many jobs run at once on a builder, and who is next."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from .files import read_json
+from .store import Lock, Store
+
+
+def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: Callable[[str], None]) -> Lock:
+    """Return one of the builder's slots, held; wait for it, first come first served.
+
+    Args:
+        store: whose slots.
+        name: tells this waiter from the others.
+        check_stop: called while waiting; what it raises ends the wait.
+        say: tells a person that there is something to wait for.
+    """
+    ticket = store.slots / f"wait-{time.time_ns():020d}-{name}"
+    with Lock(ticket):
+        said = False
+        try:
+            while True:
+                check_stop()
+                slot = _free_slot(store.slots, slot_count()) if _is_first_in_line(store.slots, ticket) else None
+                if slot is not None:
+                    return slot
+                if not said:
+                    say("waiting for a free slot on the builder")
+                    said = True
+                time.sleep(0.1)
+        finally:
+            with contextlib.suppress(OSError):
+                ticket.unlink()
+
+
+def slot_count() -> int:
+    """Return how many jobs run at once: `slots` in `builder.json`, else one for every four processors, at least one.
+
+    `builder.json` is in `$XDG_CONFIG_HOME/gamebear` (by default `~/.config/gamebear`): what belongs to the builder is
+    said on the builder.
+    """
+    home = os.environ.get("XDG_CONFIG_HOME", "")
+    folder = Path(home) if home.startswith("/") else Path.home() / ".config"
+    settings = read_json(folder / "gamebear" / "builder.json")
+    count = settings.get("slots") if isinstance(settings, dict) else None
+    if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+        return count
+    return max(1, (os.cpu_count() or 1) // 4)
+
+
+def _free_slot(folder: Path, count: int) -> Lock | None:
+    for number in range(count):
+        lock = Lock(folder / str(number))
+        if lock.acquire():
+            return lock
+        lock.release()
+    return None
+
+
+def _is_first_in_line(folder: Path, ticket: Path) -> bool:
+    """Say whether nobody who still lives came before; drop the tickets of those who died."""
+    for other in sorted(folder.glob("wait-*")):
+        if other.name >= ticket.name:
+            return True
+        try:
+            fd = os.open(other, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        os.close(fd)
+        lock = Lock(other)
+        try:
+            if not lock.is_free():
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                other.unlink()
+        finally:
+            lock.release()
+    return True

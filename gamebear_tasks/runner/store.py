@@ -1,0 +1,251 @@
+"""The store on the builder: blobs by SHA-256, jobs by digest, slots. Who holds a job's lock is building it.
+
+    <cache>/gamebear/v1/            mode 0700
+        blobs/<sha256>              inputs; every use checks the content, so they need no sync
+        jobs/<digest>/job.json      the canonical text; its SHA-256 is the digest
+                      order.json    what this attempt needs besides: the blobs of the sources, the time limit
+                      lock          held (flock) by the supervisor for as long as it lives
+                      state.json    see `State`; written aside, synced, renamed
+                      log           bytes, only ever appended to within one attempt
+                      cancel        there when somebody asked to stop the attempt it names
+                      clients/<id>  touched while that client follows the job
+                      work/         the program's folder while it runs
+                      out-<attempt>/<name>  the outputs
+        live/<digest>               there from before a job starts until it has been cleaned up after
+        slots/<n>                   locked by the job that has the slot
+        images/, storage/, run/, venvs/, tmp/, runner/<sha256>/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .files import is_file_name, is_sha256, read_json, sha256_of, write_json
+
+VERSION = "v1"
+"""The store's layout. A release that lays it out otherwise takes another number and leaves this one alone."""
+
+FINAL = ("done", "failed", "cancelled")
+"""The states in which nothing of a job runs any more."""
+
+State = dict[str, Any]
+"""A job's state: `state` (queued, running, done, failed, cancelled, lost), `attempt`, `since` (seconds since 1970),
+`phases` (seconds per phase), and when done `outputs` by name (`size` in bytes, `sha256`, `executable`), when failed
+`failure` (`kind`, `message`, and `command` and `status` where a command failed)."""
+
+
+def cache_home() -> Path:
+    """Return `$XDG_CACHE_HOME`, by default `~/.cache` (XDG Base Directory Specification: a relative one is ignored)."""
+    text = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(text) if text.startswith("/") else Path.home() / ".cache"
+
+
+class Lock:
+    """An exclusive lock on a file, held until it is released or its last holder dies (flock)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def acquire(self, wait: bool = False) -> bool:
+        """Take the lock; say whether it was had. With `wait`, sleep until it is."""
+        return self._flock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+    def is_free(self) -> bool:
+        """Say whether nobody has the lock now. Two that only look do not get in each other's way."""
+        return self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def _flock(self, operation: int) -> bool:
+        try:
+            fcntl.flock(self.fd, operation)
+        except BlockingIOError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lock back; a process that inherited it keeps it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Lock:
+        self.acquire(wait=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Store:
+    """The folders of one builder's store."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or cache_home() / "gamebear" / VERSION
+        self.blobs = self.root / "blobs"
+        self.jobs = self.root / "jobs"
+        self.live = self.root / "live"
+        self.slots = self.root / "slots"
+        self.images = self.root / "images"
+        self.tmp = self.root / "tmp"
+
+    def prepare(self) -> None:
+        """Make the folders that are missing, closed to other users; raises OSError."""
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.root.parent, self.root):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+        for folder in (self.blobs, self.jobs, self.live, self.slots, self.images, self.tmp):
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    def blob(self, sha256: str) -> Path:
+        """Return where a blob is, or would be."""
+        if not is_sha256(sha256):
+            raise ValueError(f"{sha256!r} is not a SHA-256")
+        return self.blobs / sha256
+
+    def job(self, digest: str) -> StoredJob:
+        """Return a job's place in the store, whether it is there or not."""
+        if not is_sha256(digest):
+            raise ValueError(f"{digest!r} is not a digest")
+        return StoredJob(self, digest)
+
+
+class StoredJob:
+    """One job's folder in the store."""
+
+    def __init__(self, store: Store, digest: str) -> None:
+        self.store = store
+        self.digest = digest
+        self.folder = store.jobs / digest
+        self.log = self.folder / "log"
+        self.work = self.folder / "work"
+        self.mark = store.live / digest
+
+    @property
+    def container_prefix(self) -> str:
+        """What the names of this job's containers begin with."""
+        return f"gamebear-{self.digest[:16]}-"
+
+    def document(self) -> dict[str, Any]:
+        """Return the job's JSON; raises ValueError when what is stored is not what the digest names."""
+        path = self.folder / "job.json"
+        if sha256_of(path) != self.digest:
+            raise ValueError(f"the stored description of job {self.digest} is damaged")
+        document: dict[str, Any] = json.loads(path.read_bytes())
+        return document
+
+    def lock(self) -> Lock:
+        """Return the lock that whoever builds the job holds."""
+        return Lock(self.folder / "lock")
+
+    def is_locked(self) -> bool:
+        """Say whether somebody builds the job now."""
+        try:
+            lock = self.lock()
+        except FileNotFoundError:
+            return False
+        try:
+            return not lock.is_free()
+        finally:
+            lock.release()
+
+    def state(self) -> State:
+        """Return the job's state; `state` is `absent` when it was never asked for, `lost` when its supervisor died."""
+        state = self.written_state()
+        if state["state"] in ("queued", "running") and not self.is_locked():
+            state = self.written_state()  # it may have ended between the two looks
+            if state["state"] in ("queued", "running"):
+                state["state"] = "lost"
+        return state
+
+    def written_state(self) -> State:
+        """Return the state as it was last written, without a look at the lock."""
+        state = read_json(self.folder / "state.json")
+        return state if isinstance(state, dict) and "state" in state else {"state": "absent"}
+
+    def write_state(self, state: State) -> None:
+        """Replace the job's state; raises OSError."""
+        write_json(self.folder / "state.json", {**state, "since": time.time()})
+
+    def begin_attempt(self, order: dict[str, Any]) -> str:
+        """Lay down a new attempt under the lock, which the caller holds, and return its name; raises OSError."""
+        attempt = secrets.token_hex(8)
+        self.mark.touch()
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "cancel").unlink()
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.log, self.folder / "log.old")
+        for old in self.folder.glob("out-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        self.log.touch(mode=0o600)
+        write_json(self.folder / "order.json", order)
+        self.write_state({"state": "queued", "attempt": attempt})
+        return attempt
+
+    def outputs(self, attempt: str) -> Path:
+        """Return the folder of an attempt's outputs."""
+        if not is_file_name(attempt):
+            raise ValueError(f"{attempt!r} is not an attempt")
+        return self.folder / f"out-{attempt}"
+
+    def output_is_sound(self, state: State) -> bool:
+        """Say whether a done job's outputs still are what they were (size and SHA-256 of each)."""
+        try:
+            folder = self.outputs(state["attempt"])
+            for name, about in state["outputs"].items():
+                path = folder / name
+                if path.stat().st_size != about["size"] or sha256_of(path) != about["sha256"]:
+                    return False
+        except (OSError, KeyError, TypeError, ValueError):
+            return False
+        return True
+
+    def ask_to_stop(self, attempt: str) -> None:
+        """Ask the supervisor to end an attempt."""
+        path = self.folder / "cancel"
+        path.write_text(attempt)
+
+    def is_asked_to_stop(self, attempt: str) -> bool:
+        """Say whether somebody asked to end an attempt."""
+        try:
+            return (self.folder / "cancel").read_text() == attempt
+        except FileNotFoundError:
+            return False
+
+    def touch_client(self, client: str) -> None:
+        """Note that a client follows the job now."""
+        if is_file_name(client):
+            folder = self.folder / "clients"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            (folder / client).touch()
+
+    def forget_client(self, client: str) -> None:
+        """Note that a client follows the job no more."""
+        if is_file_name(client):
+            with contextlib.suppress(OSError):
+                (self.folder / "clients" / client).unlink()
+
+    def other_clients(self, client: str, within: float) -> int:
+        """Count the other clients that followed the job within the last `within` seconds."""
+        count = 0
+        with contextlib.suppress(OSError):
+            for path in (self.folder / "clients").iterdir():
+                if path.name != client and time.time() - path.stat().st_mtime < within:
+                    count += 1
+        return count
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file for the block; wait for it."""
+    with Lock(path):
+        yield

@@ -1,0 +1,280 @@
+"""A job's supervisor: detached from every connection, it takes a slot, runs the job, keeps the result.
+
+It holds the job's lock from before it was started (the session that starts it hands the lock down) until it ends, so
+that *state says running and the lock is free* can mean one thing only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import slots, work
+from .buildah import environment, facts, namespace, remove_containers, remove_tree
+from .files import CHUNK, RunnerError, read_json, sync_folder
+from .store import FINAL, Store, StoredJob, cache_home
+from .work import JobFailed
+
+GRACE = 5.0
+"""Seconds between asking a build to end and killing it."""
+
+
+class Cancelled(Exception):
+    """Somebody asked to end the attempt."""
+
+
+class Supervisor:
+    """Runs one attempt of one job."""
+
+    def __init__(self, stored: StoredJob, attempt: str) -> None:
+        self.stored = stored
+        self.store = stored.store
+        self.attempt = attempt
+        self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.phases: dict[str, float] = {}
+        self.tidy = False
+        """The build has ended by itself and has removed its containers."""
+
+    def run(self) -> None:
+        """Build the job and write how it ended; never raises for what the job does."""
+        try:
+            with self._phase("queue"):
+                slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
+            with slot:
+                self._write_state("running")
+                clean_up_after_lost_jobs(self.store, but=self.stored.digest)
+                outputs = self._build()
+            final: dict[str, Any] = {"state": "done", "outputs": outputs}
+        except Cancelled:
+            self.say("cancelled")
+            final = {"state": "cancelled"}
+        except JobFailed as error:
+            final = {"state": "failed", "failure": error.failure}
+        except RunnerError as error:
+            final = {"state": "failed", "failure": {"kind": error.kind, "message": str(error)}}
+        except OSError as error:
+            final = {"state": "failed", "failure": _storage_failure(error)}
+        if final["state"] == "failed":
+            self.say(final["failure"]["message"])
+        self._clean_up()
+        self._write_state(**final)
+
+    def say(self, text: str) -> None:
+        """Write a line of our own to the job's log."""
+        with contextlib.suppress(OSError):
+            os.write(self.log, f"gamebear: {text}\n".encode("utf-8", "backslashreplace"))
+
+    def _write_state(self, state: str, **more: Any) -> None:
+        self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases, **more})
+
+    def _check_stop(self) -> None:
+        if self.stored.is_asked_to_stop(self.attempt):
+            raise Cancelled
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[name] = round(self.phases.get(name, 0.0) + time.monotonic() - start, 3)
+
+    def _build(self) -> dict[str, Any]:
+        job = self._document()
+        order = read_json(self.stored.folder / "order.json") or {}
+        limit = float(order.get("time_limit") or 0)
+        deadline = time.monotonic() + limit if limit > 0 else None
+        with self._phase("probe"):
+            known = facts(self.store.root)
+        arch = str(job["arch"])
+        if arch != known.arch and arch not in known.emulated:
+            raise JobFailed(
+                "arch",
+                f"The job is for {arch}, and this builder runs {known.arch}"
+                + (f" and {', '.join(known.emulated)}" if known.emulated else "")
+                + ".",
+                f"Choose a builder for {arch}, say arch={known.arch}, or install qemu-user-static on this builder"
+                f" (sudo apt install qemu-user-static).",
+            )
+        for warning in known.warnings:
+            self.say(warning)
+        with self._phase("prepare"):
+            if self.stored.work.exists():
+                remove_tree(self.store.root, known, self.stored.work)
+            work.fill(self.stored, job, order.get("trees") or {})
+        with self._phase("build"):
+            self._run_program(deadline, limit, str(order.get("base", "auto")))
+        with self._phase("keep"):
+            return self._keep_outputs(job["outputs"])
+
+    def _document(self) -> dict[str, Any]:
+        try:
+            return self.stored.document()
+        except (OSError, ValueError) as error:
+            raise JobFailed("blob", f"{error}.", "Run doit again.") from error
+
+    # the program
+
+    def _run_program(self, deadline: float | None, limit: float, base: str) -> None:
+        """Run the build in its namespace until it ends, is cancelled, or its time is up."""
+        known = facts(self.store.root)
+        result_path = self.stored.folder / "result.json"
+        with contextlib.suppress(FileNotFoundError):
+            result_path.unlink()
+        runner = Path(__file__).resolve().parent.parent
+        process = subprocess.Popen(
+            [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
+            stdin=subprocess.PIPE,  # its end tells the build that we are gone
+            stdout=self.log,
+            stderr=self.log,
+            cwd=self.stored.work,
+            env={**environment(self.store.root, known), "GAMEBEAR_BASE": base},
+            start_new_session=True,
+        )
+        try:
+            status = self._wait(process, deadline, limit)
+        except BaseException:
+            stop(process)
+            raise
+        result = read_json(result_path)
+        self.tidy = isinstance(result, dict)
+        if isinstance(result, dict) and result.get("ok") and status == 0:
+            return
+        if isinstance(result, dict) and not result.get("ok"):
+            failure = {key: result[key] for key in ("command", "status") if key in result}
+            raise JobFailed(str(result.get("kind", "script")), str(result.get("message", "It failed.")), **failure)
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        raise JobFailed(
+            "killed",
+            f"The build ended with {how} without saying why; the builder may have run out of memory.",
+            "Look at the log, and at `dmesg` on the builder; then run doit again.",
+        )
+
+    def _wait(self, process: subprocess.Popen[bytes], deadline: float | None, limit: float) -> int:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            while not ended.poll(200):
+                self._check_stop()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise JobFailed(
+                        "time",
+                        f"The build took longer than its time limit of {limit:g} seconds and was ended.",
+                        "Give artifact(…, time_limit=SECONDS) more, or find in the log what it waits for.",
+                    )
+            return process.wait()
+        finally:
+            os.close(pidfd)
+
+    # what comes out
+
+    def _keep_outputs(self, names: list[str]) -> dict[str, Any]:
+        """Move the outputs from the program's folder to their place, synced; return size and SHA-256 of each."""
+        folder = self.stored.outputs(self.attempt)
+        folder.mkdir(mode=0o700)
+        outputs = {}
+        for name in names:
+            source = self.stored.work / name
+            try:
+                fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                raise JobFailed("output", f"The output {name} cannot be read: {error.strerror}.") from error
+            with open(fd, "rb", buffering=0) as file:
+                about = os.fstat(fd)
+                if not stat.S_ISREG(about.st_mode):
+                    raise JobFailed("output", f"The output {name} is not a regular file.")
+                digest = hashlib.sha256()
+                while data := file.read(CHUNK):
+                    digest.update(data)
+                os.fsync(fd)
+            os.rename(source, folder / name)
+            outputs[name] = {
+                "size": about.st_size,
+                "sha256": digest.hexdigest(),
+                "executable": bool(about.st_mode & 0o100),
+            }
+        sync_folder(folder)
+        return outputs
+
+    def _clean_up(self) -> None:
+        clean_up(self.stored, containers=not self.tidy)
+        os.close(self.log)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a build and all that it has started: ask, wait, kill."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+            return
+
+
+def clean_up(stored: StoredJob, containers: bool = True) -> None:
+    """Remove what a build may have left: containers, the program's folder; the caller holds the job's lock."""
+    root = stored.store.root
+    with contextlib.suppress(RunnerError, OSError):
+        if containers:
+            remove_containers(root, facts(root), stored.container_prefix)
+    shutil.rmtree(stored.work, ignore_errors=True)
+    with contextlib.suppress(RunnerError, OSError):
+        if stored.work.exists():  # files of a container's other users are in the way
+            remove_tree(root, facts(root), stored.work)
+    for name in ("source.tar", "function.pickle", "cloudpickle.zip", "result.json"):
+        with contextlib.suppress(OSError):
+            (stored.folder / name).unlink()
+    with contextlib.suppress(OSError):
+        stored.mark.unlink()
+
+
+def clean_up_after_lost_jobs(store: Store, but: str) -> None:
+    """Clean up after jobs whose supervisor died, and say in their state that they are lost."""
+    for mark in list(store.live.iterdir()):
+        if mark.name == but:
+            continue
+        stored = store.job(mark.name)
+        if not stored.folder.is_dir():
+            mark.unlink()
+            continue
+        lock = stored.lock()
+        try:
+            if lock.acquire() and mark.exists():
+                state = stored.written_state()
+                clean_up(stored)
+                if state["state"] not in (*FINAL, "absent"):
+                    stored.write_state({**state, "state": "lost"})
+        finally:
+            lock.release()
+
+
+def _storage_failure(error: OSError) -> dict[str, Any]:
+    full = error.errno in (28, 122)
+    message = f"The builder's disk is full ({cache_home()})." if full else f"The builder's store failed: {error}."
+    hint = " Make room there, then run doit again." if full else ""
+    return {"kind": "store", "message": message + hint}
+
+
+def main(digest: str, attempt: str, lock_fd: int) -> int:
+    """Supervise an attempt; the lock comes as an open file descriptor."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.set_inheritable(lock_fd, False)
+    stored = Store().job(digest)
+    Supervisor(stored, attempt).run()
+    return 0
+

@@ -1,0 +1,73 @@
+"""How client and runner talk: requests and replies, each a JSON header and a body of bytes.
+
+A message is the header's length as four bytes, most significant first; the header, a JSON object in UTF-8; and the body,
+whose length in bytes is the header's `body` (none: no body). The client asks, the runner answers, one after the other.
+Before the first message the runner writes one line, `PREAMBLE` and a word: whatever a login shell prints is before it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+PREAMBLE = b"gamebear-runner:"
+"""What the line begins with that ends everything a login shell may have printed."""
+
+MAX_HEADER = 4 << 20
+"""The longest header that is read, in bytes."""
+
+_LENGTH = struct.Struct(">I")
+
+Header = dict[str, Any]
+
+
+class WireError(Exception):
+    """What came is not a message."""
+
+
+def encode(header: Header, body: int = 0) -> bytes:
+    """Return the bytes of a message up to its body.
+
+    Args:
+        header: the JSON object.
+        body: how many bytes of body will follow.
+    """
+    text = json.dumps({**header, "body": body} if body else header, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(text)) + text
+
+
+def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
+    """Read the next message up to its body.
+
+    Args:
+        read: returns exactly as many bytes as it is asked for; fewer only at the end of the stream.
+
+    Returns:
+        The header and the length of the body that follows, in bytes; None at the end of the stream.
+
+    Raises:
+        WireError: this is not a message, or it is cut off.
+    """
+    start = read(_LENGTH.size)
+    if not start:
+        return None
+    if len(start) < _LENGTH.size:
+        raise WireError("the stream ends within a message")
+    (length,) = _LENGTH.unpack(start)
+    if length > MAX_HEADER:
+        raise WireError(f"a header claims {length} bytes")
+    text = read(length)
+    if len(text) < length:
+        raise WireError("the stream ends within a message")
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        raise WireError("a header is not JSON") from error
+    if not isinstance(header, dict):
+        raise WireError("a header is not a JSON object")
+    body = header.get("body", 0)
+    if not isinstance(body, int) or isinstance(body, bool) or body < 0:
+        raise WireError("a body has no proper length")
+    return header, body

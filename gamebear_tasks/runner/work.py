@@ -1,0 +1,114 @@
+"""The program's folder: a fresh one that holds the script, its modules, every input and every source."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from .files import CHUNK, RunnerError, is_file_name, is_relative_path
+from .store import StoredJob
+
+
+class JobFailed(RunnerError):
+    """The job cannot be built; `failure` is what the state says of it."""
+
+    def __init__(self, kind: str, message: str, hint: str = "", **details: Any) -> None:
+        super().__init__(message, hint)
+        self.failure = {"kind": kind, "message": str(self), **details}
+
+
+def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str]) -> None:
+    """Lay out a job's folder; every blob is checked on the way.
+
+    Args:
+        stored: the job.
+        job: its description.
+        trees: SHA-256 of the tar of each source, by the source's name; of `/function.pickle` and `/cloudpickle.zip`
+            where the job is a function.
+
+    Raises:
+        JobFailed: a blob is missing or damaged, or the description names something that it must not.
+        OSError: no space, for example.
+    """
+    stored.work.mkdir(mode=0o700)
+    if "script" in job:
+        _lay(stored, job["script"]["sha256"], stored.work, job["script"]["name"], True)
+    else:
+        for name in ("function.pickle", "cloudpickle.zip"):
+            _lay(stored, trees[f"/{name}"], stored.folder, name, False)
+    for path, file in job["modules"].items():
+        _lay(stored, file["sha256"], stored.work, path, False)
+    for name, file in job["inputs"].items():
+        _lay(stored, file["sha256"], stored.work, name, bool(file.get("executable")))
+    for name in job["sources"]:
+        if not is_file_name(name):
+            raise JobFailed("job", f"{name!r} cannot be the name of a source.")
+        _lay(stored, trees[name], stored.folder, "source.tar", False)
+        path = stored.folder / "source.tar"
+        folder = stored.work / name
+        folder.mkdir()
+        with tarfile.open(path) as tar:
+            unpack(tar, folder)
+        path.unlink()
+
+
+def _lay(stored: StoredJob, sha256: str, folder: Path, name: str, executable: bool) -> None:
+    """Copy a blob to its place, and check on the way that it still is what its name says."""
+    if not is_relative_path(name):
+        raise JobFailed("job", f"{name!r} cannot be the name of a file of the job.")
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    blob = stored.store.blob(sha256)
+    try:
+        with blob.open("rb", buffering=0) as source, path.open("wb") as target:
+            while data := source.read(CHUNK):
+                digest.update(data)
+                target.write(data)
+    except FileNotFoundError:
+        raise JobFailed("blob", f"The builder no longer has the content of {name}.", "Run doit again.") from None
+    if digest.hexdigest() != sha256:
+        with contextlib.suppress(OSError):
+            blob.unlink()
+        raise JobFailed("blob", f"The builder's copy of {name} was damaged; it is removed.", "Run doit again.")
+    path.chmod(0o755 if executable else 0o644)
+
+
+def unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Unpack a source tree: folders, files and links below the folder, nothing else.
+
+    Links are made as they are in the tree, wherever they point to; nothing is written through them, because every
+    member's folder must be a real one.
+
+    Raises:
+        RunnerError: a member would be written elsewhere, or is neither folder, file nor link.
+    """
+    for member in tar:
+        name = member.name[2:] if member.name.startswith("./") else member.name
+        if name in (".", ""):
+            continue
+        if not is_relative_path(name):
+            raise RunnerError(f"The source's archive has a member that leads out of it: {member.name!r}.")
+        path = folder / name
+        if path.parent.resolve() != folder.resolve() / Path(name).parent:
+            raise RunnerError(f"The source's archive writes through a link: {member.name!r}.")
+        if member.isdir():
+            path.mkdir(parents=True, exist_ok=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if member.issym():
+            path.symlink_to(member.linkname)
+        elif member.isreg():
+            data = tar.extractfile(member)
+            assert data is not None
+            with path.open("xb") as file:
+                shutil.copyfileobj(data, file, CHUNK)
+            path.chmod(0o755 if member.mode & 0o100 else 0o644)
+            os.utime(path, (member.mtime, member.mtime))
+        else:
+            raise RunnerError(f"The source's archive has a member of a kind that sources do not have: {member.name!r}.")

@@ -1,0 +1,87 @@
+"""Upstream trees that jobs are built from: `git()`, `archive()`, `debian()`, and `either()` of them.
+
+Declaring a source, and asking for its identity, reads no network and runs no program; `fetch` does, once, and
+`resolve` (`doit lock`), which writes what floats to the lock file.
+"""
+
+from __future__ import annotations
+
+from .choice import Declared, Either, Source, check_preference, choose
+from .from_archive import Archive
+from .from_debian import Debian
+from .from_git import Git
+from .lock import LOCK_FILE, Lock
+from .lookup import resolve
+from .source import Pin
+
+__all__ = [
+    "LOCK_FILE",
+    "Archive",
+    "Debian",
+    "Declared",
+    "Either",
+    "Git",
+    "Lock",
+    "Pin",
+    "Source",
+    "archive",
+    "check_preference",
+    "choose",
+    "debian",
+    "either",
+    "git",
+    "resolve",
+]
+
+
+def git(url: str, rev: str, *, submodules: bool = True) -> Git:
+    """Declare a commit of a git repository.
+
+    Args:
+        url: whatever `git fetch` takes; the user's `insteadOf`, proxies and credentials are honoured.
+        rev: a commit in full, which is a pin; or a branch or tag, which `doit lock` pins.
+        submodules: with submodules, and theirs.
+
+    Raises:
+        SettingsError: an argument makes no sense.
+    """
+    return Git(url, rev, submodules)
+
+
+def archive(url: str, sha256: str, *, strip: int = 1) -> Archive:
+    """Declare an archive from the web: tar (plain, gzip, bzip2, xz) or zip.
+
+    Args:
+        url: http, https or file.
+        sha256: of the file, in hex.
+        strip: how many folders around everything to leave out.
+
+    Raises:
+        SettingsError: an argument makes no sense.
+    """
+    return Archive(url, sha256, strip)
+
+
+def debian(package: str, *, version: str | None = None, suite: str | None = None) -> Debian:
+    """Declare a Debian source package, which `doit lock` pins.
+
+    Args:
+        package: the source package's name.
+        version: in full, as in `1.3.10-1`; the newest when not given.
+        suite: where to look, as apt's sources have it (`bookworm`); everywhere when not given.
+
+    Raises:
+        SettingsError: an argument makes no sense.
+    """
+    return Debian(package, version, suite)
+
+
+def either(**options: Source) -> Either:
+    """Declare sources that will do as well as each other: `either(git=git(…), debian=debian(…))`.
+
+    The first is taken, unless the setting `sources` names another.
+
+    Raises:
+        SettingsError: there is none, or one is no source.
+    """
+    return Either(tuple(options.items()))

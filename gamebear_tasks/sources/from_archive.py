@@ -1,0 +1,273 @@
+"""An archive from the web: tar (plain, gzip, bzip2, xz) or zip, known by its SHA-256.
+
+It is never unpacked to the file system: its members go straight into the new tar file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ..errors import SettingsError
+from ..runner.files import CHUNK, is_sha256, sha256_of
+from .lock import Lock
+from .source import BaseSource, Pin, check_url
+from .tree import Entry, File, Folder, Link, Readable, TreeError, write
+
+if TYPE_CHECKING:
+    import tarfile
+    import zipfile
+
+SILENCE = 60
+"""Seconds without a byte after which a download has failed."""
+
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+GZIP = b"\x1f\x8b"
+BZIP2 = b"BZh"
+XZ = b"\xfd7zXZ\0"
+ZSTD = b"\x28\xb5\x2f\xfd"
+
+
+@dataclass(frozen=True)
+class ArchivePin(Pin):
+    """An archive file, and how many folders are stripped from its names."""
+
+    sha256: str
+    strip: int
+
+    def identity(self) -> dict[str, str | int | bool]:
+        """Return the hash and the depth; the format follows from the content."""
+        return {"archive": self.sha256, "strip": self.strip}
+
+    @property
+    def file_name(self) -> str:
+        """`archive-<sha256>-<strip>.tar`."""
+        return f"archive-{self.sha256}-{self.strip}.tar"
+
+
+@dataclass(frozen=True)
+class Archive(BaseSource[ArchivePin]):
+    """An archive from the web.
+
+    Attributes:
+        url: http, https or file.
+        sha256: of the file as it is downloaded, in hex.
+        strip: how many folders around everything to leave out; each must be the only one at its level.
+    """
+
+    url: str
+    sha256: str
+    strip: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what can be seen to be wrong without a network."""
+        check_url(self.url, "archive()")
+        if not re.match(r"(https?|file)://", self.url):
+            raise SettingsError(f"archive({self.url!r}): the URL must begin with https://, http:// or file://.")
+        if not isinstance(self.sha256, str) or not is_sha256(self.sha256.lower()):
+            raise SettingsError(
+                f"archive({self.url!r}): {self.sha256!r} is no SHA-256 (64 hex digits).",
+                "`sha256sum` prints that of a file.",
+            )
+        object.__setattr__(self, "sha256", self.sha256.lower())
+        if not isinstance(self.strip, int) or self.strip < 0:
+            raise SettingsError(f"archive({self.url!r}): strip={self.strip!r} is no count of folders.")
+
+    def __str__(self) -> str:
+        """Return the kind and the URL."""
+        return f"archive source {self.url}"
+
+    def pin(self, lock: Lock) -> ArchivePin:
+        """Return the hash; the lock file is not needed for it."""
+        return ArchivePin(self.sha256, self.strip)
+
+    def _write_tar(self, out: BinaryIO, pin: ArchivePin, cache: Path, scratch: Path) -> None:
+        import bz2
+        import gzip
+        import lzma
+        import tarfile
+        import zipfile
+        import zlib
+
+        packed = scratch / "archive"
+        self._download(packed)
+        actual = sha256_of(packed)
+        if actual != pin.sha256:
+            raise self.error(
+                f"is not what was asked for: its SHA-256 is {actual}, dodo.py says {pin.sha256}",
+                "If upstream has replaced the file and you trust the new one, write its SHA-256 in dodo.py.",
+            )
+        try:
+            with packed.open("rb") as file:
+                magic = file.read(6)
+            if magic.startswith(ZSTD):
+                raise TreeError("it is compressed with zstd, which is not supported")
+            if magic.startswith(ZIP):
+                with zipfile.ZipFile(packed) as archive:
+                    entries, mtime = _zip_entries(archive)
+                    write(out, stripped(entries, pin.strip), mtime)
+                return
+            # Sorted output reads the members in another order than they are in; so first without compression.
+            plain = packed
+            for kind, opener in ((GZIP, gzip.GzipFile), (BZIP2, bz2.BZ2File), (XZ, lzma.LZMAFile)):
+                if magic.startswith(kind):
+                    plain = scratch / "plain.tar"
+                    with opener(packed) as source, plain.open("wb") as file:
+                        shutil.copyfileobj(source, file, CHUNK)
+            with tarfile.TarFile(plain, encoding="utf-8", errors="surrogateescape") as tar:
+                entries, mtime = _tar_entries(tar)
+                write(out, stripped(entries, pin.strip), mtime)
+        except TreeError as error:
+            raise self.error(
+                f"cannot be used: {error}", "See what is in it, and whether it is the right file."
+            ) from error
+        except (
+            tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError,
+            NotImplementedError, RuntimeError,
+        ) as error:  # fmt: skip
+            raise self.error(
+                f"cannot be unpacked: {error}", "It must be a tar file (plain, gzip, bzip2, xz) or a zip file."
+            ) from error
+
+    def _download(self, target: Path) -> None:
+        import http.client
+        import urllib.error
+        import urllib.request
+
+        request = urllib.request.Request(self.url, headers={"User-Agent": "gamebear-tasks"})
+        with target.open("wb") as file:
+            try:
+                with urllib.request.build_opener().open(request, timeout=SILENCE) as answer:
+                    length = answer.headers.get("Content-Length") or ""
+                    while chunk := _received(answer):
+                        file.write(chunk)
+            except urllib.error.HTTPError as error:
+                raise self.error(f"cannot be downloaded: the server says {error.code} {error.reason}") from error
+            except urllib.error.URLError as error:
+                reason = error.reason.strerror if isinstance(error.reason, OSError) else None
+                raise self.error(f"cannot be downloaded: {reason or error.reason}") from error
+            except (http.client.HTTPException, _ConnectionBrokenError, ValueError) as error:
+                raise self.error(f"cannot be downloaded: {error or type(error).__name__}") from error
+            if length.isdecimal() and file.tell() != int(length):
+                raise self.error(f"cannot be downloaded: the connection ended after {file.tell()} of {length} bytes")
+
+
+class _ConnectionBrokenError(Exception):
+    """The network failed in the middle of a download; not the disk."""
+
+
+def _received(answer: BinaryIO) -> bytes:
+    try:
+        return answer.read(CHUNK)
+    except OSError as error:
+        raise _ConnectionBrokenError(str(error)) from error
+
+
+def stripped(entries: list[Entry], strip: int) -> Iterator[Entry]:
+    """Leave out the folders around everything.
+
+    Raises:
+        TreeError: there is nothing in it, or more than one entry where one folder should be.
+    """
+    import dataclasses
+
+    paths = [entry.path.split("/") for entry in entries]
+    for level in range(strip):
+        tops = {path[level] for path in paths if len(path) > level}
+        files = [
+            entry.path
+            for entry, path in zip(entries, paths, strict=True)
+            if len(path) == level + 1 and not isinstance(entry, Folder)
+        ]
+        if len(tops) > 1 or files:
+            names = ", ".join(sorted(tops)[:4])
+            raise TreeError(f"it has no single folder to strip at level {level + 1} but {names}: say strip={level}")
+    kept = [
+        dataclasses.replace(entry, path="/".join(path[strip:]))
+        for entry, path in zip(entries, paths, strict=True)
+        if len(path) > strip
+    ]
+    if not kept:
+        raise TreeError("there is nothing in it")
+    yield from kept
+
+
+def _clean(name: str) -> str:
+    """Return a member's name without `./` and doubled slashes; raises TreeError where it leads elsewhere."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise TreeError(f"it holds the unsafe name {name!r}")
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
+    """Return what is in a tar file, and the latest of its times."""
+    entries: list[Entry] = []
+    members: dict[str, tarfile.TarInfo] = {}
+    latest = 0
+    for member in archive:
+        path = _clean(member.name)
+        latest = max(latest, int(member.mtime))
+        content = member
+        if member.islnk():
+            linked = members.get(_clean(member.linkname))
+            if linked is None:
+                raise TreeError(f"its entry {path!r} is a hard link to {member.linkname!r}, which is not in it")
+            content = linked
+        if not path:
+            continue
+        members[path] = content
+        if content.isdir():
+            entries.append(Folder(path))
+        elif content.issym():
+            entries.append(Link(path, content.linkname))
+        elif content.isreg():
+            entries.append(
+                File(
+                    path,
+                    content.size,
+                    bool(content.mode & 0o111),
+                    functools.partial(_tar_content, archive, content),
+                )
+            )
+        else:
+            raise TreeError(f"its entry {path!r} is a device or a pipe")
+    return entries, latest
+
+
+@contextlib.contextmanager
+def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Readable]:
+    content = archive.extractfile(member)
+    assert content  # it is a regular file
+    with content:
+        yield content
+
+
+def _zip_entries(archive: zipfile.ZipFile) -> tuple[list[Entry], int]:
+    """Return what is in a zip file, and the latest of its times (which have no zone: taken as UTC)."""
+    import calendar
+
+    entries: list[Entry] = []
+    latest = 0
+    for member in archive.infolist():
+        path = _clean(member.filename)
+        with contextlib.suppress(ValueError, OverflowError):
+            latest = max(latest, calendar.timegm((*member.date_time, 0, 0, 0)))
+        mode = member.external_attr >> 16
+        if not path:
+            continue
+        if member.is_dir():
+            entries.append(Folder(path))
+        elif stat.S_ISLNK(mode):
+            entries.append(Link(path, archive.read(member).decode("utf-8", "surrogateescape")))
+        elif stat.S_IFMT(mode) in (0, stat.S_IFREG):
+            entries.append(File(path, member.file_size, bool(mode & 0o111), functools.partial(archive.open, member)))
+        else:
+            raise TreeError(f"its entry {path!r} is a device or a pipe")
+    return entries, latest

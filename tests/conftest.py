@@ -1,0 +1,91 @@
+"""What the tests run on: this machine as root, a real account on a real sshd, emulated armhf."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import Project
+from sshd import Account, Sshd, client_home, new_account
+
+NEEDED = {
+    "buildah": "buildah",
+    "dpkg-source": "dpkg-dev",
+    "git": "git",
+    "mmdebstrap": "mmdebstrap",
+    "newuidmap": "uidmap",
+    "sshd": "openssh-server",
+    "update-binfmts": "binfmt-support",
+    "qemu-arm-static": "qemu-user-static",
+}
+"""Debian's package for each program that the tests need."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say at once what the machine lacks, rather than once per test."""
+    missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
+    if os.geteuid() != 0:
+        raise pytest.UsageError("The tests make users, an sshd and mounts: run them as root, on a machine of their own.")
+    if missing:
+        raise pytest.UsageError(f"The tests need more of Debian: apt-get install {' '.join(missing)}")
+
+
+SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the person's own settings, store and caches out of the tests, and the tests out of them."""
+    patch = pytest.MonkeyPatch()
+    for name in list(os.environ):
+        if name.startswith(("GAMEBEAR_", "XDG_", "SSH_")):
+            patch.delenv(name)
+    patch.setenv("HOME", str(tmp_path_factory.mktemp("nobody")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def emulation() -> None:
+    """Let this machine run armhf programs, also in containers."""
+    handlers = Path("/proc/sys/fs/binfmt_misc")
+    if not (handlers / "register").exists():
+        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(handlers)], check=True)
+    if not (handlers / "qemu-arm").exists():
+        subprocess.run(["update-binfmts", "--enable", "qemu-arm"], check=True, env={**os.environ, "PATH": SEARCH})
+
+
+@pytest.fixture(scope="session")
+def account() -> Iterator[Account]:
+    """An unprivileged user with subordinate ids: the builder's."""
+    with new_account(f"gamebear-{os.getpid()}") as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def server(account: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    """The builder's sshd."""
+    with Sshd(tmp_path_factory.mktemp("sshd"), account) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def home(server: Sshd, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A client's home, from which the builder lets us in."""
+    return client_home(tmp_path_factory.mktemp("client"), server)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """An empty project of somebody who uses gamebear-tasks, built on this machine."""
+    return Project(tmp_path / "project", home=tmp_path / "home")
+
+
+@pytest.fixture
+def remote_project(tmp_path: Path, server: Sshd, home: Path) -> Project:
+    """The same, built by the builder behind sshd."""
+    return Project(tmp_path / "project", home=home, GAMEBEAR_BUILDER=server.url)

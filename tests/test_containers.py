@@ -1,0 +1,545 @@
+"""Buildscripts in real containers: each test runs the runner's `build` as a supervisor would."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from gamebear_tasks.runner.buildah import Buildah, Facts, environment, facts, namespace, remove_tree
+
+if not shutil.which("buildah"):
+    pytest.skip("buildah is not installed", allow_module_level=True)
+
+REPOSITORY = Path(__file__).parent.parent
+PROGRAMS = ("sh", "cat", "env", "id", "ls", "mkdir", "pwd", "sleep", "true", "false")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a build came to."""
+
+    status: int
+    result: dict[str, Any]
+    log: str
+    work: Path
+
+    @property
+    def message(self) -> str:
+        """What a failed build says."""
+        return str(self.result.get("message"))
+
+
+class Builder:
+    """A store of its own with one small image in it, `tiny`, of this machine's own programs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        found = facts(root)
+        own = ("--root", str(root / "storage"), "--runroot", str(root / "runroot"), "--storage-driver", found.driver)
+        self.facts: Facts = found if found.storage[:1] == ("--root",) else dataclasses.replace(found, storage=own)
+        self.count = 0
+
+    def buildah(self, *args: str) -> str:
+        """Run buildah on the store."""
+        command = [*namespace(self.facts), *Buildah(self.root, self.facts).command(*args)]
+        return subprocess.run(
+            command, env=environment(self.root, self.facts), check=True, capture_output=True, text=True
+        ).stdout
+
+    def start(
+        self,
+        script: str | bytes,
+        outputs: tuple[str, ...] = (),
+        args: dict[str, object] | None = None,
+        modules: dict[str, str] | None = None,
+        arch: str = "",
+        function: Callable[..., object] | None = None,
+    ) -> tuple[subprocess.Popen[bytes], Path]:
+        """Start a build; return the process, which ends when its standard input closes, and the job's folder."""
+        self.count += 1
+        digest = f"{self.count:064x}"
+        folder = self.root / "jobs" / digest
+        (folder / "work").mkdir(parents=True)
+        if function is None:
+            (folder / "work" / "script.py").write_bytes(script.encode() if isinstance(script, str) else script)
+        for name, text in (modules or {}).items():
+            (folder / "work" / name).write_text(text)
+        job = {
+            "gamebear": 1,
+            "arch": arch or self.facts.arch,
+            "script": {"name": "script.py", "sha256": ""},
+            "modules": {name: {"sha256": ""} for name in modules or {}},
+            "inputs": {},
+            "sources": {},
+            "args": args or {},
+            "outputs": list(outputs),
+        }
+        if function is not None:
+            del job["script"]
+            job["function"] = {"name": function.__qualname__, "sha256": ""}
+            (folder / "function.pickle").write_bytes(cloudpickle.dumps(function))
+            with zipfile.ZipFile(folder / "cloudpickle.zip", "w") as archive:
+                for path in Path(cloudpickle.__file__).parent.glob("*.py"):
+                    archive.write(path, f"cloudpickle/{path.name}")
+        (folder / "job.json").write_text(json.dumps(job))
+        program = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from gamebear_tasks.runner import main"
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    *namespace(self.facts),
+                    sys.executable,
+                    "-c",
+                    f"{program}; sys.exit(main.main(['build', {digest!r}]))",
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd=folder / "work",
+                env=environment(self.root, self.facts),
+                start_new_session=True,
+            )
+        return process, folder
+
+    def run(self, script: str | bytes, outputs: tuple[str, ...] = (), **more: Any) -> Outcome:
+        """Run a build to its end."""
+        process, folder = self.start(script, outputs, **more)
+        status = process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+        result = json.loads((folder / "result.json").read_text())
+        return Outcome(status, result, (folder / "log").read_text(errors="replace"), folder / "work")
+
+    def containers(self) -> list[str]:
+        """Return the names of the containers in the store."""
+        listed = json.loads(self.buildah("containers", "--json") or "null") or []
+        return [entry["containername"] for entry in listed]
+
+
+def _libraries(programs: list[str]) -> set[str]:
+    listed = subprocess.run(["ldd", *programs], check=True, capture_output=True, text=True).stdout
+    return {word for word in listed.split() if word.startswith("/") and not word.endswith(":")}
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
+    """A builder with the image `tiny`."""
+    folder = tmp_path_factory.mktemp("builder")
+    made = Builder(folder / "store")
+    tree = folder / "tree"
+    programs = [str(shutil.which(program)) for program in PROGRAMS]
+    for path in (*programs, *_libraries(programs)):
+        place = f"bin/{Path(path).name}" if path in programs else path[1:]
+        (tree / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, tree / place)
+    (tree / "etc").mkdir()
+    (tree / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\npi:x:1000:1000::/:/bin/sh\n")
+    (tree / "tmp").mkdir()
+    made.buildah("from", "--name", "make-tiny", "scratch")
+    made.buildah("copy", "make-tiny", str(tree), "/")
+    made.buildah("config", "--env", "GREETING=hi", "--label", "from=tiny", "--cmd", "sh", "make-tiny")
+    made.buildah("commit", "--rm", "make-tiny", "tiny")
+    yield made
+    made.buildah("rm", "--all")  # what a failed test has left is mounted
+    remove_tree(made.root, made.facts, made.root)
+
+
+def test_what_a_command_prints_and_what_the_script_prints_are_in_order(builder: Builder) -> None:
+    outcome = builder.run(
+        "print('one', end=' ')\n"
+        "with Container('tiny') as c:\n"
+        "    c.run(['sh', '-c', 'echo two'])\n"
+        "    print('three', end=' ')\n"
+        "    c.run('echo four; echo five >&2', shell=True)\n"
+        "print('\\udcff')\n"
+    )
+    assert (outcome.status, outcome.result) == (0, {"ok": True})
+    assert outcome.log == "one two\nthree four\nfive\n\\udcff\n"
+
+
+def test_a_file_built_in_a_container_comes_out(builder: Builder) -> None:
+    outcome = builder.run(
+        "output = Path(__file__).resolve().parent\n"
+        "with Container('tiny') as c:\n"
+        "    c.workdir = '/tmp/work'\n"
+        "    c.run(['sh', '-c', 'echo built > tool && pwd > where'])\n"
+        "    c.copy_out('/tmp/work/tool', 'tool')\n"
+        "    c.copy_out(Path('tmp/work/where'), output / 'where')\n",
+        ("tool", "where"),
+    )
+    assert outcome.result == {"ok": True}
+    assert (outcome.work / "tool").read_text() == "built\n"
+    assert (outcome.work / "where").read_text() == "/tmp/work\n"
+
+
+def test_settings_hold_for_commands_and_for_the_image(builder: Builder) -> None:
+    outcome = builder.run(
+        "with Container('tiny') as c:\n"
+        "    assert c.environ['GREETING'] == 'hi' and c.labels['from'] == 'tiny' and c.command == ['sh'], c.inspect()\n"
+        "    c.environ['LITERAL'] = '$HOME, \"quoted\"'\n"
+        "    c.environ.update(NUMBER=1)\n"
+        "    c.user = 'pi'\n"
+        "    c.run(['sh', '-c', 'echo $NUMBER $LITERAL $GREETING; id -u'])\n"
+        "    del c.environ['GREETING']\n"
+        "    c.run(['sh', '-c', 'echo \"[$GREETING]\" $LITERAL'], user=0)\n"
+        "    c.workdir = '/tmp'\n"
+        "    c.run(['pwd'])\n"
+        "    c.run(['pwd'], pwd='/etc')\n"
+        "    c.run(['sh', '-c', 'pwd; echo $ONLY'], env={'ONLY': 'now'}, pwd='down')\n"
+        "    c.run(['sh', '-c', 'pwd; echo $ONLY-'])\n"
+        "    c.labels['a'] = 'b, c'\n"
+        "    del c.labels['from']\n"
+        "    c.volumes |= {'/data', '/with,comma'}\n"
+        "    c.command = ['a b', \"it's\", '$HOME']\n"
+        "    c.entrypoint = ['/bin/entry']\n"
+        "    c.healthcheck_cmd = ['status', 'a b']\n"
+        "    c.healthcheck_start_period = '5m'\n"
+        "    with c.commit() as img:\n"
+        "        import json\n"
+        "        config = img.inspect()['Docker']['config']\n"
+        "        health = config['Healthcheck']\n"
+        "        print(json.dumps([config['Env'], config['Labels'].get('a'), config['Labels'].get('from'),\n"
+        "            sorted(config['Volumes']), config['Cmd'], config['Entrypoint'], config['WorkingDir'],\n"
+        "            config['User'], health['Test'], health['StartPeriod']]))\n"
+        "    c.workdir = '/etc'\n"
+        "    c.volumes.discard('/data')\n"
+        "    c.command = []\n"
+        "    c.healthcheck_cmd = None\n"
+        "    config = c.inspect()['Docker']['config']\n"
+        "    print(config['WorkingDir'], sorted(config['Volumes']), config['Cmd'], config.get('Healthcheck'))\n"
+    )
+    assert outcome.result == {"ok": True}, outcome.message
+    lines = outcome.log.splitlines()
+    assert lines[:2] == ['1 $HOME, "quoted" hi', "1000"]
+    assert lines[2:10] == ['[] $HOME, "quoted"', "/tmp", "/etc", "/tmp/down", "now", "/tmp", "-", lines[9]]
+    env, *rest = json.loads(lines[9])
+    assert sorted(env) == ['LITERAL=$HOME, "quoted"', "NUMBER=1"]
+    assert rest == [
+        "b, c",
+        None,
+        ["/data", "/with,comma"],
+        ["a b", "it's", "$HOME"],
+        ["/bin/entry"],
+        "/tmp",
+        "pi",
+        ["CMD", "status", "a b"],
+        300_000_000_000,
+    ]
+    assert lines[10] == "/etc ['/with,comma'] [] None"
+
+
+def test_an_older_buildah_gets_the_same_settings(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "facts", dataclasses.replace(builder.facts, version="1.19.6"))
+    outcome = builder.run(
+        "with Container('tiny') as c:\n"
+        "    c.environ['A'] = '$1'\n"
+        "    c.workdir = '/tmp'\n"
+        "    c.run(['sh', '-c', 'echo $A $B; pwd'], env={'B': 2}, pwd='/etc')\n"
+        "    c.run(['sh', '-c', 'echo $A $B; pwd'])\n"
+    )
+    assert outcome.log.splitlines() == ["$1 2", "/etc", "$1", "/tmp"]
+
+
+def test_input_and_output_of_a_command_can_be_the_scripts(builder: Builder) -> None:
+    outcome = builder.run(
+        "import subprocess\n"
+        "with Container('tiny') as c:\n"
+        "    print(repr(c.run(['cat'], input='text', stdout=subprocess.PIPE).stdout))\n"
+        "    print(repr(c.run(['cat'], input=b'bytes', stdout=subprocess.PIPE, text=False).stdout))\n"
+        "    print(repr(c.run(['cat'], stdout=subprocess.PIPE).stdout))\n"
+    )
+    assert outcome.log.splitlines() == ["'text'", "b'bytes'", "''"]
+
+
+def test_folders_can_be_mounted(builder: Builder) -> None:
+    outcome = builder.run(
+        "Path('here').mkdir()\n"
+        "with Container('tiny', mounts=[('here', '/life')]) as c:\n"
+        "    c.run(['sh', '-c', 'echo 1 > /life/a'])\n"
+        "    c.run(['sh', '-c', 'echo 2 > /now/b'], volumes=['here:/now'])\n"
+        "    bind = {'type': 'bind', 'src': 'here', 'dst': '/m', 'rw': 'true'}\n"
+        "    c.run(['sh', '-c', 'echo 3 > /m/c'], mounts=[bind])\n"
+        "    with c.mount() as root:\n"
+        "        (root / 'written').write_text('outside')\n"
+        "    c.run(['cat', '/written'])\n"
+        "print(sorted(path.name for path in Path('here').iterdir()))\n"
+    )
+    assert outcome.log == "outside['a', 'b', 'c']\n", outcome.message
+
+
+def test_what_is_copied_in_belongs_to_root(builder: Builder) -> None:
+    outcome = builder.run(
+        "import os\n"
+        "Path('d').mkdir()\n"
+        "Path('d/f').write_text('x')\n"
+        "os.chown('d/f', 7, 7)\n"
+        "with Container('tiny') as c:\n"
+        "    c.workdir = '/tmp'\n"
+        "    c.copy_in('d', 'there')\n"
+        "    c.run(['sh', '-c', 'ls -ln /tmp/there'])\n"
+    )
+    assert outcome.log.splitlines()[-1].split()[:4] == ["-rw-r--r--", "1", "0", "0"], outcome.message
+
+
+def test_the_cache_of_the_seed_finds_its_image_the_second_time(builder: Builder) -> None:
+    script = (
+        "try:\n"
+        "    img = Image('gamebear-build:abc')\n"
+        "    print('found')\n"
+        "except ImageNotFoundError:\n"
+        "    with Container('tiny') as c:\n"
+        "        c.run(['sh', '-c', 'echo 1 > /installed'])\n"
+        "        img = c.commit()\n"
+        "        img.add_tag('gamebear-build:abc')\n"
+        "with Container(img):\n"
+        "    c = Container(img)\n"
+        "    c.run(['cat', '/installed'])\n"
+        "return img\n"
+    )
+    first, second = builder.run(script), builder.run(script)
+    assert (first.log, second.log) == ("1\n" + first.log[2:], "found\n1\n" + second.log[8:])
+    identity, name = second.result["image"].split()
+    assert len(identity) == 64 and name == "localhost/gamebear-build:abc"
+    assert first.result == second.result
+    assert builder.containers() == []
+    builder.buildah("rmi", identity)
+
+
+def test_an_image_that_is_not_there_is_not_looked_for_anywhere_else(builder: Builder) -> None:
+    start = time.monotonic()
+    outcome = builder.run("Image('gamebear-build:nothing')")
+    assert time.monotonic() - start < 5
+    assert outcome.result["kind"] == "image"
+    assert outcome.message.startswith("script.py, line 1: No image gamebear-build:nothing for ")
+
+
+def test_an_image_without_a_name_goes_and_one_with_a_name_stays(builder: Builder) -> None:
+    outcome = builder.run(
+        "with Container('tiny') as c:\n"
+        "    first = c.commit()\n"
+        "    (c.mount().__enter__() / 'x').write_text('x')\n"
+        "    with c.commit() as second: pass\n"
+        "    with c.commit() as third: third.add_tag('kept:1')\n"
+        "    assert Image('kept:1') == third == Image(third.id[:12]) != first and len({third, Image('kept:1')}) == 1\n"
+        "    assert [i['names'] for i in Image.list('kept')] == [['localhost/kept:1']]\n"
+        "    assert list(Image.list('kept:2')) == []\n"
+        "    try:\n"
+        "        Image(second.id)\n"
+        "    except ImageNotFoundError:\n"
+        "        print(first.id, second.id, third.id)\n"
+    )
+    assert outcome.result == {"ok": True}, outcome.message
+    first, second, third = outcome.log.split()
+    stored = builder.buildah("images", "--all", "--no-trunc", "--quiet")
+    assert third in stored and first not in stored and second not in stored
+    builder.buildah("rmi", third)
+
+
+def test_a_failed_command_is_one_paragraph_and_no_traceback(builder: Builder) -> None:
+    outcome = builder.run("with Container('tiny') as c:\n    c.run(['sh', '-c', 'exit 3'])\n")
+    assert outcome.status == 1
+    assert outcome.result == {
+        "ok": False,
+        "kind": "command",
+        "message": "script.py, line 2: `sh -c 'exit 3'` failed with status 3 in a container of tiny.",
+        "command": ["sh", "-c", "exit 3"],
+        "status": 3,
+    }
+    assert "Traceback" not in outcome.log
+    assert builder.containers() == []
+
+
+def test_a_failed_command_can_be_caught_as_subprocess_has_it(builder: Builder) -> None:
+    outcome = builder.run(
+        "import subprocess\n"
+        "with Container('tiny') as c:\n"
+        "    try:\n"
+        "        c.run(['false'])\n"
+        "    except subprocess.CalledProcessError as error:\n"
+        "        print(error.returncode, error.cmd, isinstance(error, CommandError))\n"
+    )
+    assert outcome.log.splitlines()[-1] == "1 ['false'] True"
+
+
+def test_a_traceback_has_the_scripts_frames_only(builder: Builder) -> None:
+    outcome = builder.run(
+        "import helper\nimport json\nhelper.parse('{')\n",
+        modules={"helper.py": "import json\n\ndef parse(text):\n    return json.loads(text)\n"},
+    )
+    assert outcome.result["kind"] == "script"
+    assert outcome.message.startswith("helper.py, line 4: json.decoder.JSONDecodeError: Expecting property name")
+    frames = [line.strip() for line in outcome.log.splitlines() if line.startswith("  File")]
+    assert frames == ['File "script.py", line 3, in <module>', 'File "helper.py", line 4, in parse']
+    assert "    helper.parse('{')\n" in outcome.log
+
+
+def test_a_syntax_error_looks_as_python_shows_it(builder: Builder) -> None:
+    outcome = builder.run("x = 1\ny = = 2\nreturn\n")
+    assert outcome.message == "script.py, line 2: SyntaxError: invalid syntax: y = = 2"
+    assert outcome.log.startswith('  File "script.py", line 2\n    y = = 2\n        ^\nSyntaxError')
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "message"),
+    [
+        ("x", "script", "script.py, line 1: NameError: name 'x' is not defined"),
+        ("import sys\nsys.exit(2)", "script", "script.py, line 2: The script ended itself: sys.exit(2)"),
+        ("exit('no luck')", "script", "script.py, line 1: The script ended itself: no luck"),
+        ("#| arg: n: int = x", "script", "script.py, line 1: the default of arg n is not a Python literal: x"),
+        (b"\xff", "script", "script.py, line"),
+        ("Container('tiny').run('true')", "script", "script.py, line 1: TypeError: run() takes a list of words;"),
+        ("return Container('tiny')", "script", "The script returned a container, which is gone by now."),
+        ("Container('scratch').copy_out('x', 'y')", "script", "script.py, line 1: FileNotFoundError: [Errno 2]"),
+        ("c = Container('tiny')\nwith c: pass\nc.run(['true'])", "script", "script.py, line 3: ValueError: the conta"),
+        ("with Container('scratch').commit() as img: return img", "script", "The script returned an image that its"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_paragraph(
+    builder: Builder, script: str | bytes, kind: str, message: str
+) -> None:
+    outcome = builder.run(script)
+    assert (outcome.status, outcome.result["kind"]) == (1, kind)
+    assert outcome.message.startswith(message) and "\n" not in outcome.message
+    assert builder.containers() == []
+
+
+def test_a_missing_output_is_named_with_what_is_there_instead(builder: Builder) -> None:
+    outcome = builder.run("Path('tol').write_text('')\nPath('a b').mkdir()", ("tool",))
+    assert outcome.result["kind"] == "output"
+    assert outcome.message == (
+        "The build ended, but its output tool is not in its working directory; new there: 'a b', tol."
+        " Copy it out of the container: c.copy_out('/path/in/container/tool', 'tool')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("Path('out').mkdir()", "its output out is a folder; an output is a regular file. Pack a folder"),
+        ("Path('out').symlink_to('/etc/passwd')", "its output out is a link; an output is a regular file."),
+        ("import os; os.mkfifo('out')", "its output out is no regular file; an output is"),
+    ],
+)
+def test_an_output_is_a_regular_file(builder: Builder, script: str, message: str) -> None:
+    assert message in builder.run(script, ("out",)).message
+
+
+def test_the_scripts_modules_see_what_it_sees(builder: Builder) -> None:
+    outcome = builder.run(
+        "import helper\nhelper.build()\n",
+        modules={
+            "helper.py": "from __buildah__ import Image as Other\n\ndef build():\n"
+            "    assert Other is Image\n    with Container('tiny') as c:\n        c.run(['true'])\n"
+        },
+    )
+    assert outcome.result == {"ok": True}, outcome.message
+
+
+def test_args_are_globals_and_in_a_table(builder: Builder) -> None:
+    script = "#| arg: name: str.title\n#| arg: many: int = 2\nprint(name, many, __args__, __name__)"
+    outcome = builder.run(script, args={"name": "ann"})
+    assert outcome.log == "Ann 2 {'name': 'Ann', 'many': 2} __script__\n"
+
+
+def test_an_empty_container_has_the_jobs_architecture(builder: Builder) -> None:
+    outcome = builder.run(
+        "with Container('scratch') as c:\n"
+        "    with c.mount() as root: (root / 'hello').write_text('hello')\n"
+        "    print(c.commit().inspect()['OCIv1']['architecture'])\n",
+        arch="arm64",
+    )
+    assert outcome.log == "arm64\n", outcome.message
+
+
+def test_an_image_made_for_another_architecture_is_not_found(builder: Builder) -> None:
+    make = "with Container('scratch') as c:\n    c.commit().add_tag('mine:1')\n"
+    builder.run(make, arch="arm64")
+    assert builder.run("Image('mine:1')", arch="arm64").result == {"ok": True}
+    assert builder.run("Image('mine:1')", arch="riscv64").result["kind"] == "image"
+    builder.buildah("rmi", "mine:1")
+
+
+def test_all_ends_when_the_supervisor_is_gone(builder: Builder) -> None:
+    process, folder = builder.start("with Container('tiny') as c:\n    c.run(['sh', '-c', 'echo go; sleep 4321'])\n")
+    deadline = time.monotonic() + 20
+    while (folder / "log").read_text() != "go\n" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(10) == 137
+    time.sleep(0.1)
+    assert "4321" not in subprocess.run(["ps", "ax", "-o", "args"], check=True, capture_output=True, text=True).stdout
+    assert not (folder / "result.json").exists()
+    for name in builder.containers():
+        builder.buildah("rm", name)
+
+
+def test_what_a_build_leaves_running_ends_with_it(builder: Builder) -> None:
+    outcome = builder.run("import subprocess\nsubprocess.Popen('(sleep 4322 &) & exit', shell=True).wait()\n")
+    assert outcome.result == {"ok": True}
+    assert "4322" not in subprocess.run(["ps", "ax", "-o", "args"], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_build_without_a_pid_namespace_ends_as_completely(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid():
+        pytest.skip("without a PID namespace, `buildah unshare` is between us and the build")
+    monkeypatch.setattr(builder, "facts", dataclasses.replace(builder.facts, pid_namespace=False))
+    try:
+        test_what_a_build_leaves_running_ends_with_it(builder)
+        test_all_ends_when_the_supervisor_is_gone(builder)
+    finally:  # this time buildah's mounts are everybody's
+        store = builder.root / "storage" / "overlay"
+        subprocess.run(["umount", "--recursive", store], check=False, capture_output=True)
+
+
+def make(who: str) -> None:
+    """Build as a function, sent to the builder."""
+    with Container("tiny") as c:  # type: ignore[name-defined]
+        c.run(["sh", "-c", f"echo {who} > /out"])
+        c.copy_out("/out", "out")
+    if who == "nobody":
+        raise ValueError(who)
+
+
+def test_a_function_is_called_with_the_args(builder: Builder) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    outcome = builder.run("", ("out",), args={"who": "me"}, function=make)
+    assert outcome.result == {"ok": True}, outcome.message
+    assert (outcome.work / "out").read_text() == "me\n"
+    failed = builder.run("", ("out",), args={"who": "nobody"}, function=make)
+    assert failed.message.startswith(f"{__file__}, line ") and failed.message.endswith(": ValueError: nobody")
+    assert builder.run("", args={"whom": 1}, function=make).message.startswith("TypeError: make() got an unexpected")
+
+
+def test_a_file_is_downloaded_into_the_container(builder: Builder, tmp_path: Path) -> None:
+    (tmp_path / "tool.sh").write_text("echo downloaded")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        outcome = builder.run(
+            "with Container('tiny') as c:\n"
+            f"    c.add_url('{url}/tool.sh', '/opt/t', chmod=0o755)\n"
+            f"    c.add_url('{url}/tool.sh?x', '/opt/')\n"
+            "    c.run(['sh', '-c', '/bin/sh /opt/t; ls -l /opt'])\n"
+            f"    c.add_url('{url}/nothing', '/opt/')\n"
+        )
+        server.shutdown()
+    assert outcome.log.startswith("downloaded\n")
+    assert [line.split()[0] for line in outcome.log.splitlines()[2:4]] == ["-rwxr-xr-x", "-rw-r--r--"]
+    assert outcome.message.startswith("script.py, line 5: urllib.error.HTTPError: HTTP Error 404")
+    assert outcome.message.endswith(f"({url}/nothing)")

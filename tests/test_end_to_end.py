@@ -1,0 +1,113 @@
+"""The way of a real artifact: emulated armhf, rootless, over SSH, from Debian's source package; and the seed's script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from project import Project
+from sshd import Account, Sshd
+
+RUN_IT = """
+LISTEN = '''
+use Socket;
+socket(S, PF_UNIX, SOCK_DGRAM, 0) or die $!;
+bind(S, sockaddr_un("/dev/log")) or die $!;
+my $umtprd = fork;
+exec "/umtprd" unless $umtprd;
+alarm 60;
+while (defined recv(S, $said, 4096, 0)) {
+    print "$said\\n";
+    last if $said =~ /Version/;
+}
+kill KILL => $umtprd;
+'''
+with Container("debian:bookworm") as c:
+    c.copy_in("umtprd", "/umtprd")
+    with open("listen.pl", "w") as file:
+        file.write(LISTEN)
+    c.copy_in("listen.pl", "/listen.pl")
+    c.run(["sh", "-c", "perl /listen.pl > /said"])
+    c.copy_out("/said", "said")
+"""
+"""Runs umtprd, which says what it is to the system's log only, where somebody listens."""
+
+
+@pytest.fixture(scope="session")
+def gamebear(server: Sshd, home: Path, emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Our own project, built for armhf by the builder behind sshd."""
+    project = Project(
+        tmp_path_factory.mktemp("gamebear") / "project",
+        home=home,
+        GAMEBEAR_BUILDER=server.url,
+        GAMEBEAR_ARCH="armhf",
+        GAMEBEAR_SOURCES="debian",
+        GAMEBEAR_BASE="bootstrap",
+    )
+    project.take("dodo.py", "buildscripts", "gamebear.lock")
+    return project
+
+
+def jobs_on(account: Account) -> dict[str, int]:
+    """Return how often each job on the builder was begun, by digest."""
+    folder = account.home / ".cache" / "gamebear" / "v1" / "jobs"
+    return {path.name: (path / "state.json").stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def umtprd(gamebear: Project) -> Path:
+    """umtprd, built once for all tests here."""
+    gamebear.doit("umtprd").ok()
+    return gamebear.folder / "build" / "umtprd"
+
+
+def test_umtprd_is_an_arm_program_that_runs(umtprd: Path, gamebear: Project) -> None:
+    about = subprocess.run(["readelf", "--file-header", umtprd], capture_output=True, text=True, check=True).stdout
+    assert "ELF32" in about and "ARM" in about
+    assert os.access(umtprd, os.X_OK)
+    gamebear.write("run_it.py", RUN_IT)
+    gamebear.write(
+        "run_dodo.py",
+        """
+from gamebear_tasks import artifact
+
+def task_run_it():
+    return artifact("run_it.py", inputs=["build/umtprd"], outputs=["build/said"])
+""",
+    )
+    gamebear.doit("-f", "run_dodo.py").ok()
+    assert "Version: v1.3.10 compiled" in (gamebear.folder / "build" / "said").read_text()
+
+
+def test_a_second_doit_runs_nothing_and_connects_to_nothing(umtprd: Path, gamebear: Project, server: Sshd) -> None:
+    before = server.connections
+    assert gamebear.doit("umtprd").ok().out == "-- umtprd\n"
+    assert server.connections == before
+
+
+def test_doit_after_clean_fetches_and_does_not_build(
+    umtprd: Path, gamebear: Project, server: Sshd, account: Account
+) -> None:
+    content = umtprd.read_bytes()
+    jobs, connections = jobs_on(account), server.connections
+    gamebear.doit("clean", "umtprd").ok()
+    assert not umtprd.exists()
+    gamebear.doit("umtprd").ok()
+    assert umtprd.read_bytes() == content
+    assert jobs_on(account) == jobs, "no job was begun or begun again"
+    assert server.connections == connections + 1
+
+
+def test_nothing_is_left_on_the_builder(umtprd: Path, account: Account) -> None:
+    done = subprocess.run(
+        ["runuser", "-u", account.name, "--", "pgrep", "-u", account.name, "-a", "buildah|python3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ""
+    store = account.home / ".cache" / "gamebear" / "v1"
+    assert list((store / "live").iterdir()) == []
+    assert list((store / "jobs").glob("*/work")) == []

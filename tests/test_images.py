@@ -1,0 +1,295 @@
+"""Buildah as this machine has it, base images and package images; the real buildah, no registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gamebear_tasks.runner import bases, buildah, packages
+from gamebear_tasks.runner.bases import Archive, archives, debian_suite, is_local_only, qualified
+from gamebear_tasks.runner.buildah import Facts
+from gamebear_tasks.runner.files import RunnerError
+
+needs_buildah = pytest.mark.skipif(shutil.which("buildah") is None, reason="needs buildah")
+
+PRELUDE = """
+import json, os, sys, time
+from pathlib import Path
+from runner import bases, packages
+from runner.buildah import Buildah, facts
+from runner.files import RunnerError
+root = Path(sys.argv[1])
+found = facts(root)
+buildah = Buildah(root, found, "gamebear-test-")
+def failure(call, *args, **named):
+    try:
+        return "no failure: " + call(*args, **named)
+    except RunnerError as error:
+        return str(error)
+"""
+
+
+class Builder:
+    """A store of our own on this machine, and what runs inside its namespace."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.facts = buildah.facts(root)
+        self.environment = buildah.environment(root, self.facts)
+        self.environment["PYTHONPATH"] = str(Path(buildah.__file__).parents[1])  # as the runner travels: alone
+
+    def command(self, code: str) -> list[str]:
+        return [*buildah.namespace(self.facts), sys.executable, "-c", PRELUDE + code, str(self.root)]
+
+    def inside(self, code: str) -> Any:
+        """Run code inside the namespace; return what it prints last, as JSON."""
+        done = subprocess.run(self.command(code), env=self.environment, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("builder")
+    config = folder / "storage.conf"
+    # Root's default store is the machine's: a test does not touch it.
+    config.write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/default"\nrunroot = "{folder}/default-run"\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if os.geteuid() == 0:
+            patch.setenv("CONTAINERS_STORAGE_CONF", str(config))
+        made = Builder(folder / "v1")
+        yield made
+        buildah.remove_containers(made.root, made.facts, "gamebear-")
+        buildah.remove_tree(made.root, made.facts, folder)
+
+
+def elsewhere(arch: str = "amd64", emulated: tuple[str, ...] = ()) -> Facts:
+    return Facts("1.28.2", True, (), "overlay", "chroot", True, arch, emulated, ())
+
+
+# Buildah
+
+
+@needs_buildah
+def test_the_builder_is_probed_once_for_all_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[Path] = []
+
+    def probe(root: Path) -> Facts:
+        probed.append(root)
+        time.sleep(0.3)
+        return elsewhere()
+
+    monkeypatch.setattr(buildah, "_probe", probe)
+    threads = [threading.Thread(target=buildah.facts, args=[tmp_path]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(probed) == 1
+
+
+@needs_buildah
+def test_a_build_knows_inside_its_namespace_what_was_found_outside(builder: Builder) -> None:
+    assert builder.inside("print(json.dumps(found.arch))") == builder.facts.arch
+
+
+@needs_buildah
+def test_the_end_of_a_build_is_the_end_of_all_that_it_started(builder: Builder) -> None:
+    if not builder.facts.pid_namespace:
+        pytest.skip("no PID namespace here")
+    code = "import subprocess; subprocess.Popen(['sleep', '86399.25']); print('started', flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        builder.command(code), env=builder.environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None
+    with process.stdout as output:
+        assert output.readline() == b"started\n"
+        os.killpg(process.pid, signal.SIGKILL)
+        # The pipe ends when the last process that could write to it is gone.
+        assert output.read() == b""
+    process.wait()
+
+
+@needs_buildah
+def test_containers_of_a_lost_build_are_removed_by_their_prefix(builder: Builder) -> None:
+    builder.inside("[buildah('from', '--name', n, 'scratch') for n in ('gamebear-a-1', 'gamebear-b-1')]; print(1)")
+    buildah.remove_containers(builder.root, builder.facts, "gamebear-a-")
+    names = builder.inside("print(json.dumps(buildah('containers', '--format', '{{.ContainerName}}').split()))")
+    buildah.remove_containers(builder.root, builder.facts, "gamebear-b-")
+    assert [name for name in names if not name.startswith("gamebear-probe")] == ["gamebear-b-1"]
+
+
+@needs_buildah
+def test_a_folder_of_another_user_of_the_namespace_is_removed(builder: Builder) -> None:
+    builder.inside("p = root / 'tmp' / 'x'; p.mkdir(); (p / 'f').touch(); os.chown(p, 7, 7); p.chmod(0o500); print(1)")
+    buildah.remove_tree(builder.root, builder.facts, builder.root / "tmp" / "x")
+    assert not (builder.root / "tmp" / "x").exists()
+
+
+def test_a_builder_without_buildah_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(buildah, "SYSTEM_FOLDERS", ())
+    with pytest.raises(RunnerError, match=r"has no buildah.*sudo apt install buildah"):
+        buildah.facts(tmp_path / "v1")
+
+
+def test_secrets_of_the_environment_stay_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_TOKEN", "secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert "secret" not in buildah.environment(tmp_path, elsewhere()).values()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs Linux programs")
+def test_a_program_of_the_own_architecture_runs() -> None:
+    arch = buildah._debian_arch(dict(os.environ))
+    assert buildah._runs(arch)
+    assert arch not in buildah.emulated(arch)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [
+        ("debian", "docker.io/library/debian:latest"),
+        ("arm32v7/debian:12", "docker.io/arm32v7/debian:12"),
+        ("docker.io/debian", "docker.io/library/debian:latest"),
+        ("localhost:5000/x", "localhost:5000/x:latest"),
+        ("quay.io/a/b@sha256:0", "quay.io/a/b@sha256:0"),
+    ],
+)
+def test_short_names_mean_what_they_mean_to_docker(name: str, full: str) -> None:
+    assert qualified(name) == full
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("gamebear-build:" + "a" * 64, True),
+        ("anything:" + "a" * 64, True),
+        ("localhost/x", True),
+        ("debian", False),
+        ("debian@sha256:" + "a" * 64, False),
+        ("quay.io/gamebear-x/y", False),
+    ],
+)
+def test_a_local_tag_is_known_by_its_name(name: str, local: bool) -> None:
+    assert is_local_only(name) is local
+
+
+@pytest.mark.parametrize(
+    ("name", "suite"),
+    [
+        ("debian:trixie-slim", "trixie"),
+        ("arm32v7/debian:12", "bookworm"),
+        ("docker.io/library/debian:11.9-slim", "bullseye"),
+        ("debian:bookworm-20250520", ""),
+        ("someone/debian:12", ""),
+        ("alpine", ""),
+    ],
+)
+def test_debian_images_that_can_be_bootstrapped_are_known(name: str, suite: str) -> None:
+    assert debian_suite(name) == suite
+
+
+def test_archives_are_read_from_both_formats_and_without_credentials() -> None:
+    one_line = "deb [arch=amd64 signed-by=/k.gpg] https://me:pw@deb.example/debian/ bookworm main contrib # why\n"
+    stanza = "Types: deb deb-src\nURIs: https://deb.example/debian\nSuites: bookworm\n bookworm-updates\n"
+    stanza += "# a comment\nComponents: main\nSigned-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n"
+    off = "\nEnabled: no\nTypes: deb\nURIs: https://off.example/\nSuites: x\nComponents: main\n"
+    uri = "https://deb.example/debian"
+    assert archives(one_line, deb822=False) == [Archive(uri, "bookworm", ("main", "contrib"), "/k.gpg")]
+    assert archives(stanza + off, deb822=True) == [
+        Archive(uri, "bookworm", ("main",)),
+        Archive(uri, "bookworm-updates", ("main",)),
+    ]
+
+
+def test_a_builder_that_cannot_emulate_says_so_first() -> None:
+    with pytest.raises(RunnerError, match=r"is amd64 and cannot run armhf programs.*qemu-user-static"):
+        bases.check_runs(elsewhere(), "armhf")
+    bases.check_runs(elsewhere(emulated=("armhf",)), "armhf")
+
+
+# Images
+
+
+@needs_buildah
+def test_an_image_under_the_right_name_but_of_another_architecture_does_not_match(builder: Builder) -> None:
+    failed = builder.inside(
+        "buildah('from', '--name', 'gamebear-arch', 'scratch')\n"
+        "buildah('config', '--arch', 's390x', 'gamebear-arch')\n"
+        "made = buildah('commit', '-q', 'gamebear-arch', 'gamebear-cache:x').strip()\n"
+        "buildah('rm', 'gamebear-arch')\n"
+        "there = bases.resolve(buildah, found, 'gamebear-cache:x', 's390x')\n"
+        "by_id = bases.resolve(buildah, found, made[:12], found.arch)\n"
+        "print(json.dumps([there == made == by_id, "
+        "failure(bases.resolve, buildah, found, 'gamebear-cache:x', found.arch)]))"
+    )
+    assert failed == [
+        True,
+        f"No image gamebear-cache:x for {builder.facts.arch} is on the builder. It is a local name: build it first.",
+    ]
+
+
+@needs_buildah
+def test_a_base_that_cannot_be_had_is_told_with_what_was_tried(builder: Builder) -> None:
+    code = "print(json.dumps(failure(bases.resolve, buildah, found, '127.0.0.1:1/team/base:1', found.arch)))"
+    started = time.monotonic()
+    message = builder.inside(code)
+    assert "127.0.0.1:1/team/base:1" in message
+    assert "connection refused" in message
+    assert message.endswith("buildah pull 127.0.0.1:1/team/base:1")
+    assert time.monotonic() - started < 30
+
+
+def test_the_tag_of_a_package_image_depends_on_the_base_but_not_on_the_order() -> None:
+    tag = packages._tag("id", "armhf", ["gcc", "make"], False)
+    assert tag == "gamebear-packages:" + tag[-64:]
+    assert tag != packages._tag("other", "armhf", ["gcc", "make"], False)
+    assert tag != packages._tag("id", "arm64", ["gcc", "make"], False)
+    assert tag != packages._tag("id", "armhf", ["gcc", "make"], True)
+
+
+@pytest.mark.parametrize("package", ["-o=Dir=/x", "gcc-", "Gcc", "gcc make", "gcc;reboot", ""])
+def test_what_is_no_package_never_reaches_apt(package: str) -> None:
+    with pytest.raises(ValueError, match="not the name of a Debian package"):
+        packages.packages_image(None, elsewhere(), "debian", [package], arch="amd64")  # type: ignore[arg-type]
+
+
+@needs_buildah
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("mmdebstrap") and not shutil.which("debootstrap"), reason="needs mmdebstrap")
+def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
+    builder.environment["GAMEBEAR_BASE"] = "bootstrap"
+    first, again, other, installed, failed, containers = builder.inside(
+        "def make(*names, **named): return packages.packages_image(\n"
+        "    buildah, found, 'debian', names, arch=found.arch, **named)\n"
+        "first, again = make('make', 'libc6-dev'), make('libc6-dev', 'make', 'make', max_age_days=1)\n"
+        "other = make('libc6-dev', 'make', max_age_days=0)\n"
+        "notes = json.loads(buildah('inspect', '--type', 'image', other))['ImageAnnotations']\n"
+        "print(json.dumps([first, again, other, notes['gamebear.installed'], failure(make, 'no-such'),\n"
+        "                  buildah('containers', '--quiet')]))"
+    )
+    assert first == again != other
+    assert "libc6-dev" in installed
+    assert failed.startswith(f"debian has no package no-such for {builder.facts.arch}.")
+    assert not containers
+
+
+def test_facts_survive_their_file() -> None:
+    known = elsewhere(emulated=("armhf",))
+    assert buildah._from_json(json.loads(json.dumps(dataclasses.asdict(known)))) == known

@@ -1,0 +1,161 @@
+"""The lock file: what `doit lock` finds out, writes and leaves alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from upstreams import call_git, commit, needs_apt, no_programs
+
+from gamebear_tasks.errors import SourceError
+from gamebear_tasks.sources import Lock, debian, either, git, resolve
+from gamebear_tasks.sources.lock import DebianEntry
+
+pytest_plugins = ("upstreams",)
+
+
+@pytest.fixture
+def lock_path(tmp_path: Path) -> Path:
+    """A lock file that is not there yet."""
+    return tmp_path / "gamebear.lock"
+
+
+def test_branches_and_tags_are_locked_to_their_commits(
+    upstream: Path, lock_path: Path, cache: Path, daemon: Callable[[str], str]
+) -> None:
+    """An annotated tag to the commit it is of; a tag before a branch of the same name."""
+    first = call_git(upstream, "rev-parse", "HEAD")
+    call_git(upstream, "tag", "--annotate", "--message", "release", "v1")
+    call_git(upstream, "tag", "both")
+    second = commit(upstream)
+    call_git(upstream, "branch", "both")
+    url = daemon("upstream")
+    revs = {"main": second, "v1": first, "both": first, "refs/heads/both": second, "HEAD": second}
+    lines = resolve([git(url, rev) for rev in revs], lock_path, cache)
+    assert lines == [f"git {url} {rev}: {revs[rev]}" for rev in sorted(revs)]
+    lock = Lock.read(lock_path)
+    assert {rev: git(url, rev).identity(lock)["git"] for rev in revs} == revs
+    assert git(url, "v1").fetch(cache, lock).name == f"git-{first}.tar"
+
+
+def test_the_lock_file_is_made_to_be_committed(lock_path: Path) -> None:
+    """Sorted, indented, readable by all, with a newline at the end."""
+    Lock({"https://git.example/ü main": "a" * 40}, {"hello": DebianEntry("1-1", {"h.dsc": "b" * 64})}).write(lock_path)
+    assert lock_path.read_text(encoding="utf-8") == (
+        '{\n  "debian": {\n    "hello": {\n      "files": {\n        "h.dsc": "' + "b" * 64 + '"\n      },\n'
+        '      "version": "1-1"\n    }\n  },\n  "git": {\n    "https://git.example/ü main": {\n      "commit": "'
+        + "a" * 40
+        + '"\n    }\n  },\n  "version": 1\n}\n'
+    )
+    assert lock_path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """A branch that has moved on; and the file is not written without need."""
+    source = git(str(upstream), "main")
+    first = call_git(upstream, "rev-parse", "HEAD")
+    resolve([source], lock_path, cache)
+    written = lock_path.stat().st_ino
+    second = commit(upstream)
+    assert resolve([source], lock_path, cache) == []
+    assert lock_path.stat().st_ino == written
+    assert resolve([source], lock_path, cache, update=True) == [f"git {source.key}: {first} -> {second}"]
+    assert source.identity(Lock.read(lock_path)) == {"git": second}
+
+
+def test_what_is_no_longer_declared_is_dropped(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """The lock file does not grow forever."""
+    kept = git(str(upstream), "main")
+    Lock({kept.key: "a" * 40, "https://git.example/gone main": "b" * 40}).write(lock_path)
+    assert resolve([kept], lock_path, cache) == ["git https://git.example/gone main: dropped, no longer declared"]
+    assert Lock.read(lock_path).git == {kept.key: "a" * 40}
+
+
+def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked and nothing written."""
+    no_programs(monkeypatch)
+    assert resolve([git("https://git.example/x", "a" * 40)], lock_path, cache) == []
+    assert not lock_path.exists()
+
+
+def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """One of two is not there."""
+    Lock({"https://git.example/gone main": "b" * 40}).write(lock_path)
+    before = lock_path.read_bytes()
+    with pytest.raises(SourceError) as caught:
+        resolve([git(str(upstream), "main"), git(str(upstream), "nosuch")], lock_path, cache)
+    assert str(caught.value) == (
+        f"git source {upstream} nosuch cannot be looked up: the repository has no branch or tag of that name. "
+        "Look for its name with `git ls-remote`."
+    )
+    assert lock_path.read_bytes() == before
+
+
+def test_an_abbreviated_commit_is_no_pin(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """It is said what to write."""
+    with pytest.raises(SourceError, match="If it is an abbreviated commit, write it in full"):
+        resolve([git(str(upstream), call_git(upstream, "rev-parse", "--short", "HEAD"))], lock_path, cache)
+
+
+def test_a_repository_that_is_not_there(tmp_path: Path, lock_path: Path, cache: Path) -> None:
+    """Git's own words."""
+    with pytest.raises(SourceError, match=r"cannot be looked up: '.*/nowhere' does not appear to be a git"):
+        resolve([git(str(tmp_path / "nowhere"), "main")], lock_path, cache)
+
+
+def test_an_alternative_that_cannot_be_looked_up_keeps_its_entry(
+    lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locking on a machine without apt, in a project that also has a Debian source."""
+    entry = DebianEntry("1-1", {"hello.dsc": "b" * 64})
+    Lock({}, {"hello": entry}).write(lock_path)
+    no_programs(monkeypatch)
+    declared = either(git=git("https://git.example/x", "a" * 40), debian=debian("hello"))
+    assert resolve([declared], lock_path, cache, update=True) == [
+        "not looked up: debian source hello needs apt, which this machine does not have."
+    ]
+    assert Lock.read(lock_path).debian == {"hello": entry}
+    with pytest.raises(SourceError, match="needs apt"):
+        resolve([either(debian=debian("hello", suite="sid"))], lock_path, cache)
+
+
+@needs_apt
+def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Path, Lock, Path]) -> None:
+    """Version and the SHA-256 of all its files, as Debian has signed them."""
+    cache, lock, _ = apt_cache
+    entry = lock.debian["umtp-responder"]
+    assert entry.version.startswith("1.3.10-")
+    assert {name.rpartition("_")[0] for name in entry.files} == {"umtp-responder"}
+    assert [name for name in entry.files if name.endswith(".orig.tar.gz")]
+    assert debian("umtp-responder").identity(lock)["dsc"] == entry.files[entry.dsc]
+    assert "http" not in (cache.parent / "gamebear.lock").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<<<<<<< HEAD\n{}", r"is damaged: Expecting value: line 1 column 1 \(char 0\)\. Restore it from version"),
+        ("[]", "is damaged: it has no version"),
+        ("{}", "is damaged: it has no version"),
+        ('{"version": 2}', "has version 2; this gamebear-tasks knows version 1 only. Upgrade gamebear-tasks"),
+        ('{"version": 1, "git": []}', "is damaged: 'git' is no table"),
+        ('{"version": 1, "git": {"x main": {"commit": "--all"}}}', "is damaged: the entry 'x main' in 'git' makes no"),
+        (
+            json.dumps({"version": 1, "debian": {"x": {"version": "1", "files": {"../x.dsc": "a" * 64}}}}),
+            "is damaged: the entry 'x' in 'debian' makes no sense",
+        ),
+        ("\xff", "is damaged"),
+    ],
+)
+def test_a_lock_file_that_makes_no_sense_is_refused(text: str, reason: str, lock_path: Path) -> None:
+    """And what is wrong with it is said."""
+    lock_path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SourceError, match=reason):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_that_is_not_there_is_empty(lock_path: Path) -> None:
+    """A project without one."""
+    assert Lock.read(lock_path) == Lock()

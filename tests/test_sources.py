@@ -1,0 +1,760 @@
+"""Sources: what their trees look like, what pins them, what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import bz2
+import concurrent.futures
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import lzma
+import multiprocessing
+import os
+import shutil
+import subprocess
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from upstreams import COMMIT_TIME, call_git, commit, free_port, needs_apt, no_programs
+
+from gamebear_tasks.errors import SettingsError, SourceError
+from gamebear_tasks.sources import Lock, archive, check_preference, choose, debian, either, git, tree
+from gamebear_tasks.sources.from_debian import entries, from_deb822, from_one_line
+from gamebear_tasks.sources.from_git import relative_url
+from gamebear_tasks.sources.lock import DebianEntry
+
+pytest_plugins = ("upstreams",)
+
+NOTHING_LOCKED = Lock()
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A web server: its folder and its URL. What is called `cut` ends half-way."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments, directory=str(tmp_path / "web"))  # type: ignore[arg-type]
+
+        def do_GET(self) -> None:
+            self.path = self.path.removeprefix("http://proxied.example")
+            if self.path == "/cut":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(bytes(400))
+            else:
+                super().do_GET()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    (tmp_path / "web").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield tmp_path / "web", f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def contents(path: Path) -> dict[str, bytes | str | None]:
+    """Return what is in a tar file: bytes of files, targets of links, None for folders."""
+    with tarfile.open(path) as tar:
+        return {
+            member.name: member.linkname
+            if member.issym()
+            else tar.extractfile(member).read()  # type: ignore[union-attr]
+            if member.isreg()
+            else None
+            for member in tar
+        }
+
+
+def left_over(cache: Path) -> list[str]:
+    """Return what is in a cache besides tar files, lock files and what is kept for git and apt."""
+    return [
+        path.name
+        for path in cache.iterdir()
+        if path.suffix not in (".tar", ".lock") and path.name not in ("git", "apt")
+    ]
+
+
+# The tar file
+
+
+def make_file(path: str, content: bytes, executable: bool = False) -> tree.File:
+    """Make an entry of a tree."""
+    return tree.File(path, len(content), executable, lambda: contextlib.nullcontext(io.BytesIO(content)))
+
+
+def test_a_tree_has_the_same_bytes_on_every_machine_and_python() -> None:
+    """The hash was taken once; runs on other Pythons must come to it."""
+    out = io.BytesIO()
+    entries: list[tree.Entry] = [
+        make_file("z", b"last"),
+        make_file("a/" + "long" * 40 + "/ünï-" + os.fsdecode(b"\xff"), b"x" * 1000, executable=True),
+        tree.Link("a/link", "../" + "far" * 50),
+        tree.Folder("a-empty"),
+    ]
+    tree.write(out, entries, 1_600_000_000)
+    assert (
+        hashlib.sha256(out.getvalue()).hexdigest() == "536622a903a30deefb8746e9b3e75f89d4a2e10a37d5bf8c1809c4bab0bb0fde"
+    )
+    tree.write(again := io.BytesIO(), entries[::-1], 1_600_000_000)
+    assert again.getvalue() == out.getvalue()
+
+
+def test_a_tree_names_no_owner_and_one_time() -> None:
+    """Nothing of the machine it was made on shows."""
+    out = io.BytesIO()
+    tree.write(out, [make_file("bin/run", b"#!", executable=True), make_file("README", b"")], 12345)
+    with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
+        members = [(item.name, item.mode, item.uid, item.gid, item.uname, item.gname, item.mtime) for item in tar]
+    assert members == [
+        ("README", 0o644, 0, 0, "", "", 12345),
+        ("bin", 0o755, 0, 0, "", "", 12345),
+        ("bin/run", 0o755, 0, 0, "", "", 12345),
+    ]
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a/./b", "nul\0"])
+def test_a_tree_refuses_names_that_lead_elsewhere(path: str) -> None:
+    """Such a tar file must not even come to be."""
+    with pytest.raises(tree.TreeError, match="unsafe name"):
+        tree.write(io.BytesIO(), [make_file(path, b"")], 0)
+
+
+def test_a_tree_refuses_to_write_through_a_link() -> None:
+    """A link to a folder elsewhere, and a file below it."""
+    with pytest.raises(tree.TreeError, match="'etc/passwd' lies below 'etc', which is no folder"):
+        tree.write(io.BytesIO(), [tree.Link("etc", "/etc"), make_file("etc/passwd", b"")], 0)
+
+
+# git
+
+
+def test_a_commit_becomes_its_files_without_git(upstream: Path, cache: Path) -> None:
+    """As committed: export-ignore and eol do not matter, modes and links do."""
+    path = git(str(upstream), call_git(upstream, "rev-parse", "HEAD")).fetch(cache, NOTHING_LOCKED)
+    found = contents(path)
+    assert found.pop(".gitattributes")
+    assert found == {
+        "Makefile": b"all:\n",
+        "link": "tests/run",
+        "tests": None,
+        "tests/run": b"#!/bin/sh\n",
+        "windows.txt": b"one\ntwo\n",
+    }
+    with tarfile.open(path) as tar:
+        assert {member.mtime for member in tar} == {COMMIT_TIME}
+        assert tar.getmember("tests/run").mode == 0o755
+    assert left_over(cache) == []
+
+
+def test_the_users_configuration_does_not_change_the_files(upstream: Path, tmp_path: Path, git_settings: Path) -> None:
+    """Neither line ends nor filters nor hooks nor templates nor an exported GIT_DIR."""
+    source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
+    plain = source.fetch(tmp_path / "one", NOTHING_LOCKED).read_bytes()
+    with git_settings.open("a") as settings:
+        settings.write(
+            "[core]\nautocrlf = true\nhooksPath = /nonexistent\nquotePath = true\n"
+            "[init]\ntemplateDir = /nonexistent\n[fetch]\nprune = true\nfsckObjects = true\n[tar]\numask = 0077\n"
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIT_DIR", "/nonexistent")
+        patch.setenv("TZ", "Asia/Tokyo")
+        assert source.fetch(tmp_path / "two", NOTHING_LOCKED).read_bytes() == plain
+
+
+def test_what_is_cached_needs_neither_network_nor_programs(
+    upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time."""
+    source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
+    first = source.fetch(cache, NOTHING_LOCKED)
+    shutil.rmtree(upstream)
+    shutil.rmtree(cache / "git")
+    no_programs(monkeypatch)
+    assert source.fetch(cache, NOTHING_LOCKED) == first
+
+
+def test_the_identities_of_2000_sources_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program, no network, next to no time."""
+    no_programs(monkeypatch)
+    lock = Lock({"https://git.example/x main": "a" * 40}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})})
+    started = time.process_time()
+    for number in range(2000):
+        git(f"https://git.example/{number}", f"{number:040x}").identity(lock)
+        git("https://git.example/x", "main").identity(lock)
+        archive(f"https://web.example/{number}.tar.gz", f"{number:064x}").identity(lock)
+        debian("hello").identity(lock)
+    assert time.process_time() - started < 1
+
+
+def test_an_identity_says_what_and_never_where() -> None:
+    """The same content has the same identity, wherever it is from."""
+    lock = Lock({"https://git.example/x main": "a" * 40}, {"hello/sid": DebianEntry("1-1", {"h.dsc": "b" * 64})})
+    assert git("https://git.example/x", "main").identity(lock) == {"git": "a" * 40}
+    assert git("file:///elsewhere", "A" * 40).identity(lock) == {"git": "a" * 40}
+    assert git("x", "a" * 40, submodules=False).identity(lock) == {"git": "a" * 40, "submodules": False}
+    assert archive("http://x/y.zip", "C" * 64).identity(lock) == {"archive": "c" * 64, "strip": 1}
+    assert debian("hello", suite="sid").identity(lock) == {"debian": "hello", "version": "1-1", "dsc": "b" * 64}
+
+
+def test_only_the_commit_is_fetched_not_its_history(upstream: Path, cache: Path, daemon: Callable[[str], str]) -> None:
+    """An old commit of a server that gives what is asked for, through the user's insteadOf."""
+    wanted = call_git(upstream, "rev-parse", "HEAD~0")
+    for number in range(3):
+        (upstream / "new").write_text(str(number))
+        commit(upstream)
+    assert "new" not in contents(git(daemon("upstream"), wanted).fetch(cache, NOTHING_LOCKED))
+    newest = call_git(upstream, "rev-parse", "HEAD")
+    assert contents(git(daemon("upstream"), newest).fetch(cache, NOTHING_LOCKED))["new"] == b"2"
+    (repository,) = (cache / "git").glob("*.git")
+    assert call_git(repository, "rev-list", "--all", "--count") == "2"
+
+
+def test_a_server_that_gives_no_single_commits_is_asked_for_all(
+    upstream: Path, cache: Path, daemon: Callable[[str], str], git_settings: Path
+) -> None:
+    """The old protocol only offers branches and tags; also after a first, shallow fetch."""
+    with git_settings.open("a") as settings:
+        settings.write("[protocol]\nversion = 0\n")
+    old = call_git(upstream, "rev-parse", "HEAD")
+    (upstream / "new").write_text("new")
+    tip = commit(upstream)
+    assert "new" in contents(git(daemon("upstream"), tip).fetch(cache, NOTHING_LOCKED))
+    assert "new" not in contents(git(daemon("upstream"), old).fetch(cache, NOTHING_LOCKED))
+
+
+def test_a_commit_that_upstream_does_not_have(upstream: Path, cache: Path, daemon: Callable[[str], str]) -> None:
+    """The error names the source and the commit."""
+    with pytest.raises(SourceError) as caught:
+        git(daemon("upstream"), "1" * 40).fetch(cache, NOTHING_LOCKED)
+    assert caught.value.message == (
+        f"git source https://git.example/upstream {'1' * 40} cannot be fetched: "
+        f"none of its branches and tags holds the commit {'1' * 40}."
+    )
+    assert left_over(cache) == []
+    assert not list(cache.glob("*.tar"))
+
+
+def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
+    """Git's own words, what to do, and the alternative."""
+    port = free_port()
+    source = choose(either(git=git(f"git://127.0.0.1:{port}/x", "2" * 40), debian=debian("hello")), None)
+    with pytest.raises(SourceError) as caught:
+        source.fetch(cache, NOTHING_LOCKED)
+    assert "Connection refused" in caught.value.message
+    assert caught.value.hint == (
+        "It is not in the cache, so the network is needed this once. Another source for it: `doit sources=debian`."
+    )
+
+
+def test_without_git_it_is_said_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without git."""
+    no_programs(monkeypatch)
+    with pytest.raises(SourceError, match=r"The program git is not installed here\. Install git"):
+        git("https://git.example/x", "2" * 40).fetch(cache, NOTHING_LOCKED)
+
+
+def test_a_branch_without_an_entry_in_the_lock_file() -> None:
+    """No guess is made."""
+    with pytest.raises(SourceError) as caught:
+        git("https://git.example/x", "main").identity(NOTHING_LOCKED)
+    assert str(caught.value) == (
+        "git source https://git.example/x main is not pinned: gamebear.lock has no entry for it. "
+        "Run `doit lock` and commit gamebear.lock."
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "rev"),
+    [
+        ("--upload-pack=touch /tmp/x", "main"),
+        ("", "main"),
+        ("https://user:secret@git.example/x", "main"),
+        ("https://git.example/x\nhost=evil", "main"),
+        ("https://git.example/x", "--all"),
+        ("https://git.example/x", ""),
+        ("https://git.example/x", "main:refs/heads/x"),
+        ("https://git.example/x", "two words"),
+    ],
+)
+def test_urls_and_revisions_that_git_would_misread_are_refused(url: str, rev: str) -> None:
+    """At once, when dodo.py is read; and a password is not repeated."""
+    with pytest.raises(SettingsError) as caught:
+        git(url, rev)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def nested(upstream: Path) -> Path:
+    """A repository with a submodule by relative URL, which has one itself."""
+    srv = upstream.parent
+    for name, module in (("middle", "upstream"), ("outer", "middle")):
+        (srv / name).mkdir()
+        call_git(srv / name, "init", "--quiet")
+        (srv / name / f"{name}.c").write_text(name)
+        commit(srv / name)
+        call_git(srv / name, "submodule", "--quiet", "add", "--name", "a b", f"../{module}", f"lib/{module}")
+        commit(srv / name)
+    return srv / "outer"
+
+
+def test_submodules_come_with_theirs(nested: Path, cache: Path, daemon: Callable[[str], str]) -> None:
+    """By relative URLs, over the network and from a path."""
+    rev = call_git(nested, "rev-parse", "HEAD")
+    found = contents(git(daemon("outer"), rev).fetch(cache, NOTHING_LOCKED))
+    assert found["outer.c"] == b"outer"
+    assert found["lib/middle/middle.c"] == b"middle"
+    assert found["lib/middle/lib/upstream/Makefile"] == b"all:\n"
+    assert contents(git(str(nested), rev).fetch(cache.parent / "other", NOTHING_LOCKED)) == found
+
+
+def test_submodules_can_be_left_out(nested: Path, cache: Path) -> None:
+    """Their folder is there, as git leaves it."""
+    source = git(str(nested), call_git(nested, "rev-parse", "HEAD"), submodules=False)
+    found = contents(source.fetch(cache, NOTHING_LOCKED))
+    assert [name for name in found if name.startswith("lib")] == ["lib", "lib/middle"]
+
+
+@pytest.mark.parametrize("url", ["ext::sh -c id", "file:///srv/secret", "/srv/secret", "-oProxyCommand=x:y", "fd::17"])
+def test_a_submodule_cannot_name_a_command_or_our_own_files(
+    nested: Path, cache: Path, daemon: Callable[[str], str], url: str
+) -> None:
+    """What upstream writes in .gitmodules is not the user's wish."""
+    call_git(nested, "config", "--file", ".gitmodules", "submodule.a b.url", url)
+    rev = commit(nested)
+    with pytest.raises(SourceError) as caught:
+        git(daemon("outer"), rev).fetch(cache, NOTHING_LOCKED)
+    assert f"has a submodule with the URL {url!r}, which is refused" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("parent", "url", "result"),
+    [
+        ("https://git.example/a/b.git", "../c.git", "https://git.example/a/c.git"),
+        ("https://git.example/a/b/", "../../c", "https://git.example/c"),
+        ("git@git.example:a/b.git", "../c.git", "git@git.example:a/c.git"),
+        ("git@git.example:b.git", "../c.git", "git@git.example:c.git"),
+        ("/srv/a", "./c", "/srv/a/c"),
+    ],
+)
+def test_relative_urls_are_resolved_as_git_does(parent: str, url: str, result: str) -> None:
+    """See git-submodule(1)."""
+    assert relative_url(parent, url) == result
+
+
+@pytest.mark.usefixtures("git_settings")
+def test_a_repository_of_sha256_commits(tmp_path: Path, cache: Path) -> None:
+    """64 digits instead of 40."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    call_git(folder, "init", "--quiet", "--object-format=sha256")
+    (folder / "a").write_text("a")
+    assert contents(git(str(folder), commit(folder)).fetch(cache, NOTHING_LOCKED)) == {"a": b"a"}
+
+
+def test_many_at_once_fetch_once(upstream: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads and processes."""
+    source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
+    trace = tmp_path / "trace"
+    monkeypatch.setenv("GIT_TRACE", str(trace))
+    with (
+        concurrent.futures.ThreadPoolExecutor(6) as threads,
+        concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes,
+    ):
+        asked = [pool.submit(source.fetch, cache, NOTHING_LOCKED) for pool in (threads, processes) for _ in range(6)]
+        assert len({answer.result() for answer in asked}) == 1
+    assert trace.read_text().count("built-in: git fetch") == 1
+    assert left_over(cache) == []
+
+
+def test_what_a_killed_fetch_left_is_removed(upstream: Path, cache: Path) -> None:
+    """Temporary files, half a repository and git's locks."""
+    source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
+    name = source.pinned(NOTHING_LOCKED).file_name
+    source.fetch(cache, NOTHING_LOCKED).unlink()
+    (cache / f".{name}.abc.tmp").write_text("half")
+    (cache / f".{name}.scratch").mkdir()
+    (repository,) = (cache / "git").glob("*.git")
+    (repository / "shallow.lock").touch()
+    shutil.rmtree(repository / "refs" / "gamebear")
+    assert "Makefile" in contents(source.fetch(cache, NOTHING_LOCKED))
+    assert left_over(cache) == []
+
+
+def test_a_damaged_repository_in_the_cache_is_fetched_anew(upstream: Path, cache: Path) -> None:
+    """An object is gone."""
+    source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
+    path = source.fetch(cache, NOTHING_LOCKED)
+    before = path.read_bytes()
+    path.unlink()
+    (repository,) = (cache / "git").glob("*.git")
+    blob = call_git(upstream, "rev-parse", "HEAD:windows.txt")
+    for pack in (repository / "objects" / "pack").glob("*.pack"):
+        moved = pack.rename(repository / pack.name)
+        with moved.open("rb") as file:
+            subprocess.run(["git", "-C", repository, "unpack-objects", "-q"], stdin=file, check=True)
+        moved.unlink()
+    for index in (repository / "objects" / "pack").iterdir():
+        index.unlink()
+    (repository / "objects" / blob[:2] / blob[2:]).unlink()
+    assert source.fetch(cache, NOTHING_LOCKED).read_bytes() == before
+
+
+# Archives
+
+
+def tar_bytes(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    """Make a plain tar file of what is given, in that order."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for info, content in members:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
+    """Make a member of a tar file."""
+    info = tarfile.TarInfo(name)
+    info.mtime = COMMIT_TIME
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+RELEASE = [
+    member("hello-1/", type=tarfile.DIRTYPE),
+    member("hello-1/src/main.c", b"int main;", uname="somebody", uid=1000),
+    member("./hello-1/configure", b"#!/bin/sh", mode=0o755),
+    member("hello-1/link", type=tarfile.SYMTYPE, linkname="src/main.c"),
+    member("hello-1/same.c", type=tarfile.LNKTYPE, linkname="hello-1/src/main.c"),
+]
+
+
+def packed(form: str, members: list[tuple[tarfile.TarInfo, bytes]] | None = None) -> bytes:
+    """Pack a release in one of the forms that are understood."""
+    plain = tar_bytes(members or RELEASE)
+    if form == "zip":
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file, tarfile.open(fileobj=io.BytesIO(plain)) as tar:
+            for item in tar:
+                info = zipfile.ZipInfo(item.name + "/" * item.isdir(), time.gmtime(COMMIT_TIME)[:6])
+                info.create_system = 3
+                info.external_attr = ((0o120000 if item.issym() else 0) | item.mode) << 16
+                content = None if item.issym() else tar.extractfile(item)
+                file.writestr(info, content.read() if content else item.linkname.encode())
+        return out.getvalue()
+    compress: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    return compress[form](plain) if form in compress else plain
+
+
+def put(web: Path, data: bytes, name: str = "release") -> str:
+    """Put a file on the web; return its SHA-256."""
+    (web / name).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["plain", "gz", "bz2", "xz", "zip"])
+def test_an_archive_becomes_the_same_tree_in_whatever_form(form: str, web: tuple[Path, str], cache: Path) -> None:
+    """Without its top folder and the packager's name; a hard link is a file."""
+    folder, url = web
+    path = archive(f"{url}/release", put(folder, packed(form))).fetch(cache, NOTHING_LOCKED)
+    assert contents(path) == {
+        "configure": b"#!/bin/sh",
+        "link": "src/main.c",
+        "same.c": b"int main;",
+        "src": None,
+        "src/main.c": b"int main;",
+    }
+    with tarfile.open(path) as tar:
+        assert {(item.uid, item.uname, item.mtime) for item in tar} == {(0, "", COMMIT_TIME)}
+        assert tar.getmember("configure").mode == 0o755
+    assert left_over(cache) == []
+
+
+def test_an_archive_with_another_hash_is_refused(web: tuple[Path, str], cache: Path) -> None:
+    """Both hashes are shown and nothing is kept."""
+    folder, url = web
+    actual = put(folder, packed("gz"))
+    with pytest.raises(SourceError) as caught:
+        archive(f"{url}/release", "0" * 64).fetch(cache, NOTHING_LOCKED)
+    assert caught.value.message == (
+        f"archive source {url}/release is not what was asked for: its SHA-256 is {actual}, dodo.py says {'0' * 64}."
+    )
+    assert not list(cache.glob("*.tar"))
+    assert left_over(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        (member("top/../../x", b"x"), "unsafe name 'top/../../x'"),
+        (member("/etc/x", b"x"), "unsafe name '/etc/x'"),
+        (member("top/null", type=tarfile.CHRTYPE), "a device or a pipe"),
+        (member("top/same", type=tarfile.LNKTYPE, linkname="/etc/passwd"), "unsafe name '/etc/passwd'"),
+        (member("top/same", type=tarfile.LNKTYPE, linkname="top/none"), "a hard link to 'top/none'"),
+        (member("top/file/below", b"x"), "lies below 'file', which is no folder"),
+    ],
+)
+def test_an_archive_that_would_write_elsewhere_is_refused(
+    bad: tuple[tarfile.TarInfo, bytes], what: str, web: tuple[Path, str], cache: Path
+) -> None:
+    """Names, devices, links."""
+    folder, url = web
+    digest = put(folder, packed("gz", [member("top/file", b"x"), bad]))
+    with pytest.raises(SourceError) as caught:
+        archive(f"{url}/release", digest).fetch(cache, NOTHING_LOCKED)
+    assert what in caught.value.message
+    assert not list(cache.glob("*.tar"))
+
+
+def test_an_archive_without_a_top_folder_says_strip_0(web: tuple[Path, str], cache: Path) -> None:
+    """Nothing is left out silently."""
+    folder, url = web
+    digest = put(folder, packed("gz", [member("README", b"x"), member("src/a.c", b"a")]))
+    with pytest.raises(SourceError, match=r"it has no single folder to strip at level 1 but README, src: say strip=0"):
+        archive(f"{url}/release", digest).fetch(cache, NOTHING_LOCKED)
+    found = contents(archive(f"{url}/release", digest, strip=0).fetch(cache, NOTHING_LOCKED))
+    assert list(found) == ["README", "src", "src/a.c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none", "the server says 404 File not found"),
+        ("cut", "the connection ended after 400 of 1000 bytes"),
+    ],
+)
+def test_an_archive_that_cannot_be_downloaded(name: str, reason: str, web: tuple[Path, str], cache: Path) -> None:
+    """The server's words, or how far it came."""
+    with pytest.raises(SourceError) as caught:
+        archive(f"{web[1]}/{name}", "0" * 64).fetch(cache, NOTHING_LOCKED)
+    assert caught.value.message == f"archive source {web[1]}/{name} cannot be downloaded: {reason}."
+    assert left_over(cache) == []
+
+
+def test_an_archive_from_a_server_that_is_down(cache: Path) -> None:
+    """One paragraph."""
+    with pytest.raises(SourceError, match=r"cannot be downloaded: .*Connection refused.* the network is needed"):
+        archive(f"http://127.0.0.1:{free_port()}/x", "0" * 64).fetch(cache, NOTHING_LOCKED)
+
+
+def test_archives_come_through_the_users_proxy(
+    web: tuple[Path, str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the environment says."""
+    folder, url = web
+    monkeypatch.setenv("http_proxy", url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    source = archive("http://proxied.example/release", put(folder, packed("gz")))
+    assert "configure" in contents(source.fetch(cache, NOTHING_LOCKED))
+
+
+@pytest.mark.parametrize("data", [b"<html>Please log in</html>", packed("gz")[:100], packed("zip")[:200], b""])
+def test_what_is_no_archive_is_refused(data: bytes, tmp_path: Path, cache: Path) -> None:
+    """Though its hash is right."""
+    digest = put(tmp_path, data)
+    with pytest.raises(SourceError, match=r"cannot be unpacked: .* It must be a tar file"):
+        archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
+
+
+@pytest.mark.parametrize(
+    ("url", "digest", "strip"),
+    [("ftp://x/y", "0" * 64, 1), ("https://x/y", "abc", 1), ("https://x/y", "0" * 64, -1), ("-x", "0" * 64, 1)],
+)
+def test_archives_that_make_no_sense_are_refused_at_once(url: str, digest: str, strip: int) -> None:
+    """When dodo.py is read."""
+    with pytest.raises(SettingsError):
+        archive(url, digest, strip=strip)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, web: tuple[Path, str]) -> None:
+    """A file where the folder should be."""
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(SourceError, match=r"cannot be kept in .*/cache/sources: Not a directory"):
+        archive(f"{web[1]}/x", "0" * 64).fetch(tmp_path / "cache" / "sources", NOTHING_LOCKED)
+
+
+# Debian
+
+
+@needs_apt
+def test_a_debian_source_package_is_unpacked_with_its_patches(
+    apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one; from the second time on without any program."""
+    cache, lock, own = apt_cache
+    monkeypatch.setenv("APT_CONFIG", str(own))
+    path = debian("umtp-responder").fetch(cache, lock)
+    found = contents(path)
+    assert "src/umtprd.c" in found
+    assert found[".pc/applied-patches"]
+    with tarfile.open(path) as tar:
+        assert tar.getmember("debian/rules").mode == 0o755
+        assert len({item.mtime for item in tar}) == 1
+        assert tar.getmember("Makefile").mtime > 1_500_000_000  # the changelog's
+    assert left_over(cache) == []
+    no_programs(monkeypatch)
+    assert debian("umtp-responder").fetch(cache, lock) == path
+
+
+@needs_apt
+def test_a_debian_file_with_another_hash_is_refused(
+    apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though apt found its signature good."""
+    cache, lock, own = apt_cache
+    monkeypatch.setenv("APT_CONFIG", str(own))
+    entry = lock.debian["umtp-responder"]
+    other = DebianEntry(entry.version, {**entry.files, entry.dsc: "0" * 64})
+    with pytest.raises(SourceError) as caught:
+        debian("umtp-responder").fetch(cache, Lock({}, {"umtp-responder": other}))
+    assert f"the SHA-256 of {entry.dsc} is {entry.files[entry.dsc]}, the lock file says 000" in caught.value.message
+
+
+@needs_apt
+def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Debian no longer has must come from elsewhere."""
+    cache, _, own = apt_cache
+    monkeypatch.setenv("APT_CONFIG", str(own))
+    lock = Lock({}, {"umtp-responder": DebianEntry("0.1-1", {"x.dsc": "0" * 64})})
+    with pytest.raises(SourceError) as caught:
+        debian("umtp-responder").fetch(cache, lock)
+    assert "debian source umtp-responder cannot be fetched: version 0.1-1: " in caught.value.message
+    assert "snapshot.debian.org" in caught.value.hint
+
+
+@needs_apt
+def test_a_package_or_suite_that_debian_does_not_have(
+    apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What there is, is said."""
+    cache, _, own = apt_cache
+    monkeypatch.setenv("APT_CONFIG", str(own))
+    with pytest.raises(SourceError, match="this machine's apt sources have no such source package"):
+        debian("no-such-package-anywhere").resolve(cache, refresh=False)
+    with pytest.raises(SourceError, match=r"no apt source of this machine has that suite\. The suites are: \w"):
+        debian("umtp-responder", suite="nosuch").resolve(cache, refresh=False)
+    with pytest.raises(SourceError, match=r"this machine's apt sources have 1\.3\.10-\S+ only"):
+        debian("umtp-responder", version="0.1-1").resolve(cache, refresh=False)
+
+
+@needs_apt
+def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever."""
+    monkeypatch.setattr("gamebear_tasks.sources.from_debian.SPACE", 1 << 60)
+    with pytest.raises(SourceError, match=r"needs \d+ MiB for apt's lists in .*\. Make room there\."):
+        debian("hello").resolve(cache)
+
+
+def test_without_apt_there_are_other_sources(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac, or Fedora."""
+    no_programs(monkeypatch)
+    lock = Lock({}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})})
+    with pytest.raises(SourceError) as caught:
+        debian("hello").resolve(cache)
+    assert caught.value.message == "debian source hello needs apt, which this machine does not have."
+    assert "`doit sources=git`" in caught.value.hint
+    with pytest.raises(SourceError, match=r"dpkg-source is not here"):
+        debian("hello").fetch(cache, lock)
+
+
+def test_lines_of_sources_list_become_deb_src() -> None:
+    """Options for architectures go, keys stay, each line once, no CD-ROMs."""
+    text = """\
+# deb http://no.example/debian sid main
+deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib # why
+deb-src [signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib
+deb cdrom:[Debian]/ bookworm main
+deb http://mirror.example/flat ./
+"""
+    assert from_one_line(text, None) == (
+        (
+            "deb-src [signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib\n"
+            "deb-src http://mirror.example/flat ./\n"
+        ),
+        {"bookworm", "./"},
+    )
+    assert from_one_line(text, "sid") == ("", {"bookworm", "./"})
+
+
+def test_stanzas_of_deb822_sources_become_deb_src() -> None:
+    """A key in the text stays as it is; what is switched off stays off."""
+    text = """\
+Types: deb
+# why
+URIs: http://mirror.example/debian
+Suites: bookworm bookworm-updates
+Components: main
+Architectures: amd64
+Signed-By:
+ -----BEGIN PGP PUBLIC KEY BLOCK-----
+ .
+ mQENBF
+ -----END PGP PUBLIC KEY BLOCK-----
+
+Enabled: no
+Types: deb
+URIs: http://off.example/debian
+Suites: sid
+Components: main
+"""
+    converted, suites = from_deb822(text, "bookworm-updates")
+    assert suites == {"bookworm", "bookworm-updates"}
+    assert converted == (
+        "Types: deb-src\nURIs: http://mirror.example/debian\nSuites: bookworm-updates\nComponents: main\n"
+        "Signed-By: \n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mQENBF\n -----END PGP PUBLIC KEY BLOCK-----\n"
+    )
+
+
+def test_one_version_with_two_contents_is_refused() -> None:
+    """Two archives that differ: which is meant must be said."""
+    stanza = "Package: x\nVersion: 1-1\nChecksums-Sha256:\n {} 10 x_1-1.dsc\n"
+    assert entries(stanza.format("a" * 64) + "\n" + stanza.format("a" * 64), "x") == {
+        "1-1": DebianEntry("1-1", {"x_1-1.dsc": "a" * 64})
+    }
+    with pytest.raises(SourceError, match=r"have two of version 1-1 that differ\. Say which one"):
+        entries(stanza.format("a" * 64) + "\n" + stanza.format("b" * 64), "x")
+
+
+@pytest.mark.parametrize(("package", "version"), [("-t=sid", None), ("Hello", None), ("", None), ("hello", "-x")])
+def test_names_that_apt_would_misread_are_refused(package: str, version: str | None) -> None:
+    """At once, when dodo.py is read."""
+    with pytest.raises(SettingsError):
+        debian(package, version=version)
+
+
+# Alternatives
+
+
+def test_the_setting_chooses_between_alternatives() -> None:
+    """The first is taken where the setting says nothing, or nothing about this one."""
+    declared = either(git=git("https://git.example/x", "main"), debian=debian("hello"))
+    assert choose(declared, None) == git("https://git.example/x", "main")
+    assert choose(declared, "debian") == debian("hello")
+    assert choose(declared, "archive") == git("https://git.example/x", "main")
+    assert choose(debian("hello"), "git") == debian("hello")
+    check_preference("debian", [declared])
+    with pytest.raises(SettingsError, match=r"sources=debain names no alternative .* There are: debian, git"):
+        check_preference("debain", [declared])
+
+
+def test_alternatives_must_be_sources() -> None:
+    """And there must be some."""
+    with pytest.raises(SettingsError, match=r"either\(git=…\): 'https://git.example/x' is no source"):
+        either(git="https://git.example/x")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="needs at least one source"):
+        either()

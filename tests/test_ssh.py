@@ -1,0 +1,908 @@
+"""SSH connections, tried against a real sshd."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sshd import Account, Sshd, client_home, fingerprint, new_key, public
+
+from gamebear_tasks.builders import ssh_config, ssh_hosts
+from gamebear_tasks.builders.ssh import SSHChannel, SSHConnection, open_builder
+from gamebear_tasks.builders.ssh_config import Address
+from gamebear_tasks.errors import BuilderBusy, BuilderError, BuilderLost, SettingsError
+
+MIB = 1 << 20
+
+Serve = Callable[..., Sshd]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, account: Account) -> Iterator[Serve]:
+    """Start an sshd with options of sshd_config."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def start(*kinds: str, **options: object) -> Sshd:
+            nonlocal count
+            count += 1
+            return stack.enter_context(Sshd(tmp_path / f"sshd{count}", account, kinds or ("ed25519",), **options))
+
+        yield start
+
+
+@pytest.fixture
+def server(serve: Serve) -> Sshd:
+    return serve()
+
+
+@pytest.fixture
+def home(tmp_path: Path, server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Come from a home folder whose key `server` lets in and which knows its host key."""
+    return come_from(client_home(tmp_path, server), monkeypatch)
+
+
+def come_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    return home
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[str], SSHConnection]]:
+    """Open a connection that is closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(url: str) -> SSHConnection:
+            connection = SSHConnection(url)
+            stack.callback(connection.close)
+            return connection
+
+        yield opened
+
+
+Connect = Callable[[str], SSHConnection]
+
+
+def output(channel: SSHChannel, timeout: float = 10.0) -> bytes:
+    data = b""
+    while more := channel.receive(1 << 18, timeout):
+        data += more
+    return data
+
+
+def run(connection: SSHConnection, command: str) -> str:
+    channel = connection.start(command)
+    try:
+        return output(channel).decode()
+    finally:
+        channel.close()
+
+
+def configure(home: Path, text: str) -> None:
+    (home / ".ssh" / "config").write_text(text)
+
+
+def refusal(url: str, kind: type[Exception] = BuilderError) -> str:
+    with pytest.raises(kind) as caught:
+        SSHConnection(url)
+    if kind is BuilderError:
+        assert not isinstance(caught.value, BuilderLost), "it would be tried again"
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    return text
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("ssh://buildpi", Address("buildpi")),
+        ("ssh://buildpi/", Address("buildpi")),
+        ("ssh://pi@buildpi:2222", Address("buildpi", "pi", 2222)),
+        ("ssh://pi@[fe80::1%eth0]:22", Address("fe80::1%eth0", "pi", 22)),
+        ("ssh://[::1]", Address("::1")),
+        ("ssh://me%40corp@host", Address("host", "me@corp")),
+    ],
+)
+def test_a_url_names_a_user_a_host_and_a_port(url: str, address: Address) -> None:
+    if address.user == "me@corp":
+        assert ssh_config.parse_url(url).user == "me@corp"
+    assert ssh_config.parse_url(url) == address
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("ssh://", "names no host"),
+        ("ssh://pi@", "names no host"),
+        ("ssh://pi@host/srv", "has a path"),
+        ("ssh://pi@host?x=1", "has a path, a query"),
+        ("ssh://pi:secret@host", "has a password"),
+        ("ssh://host:0", "'0' for a port"),
+        ("ssh://host:65536", "'65536' for a port"),
+        ("ssh://host:http", "'http' for a port"),
+        ("ssh://-oProxyCommand=x", "'-oProxyCommand=x', that is neither"),
+        ("ssh://host name", "neither a name nor an address"),
+        ("ssh://-l@host", "has a user, '-l'"),
+        ("ssh://$(id)@host", "has a user"),
+        ("ssh://::1", "no host that can be understood"),
+        ("ssh://[a:b c]", "neither a name nor an address"),
+        ("ssh://host\n", "neither a name nor an address"),
+        ("http://host", "is not an SSH address"),
+    ],
+)
+def test_a_url_that_makes_no_sense_is_refused_before_anything_is_tried(url: str, complaint: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        open_builder(url)
+    assert complaint in str(caught.value)
+
+
+def test_a_password_in_a_url_is_not_repeated() -> None:
+    with pytest.raises(SettingsError) as caught:
+        ssh_config.parse_url("ssh://pi:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_paramiko_is_not_imported_before_a_connection_is_opened() -> None:
+    program = (
+        "import sys; from gamebear_tasks.builders.ssh import open_builder; open_builder('ssh://host');"
+        "sys.exit('paramiko' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# configuration
+
+
+def test_the_configuration_is_read_as_ssh_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = come_from(client_home(tmp_path), monkeypatch)
+    (home / ".ssh" / "more").write_text("Host *.lan\n ServerAliveInterval 7\n")
+    configure(
+        home,
+        f"Include {home}/.ssh/more\n"
+        "Match originalhost pi.lan\n HostName 10.1.2.3\n"
+        "Host pi.lan\n Port 2200\n User build\n IdentityFile ~/.ssh/%r_%n\n IdentitiesOnly yes\n ProxyJump me@gate:24\n"
+        " HostKeyAlias pie\n UserKnownHostsFile ~/.ssh/pies ~/.ssh/others\n ConnectTimeout 4\n",
+    )
+    host = ssh_config.read(Address("pi.lan", port=2222))
+    assert (host.hostname, host.port, host.user) == ("10.1.2.3", 2222, "build")
+    assert host.identities == (home / ".ssh" / "build_pi.lan",)
+    assert host.only_identities
+    assert host.jumps == (Address("gate", "me", 24),)
+    assert host.known_as == "pie"
+    assert host.known_hosts[:2] == (home / ".ssh" / "pies", home / ".ssh" / "others")
+    assert (host.connect_timeout, host.alive_interval, host.alive_count) == (4, 7, 3)
+
+
+def without_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+
+
+def test_without_ssh_the_configuration_is_read_too(
+    server: Sshd, home: Path, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(home, f"Host pi\n HostName 127.0.0.1\n Port {server.port}\n User {server.account.name}\n")
+    without_ssh(tmp_path, monkeypatch)
+    assert run(connect("ssh://pi"), "echo hello") == "hello\n"
+
+
+def test_without_ssh_an_include_is_refused_rather_than_overlooked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = come_from(client_home(tmp_path), monkeypatch)
+    configure(home, "Host *\n Include more\n")
+    without_ssh(tmp_path, monkeypatch)
+    assert "has an Include" in refusal("ssh://pi", SettingsError)
+
+
+def test_a_damaged_configuration_is_told_in_the_words_of_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(come_from(client_home(tmp_path), monkeypatch), "Host pi\n Prot 22\n")
+    assert "Bad configuration option: prot" in refusal("ssh://pi", SettingsError)
+
+
+def test_an_alias_leads_where_the_configuration_says(server: Sshd, home: Path, connect: Connect) -> None:
+    key = new_key(home / "keys" / "build key")
+    server.authorize(key)
+    configure(
+        home,
+        f"Host pi\n HostName 127.0.0.1\n Port {server.port}\n User {server.account.name}\n"
+        f' IdentityFile "{key}"\n IdentitiesOnly yes\n',
+    )
+    assert run(connect("ssh://pi"), "id -un") == f"{server.account.name}\n"
+
+
+# programs
+
+
+def test_a_program_reads_what_is_sent_and_its_output_errors_and_status_come_back(
+    server: Sshd, home: Path, connect: Connect
+) -> None:
+    channel = connect(server.url).start("'sh' '-c' 'head -c 5; echo oops >&2; exit 3'")
+    channel.send(memoryview(bytearray(b"hello")))
+    assert output(channel) == b"hello"
+    assert channel.exit_status(5.0) == 3
+    assert channel.errors() == b"oops\n"
+
+
+def test_closing_a_channel_ends_the_programs_input(server: Sshd, home: Path, connect: Connect) -> None:
+    connection = connect(server.url)
+    channel = connection.start("cat; touch ~/ended")
+    channel.close()
+    channel.close()
+    assert "ended" in run(
+        connection, "for i in $(seq 50); do test -e ~/ended && break; sleep 0.1; done; ls ~; rm ~/ended"
+    )
+
+
+def test_a_program_that_runs_on_has_no_status_yet(server: Sshd, home: Path, connect: Connect) -> None:
+    assert connect(server.url).start("sleep 60").exit_status(0.1) is None
+
+
+def test_a_program_that_says_nothing_for_too_long_counts_as_lost(server: Sshd, home: Path, connect: Connect) -> None:
+    channel = connect(server.url).start("sleep 60")
+    with pytest.raises(BuilderLost, match=r"has been silent for 0\.2 seconds"):
+        channel.receive(1, 0.2)
+
+
+def test_a_program_that_has_ended_takes_nothing_and_the_connection_goes_on(
+    server: Sshd, home: Path, connect: Connect
+) -> None:
+    connection = connect(server.url)
+    channel = connection.start("true")
+    with pytest.raises(BuilderLost, match="the program that it ran for us has ended"):
+        while True:
+            channel.send(bytes(MIB))
+    assert run(connection, "echo still here") == "still here\n"
+
+
+def test_100_mb_of_errors_do_not_hold_up_the_output(server: Sshd, home: Path, connect: Connect) -> None:
+    channel = connect(server.url).start("head -c 100000000 /dev/zero >&2; echo last >&2; echo done")
+    assert output(channel) == b"done\n"
+    assert channel.exit_status(5.0) == 0
+    assert len(channel.errors()) == 64 * 1024
+    assert channel.errors().endswith(b"last\n")
+
+
+def test_32_threads_share_one_connection(server: Sshd, home: Path, connect: Connect) -> None:
+    connection = connect(server.url)
+    places = threading.Semaphore(10)
+    said: list[str] = []
+
+    def work(number: int) -> None:
+        with places:
+            for _ in range(50):
+                with contextlib.suppress(BuilderBusy):
+                    said.append(run(connection, f"echo {number}"))
+                    return
+                time.sleep(0.1)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(int, said)) == list(range(32))
+    assert server.connections == 1
+
+
+# log-in
+
+
+@contextlib.contextmanager
+def agent(*keys: Path) -> Iterator[str]:
+    """Run an ssh-agent that holds keys; gives its socket."""
+    folder = keys[0].parent
+    path = folder / "agent"
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
+    try:
+        while not path.exists():
+            time.sleep(0.01)
+        environment = {**os.environ, "SSH_AUTH_SOCK": str(path)}
+        subprocess.run(["ssh-add", "-q", *map(str, keys)], env=environment, check=True, capture_output=True)
+        yield str(path)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
+def test_a_key_of_any_kind_lets_us_in(server: Sshd, home: Path, connect: Connect, kind: str) -> None:
+    (home / ".ssh" / "id_ed25519").unlink()
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    server.authorize(new_key(home / ".ssh" / f"id_{kind}", kind))
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa"])
+def test_a_key_of_the_agent_lets_us_in(
+    server: Sshd, home: Path, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    key = new_key(tmp_path / "elsewhere" / "key", kind)
+    server.authorize(key)
+    with agent(key) as path:
+        monkeypatch.setenv("SSH_AUTH_SOCK", path)
+        assert run(connect(server.url), "echo in") == "in\n"
+
+
+def test_the_agent_is_found_where_the_configuration_says(
+    server: Sshd, home: Path, tmp_path: Path, connect: Connect
+) -> None:
+    key = new_key(tmp_path / "elsewhere" / "key")
+    server.authorize(key)
+    with agent(key) as path:
+        configure(home, f"IdentityAgent {path}\n")
+        assert run(connect(server.url), "echo in") == "in\n"
+
+
+def test_with_too_many_keys_in_the_agent_the_error_says_how_to_choose_one(
+    server: Sshd, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [new_key(tmp_path / "elsewhere" / f"key{number}") for number in range(7)]
+    server.authorize(keys[-1])
+    with agent(*keys) as path:
+        monkeypatch.setenv("SSH_AUTH_SOCK", path)
+        text = refusal(server.url)
+        assert "Too many authentication failures" in text
+        assert "IdentitiesOnly yes" in text
+        configure(home, f"Host 127.0.0.1\n IdentityFile {keys[-1]}.pub\n IdentitiesOnly yes\n")
+        connection = SSHConnection(server.url)
+        connection.close()
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa"])
+def test_a_certificate_lets_us_in(server: Sshd, home: Path, tmp_path: Path, connect: Connect, kind: str) -> None:
+    authority = new_key(tmp_path / "authority")
+    server.options["TrustedUserCAKeys"] = f"{authority}.pub"
+    server.restart()
+    server.authorize()
+    (home / ".ssh" / "id_ed25519").unlink()
+    key = new_key(home / ".ssh" / f"id_{kind}x", kind)
+    configure(home, f"IdentityFile {key}\n")
+    certify(authority, key, server.account.name)
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+def certify(authority: Path, key: Path, principal: str, *options: str) -> Path:
+    command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "test", "-n", principal, *options, f"{key}.pub"]
+    subprocess.run(command, check=True, capture_output=True)
+    return key.with_name(key.name + "-cert.pub")
+
+
+def test_an_encrypted_key_without_a_terminal_asks_for_ssh_add(server: Sshd, home: Path) -> None:
+    key = home / ".ssh" / "id_ed25519"
+    key.unlink()
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    server.authorize(new_key(key, passphrase="secret"))
+    text = refusal(server.url)
+    assert "no terminal to ask" in text
+    assert f"ssh-add {key}" in text
+
+
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
+    """Let a person sit there who gives these answers; returns what is asked."""
+    from gamebear_tasks.builders import ssh_login
+
+    asked: list[str] = []
+    replies = iter(answers)
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return next(replies)
+
+    monkeypatch.setattr(ssh_login, "_has_terminal", lambda: True)
+    monkeypatch.setattr(getpass, "getpass", answer)
+    monkeypatch.setattr(ssh_login, "_secrets", {})
+    return asked
+
+
+def test_a_passphrase_is_asked_once_for_all_connections(
+    server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = home / ".ssh" / "id_ed25519"
+    key.unlink()
+    server.authorize(new_key(home / ".ssh" / "id_rsa", "rsa", passphrase="secret"))
+    asked = at_a_terminal(monkeypatch, "mistyped", "secret")
+    for _ in range(2):
+        assert run(connect(server.url), "echo in") == "in\n"
+    assert asked == [f"Passphrase for {home}/.ssh/id_rsa: "] * 2
+
+
+def test_a_password_is_asked_once_for_all_connections(
+    server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.authorize()
+    server.options["PasswordAuthentication"] = "yes"
+    server.restart()
+    asked = at_a_terminal(monkeypatch, "open sesame")
+    with password(server.account, "open sesame"):
+        for _ in range(2):
+            assert run(connect(server.url), "echo in") == "in\n"
+    assert asked == [f"{server.account.name}@127.0.0.1's password: "]
+
+
+def test_a_server_that_asks_for_itself_is_answered_at_a_terminal_only(
+    server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.authorize()
+    server.options.update(UsePAM="yes", KbdInteractiveAuthentication="yes")
+    server.restart()
+    assert f"does not let {server.account.name} in" in refusal(server.url)
+    asked = at_a_terminal(monkeypatch, "open sesame")
+    with password(server.account, "open sesame"):
+        assert run(connect(server.url), "echo in") == "in\n"
+    assert len(asked) == 1
+    assert "Password:" in asked[0]
+
+
+@contextlib.contextmanager
+def password(account: Account, text: str) -> Iterator[None]:
+    done = subprocess.run(["chpasswd"], input=f"{account.name}:{text}\n", text=True, check=True, capture_output=True)
+    assert not done.returncode
+    try:
+        yield
+    finally:
+        set_password_field(account, "*")
+
+
+def set_password_field(account: Account, field: str) -> None:
+    subprocess.run(["usermod", "-p", field, account.name], check=True, capture_output=True)
+
+
+def test_a_key_that_the_builder_does_not_know_is_named_with_the_way_to_put_it_there(server: Sshd, home: Path) -> None:
+    server.authorize()
+    key = home / ".ssh" / "id_ed25519"
+    text = refusal(server.url)
+    assert f"does not let {server.account.name} in" in text
+    assert f"{key} {fingerprint(key)}" in text
+    assert f"`ssh-copy-id -i {key} -p {server.port} {server.account.name}@127.0.0.1`" in text
+
+
+def test_a_locked_account_is_refused_with_a_word_about_locks(server: Sshd, home: Path) -> None:
+    set_password_field(server.account, "!")
+    try:
+        assert "see that the account is not locked" in refusal(server.url)
+    finally:
+        set_password_field(server.account, "*")
+
+
+def test_who_has_no_key_is_told_how_to_make_one(server: Sshd, home: Path) -> None:
+    for file in (home / ".ssh").glob("id_*"):
+        file.unlink()
+    text = refusal(server.url)
+    assert "for want of a key" in text
+    assert "ssh-keygen" in text
+
+
+def test_a_key_that_others_can_read_is_not_used(server: Sshd, home: Path) -> None:
+    key = home / ".ssh" / "id_ed25519"
+    key.chmod(0o644)
+    assert f"others can read it; `chmod 600 {key}`" in refusal(server.url)
+
+
+# host keys
+
+
+def test_an_unknown_host_key_is_refused_with_its_fingerprint_and_the_command(server: Sshd, home: Path) -> None:
+    known = home / ".ssh" / "known_hosts"
+    known.unlink()
+    configure(home, "StrictHostKeyChecking no\n")
+    text = refusal(server.url)
+    assert fingerprint(server.host_keys["ed25519"]) in text
+    assert "is not known here" in text
+    assert f"`ssh -p {server.port} {server.account.name}@127.0.0.1`" in text
+    assert f"`ssh-keyscan -p {server.port} 127.0.0.1 >> {known}`" in text
+    assert not known.exists()
+    assert "Accepted" not in server.log
+
+
+def test_a_changed_host_key_is_refused_and_may_be_an_attack(server: Sshd, home: Path, tmp_path: Path) -> None:
+    former = new_key(tmp_path / "former")
+    known = home / ".ssh" / "known_hosts"
+    known.write_text(f"# mine\n[127.0.0.1]:{server.port} {public(former)}\n")
+    text = refusal(server.url)
+    assert "its host key has changed" in text
+    assert fingerprint(server.host_keys["ed25519"]) in text
+    assert fingerprint(former) in text
+    assert f"{known}:2" in text
+    assert "may be an attack" in text
+    assert f"`ssh-keygen -R '[127.0.0.1]:{server.port}' -f {known}`" in text
+
+
+def test_a_revoked_host_key_is_refused(server: Sshd, home: Path) -> None:
+    with (home / ".ssh" / "known_hosts").open("a") as file:
+        file.write(f"@revoked * {public(server.host_keys['ed25519'])}\n")
+    assert "is marked as revoked" in refusal(server.url)
+
+
+def test_a_host_key_on_the_list_of_revoked_ones_is_refused(server: Sshd, home: Path) -> None:
+    revoked = home / "revoked"
+    revoked.write_text(f"{public(server.host_keys['ed25519'])}\n")
+    configure(home, f"RevokedHostKeys {revoked}\n")
+    assert "is marked as revoked" in refusal(server.url)
+
+
+def test_hashed_names_are_understood(server: Sshd, home: Path, connect: Connect) -> None:
+    known = home / ".ssh" / "known_hosts"
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], check=True, capture_output=True)
+    assert "127.0.0.1" not in known.read_text()
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+def test_an_alias_for_the_host_key_is_understood(server: Sshd, home: Path, connect: Connect) -> None:
+    (home / ".ssh" / "pies").write_text(f"pie,*.lan {public(server.host_keys['ed25519'])}\n")
+    configure(home, "HostKeyAlias pie\nUserKnownHostsFile ~/.ssh/none ~/.ssh/pies\n")
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+@pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
+def test_a_server_with_several_host_keys_shows_the_one_that_is_known(
+    serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    server = serve("ed25519", "ecdsa", "rsa")
+    home = come_from(client_home(tmp_path, server), monkeypatch)
+    only = f"[127.0.0.1]:{server.port} {public(server.host_keys[kind])}\n"
+    (home / ".ssh" / "known_hosts").write_text(only)
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+def test_a_host_key_of_another_kind_than_the_known_one_is_refused(server: Sshd, home: Path, tmp_path: Path) -> None:
+    former = new_key(tmp_path / "former", "ecdsa")
+    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {public(former)}\n")
+    assert "Only keys of another kind are known for it" in refusal(server.url)
+
+
+@pytest.fixture
+def certified(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sshd]:
+    """Start an sshd that shows a host certificate, whose authority alone is known."""
+
+    def start(principal: str, *options: str, kind: str = "ed25519", authority: str = "ecdsa") -> Sshd:
+        key = new_key(tmp_path / "authority", authority)
+        server = serve(kind)
+        server.options["HostCertificate"] = certify(key, server.host_keys[kind], principal, "-h", *options)
+        server.restart()
+        home = come_from(client_home(tmp_path, server), monkeypatch)
+        (home / ".ssh" / "known_hosts").write_text(f"@cert-authority *127.0.0.1* {public(key)}\n")
+        return server
+
+    return start
+
+
+@pytest.mark.parametrize(("kind", "authority"), [("ed25519", "ecdsa"), ("rsa", "rsa"), ("ecdsa", "ed25519")])
+def test_a_host_certificate_of_a_known_authority_is_enough(
+    certified: Callable[..., Sshd], connect: Connect, kind: str, authority: str
+) -> None:
+    server = certified("127.0.0.1", kind=kind, authority=authority)
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+def test_a_host_certificate_for_another_name_is_refused(certified: Callable[..., Sshd]) -> None:
+    assert "it is for other, not for 127.0.0.1" in refusal(certified("other").url)
+
+
+def test_a_host_certificate_out_of_date_is_refused(certified: Callable[..., Sshd]) -> None:
+    server = certified("127.0.0.1", "-V", "20200101:20210101")
+    assert "not valid at this time" in refusal(server.url)
+
+
+def test_a_host_certificate_of_an_unknown_authority_is_refused(certified: Callable[..., Sshd], tmp_path: Path) -> None:
+    server = certified("127.0.0.1")
+    other = new_key(tmp_path / "other")
+    (tmp_path / "home" / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(other)}\n")
+    assert "is not known here" in refusal(server.url)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "name", "expected"),
+    [
+        ("buildpi,10.0.0.2", "10.0.0.2", True),
+        ("*.lan,!bad.lan", "good.lan", True),
+        ("*.lan,!bad.lan", "bad.lan", False),
+        ("[pi]:2222", "pi", False),
+        ("[pi]:2222", "[pi]:2222", True),
+        ("BuildPi", "buildpi", True),
+        ("p?", "pi", True),
+        ("|1|bad", "pi", False),
+    ],
+)
+def test_names_in_known_hosts_match_as_sshd_says(hosts: str, name: str, expected: bool) -> None:
+    assert ssh_hosts.matches(hosts, name) is expected
+
+
+# on the way
+
+
+def test_a_builder_behind_a_jump_host_is_reached_and_both_host_keys_are_checked(
+    serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, middle, server = serve(), serve(), serve()
+    home = come_from(client_home(tmp_path, gate, middle, server), monkeypatch)
+    user = server.account.name
+    configure(
+        home,
+        f"Host gate\n HostName 127.0.0.1\n Port {gate.port}\n User {user}\n"
+        f"Host pi\n HostName 127.0.0.1\n Port {server.port}\n ProxyJump gate,{user}@127.0.0.1:{middle.port}\n",
+    )
+    connection = connect(f"ssh://{user}@pi")
+    channel = connection.start("cat")
+    channel.send(bytes(4 * MIB) + b"end")
+    got = 0
+    while got < 4 * MIB + 3:
+        got += len(channel.receive(MIB, 5.0))
+    assert (gate.connections, middle.connections, server.connections) == (1, 1, 1)
+
+    known = home / ".ssh" / "known_hosts"
+    known.write_text(middle.known_hosts + server.known_hosts)
+    text = refusal(f"ssh://{user}@pi")
+    assert "its jump host gate is refused: its host key" in text
+    assert server.connections == 1
+
+
+def test_jump_hosts_in_a_circle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(come_from(client_home(tmp_path), monkeypatch), "Host a\n ProxyJump b\nHost b\n ProxyJump a\n")
+    assert "goes round in a circle" in refusal("ssh://a", SettingsError)
+
+
+PIPE = """
+import os, socket, sys, threading
+there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def forth():
+    while data := os.read(0, 65536):
+        there.sendall(data)
+    os._exit(0)
+threading.Thread(target=forth, daemon=True).start()
+while data := there.recv(65536):
+    os.write(1, data)
+"""
+
+
+def test_a_builder_behind_a_proxy_command_is_reached(server: Sshd, home: Path, connect: Connect) -> None:
+    (home / "pipe.py").write_text(PIPE)
+    configure(
+        home,
+        f"Host pi\n HostName 127.0.0.1\n Port {server.port}\n User {server.account.name}\n"
+        f" ProxyCommand {sys.executable} {home}/pipe.py %h %p\n",
+    )
+    connection = connect("ssh://pi")
+    assert len(run(connection, "head -c 4000000 /dev/zero")) == 4_000_000
+    connection.close()
+
+
+def test_a_proxy_command_that_fails_is_told_in_its_own_words(home: Path) -> None:
+    configure(home, "Host pi\n ProxyCommand echo no way to %h >&2; exit 1\n")
+    assert "its ProxyCommand says: no way to pi" in refusal("ssh://pi", BuilderLost)
+
+
+def test_a_builder_that_is_not_there_may_be_tried_again(home: Path, server: Sshd) -> None:
+    server.stop()
+    assert f"127.0.0.1 port {server.port}: connection refused" in refusal(server.url, BuilderLost)
+    server.start()
+    SSHConnection(server.url).close()
+
+
+def test_an_unknown_host_name_may_be_tried_again(home: Path) -> None:
+    assert "no host builder.invalid is known here" in refusal("ssh://pi@builder.invalid", BuilderLost)
+
+
+def test_a_builder_that_takes_connections_and_says_nothing_is_given_up(home: Path) -> None:
+    configure(home, "ConnectTimeout 1\n")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        start = time.monotonic()
+        text = refusal(f"ssh://pi@127.0.0.1:{listener.getsockname()[1]}", BuilderLost)
+        assert time.monotonic() - start < 3
+    assert "said nothing, before it introduced itself" in text
+
+
+def test_a_builder_with_too_many_connections_may_be_tried_again(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(MaxStartups="1:100:1")
+    come_from(client_home(tmp_path, server), monkeypatch)
+    with socket.create_connection(("127.0.0.1", server.port)) as first:
+        first.recv(100)
+        assert "too many connections at once (MaxStartups)" in refusal(server.url, BuilderLost)
+
+
+def test_with_one_session_allowed_a_second_must_wait_and_the_first_works_on(
+    serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(MaxSessions=1)
+    come_from(client_home(tmp_path, server), monkeypatch)
+    connection = connect(server.url)
+    first = connection.start("cat")
+    with pytest.raises(BuilderBusy, match="gives no further session"):
+        connection.start("true")
+    first.send(b"on")
+    assert first.receive(10, 5.0) == b"on"
+    first.close()
+    for _ in range(50):
+        with contextlib.suppress(BuilderBusy):
+            assert run(connection, "echo next") == "next\n"
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the session never came free")
+
+
+def test_a_builder_that_gives_no_sessions_at_all_is_refused(
+    serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(MaxSessions=0)
+    come_from(client_home(tmp_path, server), monkeypatch)
+    with pytest.raises(BuilderError, match="lets us in, but gives no session") as caught:
+        connect(server.url).start("true")
+    assert not isinstance(caught.value, BuilderBusy | BuilderLost)
+
+
+# broken connections
+
+
+def test_a_connection_that_is_cut_is_noticed_at_once_by_all_who_use_it_and_nothing_is_printed(
+    server: Sshd, home: Path, connect: Connect, capfd: pytest.CaptureFixture[str]
+) -> None:
+    connection = connect(server.url)
+    reader, writer = connection.start("sleep 60"), connection.start("cat >/dev/null")
+    threading.Timer(0.3, server.stop).start()
+    start = time.monotonic()
+    with pytest.raises(BuilderLost, match="is gone"):
+        while True:
+            writer.send(bytes(MIB))
+    with pytest.raises(BuilderLost, match="is gone"):
+        reader.receive(1, 30.0)
+    with pytest.raises(BuilderLost, match="is gone"):
+        reader.exit_status(30.0)
+    with pytest.raises(BuilderLost, match="is gone"):
+        connection.start("true")
+    assert time.monotonic() - start < 5
+    reader.close()
+    connection.close()
+    connection.close()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "sending"])
+def test_a_builder_that_stands_still_is_noticed(server: Sshd, home: Path, connect: Connect, busy: bool) -> None:
+    configure(home, "ServerAliveInterval 1\nServerAliveCountMax 1\n")
+    connection = connect(server.url)
+    channel = connection.start("cat >/dev/null")
+    start = time.monotonic()
+    with (
+        server.freeze(),
+        pytest.raises(BuilderLost, match=r"is gone: it has answered nothing for 2 seconds"),
+    ):
+        if busy:
+            while True:
+                channel.send(bytes(MIB))
+        channel.receive(1, 30.0)
+    assert time.monotonic() - start < 6
+
+
+def test_a_builder_that_has_nothing_to_say_is_not_given_up(server: Sshd, home: Path, connect: Connect) -> None:
+    configure(home, "ServerAliveInterval 1\nServerAliveCountMax 1\n")
+    assert output(connect(server.url).start("sleep 3; echo done")) == b"done\n"
+
+
+def test_a_fork_leaves_the_connection_to_its_parent(server: Sshd, home: Path, connect: Connect) -> None:
+    connection = connect(server.url)
+    channel = connection.start("cat")
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            channel.close()
+            connection.close()
+            del channel, connection
+            import gc
+
+            gc.collect()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    channel.send(b"still ours")
+    assert channel.receive(100, 5.0) == b"still ours"
+    assert run(connection, "echo new") == "new\n"
+    assert server.connections == 1
+
+
+# re-keying
+
+
+def there_and_back(connection: SSHConnection, size: int) -> None:
+    """Send `size` bytes through a program that sends them back, and compare."""
+    block = os.urandom(MIB)
+    channel = connection.start("cat")
+
+    def send() -> None:
+        for _ in range(size // MIB):
+            channel.send(block)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for _ in range(size // MIB):
+        data = b""
+        while len(data) < MIB:
+            more = channel.receive(MIB - len(data), 20.0)
+            assert more
+            data += more
+        assert data == block
+    sender.join()
+    channel.close()
+
+
+def test_many_new_keys_on_the_way_harm_no_byte(
+    serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(RekeyLimit="1M", LogLevel="DEBUG1")
+    come_from(client_home(tmp_path, server), monkeypatch)
+    connection = connect(server.url)
+    connection._transport.packetizer.REKEY_BYTES = 700_000
+    there_and_back(connection, 64 * MIB)
+    assert server.log.count("rekeying out") > 50 or server.log.count("SSH2_MSG_NEWKEYS received") > 50
+
+
+def test_programs_may_end_in_the_middle_of_a_key_exchange(server: Sshd, home: Path, connect: Connect) -> None:
+    connection = connect(server.url)
+    connection._transport.packetizer.REKEY_BYTES = 100_000
+    failures: list[BaseException] = []
+
+    def work(command: str, until: float) -> None:
+        try:
+            while time.monotonic() < until:
+                channel = connection.start(command)
+                with contextlib.suppress(BuilderLost):
+                    channel.send(bytes(50_000))
+                with contextlib.suppress(BuilderLost):
+                    output(channel)
+                channel.close()
+        except BuilderBusy:
+            pass
+        except BuilderError as error:
+            failures.append(error)
+
+    until = time.monotonic() + 2
+    commands = ["head -c 60000 /dev/zero", "true", "head -c 100 >&2", "head -c 60000 /dev/zero", "exec >&-; cat"]
+    threads = [threading.Thread(target=work, args=(command, until)) for command in commands[:4]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert run(connection, "echo alive") == "alive\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["default", "64M"])
+def test_more_than_a_gibibyte_each_way_on_one_connection(
+    serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    server = serve(RekeyLimit=limit)
+    come_from(client_home(tmp_path, server), monkeypatch)
+    size = 1200 * MIB
+    connection = connect(server.url)
+    block = memoryview(bytes(MIB))
+
+    channel = connection.start("wc -c >count; mv count done")
+    for _ in range(size // MIB):
+        channel.send(block)
+    channel.close()
+    assert int(run(connection, "until test -e done; do sleep 0.1; done; cat done; rm done")) == size
+
+    channel = connection.start(f"head -c {size} /dev/zero")
+    got = 0
+    while data := channel.receive(1 << 18, 20.0):
+        got += len(data)
+    assert got == size
+    there_and_back(connection, size)

@@ -1,0 +1,132 @@
+"""Upstreams to fetch from, shared by the tests of sources: a repository, a git daemon, this machine's apt.
+
+A pytest plug-in that test modules import from as well, hence PYTEST_DONT_REWRITE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gamebear_tasks.errors import SourceError
+from gamebear_tasks.sources import Lock, debian, resolve
+from gamebear_tasks.sources.from_debian import apt_sources
+
+COMMIT_TIME = 1_600_000_000
+
+
+@pytest.fixture
+def git_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give git a configuration of the test's own."""
+    settings = tmp_path / "gitconfig"
+    settings.write_text("[user]\nname = A U Thor\nemail = author@example.com\n[init]\ndefaultBranch = main\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_COMMITTER_DATE", f"{COMMIT_TIME} +0200")
+    return settings
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A cache that is not there yet."""
+    return tmp_path / "cache"
+
+
+def call_git(folder: Path, *arguments: str) -> str:
+    """Run git in a folder and return what it prints."""
+    return subprocess.run(
+        ["git", "-C", folder, "-c", "protocol.file.allow=always", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+
+
+def commit(folder: Path, message: str = "change") -> str:
+    """Commit all that is in a work tree and return the commit."""
+    call_git(folder, "add", "--all")
+    call_git(folder, "commit", "--quiet", "--allow-empty", "--message", message)
+    return call_git(folder, "rev-parse", "HEAD")
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, git_settings: Path) -> Path:
+    """A repository with all sorts of files, one commit."""
+    folder = tmp_path / "srv" / "upstream"
+    folder.mkdir(parents=True)
+    call_git(folder, "init", "--quiet")
+    (folder / "Makefile").write_bytes(b"all:\n")
+    (folder / "windows.txt").write_bytes(b"one\ntwo\n")
+    (folder / "tests").mkdir()
+    (folder / "tests" / "run").write_bytes(b"#!/bin/sh\n")
+    (folder / "tests" / "run").chmod(0o775)
+    (folder / "link").symlink_to("tests/run")
+    (folder / ".gitattributes").write_text("tests export-ignore\nwindows.txt text eol=crlf\nMakefile export-subst\n")
+    commit(folder, "first")
+    return folder
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, git_settings: Path) -> Iterator[Callable[[str], str]]:
+    """A git daemon that serves the repositories below srv, known to the user's git under another URL."""
+    srv = tmp_path / "srv"
+    srv.mkdir(exist_ok=True)
+    port = free_port()
+    process = subprocess.Popen(
+        ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={srv}", srv],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with git_settings.open("a") as settings:
+        settings.write(f'[url "git://127.0.0.1:{port}/"]\ninsteadOf = https://git.example/\n')
+    for _ in range(500):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        time.sleep(0.01)
+    yield lambda name: f"https://git.example/{name}"
+    os.killpg(process.pid, 15)
+    process.wait()
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no program be found from here on."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+
+
+needs_apt = pytest.mark.skipif(
+    not (shutil.which("apt-get") and shutil.which("dpkg-source")), reason="this machine is not Debian's"
+)
+
+
+@pytest.fixture(scope="session")
+def apt_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lock, Path]:
+    """A cache with the machine's lists of source packages, and a lock that was made with it."""
+    folder = tmp_path_factory.mktemp("apt")
+    own = folder / "own.sources"  # only Debian's: the others' servers are not part of the test
+    texts, _ = apt_sources(None)
+    stanzas = [stanza for text in texts.values() for stanza in text.split("\n\n") if "debian-archive-keyring" in stanza]
+    (folder / "parts").mkdir()
+    (folder / "parts" / "debian.sources").write_text("\n\n".join(stanzas))
+    own.write_text(f'Dir::Etc::sourcelist "/dev/null";\nDir::Etc::sourceparts "{folder}/parts";\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("APT_CONFIG", str(own))
+        try:
+            resolve([debian("umtp-responder")], folder / "gamebear.lock", folder / "cache")
+        except SourceError as error:
+            pytest.skip(f"no source packages to be had here: {error}")
+    return folder / "cache", Lock.read(folder / "gamebear.lock"), own
