@@ -88,12 +88,12 @@ class Plan:
             files[sha256] = path
             return File(sha256, executable)
 
-        script = self.program if isinstance(self.program, Path) else None
+        program = self.program
         lock = read_lock(self.lock)
         job = Job(
             arch=self.arch or chosen.arch,
             program=self.name,
-            identity=hashed(script).sha256 if script else functions.identity(self.program),
+            identity=hashed(program).sha256 if isinstance(program, Path) else functions.identity(program),
             is_function=not isinstance(self.program, Path),
             outputs=tuple(self.targets),
             modules={name: File(hashed(path).sha256) for name, path in self.modules.items()},

@@ -436,7 +436,8 @@ def _why(error: BaseException | None) -> str:
         return "it takes too long to answer"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return str(error).rstrip(".") or "the connection broke" if error is not None else "the connection broke"
+    text = str(error or "").rstrip(".")
+    return "the connection broke" if text in ("", "Socket is closed") else text
 
 
 def _abandon_in_child() -> None:

@@ -153,8 +153,8 @@ def read(address: Address) -> Host:
 
     `ssh -G` is asked where there is an `ssh`; otherwise paramiko reads `~/.ssh/config`, without `Include`. What would
     make the host key check weaker is ignored: `StrictHostKeyChecking no` and `accept-new` mean `yes` here.
-    Not supported: `KexAlgorithms` (paramiko's own choice is used), `KnownHostsCommand`, `VerifyHostKeyDNS`, `PKCS11Provider`, host-based and Kerberos log-in; hardware
-    keys work through the agent.
+    Not supported: `KexAlgorithms` (paramiko's own choice is used), `KnownHostsCommand`, `VerifyHostKeyDNS`,
+    `PKCS11Provider`, host-based and Kerberos log-in. Hardware keys work through the agent.
 
     Raises:
         SettingsError: the configuration cannot be read.
@@ -247,7 +247,7 @@ def _host(address: Address, options: Mapping[str, list[str]]) -> Host:
 
     def names(keyword: str) -> frozenset[str]:
         text = one(keyword)
-        return frozenset() if text[:1] in "+-^" else frozenset(text.split(","))  # relative to what only ssh knows
+        return frozenset() if text[:1] in ("", "+", "-", "^") else frozenset(text.split(","))
 
     def yes(keyword: str, default: str) -> bool:
         return one(keyword, default).lower() in ("yes", "true")

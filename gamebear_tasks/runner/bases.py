@@ -10,14 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import lzma
 import os
 import re
 import shutil
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -465,6 +462,10 @@ def _index_failure(archive: Archive, arch: str) -> str:
     This is no check of authenticity, that is apt's; a mirror whose index does not fit its own list of hashes
     would make every installation fail.
     """
+    import lzma  # these take long to import on a small machine, and most builds never come here
+    import urllib.error
+    import urllib.request
+
     base = f"{archive.uri}/dists/{archive.suite}"
     name = f"main/binary-{arch}/Packages.xz"
     try:

@@ -898,7 +898,7 @@ def _with_tag(name: str) -> str:
 
 
 def packages_image(
-    base: str,
+    base: str | Image,
     names: Iterable[str],
     *,
     recommends: bool = False,
@@ -908,7 +908,7 @@ def packages_image(
     """Return the image of a base with Debian packages installed, built where the builder has none yet.
 
     Args:
-        base: the base image's name.
+        base: the base image, or its name.
         names: the packages, in any order; `name=version` and `name:architecture` too.
         recommends: whether to install what they recommend as well.
         max_age_days: build it anew when it is older than this; None: however old it is.

@@ -148,7 +148,7 @@ class Supervisor:
             stop(process)
             raise
         result = read_json(result_path)
-        self.tidy = isinstance(result, dict)
+        self.tidy = isinstance(result, dict) and not result.get("containers_left")
         if isinstance(result, dict) and result.get("ok") and status == 0:
             return
         if isinstance(result, dict) and not result.get("ok"):

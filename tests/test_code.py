@@ -1,0 +1,15 @@
+"""The code keeps the rules that are set for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from project import ROOT
+
+
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+def test_the_tools_find_nothing(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

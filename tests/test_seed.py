@@ -1,0 +1,174 @@
+"""The script that the project began with is a legal buildscript, unchanged; here its upstreams are stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import ROOT, Project
+from upstreams import free_port
+
+POSTS = sorted(ROOT.parent.glob("shared/seed/*.txt"))
+"""The post, where the checkout has it beside itself: it is its author's, and not part of this project."""
+
+# The same steps as the post's, in our own words: a tag of our own making, looked up and made; three containers of one
+# image; `__file__`; outputs of one that are another's inputs.
+IN_ITS_MANNER = """\
+#!/usr/bin/env buildahscript-py
+import hashlib
+from pathlib import Path
+
+here = Path(__file__).resolve().parent
+packages = ["git", "libc-dev", "gcc", "g++", "make", "pkgconf", "libconfig-dev",
+            "autoconf", "libtool", "cmake", "asciidoc"]
+tag = "gamebear-build:" + hashlib.sha256(" ".join(packages).encode()).hexdigest()
+try:
+    image = Image(tag)
+except ImageNotFoundError:
+    with Container("arm32v7/debian") as container:
+        container.run(["apt-get", "update", "-y"])
+        container.run(["apt-get", "install", "-y", *packages])
+        image = container.commit()
+        image.add_tag(tag)
+
+with Container(image) as container:
+    container.run(["git", "clone", "https://github.com/viveris/uMTP-Responder.git", "/src"])
+    container.workdir = "/src"
+    container.run(["make", 'CFLAGS="-DUSE_SYSLOG"'])
+    container.copy_out("/src/umtprd", "umtprd")
+
+with Container(image) as container:
+    container.run(["git", "clone", "https://github.com/libusbgx/libusbgx.git", "/src"])
+    container.workdir = "/src"
+    for command in (["autoreconf", "-i"], ["./configure"], ["make"], ["make", "install"]):
+        container.run(command)
+    container.run(["tar", "caf", "/usbgx.tar", "/usr/local"])
+    container.copy_out("/usbgx.tar", here / "usbgx.tar")
+
+with Container(image) as container:
+    container.copy_in("usbgx.tar", "/usbgx.tar")
+    container.run(["tar", "xaf", "/usbgx.tar"])
+    container.run(["git", "clone", "https://github.com/kopasiak/gt.git", "/src"])
+    container.workdir = "/src"
+    container.run(["cmake", "-DCMAKE_INSTALL_PREFIX=/usr/local/", "./source/"])
+    container.run(["make"])
+    container.run(["make", "install"])
+    container.run(["tar", "caf", "/gt.tar", "/usr/local"])
+    container.copy_out("/gt.tar", here / "gt.tar")
+"""
+
+# What the script would install under the tag that it computes takes long; this much of it is enough for the stand-ins.
+PREPARE = """\
+import hashlib
+
+PACKAGES = ["git", "libc-dev", "gcc", "g++", "make", "pkgconf", "libconfig-dev", "autoconf", "libtool", "cmake", "asciidoc"]
+tag = "gamebear-build:" + hashlib.sha256(" ".join(PACKAGES).encode("utf-8")).hexdigest()
+image = packages_image("debian:bookworm", ["git", "ca-certificates", "gcc", "libc6-dev", "make", "autoconf", "automake",
+                                          "libtool", "cmake"])
+with Container(image) as c:
+    for name in ("viveris", "libusbgx", "kopasiak"):
+        c.run(["git", "config", "--system", "url.git://127.0.0.1:{port}/" + name + "/.insteadOf",
+               "https://github.com/" + name + "/"])
+    c.commit().add_tag(tag)
+open("tag", "w").write(tag)
+"""
+
+UPSTREAMS = {
+    "viveris/uMTP-Responder.git": {
+        "Makefile": "umtprd: umtprd.c\n\tcc $(subst \",,$(CFLAGS)) -o $@ $<\n",
+        "umtprd.c": "#ifndef USE_SYSLOG\n#error it is not set\n#endif\nint main(void) { return 0; }\n",
+    },
+    "libusbgx/libusbgx.git": {
+        "configure.ac": (
+            "AC_INIT([usbgx], [1])\nAC_CONFIG_MACRO_DIRS([m4])\nAM_INIT_AUTOMAKE([foreign])\nLT_INIT\n"
+            "AC_PROG_CC\nAC_CONFIG_FILES([Makefile])\nAC_OUTPUT\n"
+        ),
+        "Makefile.am": (
+            "ACLOCAL_AMFLAGS = -I m4\nlib_LTLIBRARIES = libusbgx.la\nlibusbgx_la_SOURCES = usbgx.c\n"
+            "include_HEADERS = usbgx.h\n"
+        ),
+        "m4/.keep": "",
+        "usbgx.c": '#include "usbgx.h"\nint usbgx(void) { return 7; }\n',
+        "usbgx.h": "int usbgx(void);\n",
+    },
+    "kopasiak/gt.git": {
+        "source/CMakeLists.txt": (
+            "cmake_minimum_required(VERSION 3.5)\nproject(gt C)\nadd_executable(gt gt.c)\n"
+            "target_include_directories(gt PRIVATE /usr/local/include)\n"
+            "target_link_libraries(gt /usr/local/lib/libusbgx.so)\n"
+            "install(TARGETS gt DESTINATION bin)\n"
+            "install(FILES gt.1 DESTINATION usr/share/man/man1)\n"
+        ),
+        "source/gt.c": "#include <usbgx.h>\nint main(void) { return usbgx(); }\n",
+        "source/gt.1": ".TH gt 1\n",
+    },
+}
+
+DODO = """
+from gamebear_tasks import artifact
+
+def task_prepare():
+    return artifact("prepare.py", outputs=["build/tag"])
+
+def task_seed():
+    task = artifact("buildscript.py", outputs=["build/umtprd", "build/usbgx.tar", "build/gt.tar"])
+    task["task_dep"] = ["prepare"]
+    return task
+"""
+
+
+@pytest.fixture
+def upstreams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Serve the stand-ins by git's own daemon; give its port."""
+    for name, files in UPSTREAMS.items():
+        folder = tmp_path / "srv" / name
+        for path, text in files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
+            who = ["-c", "user.name=A U Thor", "-c", "user.email=author@example.com"]
+            subprocess.run(["git", *who, *command], cwd=folder, check=True)
+    port = free_port()
+    process = subprocess.Popen(
+        ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={tmp_path / 'srv'}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(0.2)
+    yield port
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 15)
+    process.wait()
+
+
+def the_script_in_the_post() -> str:
+    text = POSTS[-1].read_text("utf-8")
+    return str(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[-1])
+
+
+@pytest.mark.parametrize("whose", ["ours", "the post's"])
+def test_the_seeds_script_is_one_job_with_three_outputs(remote_project: Project, upstreams: int, whose: str) -> None:
+    if whose == "the post's" and not POSTS:
+        pytest.skip("the post is not beside this checkout")
+    script = IN_ITS_MANNER if whose == "ours" else the_script_in_the_post()
+    remote_project.environment["GAMEBEAR_BASE"] = "bootstrap"
+    remote_project.write("dodo.py", DODO)
+    remote_project.write("prepare.py", PREPARE.replace("{port}", str(upstreams)))
+    remote_project.write("buildscript.py", script)
+    run = remote_project.doit("seed").ok()
+    assert run.ran == ["prepare", "seed"]
+    build = remote_project.folder / "build"
+    assert os.access(build / "umtprd", os.X_OK)
+    with tarfile.open(build / "usbgx.tar") as tar:
+        assert "usr/local/lib/libusbgx.so" in tar.getnames()
+    with tarfile.open(build / "gt.tar") as tar:
+        assert {"usr/local/bin/gt", "usr/local/lib/libusbgx.so"} <= set(tar.getnames())
+    assert remote_project.doit("seed").ok().ran == []
