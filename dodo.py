@@ -1,6 +1,6 @@
 """The three artifacts for a Gamebear: umtprd, usbgx.tar and gt.tar."""
 
-from gamebear_tasks import artifact, debian, either, git, task_builder, task_lock, task_sources
+from gamebear_tasks import artifact, debian, either, git, task_builder, task_lock, task_prune, task_sources
 
 DOIT_CONFIG = {"default_tasks": ["umtprd", "usbgx", "gt"]}
 
@@ -29,4 +29,4 @@ def task_gt():
     )
 
 
-__all__ = ["task_builder", "task_lock", "task_sources"]
+__all__ = ["task_builder", "task_lock", "task_prune", "task_sources"]

@@ -16,6 +16,7 @@ def autotools_image():
             "autoconf",
             "automake",
             "cmake",
+            "g++",
             "libconfig-dev",
             "libtool",
             # gt's man pages: asciidoc without TeX, which its recommended packages would bring

@@ -9,6 +9,7 @@ with Container(autotools_image()) as c:
     c.run(["cmake", "-DCMAKE_INSTALL_PREFIX=/usr/local/", "./source/"])
     c.run(["make"])
     c.run(["make", "install"])
-    # installed below the prefix's own usr/: https://github.com/kopasiak/gt/issues/15
-    c.run(["mv", "/usr/local/usr/share", "/usr/local/share"])
+    # The man pages went below the prefix's own usr/: https://github.com/kopasiak/gt/issues/15
+    c.run(["cp", "--archive", "/usr/local/usr/share/.", "/usr/local/share/"])
+    c.run(["rm", "--recursive", "/usr/local/usr"])
     tar_usr_local(c, "gt.tar")

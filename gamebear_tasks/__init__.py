@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .errors import GamebearError
 from .sources import archive, debian, either, git
-from .tasks import artifact, task_builder, task_lock, task_sources
+from .tasks import artifact, task_builder, task_lock, task_prune, task_sources
 
 __all__ = [
     "GamebearError",
@@ -15,5 +15,6 @@ __all__ = [
     "git",
     "task_builder",
     "task_lock",
+    "task_prune",
     "task_sources",
 ]

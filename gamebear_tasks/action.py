@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,14 +27,20 @@ from .errors import GamebearError, JobError
 from .functions import Function
 from .job import File, Job, Json
 from .place import Mismatch, place
-from .report import notice, printable
-from .sources import Lock, Source
+from .report import notice, printable, size
+from .sources import Declared, Either, Lock, Source, check_preference
 
 LOGS = Path("build") / "logs"
 """Where the log of each task's last build is kept, below the folder of `dodo.py`."""
 
 TAIL = 15
 """How many of the log's last lines a failure shows."""
+
+LOG_LIMIT = 1 << 30
+"""Bytes of a log that are kept; what comes after them is only shown."""
+
+LATE = 600.0
+"""Seconds after a job's time limit for which its builder may still say that it runs."""
 
 OWN_LINES = "gamebear: "
 """What the runner's own lines in a log begin with."""
@@ -48,6 +55,7 @@ class Plan:
 
     Attributes:
         program: the buildscript, or the function.
+        identity: what the function was when dodo.py was loaded, as `functions.identity` has it.
         targets: the outputs' places by the outputs' names.
         modules: local modules by their path below the program's folder.
         inputs: files by the names that the program finds them under.
@@ -60,6 +68,7 @@ class Plan:
 
     program: Path | Function
     targets: Mapping[str, Path]
+    identity: str = ""
     modules: Mapping[str, Path] = field(default_factory=dict)
     inputs: Mapping[str, Path] = field(default_factory=dict)
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -79,7 +88,6 @@ class Plan:
         Raises:
             SourceError: a source is not pinned.
             JobError: a file cannot be read.
-            SettingsError: the function cannot be described.
         """
         files: dict[str, Path] = {}
 
@@ -93,7 +101,7 @@ class Plan:
         job = Job(
             arch=self.arch or chosen.arch,
             program=self.name,
-            identity=hashed(program).sha256 if isinstance(program, Path) else functions.identity(program),
+            identity=hashed(program).sha256 if isinstance(program, Path) else self.identity,
             is_function=not isinstance(self.program, Path),
             outputs=tuple(self.targets),
             modules={name: File(hashed(path).sha256) for name, path in self.modules.items()},
@@ -149,18 +157,23 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             with _terminated_as_interrupted():
                 return self._execute(out)
         except JobError as error:
-            return TaskFailed(str(error))
+            return TaskFailed(printable(str(error)))
         except GamebearError as error:
-            return TaskError(str(error))
+            return TaskError(printable(str(error)))
         except OSError as error:
-            return TaskError(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+            what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+            return TaskError(printable(what))
 
     def _execute(self, out: TextIO | None) -> BaseFail | None:
         chosen = settings()
+        check_choice(chosen.sources)
+        log = LOGS / _log_name(self.task.name if self.task else self.plan.name)
+        for path in (*self.plan.targets.values(), log):
+            _check_place(path)
         builder = builder_of_this_run(chosen.builder)
         order = self.plan.order(chosen)
-        with _Log(self.task.name if self.task else self.plan.name, out) as log:
-            status = self._have_built(builder, order, log, chosen)
+        with _Log(log, out) as kept:
+            status = self._have_built(builder, order, kept, chosen)
             if self.plan.order(chosen).job.digest != order.job.digest:
                 raise JobError(
                     f"What {self.plan.name} is built from changed while it was built, so its outputs were not placed.",
@@ -181,11 +194,16 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             if status.joined and not status.is_final:
                 notice(f"{self.plan.name} is being built on {builder.url} already; following")
             with _Interest(builder, digest, status.attempt, self.plan.name, chosen.interrupt):
+                since: float | None = None
                 while True:
                     status, data = builder.follow(digest, status.attempt, log.offset)
                     log.write(data)
                     if status.is_final and not data:
                         break
+                    if since is None and status.state == "running":
+                        since = time.monotonic()
+                    if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
+                        raise self._overdue(builder, order)
             if status.state == "done":
                 try:
                     self._place(builder, order, status)
@@ -209,7 +227,9 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
     def _place(self, builder: Builder, order: Order, status: Status) -> None:
         if set(status.outputs) != set(self.plan.targets):
             raise JobError(
-                f"{builder.url} has outputs other than those of {self.plan.name}: {sorted(status.outputs)!r}."
+                f"{builder.url} has outputs other than those of {self.plan.name}:"
+                f" {repr(sorted(status.outputs))[:400]}.",
+                "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner.",
             )
         place(
             self.plan.targets,
@@ -217,6 +237,13 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             lambda name, offset, target, limit: builder.fetch(
                 order.job.digest, status.attempt, name, offset, target, limit
             ),
+        )
+
+    def _overdue(self, builder: Builder, order: Order) -> JobError:
+        return JobError(
+            f"{builder.url} still says that it builds {self.plan.name}, whose time limit of"
+            f" {order.time_limit:g} seconds is long over.",
+            f"See on the builder what it does (job {order.job.digest[:12]}); doit again waits for it again.",
         )
 
     def _failure(self, builder: Builder, status: Status, log: _Log) -> JobError:
@@ -231,6 +258,23 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         )
 
 
+_LAST = 16384
+"""Bytes of the log's end in which its last lines are looked for."""
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a path where no file can be made; raises JobError."""
+    if path.is_dir():
+        raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
+
+
+def _log_name(task: str) -> str:
+    return task.replace("/", "_").replace("\0", "_")[:200] + ".log"
+
+
 class _Log:
     """A task's log: kept in a file, shown as it comes.
 
@@ -238,17 +282,17 @@ class _Log:
     was interrupted.
     """
 
-    def __init__(self, task: str, out: TextIO | None) -> None:
-        name = task.replace("/", "_").replace("\0", "_")[:200]
-        self.path = LOGS / f"{name}.log"
-        self._note = LOGS / f".{name}.json"
+    def __init__(self, path: Path, out: TextIO | None) -> None:
+        self.path = path
+        self._note = path.with_name(f".{path.stem}.json")
         self._out = out
         self._digest = ""
         self._attempt = ""
+        self._last = b""
         self.offset = 0
 
     def __enter__(self) -> _Log:
-        LOGS.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
         return self
 
@@ -272,17 +316,34 @@ class _Log:
         """Keep and show what came."""
         if not data:
             return
-        self._file.write(data)
+        room = max(0, LOG_LIMIT - self.offset)
+        self._keep(memoryview(data)[:room])
+        if room and len(data) > room:
+            notice(f"{self.path} is full with the log's first {size(LOG_LIMIT)}; the rest is only shown")
+        self._last = (self._last + data)[-_LAST:]
         self.offset += len(data)
         if self._out is not None:
             self._out.write(data.decode("utf-8", "replace"))
             self._out.flush()
 
+    def _keep(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise JobError(
+                f"The log {self.path} cannot be written: {error.strerror}.",
+                "Make room, then run doit again: what is being built goes on, and is found.",
+            ) from error
+
     def last_lines(self, count: int) -> list[str]:
         """Return the last lines, as a person may see them."""
-        with self.path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
-            lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
+        data = self._last
+        if self.offset <= LOG_LIMIT:
+            with self.path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST))
+                data = file.read()
+        lines = data.decode("utf-8", "replace").splitlines()[-count:]
         return [printable(line)[:400] for line in lines]
 
 
@@ -377,6 +438,20 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before[1])
 
 
+declared: dict[str, Declared] = {}
+"""Every source that an `artifact()` of this dodo.py declares, by a text that tells it from the others."""
+
+
+def check_choice(preference: str) -> None:
+    """Refuse a setting `sources` that names nothing there is to choose from, where there is something.
+
+    Raises:
+        SettingsError: it is misspelt.
+    """
+    if any(isinstance(source, Either) for source in declared.values()):
+        check_preference(preference, declared.values())
+
+
 def read_lock(path: Path) -> Lock:
     """Return the lock file's content, read once as long as it stays the same."""
     try:
@@ -384,10 +459,10 @@ def read_lock(path: Path) -> Lock:
     except OSError:
         return Lock.read(path)
     key = (str(path.absolute()), about.st_mtime_ns, about.st_size)
-    if key not in _locks:
-        _locks.clear()
-        _locks[key] = Lock.read(path)
-    return _locks[key]
+    lock = _locks.get(key)
+    if lock is None:
+        lock = _locks[key] = Lock.read(path)
+    return lock
 
 
 _locks: dict[tuple[str, int, int], Lock] = {}
@@ -403,4 +478,3 @@ def _hash(path: Path) -> tuple[str, bool]:
             return digest.hexdigest(), bool(os.fstat(file.fileno()).st_mode & 0o100)
     except OSError as error:
         raise JobError(f"{path} cannot be read: {error.strerror}.", "A job needs all of its files.") from error
-

@@ -134,7 +134,8 @@ def _text(name: str, value: object, where: str) -> str:
     return value.strip()
 
 
-def _architecture(name: str, value: object, where: str) -> str:
+def architecture(name: str, value: object, where: str) -> str:
+    """Return Debian's name of an architecture, or an empty text as it is; raises SettingsError."""
     text = _text(name, value, where)
     known = sorted(set(ARCHITECTURES.values()))
     if text and text not in known:
@@ -144,14 +145,15 @@ def _architecture(name: str, value: object, where: str) -> str:
     return text
 
 
-def _seconds(name: str, value: object, where: str) -> float:
+def seconds(name: str, value: object, where: str) -> float:
+    """Return a number of seconds, which may come as a text; raises SettingsError."""
     try:
-        seconds = float(value) if isinstance(value, str | int | float) else -1.0
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
+        count = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else -1.0
+    except (ValueError, OverflowError):
+        count = -1.0
+    if not 0 <= count < float("inf"):
         raise SettingsError(f"The setting {name} must be a number of seconds, not {value!r} (from {where}).")
-    return seconds
+    return count
 
 
 def _one_of(*choices: str) -> Callable[[str, object, str], str]:
@@ -164,9 +166,9 @@ def _one_of(*choices: str) -> Callable[[str, object, str], str]:
 
 
 _CHECKS: dict[str, Callable[[str, object, str], object]] = {
-    "arch": _architecture,
+    "arch": architecture,
     "base": _one_of("auto", "registry", "bootstrap"),
     "interrupt": _one_of("cancel", "detach"),
-    "patience": _seconds,
-    "time_limit": _seconds,
+    "patience": seconds,
+    "time_limit": seconds,
 }

@@ -38,6 +38,10 @@ class BuilderLost(BuilderError):
     """The connection to a builder broke; what runs there goes on, and asking again may succeed."""
 
 
+class BuilderCrowded(BuilderLost):
+    """The builder is there, but takes no further connection now (sshd's `MaxStartups`); it may in a moment."""
+
+
 class JobError(GamebearError):
     """A job ran and failed, was cancelled, or its result cannot be used."""
 

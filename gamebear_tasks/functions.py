@@ -1,21 +1,24 @@
 """A Python function as a job's program: what it is (for the digest) and its pickle (for the journey).
 
 A pickle differs from one Python to the next and sometimes from one process to the next, so it cannot name a job. What
-does is the function's source and that of whatever of its own module it uses, with the values it holds.
+does is the function's source and that of whatever of its own module it uses, with the values it holds. It is told when
+dodo.py has just been loaded: the source on the disk may be another when the function is sent, hours later.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dis
 import hashlib
+import importlib.util
 import inspect
+import math
+import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 from .errors import SettingsError
@@ -36,19 +39,42 @@ def identity(function: Function) -> str:
     Raises:
         SettingsError: it has no source, or uses a value for which no stable text is known.
     """
-    return hashlib.sha256(canonical_json(_Description(function).describe(function))).hexdigest()
+    return hashlib.sha256(canonical_json(_described(function)[0])).hexdigest()
 
 
 def modules(function: Function) -> dict[str, Path]:
-    """Return the local modules, beside the function's own, that it uses, by their path below that folder.
+    """Return the local modules that a function imports, by their path below the folder they are found in.
+
+    That folder is the one from which the function's own module is imported.
 
     Raises:
         SettingsError: as `identity`.
     """
-    description = _Description(function)
-    description.describe(function)
+    _, imports = _described(function)
     file = inspect.getsourcefile(inspect.unwrap(function))
-    return modules_named(Path(file).parent, sorted(description.imports), but=Path(file)) if file else {}
+    if not file:
+        return {}
+    own = sys.modules.get(function.__module__)
+    package = getattr(own, "__package__", None) or ""
+    folder = Path(file).parents[len(package.split(".")) if package else 0]
+    return {name: _from_here(path) for name, path in modules_named(folder, sorted(imports)).items()}
+
+
+def _described(function: Function) -> tuple[Json, set[str]]:
+    """Return a function's description and the dotted names of what it imports."""
+    description = _Description(function)
+    try:
+        described = description.describe(function, "itself")
+        canonical_json(described)
+    except (RecursionError, ValueError) as error:
+        raise description.refusal("a value that contains itself, or is too large") from error
+    return described, description.imports
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path as an author would write it: relative, where it is below the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def python_version() -> str:
@@ -64,7 +90,7 @@ def pickled(function: Function) -> bytes:
     """
     import cloudpickle
 
-    module = sys.modules.get(function.__module__)
+    module = sys.modules.get(function.__module__ or "")
     registered = cloudpickle.list_registry_pickle_by_value()
     if module is not None and module.__name__ not in registered and module.__name__ != "__main__":
         cloudpickle.register_pickle_by_value(module)
@@ -92,81 +118,173 @@ def cloudpickle_archive() -> bytes:
     return buffer.getvalue()
 
 
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 class _Description:
     """Describes a function and what it uses, each thing once."""
 
     def __init__(self, function: Function) -> None:
         self.function = function
-        self.module = function.__module__
+        self.module = getattr(function, "__module__", None)
         self.seen: dict[int, str] = {}
         self.imports: set[str] = set()
 
-    def describe(self, value: object) -> Json:
-        if value is None or isinstance(value, bool | int | float | str):
+    def refusal(self, what: str) -> SettingsError:
+        """Return the error that says why a function cannot be a job's program."""
+        return SettingsError(
+            f"The function {name_of(self.function)} uses {what}, which has no stable text to be told by, so its job"
+            " could not be found again by its digest.",
+            "Give it plain values (args= is for that), or make it a buildscript.",
+        )
+
+    def describe(self, value: object, name: str) -> Json:
+        """Return a text, as JSON, that stands for a value.
+
+        Args:
+            value: what the function uses.
+            name: what the function knows it under.
+        """
+        kind = type(value).__name__
+        if value is None or isinstance(value, bool | int | str):
             return {"value": value}
+        if isinstance(value, float):
+            return {"value": value} if math.isfinite(value) else {"float": repr(value)}
         if isinstance(value, bytes):
             return {"bytes": value.hex()}
         if isinstance(value, list | tuple):
-            return {"list": [self.describe(item) for item in value]}
+            return {kind: [self.describe(item, name) for item in value]}
         if isinstance(value, set | frozenset):
-            return {"set": sorted((self.describe(item) for item in value), key=canonical_json)}
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {"mapping": {key: self.describe(item) for key, item in value.items()}}
+            return {kind: sorted((self.describe(item, name) for item in value), key=canonical_json)}
+        if isinstance(value, dict):
+            pairs = [[self.describe(key, name), self.describe(item, name)] for key, item in value.items()]
+            return {kind: pairs}  # in order, which a program may go by
+        if isinstance(value, PurePath):
+            return {"path": str(value)}
+        if isinstance(value, re.Pattern):
+            return {"pattern": self.describe(value.pattern, name), "flags": value.flags}
         if isinstance(value, types.ModuleType):
             self.imports.add(value.__name__)
             return {"import": value.__name__}
         if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
-            if value.__module__ != self.module:
+            if value.__module__ != self.module and _is_importable(value):
                 self.imports.add(value.__module__)
                 return {"import": f"{value.__module__}.{value.__qualname__}"}
-            return self._own(value)
-        raise SettingsError(
-            f"The function {name_of(self.function)} uses a {type(value).__name__} ({value!r:.60}), which has no stable"
-            " text, so its job could not be found again by its digest.",
-            "Give it plain values (args= is for that), or make it a buildscript.",
-        )
+            if not isinstance(value, types.BuiltinFunctionType):
+                return self._own(value)
+        raise self.refusal(f"{name}, a {kind}" if value is not self.function else f"a {kind}")
 
     def _own(self, value: Any) -> Json:
-        """Describe a function or class of the function's own module."""
+        """Describe a function or class that travels by value."""
         if id(value) in self.seen:
             return {"see": self.seen[id(value)]}
         self.seen[id(value)] = value.__qualname__
+        is_class = isinstance(value, type)
         try:
-            source = textwrap.dedent(inspect.getsource(value))
+            # of a function that a decorator has made: its own, and not that of the one it stands for
+            source = textwrap.dedent(inspect.getsource(value if is_class else value.__code__))
         except (OSError, TypeError) as error:
             raise SettingsError(
-                f"The function {name_of(self.function)} has no source to tell it by ({error}).",
+                f"The function {name_of(self.function)} uses {value.__qualname__}, which has no source to be told by"
+                f" ({error}).",
                 "Define it in dodo.py or in a module, or make it a buildscript.",
             ) from error
-        with contextlib.suppress(SyntaxError):  # a lambda's source is the line that it stands in
-            self.imports.update(names_in(ast.parse(source)))
-        described: dict[str, Json] = {"name": value.__qualname__, "source": source}
-        if isinstance(value, type):
-            functions = [item for item in vars(value).values() if isinstance(item, types.FunctionType)]
-            described["uses"] = {item.__name__: self._uses(item) for item in functions}
+        tree: ast.AST | None = None
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            pass  # a lambda's source is the line that it stands in
         else:
-            described["defaults"] = self.describe(value.__defaults__ or ())
-            described["kwdefaults"] = self.describe(value.__kwdefaults__ or {})
+            self._import(names_in(tree), value)
+        described: dict[str, Json] = {"name": value.__qualname__, "source": source}
+        if is_class:
+            space = vars(sys.modules.get(value.__module__, types))
+            names = {name for name in _class_level_names(tree) if name in space} if tree else set()
+            described["bases"] = [self.describe(base, base.__qualname__) for base in value.__bases__]
+            described["uses"] = {name: self.describe(space[name], name) for name in sorted(names)}
+            written = {item.name for item in ast.walk(tree) if isinstance(item, _DEFINITIONS)} if tree else set()
+            described["methods"] = [[each.__qualname__, self._uses(each)] for each in _methods(value, written)]
+        else:
+            described["defaults"] = self.describe(value.__defaults__ or (), "a default")
+            described["kwdefaults"] = self.describe(value.__kwdefaults__ or {}, "a default")
             described["uses"] = self._uses(value)
         return described
 
+    def _import(self, names: Iterable[str], user: Any) -> None:
+        """Note what import statements import, relative ones too."""
+        package = getattr(sys.modules.get(user.__module__), "__package__", None)
+        for name in names:
+            if not name.startswith("."):
+                self.imports.add(name)
+            elif package:
+                self.imports.add(importlib.util.resolve_name(name, package))
+
     def _uses(self, function: types.FunctionType) -> Json:
+        """Describe what a function finds in its closure and among its module's names."""
         uses: dict[str, Json] = {}
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             try:
-                uses[f"closure {name}"] = self.describe(cell.cell_contents)
+                held = cell.cell_contents
             except ValueError:
                 uses[f"closure {name}"] = None  # not bound yet
-        for name in sorted(set(_global_names(function.__code__))):
+            else:
+                uses[f"closure {name}"] = self.describe(held, name)
+        names, attributes = _names(function.__code__)
+        for name in sorted(names):
             if name in function.__globals__:
-                uses[name] = self.describe(function.__globals__[name])
+                value = function.__globals__[name]
+                uses[name] = self.describe(value, name)
+                if isinstance(value, types.ModuleType):
+                    self.imports.update(_submodules(value.__name__, attributes))
         return uses
 
 
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield str(instruction.argval)
+def _is_importable(value: Any) -> bool:
+    """Say whether a class or function is found under its name in its module: pickles then say no more than the name."""
+    found: object = sys.modules.get(value.__module__ or "")
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is value
+
+
+def _submodules(package: str, attributes: set[str]) -> Iterator[str]:
+    """Give the imported submodules of a package that can be reached by some attributes; as cloudpickle does."""
+    for name in list(sys.modules):
+        if name.startswith(f"{package}.") and attributes.issuperset(name[len(package) + 1 :].split(".")):
+            yield name
+
+
+def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Return the module's names that a piece of code loads, and all names in it, attributes included."""
+    loads = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+    names = {str(item.argval) for item in dis.get_instructions(code) if item.opname in loads}
+    attributes = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _global_names(constant)
+            more = _names(constant)
+            names |= more[0]
+            attributes |= more[1]
+    return names, attributes
+
+
+def _class_level_names(tree: ast.AST) -> Iterator[str]:
+    """Give the names that a class's statement and body use, without those in its methods."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name):
+            yield node.id
+        if isinstance(node, _DEFINITIONS):
+            todo += [*node.decorator_list, *node.args.defaults, *(item for item in node.args.kw_defaults if item)]
+        else:
+            todo += ast.iter_child_nodes(node)
+
+
+def _methods(of: type, written: set[str]) -> Iterator[types.FunctionType]:
+    """Give a class's functions of some names, those of nested classes included."""
+    for name, item in vars(of).items():
+        if isinstance(item, type) and item.__qualname__.startswith(f"{of.__qualname__}."):
+            yield from _methods(item, written)
+        if name in written:
+            parts = (item, *(getattr(item, part, None) for part in ("__func__", "fget", "fset", "fdel", "func")))
+            yield from (part for part in parts if isinstance(part, types.FunctionType))

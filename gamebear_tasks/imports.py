@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -54,20 +55,24 @@ def imported_names(path: Path) -> tuple[str, ...]:
     try:
         about = path.stat()
     except OSError as error:
-        raise SettingsError(f"The buildscript {path} cannot be read: {error.strerror}.") from error
+        raise SettingsError(
+            f"The buildscript {path} cannot be read: {error.strerror}.", "Its path is relative to dodo.py's folder."
+        ) from error
     return _imported_names(path, about.st_mtime_ns, about.st_size)
 
 
 @lru_cache(maxsize=4096)
 def _imported_names(path: Path, _mtime: int, _size: int) -> tuple[str, ...]:
     try:
-        tree = ast.parse(path.read_bytes(), str(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are for the log of the run
+            tree = ast.parse(path.read_bytes(), "script")
     except OSError as error:
-        raise SettingsError(f"The buildscript {path} cannot be read: {error.strerror}.") from error
-    except (SyntaxError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise SettingsError(f"{path} cannot be read: {error.strerror}.", "It has to be a file.") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error
-        raise SettingsError(f"The buildscript {path}{line} is not Python: {what}.") from error
+        raise SettingsError(f"{path}{line} is not Python: {what}.") from error
     return names_in(tree)
 
 
@@ -91,6 +96,8 @@ def _files_of(folder: Path, name: str, package: str) -> list[str]:
     parts = [part for part in name.split(".") if part and part != "*"]
     if levels:
         base = [part for part in package.split("/") if part]
+        if levels > len(base):
+            return []  # it leads out of the package: Python refuses it too
         parts = [*base[: len(base) - levels + 1], *parts]
     files = []
     for count in range(1, len(parts) + 1):

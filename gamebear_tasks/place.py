@@ -41,7 +41,12 @@ class _Part:
 
 def part_pattern(target: Path) -> str:
     """Return the glob, in the target's folder, of what a broken-off download of it leaves."""
-    return f".{_glob_escaped(target.name[:60])}.*.part"
+    return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
+
+
+def _stem(target: Path) -> str:
+    """Return what of a target's name fits into the name of its part, which may have 255 bytes."""
+    return target.name.encode("utf-8", "surrogateescape")[:60].decode("utf-8", "ignore")
 
 
 def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
@@ -76,7 +81,7 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
                 if len(targets) == 1 and _is_already(target, output):
                     _set_mode(target, output)
                     return 0
-                part = _Part(target, target.parent / f".{target.name[:60]}.{output.sha256[:16]}.part", output)
+                part = _Part(target, target.parent / f".{_stem(target)}.{output.sha256[:16]}.part", output)
                 parts.append(part)
                 file = open_parts.enter_context(_opened(part))
                 fetched += _complete(name, part, file, fetch)
@@ -100,7 +105,13 @@ def _opened(part: _Part) -> Iterator[BinaryIO]:
                 break
         os.close(fd)  # another doit has made a target of it while we waited
     with open(fd, "r+b", buffering=0) as file:
-        yield file
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not os.fstat(fd).st_size and os.path.samestat(os.fstat(fd), os.stat(part.path)):
+                    part.path.unlink()  # nothing that could be gone on with
+            raise
 
 
 def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
@@ -174,6 +185,20 @@ def _rename(parts: list[_Part]) -> None:
         raise
     for folder in {part.target.parent for part in parts}:
         sync_folder(folder)
+    for part in parts:
+        for other in part.target.parent.glob(part_pattern(part.target)):
+            _remove_unused(other)
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove what a broken-off download of another content has left, unless another doit is at it now."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(fd)
 
 
 def _is_already(target: Path, output: Output) -> bool:

@@ -29,7 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Say at once what the machine lacks, rather than once per test."""
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
     if os.geteuid() != 0:
-        raise pytest.UsageError("The tests make users, an sshd and mounts: run them as root, on a machine of their own.")
+        raise pytest.UsageError(
+            "The tests make users, an sshd and mounts: run them as root, on a machine of their own."
+        )
     if missing:
         raise pytest.UsageError(f"The tests need more of Debian: apt-get install {' '.join(missing)}")
 

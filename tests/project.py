@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,49 @@ class Run:
         return self
 
 
+def wait_for(what: Callable[[], object], seconds: float = 20.0) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def processes(store: Path, kind: str = "") -> list[int]:
+    """Return the processes of a store's runner that live: supervisors (`supervise`), builds, what surrounds them.
+
+    Args:
+        store: the store's folder.
+        kind: a word of their command line.
+    """
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(str(store).encode() in word for word in words) and (not kind or kind.encode() in words):
+            found.append(int(process.name))
+    return found
+
+
+def assert_nothing_is_left(project: Project, store: Path | None = None) -> None:
+    """See that no process, mark, working folder, ticket or part of a file is left on either side.
+
+    Args:
+        project: the client's.
+        store: the builder's; by default the project's own, for `local:`.
+    """
+    store = store or project.store
+    wait_for(lambda: not processes(store))
+    assert list((store / "live").iterdir()) == []
+    assert list((store / "jobs").glob("*/work")) == []
+    assert list((store / "tmp").glob("*.part")) == []
+    assert list((store / "tmp").glob("*.wanted")) == []
+    assert list((store / "slots").glob("wait-*")) == []
+    assert [path.name for path in (project.folder / "build").glob(".*.part")] == []
+
+
 class Project:
     """A folder with a dodo.py.
 
@@ -78,6 +123,11 @@ class Project:
             "PYTHONPATH": str(ROOT),
             **environment,
         }
+
+    @property
+    def store(self) -> Path:
+        """The store of `local:`."""
+        return self.home / ".cache" / "gamebear" / "v1"
 
     def write(self, name: str, text: str) -> Path:
         """Write one of the project's files."""
@@ -110,6 +160,18 @@ class Project:
             check=False,
         )
         return Run(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+
+    def measured(self, *command: str) -> tuple[Run, int]:
+        """Run a command; return the run and the most memory that the process had, in bytes (resident)."""
+        out, err = self.folder / "measured.out", self.folder / "measured.err"
+        with out.open("wb") as first, err.open("wb") as second:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=first, stderr=second
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        run = Run(process.returncode, out.read_text(errors="replace"), err.read_text(errors="replace"))
+        return run, usage.ru_maxrss * 1024
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start doit without waiting, its output in `doit.out` of the folder."""

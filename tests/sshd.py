@@ -143,6 +143,16 @@ class Sshd:
         self._process = None
         _kill(family)
 
+    def hang_up(self) -> None:
+        """Kill it with every connection it has; what the connections' programs have started goes on."""
+        if self._process is None:
+            return
+        family = {pid for pid in _descendants(self._process.pid) if _name(pid).startswith("sshd")}
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        _kill(family)
+
     def restart(self) -> None:
         """Stop it and start it on the same port, with the options as they are now."""
         self.stop()
@@ -236,6 +246,12 @@ def _kill(family: set[int]) -> None:
     until = time.monotonic() + 5
     while any(_alive(pid) for pid in family) and time.monotonic() < until:
         time.sleep(0.01)
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def _alive(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""The way of a real artifact: emulated armhf, rootless, over SSH, from Debian's source package; and the seed's script."""
+"""A real artifact: emulated armhf, rootless, over SSH, from Debian's source package; fetched again, not built again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from project import Project
 from sshd import Account, Sshd
 
 RUN_IT = """
+import subprocess
+
 LISTEN = '''
 use Socket;
 socket(S, PF_UNIX, SOCK_DGRAM, 0) or die $!;
@@ -19,18 +21,18 @@ my $umtprd = fork;
 exec "/umtprd" unless $umtprd;
 alarm 60;
 while (defined recv(S, $said, 4096, 0)) {
-    print "$said\\n";
+    print "$said\\\\n";
     last if $said =~ /Version/;
 }
 kill KILL => $umtprd;
 '''
+Path("listen.pl").write_text(LISTEN)
 with Container("debian:bookworm") as c:
     c.copy_in("umtprd", "/umtprd")
-    with open("listen.pl", "w") as file:
-        file.write(LISTEN)
     c.copy_in("listen.pl", "/listen.pl")
-    c.run(["sh", "-c", "perl /listen.pl > /said"])
-    c.copy_out("/said", "said")
+    # `run` gives a container a /dev that cannot be written to: this must have a socket there
+    with c.mount() as root, open("said", "wb") as said:
+        subprocess.run(["chroot", root, "perl", "/listen.pl"], stdout=said, check=True)
 """
 """Runs umtprd, which says what it is to the system's log only, where somebody listens."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import Project, assert_nothing_is_left, processes, wait_for
 
 DODO = """
 from gamebear_tasks import artifact
@@ -27,10 +26,6 @@ with open("x", "w") as file:
     file.write("the artifact")
 print("end")
 """
-
-
-def store(project: Project) -> Path:
-    return project.home / ".cache" / "gamebear" / "v1"
 
 
 @pytest.fixture
@@ -54,31 +49,8 @@ def builds(project: Project) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def wait_for(what: object, seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():  # type: ignore[operator]
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def supervisors(project: Project) -> list[int]:
-    """Return the supervisors of the project's store that live."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"supervise" in words and any(str(store(project)).encode() in word for word in words):
-            found.append(int(process.name))
-    return found
-
-
-def assert_nothing_is_left(project: Project) -> None:
-    wait_for(lambda: not supervisors(project))
-    assert list((store(project) / "live").iterdir()) == []
-    assert list((store(project) / "jobs").glob("*/work")) == []
-    assert [path.name for path in (project.folder / "build").glob(".*.part")] == []
+    return processes(project.store, "supervise")
 
 
 def test_a_job_is_built_and_its_output_becomes_the_target(counted: Project) -> None:
@@ -199,7 +171,8 @@ def test_ctrl_c_detaches_where_that_is_set(counted: Project) -> None:
 
 def test_a_failure_says_what_failed_and_where_the_log_is(counted: Project) -> None:
     write_script(counted, "raise ValueError('the thing is upside down')")
-    counted.doit().failed("x.py, built by local:, failed.", "the thing is upside down", "The whole log is build/logs/x.log")
+    words = "x.py, built by local:, failed.", "the thing is upside down", "The whole log is build/logs/x.log"
+    counted.doit().failed(*words)
     assert_nothing_is_left(counted)
 
 

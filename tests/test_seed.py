@@ -68,10 +68,11 @@ with Container(image) as container:
 PREPARE = """\
 import hashlib
 
-PACKAGES = ["git", "libc-dev", "gcc", "g++", "make", "pkgconf", "libconfig-dev", "autoconf", "libtool", "cmake", "asciidoc"]
+PACKAGES = ["git", "libc-dev", "gcc", "g++", "make", "pkgconf", "libconfig-dev"]
+PACKAGES += ["autoconf", "libtool", "cmake", "asciidoc"]
 tag = "gamebear-build:" + hashlib.sha256(" ".join(PACKAGES).encode("utf-8")).hexdigest()
-image = packages_image("debian:bookworm", ["git", "ca-certificates", "gcc", "libc6-dev", "make", "autoconf", "automake",
-                                          "libtool", "cmake"])
+enough = ["git", "ca-certificates", "gcc", "libc6-dev", "make", "autoconf", "automake", "libtool", "cmake"]
+image = packages_image("debian:bookworm", enough)
 with Container(image) as c:
     for name in ("viveris", "libusbgx", "kopasiak"):
         c.run(["git", "config", "--system", "url.git://127.0.0.1:{port}/" + name + "/.insteadOf",
@@ -82,7 +83,7 @@ open("tag", "w").write(tag)
 
 UPSTREAMS = {
     "viveris/uMTP-Responder.git": {
-        "Makefile": "umtprd: umtprd.c\n\tcc $(subst \",,$(CFLAGS)) -o $@ $<\n",
+        "Makefile": 'umtprd: umtprd.c\n\tcc $(subst ",,$(CFLAGS)) -o $@ $<\n',
         "umtprd.c": "#ifndef USE_SYSLOG\n#error it is not set\n#endif\nint main(void) { return 0; }\n",
     },
     "libusbgx/libusbgx.git": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,6 +91,27 @@ class Status:
         return self.state in ("done", "failed", "cancelled", "lost")
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """What a prune has removed.
+
+    Attributes:
+        jobs: how many jobs, with their outputs and logs.
+        blobs: how many inputs and broken-off uploads.
+        images: how many images.
+        others: how many old runners, virtual environments and temporary files.
+        freed: in bytes.
+        left: why something was left, a sentence each.
+    """
+
+    jobs: int = 0
+    blobs: int = 0
+    images: int = 0
+    others: int = 0
+    freed: int = 0
+    left: tuple[str, ...] = ()
+
+
 class Sink(Protocol):
     """Where an output's content goes."""
 
@@ -146,6 +167,19 @@ class Builder(Protocol):
         """Have the builder check a result that did not match its digest, and forget it if it is damaged."""
         ...
 
+    def prune(
+        self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
+    ) -> Pruned:
+        """Remove what is kept on the builder and no longer used; what runs goes on.
+
+        Args:
+            older: what was not used for so many seconds.
+            size: the least recently used, until jobs and inputs take no more than so many bytes.
+            keep: all but the last so many results of each target: architecture, program and outputs.
+            images: also images which no job that stays has used, and nobody for `older` seconds.
+        """
+        ...
+
     def describe(self) -> Mapping[str, Any]:
         """Say what the builder is: Python's version, machine, host name, free bytes, …"""
         ...
@@ -159,18 +193,32 @@ def open_builder(url: str) -> Builder:
     """Open the builder that a URL names; connects only when it is first asked something.
 
     Raises:
-        SettingsError: the URL is not one, or no installed builder has its scheme.
+        SettingsError: the URL is not one, no installed builder has its scheme, or the one that has is broken.
     """
     scheme, colon, _ = url.partition(":")
     if not colon or not scheme:
         raise SettingsError(
             f"The builder {url!r} is not a URL.", "Say builder=local: or builder=ssh://user@host, for example."
         )
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, {})[entry.value] = entry
     if scheme not in found:
         raise SettingsError(
             f"No installed builder has the scheme {scheme!r} of {url!r}.",
             f"There are: {', '.join(sorted(found))}. Others come with packages that add them.",
         )
-    builder: Builder = found[scheme].load()(url)
-    return builder
+    packages = sorted(entry.dist.name if entry.dist else entry.value for entry in found[scheme].values())
+    if len(packages) > 1:
+        raise SettingsError(
+            f"Two packages have a builder '{scheme}:': {' and '.join(packages)}.", "Uninstall one: pip uninstall NAME"
+        )
+    (entry,) = found[scheme].values()
+    try:
+        open_it: Callable[[str], Builder] = entry.load()
+    except Exception as error:
+        raise SettingsError(
+            f"The builder '{scheme}:' of the package {packages[0]} cannot be loaded: {type(error).__name__}: {error}.",
+            "Install the package again, in a version that fits the gamebear-tasks that is here.",
+        ) from error
+    return open_it(url)

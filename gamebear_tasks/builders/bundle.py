@@ -22,6 +22,10 @@ from ..runner.wire import PREAMBLE
 
 _MAIN = b"import sys\n\nfrom gamebear_runner.main import main\n\nsys.exit(main(sys.argv[1:]))\n"
 
+_PARTS = ("json", "lzma", "symtable", "tarfile")
+"""Parts of the standard library that the runner or its jobs need and a builder may lack: Debian's python3-minimal has
+not all of them, nor has a Python that was built without liblzma. It is found out before anything is sent."""
+
 # Runs on whatever the builder has as python3, so its own syntax is old. `-I` keeps the user's environment out, `-S`
 # saves the time of looking for site-packages. It comes in base64, so that no login shell finds anything to expand.
 _START = """\
@@ -37,7 +41,13 @@ if not home.startswith("/"):
 top = os.path.join(home, "gamebear", {version!r}, "runner")
 place = os.path.join(top, {sha256!r})
 if not os.path.isdir(place):
-    import hashlib, io, shutil, tempfile, zipfile, zlib
+    try:
+        for name in {parts!r}:
+            __import__(name)
+        import hashlib, io, shutil, tempfile, zipfile, zlib
+    except ImportError as error:
+        say(b" lacks " + str(error.name or error).encode())
+        sys.exit(1)
     os.umask(0o077)
     try:
         os.makedirs(top, exist_ok=True)
@@ -103,7 +113,7 @@ def bundle() -> Bundle:
     data = buffer.getvalue()
     sha256 = hashlib.sha256(data).hexdigest()
     packed = zlib.compress(data, 9)
-    start = _START.format(preamble=PREAMBLE, version=VERSION, sha256=sha256, size=len(packed))
+    start = _START.format(preamble=PREAMBLE, version=VERSION, sha256=sha256, size=len(packed), parts=_PARTS)
     code = base64.b64encode(zlib.compress(start.encode(), 9)).decode()
     return Bundle(
         sha256,

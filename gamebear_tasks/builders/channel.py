@@ -40,6 +40,11 @@ class Channel(Protocol):
 class Connection(Protocol):
     """A way to start programs on a builder, kept open for a whole run."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether further programs can, as far as is known, be started; a channel may break and its connection live."""
+        ...
+
     def start(self, command: str) -> Channel:
         """Start a program.
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import threading
 
 from ..errors import BuilderError, BuilderLost, SettingsError
 from .channel import Channel
 from .remote import RunnerBuilder
+
+CLOSING = 2.0
+"""Seconds for which a runner may go on after its input was closed."""
 
 _ERRORS_KEPT = 64 << 10
 
@@ -76,8 +80,12 @@ class ProcessChannel:
             assert pipe
             with contextlib.suppress(OSError):
                 pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)
+        try:
+            self._process.wait(CLOSING)
+        except subprocess.TimeoutExpired:  # it may end at any moment, and whatever it has started is not in its group
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         self._drain.join(1.0)
         assert self._process.stderr
         if not self._drain.is_alive():
@@ -90,6 +98,8 @@ class ProcessConnection:
     Args:
         prefix: put before `sh -c COMMAND`, such as `["sudo", "-u", "builder"]`.
     """
+
+    is_alive = True
 
     def __init__(self, prefix: tuple[str, ...] = ()) -> None:
         self._prefix = prefix

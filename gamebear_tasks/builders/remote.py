@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..config import settings
-from ..errors import BuilderBusy, BuilderError, BuilderLost, SourceError
+from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SourceError
 from ..job import File, Job
 from ..report import notice, printable, size
 from ..runner import wire
-from . import Failure, Order, Output, Sink, Status
+from ..runner.files import is_file_name, is_sha256
+from . import Failure, Order, Output, Pruned, Sink, Status
 from .bundle import bundle
 from .channel import Channel, Connection
 
@@ -41,11 +43,22 @@ SILENCE = 60.0
 FOLLOW = 20.0
 """Seconds for which a builder holds back its answer while there is no news."""
 
+SHORT = 0.2
+"""Seconds within which no runner answers that it has no news."""
+
 FIRST_PATIENCE = 3.0
-"""Seconds for which the first connection of a run is tried again, against refusals that pass (`MaxStartups`)."""
+"""Seconds for which the first connection of a run is tried again."""
+
+CROWD_PATIENCE = 30.0
+"""The same where the builder is there, and only takes no further connection at this moment (`MaxStartups`)."""
+
+BUSY_PATIENCE = 10.0
+"""Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
 
 TRIES = 8
 """How often a request may break off without any progress before that is the builder's fault and not the network's."""
+
+NONSENSE = "See on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it; it is sent anew."
 
 _Pieces = Iterable[bytes | memoryview]
 _Take = Callable[[bytes], object]
@@ -131,6 +144,7 @@ class RunnerBuilder:
 
         with self._changed:
             others_wait = self._open >= self._limit and not self._idle
+        asked = time.monotonic()
         reply = self._ask(
             {
                 "op": "follow",
@@ -146,28 +160,29 @@ class RunnerBuilder:
         )
         if reply.get("attempt") != attempt:
             return Status("lost", attempt), b""
-        return self._status(None, reply), bytes(log)
+        status = self._status(None, reply)
+        if not log and not status.is_final and time.monotonic() - asked < SHORT:
+            time.sleep(SHORT)  # it should have waited for news
+        return status, bytes(log)
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
         """Give an output's content from `offset` on to a sink."""
-        failures = 0
+        setbacks = _Setbacks(self)
         got = 0
 
         def take(data: bytes) -> None:
-            nonlocal got, failures
+            nonlocal got
             target.write(data)
             got += len(data)
-            failures = 0
+            setbacks.count = 0
 
         while True:
             header = {"op": "fetch", "digest": digest, "attempt": attempt, "name": name, "offset": offset + got}
             try:
                 self._ask_once(header, None, take, limit - got)
                 return
-            except BuilderLost:
-                failures += 1
-                if self._given_up or failures > TRIES:
-                    raise
+            except BuilderLost as error:
+                setbacks.another(error)
 
     def cancel(self, digest: str, attempt: str) -> bool:
         """End a job, unless somebody else waits for it too."""
@@ -181,6 +196,27 @@ class RunnerBuilder:
     def discard(self, digest: str, attempt: str) -> None:
         """Have the builder check a result, and forget it if it is damaged."""
         self._ask({"op": "discard", "digest": digest, "attempt": attempt})
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the builder is held to be out of reach for the rest of this run."""
+        return self._given_up is not None
+
+    def prune(
+        self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
+    ) -> Pruned:
+        """Remove what is kept on the builder and no longer used."""
+        counts = dict.fromkeys(("jobs", "blobs", "images", "others", "freed"), 0)
+        while True:
+            reply = self._ask({"op": "prune", "older": older, "size": size, "keep": keep, "images": images})
+            before = dict(counts)
+            for name in counts:
+                count = reply.get(name)
+                counts[name] += count if isinstance(count, int) else 0
+            if not reply.get("more") or counts == before:
+                break
+        left = reply.get("left")
+        return Pruned(**counts, left=tuple(map(_text, left)) if isinstance(left, list) else ())
 
     def describe(self) -> Mapping[str, Any]:
         """Say what the builder is."""
@@ -227,7 +263,7 @@ class RunnerBuilder:
         self._ask({"op": "put", "blobs": blobs}, lambda: [data for _, data in batch])
 
     def _upload_large(self, sha256: str, path: Path, length: int, have: int) -> None:
-        failures = 0
+        setbacks = _Setbacks(self)
         damaged = 0
         while True:
             if not 0 <= have <= length:
@@ -235,12 +271,13 @@ class RunnerBuilder:
             header = {"op": "put", "sha256": sha256, "size": length, "offset": have}
             try:
                 reply = self._ask_once(header, _FileFrom(path, have, length))
-            except BuilderLost:
+            except BuilderLost as error:
                 before = have
                 have = self._size_there(sha256)
-                failures = 0 if have > before else failures + 1
-                if failures > TRIES:
-                    raise
+                if have > before:
+                    setbacks.count = 0
+                else:
+                    setbacks.another(error)
                 continue
             got = reply.get("have")
             if got == length:
@@ -264,14 +301,12 @@ class RunnerBuilder:
         limit: int = 0,
     ) -> dict[str, Any]:
         """Ask until there is an answer; `body` is called for each try."""
-        failures = 0
+        setbacks = _Setbacks(self)
         while True:
             try:
                 return self._ask_once(header, _Bytes(body()) if body is not None else None, sink, limit)
-            except BuilderLost:
-                failures += 1
-                if self._given_up or failures > TRIES:
-                    raise
+            except BuilderLost as error:
+                setbacks.another(error)
 
     def _ask_once(
         self, header: Mapping[str, Any], body: _Body | None = None, sink: _Take | None = None, limit: int = 0
@@ -297,6 +332,7 @@ class RunnerBuilder:
     def _borrow(self) -> _Session:
         if self._pid != os.getpid():
             self._reset()  # a fork of the process that connected: the connection is the parent's
+        until = time.monotonic() + BUSY_PATIENCE
         while True:
             with self._changed:
                 while not self._idle and self._open >= self._limit:
@@ -311,9 +347,13 @@ class RunnerBuilder:
             except BuilderBusy:
                 with self._changed:
                     self._open -= 1
-                    if self._open < 1:
+                    alone = self._open < 1
+                    if not alone:
+                        self._limit = self._open
+                if alone:
+                    if time.monotonic() > until:
                         raise
-                    self._limit = self._open
+                    time.sleep(0.1)
             except BaseException:
                 with self._changed:
                     self._open -= 1
@@ -331,20 +371,33 @@ class RunnerBuilder:
         session.close()
 
     def _drop(self, session: _Session, broken: bool) -> None:
-        """Close a session; where its connection broke, drop that too, once, for all who use it."""
+        """Close a session; where it broke, see whether its connection did."""
         session.close()
         with self._changed:
             self._open -= 1
-            stale: list[_Session] = []
-            connection = None
-            if broken and session.connection is self._connection:
-                connection, self._connection = self._connection, None
-                stale, self._idle = self._idle, []
-                self._open -= len(stale)
             self._changed.notify_all()
-        for other in stale:
-            other.close()
-        if connection is not None:
+        if broken:
+            self._forget(session.connection, close=not session.connection.is_alive)
+
+    def _forget(self, connection: Connection, close: bool = True) -> None:
+        """Close a connection that broke, once, for all who use it.
+
+        Args:
+            connection: the one.
+            close: whether it did break; otherwise only the sessions are closed that nobody uses, which may be no better
+                than the one that has ended, and those in use go on.
+        """
+        with self._changed:
+            if connection is not self._connection:
+                return
+            if close:
+                self._connection = None
+            stale, self._idle = self._idle, []
+            self._open -= len(stale)
+            self._changed.notify_all()
+        for session in stale:
+            session.close()
+        if close:
             connection.close()
 
     def _connected(self) -> Connection:
@@ -355,18 +408,22 @@ class RunnerBuilder:
             if self._given_up is not None:
                 raise self._given_up
             start = time.monotonic()
-            patience = self.patience if self._met else min(FIRST_PATIENCE, self.patience)
             pause = 0.5
             while True:
                 try:
                     connection = self._connect_to()
                 except BuilderLost as error:
+                    patience = self.patience
+                    if not self._met:
+                        first = CROWD_PATIENCE if isinstance(error, BuilderCrowded) else FIRST_PATIENCE
+                        patience = min(first, patience)
                     left = start + patience - time.monotonic()
                     if left <= 0:
                         raise self._give_up(error) from error
                     if self._met and pause == 0.5:
                         notice(f"lost the connection to {self.place}; trying again for {patience:g} seconds")
-                    time.sleep(min(pause, max(left, 0.05)))
+                    # Not all at the same moment: several processes may have lost it, or wait to be let in.
+                    time.sleep(min(pause * random.uniform(0.5, 1.0), max(left, 0.05)))
                     pause = min(pause * 2, 15.0)
                 except BuilderError as error:
                     self._given_up = error
@@ -394,16 +451,15 @@ class RunnerBuilder:
         try:
             channel = connection.start(packed.command)
         except BuilderLost:
-            with self._changed:
-                if self._connection is connection:
-                    self._connection = None
-            connection.close()
+            self._forget(connection)
             raise
         session = _Session(connection, channel, self.place)
         try:
             session.begin(packed.packed)
-        except BaseException:
+        except BaseException as error:
             session.close()
+            if isinstance(error, BuilderLost) and not connection.is_alive:
+                self._forget(connection)
             raise
         return session
 
@@ -413,23 +469,25 @@ class RunnerBuilder:
         """Read a status out of a reply; nothing in it is believed that it does not have to be."""
         state = reply.get("state")
         attempt = reply.get("attempt")
-        if state not in ("queued", "running", "done", "failed", "cancelled", "lost") or not isinstance(attempt, str):
-            raise BuilderError(f"{self.place} answers something that makes no sense (state {state!r}).")
+        if state not in ("queued", "running", "done", "failed", "cancelled", "lost") or not _is_name(attempt):
+            raise BuilderError(f"{self.place} answers something that makes no sense (state {_text(state)}).", NONSENSE)
         outputs = {}
         for name, about in _mapping(reply.get("outputs")).items():
             about = _mapping(about)
             length, sha256 = about.get("size"), about.get("sha256")
-            if not isinstance(length, int) or isinstance(length, bool) or length < 0 or not isinstance(sha256, str):
-                raise BuilderError(f"{self.place} describes the output {name!r} in a way that makes no sense.")
+            if type(length) is not int or not 0 <= length <= wire.MAX_BODY or not _is_digest(sha256):
+                raise BuilderError(
+                    f"{self.place} describes the output {name[:100]!r} in a way that makes no sense.", NONSENSE
+                )
             outputs[name] = Output(length, sha256, about.get("executable") is True)
         failure = None
         if state == "failed":
             about = _mapping(reply.get("failure"))
             failure = Failure(_text(about.get("kind", "")), _text(about.get("message", "It failed.")))
         phases = {
-            _text(name): float(seconds)
-            for name, seconds in _mapping(reply.get("phases")).items()
-            if isinstance(seconds, int | float)
+            _text(name)[:40]: float(seconds)
+            for name, seconds in list(_mapping(reply.get("phases")).items())[:40]
+            if type(seconds) in (int, float) and abs(seconds) < 1e12  # and so no NaN
         }
         return Status(state, attempt, joined, outputs, failure, phases)
 
@@ -459,9 +517,17 @@ class _Session:
             return
         if word.startswith("python"):
             raise BuilderError(
-                f"{self._place} has Python {word[7:]}, and the runner needs 3.9 or newer.",
+                f"{self._place} has Python {_text(word[7:])}, and the runner needs 3.9 or newer.",
                 "Upgrade the builder's system (Debian 11 or later has it).",
             )
+        if word.startswith("lacks"):
+            raise BuilderError(
+                f"The python3 of {self._place} lacks a part of the standard library ({_text(word[6:])}).",
+                "On the builder: sudo apt install python3 (python3-minimal is not enough).",
+            )
+        if word == "failed":
+            reply, _ = self._message() or ({}, 0)
+            raise BuilderError(f"On {self._place}: {_text(reply.get('error'))}", _text(reply.get("hint", "")))
         raise BuilderError(
             f"The runner cannot be put on {self._place}: {_text(word[7:])}.",
             "See that its disk has room and that ~/.cache there can be written to.",
@@ -490,11 +556,11 @@ class _Session:
         said = _last_lines(self._channel.errors() or seen)
         if status is None:
             return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
-        if status == 127 or "not found" in said:
+        if "python3" in (said or "python3") and (status == 127 or "not found" in said):
             return BuilderError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
         return BuilderError(
-            f"No runner can be started on {self._place} (status {status}): {said}",
-            "See that `ssh` to it gives a shell that can run python3.",
+            f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}.",
+            "See that a shell there can run python3.",
         )
 
     def ask(self, header: Mapping[str, Any], body: _Body | None, sink: _Take | None, limit: int) -> dict[str, Any]:
@@ -507,10 +573,7 @@ class _Session:
         self._channel.send(start)
         for piece in body or ():
             self._channel.send(piece)
-        try:
-            message = wire.decode(self._read)
-        except wire.WireError as error:
-            raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
+        message = self._message()
         if message is None:
             self.channel_says = _last_lines(self._channel.errors())
             raise BuilderLost(f"The connection to {self._place} broke.")
@@ -525,6 +588,14 @@ class _Session:
                 sink(data)
             size_there -= len(data)
         return reply
+
+    def _message(self) -> tuple[wire.Header, int] | None:
+        try:
+            return wire.decode(self._read)
+        except wire.CutOff as error:
+            raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
+        except wire.WireError as error:
+            raise BuilderError(f"{self._place} answers something that makes no sense ({error}).", NONSENSE) from error
 
     def _read(self, count: int) -> bytes:
         while len(self._buffer) < count:
@@ -546,6 +617,26 @@ class _Session:
 
     def close(self) -> None:
         self._channel.close()
+
+
+class _Setbacks:
+    """How often in a row something broke off without any progress."""
+
+    def __init__(self, builder: RunnerBuilder) -> None:
+        self.count = 0
+        self._builder = builder
+
+    def another(self, error: BuilderLost) -> None:
+        """Count one and wait a little; raises it where it is to be borne no longer."""
+        self.count += 1
+        if self._builder.has_given_up:
+            raise error
+        if self.count > TRIES:
+            raise BuilderLost(
+                f"{self._builder.place} broke off {self.count} times in a row. {error.message}",
+                "What it is building goes on; see what is wrong there, then run doit again: it is found by its name.",
+            ) from error
+        time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
 
 
 class _Body:
@@ -610,15 +701,26 @@ def _sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _is_name(value: object) -> TypeGuard[str]:
+    return is_file_name(value)
+
+
+def _is_digest(value: object) -> TypeGuard[str]:
+    return is_sha256(value)
+
+
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def _text(value: object) -> str:
     """Return a builder's words: bounded, and without what a terminal would act on."""
+    if isinstance(value, list | dict):
+        return "(no text)"  # it may be nested more deeply than can be shown
     return printable(str(value)[:4000])
 
 
 def _last_lines(data: bytes) -> str:
-    lines = _text(data[-1000:].decode("utf-8", "replace")).strip().splitlines()
+    lines = _text(data[-4000:].decode("utf-8", "replace")).splitlines()
+    lines = [line.strip()[:300] for line in lines if line.strip(" ^~\t")]  # what Python underlines is not shown
     return " / ".join(lines[-3:])

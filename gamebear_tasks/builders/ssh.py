@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
-from ..errors import BuilderBusy, BuilderError, BuilderLost, SettingsError
+from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SettingsError
 from . import ssh_config, ssh_hosts
 from .remote import RunnerBuilder
 from .ssh_config import Address, Host
@@ -208,6 +208,7 @@ class SSHConnection:
         from paramiko.ssh_exception import IncompatiblePeer, MessageOrderError
 
         try:
+            start = time.monotonic()
             transport.shake_hands(host.connect_timeout + HANDSHAKE_TIMEOUT)
         except IncompatiblePeer as error:
             raise BuilderError(
@@ -228,7 +229,8 @@ class SSHConnection:
                 why = "it closed the connection, or said nothing, before it introduced itself"
             else:
                 why = _why(error)
-            raise BuilderLost(
+            closed_at_once = "banner" in text and time.monotonic() - start < host.connect_timeout
+            raise (BuilderCrowded if closed_at_once or transport.farewell else BuilderLost)(
                 f"{place} cannot be reached: {why}{proxy}.",
                 "" if proxy else "It may be starting up, or have too many connections at once (MaxStartups).",
             ) from error

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 import urllib.parse
@@ -110,6 +111,13 @@ def resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
         ImageError: it cannot be had; says what was tried and why each try failed.
         RunnerError: programs of that architecture do not run here.
     """
+    with buildah.looking_for_image():
+        identity = _resolve(buildah, facts, name, arch)
+        buildah.note_use(identity)
+        return identity
+
+
+def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     policy = os.environ.get(POLICY_VARIABLE) or "auto"
     if policy not in ("auto", "registry", "bootstrap"):
         raise RunnerError(f"{POLICY_VARIABLE} is {policy!r} on the builder.", "It may be auto, registry or bootstrap.")
@@ -150,7 +158,7 @@ def resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     raise ImageError(
         f"The base image {name} for {wanted} cannot be had. Tried: the builder's own store: not there; "
         f"{'; '.join(failures)}.",
-        f"{hint}, or put the image there by hand: buildah pull {qualified(name)}",
+        f"{hint}, or put the image there by hand: {shlex.join(buildah.command('pull', qualified(name)))}",
     )
 
 

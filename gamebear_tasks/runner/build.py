@@ -174,7 +174,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     root = folder.parent.parent
     known = facts(root)
     prefix = f"gamebear-{digest[:16]}-"
-    job = containers.Job(Buildah(root, known, prefix), known, str(document["arch"]), prefix)
+    job = containers.Job(Buildah(root, known, prefix, folder / "images"), known, str(document["arch"]), prefix)
     containers.begin(job)
     work = Path.cwd()
     returned: object = None
@@ -189,6 +189,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
             )
         if isinstance(returned, Image):
             result["image"] = " ".join([returned.id, *_names(returned)])
+            print(f"image {result['image']}")
         elif returned is not None:
             print(returned)
         _check_outputs(document)
@@ -254,7 +255,10 @@ def _call_function(folder: Path, document: dict[str, Any]) -> object:
             f"The function {name} cannot be loaded on the builder: {type(error).__name__}: {error}.",
             "What it uses has to be there: the standard library, or modules that are sent along with it.",
         ) from None
-    return function(**(document.get("args") or {}))
+    try:
+        return function(**(document.get("args") or {}))
+    except language.Finished as finished:
+        return finished.value
 
 
 def _names(image: Image) -> list[str]:

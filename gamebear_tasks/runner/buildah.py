@@ -36,6 +36,9 @@ RECIPE = 1
 PROBE_SECONDS = 120.0
 """How long one step of the probe may take; a Pi with a slow card takes a few seconds."""
 
+IMAGES_IN_USE = "in-use.lock"
+"""The file in `images/` whose lock is shared by all who look for an image; a prune of images holds it alone."""
+
 FACTS_VARIABLE = "GAMEBEAR_FACTS"
 """Environment variable that carries the facts into the namespace, where they could not be found out again."""
 
@@ -152,11 +155,13 @@ class Buildah:
         root: the versioned store folder.
         facts: what the builder can do.
         prefix: what the names of containers that we make for ourselves start with.
+        used: the file that notes the ids of the images which the job uses.
     """
 
-    def __init__(self, root: Path, facts: Facts, prefix: str = "gamebear-") -> None:
+    def __init__(self, root: Path, facts: Facts, prefix: str = "gamebear-", used: Path | None = None) -> None:
         self.root = root
         self.prefix = prefix
+        self.used = used
         self.facts = facts
         self.environment = environment(root, facts)
 
@@ -179,6 +184,21 @@ class Buildah:
         if status:
             raise BuildahError(args, status, stderr)
         return stdout
+
+    @contextlib.contextmanager
+    def looking_for_image(self) -> Iterator[None]:
+        """Keep every image for the length of the block, in which one is found or made and noted (see `prune`)."""
+        folder = _folder(self.root / "images")
+        with locked(folder / IMAGES_IN_USE, shared=True):
+            yield
+
+    def note_use(self, image: str) -> None:
+        """Note that the job uses an image, by its full id."""
+        with contextlib.suppress(OSError):
+            (_folder(self.root / "images") / f"{image}.used").touch()
+            if self.used is not None:
+                with self.used.open("a") as file:
+                    file.write(f"{image}\n")
 
     def stream(self, *args: str) -> None:
         """Run buildah with its output going to the log as it comes.
@@ -232,12 +252,21 @@ def remove_tree(root: Path, facts: Facts, path: Path) -> None:
         raise RunnerError(f"{path} cannot be removed: {last_lines(stderr)}")
 
 
+def outside(root: Path, facts: Facts, *args: str) -> str:
+    """Run buildah from outside the namespace and return what it printed; raises BuildahError."""
+    command = [*namespace(facts), "buildah", *facts.storage, *args]
+    status, stdout, stderr = _captured(command, environment(root, facts))
+    if status:
+        raise BuildahError(args, status, stderr)
+    return stdout
+
+
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """Hold a lock file for the length of the block, waiting for it; a holder's death frees it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)

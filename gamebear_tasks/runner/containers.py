@@ -317,6 +317,7 @@ class Container:
             identity = "scratch"
         else:
             identity = image.id if isinstance(image, Image) else _resolve(str(image))
+            job.buildah.note_use(identity)
         for mount in mounts or ():
             command += ["--volume", _volume(mount)]
         job.count += 1
@@ -681,6 +682,7 @@ class Container:
         said = self._buildah("commit", "--quiet", *form, self.name).split()
         image = Image._of(said[-1].rpartition(":")[2])
         self._job.committed.append(image.id)
+        self._job.buildah.note_use(image.id)
         return image
 
 
@@ -805,7 +807,11 @@ class Image:
         if isinstance(ident, Image):
             self.id = ident.id
             return
-        found = _find(ident)
+        buildah = current().buildah
+        with buildah.looking_for_image():
+            found = _find(ident)
+            if found:
+                buildah.note_use(found)
         if not found and _names_registry(ident) and not ident.startswith("localhost/"):
             found = _resolve(ident)
         if not found:
@@ -916,6 +922,7 @@ def packages_image(
 
     Raises:
         ImageNotFoundError: the base or a package cannot be had.
+        CommandError: buildah failed.
     """
     job = current()
     try:
@@ -931,4 +938,6 @@ def packages_image(
         )
     except bases.ImageError as error:
         raise ImageNotFoundError(str(error)) from None
+    except BuildahError as error:
+        raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
     return Image._of(identity)

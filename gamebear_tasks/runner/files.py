@@ -57,7 +57,10 @@ def is_file_name(name: object) -> bool:
     """Say whether something can name one entry of a folder: no separator, not `.` or `..`, at most 255 bytes."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
-    return len(name.encode("utf-8", "surrogateescape")) <= 255
+    try:
+        return len(name.encode("utf-8", "surrogateescape")) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def is_relative_path(name: object) -> bool:

@@ -429,7 +429,7 @@ def add_requirements(root: Path, requirements: Iterable[str]) -> None:
         if not whole.exists():
             shutil.rmtree(folder, ignore_errors=True)
             _make_environment(folder, wanted)
-            whole.touch()
+        whole.touch()  # also when it is used
     before = list(sys.path)
     for packages in sorted(folder.glob("lib/python*/site-packages")):
         site.addsitedir(str(packages))

@@ -88,11 +88,30 @@ def packages_image(
     if rebuild == "never" and max_age_days is not None:
         raise ValueError("rebuild='never' and max_age_days contradict each other")
     if isinstance(packages, str):
-        raise ValueError("packages is one string; it should be a list of names")
+        raise ValueError("the packages are one string; they should be a list of names")
     wanted = sorted(set(packages))
     for package in wanted:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+.](:[a-z0-9-]+)?([=/][A-Za-z0-9.+:~-]+)?", package):
             raise ValueError(f"{package!r} is not the name of a Debian package")
+    with buildah.looking_for_image():
+        identity = _found_or_built(
+            buildah, facts, base, wanted, arch=arch, recommends=recommends, max_age_days=max_age_days, rebuild=rebuild
+        )
+        buildah.note_use(identity)
+        return identity
+
+
+def _found_or_built(
+    buildah: Buildah,
+    facts: Facts,
+    base: str,
+    wanted: Sequence[str],
+    *,
+    arch: str,
+    recommends: bool,
+    max_age_days: float | None,
+    rebuild: str,
+) -> str:
     by_name = _tag(base, arch, wanted, recommends)
     if rebuild == "never" and wanted:
         found = _kept(buildah, by_name, None)

@@ -6,6 +6,7 @@ A session builds nothing itself and holds nothing that a job needs: it may end a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import platform
@@ -14,19 +15,28 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import wire
-from .files import CHUNK, RunnerError, is_file_name, is_sha256, write_bytes
-from .store import FINAL, Lock, State, Store, StoredJob
+from .files import CHUNK, RunnerError, is_file_name, is_sha256, sync_folder, write_bytes
+from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
+
+SILENCE = 300.0
+"""Seconds for which a client may be silent in the middle of a request."""
+
+TAKE_OVER = 20.0
+"""Seconds for which a file that another session is receiving is waited for; below what a client waits for an answer."""
 
 IDLE_LIMIT = 3600.0
 """Seconds without a request after which a session ends: its client is gone, whatever TCP says."""
 
 LOG_CHUNK = 256 << 10
 """The most bytes of log in one reply."""
+
+PRUNE_SECONDS = 15.0
+"""Seconds after which a prune answers, done or not."""
 
 COMPANY = 60.0
 """Seconds for which a client that has asked for a job counts as still waiting for it."""
@@ -83,6 +93,8 @@ class Session:
             return self._leave(**header), None
         if operation == "discard":
             return self._discard(**header), None
+        if operation == "prune":
+            return self._prune(**header), None
         raise RunnerError(f"The runner does not know the operation {operation!r}.")
 
     def _hello(self) -> Reply:
@@ -142,17 +154,15 @@ class Session:
         text = job.encode("ascii")
         if hashlib.sha256(text).hexdigest() != digest:
             raise RunnerError(f"The description of job {digest} is not the one that its name stands for.")
-        if not stored.folder.is_dir():
-            stored.folder.mkdir(mode=0o700)
+        lock = _take_or_join(stored)
         stored.touch_client(client)
-        lock = stored.lock()
+        if lock is None:
+            return stored.written_state()
         try:
-            if not _acquire_or_join(stored, lock):
-                return stored.written_state()
             state = stored.written_state()
             if state["state"] == "done" and self._has_outputs(stored, state):
                 return state
-            if state["state"] in ("failed", "cancelled") and not again and not self._was_seen(stored, state):
+            if state["state"] in ("failed", "cancelled") and not again and not stored.was_seen(state["attempt"]):
                 return state
             own_python = "{}.{}".format(*sys.version_info[:2])
             if python is not None and python != own_python:
@@ -162,7 +172,7 @@ class Session:
                     f"Run doit with Python {own_python}, or make the function a buildscript.",
                 )
             wanted = [*needs, *(trees or {}).values()]
-            missing = [[sha256, self._size_so_far(sha256)] for sha256 in sorted(set(wanted)) if not self._has(sha256)]
+            missing = [[sha256, self._size_so_far(sha256)] for sha256 in sorted(set(wanted)) if not self._use(sha256)]
             if missing or trees is None:
                 return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
             write_bytes(stored.folder / "job.json", text)
@@ -175,7 +185,7 @@ class Session:
     def _start_supervisor(self, stored: StoredJob, attempt: str, lock: Lock) -> None:
         """Start the job's supervisor in a session of its own; it inherits the lock, so there is no gap."""
         runner = Path(__file__).resolve().parent.parent
-        with (stored.folder / "supervisor.log").open("ab") as errors:
+        with (stored.folder / "supervisor.log").open("wb") as errors:
             subprocess.Popen(
                 [sys.executable, "-I", str(runner), "supervise", stored.digest, attempt, str(lock.fd)],
                 stdin=subprocess.DEVNULL,
@@ -192,11 +202,6 @@ class Session:
             return all((folder / name).stat().st_size == about["size"] for name, about in state["outputs"].items())
         return False
 
-    def _was_seen(self, stored: StoredJob, state: State) -> bool:
-        with contextlib.suppress(OSError):
-            return bool((stored.folder / "seen").read_text() == state["attempt"])
-        return False
-
     def _follow(
         self, digest: str, attempt: str, client: str, offset: int, wait: float
     ) -> tuple[Reply, Callable[[Reply], None]]:
@@ -210,7 +215,7 @@ class Session:
         pause = 0.005
         while True:
             state = stored.state()
-            size = stored.log.stat().st_size if stored.log.exists() else 0
+            size = _size(stored.log)
             if (
                 state.get("attempt") != attempt
                 or size > offset
@@ -227,8 +232,7 @@ class Session:
         length = max(0, min(size - offset, LOG_CHUNK))
         reply["log_size"] = size
         if state["state"] in FINAL and offset + length >= size:
-            with contextlib.suppress(OSError):
-                (stored.folder / "seen").write_text(attempt)
+            stored.note_seen(attempt)
         return reply, lambda reply: _write_file(reply, stored.log, offset, length)
 
     def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> tuple[Reply, Callable[[Reply], None]]:
@@ -255,7 +259,7 @@ class Session:
             time.sleep(0.05)
         state = stored.state()
         if state["state"] == "cancelled" and state.get("attempt") == attempt:
-            (stored.folder / "seen").write_text(attempt)
+            stored.note_seen(attempt)
         return {"state": state["state"], "others": 0}
 
     def _leave(self, digest: str, client: str) -> Reply:
@@ -266,6 +270,8 @@ class Session:
     def _discard(self, digest: str, attempt: str) -> Reply:
         """Look whether the outputs still are what they were, and forget the result where they are not."""
         stored = self.store.job(digest)
+        if not stored.folder.is_dir():
+            return {"discarded": False}
         lock = stored.lock()
         try:
             if not lock.acquire():
@@ -279,19 +285,40 @@ class Session:
         finally:
             lock.release()
 
+    def _prune(self, older: float | None, size: int | None, keep: int | None, images: bool) -> Reply:
+        """Remove what a policy says, for as long as a client may wait for an answer; `more`: ask again for the rest.
+
+        Args:
+            older: seconds.
+            size: bytes.
+            keep: results per target.
+            images: whether images go too.
+        """
+        from .prune import Policy, Prune
+
+        for number in (older, size, keep):
+            if number is not None and (isinstance(number, bool) or not number >= 0):
+                raise RunnerError(f"{number!r} is no age, size or number.")
+        return dataclasses.asdict(Prune(self.store, Policy(older, size, keep, images), PRUNE_SECONDS).run())
+
     # blobs
 
     def _has(self, sha256: str) -> bool:
         return self.store.blob(sha256).is_file()
 
+    def _use(self, sha256: str) -> bool:
+        """Say whether a blob is here; if so it counts as used now."""
+        try:
+            os.utime(self.store.blob(sha256))
+        except FileNotFoundError:
+            return False
+        return True
+
     def _part(self, sha256: str) -> Path:
         return self.store.tmp / f"{self.store.blob(sha256).name}.part"
 
     def _size_so_far(self, sha256: str) -> int:
-        try:
-            return self._part(sha256).stat().st_size
-        except FileNotFoundError:
-            return 0
+        return _size(self._part(sha256))
 
     def _have(self, sha256: str) -> Reply:
         """Say how many bytes of a blob are here."""
@@ -303,17 +330,32 @@ class Session:
         data = body.read_all(size)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunnerError(f"A file arrived damaged: its content is not {sha256}.", "Run doit again.")
-        path = self.store.blob(sha256)
-        if path.exists():
+        if self._use(sha256):
             return
-        aside = self.store.tmp / f"{sha256}.{os.getpid()}"
-        try:
-            aside.write_bytes(data)
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            raise
+        with self._opened_part(sha256) as lock:
+            if lock is None:
+                return
+            try:
+                os.ftruncate(lock.fd, 0)
+                os.lseek(lock.fd, 0, os.SEEK_SET)
+                _write_to(lock.fd, data)
+                os.replace(lock.path, self.store.blob(sha256))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    lock.path.unlink()
+                raise
+
+    @contextlib.contextmanager
+    def _opened_part(self, sha256: str) -> Iterator[Lock | None]:
+        """Hold the file that becomes a blob, for us alone; None where another session has made the blob meanwhile."""
+        while True:
+            with Lock(self._part(sha256)) as lock:
+                if lock.is_current():
+                    yield lock
+                    return
+            if self._use(sha256):
+                yield None
+                return
 
     def _put(self, body: _Body, blobs: list[list[Any]] | None = None, **one: Any) -> Reply:
         """Take blobs: several small ones whole, or one from an offset on.
@@ -331,13 +373,19 @@ class Session:
         part = self._part(sha256)
         if not is_sha256(sha256) or offset < 0 or size < offset:
             raise RunnerError("The request to store a file makes no sense.")
-        with Lock(part) as lock:
+        lock = self._take_over(part, sha256)
+        if lock is None:
+            return {"have": size}
+        wanted = _wanted(part)
+        with contextlib.suppress(FileNotFoundError):
+            wanted.unlink()
+        try:
             have = os.fstat(lock.fd).st_size
             if have < offset:
                 return {"have": have}
             os.ftruncate(lock.fd, offset)
             os.lseek(lock.fd, offset, os.SEEK_SET)
-            while chunk := body.read(CHUNK):
+            while chunk := body.read(CHUNK, wanted.exists):
                 _write_to(lock.fd, chunk)
             if os.fstat(lock.fd).st_size != size:
                 return {"have": os.fstat(lock.fd).st_size}
@@ -349,7 +397,37 @@ class Session:
                 part.unlink()
                 return {"have": 0, "damaged": True}
             os.replace(part, self.store.blob(sha256))
+        finally:
+            lock.release()
         return {"have": size}
+
+    def _take_over(self, part: Path, sha256: str) -> Lock | None:
+        """Return the lock on the part of a blob, None where the blob is here already.
+
+        Another session may have it: one whose client is sending the same, or has reconnected and is now our own; the
+        latter, which hears nothing any more, leaves when it sees that somebody wants the part.
+        """
+        until = time.monotonic() + TAKE_OVER
+        while not self._has(sha256):
+            lock = Lock(part)
+            with contextlib.suppress(FileNotFoundError):
+                if lock.acquire() and os.path.samestat(os.fstat(lock.fd), part.stat()):
+                    if not self._has(sha256):
+                        return lock
+                    part.unlink()
+            lock.release()
+            if time.monotonic() > until:
+                raise SystemExit(0)  # the client asks how much there is now, and comes again
+            _wanted(part).touch()
+            time.sleep(0.1)
+        with contextlib.suppress(FileNotFoundError):
+            _wanted(part).unlink()
+        return None
+
+
+def _wanted(part: Path) -> Path:
+    """Return the file that tells whoever receives a part that another session wants to."""
+    return part.with_suffix(".wanted")
 
 
 class _Body:
@@ -358,9 +436,14 @@ class _Body:
     def __init__(self, size: int) -> None:
         self.left = size
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int, is_wanted: Callable[[], bool] | None = None) -> bytes:
+        """Return some of it; end the session where the client is silent, at once if somebody wants its place."""
         if not self.left:
             return b""
+        until = time.monotonic() + SILENCE
+        while not select.select([0], [], [], 1.0)[0]:
+            if time.monotonic() > until or (is_wanted is not None and is_wanted()):
+                raise SystemExit(0)
         data = os.read(0, min(size, self.left))
         if not data:
             raise SystemExit(0)  # the client is gone in the middle of a request
@@ -379,6 +462,36 @@ class _Body:
     def skip(self) -> None:
         while self.read(CHUNK):
             pass
+
+
+def _take_or_join(stored: StoredJob) -> Lock | None:
+    """Return a job's lock, held, and its folder made where it is not there; None where the job runs."""
+    while True:
+        if not stored.folder.is_dir():
+            with contextlib.suppress(FileExistsError):
+                stored.folder.mkdir(mode=0o700)
+            sync_folder(stored.store.jobs)
+        try:
+            lock = stored.lock()
+        except FileNotFoundError:
+            continue  # it was pruned in this moment
+        try:
+            runs = not _acquire_or_join(stored, lock)
+        except BaseException:
+            lock.release()
+            raise
+        if not runs and lock.is_current():
+            return lock
+        lock.release()
+        if runs:
+            return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _acquire_or_join(stored: StoredJob, lock: Lock) -> bool:
@@ -401,8 +514,8 @@ def _refusal(error: Exception) -> Reply:
     if isinstance(error, RunnerError):
         return {"error": error.message, "hint": error.hint, "kind": error.kind}
     if isinstance(error, OSError):
-        hint = "Make room there, then run doit again." if error.errno in (28, 122) else ""
-        return {"error": f"The builder's store cannot be used: {error}.", "hint": hint, "kind": "store"}
+        failure = storage_failure(error)
+        return {"error": failure.message, "hint": failure.hint, "kind": failure.kind}
     return {"error": f"The runner cannot make sense of a request ({error!r}).", "hint": "", "kind": "request"}
 
 
@@ -447,6 +560,7 @@ def main() -> int:
     """Serve the client on standard input and output until it goes away."""
     os.umask(0o077)
     store = Store()
+    hold_runner()
     try:
         store.prepare()
     except OSError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from .files import read_json
-from .store import Lock, Store
+from .store import Lock, Store, locked
 
 
 def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: Callable[[str], None]) -> Lock:
@@ -21,8 +22,7 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
         check_stop: called while waiting; what it raises ends the wait.
         say: tells a person that there is something to wait for.
     """
-    ticket = store.slots / f"wait-{time.time_ns():020d}-{name}"
-    with Lock(ticket):
+    with _ticket(store.slots, name) as ticket:
         said = False
         try:
             while True:
@@ -36,7 +36,25 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
                 time.sleep(0.1)
         finally:
             with contextlib.suppress(OSError):
-                ticket.unlink()
+                ticket.path.unlink()
+
+
+def _ticket(folder: Path, name: str) -> Lock:
+    """Return a place at the end of the line, held for as long as we live; its file is there only once it is held.
+
+    The line is counted and not timed: clocks are put back, and those of small machines begin anywhere.
+    """
+    with locked(folder / "line"):
+        for other in [*folder.glob("wait-*"), *folder.glob(".wait-*")]:
+            _is_dead(other)
+        numbers = (re.match(r"wait-([0-9]+)-", other.name) for other in folder.iterdir())
+        number = max((int(match[1]) for match in numbers if match), default=0) + 1
+        aside = folder / f".wait-{name}"
+        ticket = Lock(aside)
+        ticket.acquire()
+        ticket.path = folder / f"wait-{number:020d}-{name}"
+        os.rename(aside, ticket.path)
+    return ticket
 
 
 def slot_count() -> int:
@@ -63,22 +81,22 @@ def _free_slot(folder: Path, count: int) -> Lock | None:
     return None
 
 
-def _is_first_in_line(folder: Path, ticket: Path) -> bool:
-    """Say whether nobody who still lives came before; drop the tickets of those who died."""
+def _is_first_in_line(folder: Path, ticket: Lock) -> bool:
+    """Say whether nobody who still lives came before."""
     for other in sorted(folder.glob("wait-*")):
-        if other.name >= ticket.name:
+        if other.name >= ticket.path.name:
             return True
-        try:
-            fd = os.open(other, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue
-        os.close(fd)
-        lock = Lock(other)
-        try:
-            if not lock.is_free():
-                return False
-            with contextlib.suppress(FileNotFoundError):
-                other.unlink()
-        finally:
-            lock.release()
+        if not _is_dead(other):
+            return False
+    return True
+
+
+def _is_dead(ticket: Path) -> bool:
+    """Say whether nobody holds a ticket any more; if so it is removed."""
+    if not ticket.exists():
+        return True
+    with Lock.opened(ticket) as lock:
+        if not lock.is_free():
+            return False
+        ticket.unlink(missing_ok=True)
     return True

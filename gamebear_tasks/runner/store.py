@@ -1,24 +1,29 @@
 """The store on the builder: blobs by SHA-256, jobs by digest, slots. Who holds a job's lock is building it.
 
-    <cache>/gamebear/v1/            mode 0700
-        blobs/<sha256>              inputs; every use checks the content, so they need no sync
-        jobs/<digest>/job.json      the canonical text; its SHA-256 is the digest
-                      order.json    what this attempt needs besides: the blobs of the sources, the time limit
-                      lock          held (flock) by the supervisor for as long as it lives
-                      state.json    see `State`; written aside, synced, renamed
-                      log           bytes, only ever appended to within one attempt
-                      cancel        there when somebody asked to stop the attempt it names
-                      clients/<id>  touched while that client follows the job
-                      work/         the program's folder while it runs
-                      out-<attempt>/<name>  the outputs
-        live/<digest>               there from before a job starts until it has been cleaned up after
-        slots/<n>                   locked by the job that has the slot
-        images/, storage/, run/, venvs/, tmp/, runner/<sha256>/
+<cache>/gamebear/v1/            mode 0700
+    blobs/<sha256>              inputs; every use checks the content, so they need no sync
+    jobs/<digest>/job.json      the canonical text; its SHA-256 is the digest
+                  order.json    what this attempt needs besides: the blobs of the sources, the time limit
+                  images        the ids of the images that were used, one a line
+                  lock          held (flock) by the supervisor for as long as it lives
+                  state.json    see `State`; written aside, synced, renamed
+                  log           bytes, only ever appended to within one attempt
+                  cancel-<attempt>  there when somebody asked to stop that attempt; empty, for a disk may be full
+                  seen-<attempt>  there when a client was told how that attempt ended
+                  clients/<id>  touched while that client follows the job
+                  work/         the program's folder while it runs
+                  out-<attempt>/<name>  the outputs
+    live/<digest>               there from before a job starts until it has been cleaned up after
+    slots/<n>                   locked by the job that has the slot
+    images/                     locks; <id>.used is touched when an image is used, in-use.lock is shared meanwhile
+    trash/                      what is pruned is renamed to here, and then removed
+    storage/, run/, venvs/, tmp/, runner/<sha256>/
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -29,13 +34,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import is_file_name, is_sha256, read_json, sha256_of, write_json
+from .files import RunnerError, is_file_name, is_sha256, read_json, sha256_of, sync_folder, write_json
 
 VERSION = "v1"
 """The store's layout. A release that lays it out otherwise takes another number and leaves this one alone."""
 
 FINAL = ("done", "failed", "cancelled")
 """The states in which nothing of a job runs any more."""
+
+CLIENT_KEPT = 86400.0
+"""Seconds after which a client that was never heard of again is forgotten, when the job is begun again."""
+
+CLOCK_STEP = 5.0
+"""Seconds by which a clock may be put right between two looks at it, and nothing is made of it."""
 
 State = dict[str, Any]
 """A job's state: `state` (queued, running, done, failed, cancelled, lost), `attempt`, `since` (seconds since 1970),
@@ -47,6 +58,25 @@ def cache_home() -> Path:
     """Return `$XDG_CACHE_HOME`, by default `~/.cache` (XDG Base Directory Specification: a relative one is ignored)."""
     text = os.environ.get("XDG_CACHE_HOME", "")
     return Path(text) if text.startswith("/") else Path.home() / ".cache"
+
+
+class StoreError(RunnerError):
+    """The store cannot be written or read."""
+
+    kind = "store"
+
+
+def storage_failure(error: OSError) -> StoreError:
+    """Return what a person reads of an error of the store's file system."""
+    where = cache_home() / "gamebear"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"The builder's disk is full ({where}).",
+            "Make room there (doit prune --older 30 removes what was not used for 30 days), then run doit again.",
+        )
+    if error.errno == errno.EROFS:
+        return StoreError(f"The builder's disk has become read-only ({where}).", "It may be failing: see dmesg there.")
+    return StoreError(f"The builder's store cannot be used: {error}.")
 
 
 class Lock:
@@ -64,6 +94,13 @@ class Lock:
         """Say whether nobody has the lock now. Two that only look do not get in each other's way."""
         return self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB)
 
+    def is_current(self) -> bool:
+        """Say whether the file is still at its path; a folder that is pruned takes its lock away with it."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
     def _flock(self, operation: int) -> bool:
         try:
             fcntl.flock(self.fd, operation)
@@ -76,6 +113,16 @@ class Lock:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, path: Path) -> Iterator[Lock]:
+        """Give a lock that is not taken yet, and release it at the end of the block."""
+        lock = cls(path)
+        try:
+            yield lock
+        finally:
+            lock.release()
 
     def __enter__(self) -> Lock:
         self.acquire(wait=True)
@@ -96,6 +143,7 @@ class Store:
         self.slots = self.root / "slots"
         self.images = self.root / "images"
         self.tmp = self.root / "tmp"
+        self.trash = self.root / "trash"
 
     def prepare(self) -> None:
         """Make the folders that are missing, closed to other users; raises OSError."""
@@ -103,7 +151,7 @@ class Store:
         for folder in (self.root.parent, self.root):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
-        for folder in (self.blobs, self.jobs, self.live, self.slots, self.images, self.tmp):
+        for folder in (self.blobs, self.jobs, self.live, self.slots, self.images, self.tmp, self.trash):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def blob(self, sha256: str) -> Path:
@@ -170,24 +218,30 @@ class StoredJob:
     def written_state(self) -> State:
         """Return the state as it was last written, without a look at the lock."""
         state = read_json(self.folder / "state.json")
-        return state if isinstance(state, dict) and "state" in state else {"state": "absent"}
+        return state if _is_state(state) else {"state": "absent"}
 
     def write_state(self, state: State) -> None:
         """Replace the job's state; raises OSError."""
         write_json(self.folder / "state.json", {**state, "since": time.time()})
 
     def begin_attempt(self, order: dict[str, Any]) -> str:
-        """Lay down a new attempt under the lock, which the caller holds, and return its name; raises OSError."""
+        """Lay down a new attempt under the lock, which the caller holds, and return its name; raises OSError.
+
+        The state comes last: until it is there, the job is what it was, and less whatever was removed here.
+        """
         attempt = secrets.token_hex(8)
+        after_lost = self.mark.exists()
         self.mark.touch()
-        with contextlib.suppress(FileNotFoundError):
-            (self.folder / "cancel").unlink()
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(self.log, self.folder / "log.old")
+        sync_folder(self.mark.parent)
+        for pattern in ("cancel-*", "seen-*", ".*.tmp", "images"):
+            for left in self.folder.glob(pattern):
+                left.unlink(missing_ok=True)
         for old in self.folder.glob("out-*"):
             shutil.rmtree(old, ignore_errors=True)
+        self._forget_old_clients()
+        write_json(self.folder / "order.json", {**order, "after_lost": after_lost})
+        self.log.unlink(missing_ok=True)  # a session that reads it goes on reading the old one
         self.log.touch(mode=0o600)
-        write_json(self.folder / "order.json", order)
         self.write_state({"state": "queued", "attempt": attempt})
         return attempt
 
@@ -210,23 +264,32 @@ class StoredJob:
         return True
 
     def ask_to_stop(self, attempt: str) -> None:
-        """Ask the supervisor to end an attempt."""
-        path = self.folder / "cancel"
-        path.write_text(attempt)
+        """Ask the supervisor to end an attempt; raises OSError."""
+        if is_file_name(attempt):
+            (self.folder / f"cancel-{attempt}").touch()
 
     def is_asked_to_stop(self, attempt: str) -> bool:
         """Say whether somebody asked to end an attempt."""
-        try:
-            return (self.folder / "cancel").read_text() == attempt
-        except FileNotFoundError:
-            return False
+        return (self.folder / f"cancel-{attempt}").exists()
+
+    def note_seen(self, attempt: str) -> None:
+        """Note that a client was told how an attempt ended; in an empty file, for which a full disk has room."""
+        if is_file_name(attempt):
+            with contextlib.suppress(OSError):
+                (self.folder / f"seen-{attempt}").touch()
+
+    def was_seen(self, attempt: str) -> bool:
+        """Say whether a client was told how an attempt ended."""
+        return (self.folder / f"seen-{attempt}").exists()
 
     def touch_client(self, client: str) -> None:
-        """Note that a client follows the job now."""
+        """Note that a client follows the job now, where there is room to."""
         if is_file_name(client):
             folder = self.folder / "clients"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            (folder / client).touch()
+            with contextlib.suppress(OSError):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                (folder / client).touch()
+                os.utime(folder)  # by which a prune sees that the job was used
 
     def forget_client(self, client: str) -> None:
         """Note that a client follows the job no more."""
@@ -235,13 +298,61 @@ class StoredJob:
                 (self.folder / "clients" / client).unlink()
 
     def other_clients(self, client: str, within: float) -> int:
-        """Count the other clients that followed the job within the last `within` seconds."""
+        """Count the other clients that followed the job within the last `within` seconds.
+
+        A stamp from the future is from before somebody put the clock back, and says nothing.
+        """
         count = 0
         with contextlib.suppress(OSError):
             for path in (self.folder / "clients").iterdir():
-                if path.name != client and time.time() - path.stat().st_mtime < within:
+                age = time.time() - path.stat().st_mtime
+                if path.name != client and -CLOCK_STEP <= age < within:
                     count += 1
         return count
+
+    def last_use(self) -> float:
+        """Return when the job was last asked for, followed, or changed its state, in seconds since 1970."""
+        return max(map(stamp, (self.folder / "clients", self.folder / "state.json", self.folder / "job.json")))
+
+    def _forget_old_clients(self) -> None:
+        with contextlib.suppress(OSError):
+            for path in (self.folder / "clients").iterdir():
+                if abs(time.time() - stamp(path)) > CLIENT_KEPT:
+                    path.unlink(missing_ok=True)
+
+
+def hold_runner() -> None:
+    """Note that the runner whose code this is was used now, and keep it from being pruned while this process lives."""
+    folder = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):
+        fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(folder)
+
+
+def stamp(path: Path) -> float:
+    """Return when a file was last changed, in seconds since 1970; 0 where it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_state(state: object) -> bool:
+    """Say whether what was read is a whole state; anything else is taken for none."""
+    if not isinstance(state, dict) or not isinstance(state.get("state"), str):
+        return False
+    if not is_file_name(state.get("attempt")):
+        return False
+    if state["state"] != "done":
+        return state["state"] in (*FINAL, "queued", "running", "lost")
+    outputs = state.get("outputs")
+    return isinstance(outputs, dict) and all(
+        is_file_name(name)
+        and isinstance(about, dict)
+        and isinstance(about.get("size"), int)
+        and is_sha256(about.get("sha256"))
+        for name, about in outputs.items()
+    )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ that *state says running and the lock is free* can mean one thing only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import select
@@ -22,9 +23,18 @@ from typing import Any
 
 from . import slots, work
 from .buildah import environment, facts, namespace, remove_containers, remove_tree
-from .files import CHUNK, RunnerError, read_json, sync_folder
-from .store import FINAL, Store, StoredJob, cache_home
+from .files import CHUNK, RunnerError, is_sha256, read_json, sync_folder
+from .store import FINAL, Store, StoredJob, StoreError, hold_runner, storage_failure
 from .work import JobFailed
+
+LOG_LIMIT = 1 << 30
+"""Bytes of log after which a build is ended: it is caught in a loop, and would fill the disks of both sides."""
+
+LOG_TAIL = 16 << 10
+"""Bytes at the end of a failed build's log that are searched for the reason."""
+
+NO_ROOM = 1 << 20
+"""Free bytes below which a build that failed is taken to have failed because of that."""
 
 GRACE = 5.0
 """Seconds between asking a build to end and killing it."""
@@ -43,8 +53,8 @@ class Supervisor:
         self.attempt = attempt
         self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.phases: dict[str, float] = {}
-        self.tidy = False
-        """The build has ended by itself and has removed its containers."""
+        self.tidy = True
+        """No build of ours has been started that has not removed its containers."""
 
     def run(self) -> None:
         """Build the job and write how it ended; never raises for what the job does."""
@@ -53,7 +63,8 @@ class Supervisor:
                 slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
             with slot:
                 self._write_state("running")
-                clean_up_after_lost_jobs(self.store, but=self.stored.digest)
+                with self._phase("clean up"):
+                    clean_up_after_lost_jobs(self.store, but=self.stored.digest)
                 outputs = self._build()
             final: dict[str, Any] = {"state": "done", "outputs": outputs}
         except Cancelled:
@@ -64,11 +75,11 @@ class Supervisor:
         except RunnerError as error:
             final = {"state": "failed", "failure": {"kind": error.kind, "message": str(error)}}
         except OSError as error:
-            final = {"state": "failed", "failure": _storage_failure(error)}
+            final = {"state": "failed", "failure": {"kind": StoreError.kind, "message": str(storage_failure(error))}}
         if final["state"] == "failed":
             self.say(final["failure"]["message"])
         self._clean_up()
-        self._write_state(**final)
+        self._write_final_state(**final)
 
     def say(self, text: str) -> None:
         """Write a line of our own to the job's log."""
@@ -77,6 +88,18 @@ class Supervisor:
 
     def _write_state(self, state: str, **more: Any) -> None:
         self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases, **more})
+
+    def _write_final_state(self, **final: Any) -> None:
+        """Write how the attempt ended; where the disk is too full even for that, make room of what is needed no more.
+
+        If it cannot be written at all, the attempt counts as lost.
+        """
+        try:
+            self._write_state(**final)
+        except OSError:
+            with contextlib.suppress(OSError):
+                (self.stored.folder / "order.json").unlink()
+            self._write_state(**final)
 
     def _check_stop(self) -> None:
         if self.stored.is_asked_to_stop(self.attempt):
@@ -92,7 +115,7 @@ class Supervisor:
 
     def _build(self) -> dict[str, Any]:
         job = self._document()
-        order = read_json(self.stored.folder / "order.json") or {}
+        order = self._order()
         limit = float(order.get("time_limit") or 0)
         deadline = time.monotonic() + limit if limit > 0 else None
         with self._phase("probe"):
@@ -110,6 +133,12 @@ class Supervisor:
         for warning in known.warnings:
             self.say(warning)
         with self._phase("prepare"):
+            if order.get("after_lost") and not remove_leftovers(self.stored):
+                raise RunnerError(
+                    f"What an earlier attempt of job {self.stored.digest[:12]} left cannot be removed.",
+                    f"See {self.stored.folder}, and with `buildah containers` the containers"
+                    f" {self.stored.container_prefix}….",
+                )
             if self.stored.work.exists():
                 remove_tree(self.store.root, known, self.stored.work)
             work.fill(self.stored, job, order.get("trees") or {})
@@ -124,6 +153,12 @@ class Supervisor:
         except (OSError, ValueError) as error:
             raise JobFailed("blob", f"{error}.", "Run doit again.") from error
 
+    def _order(self) -> dict[str, Any]:
+        order = read_json(self.stored.folder / "order.json")
+        if not isinstance(order, dict) or not isinstance(order.get("trees"), dict):
+            raise JobFailed("blob", f"The stored order of job {self.stored.digest} is damaged.", "Run doit again.")
+        return order
+
     # the program
 
     def _run_program(self, deadline: float | None, limit: float, base: str) -> None:
@@ -133,6 +168,7 @@ class Supervisor:
         with contextlib.suppress(FileNotFoundError):
             result_path.unlink()
         runner = Path(__file__).resolve().parent.parent
+        self.tidy = False
         process = subprocess.Popen(
             [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
             stdin=subprocess.PIPE,  # its end tells the build that we are gone
@@ -153,13 +189,26 @@ class Supervisor:
             return
         if isinstance(result, dict) and not result.get("ok"):
             failure = {key: result[key] for key in ("command", "status") if key in result}
+            self._check_room(str(result.get("message", "")), failure)
             raise JobFailed(str(result.get("kind", "script")), str(result.get("message", "It failed.")), **failure)
+        self._check_room("", {})
         how = f"signal {-status}" if status < 0 else f"status {status}"
         raise JobFailed(
             "killed",
             f"The build ended with {how} without saying why; the builder may have run out of memory.",
             "Look at the log, and at `dmesg` on the builder; then run doit again.",
         )
+
+    def _check_room(self, said: str, failure: dict[str, Any]) -> None:
+        """Raise the failure of a full disk where a build has failed because of one: it shows in many guises."""
+        with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
+            tail = log.read().decode("utf-8", "replace")
+        full = os.strerror(errno.ENOSPC)
+        if full in said or full in tail or shutil.disk_usage(self.store.root).free < NO_ROOM:
+            error = storage_failure(OSError(errno.ENOSPC, full))
+            message = f"{error.message} {said}".rstrip()
+            raise JobFailed(error.kind, message if message.endswith(".") else f"{message}.", error.hint, **failure)
 
     def _wait(self, process: subprocess.Popen[bytes], deadline: float | None, limit: float) -> int:
         pidfd = os.pidfd_open(process.pid)
@@ -174,6 +223,12 @@ class Supervisor:
                         f"The build took longer than its time limit of {limit:g} seconds and was ended.",
                         "Give artifact(…, time_limit=SECONDS) more, or find in the log what it waits for.",
                     )
+                if os.fstat(self.log).st_size > LOG_LIMIT:
+                    raise JobFailed(
+                        "log",
+                        f"The build wrote more than {LOG_LIMIT >> 20} MiB to its log and was ended.",
+                        "Have its programs say less, or send what they say to a file.",
+                    )
             return process.wait()
         finally:
             os.close(pidfd)
@@ -184,6 +239,7 @@ class Supervisor:
         """Move the outputs from the program's folder to their place, synced; return size and SHA-256 of each."""
         folder = self.stored.outputs(self.attempt)
         folder.mkdir(mode=0o700)
+        sync_folder(self.stored.folder)
         outputs = {}
         for name in names:
             source = self.stored.work / name
@@ -210,6 +266,8 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         clean_up(self.stored, containers=not self.tidy)
+        with contextlib.suppress(OSError):
+            os.fsync(self.log)
         os.close(self.log)
 
 
@@ -227,54 +285,71 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def clean_up(stored: StoredJob, containers: bool = True) -> None:
-    """Remove what a build may have left: containers, the program's folder; the caller holds the job's lock."""
+    """Remove what a build may have left, and if all of it is gone, the mark which says that there may be something.
+
+    The caller holds the job's lock.
+    """
+    if remove_leftovers(stored, containers):
+        with contextlib.suppress(OSError):
+            stored.mark.unlink()
+
+
+def remove_leftovers(stored: StoredJob, containers: bool = True) -> bool:
+    """Remove what a build may have left: containers, the program's folder; say whether nothing stayed."""
     root = stored.store.root
-    with contextlib.suppress(RunnerError, OSError):
+    gone = True
+    try:
         if containers:
             remove_containers(root, facts(root), stored.container_prefix)
+    except (RunnerError, OSError):
+        gone = False
     shutil.rmtree(stored.work, ignore_errors=True)
     with contextlib.suppress(RunnerError, OSError):
         if stored.work.exists():  # files of a container's other users are in the way
             remove_tree(root, facts(root), stored.work)
-    for name in ("source.tar", "function.pickle", "cloudpickle.zip", "result.json"):
+    names = ("source.tar", "function.pickle", "cloudpickle.zip", "result.json")
+    for path in (*(stored.folder / name for name in names), *stored.folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
-            (stored.folder / name).unlink()
-    with contextlib.suppress(OSError):
-        stored.mark.unlink()
+            path.unlink()
+    return gone and not stored.work.exists()
 
 
 def clean_up_after_lost_jobs(store: Store, but: str) -> None:
     """Clean up after jobs whose supervisor died, and say in their state that they are lost."""
-    for mark in list(store.live.iterdir()):
-        if mark.name == but:
-            continue
-        stored = store.job(mark.name)
-        if not stored.folder.is_dir():
-            mark.unlink()
-            continue
-        lock = stored.lock()
-        try:
-            if lock.acquire() and mark.exists():
-                state = stored.written_state()
-                clean_up(stored)
-                if state["state"] not in (*FINAL, "absent"):
-                    stored.write_state({**state, "state": "lost"})
-        finally:
-            lock.release()
+    with contextlib.suppress(OSError):
+        for mark in list(store.live.iterdir()):
+            if mark.name != but and is_sha256(mark.name):
+                with contextlib.suppress(OSError):  # somebody else may be removing the same
+                    _clean_up_if_lost(store.job(mark.name))
+        for path in store.trash.iterdir():  # of a prune that was killed
+            with contextlib.suppress(OSError, RunnerError):
+                remove_tree(store.root, facts(store.root), path)
 
 
-def _storage_failure(error: OSError) -> dict[str, Any]:
-    full = error.errno in (28, 122)
-    message = f"The builder's disk is full ({cache_home()})." if full else f"The builder's store failed: {error}."
-    hint = " Make room there, then run doit again." if full else ""
-    return {"kind": "store", "message": message + hint}
+def _clean_up_if_lost(stored: StoredJob) -> None:
+    if not stored.folder.is_dir():
+        stored.mark.unlink()
+        return
+    lock = stored.lock()
+    try:
+        if lock.acquire() and lock.is_current() and stored.mark.exists():
+            state = stored.written_state()
+            clean_up(stored)
+            if state["state"] not in (*FINAL, "absent"):
+                stored.write_state({**state, "state": "lost"})
+    finally:
+        lock.release()
 
 
 def main(digest: str, attempt: str, lock_fd: int) -> int:
     """Supervise an attempt; the lock comes as an open file descriptor."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(lock_fd, False)
+    hold_runner()
     stored = Store().job(digest)
-    Supervisor(stored, attempt).run()
+    try:
+        Supervisor(stored, attempt).run()
+    except OSError as error:
+        print(f"how job {digest} ended cannot be written down: {storage_failure(error)}", file=sys.stderr)
+        return 1
     return 0
-

@@ -1,7 +1,8 @@
 """How client and runner talk: requests and replies, each a JSON header and a body of bytes.
 
-A message is the header's length as four bytes, most significant first; the header, a JSON object in UTF-8; and the body,
-whose length in bytes is the header's `body` (none: no body). The client asks, the runner answers, one after the other.
+A message is the header's length as four bytes, most significant first; the header, a JSON object in UTF-8; and the
+body, whose length in bytes is the header's `body` (none: no body). The client asks, the runner answers, one after the
+other.
 Before the first message the runner writes one line, `PREAMBLE` and a word: whatever a login shell prints is before it.
 """
 
@@ -18,6 +19,9 @@ PREAMBLE = b"gamebear-runner:"
 MAX_HEADER = 4 << 20
 """The longest header that is read, in bytes."""
 
+MAX_BODY = 1 << 62
+"""More bytes than any body has; what claims more is not a message."""
+
 _LENGTH = struct.Struct(">I")
 
 Header = dict[str, Any]
@@ -25,6 +29,10 @@ Header = dict[str, Any]
 
 class WireError(Exception):
     """What came is not a message."""
+
+
+class CutOff(WireError):
+    """The stream ends within a message."""
 
 
 def encode(header: Header, body: int = 0) -> bytes:
@@ -48,26 +56,26 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
         The header and the length of the body that follows, in bytes; None at the end of the stream.
 
     Raises:
-        WireError: this is not a message, or it is cut off.
+        WireError: this is not a message; CutOff: not all of one.
     """
     start = read(_LENGTH.size)
     if not start:
         return None
     if len(start) < _LENGTH.size:
-        raise WireError("the stream ends within a message")
+        raise CutOff("the stream ends within a message")
     (length,) = _LENGTH.unpack(start)
     if length > MAX_HEADER:
         raise WireError(f"a header claims {length} bytes")
     text = read(length)
     if len(text) < length:
-        raise WireError("the stream ends within a message")
+        raise CutOff("the stream ends within a message")
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: a million brackets
         raise WireError("a header is not JSON") from error
     if not isinstance(header, dict):
         raise WireError("a header is not a JSON object")
     body = header.get("body", 0)
-    if not isinstance(body, int) or isinstance(body, bool) or body < 0:
+    if not isinstance(body, int) or isinstance(body, bool) or not 0 <= body <= MAX_BODY:
         raise WireError("a body has no proper length")
     return header, body

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from .files import CHUNK, RunnerError, is_file_name, is_relative_path
+from .files import CHUNK, RunnerError, is_file_name, is_relative_path, is_sha256
 from .store import StoredJob
 
 
@@ -40,7 +40,7 @@ def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str]) -> None:
         _lay(stored, job["script"]["sha256"], stored.work, job["script"]["name"], True)
     else:
         for name in ("function.pickle", "cloudpickle.zip"):
-            _lay(stored, trees[f"/{name}"], stored.folder, name, False)
+            _lay(stored, _tree(trees, f"/{name}"), stored.folder, name, False)
     for path, file in job["modules"].items():
         _lay(stored, file["sha256"], stored.work, path, False)
     for name, file in job["inputs"].items():
@@ -48,13 +48,19 @@ def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str]) -> None:
     for name in job["sources"]:
         if not is_file_name(name):
             raise JobFailed("job", f"{name!r} cannot be the name of a source.")
-        _lay(stored, trees[name], stored.folder, "source.tar", False)
+        _lay(stored, _tree(trees, name), stored.folder, "source.tar", False)
         path = stored.folder / "source.tar"
         folder = stored.work / name
         folder.mkdir()
         with tarfile.open(path) as tar:
             unpack(tar, folder)
         path.unlink()
+
+
+def _tree(trees: dict[str, str], name: str) -> str:
+    if not is_sha256(trees.get(name)):
+        raise JobFailed("blob", f"The order does not say which file {name} is.", "Run doit again.")
+    return trees[name]
 
 
 def _lay(stored: StoredJob, sha256: str, folder: Path, name: str, executable: bool) -> None:
@@ -70,6 +76,7 @@ def _lay(stored: StoredJob, sha256: str, folder: Path, name: str, executable: bo
             while data := source.read(CHUNK):
                 digest.update(data)
                 target.write(data)
+        os.utime(blob)
     except FileNotFoundError:
         raise JobFailed("blob", f"The builder no longer has the content of {name}.", "Run doit again.") from None
     if digest.hexdigest() != sha256:
@@ -88,6 +95,7 @@ def unpack(tar: tarfile.TarFile, folder: Path) -> None:
     Raises:
         RunnerError: a member would be written elsewhere, or is neither folder, file nor link.
     """
+    folders: list[tuple[Path, float]] = []
     for member in tar:
         name = member.name[2:] if member.name.startswith("./") else member.name
         if name in (".", ""):
@@ -99,10 +107,12 @@ def unpack(tar: tarfile.TarFile, folder: Path) -> None:
             raise RunnerError(f"The source's archive writes through a link: {member.name!r}.")
         if member.isdir():
             path.mkdir(parents=True, exist_ok=True)
+            folders.append((path, member.mtime))
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if member.issym():
             path.symlink_to(member.linkname)
+            os.utime(path, (member.mtime, member.mtime), follow_symlinks=False)
         elif member.isreg():
             data = tar.extractfile(member)
             assert data is not None
@@ -112,3 +122,5 @@ def unpack(tar: tarfile.TarFile, folder: Path) -> None:
             os.utime(path, (member.mtime, member.mtime))
         else:
             raise RunnerError(f"The source's archive has a member of a kind that sources do not have: {member.name!r}.")
+    for path, mtime in reversed(folders):  # what is written into a folder changes its time
+        os.utime(path, (mtime, mtime))

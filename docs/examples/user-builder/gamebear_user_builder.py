@@ -1,0 +1,46 @@
+"""The builder `user:NAME`: another account of this machine, for root. What it builds cannot touch root's files."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+from gamebear_tasks.builders.local import ProcessConnection
+from gamebear_tasks.builders.remote import RunnerBuilder
+from gamebear_tasks.errors import BuilderError, SettingsError
+
+
+def open_builder(url: str) -> RunnerBuilder:
+    """Open `user:NAME`; nothing is looked up before the builder is first asked something.
+
+    Raises:
+        SettingsError: no name follows the colon.
+    """
+    name = url.partition(":")[2]
+    if not name:
+        raise SettingsError(f"The builder {url!r} names no user.", "Say builder=user:NAME.")
+    return RunnerBuilder(url, f"{name}'s account", lambda: connect(name))
+
+
+def connect(name: str) -> ProcessConnection:
+    """Return what starts programs as a user: in its home, with an environment that has nothing of ours in it.
+
+    Raises:
+        BuilderError: there is no such user, or we may not become it.
+    """
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        raise BuilderError(
+            f"This machine has no user {name!r}.", "Make one, such as: sudo useradd --create-home builder"
+        ) from None
+    if os.geteuid() != 0:
+        raise BuilderError(f"Only root may start programs as {user.pw_name}.", "Run doit as root, or use ssh://.")
+    environment = {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "PATH": os.defpath}
+    return ProcessConnection(
+        (
+            *("runuser", "--user", user.pw_name, "--"),
+            *("env", "--ignore-environment", f"--chdir={user.pw_dir}"),
+            *(f"{variable}={value}" for variable, value in environment.items()),
+        )
+    )

@@ -1,0 +1,195 @@
+"""A network that misbehaves on command: a TCP proxy on the loopback address that cuts, stalls, delays and counts."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass, field
+
+UP = "up"
+"""From the client to the server."""
+
+DOWN = "down"
+"""From the server to the client."""
+
+CHUNK = 32 << 10
+SETTLE = 0.25
+"""Seconds between the last byte before a cut and the cut, so that whoever got it has read it."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a connection ends.
+
+    Attributes:
+        direction: whose bytes are counted.
+        at: how many of them still go through, counted from the connection's first.
+        how: `rst`; `fin`, an orderly end; or `stall`: it stays open, and nothing goes through any more.
+    """
+
+    direction: str
+    at: int
+    how: str = "rst"
+
+
+@dataclass
+class _Link:
+    """One connection: its two sockets, and what has gone through."""
+
+    client: socket.socket
+    server: socket.socket
+    cut: Cut | None
+    passed: dict[str, int] = field(default_factory=lambda: {UP: 0, DOWN: 0})
+    over: threading.Event = field(default_factory=threading.Event)
+    stalled: bool = False
+    closing: threading.Lock = field(default_factory=threading.Lock)
+    closed: bool = False
+
+    def close(self, how: str) -> None:
+        with self.closing:
+            if self.closed:
+                return
+            self.closed = True
+        self.over.set()
+        for sock in (self.client, self.server):
+            with contextlib.suppress(OSError):
+                if how == "rst":
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                else:
+                    sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+
+class Proxy:
+    """Stands between a client and a server of this machine.
+
+    Args:
+        target: the server's port.
+
+    Attributes:
+        port: where the client connects to.
+        connections: how many it has taken.
+        passed: bytes forwarded in each direction, all connections together.
+        delay: seconds for which each piece is held back.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.connections = 0
+        self.passed = {UP: 0, DOWN: 0}
+        self.delay = 0.0
+        self._cuts: list[Cut] = []
+        self._links: list[_Link] = []
+        self._lock = threading.Lock()
+        self._stall_new = False
+        self._listener: socket.socket | None = None
+        self.port = 0
+        self.accept()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refuse()
+        self.cut()
+
+    # on command
+
+    def cut_next(self, *cuts: Cut) -> None:
+        """Cut the next connection at the first of these points, the one after it at the second, and so on."""
+        with self._lock:
+            self._cuts = list(cuts)
+
+    def cut(self, how: str = "rst") -> None:
+        """Cut every connection now."""
+        for link in self._living():
+            link.close(how)
+
+    def stall(self, new: bool = True) -> None:
+        """Forward nothing more on the connections there are; they stay open. With `new`, nor on those to come."""
+        self._stall_new = new
+        for link in self._living():
+            link.stalled = True
+
+    def go_on(self) -> None:
+        """Forward again on every connection."""
+        self._stall_new = False
+        for link in self._living():
+            link.stalled = False
+
+    def refuse(self) -> None:
+        """Take no further connections."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+    def accept(self) -> None:
+        """Take connections again, on the same port."""
+        if self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            self.port = self._listener.getsockname()[1]
+            threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
+
+    # what goes on
+
+    def _living(self) -> list[_Link]:
+        with self._lock:
+            self._links = [link for link in self._links if not link.closed]
+            return list(self._links)
+
+    def _serve(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                client.close()
+                continue
+            for sock in (client, server):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self.connections += 1
+                link = _Link(client, server, self._cuts.pop(0) if self._cuts else None)
+                link.stalled = self._stall_new
+                self._links.append(link)
+            for direction, source, sink in ((UP, client, server), (DOWN, server, client)):
+                threading.Thread(target=self._pump, args=(link, direction, source, sink), daemon=True).start()
+
+    def _pump(self, link: _Link, direction: str, source: socket.socket, sink: socket.socket) -> None:
+        cut = link.cut if link.cut is not None and link.cut.direction == direction else None
+        try:
+            while not link.over.is_set():
+                if link.stalled:
+                    time.sleep(0.02)
+                    continue
+                if not select.select([source], [], [], 0.05)[0]:
+                    continue
+                room = CHUNK if cut is None else min(CHUNK, cut.at - link.passed[direction])
+                data = source.recv(room)
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                if self.delay:
+                    time.sleep(self.delay)
+                sink.sendall(data)
+                link.passed[direction] += len(data)
+                with self._lock:
+                    self.passed[direction] += len(data)
+                if cut is not None and link.passed[direction] >= cut.at:
+                    if cut.how == "stall":
+                        link.stalled = True
+                        cut = None
+                        continue
+                    time.sleep(SETTLE)
+                    link.close(cut.how)
+        except (OSError, ValueError):
+            link.close("fin")

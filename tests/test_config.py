@@ -1,0 +1,236 @@
+"""Settings: which of several places wins, and what is said of a value that makes no sense."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from doit import doit_cmd
+from hypothesis import given
+from hypothesis import strategies as st
+from project import Project
+
+from gamebear_tasks.config import ARCHITECTURES, Settings, own_architecture, seconds, settings
+from gamebear_tasks.errors import SettingsError
+
+OTHER = {
+    "builder": ("ssh://a@b", "ssh://c", "local:", "local:"),
+    "arch": ("armhf", "arm64", "riscv64", own_architecture()),
+    "sources": ("debian", "git", "mirror", ""),
+    "base": ("registry", "bootstrap", "auto", "auto"),
+    "patience": ("1", "2.5", 3, 600.0),
+    "interrupt": ("detach", "cancel", "detach", "cancel"),
+    "time_limit": ("0", "60", 61.5, 86400.0),
+}
+"""For each setting: a doit variable, an environment variable, a value in pyproject.toml, and the default."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a dodo.py, while doit runs there without variables."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doit_cmd, "_CMDLINE_VARS", {})
+    yield tmp_path
+
+
+def pyproject(folder: Path, text: str) -> None:
+    (folder / "pyproject.toml").write_text(text)
+
+
+def value(name: str) -> object:
+    return getattr(settings(), name)
+
+
+def as_set(name: str, given: object) -> object:
+    return float(str(given)) if name in ("patience", "time_limit") else given
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert set(OTHER) == set(Settings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_doit_variable_wins_then_the_environment_then_pyproject_then_the_default(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    variable, environment, project, default = OTHER[name]
+    assert value(name) == default
+    pyproject(folder, f"[tool.gamebear]\n{name} = {json.dumps(project)}\n")
+    assert value(name) == as_set(name, project)
+    monkeypatch.setenv(f"GAMEBEAR_{name.upper()}", str(environment))
+    assert value(name) == as_set(name, environment)
+    doit_cmd.set_var(name, str(variable))
+    assert value(name) == as_set(name, variable)
+
+
+def test_an_empty_environment_variable_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject(folder, '[tool.gamebear]\nbuilder = "ssh://c"\n')
+    monkeypatch.setenv("GAMEBEAR_BUILDER", "")
+    assert value("builder") == "ssh://c"
+
+
+def test_an_empty_architecture_is_the_machines_own(folder: Path) -> None:
+    pyproject(folder, '[tool.gamebear]\narch = "armhf"\n')
+    doit_cmd.set_var("arch", "")
+    assert value("arch") == own_architecture()
+
+
+def test_without_doit_the_other_places_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doit_cmd, "_CMDLINE_VARS", None)
+    monkeypatch.setenv("GAMEBEAR_ARCH", "armhf")
+    assert value("arch") == "armhf"
+    assert value("builder") == "local:"
+
+
+def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Path) -> None:
+    pyproject(folder, '[project]\nname = "x"\n')
+    assert settings() == Settings(arch=own_architecture())
+    pyproject(folder, '[tool.gamebear]\narch = "armhf"\n')
+    assert value("arch") == "armhf"
+
+
+ARCHS = "There are: amd64, arm64, armhf, i386, loong64, ppc64el, riscv64, s390x."
+REFUSED = [
+    ("builder", "a\nb", "The setting builder must be a text, not 'a\\nb' (from {})."),
+    ("arch", "armv7l", "No architecture is called 'armv7l' (from {}). Debian calls it armhf."),
+    ("arch", "aarch64", "No architecture is called 'aarch64' (from {}). Debian calls it arm64."),
+    ("arch", "x86_64", "No architecture is called 'x86_64' (from {}). Debian calls it amd64."),
+    ("arch", "arm", f"No architecture is called 'arm' (from {{}}). {ARCHS}"),
+    ("base", "docker", "The setting base must be auto or registry or bootstrap, not 'docker' (from {})."),
+    ("interrupt", "ignore", "The setting interrupt must be cancel or detach, not 'ignore' (from {})."),
+    ("patience", "a while", "The setting patience must be a number of seconds, not 'a while' (from {})."),
+    ("patience", "-1", "The setting patience must be a number of seconds, not '-1' (from {})."),
+    ("time_limit", "inf", "The setting time_limit must be a number of seconds, not 'inf' (from {})."),
+    ("time_limit", "nan", "The setting time_limit must be a number of seconds, not 'nan' (from {})."),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "said"), REFUSED)
+def test_a_value_that_makes_no_sense_is_refused_and_where_it_was_set_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str, said: str
+) -> None:
+    pyproject(folder, f"[tool.gamebear]\n{name} = {json.dumps(given)}\n")
+    assert refusal() == said.format("[tool.gamebear] in pyproject.toml")
+    monkeypatch.setenv(f"GAMEBEAR_{name.upper()}", given)
+    assert refusal() == said.format(f"GAMEBEAR_{name.upper()}")
+    doit_cmd.set_var(name, given)
+    assert refusal() == said.format(f"the doit variable {name}")
+
+
+def refusal() -> str:
+    with pytest.raises(SettingsError) as caught:
+        settings()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("builder = 5", "The setting builder must be a text, not 5 (from {})."),
+        ("arch = true", "The setting arch must be a text, not True (from {})."),
+        ("base = ['auto']", "The setting base must be auto or registry or bootstrap, not ['auto'] (from {})."),
+        ("patience = true", "The setting patience must be a number of seconds, not True (from {})."),
+        ("patience = inf", "The setting patience must be a number of seconds, not inf (from {})."),
+        (
+            "time_limit = 2026-01-01",
+            "The setting time_limit must be a number of seconds, not datetime.date(2026, 1, 1)",
+        ),
+        (
+            "bulider = 'local:'",
+            "{} sets 'bulider', which is no setting. There are: arch, base, builder, interrupt,",
+        ),
+    ],
+)
+def test_pyproject_is_checked_for_types_and_unknown_keys(folder: Path, text: str, said: str) -> None:
+    pyproject(folder, f"[tool.gamebear]\n{text}\n")
+    assert refusal().startswith(said.format("[tool.gamebear] in pyproject.toml"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[tool.gamebear\n", "pyproject.toml cannot be read: Expected ']' at the end of a table declaration"),
+        (b"\xff\xfe", "pyproject.toml cannot be read: 'utf-8' codec can't decode"),
+        (b"[tool]\ngamebear = 5\n", "[tool.gamebear] in pyproject.toml is not a table."),
+    ],
+)
+def test_a_damaged_pyproject_is_one_paragraph(folder: Path, content: bytes, said: str) -> None:
+    (folder / "pyproject.toml").write_bytes(content)
+    assert refusal().startswith(said)
+    assert "\n" not in refusal()
+
+
+def test_a_tool_that_is_no_table_is_nothing_of_ours(folder: Path) -> None:
+    pyproject(folder, "tool = 5\n")
+    assert value("builder") == "local:"
+
+
+@pytest.mark.parametrize(("machine", "arch"), ARCHITECTURES.items())
+def test_each_machine_has_debians_name_by_default(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, machine: str, arch: str
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert value("arch") == arch
+
+
+def test_a_machine_without_a_debian_architecture_has_to_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "vax")
+    said = (
+        "This machine is a 'vax', for which no Debian architecture is known. Say what to build for, such as arch=armhf."
+    )
+    assert refusal() == said
+    doit_cmd.set_var("arch", "armhf")
+    assert value("arch") == "armhf"
+
+
+@given(st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers())))
+def test_seconds_are_a_finite_number_or_refused(given: object) -> None:
+    try:
+        count = seconds("patience", given, "a test")
+    except SettingsError:
+        return
+    assert 0 <= count < float("inf")
+    assert not isinstance(given, bool)
+
+
+# as a person sees it
+
+TELLING = """
+from gamebear_tasks.config import settings
+
+def task_tell():
+    return {"actions": [lambda: print(settings().builder, settings().arch)], "verbosity": 2}
+"""
+
+
+def test_doit_shows_what_wins(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", home=tmp_path / "home", GAMEBEAR_BUILDER="ssh://two", GAMEBEAR_ARCH="i386")
+    project.write("dodo.py", TELLING)
+    project.write("pyproject.toml", '[tool.gamebear]\nbuilder = "ssh://three"\n')
+    assert "ssh://two i386\n" in project.doit().ok().out
+    assert "ssh://one i386\n" in project.doit("tell", "builder=ssh://one").ok().out
+    assert "ssh://three i386\n" in project.doit(GAMEBEAR_BUILDER="").ok().out
+
+
+def test_doit_shows_the_paragraph_and_ends_with_status_3(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", home=tmp_path / "home")
+    project.write(
+        "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
+    )
+    project.write("x.py", "")
+    run = project.doit("arch=armv7l")
+    said = "ERROR: No architecture is called 'armv7l' (from the doit variable arch). Debian calls it armhf.\n"
+    assert (run.status, run.out, run.err) == (3, "", said)
+
+
+def test_a_damaged_pyproject_beside_a_dodo_elsewhere_is_told_by_us(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", home=tmp_path / "home")
+    project.write(
+        "sub/dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
+    )
+    project.write("sub/x.py", "")
+    project.write("sub/pyproject.toml", "[tool.gamebear\n")  # doit reads that of the folder it is started in
+    project.doit("-f", "sub/dodo.py").failed("ERROR: pyproject.toml cannot be read: Expected ']'")

@@ -1,0 +1,492 @@
+"""A builder that lies: it writes nothing but the target, fills nothing, runs nothing here, and is not waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import Project, Run
+
+from gamebear_tasks import action
+from gamebear_tasks.builders import local, remote
+
+MIB = 1 << 20
+
+DATA = b"the artifact"
+
+RUNNER = """#!{python} -IS
+import hashlib, json, os, struct, sys, time
+
+DATA = {data!r}
+SHA = hashlib.sha256(DATA).hexdigest()
+
+def raw(data):
+    view = memoryview(data)
+    while view:
+        view = view[os.write(1, view):]
+
+def text(text, body=b""):
+    raw(struct.pack(">I", len(text)) + text.encode() + body)
+
+def send(body=b"", **header):
+    text(json.dumps({{**header, "body": len(body)}} if body else header), body)
+
+def result(**more):
+    return {{"state": "done", "attempt": "a1", "outputs": {{"x": {{"size": len(DATA), "sha256": SHA, **more}}}}}}
+
+def receive(size):
+    data = b""
+    while len(data) < size:
+        more = os.read(0, size - len(data))
+        if not more:
+            sys.exit()
+        data += more
+    return data
+
+def submit(request): send(**result())
+def follow(request): send(**result())
+def fetch(request): send(DATA[request["offset"]:], size=len(DATA))
+def discard(request): send(discarded=False)
+def put(request): send(have=0)
+def have(request): send(have=0)
+def cancel(request): send(state="cancelled", others=0)
+def greet(): raw(b"gamebear-runner: ready\\n")
+
+{lies}
+
+greet()
+while True:
+    (size,) = struct.unpack(">I", receive(4))
+    request = json.loads(receive(size))
+    receive(request.get("body", 0))
+    with open({asked!r}, "a") as file:
+        file.write(request["op"] + "\\n")
+    globals()[request["op"]](request)
+"""
+
+DODO = """
+from gamebear_tasks import action, artifact
+from gamebear_tasks.builders import local, remote
+
+local.CLOSING = 0.3
+remote.TRIES = 1
+remote.SILENCE = {silence}
+action.LOG_LIMIT = {log_limit}
+action.LATE = 1.0
+
+def task_x():
+    return artifact("x.py", outputs=["build/x"])
+"""
+
+
+class Hostile:
+    """A builder that answers as a test says, and a project that is built by it."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.silence = 20.0
+        self.target = project.folder / "build" / "x"
+        self._asked = project.folder / "asked"
+        (project.folder / "bin").mkdir()
+        project.environment["PATH"] = f"{project.folder / 'bin'}:{os.environ['PATH']}"
+        project.write("x.py", "open('x', 'w').close()")
+
+    def says(self, lies: str) -> None:
+        """Have it answer otherwise than an honest one."""
+        self.project.write("dodo.py", DODO.format(log_limit=2 * MIB, silence=self.silence))
+        script = RUNNER.format(python=sys.executable, data=DATA, lies=lies, asked=str(self._asked))
+        self.project.write("bin/python3", script).chmod(0o755)
+
+    @property
+    def asked(self) -> list[str]:
+        """What it was asked."""
+        return self._asked.read_text().split() if self._asked.exists() else []
+
+    def doit(self, *arguments: str) -> Run:
+        """Build by doit, in a process of its own; see that it takes neither for ever, nor much memory."""
+        with self._checked():
+            run, memory = self.project.measured(*self.project.command(*arguments))
+        assert memory < 200 * MIB, f"{memory / MIB:.0f} MiB"
+        assert "\x1b" not in run.text and "\x07" not in run.text
+        return run
+
+    def build(self) -> str:
+        """Build by doit's action, which is quicker; return what it says of a failure."""
+        with self._checked(), pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.project.folder)
+            patch.setenv("PATH", self.project.environment["PATH"])
+            patch.setattr(action, "_builders", {})
+            patch.setattr(local, "CLOSING", 0.3)
+            patch.setattr(remote, "TRIES", 1)
+            patch.setattr(remote, "SILENCE", self.silence)
+            plan = action.Plan(program=Path("x.py"), targets={"x": Path("build/x")})
+            failure = action.Build(plan).execute(None)
+            for builder in action._builders.values():
+                builder.close()
+        said = str(failure.get_msg()) if failure else ""
+        assert "\x1b" not in said and "\x07" not in said
+        return said
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        """See that only what may be written is, the target only as it should be, and that it does not take for ever."""
+        outside = self.project.folder.parent
+        before = contents(outside)
+        start = time.monotonic()
+        yield
+        assert time.monotonic() - start < 30
+        mine = ("measured.", ".doit.db", "asked")
+        after = {path: data for path, data in contents(outside).items() if not path.name.startswith(mine)}
+        changed = {path for path, data in after.items() if before.get(path) != data}
+        logs = self.project.folder / "build" / "logs"
+        assert {path for path in changed if path.parent != logs} <= {self.target}
+        assert {path.name for path in changed if path.parent == logs} <= {"x.log", ".x.json", "x.py.log", ".x.py.json"}
+        assert all(path in after for path in before if not path.name.startswith(mine))
+        assert not self.target.exists() or self.target.read_bytes() == DATA
+
+    def refused(self, lies: str, *words: str) -> None:
+        """See that it is not believed, and that the person is told so."""
+        self.says(lies)
+        said = " ".join(self.build().split())
+        assert said
+        assert "Traceback" not in said
+        for word in words:
+            assert word in said
+        assert not self.target.exists()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def hostile(project: Project) -> Hostile:
+    return Hostile(project)
+
+
+def test_an_honest_one_would_be_believed(hostile: Hostile) -> None:
+    hostile.says("")
+    hostile.doit().ok()
+    assert hostile.target.read_bytes() == DATA
+
+
+# outputs
+
+OTHERS = "local: has outputs other than those of x.py"
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "../../x", "/tmp/x", "x/../../y", "", ".", "\\ud800", "\\0", "\\x1b]0;evil\\x07", "y" * 1000]
+)
+@pytest.mark.parametrize("besides", [False, True], ids=["instead", "besides"])
+def test_an_output_that_nobody_asked_for_goes_nowhere(hostile: Hostile, name: str, besides: bool) -> None:
+    outputs = f'{{"{name}": result()["outputs"]["x"], **({{}} if not {besides} else result()["outputs"])}}'
+    hostile.refused(f"def follow(request): send(**{{**result(), 'outputs': {outputs}}})", OTHERS)
+    assert "fetch" not in hostile.asked
+
+
+@pytest.mark.parametrize("outputs", ["{}", "[]", "['x']", "None", "'x'"])
+def test_an_output_that_is_missing_is_not_made_up(hostile: Hostile, outputs: str) -> None:
+    hostile.refused(f"def follow(request): send(**{{**result(), 'outputs': {outputs}}})", OTHERS)
+
+
+NONSENSE = "makes no sense"
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "size=-1",
+        "size='12'",
+        "size=True",
+        "size=12.0",
+        "size=float('nan')",
+        "size=float('inf')",
+        "size=10**400",
+        "size=1 << 63",
+        "size=None",
+        "size=[]",
+        "sha256=None",
+        "sha256=1",
+        "sha256='../../../../../../tmp/x'",
+        "sha256='/../../../x'",
+        "sha256='\\0'",
+        "sha256=SHA.upper()",
+        "sha256=SHA[:-1]",
+        "sha256=['x']",
+    ],
+)
+def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: str) -> None:
+    hostile.refused(
+        f"def follow(request): send(**result({about}))",
+        "this machine describes the output 'x' in a way that makes no sense.",
+        "See on the builder what runs there",
+    )
+
+
+def test_an_output_for_which_there_is_no_room_is_not_begun(hostile: Hostile) -> None:
+    size = shutil.disk_usage(hostile.project.folder).free + 100 * 10**9
+    hostile.refused(f"def follow(request): send(**result(size={size}))", "There is no room for build/x: it takes")
+    assert "fetch" not in hostile.asked
+
+
+def test_an_output_that_is_longer_than_was_said_is_not_kept(hostile: Hostile) -> None:
+    hostile.refused(
+        "def follow(request): send(**result(size=5))",
+        "this machine sends 12 bytes where 5 bytes at most were to come; nothing was kept.",
+    )
+
+
+NOT_AS_SAID = "build/x did not arrive as the builder said it would"
+
+
+def test_an_output_that_is_shorter_than_was_said_is_not_kept(hostile: Hostile) -> None:
+    hostile.refused("def follow(request): send(**result(size=20))", NOT_AS_SAID, "12 of 20 bytes", "It was not kept.")
+    assert hostile.asked.count("fetch") == 3, "it was tried again without end, or not at all"
+
+
+def test_an_output_of_another_content_than_was_said_is_not_kept(hostile: Hostile) -> None:
+    hostile.refused("def fetch(request): send(b'x' * 12)", NOT_AS_SAID, "12 of 12 bytes")
+
+
+@pytest.mark.parametrize("length", [1 << 40, 1 << 62, 10**400], ids=["1 TiB", "the most", "more"])
+def test_an_output_without_end_is_not_taken(hostile: Hostile, length: int) -> None:
+    hostile.says(
+        f"""
+def fetch(request):
+    text(json.dumps({{"body": {length}}}))
+    while True:
+        raw(bytes(1 << 20))
+"""
+    )
+    hostile.doit().failed("this machine")
+
+
+def test_of_a_stream_without_end_only_what_was_said_is_taken(hostile: Hostile) -> None:
+    hostile.says(
+        """
+def follow(request): send(**result(size=32 << 20))
+def fetch(request):
+    text(json.dumps({"body": 32 << 20}))
+    while True:
+        raw(bytes(1 << 20))
+"""
+    )
+    hostile.doit().failed(NOT_AS_SAID)
+
+
+# messages
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"raw(b'\xff\xff\xff\xff' + bytes(1 << 20))",
+        "text('hello')",
+        "text('[]')",
+        "text('{\"a\":' * 100_000)",
+        "text('[' * 1_000_000)",
+        "text('{\"state\": ' + '9' * 100_000 + '}')",
+        r"raw(struct.pack('>I', 4) + b'\xff\xfe\x00\x80')",
+        "text('{\"body\": -1}')",
+        "text('{\"body\": true}')",
+        "text('{\"body\": 1.5}')",
+        "text('{\"body\": NaN}')",
+        "send(**{**result(), 'state': ['done']})",
+        "send(**{**result(), 'state': 'excellent'})",
+        "send(**{**result(), 'attempt': ['a']})",
+        "send(**{**result(), 'attempt': 7})",
+        r"send(**{**result(), 'attempt': '\ud800'})",
+        "send(**{**result(), 'attempt': '../' * 9})",
+        "send(**{**result(), 'attempt': 'a' * 300})",
+        "send()",
+    ],
+)
+def test_an_answer_that_makes_no_sense_ends_the_matter_at_once(hostile: Hostile, answer: str) -> None:
+    hostile.refused(f"def submit(request): {answer}", NONSENSE, "this machine")
+    assert hostile.asked == ["submit"]
+
+
+@pytest.mark.parametrize("depth", [900, 990, 100_000])
+def test_brackets_in_brackets_harm_nothing_wherever_they_are(hostile: Hostile, depth: int) -> None:
+    nested = f"'[' * {depth} + ']' * {depth}"
+    hostile.refused(
+        f"""def submit(request): text('{{"state": "failed", "attempt": "a", "failure": {{"message": ' + {nested} + '}}}}')
+follow = submit"""
+    )
+    hostile.refused(f"""def submit(request): text('{{"error": ' + {nested} + '}}')""")
+    hostile.refused(f"""def submit(request): text('{{"state": ' + {nested} + '}}')""")
+
+
+def test_seconds_that_are_no_numbers_are_passed_over(hostile: Hostile) -> None:
+    phases = "{'a': float('nan'), 'b': float('inf'), 'c': 10**400, 'd': 'x', 'e': True, 'f': 1.5, '\\x1b' * 9999: 1}"
+    hostile.says(f"def follow(request): send(**result(), phases={phases})")
+    hostile.doit().ok()
+    assert hostile.target.read_bytes() == DATA
+
+
+def test_a_header_as_long_as_may_be_takes_no_memory_to_speak_of(hostile: Hostile) -> None:
+    hostile.says("""def follow(request): text(json.dumps(result())[:-1] + ', "x": [' + '0,' * 2_000_000 + '0]}')""")
+    hostile.doit().ok()
+
+
+def test_words_of_a_builder_do_nothing_to_the_terminal(hostile: Hostile) -> None:
+    evil = r"'\x1b]0;evil\x07 \x1b[2J up' + 'x' * 100_000"
+    hostile.says(
+        f"""
+def submit(request):
+    send(state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}}})
+def follow(request):
+    log = b"" if request["offset"] else b"\\x1b[2J the log"
+    send(log, state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}}})
+"""
+    )
+    run = hostile.doit("run", "-v", "0").failed("x.py, built by local:, failed.", "evil", "2J up", "the log")
+    assert len(run.text) < 20_000
+    hostile.refused(f"def submit(request): send(error={evil}, hint={evil})", "On this machine: ", "evil")
+    hostile.refused(f"def greet(): raw(b'gamebear-runner: failed ' + ({evil})[:99].encode() + b'\\n')", "evil")
+    hostile.refused(f"def greet(): raw(b'gamebear-runner: python ' + ({evil})[:99].encode() + b'\\n')", "evil")
+
+
+# waiting
+
+
+def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
+    hostile.silence = 1.0
+    hostile.refused(
+        "def submit(request): time.sleep(600)",
+        "this machine broke off 2 times in a row.",
+        "has been silent for 1 seconds.",
+        "run doit again",
+    )
+    assert set(hostile.asked) == {"submit"}
+
+
+def test_a_builder_that_never_greets_is_given_up(hostile: Hostile) -> None:
+    hostile.silence = 1.0
+    hostile.refused("def greet(): time.sleep(600)", "has been silent for 1 seconds.")
+
+
+def test_a_builder_that_stops_in_the_middle_of_an_output_is_given_up(hostile: Hostile) -> None:
+    hostile.silence = 1.0
+    hostile.says(
+        """
+def fetch(request):
+    text('{"body": %d}' % (12 - request["offset"]))
+    raw(DATA[:4] if not request["offset"] else b"")
+    time.sleep(600)
+"""
+    )
+    hostile.project.doit().failed("broke off 2 times in a row.", "has been silent for 1 seconds.")
+    assert not hostile.target.exists()
+    assert hostile.asked.count("fetch") <= 2
+
+
+def test_a_builder_that_talks_without_end_before_it_greets_is_given_up(hostile: Hostile) -> None:
+    hostile.refused(
+        """
+def greet():
+    while True:
+        raw(b"Welcome! " * 1000)
+""",
+        "this machine prints without end when we log in.",
+    )
+
+
+def test_of_a_log_without_end_only_so_much_is_kept_and_the_job_is_given_up_after_its_time(hostile: Hostile) -> None:
+    hostile.says(
+        """
+def submit(request): send(state="running", attempt="a1")
+def follow(request): send(b"all is well\\n" * 20_000, state="running", attempt="a1")
+"""
+    )
+    run = hostile.doit("-v", "0", "time_limit=1").failed(
+        "local: still says that it builds x.py, whose time limit of 1 seconds is long over."
+    )
+    assert "build/logs/x.log is full with the log's first 2.0 MiB; the rest is only shown" in run.err
+    assert (hostile.project.folder / "build" / "logs" / "x.log").stat().st_size == 2 * MIB
+    assert not hostile.target.exists()
+
+
+def test_a_long_log_s_last_lines_are_shown_though_they_are_not_kept(hostile: Hostile) -> None:
+    hostile.refused(
+        """
+LOG = b"all is well\\n" * 300_000 + b"it is not\\n"
+def submit(request): send(state="running", attempt="a1")
+def follow(request):
+    part = LOG[request["offset"]:][:250_000]
+    send(part, state="failed", attempt="a1", failure={"kind": "script", "message": "It failed."})
+""",
+        "| it is not",
+    )
+
+
+def test_a_builder_that_answers_at_once_that_there_is_no_news_is_not_asked_a_thousand_times(hostile: Hostile) -> None:
+    hostile.says(
+        """
+def submit(request): send(state="running", attempt="a1")
+def follow(request): send(state="running", attempt="a1")
+"""
+    )
+    hostile.doit("time_limit=1").failed("still says that it builds x.py")
+    assert hostile.asked.count("follow") < 30
+
+
+def test_a_log_of_which_too_much_comes_at_once_is_refused(hostile: Hostile) -> None:
+    hostile.refused(
+        """
+def submit(request): send(state="running", attempt="a1")
+def follow(request): send(bytes(8 << 20), state="running", attempt="a1")
+""",
+        "sends 8.0 MiB where 1.0 MiB at most were to come",
+    )
+
+
+def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
+    hostile.refused("def follow(request): send(state='running', attempt='another')", "local: lost x.py 3 times")
+
+
+# what it asks for
+
+
+@pytest.mark.parametrize("missing", ["['/etc/shadow', 0]", "['0' * 64, 0]", "[None, 0]", "'x'", "[[], 0]", "['x']"])
+def test_a_builder_gets_no_file_that_is_not_the_job_s(hostile: Hostile, missing: str) -> None:
+    hostile.refused(
+        f"def submit(request): send(state='absent', missing=[{missing}])",
+        "this machine asks for a file that the job does not have.",
+    )
+    assert "put" not in hostile.asked
+
+
+@pytest.mark.parametrize("missing", ["None", "7", "{}"])
+def test_a_builder_that_does_not_say_what_it_lacks_is_refused(hostile: Hostile, missing: str) -> None:
+    hostile.refused(
+        f"def submit(request): send(state='absent', missing={missing})", "this machine does not say what it lacks."
+    )
+
+
+def test_a_builder_that_asks_for_the_same_again_and_again_is_refused(hostile: Hostile) -> None:
+    hostile.refused(
+        "def submit(request): send(state='absent', missing=[[request['needs'][0], 0]])",
+        "this machine does not keep the files that it is sent",
+    )
+    assert len(hostile.asked) < 20
+
+
+@pytest.mark.parametrize("there", ["-1", "10**30", "'x'", "None", "[]", "0", "1000"])
+def test_a_builder_that_never_has_enough_of_a_file_is_refused(hostile: Hostile, there: str) -> None:
+    hostile.project.write("x.py", "#" * (3 * MIB))
+    hostile.refused(
+        f"""
+def submit(request): send(state='absent', missing=[[request['needs'][0], {there if there.isdigit() else 0}]])
+def put(request): send(have={there})
+""",
+        "Run doit again.",
+    )
+    assert len(hostile.asked) < 30

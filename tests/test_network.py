@@ -1,0 +1,517 @@
+"""A network that fails, a builder that is down, crowded or hostile: the artifact is right or absent, built once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
+from proxy import DOWN, UP, Cut, Proxy
+from sshd import Account, Sshd, client_home, new_key, public
+
+MIB = 1 << 20
+BIG = 4 * MIB
+
+DODO = """
+from gamebear_tasks import artifact
+
+def task_x():
+    return artifact("x.py", outputs=["build/x"]{more})
+"""
+
+COUNTED = """
+import hashlib, os, sys, time
+with open({count!r}, "a") as file:
+    file.write("built\\n")
+{body}
+"""
+
+TAKES_BIG = """
+with open("big.bin", "rb") as big, open("x", "w") as file:
+    file.write(hashlib.sha256(big.read()).hexdigest())
+"""
+
+MAKES_BIG = f"""
+data = os.urandom({BIG})
+print(hashlib.sha256(data).hexdigest())
+with open("x", "wb") as file:
+    file.write(data)
+"""
+
+LINES = 4000
+
+PRINTS_LINES = f"""
+for number in range({LINES}):
+    print(f"line {{number:06}} of a build that takes its time", flush=True)
+    if number % 40 == 0:
+        time.sleep(0.02)
+open("x", "w").close()
+"""
+
+
+class Remote:
+    """A project built by a builder behind a proxy.
+
+    Attributes:
+        project: the client's.
+        proxy: what is between them.
+        store: the builder's.
+    """
+
+    def __init__(self, project: Project, proxy: Proxy, account: Account) -> None:
+        self.project = project
+        self.proxy = proxy
+        self.store = account.home / ".cache" / "gamebear" / "v1"
+        self.scratch = account.home / f"scratch-{time.monotonic_ns()}"
+        self.scratch.mkdir()
+        os.chown(self.scratch, account.uid, account.uid)
+
+    @property
+    def target(self) -> Path:
+        return self.project.folder / "build" / "x"
+
+    @property
+    def log(self) -> Path:
+        return self.project.folder / "build" / "logs" / "x.log"
+
+    @property
+    def builds(self) -> int:
+        count = self.scratch / "count"
+        return len(count.read_text().splitlines()) if count.exists() else 0
+
+    def write(self, body: str, **more: object) -> None:
+        self.project.write("dodo.py", DODO.format(more="".join(f", {name}={value!r}" for name, value in more.items())))
+        self.project.write("x.py", COUNTED.format(count=str(self.scratch / "count"), body=body))
+
+    def waits(self, before: str = "print('begin', flush=True)", after: str = "print('end')") -> None:
+        """Let the job wait for `go`."""
+        gate = str(self.scratch / "go")
+        self.write(
+            f"{before}\nwhile not os.path.exists({gate!r}): time.sleep(0.02)\n{after}\nopen('x', 'w').write('made')"
+        )
+
+    def go(self) -> None:
+        (self.scratch / "go").touch()
+
+    def said(self) -> str:
+        return (self.project.folder / "doit.out").read_text()
+
+    def assert_nothing_is_left(self) -> None:
+        assert_nothing_is_left(self.project, self.store)
+
+
+def known(home: Path, folder: Path, port: int, server: Sshd) -> Path:
+    """Copy a home, and make a server known there that is reached by another port."""
+    shutil.copytree(home / ".ssh", folder / ".ssh")
+    with (folder / ".ssh" / "known_hosts").open("a") as file:
+        file.write(f"[127.0.0.1]:{port} {public(server.host_keys['ed25519'])}\n")
+    return folder
+
+
+@pytest.fixture
+def remote(tmp_path: Path, server: Sshd, home: Path, account: Account) -> Iterator[Remote]:
+    with Proxy(server.port) as proxy:
+        own = known(home, tmp_path / "home", proxy.port, server)
+        url = f"ssh://{account.name}@127.0.0.1:{proxy.port}"
+        yield Remote(Project(tmp_path / "project", home=own, GAMEBEAR_BUILDER=url), proxy, account)
+
+
+def big_input(remote: Remote, size: int = BIG) -> str:
+    """Give the project's job a big input; return what its artifact must be."""
+    data = os.urandom(size)
+    (remote.project.folder / "big.bin").write_bytes(data)
+    remote.write(TAKES_BIG, inputs=["big.bin"])
+    return hashlib.sha256(data).hexdigest()
+
+
+# cut during upload
+
+
+@pytest.mark.parametrize("how", ["rst", "fin"])
+def test_an_upload_goes_on_where_the_connection_was_cut(remote: Remote, how: str) -> None:
+    expected = big_input(remote)
+    remote.proxy.cut_next(*[Cut(UP, MIB, how)] * 3)
+    run = remote.project.doit().ok()
+    assert remote.target.read_text() == expected
+    assert remote.proxy.connections == 4
+    assert remote.proxy.passed[UP] < BIG + MIB, "it began anew each time"
+    assert "again" in run.err
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [[Cut(UP, 5)], [Cut(DOWN, 60, "fin")], [Cut(UP, 1800)], [Cut(DOWN, 2000, "fin"), Cut(UP, 12_000)]],
+    ids=["greeting", "keys", "log-in", "runner"],
+)
+def test_a_first_connection_that_is_cut_is_made_again(remote: Remote, cuts: list[Cut]) -> None:
+    shutil.rmtree(remote.store / "runner", ignore_errors=True)
+    remote.write("open('x', 'w').write('made')")
+    remote.proxy.cut_next(*cuts)
+    remote.project.doit().ok()
+    assert remote.target.read_text() == "made"
+    assert remote.proxy.connections == len(cuts) + 1
+    assert remote.builds == 1
+    assert len(list((remote.store / "runner").iterdir())) == 1, "half a runner was left"
+    remote.assert_nothing_is_left()
+
+
+def test_an_upload_goes_on_though_the_builder_still_waits_on_a_connection_that_is_dead(remote: Remote) -> None:
+    (remote.project.home / ".ssh" / "config").write_text("ServerAliveInterval 1\nServerAliveCountMax 1\n")
+    expected = big_input(remote)
+    remote.proxy.cut_next(Cut(UP, 2 * MIB, "stall"))
+    remote.project.doit(timeout=60).ok()
+    assert remote.target.read_text() == expected
+    assert remote.proxy.connections == 2
+    assert remote.proxy.passed[UP] < BIG + MIB
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+# cut during the build
+
+
+def numbered() -> str:
+    return "".join(f"line {number:06} of a build that takes its time\n" for number in range(LINES))
+
+
+@pytest.mark.parametrize("how", ["rst", "fin"])
+def test_the_log_of_a_build_has_no_line_missing_or_doubled_after_cuts(remote: Remote, how: str) -> None:
+    remote.write(PRINTS_LINES)
+    remote.proxy.cut_next(*(Cut(DOWN, at, how) for at in (6_000, 20_001, 33_333, 9_999)))
+    run = remote.project.doit().ok()
+    assert remote.proxy.connections == 5
+    assert remote.log.read_text() == numbered()
+    assert numbered() in run.out
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+def test_a_build_is_followed_again_when_the_builder_can_be_reached_again(remote: Remote) -> None:
+    remote.waits()
+    client = remote.project.start()
+    wait_for(lambda: "begin" in remote.said())
+    remote.proxy.refuse()
+    remote.proxy.cut()
+    wait_for(lambda: "lost the connection to" in remote.said())
+    remote.go()
+    time.sleep(1.0)
+    remote.proxy.accept()
+    assert client.wait(60) == 0, remote.said()
+    assert "trying again for 600 seconds" in remote.said()
+    assert "connected to" in remote.said()
+    assert remote.said().count("begin\n") == remote.said().count("end\n") == 1
+    assert remote.log.read_text() == "begin\nend\n"
+    assert remote.target.read_text() == "made"
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+def test_after_the_limit_it_says_that_the_build_goes_on_and_the_next_doit_finds_it(remote: Remote) -> None:
+    remote.waits()
+    client = remote.project.start("patience=2")
+    wait_for(lambda: "begin" in remote.said())
+    remote.proxy.refuse()
+    remote.proxy.cut()
+    assert client.wait(30) != 0
+    said = " ".join(remote.said().split())
+    assert f"{remote.project.environment['GAMEBEAR_BUILDER']} cannot be reached" in said
+    assert "has been out of reach for 2 seconds" in said
+    assert "What it is building goes on; run doit again when it is back, and it is found by its name." in said
+    assert not OUR_FRAMES.search(said)
+    assert not remote.target.exists()
+    assert len(processes(remote.store, "supervise")) == 1
+
+    remote.proxy.accept()
+    remote.go()
+    run = remote.project.doit().ok()
+    assert "begin" not in run.out and "end" in run.out
+    assert remote.log.read_text() == "begin\nend\n"
+    assert remote.target.read_text() == "made"
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+def test_a_slow_network_only_takes_longer(remote: Remote) -> None:
+    remote.write("print('line')\nopen('x', 'w').write('made')")
+    remote.proxy.delay = 0.05
+    remote.project.doit().ok()
+    assert remote.proxy.connections == 1
+    assert remote.target.read_text() == "made"
+    assert remote.builds == 1
+
+
+# cut during download
+
+
+def said_in_log(remote: Remote) -> str:
+    return remote.log.read_text().strip()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("how", ["rst", "fin"])
+def test_a_download_goes_on_where_the_connection_was_cut(remote: Remote, how: str) -> None:
+    remote.write(MAKES_BIG)
+    remote.proxy.cut_next(Cut(DOWN, MIB, how), Cut(DOWN, MIB + 1, how), Cut(DOWN, MIB // 2, how))
+    remote.project.doit().ok()
+    assert sha256(remote.target) == said_in_log(remote)
+    assert remote.proxy.connections == 4
+    assert remote.proxy.passed[DOWN] < BIG + MIB
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
+def test_a_client_killed_in_a_download_goes_on_with_what_it_had_if_that_is_sound(remote: Remote, damaged: bool) -> None:
+    remote.write(MAKES_BIG)
+    remote.proxy.cut_next(Cut(DOWN, 3 * MIB, "stall"))
+    client = remote.project.start()
+    build = remote.project.folder / "build"
+    wait_for(lambda: any(part.stat().st_size > 2 * MIB for part in build.glob(".x.*.part")))
+    client.kill()
+    client.wait()
+    assert not remote.target.exists()
+    if damaged:
+        (part,) = build.glob(".x.*.part")
+        with part.open("r+b") as file:
+            file.seek(MIB)
+            file.write(b"something else")
+
+    before = remote.proxy.passed[DOWN]
+    run = remote.project.doit().ok()
+    assert sha256(remote.target) == said_in_log(remote)
+    fetched = remote.proxy.passed[DOWN] - before
+    if damaged:
+        assert "What an earlier run had fetched of build/x was damaged; it is removed. Trying again." in run.err
+        assert fetched > BIG
+    else:
+        assert fetched < BIG - MIB
+    assert remote.builds == 1
+    remote.proxy.cut()
+    remote.assert_nothing_is_left()
+
+
+# the builder's sshd
+
+
+def test_a_build_survives_that_sshd_is_killed_and_refuses_for_a_while(remote: Remote, server: Sshd) -> None:
+    remote.waits()
+    remote.project.environment["GAMEBEAR_BUILDER"] = server.url
+    client = remote.project.start()
+    wait_for(lambda: "begin" in remote.said())
+    server.hang_up()
+    try:
+        remote.go()
+        time.sleep(10.0)
+        assert client.poll() is None, remote.said()
+    finally:
+        server.start()
+    assert client.wait(60) == 0, remote.said()
+    assert remote.log.read_text() == "begin\nend\n"
+    assert remote.target.read_text() == "made"
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+def test_what_ssh_refuses_is_said_once_in_a_paragraph_and_nothing_is_placed(
+    remote: Remote, server: Sshd, tmp_path: Path
+) -> None:
+    remote.write("open('x', 'w').close()")
+    ssh = remote.project.home / ".ssh"
+    right = (ssh / "known_hosts").read_text()
+    port = remote.proxy.port
+
+    (ssh / "known_hosts").write_text("")
+    remote.project.doit().failed(
+        "is refused: its host key SHA256:",
+        "is not known here.",
+        f"ssh-keyscan -p {port} 127.0.0.1 >> {ssh}/known_hosts",
+    )
+    (ssh / "known_hosts").write_text(f"[127.0.0.1]:{port} {public(new_key(tmp_path / 'former'))}\n")
+    remote.project.doit().failed(
+        "its host key has changed.", "This may be an attack", f"ssh-keygen -R '[127.0.0.1]:{port}' -f {ssh}/known_hosts"
+    )
+    (ssh / "known_hosts").write_text(right)
+    (ssh / "id_ed25519").unlink()
+    new_key(ssh / "id_ed25519")
+    remote.project.doit().failed(f"does not let {server.account.name} in", f"ssh-copy-id -i {ssh}/id_ed25519 -p {port}")
+    assert remote.proxy.connections == 3, "a refusal was tried again"
+    assert remote.builds == 0
+    assert not remote.target.exists()
+
+
+# a builder that is down
+
+FOUR_AND_ONE = """
+from gamebear_tasks import artifact
+
+def task_x():
+    for number in range(4):
+        yield dict(artifact("x.py", outputs=[f"build/x{number}"]), name=str(number))
+
+def task_here():
+    return {"actions": ["touch here"]}
+"""
+
+
+@pytest.mark.parametrize("mode", [(), ("-n", "4", "-P", "thread"), ("-n", "4")], ids=["serial", "threads", "processes"])
+def test_a_builder_that_says_nothing_costs_one_time_out_and_what_does_not_need_it_goes_on(
+    project: Project, mode: tuple[str, ...]
+) -> None:
+    (project.home / ".ssh").mkdir(mode=0o700)
+    (project.home / ".ssh" / "config").write_text("ConnectTimeout 1\n")
+    project.write("dodo.py", FOUR_AND_ONE)
+    project.write("x.py", "")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ssh://pi@127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        run = project.doit("-c", *mode, f"builder={url}", timeout=60).failed(f"The builder {url} cannot be reached")
+        took = time.monotonic() - start
+    assert "or said nothing, before it introduced itself" in run.text
+    assert run.text.count(f"The builder {url} cannot be reached") == 4
+    assert (project.folder / "here").exists()
+    assert took < 10, "three times what one time-out takes"
+
+
+# a builder that gives little
+
+MANY = """
+from gamebear_tasks import artifact
+
+def task_x():
+    for number in range({count}):
+        yield dict(artifact("x.py", args={{"number": number}}, outputs=[f"build/x{{number}}"]), name=str(number))
+"""
+
+ONE_OF_MANY = """
+#| arg: number: int
+with open({count!r}, "a") as file:
+    file.write("built\\n")
+with open(f"x{{number}}", "w") as file:
+    file.write(f"the artifact {{number}}")
+"""
+
+
+class Crowd:
+    """A builder that gives little, and a project with many jobs."""
+
+    def __init__(self, folder: Path, server: Sshd, count: int) -> None:
+        self.server = server
+        self.count = count
+        self.project = Project(folder / "project", home=client_home(folder, server), GAMEBEAR_BUILDER=server.url)
+        self.project.write("dodo.py", MANY.format(count=count))
+        self.counted = server.account.home / f"count-{time.monotonic_ns()}"
+        self.project.write("x.py", ONE_OF_MANY.format(count=str(self.counted)))
+
+    def take_slots(self, count: int) -> None:
+        """Let the builder do more at once; only to be done sooner."""
+        folder = self.server.account.home / ".config" / "gamebear"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "builder.json").write_text(f'{{"slots": {count}}}')
+        subprocess.run(["chown", "-R", self.server.account.name, self.server.account.home / ".config"], check=True)
+
+    def assert_all_is_right(self) -> None:
+        for number in range(self.count):
+            path = self.project.folder / "build" / f"x{number}"
+            assert path.read_text() == f"the artifact {number}"
+        assert len(self.counted.read_text().splitlines()) == self.count
+        assert_nothing_is_left(self.project, self.server.account.home / ".cache" / "gamebear" / "v1")
+
+
+@pytest.fixture
+def crowd(tmp_path: Path, account: Account) -> Iterator[Callable[..., Crowd]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(count: int, **options: object) -> Crowd:
+            return Crowd(tmp_path, stack.enter_context(Sshd(tmp_path / "sshd", account, **options)), count)
+
+        yield start
+
+
+def test_with_one_session_allowed_eight_tasks_at_once_share_it(crowd: Callable[..., Crowd]) -> None:
+    eight = crowd(8, MaxSessions=1)
+    eight.project.doit("-n", "8", "-P", "thread").ok()
+    assert eight.server.connections == 1
+    eight.assert_all_is_right()
+
+
+def test_processes_that_are_refused_because_others_log_in_come_again(crowd: Callable[..., Crowd]) -> None:
+    four = crowd(4, MaxStartups="1:100:1")
+    four.project.doit("-n", "4").ok()
+    assert four.server.connections >= 4
+    four.assert_all_is_right()
+
+
+def test_a_builder_whose_log_ins_are_taken_for_a_while_is_waited_for(crowd: Callable[..., Crowd]) -> None:
+    one = crowd(1, MaxStartups="1:100:1")
+    with socket.create_connection(("127.0.0.1", one.server.port)) as in_the_way:
+        in_the_way.recv(100)
+        client = one.project.start()
+        time.sleep(4.0)  # longer than one that is not there at all is tried
+        assert client.poll() is None, (one.project.folder / "doit.out").read_text()
+    assert client.wait(60) == 0
+    one.assert_all_is_right()
+
+
+def test_32_tasks_at_once_use_one_connection(crowd: Callable[..., Crowd]) -> None:
+    many = crowd(32)
+    many.take_slots(4)
+    many.project.doit("-n", "32", "-P", "thread").ok()
+    assert many.server.connections == 1
+    many.assert_all_is_right()
+
+
+# much on one connection
+
+THROUGH = """
+import os, shutil
+with open({count!r}, "a") as file:
+    file.write("built\\n")
+shutil.copyfile("big.bin", "x")
+"""
+
+
+def through_and_back(crowd: Crowd, size: int) -> int:
+    """Send a file of `size` bytes to the builder and back; return by how much the client grew, in bytes."""
+    block = os.urandom(MIB)
+    with (crowd.project.folder / "big.bin").open("wb") as file:
+        for number in range(size // MIB):
+            file.write(number.to_bytes(8, "big") + block[8:])
+    crowd.project.write("dodo.py", DODO.format(more=", inputs=['big.bin']"))
+    crowd.project.write("x.py", THROUGH.format(count=str(crowd.counted)))
+    _, baseline = crowd.project.measured(sys.executable, "-c", "import doit.doit_cmd, paramiko, gamebear_tasks")
+    run, most = crowd.project.measured(*crowd.project.command())
+    run.ok()
+    subprocess.run(["cmp", crowd.project.folder / "big.bin", crowd.project.folder / "build" / "x"], check=True)
+    assert crowd.server.connections == 1
+    assert len(crowd.counted.read_text().splitlines()) == 1
+    return most - baseline
+
+
+def test_new_keys_in_the_middle_of_a_job_s_files_harm_no_byte(crowd: Callable[..., Crowd]) -> None:
+    one = crowd(1, RekeyLimit="16M", LogLevel="DEBUG1")
+    grown = through_and_back(one, 48 * MIB)
+    assert one.server.log.count("SSH2_MSG_NEWKEYS received") > 4
+    assert grown < 80 * MIB, f"{grown / MIB:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_more_than_a_gibibyte_each_way_through_doit(crowd: Callable[..., Crowd]) -> None:
+    one = crowd(1, LogLevel="DEBUG1")
+    grown = through_and_back(one, 1130 * MIB)
+    assert one.server.log.count("SSH2_MSG_NEWKEYS received") > 1
+    print(f"the client grew by {grown / MIB:.0f} MiB")
+    assert grown < 80 * MIB, f"{grown / MIB:.0f} MiB"

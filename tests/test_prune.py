@@ -1,0 +1,263 @@
+"""Pruning a builder's store: what goes, what stays, and that nobody who uses it minds. On this machine, and as a user."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from project import ROOT, Project
+from sshd import Account
+from test_store_faults import WAIT, Job, wait_for
+
+from gamebear_tasks.runner import buildah
+from gamebear_tasks.runner.store import Store, StoredJob
+
+DAY = 86400.0
+
+
+@pytest.fixture
+def home(tmp_path: Path, facts: Path) -> Path:
+    """A person's home without a store, on a machine whose abilities are known."""
+    root = tmp_path / "home" / ".cache" / "gamebear" / "v1"
+    root.mkdir(parents=True)
+    known = json.loads((facts / "facts.json").read_bytes())
+    known["key"]["root"] = str(root)
+    (root / "facts.json").write_text(json.dumps(known))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a runner."""
+    folder = tmp_path_factory.mktemp("facts")
+    job = Job(folder / "project", folder / "home")
+    job.ok()
+    return job.store.root
+
+
+def grow_old(store: Store, days: float, *jobs: StoredJob) -> None:
+    """Let jobs, or all that is in a store, be unused for some days."""
+    then = time.time() - days * DAY
+    for folder in [job.folder for job in jobs] or [store.blobs, store.jobs, store.images]:
+        for path in folder.rglob("*"):
+            os.utime(path, (then, then), follow_symlinks=False)
+
+
+def prune(job: Job, *options: str) -> str:
+    return job.project.doit("prune", *options).ok().out
+
+
+def stored(job: Job) -> StoredJob:
+    return job.store.job(job.stored.name)
+
+
+def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, home: Path) -> None:
+    old = Job(tmp_path / "old", home, inputs={"a": b"a" * 100_000})
+    new = Job(tmp_path / "new", home, inputs={"b": b"b" * 100_000})
+    old.ok()
+    grow_old(old.store, 10)
+    new.ok()
+    assert "nothing removed" in prune(old, "--older", "11")
+    assert "local:: 1 job, 2 inputs removed, " in prune(old, "--older", "9.5")
+    assert len(list(old.store.jobs.iterdir())) == 1
+    assert len(list(old.store.blobs.iterdir())) == 2
+    for job in (new, old):
+        job.project.doit("clean", "x").ok()
+        job.ok()
+    assert (new.builds, old.builds) == (1, 2)
+
+
+def test_a_result_that_is_fetched_again_counts_as_used(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home)
+    job.ok()
+    grow_old(job.store, 10)
+    job.project.doit("clean", "x").ok()
+    job.ok()
+    assert "nothing removed" in prune(job, "--older", "9")
+
+
+def test_of_each_target_the_last_results_stay(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path / "one", home)
+    other = Job(tmp_path / "other", home)
+    digests = []
+    script = (tmp_path / "one" / "x.py").read_text()
+    for number in range(3):
+        job.project.write("x.py", f"{script}# {number}")
+        job.project.doit().ok()
+        digests.append(job.stored.name)
+        grow_old(job.store, 10 - number, stored(job))
+    other.project.write("dodo.py", (tmp_path / "one" / "dodo.py").read_text().replace("x.py", "z.py"))
+    shutil.move(tmp_path / "other" / "x.py", tmp_path / "other" / "z.py")
+    other.project.doit().ok()
+    grow_old(
+        job.store, 20, *(job.store.job(path.name) for path in job.store.jobs.iterdir() if path.name not in digests)
+    )
+    assert "2 jobs" in prune(job, "--keep", "1")
+    left = {path.name for path in job.store.jobs.iterdir()}
+    assert len(left) == 2 and digests[2] in left
+
+
+def test_a_failure_that_nobody_has_seen_stays_when_results_go(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, f"{WAIT}\nraise ValueError('upside down')")
+    client = job.started()
+    client.kill()
+    client.wait()
+    job.go()
+    wait_for(lambda: not job.supervisors())
+    grow_old(job.store, 10)
+    assert "job" not in prune(job, "--keep", "0")
+    job.failed("upside down")
+    assert job.builds == 1
+    grow_old(job.store, 10)
+    assert "1 job" in prune(job, "--keep", "0")
+
+
+def test_the_least_recently_used_goes_until_the_store_is_small_enough(tmp_path: Path, home: Path) -> None:
+    jobs = []
+    for number in range(3):
+        job = Job(
+            tmp_path / str(number),
+            home,
+            f'import shutil; shutil.copy("big", HERE + "/copy")  # {number}',
+            {"big": os.urandom(1 << 20)},
+        )
+        job.ok()
+        for path in (*job.store.blobs.iterdir(), *job.stored.rglob("*")):
+            if path.stat().st_mtime > time.time() - DAY:
+                os.utime(path, (time.time() - (9 - number) * DAY,) * 2)
+        jobs.append(job)
+    assert "nothing removed" in prune(jobs[0], "--size", "4M")
+    prune(jobs[0], "--size", "1.5M")
+    kept = {path.name for path in jobs[0].store.blobs.iterdir()}
+    bigs = [hashlib.sha256((job.folder / "big").read_bytes()).hexdigest() for job in jobs]
+    assert [big in kept for big in bigs] == [False, False, True]
+    assert jobs[2].stored.is_dir()
+
+
+def test_a_job_that_runs_is_left_alone(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, WAIT, inputs={"big": os.urandom(300_000)})
+    client = job.started()
+    grow_old(job.store, 10)
+    said = prune(job, "--older", "0", "--size", "0", "--keep", "0")
+    assert "Left because somebody uses it, or did a moment ago: 1 of the jobs." in said
+    job.go()
+    assert client.wait(60) == 0, job.said
+    assert job.builds == 1
+    job.ok()
+
+
+def test_what_a_lost_job_left_goes_whoever_owns_it(tmp_path: Path, remote_project: Project, account: Account) -> None:
+    remote_project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact, task_prune\n\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
+    )
+    remote_project.write("x.py", f"open('x', 'w').close()  # {os.urandom(8).hex()}")
+    remote_project.doit("x").ok()
+    store = Store(account.home / ".cache" / "gamebear" / "v1")
+    first = next(
+        int(line.split(":")[1])
+        for line in Path("/etc/subuid").read_text().splitlines()
+        if line.startswith(f"{account.name}:")
+    )
+    for path in store.jobs.iterdir():
+        job = store.job(path.name)
+        shutil.rmtree(job.work, ignore_errors=True)
+        foreign = job.work / "foreign"
+        foreign.mkdir(parents=True)
+        (foreign / "file").touch()
+        for each in (job.work, foreign, foreign / "file"):
+            os.chown(each, *((account.uid, account.uid) if each == job.work else (first + 100, first + 100)))
+        foreign.chmod(0o700)
+        job.mark.touch()
+        os.chown(job.mark, account.uid, account.uid)
+    grow_old(store, 10)
+    assert "removed" in remote_project.doit("prune", "--older", "9").ok().out
+    assert [*store.jobs.iterdir(), *store.trash.iterdir(), *store.live.iterdir()] == []
+
+
+def test_trash_of_a_prune_that_was_killed_is_removed_by_the_next_job(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home)
+    job.store.prepare()
+    (job.store.trash / "something" / "deep").mkdir(parents=True)
+    job.ok()
+
+
+def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home)
+    job.ok()
+    top = job.store.root / "runner"
+    (own,) = (path for path in top.iterdir())
+    unused, held, aside = (top / ("0" * 64), top / ("1" * 64), top / "tmp1234")
+    for path in (unused, held, aside):
+        (path / "gamebear_runner").mkdir(parents=True)
+        os.utime(path, (1, 1))
+    os.utime(own, (1, 1))
+    fd = os.open(held, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    assert "2 other things removed" in prune(job, "--keep", "5")
+    os.close(fd)
+    assert sorted(top.iterdir()) == sorted([own, held])
+
+
+def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home)
+    job.store.prepare()
+    part, fresh = job.store.tmp / f"{'0' * 64}.part", job.store.tmp / f"{'1' * 64}.part"
+    environment = job.store.root / "venvs" / "0123"
+    (environment / "bin").mkdir(parents=True)
+    for path in (part, fresh, environment / "complete"):
+        path.touch()
+    for path in (part, environment, environment / "complete"):
+        os.utime(path, (1, 1))
+    prune(job, "--older", "3")
+    assert not part.exists() and fresh.exists() and not environment.exists()
+
+
+def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, home: Path) -> None:
+    storage = tmp_path / "storage.conf"
+    storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n')
+    make = 'with Container("scratch") as c:\n    c.copy_in("x.py", "/x")\n    c.commit().add_tag("gamebear-test:{}")'
+    variables = {"CONTAINERS_STORAGE_CONF": str(storage)}
+    made = [Job(tmp_path / name, home, make.format(name), **variables) for name in ("one", "two")]
+    for job in made:
+        job.ok()
+    use = Job(tmp_path / "use", home, 'Container("gamebear-test:two")', **variables)
+    use.ok()
+    command = ["buildah", "images", "--json"]
+
+    def images() -> list[str]:
+        out = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, check=True).stdout
+        return sorted(name for image in json.loads(out) for name in image["names"] or ())
+
+    assert images() == ["localhost/gamebear-test:one", "localhost/gamebear-test:two"]
+    grow_old(use.store, 10)
+    os.utime(use.stored / "state.json")
+    held = use.store.images / "gamebear-packages-0.lock"
+    with buildah.locked(held):
+        assert "images were left" in prune(use, "--older", "9", "--images")
+    assert len(images()) == 2
+    assert "1 image " in prune(use, "--older", "9", "--images")
+    assert images() == ["localhost/gamebear-test:two"]
+    assert sorted(path.suffix for path in use.store.images.iterdir()) == [".lock", ".lock", ".used"]
+    made[1].ok()
+
+
+def test_a_prune_that_is_not_told_what_may_go_says_what_to_tell_it(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home)
+    job.project.doit("prune").failed("does not say what may go", "--older DAYS")
+    job.project.doit("prune", "--size", "5 pounds").failed("--size is '5 pounds'", "such as 500M or 5G")
+    job.project.doit("prune", "--older", "-1").failed("--older is '-1'", "a number of days")
+
+
+def test_a_bare_doit_of_our_own_project_does_not_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    dodo = runpy.run_path("dodo.py")
+    assert "task_prune" in dodo and "prune" not in dodo["DOIT_CONFIG"]["default_tasks"]

@@ -1,0 +1,667 @@
+"""A store that breaks: reboots, full disks, damage, clocks that jump, logs without end. On this machine.
+
+The jobs are scripts without a container, but where it is about one, so that a fault costs a run of doit and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import Project, Run
+
+from gamebear_tasks.runner import buildah, slots
+from gamebear_tasks.runner.files import sha256
+from gamebear_tasks.runner.store import Lock, Store
+
+DODO = """
+from gamebear_tasks import artifact, task_prune
+
+DOIT_CONFIG = {{"default_tasks": ["x"]}}
+
+def task_x():
+    return artifact("x.py", inputs={inputs!r}, outputs=["build/x"])
+
+__all__ = ["task_prune"]
+"""
+
+SCRIPT = """
+import os, sys, time
+HERE = {here!r}
+with open(HERE + "/count", "a") as file:
+    file.write("built\\n")
+{body}
+with open("x", "w") as file:
+    file.write("the artifact")
+"""
+
+WAIT = 'while not os.path.exists(HERE + "/go"): time.sleep(0.02)'
+"""Waits for a file called `go` in the project's folder."""
+
+MIB = 1 << 20
+
+
+class Job:
+    """A project with one job, which counts how often it is built.
+
+    Args:
+        folder: the project's.
+        home: whose store it is built in.
+        body: what the script does before it leaves its output.
+        inputs: files by their names.
+        environment: more variables.
+    """
+
+    def __init__(
+        self, folder: Path, home: Path, body: str = "", inputs: dict[str, bytes] | None = None, **environment: str
+    ) -> None:
+        self.project = Project(folder, home, **environment)
+        self.folder = folder
+        caches = environment.get("XDG_CACHE_HOME")
+        self.store = Store((Path(caches) if caches else home / ".cache") / "gamebear" / "v1")
+        self.project.write("dodo.py", DODO.format(inputs=list(inputs or ())))
+        self.project.write("x.py", SCRIPT.format(here=str(folder), body=body))
+        for name, content in (inputs or {}).items():
+            (folder / name).write_bytes(content)
+
+    @property
+    def builds(self) -> int:
+        path = self.folder / "count"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    @property
+    def said(self) -> str:
+        """What a doit that was started has said so far."""
+        return (self.folder / "doit.out").read_text()
+
+    @property
+    def stored(self) -> Path:
+        """The job's folder in the store."""
+        for path in self.store.jobs.iterdir():
+            if '"x.py"' in (path / "job.json").read_text() and self._script in (path / "job.json").read_text():
+                return path
+        raise AssertionError("the store has no such job")
+
+    @property
+    def _script(self) -> str:
+        return hashlib.sha256((self.folder / "x.py").read_bytes()).hexdigest()
+
+    @property
+    def state(self) -> dict[str, object]:
+        state: dict[str, object] = json.loads((self.stored / "state.json").read_bytes())
+        return state
+
+    def go(self) -> None:
+        self.project.write("go", "")
+
+    def started(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start doit, and return it when the job is being built."""
+        before = self.builds
+        client = self.project.start(*arguments)
+        wait_for(lambda: self.builds > before or client.poll() is not None)
+        assert client.poll() is None, self.said
+        return client
+
+    def supervisors(self) -> list[int]:
+        """Return the supervisors of the store that live."""
+        return [
+            pid
+            for pid, words in processes()
+            if b"supervise" in words and str(self.store.root).encode() in b" ".join(words)
+        ]
+
+    def abandon(self) -> None:
+        """Leave the job as a power cut would: the client, the supervisor and the build are gone at once."""
+        client = self.started()
+        client.kill()
+        client.wait()
+        for pid in self.supervisors():
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not self.supervisors() and not self.left_processes())
+
+    def left_processes(self) -> list[str]:
+        return [
+            str(pid)
+            for pid, words in processes()
+            if str(self.store.root).encode() in b" ".join(words) and (b"build" in words or b"supervise" in words)
+        ]
+
+    def ok(self, *arguments: str) -> Run:
+        """Run doit, which ends well with the right artifact and leaves nothing behind."""
+        run = self.project.doit(*arguments).ok()
+        assert (self.folder / "build" / "x").read_text() == "the artifact"
+        self.assert_nothing_is_left()
+        return run
+
+    def failed(self, *words: str, arguments: tuple[str, ...] = ()) -> Run:
+        """Run doit, which fails, says some things, and leaves neither a target nor anything half-done behind."""
+        run = self.project.doit(*arguments).failed(*words)
+        assert not (self.folder / "build" / "x").exists()
+        self.assert_nothing_is_left()
+        return run
+
+    def assert_nothing_is_left(self) -> None:
+        wait_for(lambda: not self.supervisors())
+        assert self.left_processes() == []
+        root = self.store.root
+        left = [
+            *(root / "live").iterdir(),
+            *(root / "trash").iterdir(),
+            *(root / "slots").glob("*wait-*"),
+            *root.glob("jobs/*/work"),
+            *root.glob("jobs/*/.*"),
+            *root.glob("jobs/*/result.json"),
+            *root.glob("jobs/*/source.tar"),
+            *root.glob("tmp/*.wanted"),
+            *(self.folder / "build").glob(".*.part"),
+        ]
+        assert left == []
+        for job in (root / "jobs").iterdir():
+            assert len(list(job.glob("out-*"))) <= 1, f"outputs of more than one attempt are in {job}"
+
+
+def processes() -> Iterator[tuple[int, list[bytes]]]:
+    """Give every process and the words of its command line."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            yield int(entry.name), (entry / "cmdline").read_bytes().split(b"\0")
+
+
+def wait_for(what: object, seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One person's home, so that what the builder can do is found out once."""
+    return tmp_path_factory.mktemp("home")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """Give a file system of so many bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0755", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The builder's disk, 32 MiB."""
+    with small_disk(tmp_path_factory.mktemp("disk") / "cache", 32 * MIB) as folder:
+        yield folder
+
+
+@pytest.fixture
+def ballast(disk: Path) -> Iterator[Path]:
+    """A file that takes the disk's room."""
+    path = disk / "ballast"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def fill(ballast: Path, but: int) -> None:
+    """Let a file grow until so many bytes are free."""
+    with ballast.open("ab", buffering=0) as file:
+        free = shutil.disk_usage(ballast.parent).free
+        while free > but:
+            file.write(bytes(min(free - but, MIB)))
+            free = shutil.disk_usage(ballast.parent).free
+
+
+# 7: the builder reboots
+
+
+def test_after_a_reboot_the_job_is_built_again_and_what_it_left_is_gone(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, WAIT + '\nwith Container("scratch") as c:\n    c.copy_in("x.py", "/x")')
+    job.abandon()
+    assert job.state["state"] == "running"
+    known = buildah._from_json(json.loads((job.store.root / "facts.json").read_bytes())["facts"])
+    container = f"gamebear-{job.stored.name[:16]}-1"
+    buildah.outside(job.store.root, known, "from", "--name", container, "scratch")
+    other_boot = job.store.root / "run" / "11111111-2222-3333-4444-555555555555"
+    (other_boot / "containers").mkdir(parents=True)
+    facts = json.loads((job.store.root / "facts.json").read_bytes())
+    facts["key"]["boot"] = other_boot.name
+    (job.store.root / "facts.json").write_text(json.dumps(facts))
+    job.go()
+    job.ok()
+    assert job.builds == 2
+    assert not other_boot.exists()
+    assert container not in buildah.outside(job.store.root, known, "containers", "--all", "--json")
+
+
+def test_what_a_lost_job_left_is_removed_by_the_next_job(tmp_path: Path, home: Path) -> None:
+    lost = Job(tmp_path / "lost", home, WAIT)
+    lost.abandon()
+    container = f"gamebear-{lost.stored.name[:16]}-7"
+    known = buildah._from_json(json.loads((lost.store.root / "facts.json").read_bytes())["facts"])
+    buildah.outside(lost.store.root, known, "from", "--name", container, "scratch")
+    (lost.store.live / "no digest").touch()  # such as an NFS server leaves
+    (lost.store.live / ("0" * 64)).touch()  # of a job whose folder is gone
+    assert (lost.stored / "work").is_dir()
+    job = Job(tmp_path / "next", home)
+    job.project.doit().ok()
+    (lost.store.live / "no digest").unlink()
+    job.assert_nothing_is_left()
+    assert lost.state["state"] == "lost"
+    assert container not in buildah.outside(lost.store.root, known, "containers", "--all", "--json")
+
+
+def test_no_lock_of_the_supervisor_is_inherited_by_what_it_starts(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, 'import subprocess\nsleep = subprocess.Popen(["sleep", "1000"])\n' + WAIT)
+    client = job.started()
+    (supervisor,) = job.supervisors()
+    holders = set()
+    for pid, _ in processes():
+        with contextlib.suppress(OSError):
+            for fd in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if os.readlink(fd) in (str(job.stored / "lock"), str(job.store.slots / "0")):
+                        holders.add(pid)
+    job.go()
+    assert client.wait(60) == 0
+    assert holders == {supervisor}
+    job.assert_nothing_is_left()
+
+
+# 8: the builder's disk is full
+
+
+def test_a_disk_that_is_full_at_upload_is_named_and_the_upload_goes_on_when_there_is_room(
+    tmp_path: Path, home: Path, disk: Path, ballast: Path
+) -> None:
+    job = Job(tmp_path, home, inputs={"big": os.urandom(5 * MIB)}, XDG_CACHE_HOME=str(disk))
+    fill(ballast, but=2 * MIB)
+    job.failed("On this machine: The builder's disk is full", "Make room there", "doit prune")
+    assert job.builds == 0
+    ballast.unlink()
+    job.ok()
+    assert job.builds == 1
+    assert list((job.store.root / "tmp").glob("*.part")) == []
+
+
+def test_a_disk_that_is_full_before_the_job_begins_is_named(
+    tmp_path: Path, home: Path, disk: Path, ballast: Path
+) -> None:
+    job = Job(tmp_path, home, XDG_CACHE_HOME=str(disk))
+    job.store.prepare()
+    fill(ballast, but=0)
+    run = job.project.doit().failed("disk", "room")
+    assert job.builds == 0 and "lost" not in run.text
+    ballast.unlink()
+    job.ok()
+    assert job.builds == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param('with open("big", "wb") as big:\n        while True: big.write(bytes(1 << 20))', id="its files"),
+        pytest.param("while True: print('x' * 100000)", id="its log"),
+        pytest.param(
+            "import subprocess\n    subprocess.run(['dd', 'if=/dev/zero', 'bs=1M', 'of=big'], check=True)",
+            id="a program",
+        ),
+    ],
+)
+def test_a_build_that_fills_the_disk_fails_because_of_that(
+    tmp_path: Path, home: Path, disk: Path, ballast: Path, body: str
+) -> None:
+    (tmp_path / "fill").touch()
+    job = Job(tmp_path, home, f'if os.path.exists(HERE + "/fill"):\n    {body}', XDG_CACHE_HOME=str(disk))
+    fill(ballast, but=8 * MIB)
+    job.failed("x.py, built by local:, failed.", "The builder's disk is full", "Make room there")
+    assert job.builds == 1
+    (tmp_path / "fill").unlink()
+    ballast.unlink()
+    job.ok()
+    assert job.builds == 2
+
+
+def test_a_disk_that_is_full_when_the_result_is_kept_costs_no_more_than_the_build(
+    tmp_path: Path, home: Path, disk: Path, ballast: Path
+) -> None:
+    body = f"""
+if os.path.exists(HERE + "/fill"):
+    with open("x", "w") as file:
+        file.write("the artifact")
+    with open({str(ballast)!r}, "ab", buffering=0) as file:
+        try:
+            while True: file.write(bytes(4096))
+        except OSError:
+            sys.exit(0)
+"""
+    (tmp_path / "fill").touch()
+    job = Job(tmp_path, home, body, XDG_CACHE_HOME=str(disk))
+    job.failed("The builder's disk is full", "Make room there")
+    assert job.builds == 1
+    (tmp_path / "fill").unlink()
+    ballast.unlink()
+    job.ok()
+    assert job.builds == 2
+
+
+def test_a_full_disk_does_not_keep_a_job_from_being_stopped(
+    tmp_path: Path, home: Path, disk: Path, ballast: Path
+) -> None:
+    job = Job(tmp_path, home, WAIT, XDG_CACHE_HOME=str(disk))
+    client = job.started()
+    fill(ballast, but=0)
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) != 0
+    assert "may still run" not in job.said
+    job.assert_nothing_is_left()
+    assert job.state["state"] == "cancelled"
+
+
+# 9: the client's disk is full
+
+
+def test_a_client_without_room_for_the_artifact_fetches_it_later_and_builds_nothing(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, 'with open("x", "wb") as file:\n    file.write(b"-" * (4 << 20))\nsys.exit()')
+    with small_disk(tmp_path / "build", 2 * MIB):
+        job.failed("There is no room for build/x: it takes 4.0 MiB", "it is fetched, not built")
+    job.project.doit().ok()
+    assert (tmp_path / "build" / "x").read_bytes() == b"-" * (4 << 20)
+    assert job.builds == 1
+    job.assert_nothing_is_left()
+
+
+def test_a_client_without_room_for_the_log_says_so_and_finds_the_job_later(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, "for number in range(400000): print(number)")
+    with small_disk(tmp_path / "build", MIB):
+        job.failed("The log build/logs/x.log cannot be written: No space left on device.", "is found")
+    job.ok()
+    assert job.builds == 1
+    assert (tmp_path / "build" / "logs" / "x.log").read_text() == "".join(f"{number}\n" for number in range(400000))
+
+
+# 10, 11: what is stored is damaged
+
+
+def damage(path: Path, how: str) -> None:
+    """Change a byte in the middle of a file, or cut it, or put something else in its place."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(
+        bytes(content) if how == "changed" else bytes(content[: len(content) // 2]) if how == "cut" else how.encode()
+    )
+
+
+@pytest.mark.parametrize("how", ["changed", "cut"])
+def test_a_damaged_blob_is_noticed_and_sent_again(tmp_path: Path, home: Path, how: str) -> None:
+    content = os.urandom(400_000)
+    job = Job(
+        tmp_path, home, 'assert open("big", "rb").read() == open(HERE + "/big", "rb").read()', inputs={"big": content}
+    )
+    job.project.doit("builder=local:", "x").ok()
+    blob = job.store.blobs / hashlib.sha256(content).hexdigest()
+    damage(blob, how)
+    (tmp_path / "x.py").write_text((tmp_path / "x.py").read_text() + "# another job")
+    job.ok()
+    assert job.builds == 2
+    assert blob.read_bytes() == content
+
+
+def test_a_blob_that_goes_between_submission_and_start_is_sent_again(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, inputs={"big": os.urandom(400_000)})
+    job.store.prepare()
+    with all_slots_taken(job.store):
+        client = job.project.start()
+        wait_for(lambda: list(job.store.slots.glob("wait-*")))
+        (job.store.blobs / hashlib.sha256((tmp_path / "big").read_bytes()).hexdigest()).unlink()
+    assert client.wait(60) == 0, job.said
+    assert job.builds == 1
+    job.ok()
+
+
+@contextlib.contextmanager
+def all_slots_taken(store: Store) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        for number in range(slots.slot_count()):
+            held.enter_context(Lock(store.slots / str(number)))
+        yield
+
+
+@pytest.mark.parametrize("how", ["changed", "cut"])
+def test_a_damaged_result_is_noticed_and_built_again(tmp_path: Path, home: Path, how: str) -> None:
+    job = Job(tmp_path, home)
+    job.ok()
+    (output,) = job.stored.glob("out-*/x")
+    damage(output, how)
+    job.project.doit("clean", "x").ok()
+    job.ok()
+    assert job.builds == 2
+
+
+def test_a_result_is_found_whatever_else_of_its_job_is_damaged(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home)
+    job.ok()
+    stored = job.stored
+    for name in ("job.json", "order.json"):
+        (stored / name).write_bytes(b"\0" * 100)
+    for name in ("log", "lock"):
+        (stored / name).unlink()
+    shutil.rmtree(stored / "clients")
+    (stored / "clients").touch()
+    job.project.doit("clean", "x").ok()
+    job.ok()
+    assert job.builds == 1
+
+
+@pytest.mark.parametrize("content", ["\0" * 100, '{"state": "done"}', '{"state": "done", "attempt": "a/../.."}'])
+def test_a_damaged_state_means_no_more_than_another_build(tmp_path: Path, home: Path, content: str) -> None:
+    job = Job(tmp_path, home)
+    job.ok()
+    (job.stored / "state.json").write_text(content)
+    job.project.doit("clean", "x").ok()
+    job.ok()
+    assert job.builds == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("job.json", "{}"), ("order.json", "[]"), ("order.json", '{"trees": {}')]
+)
+def test_a_description_that_is_damaged_while_the_job_waits_is_sent_again(
+    tmp_path: Path, home: Path, name: str, content: str
+) -> None:
+    job = Job(tmp_path, home)
+    job.store.prepare()
+    with all_slots_taken(job.store):
+        client = job.project.start()
+        wait_for(lambda: list(job.store.slots.glob("wait-*")))
+        (job.stored / name).write_text(content)
+    assert client.wait(60) == 0, job.said
+    assert job.builds == 1
+
+
+# 12: many clients, one job, one moment
+
+
+def test_eight_clients_at_once_get_one_build(tmp_path: Path, home: Path) -> None:
+    content = os.urandom(3 * MIB)
+    jobs = [Job(tmp_path / str(number), home, inputs={"big": content}) for number in range(8)]
+    for job in jobs[1:]:
+        shutil.copy(jobs[0].folder / "x.py", job.folder / "x.py")
+    runs = [job.project.start() for job in jobs]
+    for job, run in zip(jobs, runs, strict=True):
+        assert run.wait(120) == 0, job.said
+        assert (job.folder / "build" / "x").read_text() == "the artifact"
+    assert jobs[0].builds == 1
+    jobs[0].assert_nothing_is_left()
+    assert list((jobs[0].store.root / "tmp").glob("*.part")) == []
+
+
+# 20: clocks
+
+
+def test_files_from_the_future_change_nothing(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, inputs={"big": os.urandom(400_000)})
+    job.ok()
+    later = time.time() + 100_000
+    for folder, folders, names in os.walk(job.store.root):
+        for name in (*folders, *names):
+            if "storage" not in folder:
+                os.utime(Path(folder, name), (later, later), follow_symlinks=False)
+    state = job.state
+    (job.stored / "state.json").write_text(json.dumps({**state, "since": later}))
+    job.project.doit("clean", "x").ok()
+    job.ok()
+    assert job.builds == 1
+    (tmp_path / "x.py").write_text((tmp_path / "x.py").read_text() + "# another job")
+    job.ok()
+    assert job.builds == 2
+
+
+def test_a_client_of_the_future_does_not_keep_ctrl_c_from_ending_the_job(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, WAIT)
+    client = job.started()
+    stranger = job.stored / "clients" / "stranger"
+    stranger.touch()
+    later = time.time() + 7200
+    os.utime(stranger, (later, later))
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) != 0
+    assert "somebody else waits" not in job.said
+    job.assert_nothing_is_left()
+
+
+def test_slots_are_given_in_the_order_of_arrival_when_the_clock_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "v1")
+    store.prepare()
+    clock = itertools.count(2_000_000_000_000_000_000, -3_600_000_000_000)
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
+    monkeypatch.setattr(time, "time", lambda: next(clock) / 1e9)
+    monkeypatch.setattr(slots, "slot_count", lambda: 1)
+    order: list[str] = []
+
+    def work(name: str) -> None:
+        with slots.wait_for_one(store, name, lambda: None, lambda text: None):
+            order.append(name)
+
+    threads = []
+    with Lock(store.slots / "0"):
+        for name in ("c", "b", "a"):
+            threads.append(threading.Thread(target=work, args=(name,)))
+            threads[-1].start()
+            wait_for(lambda: len(list(store.slots.glob("wait-*"))) == len(threads))
+    for thread in threads:
+        thread.join(20)
+    assert order == ["c", "b", "a"]
+    assert list(store.slots.glob("*wait-*")) == []
+
+
+def test_a_waiter_that_died_keeps_nobody_waiting(tmp_path: Path) -> None:
+    store = Store(tmp_path / "v1")
+    store.prepare()
+    dead = [store.slots / "wait-99999999999999999999-dead", store.slots / ".wait-dead"]
+    for path in dead:
+        path.touch()
+    with slots.wait_for_one(store, "me", lambda: None, lambda text: None):
+        assert not any(path.exists() for path in dead)
+
+
+# 15: a build that hangs, or says nothing
+
+
+def test_a_build_that_will_not_end_is_ended_with_all_that_it_has_started(tmp_path: Path, home: Path) -> None:
+    mark = f"10{os.getpid()}"
+    body = f"""
+import signal, subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for words in (["sleep", "{mark}"], ["setsid", "sh", "-c", "trap '' TERM HUP; sleep {mark}; sleep {mark}"]):
+    subprocess.Popen(words)
+time.sleep(1000)
+"""
+    job = Job(tmp_path, home, body)
+    job.failed("time limit of 2 seconds", arguments=("time_limit=2",))
+    assert [pid for pid, words in processes() if mark.encode() in b" ".join(words)] == []
+
+
+def test_a_build_that_says_nothing_keeps_its_connection(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, "time.sleep(5)")
+    quick = "from gamebear_tasks.builders import remote\nremote.FOLLOW, remote.SILENCE = 0.5, 2.5\n"
+    job.project.write("dodo.py", quick + (tmp_path / "dodo.py").read_text())
+    run = job.ok()
+    assert "connect" not in run.text
+
+
+# 24: logs
+
+
+def test_a_log_of_100_mb_comes_whole_and_does_not_fill_the_clients_memory(tmp_path: Path, home: Path) -> None:
+    body = """
+for number in range(1000):
+    sys.stdout.write(("%06d " % number + "x" * 92 + "\\n") * 1024)
+"""
+    job = Job(tmp_path, home, body)
+    with (tmp_path / "doit.out").open("wb") as out:
+        client = subprocess.Popen(
+            job.project.command(),
+            cwd=tmp_path,
+            env=job.project.environment,
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(client.pid, 0)
+        client.returncode = os.waitstatus_to_exitcode(status)
+    assert status == 0, job.said[-3000:]
+    expected = hashlib.sha256()
+    for number in range(1000):
+        expected.update(f"{number:06} {'x' * 92}\n".encode() * 1024)
+    log = tmp_path / "build" / "logs" / "x.log"
+    assert log.stat().st_size > 100_000_000
+    with log.open("rb") as file:
+        assert sha256(file) == expected.hexdigest()
+    assert usage.ru_maxrss < 120 * 1024, "KiB"
+    (job.stored / "log").unlink()
+    log.unlink()
+
+
+def test_a_binary_log_without_a_newline_comes_byte_for_byte(tmp_path: Path, home: Path) -> None:
+    body = 'sys.stdout.flush()\nos.write(1, bytes(range(256)) * 20000)\nos.write(2, b"\\xff\\xfe no newline" * 10)'
+    job = Job(tmp_path, home, body.replace("\\n", "\n"))
+    job.ok()
+    assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == bytes(
+        range(256)
+    ) * 20000 + b"\xff\xfe no newline" * 10
+
+
+def test_a_build_that_writes_without_end_is_ended_by_its_time_limit(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, 'while True:\n    print("y" * 10000)\n    time.sleep(0.001)')
+    job.failed("time limit of 2 seconds", arguments=("time_limit=2",))
+    assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == (job.stored / "log").read_bytes()
+
+
+def test_a_build_that_writes_more_than_a_log_may_hold_is_ended(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, WAIT + "\nos.ftruncate(1, (1 << 30) + 1)\ntime.sleep(1000)")
+    client = job.started()
+    client.kill()  # it need not fetch it
+    client.wait()
+    job.go()
+    wait_for(lambda: not job.supervisors())
+    failure = job.state["failure"]
+    assert isinstance(failure, dict) and failure["kind"] == "log"
+    assert "more than 1024 MiB to its log" in failure["message"]
+    job.assert_nothing_is_left()
