@@ -273,12 +273,17 @@ def test_a_prune_that_is_killed_halfway_leaves_a_store_that_works(walk: Walk) ->
     walk.figures.assert_all_is_well()
 
 
+def _may_be_torn(point: str) -> bool:
+    """Say whether a point is a write of ours: doit's own database (dbm.dumb, here) does not survive half of one."""
+    return point.startswith("write ") and "/.doit.db" not in point
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "torn", "full"])
 @pytest.mark.parametrize("role", SAMPLE)
 def test_a_fault_at_any_point_costs_nothing_that_was_done(walk: Walk, role: str, how: str) -> None:
     points = walk.points(role)
-    numbers = [number for number, point in enumerate(points, 1) if how != "torn" or point.startswith("write ")]
+    numbers = [number for number, point in enumerate(points, 1) if how != "torn" or _may_be_torn(point)]
     walk.walk(role, numbers, points, how)
     walk.figures.assert_all_is_well()
 

@@ -122,6 +122,7 @@ class Hostile:
             patch.chdir(self.project.folder)
             patch.setenv("PATH", self.project.environment["PATH"])
             patch.setattr(action, "_builders", {})
+            patch.setattr(action, "LOG_LIMIT", 2 * MIB)
             patch.setattr(local, "CLOSING", 0.3)
             patch.setattr(remote, "TRIES", 1)
             patch.setattr(remote, "SILENCE", self.silence)
@@ -317,8 +318,11 @@ def test_an_answer_that_makes_no_sense_ends_the_matter_at_once(hostile: Hostile,
 def test_brackets_in_brackets_harm_nothing_wherever_they_are(hostile: Hostile, depth: int) -> None:
     nested = f"'[' * {depth} + ']' * {depth}"
     hostile.refused(
-        f"""def submit(request): text('{{"state": "failed", "attempt": "a", "failure": {{"message": ' + {nested} + '}}}}')
-follow = submit"""
+        f"""
+def submit(request):
+    text('{{"state": "failed", "attempt": "a", "failure": {{"message": ' + {nested} + '}}}}')
+follow = submit
+"""
     )
     hostile.refused(f"""def submit(request): text('{{"error": ' + {nested} + '}}')""")
     hostile.refused(f"""def submit(request): text('{{"state": ' + {nested} + '}}')""")

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -47,11 +48,13 @@ with open("x", "wb") as file:
     file.write(data)
 """
 
-LINES = 4000
+LINES = 5000
 
 PRINTS_LINES = f"""
-for number in range({LINES}):
-    print(f"line {{number:06}} of a build that takes its time", flush=True)
+lines = [f"line {{number:06}} of a build that takes its time" for number in range({LINES})]
+os.write(1, "\\n".join(lines[:3000] + [""]).encode())
+for number, line in enumerate(lines[3000:]):
+    print(line, flush=True)
     if number % 40 == 0:
         time.sleep(0.02)
 open("x", "w").close()
@@ -102,6 +105,10 @@ class Remote:
     def go(self) -> None:
         (self.scratch / "go").touch()
 
+    @property
+    def settings(self) -> dict[str, str]:
+        return {name: value for name, value in self.project.environment.items() if name.startswith("GAMEBEAR_")}
+
     def said(self) -> str:
         return (self.project.folder / "doit.out").read_text()
 
@@ -136,10 +143,9 @@ def big_input(remote: Remote, size: int = BIG) -> str:
 # cut during upload
 
 
-@pytest.mark.parametrize("how", ["rst", "fin"])
-def test_an_upload_goes_on_where_the_connection_was_cut(remote: Remote, how: str) -> None:
+def test_an_upload_goes_on_where_the_connection_was_cut(remote: Remote) -> None:
     expected = big_input(remote)
-    remote.proxy.cut_next(*[Cut(UP, MIB, how)] * 3)
+    remote.proxy.cut_next(Cut(UP, MIB), Cut(UP, MIB + 1, "fin"), Cut(UP, MIB - 1))
     run = remote.project.doit().ok()
     assert remote.target.read_text() == expected
     assert remote.proxy.connections == 4
@@ -178,6 +184,21 @@ def test_an_upload_goes_on_though_the_builder_still_waits_on_a_connection_that_i
     remote.assert_nothing_is_left()
 
 
+def test_two_clients_that_send_the_same_file_at_once_do_each_other_no_harm(remote: Remote, tmp_path: Path) -> None:
+    expected = big_input(remote)
+    other = Project(tmp_path / "other", home=remote.project.home, **remote.settings)
+    for name in ("dodo.py", "x.py", "big.bin"):
+        shutil.copy(remote.project.folder / name, other.folder / name)
+    remote.proxy.delay = 0.01
+    clients = [project.start() for project in (remote.project, other)]
+    assert [client.wait(60) for client in clients] == [0, 0], remote.said()
+    assert remote.target.read_text() == (other.folder / "build" / "x").read_text() == expected
+    assert remote.builds == 1
+    for blob in (remote.store / "blobs").iterdir():
+        assert sha256(blob) == blob.name
+    remote.assert_nothing_is_left()
+
+
 # cut during the build
 
 
@@ -185,10 +206,9 @@ def numbered() -> str:
     return "".join(f"line {number:06} of a build that takes its time\n" for number in range(LINES))
 
 
-@pytest.mark.parametrize("how", ["rst", "fin"])
-def test_the_log_of_a_build_has_no_line_missing_or_doubled_after_cuts(remote: Remote, how: str) -> None:
+def test_the_log_of_a_build_has_no_line_missing_or_doubled_after_cuts(remote: Remote) -> None:
     remote.write(PRINTS_LINES)
-    remote.proxy.cut_next(*(Cut(DOWN, at, how) for at in (6_000, 20_001, 33_333, 9_999)))
+    remote.proxy.cut_next(Cut(DOWN, 60_000), Cut(DOWN, 99_999, "fin"), Cut(DOWN, 12_345), Cut(DOWN, 20_001, "fin"))
     run = remote.project.doit().ok()
     assert remote.proxy.connections == 5
     assert remote.log.read_text() == numbered()
@@ -242,6 +262,33 @@ def test_after_the_limit_it_says_that_the_build_goes_on_and_the_next_doit_finds_
     remote.assert_nothing_is_left()
 
 
+def test_a_session_that_dies_does_not_take_the_connection_with_it(remote: Remote, account: Account) -> None:
+    remote.waits()
+    client = remote.project.start()
+    wait_for(lambda: "begin" in remote.said())
+    sessions = sessions_of(account)
+    assert len(sessions) == 1
+    os.kill(sessions[0], signal.SIGKILL)
+    wait_for(lambda: sessions_of(account) not in ([], sessions))
+    remote.go()
+    assert client.wait(60) == 0, remote.said()
+    assert remote.proxy.connections == 1
+    assert remote.log.read_text() == "begin\nend\n"
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+def sessions_of(account: Account) -> list[int]:
+    """Return the runners that serve a client."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if process.stat().st_uid == account.uid and words[:4] == [b"python3", b"-I", b"-S", b"-c"]:
+                found.append(int(process.name))
+    return found
+
+
 def test_a_slow_network_only_takes_longer(remote: Remote) -> None:
     remote.write("print('line')\nopen('x', 'w').write('made')")
     remote.proxy.delay = 0.05
@@ -262,10 +309,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("how", ["rst", "fin"])
-def test_a_download_goes_on_where_the_connection_was_cut(remote: Remote, how: str) -> None:
+def test_a_download_goes_on_where_the_connection_was_cut(remote: Remote) -> None:
     remote.write(MAKES_BIG)
-    remote.proxy.cut_next(Cut(DOWN, MIB, how), Cut(DOWN, MIB + 1, how), Cut(DOWN, MIB // 2, how))
+    remote.proxy.cut_next(Cut(DOWN, MIB), Cut(DOWN, MIB + 1, "fin"), Cut(DOWN, MIB // 2))
     remote.project.doit().ok()
     assert sha256(remote.target) == said_in_log(remote)
     assert remote.proxy.connections == 4
@@ -436,7 +482,9 @@ def crowd(tmp_path: Path, account: Account) -> Iterator[Callable[..., Crowd]]:
     with contextlib.ExitStack() as stack:
 
         def start(count: int, **options: object) -> Crowd:
-            return Crowd(tmp_path, stack.enter_context(Sshd(tmp_path / "sshd", account, **options)), count)
+            return Crowd(
+                tmp_path, stack.enter_context(Sshd(tmp_path / "sshd", account, ("ed25519",), **options)), count
+            )
 
         yield start
 
@@ -446,6 +494,20 @@ def test_with_one_session_allowed_eight_tasks_at_once_share_it(crowd: Callable[.
     eight.project.doit("-n", "8", "-P", "thread").ok()
     assert eight.server.connections == 1
     eight.assert_all_is_right()
+
+
+def test_with_one_session_allowed_it_is_had_again_after_it_died(crowd: Callable[..., Crowd], account: Account) -> None:
+    one = crowd(1, MaxSessions=1)
+    slow = ONE_OF_MANY.replace("with", "import time; print('begin', flush=True); time.sleep(2)\nwith", 1)
+    one.project.write("x.py", slow.format(count=str(one.counted)))
+    client = one.project.start()
+    said = one.project.folder / "doit.out"
+    wait_for(lambda: "begin" in said.read_text())
+    (session,) = sessions_of(account)
+    os.kill(session, signal.SIGKILL)
+    assert client.wait(60) == 0, said.read_text()
+    assert one.server.connections == 1
+    one.assert_all_is_right()
 
 
 def test_processes_that_are_refused_because_others_log_in_come_again(crowd: Callable[..., Crowd]) -> None:

@@ -115,6 +115,20 @@ def test_what_is_left_of_a_broken_download_is_checked_and_not_trusted(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_broken_download_of_something_else_has_left_goes_with_the_next_that_succeeds(tmp_path: Path) -> None:
+    target = tmp_path / "umtprd"
+    for mine in (".umtprd.0123456789abcdef.part", ".umtprd.more.0123456789abcdef.part"):
+        (tmp_path / mine).touch()
+    place({"umtprd": target}, {"umtprd": output(CONTENT["umtprd"])}, fetch)
+    assert leftovers(tmp_path) == [".umtprd.more.0123456789abcdef.part"], "another target's part is not ours"
+
+
+def test_a_download_that_breaks_before_its_first_byte_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BuilderLost):
+        place({"umtprd": tmp_path / "umtprd"}, {"umtprd": output(CONTENT["umtprd"])}, broken_after(0))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_artifact_for_which_there_is_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="There is no room for") as caught:
         place({"umtprd": tmp_path / "umtprd"}, {"umtprd": Output(10**15, "0" * 64, False)}, fetch)

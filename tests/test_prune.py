@@ -1,4 +1,4 @@
-"""Pruning a builder's store: what goes, what stays, and that nobody who uses it minds. On this machine, and as a user."""
+"""Pruning a builder's store: what goes, what stays, and that nobody who uses it minds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAY = 86400.0
 
 
 @pytest.fixture
-def home(tmp_path: Path, facts: Path) -> Path:
+def fresh_home(tmp_path: Path, facts: Path) -> Path:
     """A person's home without a store, on a machine whose abilities are known."""
     root = tmp_path / "home" / ".cache" / "gamebear" / "v1"
     root.mkdir(parents=True)
@@ -59,9 +59,9 @@ def stored(job: Job) -> StoredJob:
     return job.store.job(job.stored.name)
 
 
-def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, home: Path) -> None:
-    old = Job(tmp_path / "old", home, inputs={"a": b"a" * 100_000})
-    new = Job(tmp_path / "new", home, inputs={"b": b"b" * 100_000})
+def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, fresh_home: Path) -> None:
+    old = Job(tmp_path / "old", fresh_home, inputs={"a": b"a" * 100_000})
+    new = Job(tmp_path / "new", fresh_home, inputs={"b": b"b" * 100_000})
     old.ok()
     grow_old(old.store, 10)
     new.ok()
@@ -75,8 +75,8 @@ def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, ho
     assert (new.builds, old.builds) == (1, 2)
 
 
-def test_a_result_that_is_fetched_again_counts_as_used(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home)
+def test_a_result_that_is_fetched_again_counts_as_used(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
     job.ok()
     grow_old(job.store, 10)
     job.project.doit("clean", "x").ok()
@@ -84,9 +84,9 @@ def test_a_result_that_is_fetched_again_counts_as_used(tmp_path: Path, home: Pat
     assert "nothing removed" in prune(job, "--older", "9")
 
 
-def test_of_each_target_the_last_results_stay(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path / "one", home)
-    other = Job(tmp_path / "other", home)
+def test_of_each_target_the_last_results_stay(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path / "one", fresh_home)
+    other = Job(tmp_path / "other", fresh_home)
     digests = []
     script = (tmp_path / "one" / "x.py").read_text()
     for number in range(3):
@@ -105,8 +105,8 @@ def test_of_each_target_the_last_results_stay(tmp_path: Path, home: Path) -> Non
     assert len(left) == 2 and digests[2] in left
 
 
-def test_a_failure_that_nobody_has_seen_stays_when_results_go(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home, f"{WAIT}\nraise ValueError('upside down')")
+def test_a_failure_that_nobody_has_seen_stays_when_results_go(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home, f"{WAIT}\nraise ValueError('upside down')")
     client = job.started()
     client.kill()
     client.wait()
@@ -120,12 +120,12 @@ def test_a_failure_that_nobody_has_seen_stays_when_results_go(tmp_path: Path, ho
     assert "1 job" in prune(job, "--keep", "0")
 
 
-def test_the_least_recently_used_goes_until_the_store_is_small_enough(tmp_path: Path, home: Path) -> None:
+def test_the_least_recently_used_goes_until_the_store_is_small_enough(tmp_path: Path, fresh_home: Path) -> None:
     jobs = []
     for number in range(3):
         job = Job(
             tmp_path / str(number),
-            home,
+            fresh_home,
             f'import shutil; shutil.copy("big", HERE + "/copy")  # {number}',
             {"big": os.urandom(1 << 20)},
         )
@@ -142,8 +142,8 @@ def test_the_least_recently_used_goes_until_the_store_is_small_enough(tmp_path: 
     assert jobs[2].stored.is_dir()
 
 
-def test_a_job_that_runs_is_left_alone(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home, WAIT, inputs={"big": os.urandom(300_000)})
+def test_a_job_that_runs_is_left_alone(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home, WAIT, inputs={"big": os.urandom(300_000)})
     client = job.started()
     grow_old(job.store, 10)
     said = prune(job, "--older", "0", "--size", "0", "--keep", "0")
@@ -157,7 +157,8 @@ def test_a_job_that_runs_is_left_alone(tmp_path: Path, home: Path) -> None:
 def test_what_a_lost_job_left_goes_whoever_owns_it(tmp_path: Path, remote_project: Project, account: Account) -> None:
     remote_project.write(
         "dodo.py",
-        "from gamebear_tasks import artifact, task_prune\n\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
+        "from gamebear_tasks import artifact, task_prune\n\n"
+        "def task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
     )
     remote_project.write("x.py", f"open('x', 'w').close()  # {os.urandom(8).hex()}")
     remote_project.doit("x").ok()
@@ -183,15 +184,15 @@ def test_what_a_lost_job_left_goes_whoever_owns_it(tmp_path: Path, remote_projec
     assert [*store.jobs.iterdir(), *store.trash.iterdir(), *store.live.iterdir()] == []
 
 
-def test_trash_of_a_prune_that_was_killed_is_removed_by_the_next_job(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home)
+def test_trash_of_a_prune_that_was_killed_is_removed_by_the_next_job(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
     job.store.prepare()
     (job.store.trash / "something" / "deep").mkdir(parents=True)
     job.ok()
 
 
-def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home)
+def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
     job.ok()
     top = job.store.root / "runner"
     (own,) = (path for path in top.iterdir())
@@ -207,8 +208,8 @@ def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, home: Path) -> N
     assert sorted(top.iterdir()) == sorted([own, held])
 
 
-def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home)
+def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
     job.store.prepare()
     part, fresh = job.store.tmp / f"{'0' * 64}.part", job.store.tmp / f"{'1' * 64}.part"
     environment = job.store.root / "venvs" / "0123"
@@ -221,15 +222,15 @@ def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path
     assert not part.exists() and fresh.exists() and not environment.exists()
 
 
-def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, home: Path) -> None:
+def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fresh_home: Path) -> None:
     storage = tmp_path / "storage.conf"
     storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n')
     make = 'with Container("scratch") as c:\n    c.copy_in("x.py", "/x")\n    c.commit().add_tag("gamebear-test:{}")'
     variables = {"CONTAINERS_STORAGE_CONF": str(storage)}
-    made = [Job(tmp_path / name, home, make.format(name), **variables) for name in ("one", "two")]
+    made = [Job(tmp_path / name, fresh_home, make.format(name), None, **variables) for name in ("one", "two")]
     for job in made:
         job.ok()
-    use = Job(tmp_path / "use", home, 'Container("gamebear-test:two")', **variables)
+    use = Job(tmp_path / "use", fresh_home, 'Container("gamebear-test:two")', None, **variables)
     use.ok()
     command = ["buildah", "images", "--json"]
 
@@ -250,8 +251,8 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, hom
     made[1].ok()
 
 
-def test_a_prune_that_is_not_told_what_may_go_says_what_to_tell_it(tmp_path: Path, home: Path) -> None:
-    job = Job(tmp_path, home)
+def test_a_prune_that_is_not_told_what_may_go_says_what_to_tell_it(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
     job.project.doit("prune").failed("does not say what may go", "--older DAYS")
     job.project.doit("prune", "--size", "5 pounds").failed("--size is '5 pounds'", "such as 500M or 5G")
     job.project.doit("prune", "--older", "-1").failed("--older is '-1'", "a number of days")

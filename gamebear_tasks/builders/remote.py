@@ -715,8 +715,6 @@ def _mapping(value: object) -> dict[str, Any]:
 
 def _text(value: object) -> str:
     """Return a builder's words: bounded, and without what a terminal would act on."""
-    if isinstance(value, list | dict):
-        return "(no text)"  # it may be nested more deeply than can be shown
     return printable(str(value)[:4000])
 
 
