@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .errors import GamebearError
 from .sources import archive, debian, either, git
-from .tasks import artifact, task_builder, task_lock, task_prune, task_sources
+from .tasks import artifact
+from .tools import task_builder, task_lock, task_prune, task_sources
 
 __all__ = [
     "GamebearError",

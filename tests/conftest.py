@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from project import Project
+from proxy import Proxy
+from remote import Remote, known
 from sshd import Account, Sshd, client_home, new_account
 
 NEEDED = {
     "buildah": "buildah",
     "dpkg-source": "dpkg-dev",
+    "gcc": "gcc",
     "git": "git",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
@@ -91,3 +94,12 @@ def project(tmp_path: Path) -> Project:
 def remote_project(tmp_path: Path, server: Sshd, home: Path) -> Project:
     """The same, built by the builder behind sshd."""
     return Project(tmp_path / "project", home=home, GAMEBEAR_BUILDER=server.url)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, server: Sshd, home: Path, account: Account) -> Iterator[Remote]:
+    """A project built by the builder behind a proxy."""
+    with Proxy(server.port) as proxy:
+        own = known(home, tmp_path / "home", proxy.port, server)
+        url = f"ssh://{account.name}@127.0.0.1:{proxy.port}"
+        yield Remote(Project(tmp_path / "project", home=own, GAMEBEAR_BUILDER=url), proxy, account)

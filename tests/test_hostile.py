@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from project import Project, Run
 
-from gamebear_tasks import action
+from gamebear_tasks import action, plan, tasklog
 from gamebear_tasks.builders import local, remote
 
 MIB = 1 << 20
@@ -71,13 +71,13 @@ while True:
 """
 
 DODO = """
-from gamebear_tasks import action, artifact
+from gamebear_tasks import action, artifact, tasklog
 from gamebear_tasks.builders import local, remote
 
 local.CLOSING = 0.3
 remote.TRIES = 1
 remote.SILENCE = {silence}
-action.LOG_LIMIT = {log_limit}
+tasklog.LIMIT = {log_limit}
 action.LATE = 1.0
 
 def task_x():
@@ -122,12 +122,12 @@ class Hostile:
             patch.chdir(self.project.folder)
             patch.setenv("PATH", self.project.environment["PATH"])
             patch.setattr(action, "_builders", {})
-            patch.setattr(action, "LOG_LIMIT", 2 * MIB)
+            patch.setattr(tasklog, "LIMIT", 2 * MIB)
             patch.setattr(local, "CLOSING", 0.3)
             patch.setattr(remote, "TRIES", 1)
             patch.setattr(remote, "SILENCE", self.silence)
-            plan = action.Plan(program=Path("x.py"), targets={"x": Path("build/x")})
-            failure = action.Build(plan).execute(None)
+            made = plan.Plan(program=Path("x.py"), targets={"x": Path("build/x")})
+            failure = action.Build(made).execute(None)
             for builder in action._builders.values():
                 builder.close()
         said = str(failure.get_msg()) if failure else ""

@@ -16,37 +16,9 @@ from pathlib import Path
 
 import pytest
 from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
-from proxy import DOWN, UP, Cut, Proxy
+from proxy import DOWN, UP, Cut
+from remote import BIG, DODO, MAKES_BIG, MIB, Remote, big_input
 from sshd import Account, Sshd, client_home, new_key, public
-
-MIB = 1 << 20
-BIG = 4 * MIB
-
-DODO = """
-from gamebear_tasks import artifact
-
-def task_x():
-    return artifact("x.py", outputs=["build/x"]{more})
-"""
-
-COUNTED = """
-import hashlib, os, sys, time
-with open({count!r}, "a") as file:
-    file.write("built\\n")
-{body}
-"""
-
-TAKES_BIG = """
-with open("big.bin", "rb") as big, open("x", "w") as file:
-    file.write(hashlib.sha256(big.read()).hexdigest())
-"""
-
-MAKES_BIG = f"""
-data = os.urandom({BIG})
-print(hashlib.sha256(data).hexdigest())
-with open("x", "wb") as file:
-    file.write(data)
-"""
 
 LINES = 5000
 
@@ -59,85 +31,6 @@ for number, line in enumerate(lines[3000:]):
         time.sleep(0.02)
 open("x", "w").close()
 """
-
-
-class Remote:
-    """A project built by a builder behind a proxy.
-
-    Attributes:
-        project: the client's.
-        proxy: what is between them.
-        store: the builder's.
-    """
-
-    def __init__(self, project: Project, proxy: Proxy, account: Account) -> None:
-        self.project = project
-        self.proxy = proxy
-        self.store = account.home / ".cache" / "gamebear" / "v1"
-        self.scratch = account.home / f"scratch-{time.monotonic_ns()}"
-        self.scratch.mkdir()
-        os.chown(self.scratch, account.uid, account.uid)
-
-    @property
-    def target(self) -> Path:
-        return self.project.folder / "build" / "x"
-
-    @property
-    def log(self) -> Path:
-        return self.project.folder / "build" / "logs" / "x.log"
-
-    @property
-    def builds(self) -> int:
-        count = self.scratch / "count"
-        return len(count.read_text().splitlines()) if count.exists() else 0
-
-    def write(self, body: str, **more: object) -> None:
-        self.project.write("dodo.py", DODO.format(more="".join(f", {name}={value!r}" for name, value in more.items())))
-        self.project.write("x.py", COUNTED.format(count=str(self.scratch / "count"), body=body))
-
-    def waits(self, before: str = "print('begin', flush=True)", after: str = "print('end')") -> None:
-        """Let the job wait for `go`."""
-        gate = str(self.scratch / "go")
-        self.write(
-            f"{before}\nwhile not os.path.exists({gate!r}): time.sleep(0.02)\n{after}\nopen('x', 'w').write('made')"
-        )
-
-    def go(self) -> None:
-        (self.scratch / "go").touch()
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return {name: value for name, value in self.project.environment.items() if name.startswith("GAMEBEAR_")}
-
-    def said(self) -> str:
-        return (self.project.folder / "doit.out").read_text()
-
-    def assert_nothing_is_left(self) -> None:
-        assert_nothing_is_left(self.project, self.store)
-
-
-def known(home: Path, folder: Path, port: int, server: Sshd) -> Path:
-    """Copy a home, and make a server known there that is reached by another port."""
-    shutil.copytree(home / ".ssh", folder / ".ssh")
-    with (folder / ".ssh" / "known_hosts").open("a") as file:
-        file.write(f"[127.0.0.1]:{port} {public(server.host_keys['ed25519'])}\n")
-    return folder
-
-
-@pytest.fixture
-def remote(tmp_path: Path, server: Sshd, home: Path, account: Account) -> Iterator[Remote]:
-    with Proxy(server.port) as proxy:
-        own = known(home, tmp_path / "home", proxy.port, server)
-        url = f"ssh://{account.name}@127.0.0.1:{proxy.port}"
-        yield Remote(Project(tmp_path / "project", home=own, GAMEBEAR_BUILDER=url), proxy, account)
-
-
-def big_input(remote: Remote, size: int = BIG) -> str:
-    """Give the project's job a big input; return what its artifact must be."""
-    data = os.urandom(size)
-    (remote.project.folder / "big.bin").write_bytes(data)
-    remote.write(TAKES_BIG, inputs=["big.bin"])
-    return hashlib.sha256(data).hexdigest()
 
 
 # cut during upload
@@ -413,7 +306,7 @@ def task_here():
 """
 
 
-@pytest.mark.parametrize("mode", [(), ("-n", "4", "-P", "thread"), ("-n", "4")], ids=["serial", "threads", "processes"])
+@pytest.mark.parametrize("mode", [(), ("-n", "4", "-P", "thread")], ids=["serial", "threads"])
 def test_a_builder_that_says_nothing_costs_one_time_out_and_what_does_not_need_it_goes_on(
     project: Project, mode: tuple[str, ...]
 ) -> None:

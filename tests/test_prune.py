@@ -84,6 +84,15 @@ def test_a_result_that_is_fetched_again_counts_as_used(tmp_path: Path, fresh_hom
     assert "nothing removed" in prune(job, "--older", "9")
 
 
+def test_a_result_of_the_future_grows_old_from_now_on(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
+    job.ok()
+    grow_old(job.store, -1000)
+    assert "nothing removed" in prune(job, "--older", "1")
+    assert stored(job).last_use() < time.time() + 1
+    assert all(path.stat().st_mtime < time.time() + 1 for path in job.store.blobs.iterdir())
+
+
 def test_of_each_target_the_last_results_stay(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path / "one", fresh_home)
     other = Job(tmp_path / "other", fresh_home)
@@ -147,7 +156,7 @@ def test_a_job_that_runs_is_left_alone(tmp_path: Path, fresh_home: Path) -> None
     client = job.started()
     grow_old(job.store, 10)
     said = prune(job, "--older", "0", "--size", "0", "--keep", "0")
-    assert "Left because somebody uses it, or did a moment ago: 1 of the jobs." in said
+    assert "Left, as somebody uses them or did a moment ago: 1 of the jobs." in said
     job.go()
     assert client.wait(60) == 0, job.said
     assert job.builds == 1

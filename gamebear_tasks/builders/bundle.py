@@ -28,6 +28,7 @@ not all of them, nor has a Python that was built without liblzma. It is found ou
 
 # Runs on whatever the builder has as python3, so its own syntax is old. `-I` keeps the user's environment out, `-S`
 # saves the time of looking for site-packages. It comes in base64, so that no login shell finds anything to expand.
+# Only who holds the folder's lock unpacks, so what is found unpacked halfway is of one that was killed.
 _START = """\
 import os, sys
 def say(text):
@@ -44,14 +45,14 @@ if not os.path.isdir(place):
     try:
         for name in {parts!r}:
             __import__(name)
-        import hashlib, io, shutil, tempfile, zipfile, zlib
+        import fcntl, hashlib, io, shutil, tempfile, zipfile, zlib
     except ImportError as error:
         say(b" lacks " + str(error.name or error).encode())
         sys.exit(1)
     os.umask(0o077)
     try:
         os.makedirs(top, exist_ok=True)
-        aside = tempfile.mkdtemp(dir=top)
+        lock = os.open(top, os.O_RDONLY)
     except OSError as error:
         say(b" failed " + str(error).encode())
         sys.exit(1)
@@ -62,10 +63,16 @@ if not os.path.isdir(place):
         if not more:
             break
         data += more
+    aside = None
     try:
         data = zlib.decompress(data)
         if hashlib.sha256(data).hexdigest() != {sha256!r}:
             raise ValueError("damaged")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in os.listdir(top):
+            if name.startswith("tmp"):
+                shutil.rmtree(os.path.join(top, name), ignore_errors=True)
+        aside = tempfile.mkdtemp(dir=top)
         zipfile.ZipFile(io.BytesIO(data)).extractall(aside)
         os.sync()
         try:
@@ -74,8 +81,10 @@ if not os.path.isdir(place):
             if not os.path.isdir(place):
                 raise
             shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
     except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
         say(b" failed " + str(error).encode())
         sys.exit(1)
 sys.path.insert(0, place)

@@ -120,6 +120,8 @@ def facts(root: Path) -> Facts:
                 found = _from_json(known["facts"])
                 return dataclasses.replace(found, emulated=emulated(found.arch))
         found = _probe(root)
+        for left in root.glob(".facts.json.*.tmp"):  # of one that was killed
+            left.unlink(missing_ok=True)
         files.write_json(root / "facts.json", {"key": key, "facts": dataclasses.asdict(found)})
         _forget_other_boots(root, found)
         return found

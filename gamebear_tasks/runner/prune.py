@@ -123,7 +123,7 @@ class Prune:
         except _TimeIsUp:
             self.pruned.more = True
         if self._busy:
-            self.pruned.left.append(f"Left because somebody uses it, or did a moment ago: {len(self._busy)} of the jobs.")
+            self.pruned.left.append(f"Left, as somebody uses them or did a moment ago: {len(self._busy)} of the jobs.")
         return self.pruned
 
     def _go_on(self) -> None:
@@ -141,6 +141,8 @@ class Prune:
         results: dict[str, list[StoredJob]] = {}
         for job in self._all_jobs():
             state = job.written_state()
+            for path in job.stamps():
+                self._age(stamp(path), path)
             if self.policy.older is not None and self._age(job.last_use()) > self.policy.older:
                 going[job.digest] = job
             if state["state"] == "done":
@@ -198,6 +200,7 @@ class Prune:
         named = _blobs_of(self._all_jobs())
         for path in self.store.blobs.iterdir():
             self._go_on()
+            self._age(stamp(path), path)
             if path.name not in named:
                 self._remove_file(path, limit)
 

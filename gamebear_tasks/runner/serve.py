@@ -156,6 +156,7 @@ class Session:
             raise RunnerError(f"The description of job {digest} is not the one that its name stands for.")
         lock = _take_or_join(stored)
         stored.touch_client(client)
+        stored.forget_old_clients()
         if lock is None:
             return stored.written_state()
         try:

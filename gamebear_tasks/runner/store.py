@@ -43,7 +43,7 @@ FINAL = ("done", "failed", "cancelled")
 """The states in which nothing of a job runs any more."""
 
 CLIENT_KEPT = 86400.0
-"""Seconds after which a client that was never heard of again is forgotten, when the job is begun again."""
+"""Seconds after which a client that was never heard of again is forgotten."""
 
 CLOCK_STEP = 5.0
 """Seconds by which a clock may be put right between two looks at it, and nothing is made of it."""
@@ -238,7 +238,6 @@ class StoredJob:
                 left.unlink(missing_ok=True)
         for old in self.folder.glob("out-*"):
             shutil.rmtree(old, ignore_errors=True)
-        self._forget_old_clients()
         write_json(self.folder / "order.json", {**order, "after_lost": after_lost})
         self.log.unlink(missing_ok=True)  # a session that reads it goes on reading the old one
         self.log.touch(mode=0o600)
@@ -312,9 +311,14 @@ class StoredJob:
 
     def last_use(self) -> float:
         """Return when the job was last asked for, followed, or changed its state, in seconds since 1970."""
-        return max(map(stamp, (self.folder / "clients", self.folder / "state.json", self.folder / "job.json")))
+        return max(map(stamp, self.stamps()))
 
-    def _forget_old_clients(self) -> None:
+    def stamps(self) -> list[Path]:
+        """Return the files whose times tell when the job was last used."""
+        return [self.folder / name for name in ("clients", "state.json", "job.json")]
+
+    def forget_old_clients(self) -> None:
+        """Forget the clients that were not heard of for long, or will be."""
         with contextlib.suppress(OSError):
             for path in (self.folder / "clients").iterdir():
                 if abs(time.time() - stamp(path)) > CLIENT_KEPT:

@@ -1,0 +1,107 @@
+"""Ctrl-C means stop: the jobs that we wait for are ended on their builders, or left to go on where that is set."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import signal
+import sys
+import threading
+import types
+from collections.abc import Iterator
+
+from .builders import Builder
+from .errors import GamebearError
+from .report import notice
+
+
+class Interest:
+    """While the block runs we wait for a job; an interruption in it ends the job (or leaves it, as is set)."""
+
+    def __init__(self, builder: Builder, digest: str, attempt: str, name: str, interrupt: str) -> None:
+        self._job = digest, attempt
+        self._builder = builder
+        self._name = name
+        self._interrupt = interrupt
+
+    def __enter__(self) -> None:
+        if self._interrupt == "cancel":
+            with _waiting_lock:
+                _waiting[id(self)] = self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with _waiting_lock:
+            mine = _waiting.pop(id(self), None)
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            if self._interrupt == "detach":
+                notice(f"{self._name} goes on on {self._builder.url}; run doit again and it is found")
+            elif mine is not None:
+                self.stop()
+
+    def stop(self) -> None:
+        """End the job on the builder."""
+        notice(f"ending {self._name} on {self._builder.url} (Ctrl-C again to leave at once)")
+        try:
+            ended = self._builder.cancel(*self._job)
+        except KeyboardInterrupt:
+            notice(f"{self._name} may still run on {self._builder.url}; run doit again and it is found")
+            raise
+        except GamebearError as error:
+            notice(f"{self._name} may still run on {self._builder.url}: {error}")
+        else:
+            if not ended:
+                notice(f"{self._name} goes on on {self._builder.url}: somebody else waits for it too")
+
+
+_waiting: dict[int, Interest] = {}
+_waiting_lock = threading.Lock()
+
+
+def _end_what_is_left() -> None:
+    """Before the process ends, end what its threads still wait for: doit's threads die with it."""
+    with _waiting_lock:
+        left = list(_waiting.values())
+        _waiting.clear()
+    with contextlib.suppress(KeyboardInterrupt):
+        for interest in left:
+            interest.stop()
+
+
+atexit.register(_end_what_is_left)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """In a process of `doit -n`, take SIGTERM as Ctrl-C: doit sends it to them when it is interrupted itself."""
+    if multiprocessing.parent_process() is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) == 1 or number == signal.SIGINT:
+            raise KeyboardInterrupt  # a SIGTERM after the first signal is doit's, and not a second wish
+
+    before = signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def say_so_without_a_traceback() -> None:
+    """Let an interruption that ends the process be one line; doit passes it on to Python, which shows its innards."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            notice("interrupted")
+        else:
+            before(kind, error, trace)
+
+    if getattr(before, "__module__", "") != __name__:
+        sys.excepthook = hook

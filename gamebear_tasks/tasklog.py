@@ -1,0 +1,97 @@
+"""A task's log: kept in a file, shown as it comes, gone on with where a run was interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TextIO
+
+from .errors import JobError
+from .report import notice, printable, size
+
+LOGS = Path("build") / "logs"
+"""Where the log of each task's last build is kept, below the folder of `dodo.py`."""
+
+LIMIT = 1 << 30
+"""Bytes of a log that are kept; what comes after them is only shown."""
+
+_LAST = 16384
+"""Bytes of the log's end in which its last lines are looked for."""
+
+
+def path_of(task: str) -> Path:
+    """Return where a task's log is kept."""
+    return LOGS / (task.replace("/", "_").replace("\0", "_")[:200] + ".log")
+
+
+class TaskLog:
+    """A task's log: kept in a file, shown as it comes.
+
+    Beside the file there is a note of which attempt of which job it holds, so that a later run goes on where this one
+    was interrupted.
+    """
+
+    def __init__(self, path: Path, out: TextIO | None) -> None:
+        self.path = path
+        self._note = path.with_name(f".{path.stem}.json")
+        self._out = out
+        self._digest = ""
+        self._attempt = ""
+        self._last = b""
+        self.offset = 0
+
+    def __enter__(self) -> TaskLog:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def begin(self, digest: str, attempt: str) -> None:
+        """Go on with an attempt's log where it was left, or begin it."""
+        self.offset = 0
+        try:
+            note = json.loads(self._note.read_bytes())
+            if note == {"digest": digest, "attempt": attempt}:
+                self.offset = os.fstat(self._file.fileno()).st_size
+                return
+        except (OSError, ValueError):
+            pass
+        self._file.truncate(0)
+        self._note.write_text(json.dumps({"digest": digest, "attempt": attempt}), "utf-8")
+
+    def write(self, data: bytes) -> None:
+        """Keep and show what came."""
+        if not data:
+            return
+        room = max(0, LIMIT - self.offset)
+        self._keep(memoryview(data)[:room])
+        if room and len(data) > room:
+            notice(f"{self.path} is full with the log's first {size(LIMIT)}; the rest is only shown")
+        self._last = (self._last + data)[-_LAST:]
+        self.offset += len(data)
+        if self._out is not None:
+            self._out.write(data.decode("utf-8", "replace"))
+            self._out.flush()
+
+    def _keep(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise JobError(
+                f"The log {self.path} cannot be written: {error.strerror}.",
+                "Make room, then run doit again: what is being built goes on, and is found.",
+            ) from error
+
+    def last_lines(self, count: int) -> list[str]:
+        """Return the last lines, as a person may see them."""
+        data = self._last
+        if self.offset <= LIMIT:
+            with self.path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST))
+                data = file.read()
+        lines = data.decode("utf-8", "replace").splitlines()[-count:]
+        return [printable(line)[:400] for line in lines]

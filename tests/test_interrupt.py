@@ -1,0 +1,77 @@
+"""Ctrl-C means stop: whatever doit was doing, the job is gone from the builder; a second one leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+
+import pytest
+from project import OUR_FRAMES, wait_for
+from proxy import DOWN, UP, Cut
+from remote import MAKES_BIG, MIB, Remote, big_input
+
+
+def interrupted(client: subprocess.Popen[bytes], remote: Remote) -> str:
+    """Press Ctrl-C, wait for the end, and return what was said."""
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) != 0
+    said = remote.said()
+    assert not OUR_FRAMES.search(said.partition("KeyboardInterrupt")[0]), said
+    return said
+
+
+def test_during_an_upload_nothing_is_begun_and_the_next_doit_goes_on_with_it(remote: Remote) -> None:
+    expected = big_input(remote)
+    remote.proxy.cut_next(Cut(UP, 2 * MIB, "stall"))
+    client = remote.project.start()
+    wait_for(lambda: remote.proxy.passed[UP] >= 2 * MIB)
+    interrupted(client, remote)
+    assert not remote.target.exists()
+    assert remote.builds == 0
+    remote.project.doit().ok()
+    assert remote.target.read_text() == expected
+    assert remote.proxy.passed[UP] < 6 * MIB, "what had arrived was not sent again"
+    remote.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("mode", [(), ("-n", "2"), ("-n", "2", "-P", "thread")], ids=["serial", "processes", "threads"])
+def test_during_a_build_the_job_is_ended_on_the_builder(remote: Remote, mode: tuple[str, ...]) -> None:
+    remote.waits()
+    client = remote.project.start(*mode)
+    wait_for(lambda: "begin" in remote.said())
+    assert "ending x.py" in interrupted(client, remote)
+    assert not remote.target.exists()
+    remote.assert_nothing_is_left()
+    remote.go()
+    remote.project.doit().ok()
+
+
+def test_during_a_download_there_is_no_target_and_the_next_doit_fetches_the_rest(remote: Remote) -> None:
+    remote.write(MAKES_BIG)
+    remote.project.doit("list").ok()
+    remote.proxy.cut_next(Cut(DOWN, 2 * MIB, "stall"))
+    client = remote.project.start()
+    wait_for(lambda: remote.proxy.passed[DOWN] >= 2 * MIB)
+    interrupted(client, remote)
+    assert not remote.target.exists()
+    remote.project.doit().ok()
+    assert remote.target.stat().st_size == 4 * MIB
+    assert remote.proxy.passed[DOWN] < 6 * MIB, "what had arrived was not fetched again"
+    assert remote.builds == 1
+    remote.assert_nothing_is_left()
+
+
+def test_twice_leaves_at_once_and_says_what_may_be_left(remote: Remote) -> None:
+    remote.waits()
+    client = remote.project.start()
+    wait_for(lambda: "begin" in remote.said())
+    remote.proxy.stall()
+    client.send_signal(signal.SIGINT)
+    wait_for(lambda: "ending x.py" in remote.said())
+    said = interrupted(client, remote)
+    assert "x.py may still run on ssh://" in said
+    remote.proxy.cut()
+    remote.proxy.go_on()
+    remote.go()
+    remote.project.doit().ok()
+    assert remote.target.read_text() == "made"
