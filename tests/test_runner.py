@@ -212,6 +212,7 @@ def test_a_script_that_changes_while_it_is_built_is_not_taken_for_built(counted:
     write_script(counted, "pass")
     go(counted)
     assert client.wait(60) != 0
+    assert not (counted.folder / "build" / "x").exists()
     assert "changed while it was built" in (counted.folder / "doit.out").read_text()
     counted.doit().ok()
     assert builds(counted) == 2

@@ -46,6 +46,21 @@ with open("x", "w") as file:
     file.write("the artifact")
 """
 
+IMPATIENT = """
+from gamebear_tasks.builders import local, remote
+
+remote.FOLLOW, remote.SILENCE = 0.5, 2.5
+start = local.ProcessConnection.start
+
+def counted(self, command):
+    with open("sessions", "a") as file:
+        file.write("one\\n")
+    return start(self, command)
+
+local.ProcessConnection.start = counted
+"""
+"""Has a client take a builder for dead that says nothing for 2.5 seconds, and counts its sessions."""
+
 WAIT = 'while not os.path.exists(HERE + "/go"): time.sleep(0.02)'
 """Waits for a file called `go` in the project's folder."""
 
@@ -306,10 +321,10 @@ def test_a_disk_that_is_full_at_upload_is_named_and_the_upload_goes_on_when_ther
 def test_a_disk_that_is_full_before_the_job_begins_is_named(
     tmp_path: Path, home: Path, disk: Path, ballast: Path
 ) -> None:
-    job = Job(tmp_path, home, XDG_CACHE_HOME=str(disk))
-    job.store.prepare()
+    Job(tmp_path / "another", home, XDG_CACHE_HOME=str(disk)).ok()
+    job = Job(tmp_path / "this", home, XDG_CACHE_HOME=str(disk))
     fill(ballast, but=0)
-    run = job.project.doit().failed("disk", "room")
+    run = job.project.doit().failed("The builder's disk is full", "Make room there")
     assert job.builds == 0 and "lost" not in run.text
     ballast.unlink()
     job.ok()
@@ -322,7 +337,9 @@ def test_a_disk_that_is_full_before_the_job_begins_is_named(
         pytest.param('with open("big", "wb") as big:\n        while True: big.write(bytes(1 << 20))', id="its files"),
         pytest.param("while True: print('x' * 100000)", id="its log"),
         pytest.param(
-            "import subprocess\n    subprocess.run(['dd', 'if=/dev/zero', 'bs=1M', 'of=big'], check=True)",
+            "import subprocess\n    print('begin')\n    try:\n"
+            "        subprocess.run(['dd', 'if=/dev/zero', 'bs=1M', 'of=big'], check=True)\n"
+            "    finally:\n        os.unlink('big')",
             id="a program",
         ),
     ],
@@ -503,6 +520,7 @@ def test_a_description_that_is_damaged_while_the_job_waits_is_sent_again(
         (job.stored / name).write_text(content)
     assert client.wait(60) == 0, job.said
     assert job.builds == 1
+    assert "lost" not in job.said
 
 
 # 12: many clients, one job, one moment
@@ -612,10 +630,9 @@ time.sleep(1000)
 
 def test_a_build_that_says_nothing_keeps_its_connection(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, "time.sleep(5)")
-    quick = "from gamebear_tasks.builders import remote\nremote.FOLLOW, remote.SILENCE = 0.5, 2.5\n"
-    job.project.write("dodo.py", quick + (tmp_path / "dodo.py").read_text())
-    run = job.ok()
-    assert "connect" not in run.text
+    job.project.write("dodo.py", IMPATIENT + (tmp_path / "dodo.py").read_text())
+    job.ok()
+    assert (tmp_path / "sessions").read_text() == "one\n"
 
 
 # 24: logs
@@ -651,13 +668,11 @@ for number in range(1000):
     log.unlink()
 
 
-def test_a_binary_log_without_a_newline_comes_byte_for_byte(tmp_path: Path, home: Path) -> None:
-    body = 'sys.stdout.flush()\nos.write(1, bytes(range(256)) * 20000)\nos.write(2, b"\\xff\\xfe no newline" * 10)'
-    job = Job(tmp_path, home, body.replace("\\n", "\n"))
+def test_a_binary_log_and_one_without_a_newline_come_byte_for_byte(tmp_path: Path, home: Path) -> None:
+    job = Job(tmp_path, home, 'os.write(1, bytes(range(256)) * 10000 + b"\\r\\n\\xff")\nos.write(2, b"x" * 3_000_000)')
     job.ok()
-    assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == bytes(
-        range(256)
-    ) * 20000 + b"\xff\xfe no newline" * 10
+    expected = bytes(range(256)) * 10000 + b"\r\n\xff" + b"x" * 3_000_000
+    assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == expected
 
 
 def test_a_build_that_writes_without_end_is_ended_by_its_time_limit(tmp_path: Path, home: Path) -> None:
