@@ -24,9 +24,7 @@ def task_usbgx():
 
 def task_gt():
     """gt: sets up USB gadgets from the command line, with its man page"""
-    return artifact(
-        "buildscripts/gt.py", sources={"gt": GT}, inputs=["build/usbgx.tar"], outputs=["build/gt.tar"]
-    )
+    return artifact("buildscripts/gt.py", sources={"gt": GT}, inputs=["build/usbgx.tar"], outputs=["build/gt.tar"])
 
 
 __all__ = ["task_builder", "task_lock", "task_prune", "task_sources"]
