@@ -19,7 +19,7 @@ from .errors import GamebearError, JobError
 from .interrupt import Interest, say_so_without_a_traceback, terminated_as_interrupted
 from .place import Mismatch, place
 from .plan import Plan, check_choice
-from .report import notice, printable
+from .report import notice, printable, size
 from .tasklog import TaskLog
 
 TAIL = 15
@@ -91,21 +91,17 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         digest = order.job.digest
         again = False
         for count in range(1, TRIES + 1):
-            status = builder.submit(order, again)
-            log.begin(digest, status.attempt)
-            if status.joined and not status.is_final:
-                notice(f"{self.plan.name} is being built on {builder.url} already; following")
-            with Interest(builder, digest, status.attempt, self.plan.name, chosen.interrupt):
-                since: float | None = None
-                while True:
-                    status, data = builder.follow(digest, status.attempt, log.offset)
-                    log.write(data)
-                    if status.is_final and not data:
-                        break
-                    if since is None and status.state == "running":
-                        since = time.monotonic()
-                    if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
-                        raise self._overdue(builder, order)
+            with Interest(builder, digest, self.plan.name, chosen.interrupt) as interest:
+                status = builder.submit(order, again)
+                interest.attempt = status.attempt
+                log.begin(digest, status.attempt)
+                if status.joined and status.state == "done":
+                    notice(f"{self.plan.name} was built on {builder.url} before; fetching")
+                    if not log.offset:
+                        log.hide()
+                elif status.joined and not status.is_final:
+                    notice(f"{self.plan.name} is being built on {builder.url} already; following")
+                status = self._follow(builder, order, status, log)
             if status.state == "done":
                 self._check_unchanged(order, chosen)
                 try:
@@ -120,12 +116,31 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             again = status.state == "failed" and status.failure is not None and status.failure.kind == "blob"
             if status.state == "lost":
                 notice(f"{self.plan.name} was lost on {builder.url} (the builder restarted, or ran out of memory)")
-            elif not again:
+            elif not again or count == TRIES:
                 raise self._failure(builder, status, log)
         raise JobError(
             f"{builder.url} lost {self.plan.name} {TRIES} times (job {digest[:12]}).",
             f"See on the builder whether it restarts or runs out of memory; the log is {log.path}.",
         )
+
+    def _follow(self, builder: Builder, order: Order, status: Status, log: TaskLog) -> Status:
+        """Follow a job to its end, within bounds: a builder may say for ever that it runs, or talk without end."""
+        since: float | None = None
+        while True:
+            status, data = builder.follow(order.job.digest, status.attempt, log.offset)
+            log.write(data)
+            if status.is_final and not data:
+                return status
+            if since is None and status.state == "running":
+                since = time.monotonic()
+            if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
+                raise self._overdue(builder, order)
+            if status.state != "running" and log.offset > 2 * tasklog.LIMIT:  # what runs is bounded by its time
+                raise JobError(
+                    f"The log of {self.plan.name} on {builder.url} goes on after {size(log.offset)}, and no job may"
+                    " write so much.",
+                    "See on the builder what runs there.",
+                )
 
     def _check_unchanged(self, order: Order, chosen: Settings) -> None:
         """Refuse to place what was built from files that are others by now: doit would take those for built."""
@@ -164,8 +179,8 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         tail = "".join(f"\n  | {line}" for line in log.last_lines(TAIL) if not line.startswith(OWN_LINES))
         return JobError(
             f"{self.plan.name}, built by {builder.url}, failed. {message}"
-            + (f"\nThe last lines of its log:{tail}" if tail else ""),
-            f"\nThe whole log is {log.path}.",
+            + (f"\nThe last lines of its log:{tail}" if tail else "")
+            + f"\nThe whole log is {log.path}."
         )
 
 

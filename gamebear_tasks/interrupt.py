@@ -15,20 +15,35 @@ from .builders import Builder
 from .errors import GamebearError
 from .report import notice
 
+UNSURE = 5.0
+"""Seconds for which an interruption waits for a builder that has not said whether it has begun a job."""
+
 
 class Interest:
-    """While the block runs we wait for a job; an interruption in it ends the job (or leaves it, as is set)."""
+    """While the block runs we wait for a job; an interruption in it ends the job (or leaves it, as is set).
 
-    def __init__(self, builder: Builder, digest: str, attempt: str, name: str, interrupt: str) -> None:
-        self._job = digest, attempt
+    Args:
+        builder: where it is built.
+        digest: the job.
+        name: what to call it.
+        interrupt: the setting: `cancel` or `detach`.
+
+    Attributes:
+        attempt: which attempt; empty as long as the builder has not said, when it may have begun one all the same.
+    """
+
+    def __init__(self, builder: Builder, digest: str, name: str, interrupt: str) -> None:
+        self.attempt = ""
         self._builder = builder
+        self._digest = digest
         self._name = name
         self._interrupt = interrupt
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Interest:
         if self._interrupt == "cancel":
             with _waiting_lock:
                 _waiting[id(self)] = self
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with _waiting_lock:
@@ -40,14 +55,24 @@ class Interest:
                 self.stop()
 
     def stop(self) -> None:
-        """End the job on the builder."""
+        """End the job on the builder; where it is not known to have begun, do not wait long for that."""
+        if not self.attempt:
+            thread = threading.Thread(target=self._stop, daemon=True)
+            thread.start()
+            thread.join(UNSURE)
+            if thread.is_alive():
+                notice(f"{self._builder.url} does not answer; if {self._name} runs there, doit finds it again")
+            return
+        self._stop()
+
+    def _stop(self) -> None:
         notice(f"ending {self._name} on {self._builder.url} (Ctrl-C again to leave at once)")
         try:
-            ended = self._builder.cancel(*self._job)
+            ended = self._builder.cancel(self._digest, self.attempt)
         except KeyboardInterrupt:
             notice(f"{self._name} may still run on {self._builder.url}; run doit again and it is found")
             raise
-        except GamebearError as error:
+        except (GamebearError, RuntimeError) as error:
             notice(f"{self._name} may still run on {self._builder.url}: {error}")
         else:
             if not ended:
@@ -94,11 +119,15 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 def say_so_without_a_traceback() -> None:
-    """Let an interruption that ends the process be one line; doit passes it on to Python, which shows its innards."""
+    """Let an interruption that ends the process end the jobs too, and be one line.
+
+    doit passes it on to Python, which would show both their innards.
+    """
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
+            _end_what_is_left()  # at exit it may be too late: Python 3.12 starts no thread then
             notice("interrupted")
         else:
             before(kind, error, trace)

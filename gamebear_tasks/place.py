@@ -44,6 +44,12 @@ def part_pattern(target: Path) -> str:
     return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
 
 
+def _part(target: Path, output: Output) -> Path:
+    """Return where a target's content is while it is under way: another place for every name and content."""
+    both = hashlib.sha256(os.fsencode(target.name) + b"/" + output.sha256.encode()).hexdigest()
+    return target.parent / f".{_stem(target)}.{both[:16]}.part"
+
+
 def _stem(target: Path) -> str:
     """Return what of a target's name fits into the name of its part, which may have 255 bytes."""
     return target.name.encode("utf-8", "surrogateescape")[:60].decode("utf-8", "ignore")
@@ -81,7 +87,7 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
                 if len(targets) == 1 and _is_already(target, output):
                     _set_mode(target, output)
                     return 0
-                part = _Part(target, target.parent / f".{_stem(target)}.{output.sha256[:16]}.part", output)
+                part = _Part(target, _part(target, output), output)
                 parts.append(part)
                 file = open_parts.enter_context(_opened(part))
                 fetched += _complete(name, part, file, fetch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from pathlib import Path
@@ -22,7 +23,8 @@ _LAST = 16384
 
 def path_of(task: str) -> Path:
     """Return where a task's log is kept."""
-    return LOGS / (task.replace("/", "_").replace("\0", "_")[:200] + ".log")
+    name = task.replace("/", "_").replace("\0", "_").encode("utf-8", "surrogateescape")[:200]
+    return LOGS / f"{name.decode('utf-8', 'ignore')}.log"
 
 
 class TaskLog:
@@ -38,6 +40,7 @@ class TaskLog:
         self._out = out
         self._digest = ""
         self._attempt = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = b""
         self.offset = 0
 
@@ -62,6 +65,10 @@ class TaskLog:
         self._file.truncate(0)
         self._note.write_text(json.dumps({"digest": digest, "attempt": attempt}), "utf-8")
 
+    def hide(self) -> None:
+        """Show nothing of what comes: it is an old log."""
+        self._out = None
+
     def write(self, data: bytes) -> None:
         """Keep and show what came."""
         if not data:
@@ -73,7 +80,9 @@ class TaskLog:
         self._last = (self._last + data)[-_LAST:]
         self.offset += len(data)
         if self._out is not None:
-            self._out.write(data.decode("utf-8", "replace"))
+            encoding = getattr(self._out, "encoding", None) or "utf-8"
+            text = self._decoder.decode(data)
+            self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._out.flush()
 
     def _keep(self, data: memoryview) -> None:

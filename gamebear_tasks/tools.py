@@ -84,7 +84,7 @@ def _describe_builder() -> TaskError | None:
     def describe() -> Iterator[str]:
         yield f"{url}"
         for name, value in builder_of_this_run(url).describe().items():
-            yield f"  {name}: {size(value) if name == 'free' else value}"
+            yield f"  {name}: {size(value) if name == 'free' and isinstance(value, int) else value}"
 
     return _told(describe)
 
@@ -152,7 +152,7 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
             (pruned.others, "other thing"),
         )
         went = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts if count)
-        yield f"{url}: {went or 'nothing'} removed, {size(pruned.freed)} freed"
+        yield f"On {url} {went or 'nothing'} removed, {size(pruned.freed)} freed"
         for reason in pruned.left:
             yield f"  {printable(reason)}"
 

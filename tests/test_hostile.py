@@ -418,6 +418,16 @@ def follow(request): send(b"all is well\\n" * 20_000, state="running", attempt="
     assert not hostile.target.exists()
 
 
+def test_of_a_job_that_is_over_no_log_without_end_is_taken(hostile: Hostile) -> None:
+    hostile.refused(
+        """
+def submit(request): send(state="failed", attempt="a1")
+def follow(request): send(b"all is well\\n" * 20_000, state="failed", attempt="a1")
+""",
+        "and no job may write so much.",
+    )
+
+
 def test_a_long_log_s_last_lines_are_shown_though_they_are_not_kept(hostile: Hostile) -> None:
     hostile.refused(
         """

@@ -75,3 +75,35 @@ def test_twice_leaves_at_once_and_says_what_may_be_left(remote: Remote) -> None:
     remote.go()
     remote.project.doit().ok()
     assert remote.target.read_text() == "made"
+
+
+EIGHT = """
+from gamebear_tasks import artifact
+
+def task_x():
+    for number in range(8):
+        yield {"name": str(number), **artifact("x.py", outputs=[f"build/{number}/x"], args={"n": number})}
+"""
+
+
+def test_with_more_threads_than_sessions_the_jobs_are_ended_too(remote: Remote) -> None:
+    remote.waits(before="#| arg: n: int\nprint('begin', flush=True)")
+    remote.project.write("dodo.py", EIGHT)
+    client = remote.project.start("-n", "8", "-P", "thread")
+    wait_for(lambda: "begin" in remote.said() and remote.said().count("waiting for a free slot") == 7)
+    interrupted(client, remote)
+    remote.assert_nothing_is_left()
+
+
+def test_right_after_the_job_was_begun_it_is_ended_all_the_same(remote: Remote) -> None:
+    remote.waits()
+    remote.project.doit("list").ok()
+    remote.write("open('x', 'w').write('made')")
+    remote.project.doit().ok()  # the runner is there, so that the next connection has little to say
+    remote.waits()
+    client = remote.project.start()
+    jobs = remote.store / "jobs"
+    before = len(list(jobs.iterdir()))
+    wait_for(lambda: len(list(jobs.iterdir())) > before)
+    interrupted(client, remote)
+    remote.assert_nothing_is_left()

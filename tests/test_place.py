@@ -146,7 +146,22 @@ def test_a_link_where_the_part_would_be_is_not_written_through(tmp_path: Path) -
     said = output(CONTENT["umtprd"])
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
-    (tmp_path / f".umtprd.{said.sha256[:16]}.part").symlink_to(victim)
+    with pytest.raises(BuilderLost):
+        place({"umtprd": tmp_path / "umtprd"}, {"umtprd": said}, broken_after(1))
+    (part,) = tmp_path.glob(part_pattern(tmp_path / "umtprd"))
+    part.unlink()
+    part.symlink_to(victim)
     with pytest.raises(JobError):
         place({"umtprd": tmp_path / "umtprd"}, {"umtprd": said}, fetch)
     assert victim.read_bytes() == b"mine"
+
+
+def write_same(name: str, offset: int, target: Sink, limit: int) -> None:
+    target.write(b"same")
+
+
+def test_two_outputs_of_one_content_with_long_names_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    names = ["n" * 70 + "1", "n" * 70 + "2"]
+    targets = {name: tmp_path / name for name in names}
+    place(targets, dict.fromkeys(names, output(b"same")), write_same)
+    assert [target.read_bytes() for target in targets.values()] == [b"same", b"same"]

@@ -11,14 +11,17 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from project import ROOT, Project
 from sshd import Account
 from test_store_faults import WAIT, Job, wait_for
 
-from gamebear_tasks.runner import buildah
-from gamebear_tasks.runner.store import Store, StoredJob
+from gamebear_tasks.runner import buildah, serve
+from gamebear_tasks.runner import prune as pruning
+from gamebear_tasks.runner.prune import Policy, Prune
+from gamebear_tasks.runner.store import Lock, Store, StoredJob
 
 DAY = 86400.0
 
@@ -66,7 +69,7 @@ def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, fr
     grow_old(old.store, 10)
     new.ok()
     assert "nothing removed" in prune(old, "--older", "11")
-    assert "local:: 1 job, 2 inputs removed, " in prune(old, "--older", "9.5")
+    assert "On local: 1 job, 2 inputs removed, " in prune(old, "--older", "9.5")
     assert len(list(old.store.jobs.iterdir())) == 1
     assert len(list(old.store.blobs.iterdir())) == 2
     for job in (new, old):
@@ -271,3 +274,104 @@ def test_a_bare_doit_of_our_own_project_does_not_prune(monkeypatch: pytest.Monke
     monkeypatch.chdir(ROOT)
     dodo = runpy.run_path("dodo.py")
     assert "task_prune" in dodo and "prune" not in dodo["DOIT_CONFIG"]["default_tasks"]
+
+
+# what no run of doit comes to at the right moment
+
+
+@pytest.fixture
+def bare_store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "gamebear" / "v1")
+    store.prepare()
+    return store
+
+
+def old_result(store: Store, digit: str) -> StoredJob:
+    """Put a result into a store that nobody has used for some minutes."""
+    job = store.job(digit * 64)
+    (job.folder / "clients").mkdir(parents=True)
+    for path in (job.folder / "job.json", job.folder / "lock"):
+        path.touch()
+    outputs = job.outputs("a1")
+    outputs.mkdir()
+    (outputs / "x").write_bytes(b"artifact")
+    about = {"size": 8, "sha256": hashlib.sha256(b"artifact").hexdigest(), "executable": False}
+    job.write_state({"state": "done", "attempt": "a1", "outputs": {"x": about}})
+    disuse(job)
+    return job
+
+
+def disuse(job: StoredJob) -> None:
+    for path in job.stamps():
+        os.utime(path, (time.time() - 300,) * 2)
+
+
+def test_a_result_that_is_being_fetched_stays_however_long_it_takes(
+    bare_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = old_result(bare_store, "a")
+    written: list[bytes] = []
+    used: list[bool] = []
+
+    def write(data: bytes) -> None:
+        if written:  # the answer's header comes first
+            disuse(job)  # the client takes this long
+            assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
+        written.append(data)
+
+    def note_use(job: StoredJob) -> None:
+        used.append(True)
+        touch(job)
+
+    touch = StoredJob.touch
+    monkeypatch.setattr(serve, "_write", write)
+    monkeypatch.setattr(serve, "USE_NOTED", -1.0)
+    monkeypatch.setattr(StoredJob, "touch", note_use)
+    reply, send = serve.Session(bare_store)._fetch(job.digest, "a1", "x", 0)
+    assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
+    disuse(job)
+    assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
+    send(reply)
+    assert written[-1] == b"artifact" and len(used) == 3
+    assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0, "its client fetches the next output now"
+    disuse(job)
+    assert Prune(bare_store, Policy(size=0), 15).run().jobs == 1
+
+
+def test_a_prune_gets_further_with_each_call_however_slow_the_disk(
+    bare_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for digit in "abc":
+        old_result(bare_store, digit)
+    walked: list[Path] = []
+
+    def allocated(path: Path) -> int:
+        walked.append(path)
+        return 1
+
+    monkeypatch.setattr(pruning, "_allocated", allocated)
+    for left in (2, 1, 0):
+        pruned = Prune(bare_store, Policy(size=0), 0.0).run()
+        assert len(list(bare_store.jobs.iterdir())) == left and pruned.jobs == 1
+    assert len([path for path in walked if path.parent == bare_store.jobs]) == 3, "each once"
+
+
+def test_an_upload_that_stays_is_not_counted_as_gone(bare_store: Store) -> None:
+    part, blob = bare_store.tmp / f"{'0' * 64}.part", bare_store.blobs / ("1" * 64)
+    for number, path in enumerate((part, blob)):
+        path.write_bytes(bytes(100_000))
+        os.utime(path, (1000 + number,) * 2)
+    with Lock(part):
+        assert Prune(bare_store, Policy(size=150_000), 15).run().blobs == 1
+    assert part.exists() and not blob.exists()
+
+
+def test_removing_images_ends_when_the_time_is_up(bare_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [{"id": f"{number:064x}", "names": [f"localhost/gamebear-test:{number}"]} for number in range(5)]
+    for image in images:
+        (bare_store.images / f"{image['id']}.used").touch()
+    monkeypatch.setattr(pruning, "facts", lambda root: SimpleNamespace(storage=("--root",)))
+    monkeypatch.setattr(pruning, "outside", lambda root, known, *words: json.dumps(images) if "images" in words else "")
+    pruned = Prune(bare_store, Policy(images=True), 0.0).run()
+    assert pruned.images == 1 and pruned.more
+    assert len(list(bare_store.images.glob("*.used"))) == 5

@@ -282,6 +282,11 @@ def test_a_branch_without_an_entry_in_the_lock_file() -> None:
         ("--upload-pack=touch /tmp/x", "main"),
         ("", "main"),
         ("https://user:secret@git.example/x", "main"),
+        ("https://user:s3/secret@git.example/x", "main"),
+        ("https://user:secret@git.example/x\n", "main"),
+        ("https://ghp_secret@git.example/x", "main"),
+        ("HTTP://ghp_secret@git.example/x", "main"),
+        ("ssh://git:secret@git.example/x", "main"),
         ("https://git.example/x\nhost=evil", "main"),
         ("https://git.example/x", "--all"),
         ("https://git.example/x", ""),
@@ -293,6 +298,28 @@ def test_urls_and_revisions_that_git_would_misread_are_refused(url: str, rev: st
     """At once, when dodo.py is read; and a password is not repeated."""
     with pytest.raises(SettingsError) as caught:
         git(url, rev)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ssh://git@git.example/x",
+        "git@git.example:x",
+        "https://git.example/@x/y@z",
+        "https://git.example:8080/x@y",
+        "https://[::1]:8080/x@y",
+    ],
+)
+def test_a_user_name_for_ssh_is_no_secret(url: str) -> None:
+    """Nor is an @ in a path."""
+    assert git(url, "main").url == url
+
+
+def test_an_archive_with_a_token_is_refused_and_the_token_not_repeated() -> None:
+    """As with git."""
+    with pytest.raises(SettingsError, match=r"the URL of web\.example holds a password, or a user name that") as caught:
+        archive("https://ghp_secret@web.example/x.tar", "0" * 64)
     assert "secret" not in str(caught.value)
 
 
@@ -568,6 +595,28 @@ def test_what_is_no_archive_is_refused(data: bytes, tmp_path: Path, cache: Path)
     """Though its hash is right."""
     digest = put(tmp_path, data)
     with pytest.raises(SourceError, match=r"cannot be unpacked: .* It must be a tar file"):
+        archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
+
+
+def test_a_damaged_bzip2_archive_is_not_taken_for_a_full_disk(tmp_path: Path, cache: Path) -> None:
+    """Python says OSError of both."""
+    data = bytearray(bz2.compress(os.urandom(300_000)))
+    data[5000:5100] = bytes(100)
+    digest = put(tmp_path, bytes(data))
+    with pytest.raises(SourceError, match=r"cannot be unpacked: it is damaged \(Invalid data stream\)"):
+        archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
+
+
+@pytest.mark.parametrize("mtime", ["nan", "inf", "-inf"])
+def test_an_archive_with_a_time_that_is_none_is_damaged(tmp_path: Path, cache: Path, mtime: str) -> None:
+    """PAX writes times as text."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("x/y")
+        member.pax_headers = {"mtime": mtime}
+        tar.addfile(member)
+    digest = put(tmp_path, out.getvalue())
+    with pytest.raises(SourceError, match=rf"it is damaged: its entry 'x/y' has the time {mtime}\."):
         archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from sshd import Account, Sshd, client_home, fingerprint, new_key, public
 
-from gamebear_tasks.builders import ssh_config, ssh_hosts
+from gamebear_tasks import builders
+from gamebear_tasks.builders import local, ssh, ssh_config, ssh_hosts
 from gamebear_tasks.builders.ssh import SSHChannel, SSHConnection, open_builder
 from gamebear_tasks.builders.ssh_config import Address
 from gamebear_tasks.errors import BuilderBusy, BuilderError, BuilderLost, SettingsError
@@ -150,10 +151,29 @@ def test_a_url_that_makes_no_sense_is_refused_before_anything_is_tried(url: str,
     assert complaint in str(caught.value)
 
 
-def test_a_password_in_a_url_is_not_repeated() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ssh://pi:secret@host",
+        "ssh://pi:s/secret@host",
+        "ssh://pi:secret#t@host",
+        "ssh://pi:secret?t@host",
+        "ssh://pi:secret@t@host",
+        "ssh://pi%3Asecret@host",
+        "ssh://pi:secret@host/srv",
+        "ssh:/pi:secret@host",
+        "shs://pi:secret@host",
+        "shs://pi:s/secret@host",
+        "pi:secret@host",
+        "://pi:secret@host",
+        "local:pi:secret@host",
+    ],
+)
+def test_a_password_in_a_url_is_not_repeated(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        ssh_config.parse_url("ssh://pi:secret@host")
+        builders.open_builder(url)
     assert "secret" not in str(caught.value)
+    assert "@host" in str(caught.value)
 
 
 def test_paramiko_is_not_imported_before_a_connection_is_opened() -> None:
@@ -210,6 +230,14 @@ def test_without_ssh_an_include_is_refused_rather_than_overlooked(
     assert "has an Include" in refusal("ssh://pi", SettingsError)
 
 
+@pytest.mark.parametrize("line", ["Port ssh", "Port 65536", "ServerAliveCountMax many", "ServerAliveCountMax -1"])
+def test_without_ssh_a_number_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    configure(come_from(client_home(tmp_path), monkeypatch), f"Host pi\n {line}\n")
+    without_ssh(tmp_path, monkeypatch)
+    keyword, value = line.lower().split()
+    assert f"for pi has '{value}' for {keyword}, which must be a number" in refusal("ssh://pi", SettingsError)
+
+
 def test_a_damaged_configuration_is_told_in_the_words_of_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(come_from(client_home(tmp_path), monkeypatch), "Host pi\n Prot 22\n")
     assert "Bad configuration option: prot" in refusal("ssh://pi", SettingsError)
@@ -257,6 +285,49 @@ def test_a_program_that_says_nothing_for_too_long_counts_as_lost(server: Sshd, h
     channel = connect(server.url).start("sleep 60")
     with pytest.raises(BuilderLost, match=r"has been silent for 0\.2 seconds"):
         channel.receive(1, 0.2)
+
+
+def test_a_program_that_takes_nothing_for_too_long_counts_as_lost(
+    server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "SEND_SILENCE", 1.0)
+    monkeypatch.setattr(local, "SEND_SILENCE", 1.0)
+    here = local.ProcessConnection().start("exec sleep 10")
+    for channel in (connect(server.url).start("sleep 10"), here):
+        with pytest.raises(BuilderLost, match=r"has taken nothing for 1 seconds"):
+            channel.send(bytes(16 * MIB))
+        channel.close()
+
+
+def test_a_program_that_takes_little_at_a_time_is_not_given_up(
+    server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh, "SEND_SILENCE", 1.0)
+    monkeypatch.setattr(local, "SEND_SILENCE", 1.0)
+    slow = "for i in 1 2 3 4 5; do sleep 0.4; head -c 1000000 >/dev/null; done; exec cat >/dev/null"
+    for connection in (connect(server.url), local.ProcessConnection()):
+        channel = connection.start(slow)
+        start = time.monotonic()
+        channel.send(bytes(8 * MIB))
+        assert time.monotonic() - start > 1.0
+        channel.close()
+
+
+@pytest.mark.usefixtures("home")
+def test_a_server_that_does_not_answer_the_wish_for_a_program_counts_as_lost(
+    server: Sshd, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import paramiko
+
+    connection = connect(server.url)
+    monkeypatch.setattr(ssh, "HANDSHAKE_TIMEOUT", 1.0)
+    monkeypatch.setattr(paramiko.Channel, "_request_success", lambda self, message: None)
+    handlers = {**paramiko.Transport._channel_handler_table}  # type: ignore[attr-defined]
+    handlers[paramiko.common.MSG_CHANNEL_SUCCESS] = lambda channel, message: None
+    monkeypatch.setattr(paramiko.Transport, "_channel_handler_table", handlers)
+    with pytest.raises(BuilderLost, match="does not answer when it is asked to run a program"):
+        connection.start("sleep 10")
+    assert connection.is_alive
 
 
 def test_a_program_that_has_ended_takes_nothing_and_the_connection_goes_on(
@@ -521,6 +592,22 @@ def test_a_changed_host_key_is_refused_and_may_be_an_attack(server: Sshd, home: 
     assert f"{known}:2" in text
     assert "may be an attack" in text
     assert f"`ssh-keygen -R '[127.0.0.1]:{server.port}' -f {known}`" in text
+
+
+def test_keys_of_the_plain_name_are_good_on_a_port_only_while_it_has_none_of_that_kind(
+    server: Sshd, home: Path, tmp_path: Path, connect: Connect
+) -> None:
+    known = home / ".ssh" / "known_hosts"
+    plain = f"127.0.0.1 {public(server.host_keys['ed25519'])}\n"
+    known.write_text(plain)
+    assert run(connect(server.url), "echo in") == "in\n"
+    known.write_text(f"{plain}[127.0.0.1]:{server.port} {public(new_key(tmp_path / 'ecdsa', 'ecdsa'))}\n")
+    configure(home, "HostKeyAlgorithms ssh-ed25519\n")
+    assert run(connect(server.url), "echo in") == "in\n"
+    known.write_text(f"{plain}[127.0.0.1]:{server.port} {public(new_key(tmp_path / 'own'))}\n")
+    text = refusal(server.url)
+    assert "its host key has changed" in text
+    assert f"{known}:2" in text
 
 
 def test_a_revoked_host_key_is_refused(server: Sshd, home: Path) -> None:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
+import lzma
 import os
+import select
 import shutil
 import signal
 import subprocess
+import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,9 +26,9 @@ from pathlib import Path
 import pytest
 from project import Project, Run
 
-from gamebear_tasks.runner import buildah, slots
+from gamebear_tasks.runner import bases, buildah, serve, slots, supervise, wire, work
 from gamebear_tasks.runner.files import sha256
-from gamebear_tasks.runner.store import Lock, Store
+from gamebear_tasks.runner.store import Lock, Store, StoredJob
 
 DODO = """
 from gamebear_tasks import artifact, task_prune
@@ -692,3 +697,137 @@ def test_a_build_that_writes_more_than_a_log_may_hold_is_ended(tmp_path: Path, h
     assert isinstance(failure, dict) and failure["kind"] == "log"
     assert "more than 1024 MiB to its log" in failure["message"]
     job.assert_nothing_is_left()
+
+
+# what no run of doit comes to at the right moment
+
+
+@pytest.fixture
+def queued(tmp_path: Path) -> StoredJob:
+    """A job that is about to begin, with the attempt a1."""
+    store = Store(tmp_path / "gamebear" / "v1")
+    store.prepare()
+    job = store.job("a" * 64)
+    job.work.parent.mkdir()
+    job.write_state({"state": "queued", "attempt": "a1"})
+    return job
+
+
+def test_cancel_says_truthfully_that_a_job_has_not_ended(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "CANCEL_SECONDS", 0.1)
+    session = serve.Session(queued.store)
+    with queued.lock():
+        assert session._cancel(queued.digest, "a1", "me") == {"state": "running", "others": 0}
+    assert session._cancel(queued.digest, "a0", "me") == {"state": "lost", "others": 0}
+    assert session._cancel("b" * 64, "a1", "me") == {"state": "absent", "others": 0}
+
+
+def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "CANCEL_SECONDS", 10.0)
+    lock = queued.lock()
+    lock.acquire()
+
+    def obey() -> None:
+        wait_for(lambda: queued.is_asked_to_stop("a1"))
+        queued.write_state({"state": "queued", "attempt": "a2"})
+        wait_for(lambda: queued.is_asked_to_stop("a2"))
+        queued.write_state({"state": "cancelled", "attempt": "a2"})
+        lock.release()
+
+    supervisor = threading.Thread(target=obey)
+    supervisor.start()
+    assert serve.Session(queued.store)._cancel(queued.digest, "", "me") == {"state": "cancelled", "others": 0}
+    supervisor.join()
+    assert queued.was_seen("a2")
+
+
+def test_a_job_can_be_stopped_while_its_folder_is_filled(queued: StoredJob) -> None:
+    content = b"an input"
+    digest = hashlib.sha256(content).hexdigest()
+    queued.store.blob(digest).write_bytes(content)
+    file = {"name": "x.py", "sha256": digest}
+    job = {"script": file, "modules": {}, "inputs": {"a": file, "b": file}, "sources": []}
+    supervisor = supervise.Supervisor(queued, "a1")
+    laid: list[str] = []
+
+    def check() -> None:
+        laid[:] = [path.name for path in queued.work.iterdir()]
+        if "a" in laid:
+            queued.ask_to_stop("a1")
+        supervisor._check_stop()
+
+    with pytest.raises(supervise.Cancelled):
+        work.fill(queued, job, {}, check)
+    assert "b" not in laid
+    os.close(supervisor.log)
+
+
+def test_a_job_that_was_stopped_while_the_builder_was_looked_at_does_not_begin(
+    queued: StoredJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = supervise.Supervisor(queued, "a1")
+    known = buildah.Facts("1", True, (), "overlay", "oci", True, "amd64", (), ())
+
+    def facts(root: Path) -> buildah.Facts:
+        queued.ask_to_stop("a1")
+        return known
+
+    monkeypatch.setattr(supervise, "facts", facts)
+    monkeypatch.setattr(supervisor, "_document", lambda: {"arch": "amd64"})
+    monkeypatch.setattr(supervisor, "_order", lambda: {"trees": {}})
+    with pytest.raises(supervise.Cancelled):
+        supervisor._build()
+    os.close(supervisor.log)
+
+
+def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        member = tarfile.TarInfo("file")
+        member.size = 5000
+        tar.addfile(member, io.BytesIO(bytes(5000)))
+    for content in (b"no archive" * 100, buffer.getvalue()[:2000]):
+        digest = hashlib.sha256(content).hexdigest()
+        queued.store.blob(digest).write_bytes(content)
+        job = {"script": {"name": "x.py", "sha256": digest}, "modules": {}, "inputs": {}, "sources": ["src"]}
+        with pytest.raises(work.JobFailed, match="source src cannot be unpacked"):
+            work.fill(queued, job, {"src": digest}, lambda: None)
+        shutil.rmtree(queued.work)
+
+
+def test_a_failed_build_whose_log_cannot_be_read_fails_as_it_did(queued: StoredJob) -> None:
+    supervisor = supervise.Supervisor(queued, "a1")
+    queued.log.unlink()
+    supervisor._check_room("", {})
+    os.close(supervisor.log)
+
+
+def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: Path) -> None:
+    runner = Path(serve.__file__).parents[1]
+    program = f"import sys; sys.path.insert(0, {str(runner)!r}); from runner import serve; serve.main()"
+    size = 1 << 60
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as session:
+        assert session.stdin is not None and session.stdout is not None
+        assert session.stdout.readline() == wire.PREAMBLE + b" ready\n"
+        header = {"op": "put", "sha256": "0" * 64, "size": size, "offset": 0}
+        session.stdin.write(wire.encode(header, size) + bytes(1000))
+        session.stdin.flush()
+        if not select.select([session.stdout], [], [], 20.0)[0]:
+            session.kill()
+        answer = wire.decode(session.stdout.read)
+        assert answer is not None and "The builder's disk is full" in answer[0]["error"]
+        assert session.wait(10) == 0
+
+
+def test_an_index_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "UNPACKED_LIMIT", 3 * MIB)
+    bases._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
+    bases._check_xz(lzma.compress(b""))
+    for content, reason in ((lzma.compress(bytes(5 * MIB)), "more than 3 MiB"), (lzma.compress(b"x")[:-4], "cut off")):
+        with pytest.raises(lzma.LZMAError, match=reason):
+            bases._check_xz(content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -189,6 +191,17 @@ class Builder(Protocol):
         ...
 
 
+def shown(url: str) -> str:
+    """Return a builder's URL as messages may repeat it: with … for what may hold a password."""
+    match = re.match(r"([^:]*:(?://)?)(.*)@(.*)\Z", url, re.DOTALL)
+    if match is None:
+        return url
+    head, user, place = match.groups()
+    if head.endswith("://") and not re.search("[:/?#]", urllib.parse.unquote(user)):
+        return url
+    return f"{head}…@{place}"
+
+
 def open_builder(url: str) -> Builder:
     """Open the builder that a URL names; connects only when it is first asked something.
 
@@ -198,14 +211,14 @@ def open_builder(url: str) -> Builder:
     scheme, colon, _ = url.partition(":")
     if not colon or not scheme:
         raise SettingsError(
-            f"The builder {url!r} is not a URL.", "Say builder=local: or builder=ssh://user@host, for example."
+            f"The builder {shown(url)!r} is not a URL.", "Say builder=local: or builder=ssh://user@host, for example."
         )
     found: dict[str, dict[str, EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, {})[entry.value] = entry
     if scheme not in found:
         raise SettingsError(
-            f"No installed builder has the scheme {scheme!r} of {url!r}.",
+            f"No installed builder has the scheme {scheme!r} of {shown(url)!r}.",
             f"There are: {', '.join(sorted(found))}. Others come with packages that add them.",
         )
     packages = sorted(entry.dist.name if entry.dist else entry.value for entry in found[scheme].values())

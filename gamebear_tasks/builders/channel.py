@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+SEND_SILENCE = 300.0
+"""Seconds without an accepted byte after which whoever should take what is sent counts as lost.
+
+Longer than for an answer: a slow disk may hold up a runner that has megabytes to write.
+"""
+
 
 class Channel(Protocol):
     """The standard input and output of a program on the builder.
@@ -12,7 +18,7 @@ class Channel(Protocol):
     """
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`."""
+        """Send all of `data`; lost after `SEND_SILENCE` seconds in which none of it is taken."""
         ...
 
     def receive(self, size: int, timeout: float) -> bytes:

@@ -10,7 +10,8 @@ import subprocess
 import threading
 
 from ..errors import BuilderError, BuilderLost, SettingsError
-from .channel import Channel
+from . import shown
+from .channel import SEND_SILENCE, Channel
 from .remote import RunnerBuilder
 
 CLOSING = 2.0
@@ -33,6 +34,7 @@ class ProcessChannel:
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._stdin = self._process.stdin.fileno()
         self._stdout = self._process.stdout.fileno()
+        os.set_blocking(self._stdin, False)
         self._errors = bytearray()
         self._drain = threading.Thread(target=self._read_errors, daemon=True)
         self._drain.start()
@@ -49,7 +51,10 @@ class ProcessChannel:
         view = memoryview(data)
         try:
             while view:
-                view = view[os.write(self._stdin, view) :]
+                if not select.select([], [self._stdin], [], SEND_SILENCE)[1]:
+                    raise BuilderLost(f"The runner on this machine has taken nothing for {SEND_SILENCE:g} seconds.")
+                with contextlib.suppress(BlockingIOError):
+                    view = view[os.write(self._stdin, view) :]
         except OSError as error:
             raise BuilderLost(f"The runner on this machine has ended ({error.strerror}).") from error
 
@@ -122,5 +127,7 @@ def open_builder(url: str) -> RunnerBuilder:
         SettingsError: something follows the colon.
     """
     if url != "local:":
-        raise SettingsError(f"The builder {url!r} is not known.", "This machine is `local:`, nothing after the colon.")
+        raise SettingsError(
+            f"The builder {shown(url)!r} is not known.", "This machine is `local:`, nothing after the colon."
+        )
     return RunnerBuilder(url, "this machine", ProcessConnection)

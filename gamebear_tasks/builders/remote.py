@@ -11,6 +11,7 @@ import os
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -88,6 +89,7 @@ class RunnerBuilder:
         self._connection: Connection | None = None
         self._idle: list[_Session] = []
         self._open = 0
+        self._queue: deque[object] = deque()
         self._limit = SESSIONS
         self._met = False
         self._given_up: BuilderError | None = None
@@ -143,7 +145,7 @@ class RunnerBuilder:
             return []
 
         with self._changed:
-            others_wait = self._open >= self._limit and not self._idle
+            others_wait = bool(self._queue) or self._open + (not self._idle) >= self._limit
         asked = time.monotonic()
         reply = self._ask(
             {
@@ -187,6 +189,10 @@ class RunnerBuilder:
     def cancel(self, digest: str, attempt: str) -> bool:
         """End a job, unless somebody else waits for it too."""
         reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client})
+        if not reply.get("others") and reply.get("state") == "running":
+            raise BuilderError(
+                f"{self.place} has not ended the job yet.", "It was told to; doit finds it if it goes on all the same."
+            )
         return not reply.get("others")
 
     def leave(self, digest: str) -> None:
@@ -220,7 +226,8 @@ class RunnerBuilder:
 
     def describe(self) -> Mapping[str, Any]:
         """Say what the builder is."""
-        return self._ask({"op": "hello"})
+        said = self._ask({"op": "hello"})
+        return {_text(name): value if _is_size(value) else _text(value) for name, value in said.items()}
 
     def close(self) -> None:
         """Close the connection."""
@@ -335,8 +342,7 @@ class RunnerBuilder:
         until = time.monotonic() + BUSY_PATIENCE
         while True:
             with self._changed:
-                while not self._idle and self._open >= self._limit:
-                    self._changed.wait(1.0)
+                self._wait_in_line()
                 if self._given_up is not None:
                     raise self._given_up
                 if self._idle:
@@ -357,17 +363,32 @@ class RunnerBuilder:
             except BaseException:
                 with self._changed:
                     self._open -= 1
-                    self._changed.notify()
+                    self._changed.notify_all()
                 raise
+
+    def _wait_in_line(self) -> None:
+        """Wait until there is a session to be had, first come first served; the caller holds `_changed`.
+
+        In line, because whoever gives a session back and asks again at once would have it again before one that waits
+        wakes up: a follower would keep out what ends the job that it follows.
+        """
+        turn = object()
+        self._queue.append(turn)
+        try:
+            while self._queue[0] is not turn or (not self._idle and self._open >= self._limit):
+                self._changed.wait(1.0)
+        finally:
+            self._queue.remove(turn)
+            self._changed.notify_all()
 
     def _give_back(self, session: _Session) -> None:
         with self._changed:
             if session.connection is self._connection:
                 self._idle.append(session)
-                self._changed.notify()
+                self._changed.notify_all()
                 return
             self._open -= 1
-            self._changed.notify()
+            self._changed.notify_all()
         session.close()
 
     def _drop(self, session: _Session, broken: bool) -> None:
@@ -566,13 +587,22 @@ class _Session:
     def ask(self, header: Mapping[str, Any], body: _Body | None, sink: _Take | None, limit: int) -> dict[str, Any]:
         """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""
         length = body.length if body is not None else 0
-        start = wire.encode(dict(header), length)
+        try:
+            start = wire.encode(dict(header), length)
+        except wire.WireError as error:
+            raise BuilderError(
+                f"The request to {self._place} is too long ({error}).",
+                "A job's args and the list of its files are part of it: put what is large into an input file.",
+            ) from error
         if body is not None and length <= CHUNK:
             start += b"".join(body)
             body = None
-        self._channel.send(start)
-        for piece in body or ():
-            self._channel.send(piece)
+        try:
+            self._channel.send(start)
+            for piece in body or ():
+                self._channel.send(piece)
+        except BuilderLost as lost:  # it may have refused the body before it had all of it, and ended
+            raise self._refusal() or lost from lost
         message = self._message()
         if message is None:
             self.channel_says = _last_lines(self._channel.errors())
@@ -588,6 +618,16 @@ class _Session:
                 sink(data)
             size_there -= len(data)
         return reply
+
+    def _refusal(self) -> BuilderError | None:
+        """Return what the runner said last, if that is why it ended."""
+        try:
+            message = self._message()
+        except BuilderError:
+            return None
+        if message is None or "error" not in message[0]:
+            return None
+        return BuilderError(f"On {self._place}: {_text(message[0]['error'])}", _text(message[0].get("hint", "")))
 
     def _message(self) -> tuple[wire.Header, int] | None:
         try:
@@ -707,6 +747,10 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 def _is_digest(value: object) -> TypeGuard[str]:
     return is_sha256(value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, int) and 0 <= value < 1 << 63)
 
 
 def _mapping(value: object) -> dict[str, Any]:

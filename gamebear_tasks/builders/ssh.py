@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SettingsError
 from . import ssh_config, ssh_hosts
+from .channel import SEND_SILENCE
 from .remote import RunnerBuilder
 from .ssh_config import Address, Host
 
@@ -95,12 +96,20 @@ class SSHConnection:
                 ) from error
         tail = ErrorTail(channel)
         channel.in_stderr_buffer = tail
+        until = time.monotonic() + HANDSHAKE_TIMEOUT
+        timer = threading.Timer(HANDSHAKE_TIMEOUT, channel.close)  # paramiko would wait for the answer for ever
+        timer.daemon = True
+        timer.start()
         try:
             channel.exec_command(command)
         except (paramiko.SSHException, EOFError, OSError) as error:
             if not self._transport.is_active():
                 raise self.lost(error) from error
+            if time.monotonic() >= until:
+                raise BuilderLost(f"{self.place} does not answer when it is asked to run a program.") from error
             raise BuilderError(f"{self.place} refuses to run programs ({error}).") from error
+        finally:
+            timer.cancel()
         self._has_started = True
         return SSHChannel(self, channel, tail)
 
@@ -304,16 +313,29 @@ class SSHChannel:
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`."""
         view = memoryview(data).cast("B")
+        until = time.monotonic() + SEND_SILENCE
         while view:
+            # Not by the channel's own time-out, which belongs to `receive`.
+            if not self._may_send(until - time.monotonic()):
+                raise BuilderLost(f"{self._connection.place} has taken nothing for {SEND_SILENCE:g} seconds.")
             try:
                 sent = self._channel.send(bytes(view[:_PIECE]))
-            except TimeoutError:  # `receive` shares its time-out with us; it does not matter how long a program takes
+            except TimeoutError:  # another thread has used the window up
                 continue
             except Exception as error:  # whatever paramiko and its socket come up with
                 raise self._lost(error) from error
             if not sent:
                 raise self._lost(None)
             view = view[sent:]
+            until = time.monotonic() + SEND_SILENCE
+
+    def _may_send(self, timeout: float) -> bool:
+        """Wait until the server takes more, or the channel is closed; say whether that was within the time-out."""
+        channel = self._channel
+        with channel.lock:
+            return channel.out_buffer_cv.wait_for(
+                lambda: bool(channel.out_window_size or channel.closed or channel.eof_sent), max(0.0, timeout)
+            )
 
     def receive(self, size: int, timeout: float) -> bytes:
         """Return 1 to `size` bytes, or `b""` when the program has closed its output."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SettingsError
+from . import shown
 
 CONNECT_TIMEOUT = 15.0
 """Seconds to wait for a connection where the configuration has no `ConnectTimeout`."""
@@ -107,24 +108,27 @@ def parse_url(url: str) -> Address:
     Raises:
         SettingsError: it is anything else.
     """
-    match = re.match(r"ssh://(?:([^/?#]*)@)?([^/?#@]*)(.*)\Z", url, re.DOTALL)
+    what = f"The builder {shown(url)!r}"
+    # Up to the last @: who writes a password there does not think of escaping a `/` in it.
+    match = re.match(r"ssh://(?:(.*)@)?([^/?#@]*)([^@]*)\Z", url, re.DOTALL)
     if match is None:
         raise SettingsError(
-            f"The builder {url!r} is not an SSH address.",
+            f"{what} is not an SSH address.",
             "Write it as ssh://[user@]host[:port], as in ssh://pi@buildpi.",
         )
     user, place, rest = match.groups()
+    user = None if user is None else urllib.parse.unquote(user)
     if user is not None and ":" in user:
         raise SettingsError(
             f"The builder ssh://…@{place} has a password in its address, where others can read it.",
             "Leave it out: log in with a key (ssh-copy-id puts it there), or type the password when asked.",
         )
-    if rest not in ("", "/"):
+    if rest not in ("", "/") or (user is not None and re.search("[/?#]", user)):
         raise SettingsError(
-            f"The builder {url!r} has a path, a query or a fragment in its address, and a builder has none.",
+            f"{what} has a path, a query or a fragment in its address, and a builder has none.",
             "Write it as ssh://[user@]host[:port].",
         )
-    return _address(place, None if user is None else urllib.parse.unquote(user), f"The builder {url!r}")
+    return _address(place, user, what)
 
 
 def _address(place: str, user: str | None, what: str) -> Address:
@@ -249,12 +253,23 @@ def _host(address: Address, options: Mapping[str, list[str]]) -> Host:
         text = one(keyword)
         return frozenset() if text[:1] in ("", "+", "-", "^") else frozenset(text.split(","))
 
+    def number(keyword: str, default: int, most: int) -> int:
+        text = one(keyword, str(default))
+        if not re.match(r"[0-9]{1,10}\Z", text) or not 0 <= int(text) <= most:
+            raise SettingsError(
+                f"The SSH configuration for {address.host} has {text!r} for {keyword}, which must be a number "
+                f"up to {most} here.",
+                "Write the number in ~/.ssh/config, or install OpenSSH's client (Debian: openssh-client), which also "
+                "reads names.",
+            )
+        return int(text)
+
     def yes(keyword: str, default: str) -> bool:
         return one(keyword, default).lower() in ("yes", "true")
 
     hostname = one("hostname", address.host)
     user = one("user") or _login()
-    port = int(one("port", "22"))
+    port = number("port", 22, 65535)
     local = socket.gethostname()
     jump = one("proxyjump", "none")
     alias = one("hostkeyalias")
@@ -313,7 +328,7 @@ def _host(address: Address, options: Mapping[str, list[str]]) -> Host:
         may_ask=not yes("batchmode", "no"),
         connect_timeout=_seconds(one("connecttimeout"), CONNECT_TIMEOUT),
         alive_interval=_seconds(one("serveraliveinterval"), ALIVE_INTERVAL),
-        alive_count=max(1, int(one("serveralivecountmax", "3"))),
+        alive_count=max(1, number("serveralivecountmax", 3, 2**31 - 1)),
     )
 
 

@@ -83,7 +83,7 @@ def known(host: Host) -> Known:
     """Read what is known about a host from all of its known_hosts files; damaged lines are passed over, as by ssh."""
     names = [host.known_as]
     if not host.alias and host.port != 22:
-        names.append(host.hostname.lower())  # as ssh: a key known for the plain name is good on any port
+        names.append(host.hostname.lower())  # as ssh: its keys are good on a port that has none of its own
     lines = [line for path in host.known_hosts for line in _read(path)]
     found = [line for line in lines if any(matches(line.hosts, name) for name in names)]
     exact = [line for line in found if matches(line.hosts, names[0])]
@@ -124,12 +124,15 @@ def check(host: Host, known: Known, blob: bytes) -> None:
     if certificate and certificate.authority in {line.blob for line in known.authorities}:
         certificate.check(host.alias or host.hostname.lower())
         return
-    if any(line.blob == key for line in known.trusted):
-        return
     plain = kind.removesuffix(_CERTIFICATE)
     exact = [line for line in known.trusted if matches(line.hosts, host.known_as)]
-    if same := [line for line in exact if line.kind == plain]:
+    same = [line for line in exact if line.kind == plain]
+    if any(line.blob == key for line in same):
+        return
+    if same:
         raise HostKeyRefused("changed", lines=same)
+    if any(line.blob == key for line in known.trusted):  # only now for the plain name, whatever its port
+        return
     raise HostKeyRefused("other" if exact else "unknown", lines=exact)
 
 

@@ -67,6 +67,12 @@ FIRST_ANSWER_SECONDS = 30.0
 LAYER_SECONDS = 1800.0
 """How long a registry may be silent while it sends a layer."""
 
+UNPACKED_LIMIT = 1 << 30
+"""Bytes beyond which an index is not unpacked any further; Debian's largest has less than a tenth of it."""
+
+UNPACKED_MEMORY = 256 << 20
+"""Bytes of memory that unpacking an index may take."""
+
 MIRROR_SECONDS = 20.0
 """How long a mirror may be silent when an extra suite's index is looked at."""
 
@@ -486,10 +492,29 @@ def _index_failure(archive: Archive, arch: str) -> str:
             content = answer.read(1 << 26)
         if hashlib.sha256(content).hexdigest() != match.group(1):
             return f"its {name} is not the one that its InRelease lists"
-        lzma.decompress(content)
+        _check_xz(content)
     except (OSError, ValueError, lzma.LZMAError, urllib.error.URLError) as error:
         return f"{name}: {error}"
     return ""
+
+
+def _check_xz(content: bytes) -> None:
+    """Unpack xz data and keep nothing of it; raises LZMAError where it is not whole, or is more than any index."""
+    import lzma
+
+    unpacked = 0
+    while content or not unpacked:
+        stream = lzma.LZMADecompressor(memlimit=UNPACKED_MEMORY)
+        while not stream.eof:
+            if stream.needs_input and not content:
+                raise lzma.LZMAError("it is cut off")
+            unpacked += len(stream.decompress(content, 1 << 20))
+            content = b""
+            if unpacked > UNPACKED_LIMIT:
+                raise lzma.LZMAError(f"it unpacks to more than {UNPACKED_LIMIT >> 20} MiB")
+        content = stream.unused_data.lstrip(b"\0")
+        if not unpacked and not content:
+            return  # an index of no packages
 
 
 def _bootstrap(buildah: Buildah, facts: Facts, suite: str, arch: str) -> str:
@@ -518,7 +543,8 @@ def _bootstrap(buildah: Buildah, facts: Facts, suite: str, arch: str) -> str:
             else:
                 status, said = 1, "debootstrap needs a keyring in one file"
             if status:
-                failures.append(f"{tool} ended with status {status}: {last_lines(said, 2)}")
+                errors = "\n".join(line for line in said.splitlines() if line.startswith("E: "))
+                failures.append(f"{tool} ended with status {status}: {last_lines(errors or said, 2)}")
                 continue
             _finish(tree, all_archives)
             buildah("umount", container)

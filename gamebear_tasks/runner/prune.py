@@ -78,6 +78,10 @@ class Pruned:
     more: bool = False
 
 
+_sizes: dict[tuple[str, float], int] = {}
+"""The size of each job that does not run, by folder and last use: the next call need not walk a slow disk again."""
+
+
 class _TimeIsUp(Exception):
     pass
 
@@ -127,7 +131,10 @@ class Prune:
         return self.pruned
 
     def _go_on(self) -> None:
-        if time.monotonic() > self._until:
+        """Stop where the time is up, but not before something went: each call gets further, however slow the disk."""
+        pruned = self.pruned
+        went = pruned.jobs or pruned.blobs or pruned.images or pruned.others or pruned.freed
+        if went and time.monotonic() > self._until:
             raise _TimeIsUp
 
     # jobs
@@ -172,15 +179,21 @@ class Prune:
         except FileNotFoundError:
             return False
         try:
-            if not _acquired(lock) or not lock.is_current() or 0 <= time.time() - job.last_use() < RECENT:
-                self._busy.add(job.digest)
-                return False
-            if job.mark.exists():
-                clean_up(job)
-            if job.mark.exists():
-                self.pruned.left.append(f"What job {job.digest[:12]} left in its containers could not be removed.")
-                return False
-            away = self._thrown_away(job.folder)
+            with job.seized_outputs() as unused:
+                if (
+                    not unused
+                    or not _acquired(lock)
+                    or not lock.is_current()
+                    or 0 <= time.time() - job.last_use() < RECENT
+                ):
+                    self._busy.add(job.digest)
+                    return False
+                if job.mark.exists():
+                    clean_up(job)
+                if job.mark.exists():
+                    self.pruned.left.append(f"What job {job.digest[:12]} left in its containers could not be removed.")
+                    return False
+                away = self._thrown_away(job.folder)
         finally:
             lock.release()
         self.pruned.jobs += 1
@@ -204,17 +217,19 @@ class Prune:
             if path.name not in named:
                 self._remove_file(path, limit)
 
-    def _remove_file(self, path: Path, unused_for: float) -> None:
-        """Remove a blob or a broken-off upload, unless it was used meanwhile."""
+    def _remove_file(self, path: Path, unused_for: float) -> bool:
+        """Remove a blob or a broken-off upload, unless it was used meanwhile; say whether it is gone."""
         with contextlib.suppress(FileNotFoundError):
             about = path.stat()
             if self._age(about.st_mtime, path) < unused_for:
-                return
+                return False
             with Lock.opened(path) as lock:
-                if lock.acquire():  # a session that receives an upload holds it
-                    path.unlink()
-                    self.pruned.blobs += 1
-                    self.pruned.freed += about.st_blocks * 512
+                if not lock.acquire():  # a session that receives an upload holds it
+                    return False
+                path.unlink()
+                self.pruned.blobs += 1
+                self.pruned.freed += about.st_blocks * 512
+        return True
 
     # size
 
@@ -224,7 +239,7 @@ class Prune:
             return
         jobs = self._all_jobs()
         needed = _blobs_of(job for job in jobs if job.is_locked())
-        entries = [_Entry(job.last_use(), _allocated(job.folder), job.folder, job) for job in jobs]
+        entries = [self._entry(job) for job in jobs]
         for path in [*self.store.blobs.iterdir(), *self.store.tmp.glob("*.part")]:
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
@@ -237,9 +252,17 @@ class Prune:
             if entry.job is not None:
                 if self._remove_job(entry.job):
                     total -= entry.size
-            elif entry.path.name not in needed:
-                self._remove_file(entry.path, 0.0)
+            elif entry.path.name not in needed and self._remove_file(entry.path, 0.0):
                 total -= entry.size
+
+    def _entry(self, job: StoredJob) -> _Entry:
+        last_use = job.last_use()
+        if job.is_locked():
+            return _Entry(last_use, _allocated(job.folder), job.folder, job)
+        key = (str(job.folder), last_use)
+        if key not in _sizes:
+            _sizes[key] = _allocated(job.folder)
+        return _Entry(last_use, _sizes[key], job.folder, job)
 
     # what else there is
 
@@ -298,15 +321,19 @@ class Prune:
                 if not _acquired(lock):
                     self.pruned.left.append("A job is looking for an image or making one, so the images were left.")
                     return
-            self._unused_images(known)
+            before = _free(self.store.root)
+            try:
+                self._unused_images(known)
+            finally:
+                self.pruned.freed += max(0, _free(self.store.root) - before)
 
     def _unused_images(self, known: Facts) -> None:
         root = self.store.root
         used = {line for job in self._all_jobs() for line in _lines(job.folder / "images")}
         own_store = "--root" in known.storage
         there = set()
-        before = _free(root)
         for image in json.loads(outside(root, known, "images", "--all", "--no-trunc", "--json") or "null") or []:
+            self._go_on()
             identity = str(image["id"]).rpartition(":")[2]
             there.add(identity)
             names = [str(name) for name in image.get("names") or ()]
@@ -326,7 +353,6 @@ class Prune:
         for path in self.store.images.glob("*.used"):
             if path.stem not in there:
                 path.unlink(missing_ok=True)
-        self.pruned.freed += max(0, _free(root) - before)
 
     # removing
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import platform
@@ -38,6 +39,15 @@ LOG_CHUNK = 256 << 10
 PRUNE_SECONDS = 15.0
 """Seconds after which a prune answers, done or not."""
 
+CANCEL_SECONDS = 30.0
+"""Seconds after which a cancel answers, whether the job has ended or not; below what a client waits for an answer."""
+
+USE_NOTED = 10.0
+"""Seconds after which it is noted again that an output is being fetched."""
+
+SKIPPED = 64 << 20
+"""The most bytes of a refused upload that are read to their end; of a longer one the stream is ended."""
+
 COMPANY = 60.0
 """Seconds for which a client that has asked for a job counts as still waiting for it."""
 
@@ -45,7 +55,7 @@ Reply = dict[str, Any]
 
 
 class Session:
-    """What a client may ask; each public method is an operation, its parameters the request's fields."""
+    """What a client may ask: each operation is a method, its parameters are the request's fields."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -62,6 +72,9 @@ class Session:
                 reply, send = self._answer(header, reader)
             except (RunnerError, OSError, ValueError, KeyError, TypeError) as error:
                 reply, send = _refusal(error), None
+                if reader.left > SKIPPED:
+                    _write(wire.encode(reply))
+                    return  # the client, which cannot send the rest, finds the answer
             reader.skip()
             if send is None:
                 _write(wire.encode(reply))
@@ -107,12 +120,6 @@ class Session:
             "store": str(self.store.root),
             "free": shutil.disk_usage(self.store.root).free,
         }
-
-    def facts(self) -> Any:
-        """Return what is known of buildah here, probing it where it is not known yet."""
-        from .buildah import facts
-
-        return facts(self.store.root)
 
     # jobs
 
@@ -237,31 +244,64 @@ class Session:
         return reply, lambda reply: _write_file(reply, stored.log, offset, length)
 
     def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> tuple[Reply, Callable[[Reply], None]]:
-        """Give an output from an offset to its end."""
+        """Give an output from an offset to its end; a prune leaves the job alone meanwhile."""
         stored = self.store.job(digest)
         if not is_file_name(name):
             raise RunnerError(f"{name!r} cannot be the name of an output.")
         path = stored.outputs(attempt) / name
-        if not path.is_file():
-            raise RunnerError(f"The builder no longer has the output {name!r} of job {digest[:12]}.", "Run doit again.")
-        length = max(0, path.stat().st_size - offset)
-        return {"size": path.stat().st_size}, lambda reply: _write_file(reply, path, offset, length)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stored.held_outputs(attempt))
+            if not path.is_file():
+                raise RunnerError(
+                    f"The builder no longer has the output {name!r} of job {digest[:12]}.", "Run doit again."
+                )
+            size = path.stat().st_size
+            stored.touch()
+            held = stack.pop_all()
+
+        def send(reply: Reply) -> None:
+            with held:
+                _write_file(reply, path, offset, max(0, size - offset), stored.touch)
+                stored.touch()
+
+        return {"size": size}, send
 
     def _cancel(self, digest: str, attempt: str, client: str) -> Reply:
-        """Stop an attempt, unless another client waits for the same job; wait until it has ended."""
+        """Stop an attempt, unless another client waits for the same job; wait a while until it has ended.
+
+        Args:
+            digest: the job.
+            attempt: which; empty for whichever is queued or running.
+            client: who asks.
+
+        Returns:
+            `others`, how many wait for the job, and `state`: `running` where it has not ended in time.
+        """
         stored = self.store.job(digest)
         stored.forget_client(client)
         others = stored.other_clients(client, COMPANY)
         if others:
             return {"state": stored.state()["state"], "others": others}
-        stored.ask_to_stop(attempt)
-        until = time.monotonic() + 30.0
-        while stored.is_locked() and time.monotonic() < until:
+        asked = ""
+        until = time.monotonic() + CANCEL_SECONDS
+        while True:
+            running = stored.is_locked()  # before the state: what it says then is not older
+            state = stored.written_state()
+            current = state.get("attempt", "")
+            wanted = attempt or current
+            if wanted != asked and (running or attempt):
+                with contextlib.suppress(FileNotFoundError):  # the job was pruned
+                    stored.ask_to_stop(wanted)
+                asked = wanted
+            if not running or current != wanted or time.monotonic() >= until:
+                break
             time.sleep(0.05)
+        if current != wanted:
+            return {"state": "lost" if current else "absent", "others": 0}  # another attempt took its place
         state = stored.state()
-        if state["state"] == "cancelled" and state.get("attempt") == attempt:
-            stored.note_seen(attempt)
-        return {"state": state["state"], "others": 0}
+        if state["state"] == "cancelled":
+            stored.note_seen(wanted)
+        return {"state": "running" if state["state"] == "queued" else state["state"], "others": 0}
 
     def _leave(self, digest: str, client: str) -> Reply:
         """Note that a client no longer waits for a job."""
@@ -385,6 +425,8 @@ class Session:
             if have < offset:
                 return {"have": have}
             os.ftruncate(lock.fd, offset)
+            if shutil.disk_usage(self.store.tmp).free < size - offset:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.lseek(lock.fd, offset, os.SEEK_SET)
             while chunk := body.read(CHUNK, wanted.exists):
                 _write_to(lock.fd, chunk)
@@ -541,15 +583,21 @@ def _write(data: bytes) -> None:
     _write_to(1, data)
 
 
-def _write_file(reply: Reply, path: Path, offset: int, length: int) -> None:
-    """Send a reply with part of a file as its body."""
+def _write_file(
+    reply: Reply, path: Path, offset: int, length: int, note_use: Callable[[], None] = lambda: None
+) -> None:
+    """Send a reply with part of a file as its body; call `note_use` now and then."""
     if not length:
         _write(wire.encode(reply))
         return
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         _write(wire.encode(reply, length))
+        noted = time.monotonic()
         while length:
+            if time.monotonic() > noted + USE_NOTED:
+                note_use()
+                noted = time.monotonic()
             data = file.read(min(length, CHUNK))
             if not data:
                 raise SystemExit(1)  # the file has shrunk under us: end the stream rather than send something else

@@ -250,6 +250,38 @@ class StoredJob:
             raise ValueError(f"{attempt!r} is not an attempt")
         return self.folder / f"out-{attempt}"
 
+    @contextlib.contextmanager
+    def held_outputs(self, attempt: str) -> Iterator[None]:
+        """Keep an attempt's outputs from being pruned for the block, where they are there."""
+        fd = -1
+        try:
+            with contextlib.suppress(OSError):
+                fd = os.open(self.outputs(attempt), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(fd, fcntl.LOCK_SH)  # a prune holds it for a moment
+            yield
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def seized_outputs(self) -> Iterator[bool]:
+        """Keep every output from being held for the block; give whether nobody holds any."""
+        with contextlib.ExitStack() as stack:
+            free = True
+            for path in self.folder.glob("out-*"):
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except OSError:
+                    continue
+                stack.callback(os.close, fd)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    free = False
+                except OSError:
+                    pass  # a file system without locks on folders: nobody can hold one
+            yield free
+
     def output_is_sound(self, state: State) -> bool:
         """Say whether a done job's outputs still are what they were (size and SHA-256 of each)."""
         try:
@@ -289,6 +321,12 @@ class StoredJob:
                 folder.mkdir(mode=0o700, exist_ok=True)
                 (folder / client).touch()
                 os.utime(folder)  # by which a prune sees that the job was used
+
+    def touch(self) -> None:
+        """Note that the job is used now."""
+        with contextlib.suppress(OSError):
+            (self.folder / "clients").mkdir(mode=0o700, exist_ok=True)
+            os.utime(self.folder / "clients")
 
     def forget_client(self, client: str) -> None:
         """Note that a client follows the job no more."""

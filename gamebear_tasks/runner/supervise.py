@@ -65,6 +65,7 @@ class Supervisor:
                 self._write_state("running")
                 with self._phase("clean up"):
                     clean_up_after_lost_jobs(self.store, but=self.stored.digest)
+                self._check_stop()
                 outputs = self._build()
             final: dict[str, Any] = {"state": "done", "outputs": outputs}
         except Cancelled:
@@ -120,6 +121,7 @@ class Supervisor:
         deadline = time.monotonic() + limit if limit > 0 else None
         with self._phase("probe"):
             known = facts(self.store.root)
+        self._check_stop()
         arch = str(job["arch"])
         if arch != known.arch and arch not in known.emulated:
             raise JobFailed(
@@ -141,7 +143,7 @@ class Supervisor:
                 )
             if self.stored.work.exists():
                 remove_tree(self.store.root, known, self.stored.work)
-            work.fill(self.stored, job, order.get("trees") or {})
+            work.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
         with self._phase("build"):
             self._run_program(deadline, limit, str(order.get("base", "auto")))
         with self._phase("keep"):
@@ -201,6 +203,7 @@ class Supervisor:
 
     def _check_room(self, said: str, failure: dict[str, Any]) -> None:
         """Raise the failure of a full disk where a build has failed because of one: it shows in many guises."""
+        tail = ""
         with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
             tail = log.read().decode("utf-8", "replace")

@@ -41,8 +41,13 @@ def encode(header: Header, body: int = 0) -> bytes:
     Args:
         header: the JSON object.
         body: how many bytes of body will follow.
+
+    Raises:
+        WireError: the header is longer than the other side would read.
     """
     text = json.dumps({**header, "body": body} if body else header, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER:
+        raise WireError(f"a header has {len(text)} bytes, and {MAX_HEADER} are the most")
     return _LENGTH.pack(len(text)) + text
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class JobFailed(RunnerError):
         self.failure = {"kind": kind, "message": str(self), **details}
 
 
-def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str]) -> None:
+def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]) -> None:
     """Lay out a job's folder; every blob is checked on the way.
 
     Args:
@@ -30,6 +31,7 @@ def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str]) -> None:
         job: its description.
         trees: SHA-256 of the tar of each source, by the source's name; of `/function.pickle` and `/cloudpickle.zip`
             where the job is a function.
+        check_stop: called now and then; raises what ends it.
 
     Raises:
         JobFailed: a blob is missing or damaged, or the description names something that it must not.
@@ -37,23 +39,30 @@ def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str]) -> None:
     """
     stored.work.mkdir(mode=0o700)
     if "script" in job:
-        _lay(stored, job["script"]["sha256"], stored.work, job["script"]["name"], True)
+        _lay(stored, check_stop, job["script"]["sha256"], stored.work, job["script"]["name"], True)
     else:
         for name in ("function.pickle", "cloudpickle.zip"):
-            _lay(stored, _tree(trees, f"/{name}"), stored.folder, name, False)
+            _lay(stored, check_stop, _tree(trees, f"/{name}"), stored.folder, name, False)
     for path, file in job["modules"].items():
-        _lay(stored, file["sha256"], stored.work, path, False)
+        _lay(stored, check_stop, file["sha256"], stored.work, path, False)
     for name, file in job["inputs"].items():
-        _lay(stored, file["sha256"], stored.work, name, bool(file.get("executable")))
+        _lay(stored, check_stop, file["sha256"], stored.work, name, bool(file.get("executable")))
     for name in job["sources"]:
         if not is_file_name(name):
             raise JobFailed("job", f"{name!r} cannot be the name of a source.")
-        _lay(stored, _tree(trees, name), stored.folder, "source.tar", False)
+        _lay(stored, check_stop, _tree(trees, name), stored.folder, "source.tar", False)
         path = stored.folder / "source.tar"
         folder = stored.work / name
         folder.mkdir()
-        with tarfile.open(path) as tar:
-            unpack(tar, folder)
+        try:
+            with tarfile.open(path) as tar:
+                unpack(tar, folder, check_stop)
+        except (tarfile.TarError, EOFError) as error:
+            raise JobFailed(
+                "source",
+                f"The archive of the source {name} cannot be unpacked: {error}.",
+                "Fetch the source anew on the machine that runs doit, then run doit again.",
+            ) from error
         path.unlink()
 
 
@@ -63,7 +72,9 @@ def _tree(trees: dict[str, str], name: str) -> str:
     return trees[name]
 
 
-def _lay(stored: StoredJob, sha256: str, folder: Path, name: str, executable: bool) -> None:
+def _lay(
+    stored: StoredJob, check_stop: Callable[[], None], sha256: str, folder: Path, name: str, executable: bool
+) -> None:
     """Copy a blob to its place, and check on the way that it still is what its name says."""
     if not is_relative_path(name):
         raise JobFailed("job", f"{name!r} cannot be the name of a file of the job.")
@@ -74,6 +85,7 @@ def _lay(stored: StoredJob, sha256: str, folder: Path, name: str, executable: bo
     try:
         with blob.open("rb", buffering=0) as source, path.open("wb") as target:
             while data := source.read(CHUNK):
+                check_stop()
                 digest.update(data)
                 target.write(data)
         os.utime(blob)
@@ -86,7 +98,7 @@ def _lay(stored: StoredJob, sha256: str, folder: Path, name: str, executable: bo
     path.chmod(0o755 if executable else 0o644)
 
 
-def unpack(tar: tarfile.TarFile, folder: Path) -> None:
+def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = lambda: None) -> None:
     """Unpack a source tree: folders, files and links below the folder, nothing else.
 
     Links are made as they are in the tree, wherever they point to; nothing is written through them, because every
@@ -97,6 +109,7 @@ def unpack(tar: tarfile.TarFile, folder: Path) -> None:
     """
     folders: list[tuple[Path, float]] = []
     for member in tar:
+        check_stop()
         name = member.name[2:] if member.name.startswith("./") else member.name
         if name in (".", ""):
             continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 import shutil
 import stat
@@ -135,6 +136,13 @@ class Archive(BaseSource[ArchivePin]):
             raise self.error(
                 f"cannot be unpacked: {error}", "It must be a tar file (plain, gzip, bzip2, xz) or a zip file."
             ) from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise self.error(  # bz2's own
+                f"cannot be unpacked: it is damaged ({error})",
+                "See whether upstream has it whole, under another SHA-256.",
+            ) from error
 
     def _download(self, target: Path) -> None:
         import http.client
@@ -213,6 +221,8 @@ def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
     latest = 0
     for member in archive:
         path = _clean(member.name)
+        if not math.isfinite(member.mtime):
+            raise TreeError(f"it is damaged: its entry {path!r} has the time {member.mtime}")
         latest = max(latest, int(member.mtime))
         content = member
         if member.islnk():

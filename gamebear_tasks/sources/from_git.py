@@ -234,7 +234,7 @@ class Git(BaseSource[GitPin]):
                 "Leave submodules out: git(…, submodules=False).",
             )
         try:
-            check_url(url, f"{self}, submodule")
+            check_url(url, f"{self}, submodule", upstream=True)
         except SettingsError as error:
             raise SourceError(error.message, error.hint) from error
         return url

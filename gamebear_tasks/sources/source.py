@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import urllib.parse
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,17 +159,36 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_url(url: object, what: str) -> None:
+def check_url(url: object, what: str, upstream: bool = False) -> None:
     """Refuse what cannot be a URL, or must not be one.
 
+    Args:
+        url: it.
+        what: begins the error message.
+        upstream: it is written in somebody's repository: a user name in it is nobody's secret.
+
     Raises:
-        SettingsError: it is empty, an option, holds control characters or a password.
+        SettingsError: it is empty, an option, holds control characters, a password or a token.
     """
-    if not isinstance(url, str) or not url or url.startswith("-") or re.search(r"[\x00-\x1f\x7f]", url):
-        raise SettingsError(f"{what}: {url!r} is no URL.")
-    if re.match(r"[A-Za-z0-9+.-]+://[^/@]*:[^/@]*@", url):
-        host = url.rpartition("@")[2]
+    if isinstance(url, str) and (host := _host_after_secret(url, upstream)) is not None:
         raise SettingsError(
-            f"{what}: the URL of {host} holds a password, which would end up in dodo.py, logs and lock files.",
+            f"{what}: the URL of {host} holds a password, or a user name that may be a token, which would end up in "
+            "dodo.py, logs and lock files.",
             "Leave it out; git takes it from its credential helper or ~/.netrc.",
         )
+    if not isinstance(url, str) or not url or url.startswith("-") or re.search(r"[\x00-\x1f\x7f]", url):
+        raise SettingsError(f"{what}: {url!r} is no URL.")
+
+
+def _host_after_secret(url: str, names_allowed: bool) -> str | None:
+    """Return what stands after a password or token in a URL, None where it has neither.
+
+    With SSH a user name is a user name; with all else it may be a token.
+    """
+    if match := re.match(r"([A-Za-z0-9+.-]+)://([^/?#]*)@([^/?#]*)", url):
+        scheme, user, host = match.groups()
+        named = names_allowed or scheme.lower() in ("ssh", "git+ssh", "ssh+git")
+        return None if named and ":" not in urllib.parse.unquote(user) else host
+    # A password with a `/` in it, that should have been escaped: what follows the colon is no port.
+    match = re.match(r"[A-Za-z0-9+.-]+://[^/?#@:\[\]]*:(?![0-9]*(?:[/?#]|\Z)).*@([^/?#]*)", url, re.DOTALL)
+    return match[1] if match else None
