@@ -202,7 +202,8 @@ def builder_of_this_run(url: str) -> Builder:
     with _builders_lock:
         key = (os.getpid(), url)
         if key not in _builders:
-            _builders[key] = open_builder(url)
+            _builders[key] = builder = open_builder(url)
+            builder.patience = settings().patience
         return _builders[key]
 
 

@@ -130,6 +130,8 @@ class Builder(Protocol):
     """
 
     url: str
+    patience: float
+    """Seconds for which a lost connection is tried again; set by whoever opens the builder."""
 
     def submit(self, order: Order, again: bool = False) -> Status:
         """Have a job built, unless it runs or is done already.

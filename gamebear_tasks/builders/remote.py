@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ..config import settings
 from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SourceError
 from ..job import File, Job
 from ..report import notice, printable, size
@@ -46,6 +45,9 @@ FOLLOW = 20.0
 
 SHORT = 0.2
 """Seconds within which no runner answers that it has no news."""
+
+PATIENCE = 600.0
+"""Seconds for which a lost connection is tried again, unless whoever opened the builder says otherwise."""
 
 FIRST_PATIENCE = 3.0
 """Seconds for which the first connection of a run is tried again."""
@@ -78,7 +80,7 @@ class RunnerBuilder:
         self.url = url
         self.place = place
         self.client = os.urandom(8).hex()
-        self.patience = settings().patience
+        self.patience = PATIENCE
         self._connect_to = connect
         self._reset()
 
