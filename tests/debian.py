@@ -123,4 +123,5 @@ def mirror() -> str:
     known = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", *filters], capture_output=True, text=True, check=False
     ).stdout.split()
-    return known[0] if known else "http://deb.debian.org/debian"
+    assert known, "this machine's apt knows no mirror of Debian: apt-get update"
+    return known[0]

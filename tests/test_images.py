@@ -293,3 +293,10 @@ def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
 def test_facts_survive_their_file() -> None:
     known = elsewhere(emulated=("armhf",))
     assert buildah._from_json(json.loads(json.dumps(dataclasses.asdict(known)))) == known
+
+
+def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "_sources", list)
+    with pytest.raises(bases.ImageError, match="name no mirror of Debian") as caught:
+        bases._main_archive("bookworm", "debian")
+    assert "deb MIRROR bookworm main" in str(caught.value)

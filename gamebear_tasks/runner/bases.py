@@ -353,7 +353,6 @@ KEYRINGS = {
     "debian": "/usr/share/keyrings/debian-archive-keyring.gpg",
     "raspbian": "/usr/share/keyrings/raspbian-archive-keyring.gpg",
 }
-MIRRORS = {"debian": "http://deb.debian.org/debian", "raspbian": "http://raspbian.raspberrypi.org/raspbian"}
 
 
 def archives(text: str, deb822: bool) -> list[Archive]:
@@ -433,10 +432,15 @@ def _is_official(archive: Archive, distribution: str) -> bool:
 
 
 def _main_archive(suite: str, distribution: str) -> Archive:
-    """Return the archive to bootstrap from: the builder's own mirror, else the distribution's."""
+    """Return the archive to bootstrap from, which is the builder's own mirror; raises ImageError where it has none."""
     own = [archive for archive in _sources() if _is_official(archive, distribution) and "main" in archive.components]
     own.sort(key=lambda archive: archive.suite not in (suite, "stable", _own_release()[1]))
-    uri, keyring = (own[0].uri, own[0].keyring) if own else (MIRRORS[distribution], "")
+    if not own:
+        raise ImageError(
+            f"The builder's apt sources name no mirror of {distribution.capitalize()}.",
+            f"Name one there in /etc/apt/sources.list: deb MIRROR {suite} main",
+        )
+    uri, keyring = own[0].uri, own[0].keyring
     components = ("main",) if distribution == "debian" else ("main", "contrib", "non-free", "rpi")
     return Archive(uri, suite, components, keyring)
 
