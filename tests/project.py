@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout."""
@@ -103,6 +104,38 @@ def assert_nothing_is_left(project: Project, store: Path | None = None) -> None:
     assert [path.name for path in (project.folder / "build").glob(".*.part")] == []
 
 
+MEASURE = """
+import os, sys
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+os.write(int(os.environ["MEASURED"]), b"%d %d" % (os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024))
+"""
+"""Runs a command from a process that is small itself: a child begins with its parent's memory, which counts as its."""
+
+
+def measured(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]
+) -> tuple[int, int]:
+    """Run a command; return its exit status and the most memory that it had, in bytes (resident)."""
+    reader, writer = os.pipe()
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", MEASURE, *command],
+            cwd=folder,
+            env={**environment, "MEASURED": str(writer)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            pass_fds=[writer],
+            check=True,
+        )
+        status, most = os.read(reader, 100).split()
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return int(status), int(most)
+
+
 class Project:
     """A folder with a dodo.py.
 
@@ -165,13 +198,8 @@ class Project:
         """Run a command; return the run and the most memory that the process had, in bytes (resident)."""
         out, err = self.folder / "measured.out", self.folder / "measured.err"
         with out.open("wb") as first, err.open("wb") as second:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=first, stderr=second
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        run = Run(process.returncode, out.read_text(errors="replace"), err.read_text(errors="replace"))
-        return run, usage.ru_maxrss * 1024
+            status, most = measured(command, self.folder, self.environment, first, second)
+        return Run(status, out.read_text(errors="replace"), err.read_text(errors="replace")), most
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start doit without waiting, its output in `doit.out` of the folder."""

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import Project, Run
+from project import Project, Run, measured
 
 from gamebear_tasks.runner import bases, buildah, serve, slots, supervise, wire, work
 from gamebear_tasks.runner.files import sha256
@@ -650,16 +650,7 @@ for number in range(1000):
 """
     job = Job(tmp_path, home, body)
     with (tmp_path / "doit.out").open("wb") as out:
-        client = subprocess.Popen(
-            job.project.command(),
-            cwd=tmp_path,
-            env=job.project.environment,
-            stdout=out,
-            stderr=out,
-            stdin=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(client.pid, 0)
-        client.returncode = os.waitstatus_to_exitcode(status)
+        status, most = measured(job.project.command(), tmp_path, job.project.environment, out, out)
     assert status == 0, job.said[-3000:]
     expected = hashlib.sha256()
     for number in range(1000):
@@ -668,7 +659,7 @@ for number in range(1000):
     assert log.stat().st_size > 100_000_000
     with log.open("rb") as file:
         assert sha256(file) == expected.hexdigest()
-    assert usage.ru_maxrss < 120 * 1024, "KiB"
+    assert most < 120 << 20
     (job.stored / "log").unlink()
     log.unlink()
 

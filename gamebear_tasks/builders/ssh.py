@@ -94,6 +94,7 @@ class SSHConnection:
                     f"{self.place} lets us in, but gives no session ({error}).",
                     "See MaxSessions in its sshd_config, and `restrict` in the account's authorized_keys.",
                 ) from error
+            self._has_started = True
         tail = ErrorTail(channel)
         channel.in_stderr_buffer = tail
         until = time.monotonic() + HANDSHAKE_TIMEOUT
@@ -110,7 +111,6 @@ class SSHConnection:
             raise BuilderError(f"{self.place} refuses to run programs ({error}).") from error
         finally:
             timer.cancel()
-        self._has_started = True
         return SSHChannel(self, channel, tail)
 
     def close(self) -> None:
