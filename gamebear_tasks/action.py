@@ -6,7 +6,6 @@ import atexit
 import os
 import threading
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 from doit.action import BaseAction
@@ -17,7 +16,7 @@ from .builders import Builder, Order, Status, open_builder
 from .config import Settings, settings
 from .errors import GamebearError, JobError
 from .interrupt import Interest, say_so_without_a_traceback, terminated_as_interrupted
-from .place import Mismatch, place
+from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
 from .report import notice, printable, size
 from .tasklog import TaskLog
@@ -76,7 +75,7 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         check_choice(chosen.sources)
         log = tasklog.path_of(self.task.name if self.task else self.plan.name)
         for path in (*self.plan.targets.values(), log):
-            _check_place(path)
+            check_place(path)
         builder = builder_of_this_run(chosen.builder)
         order = self.plan.order(chosen)
         with TaskLog(log, out) as kept:
@@ -182,15 +181,6 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             + (f"\nThe last lines of its log:{tail}" if tail else "")
             + f"\nThe whole log is {log.path}."
         )
-
-
-def _check_place(path: Path) -> None:
-    """Refuse a path where no file can be made; raises JobError."""
-    if path.is_dir():
-        raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
-    for folder in path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
 
 
 _builders: dict[tuple[int, str], Builder] = {}

@@ -14,23 +14,7 @@ from typing import Any
 from doit import get_var
 
 from .errors import SettingsError
-
-ARCHITECTURES = {
-    "aarch64": "arm64",
-    "amd64": "amd64",
-    "arm64": "arm64",
-    "armv6l": "armhf",
-    "armv7l": "armhf",
-    "armv8l": "armhf",
-    "i386": "i386",
-    "i686": "i386",
-    "loongarch64": "loong64",
-    "ppc64le": "ppc64el",
-    "riscv64": "riscv64",
-    "s390x": "s390x",
-    "x86_64": "amd64",
-}
-"""Debian's name of an architecture, by what `uname -m` calls the machine."""
+from .runner.arch import ARCHITECTURES
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeAlias
 from .builders import Output, Sink
 from .errors import JobError
 from .report import size
-from .runner.files import CHUNK, sync_folder
+from .runner.files import CHUNK, sha256, sync_folder
 
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -55,6 +55,15 @@ def _stem(target: Path) -> str:
     return target.name.encode("utf-8", "surrogateescape")[:60].decode("utf-8", "ignore")
 
 
+def check_place(path: Path) -> None:
+    """Refuse a path where no file can be made; raises JobError."""
+    if path.is_dir():
+        raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
+
+
 def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
     """Bring a job's outputs to their targets.
 
@@ -81,8 +90,7 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
         with contextlib.ExitStack() as open_parts:
             for name, target in targets.items():
                 output = outputs[name]
-                if target.is_dir():
-                    raise JobError(f"{target} is a folder, and should become a file.", "Move it out of the way.")
+                check_place(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if len(targets) == 1 and _is_already(target, output):
                     _set_mode(target, output)
@@ -212,12 +220,9 @@ def _is_already(target: Path, output: Output) -> bool:
         with target.open("rb") as file:
             if os.fstat(file.fileno()).st_size != output.size or target.is_symlink():
                 return False
-            digest = hashlib.sha256()
-            while data := file.read(CHUNK):
-                digest.update(data)
+            return sha256(file) == output.sha256
     except OSError:
         return False
-    return digest.hexdigest() == output.sha256
 
 
 def _set_mode(target: Path, output: Output) -> None:

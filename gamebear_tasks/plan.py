@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from .config import Settings
 from .errors import JobError
 from .functions import Function
 from .job import File, Job, Json
+from .runner.files import sha256
 from .sources import Declared, Either, Lock, Source, check_preference
 
 
@@ -131,9 +131,6 @@ def _hashed(path: Path) -> tuple[str, bool]:
     """Return a file's SHA-256 and whether it is executable."""
     try:
         with path.open("rb", buffering=0) as file:
-            digest = hashlib.sha256()
-            while data := file.read(1 << 20):
-                digest.update(data)
-            return digest.hexdigest(), bool(os.fstat(file.fileno()).st_mode & 0o100)
+            return sha256(file), bool(os.fstat(file.fileno()).st_mode & 0o100)
     except OSError as error:
         raise JobError(f"{path} cannot be read: {error.strerror}.", "A job needs all of its files.") from error

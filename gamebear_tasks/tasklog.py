@@ -38,8 +38,6 @@ class TaskLog:
         self.path = path
         self._note = path.with_name(f".{path.stem}.json")
         self._out = out
-        self._digest = ""
-        self._attempt = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = b""
         self.offset = 0

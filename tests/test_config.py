@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from project import Project
 
-from gamebear_tasks.config import ARCHITECTURES, Settings, own_architecture, seconds, settings
+from gamebear_tasks.config import Settings, own_architecture, seconds, settings
 from gamebear_tasks.errors import SettingsError
+from gamebear_tasks.runner.arch import ARCHITECTURES
 
 OTHER = {
     "builder": ("ssh://a@b", "ssh://c", "local:", "local:"),

@@ -72,11 +72,11 @@ while True:
 
 DODO = """
 from gamebear_tasks import action, artifact, tasklog
-from gamebear_tasks.builders import local, remote
+from gamebear_tasks.builders import local, remote, session
 
 local.CLOSING = 0.3
 remote.TRIES = 1
-remote.SILENCE = {silence}
+session.SILENCE = {silence}
 tasklog.LIMIT = {log_limit}
 action.LATE = 1.0
 

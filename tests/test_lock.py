@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from upstreams import call_git, commit, needs_apt, no_programs
+from upstreams import call_git, commit, no_programs
 
 from gamebear_tasks.errors import SourceError
 from gamebear_tasks.sources import Lock, debian, either, git, resolve
@@ -121,7 +121,6 @@ def test_an_alternative_that_cannot_be_looked_up_keeps_its_entry(
         resolve([either(debian=debian("hello", suite="sid"))], lock_path, cache)
 
 
-@needs_apt
 def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Path, Lock, Path]) -> None:
     """Version and the SHA-256 of all its files, as Debian has signed them."""
     cache, lock, _ = apt_cache

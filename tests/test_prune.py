@@ -18,7 +18,7 @@ from project import ROOT, Project
 from sshd import Account
 from test_store_faults import WAIT, Job, wait_for
 
-from gamebear_tasks.runner import buildah, serve
+from gamebear_tasks.runner import files, serve
 from gamebear_tasks.runner import prune as pruning
 from gamebear_tasks.runner.prune import Policy, Prune
 from gamebear_tasks.runner.store import Lock, Store, StoredJob
@@ -254,7 +254,7 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     grow_old(use.store, 10)
     os.utime(use.stored / "state.json")
     held = use.store.images / "gamebear-packages-0.lock"
-    with buildah.locked(held):
+    with files.locked(held):
         assert "images were left" in prune(use, "--older", "9", "--images")
     assert len(images()) == 2
     assert "1 image " in prune(use, "--older", "9", "--images")

@@ -21,7 +21,8 @@ from gamebear_tasks.builders import Order, Status
 from gamebear_tasks.builders.bundle import bundle
 from gamebear_tasks.builders.channel import Channel
 from gamebear_tasks.builders.local import ProcessChannel, ProcessConnection
-from gamebear_tasks.builders.remote import CHUNK, RunnerBuilder
+from gamebear_tasks.builders.remote import RunnerBuilder
+from gamebear_tasks.builders.session import CHUNK
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.errors import BuilderError
 from gamebear_tasks.job import File, Job, Json

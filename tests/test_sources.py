@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from upstreams import COMMIT_TIME, call_git, commit, free_port, needs_apt, no_programs
+from upstreams import COMMIT_TIME, call_git, commit, free_port, no_programs
 
 from gamebear_tasks.errors import SettingsError, SourceError
 from gamebear_tasks.sources import Lock, archive, check_preference, choose, debian, either, git, tree
@@ -640,7 +640,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, web: tuple[Path
 # Debian
 
 
-@needs_apt
 def test_a_debian_source_package_is_unpacked_with_its_patches(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -660,7 +659,6 @@ def test_a_debian_source_package_is_unpacked_with_its_patches(
     assert debian("umtp-responder").fetch(cache, lock) == path
 
 
-@needs_apt
 def test_a_debian_file_with_another_hash_is_refused(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,7 +672,6 @@ def test_a_debian_file_with_another_hash_is_refused(
     assert f"the SHA-256 of {entry.dsc} is {entry.files[entry.dsc]}, the lock file says 000" in caught.value.message
 
 
-@needs_apt
 def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What Debian no longer has must come from elsewhere."""
     cache, _, own = apt_cache
@@ -686,7 +683,6 @@ def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monke
     assert "snapshot.debian.org" in caught.value.hint
 
 
-@needs_apt
 def test_a_package_or_suite_that_debian_does_not_have(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -701,7 +697,6 @@ def test_a_package_or_suite_that_debian_does_not_have(
         debian("umtp-responder", version="0.1-1").resolve(cache, refresh=False)
 
 
-@needs_apt
 def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for ever."""
     monkeypatch.setattr("gamebear_tasks.sources.from_debian.SPACE", 1 << 60)

@@ -52,9 +52,9 @@ with open("x", "w") as file:
 """
 
 IMPATIENT = """
-from gamebear_tasks.builders import local, remote
+from gamebear_tasks.builders import local, remote, session
 
-remote.FOLLOW, remote.SILENCE = 0.5, 2.5
+remote.FOLLOW, session.SILENCE = 0.5, 2.5
 start = local.ProcessConnection.start
 
 def counted(self, command):

@@ -6,7 +6,6 @@ may be repeated, so a broken connection is mended here: connect again, ask again
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import threading
@@ -18,15 +17,13 @@ from typing import Any, TypeGuard
 
 from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SourceError
 from ..job import File, Job
-from ..report import notice, printable, size
+from ..report import notice
 from ..runner import wire
-from ..runner.files import is_file_name, is_sha256
+from ..runner.files import is_file_name, is_sha256, sha256_of
 from . import Failure, Order, Output, Pruned, Sink, Status
 from .bundle import bundle
-from .channel import Channel, Connection
-
-CHUNK = 256 << 10
-"""Bytes sent or received at once."""
+from .channel import Connection
+from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Session, Take, words_of
 
 INLINE = 16 << 10
 """Bytes of small files that travel with the first request, on the chance that the builder lacks them."""
@@ -36,9 +33,6 @@ BATCH = 4 << 20
 
 SESSIONS = 6
 """The most sessions with one builder: below the ten that sshd allows a connection by default (`MaxSessions`)."""
-
-SILENCE = 60.0
-"""Seconds after which an unanswered request means that the connection is dead."""
 
 FOLLOW = 20.0
 """Seconds for which a builder holds back its answer while there is no news."""
@@ -60,11 +54,6 @@ BUSY_PATIENCE = 10.0
 
 TRIES = 8
 """How often a request may break off without any progress before that is the builder's fault and not the network's."""
-
-NONSENSE = "See on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it; it is sent anew."
-
-_Pieces = Iterable[bytes | memoryview]
-_Take = Callable[[bytes], object]
 
 
 class RunnerBuilder:
@@ -89,7 +78,7 @@ class RunnerBuilder:
         self._changed = threading.Condition()
         self._connecting = threading.Lock()
         self._connection: Connection | None = None
-        self._idle: list[_Session] = []
+        self._idle: list[Session] = []
         self._open = 0
         self._queue: deque[object] = deque()
         self._limit = SESSIONS
@@ -129,7 +118,7 @@ class RunnerBuilder:
                 fetched = order.fetch_trees()
                 trees = {}
                 for name, path in fetched.items():
-                    trees[name] = _sha256_of(path)
+                    trees[name] = sha256_of(path)
                     files[trees[name]] = path
                 inline = []
                 if not reply.get("missing"):
@@ -197,10 +186,6 @@ class RunnerBuilder:
             )
         return not reply.get("others")
 
-    def leave(self, digest: str) -> None:
-        """Tell the builder that we no longer wait for a job."""
-        self._ask({"op": "leave", "digest": digest, "client": self.client})
-
     def discard(self, digest: str, attempt: str) -> None:
         """Have the builder check a result, and forget it if it is damaged."""
         self._ask({"op": "discard", "digest": digest, "attempt": attempt})
@@ -224,12 +209,12 @@ class RunnerBuilder:
             if not reply.get("more") or counts == before:
                 break
         left = reply.get("left")
-        return Pruned(**counts, left=tuple(map(_text, left)) if isinstance(left, list) else ())
+        return Pruned(**counts, left=tuple(map(words_of, left)) if isinstance(left, list) else ())
 
     def describe(self) -> Mapping[str, Any]:
         """Say what the builder is."""
         said = self._ask({"op": "hello"})
-        return {_text(name): value if _is_size(value) else _text(value) for name, value in said.items()}
+        return {words_of(name): value if _is_size(value) else words_of(value) for name, value in said.items()}
 
     def close(self) -> None:
         """Close the connection."""
@@ -279,7 +264,7 @@ class RunnerBuilder:
                 have = 0
             header = {"op": "put", "sha256": sha256, "size": length, "offset": have}
             try:
-                reply = self._ask_once(header, _FileFrom(path, have, length))
+                reply = self._ask_once(header, FileFrom(path, have, length))
             except BuilderLost as error:
                 before = have
                 have = self._size_there(sha256)
@@ -306,19 +291,19 @@ class RunnerBuilder:
         self,
         header: Mapping[str, Any],
         body: Callable[[], Sequence[bytes]] | None = None,
-        sink: _Take | None = None,
+        sink: Take | None = None,
         limit: int = 0,
     ) -> dict[str, Any]:
         """Ask until there is an answer; `body` is called for each try."""
         setbacks = _Setbacks(self)
         while True:
             try:
-                return self._ask_once(header, _Bytes(body()) if body is not None else None, sink, limit)
+                return self._ask_once(header, Bytes(body()) if body is not None else None, sink, limit)
             except BuilderLost as error:
                 setbacks.another(error)
 
     def _ask_once(
-        self, header: Mapping[str, Any], body: _Body | None = None, sink: _Take | None = None, limit: int = 0
+        self, header: Mapping[str, Any], body: Body | None = None, sink: Take | None = None, limit: int = 0
     ) -> dict[str, Any]:
         session = self._borrow()
         try:
@@ -333,12 +318,12 @@ class RunnerBuilder:
             raise
         self._give_back(session)
         if "error" in reply:
-            raise BuilderError(f"On {self.place}: {_text(reply['error'])}", _text(reply.get("hint", "")))
+            raise BuilderError(f"On {self.place}: {words_of(reply['error'])}", words_of(reply.get("hint", "")))
         return reply
 
     # sessions
 
-    def _borrow(self) -> _Session:
+    def _borrow(self) -> Session:
         if self._pid != os.getpid():
             self._reset()  # a fork of the process that connected: the connection is the parent's
         until = time.monotonic() + BUSY_PATIENCE
@@ -383,7 +368,7 @@ class RunnerBuilder:
             self._queue.remove(turn)
             self._changed.notify_all()
 
-    def _give_back(self, session: _Session) -> None:
+    def _give_back(self, session: Session) -> None:
         with self._changed:
             if session.connection is self._connection:
                 self._idle.append(session)
@@ -393,7 +378,7 @@ class RunnerBuilder:
             self._changed.notify_all()
         session.close()
 
-    def _drop(self, session: _Session, broken: bool) -> None:
+    def _drop(self, session: Session, broken: bool) -> None:
         """Close a session; where it broke, see whether its connection did."""
         session.close()
         with self._changed:
@@ -469,14 +454,14 @@ class RunnerBuilder:
         self._given_up = error
         return error
 
-    def _start_session(self, connection: Connection) -> _Session:
+    def _start_session(self, connection: Connection) -> Session:
         packed = bundle()
         try:
             channel = connection.start(packed.command)
         except BuilderLost:
             self._forget(connection)
             raise
-        session = _Session(connection, channel, self.place)
+        session = Session(connection, channel, self.place)
         try:
             session.begin(packed.packed)
         except BaseException as error:
@@ -493,7 +478,9 @@ class RunnerBuilder:
         state = reply.get("state")
         attempt = reply.get("attempt")
         if state not in ("queued", "running", "done", "failed", "cancelled", "lost") or not _is_name(attempt):
-            raise BuilderError(f"{self.place} answers something that makes no sense (state {_text(state)}).", NONSENSE)
+            raise BuilderError(
+                f"{self.place} answers something that makes no sense (state {words_of(state)}).", NONSENSE
+            )
         outputs = {}
         for name, about in _mapping(reply.get("outputs")).items():
             about = _mapping(about)
@@ -506,159 +493,13 @@ class RunnerBuilder:
         failure = None
         if state == "failed":
             about = _mapping(reply.get("failure"))
-            failure = Failure(_text(about.get("kind", "")), _text(about.get("message", "It failed.")))
+            failure = Failure(words_of(about.get("kind", "")), words_of(about.get("message", "It failed.")))
         phases = {
-            _text(name)[:40]: float(seconds)
+            words_of(name)[:40]: float(seconds)
             for name, seconds in list(_mapping(reply.get("phases")).items())[:40]
             if type(seconds) in (int, float) and abs(seconds) < 1e12  # and so no NaN
         }
         return Status(state, attempt, joined, outputs, failure, phases)
-
-
-class _Session:
-    """One runner, ready for one request at a time."""
-
-    def __init__(self, connection: Connection, channel: Channel, place: str) -> None:
-        self.connection = connection
-        self.channel_says = ""
-        self._channel = channel
-        self._place = place
-        self._buffer = bytearray()
-
-    def begin(self, packed: bytes) -> None:
-        """Wait until the runner is ready; send it there first when it asks for it.
-
-        Raises:
-            BuilderError: the builder lacks what a runner needs.
-            BuilderLost: the connection broke.
-        """
-        word = self._preamble()
-        if word == "send":
-            self._channel.send(packed)
-            word = self._preamble()
-        if word == "ready":
-            return
-        if word.startswith("python"):
-            raise BuilderError(
-                f"{self._place} has Python {_text(word[7:])}, and the runner needs 3.9 or newer.",
-                "Upgrade the builder's system (Debian 11 or later has it).",
-            )
-        if word.startswith("lacks"):
-            raise BuilderError(
-                f"The python3 of {self._place} lacks a part of the standard library ({_text(word[6:])}).",
-                "On the builder: sudo apt install python3 (python3-minimal is not enough).",
-            )
-        if word == "failed":
-            reply, _ = self._message() or ({}, 0)
-            raise BuilderError(f"On {self._place}: {_text(reply.get('error'))}", _text(reply.get("hint", "")))
-        raise BuilderError(
-            f"The runner cannot be put on {self._place}: {_text(word[7:])}.",
-            "See that its disk has room and that ~/.cache there can be written to.",
-        )
-
-    def _preamble(self) -> str:
-        """Read up to the line that the runner begins with; a login shell may have printed anything before it."""
-        seen = bytearray()
-        while True:
-            start = seen.find(wire.PREAMBLE)
-            end = seen.find(b"\n", start)
-            if start >= 0 and end >= 0:
-                self._buffer[:] = seen[end + 1 :]
-                return seen[start + len(wire.PREAMBLE) : end].decode("utf-8", "replace").strip()
-            data = self._channel.receive(4096, SILENCE)
-            if not data:
-                raise self._no_runner(bytes(seen))
-            seen += data
-            if len(seen) > 1 << 20:
-                raise BuilderError(
-                    f"{self._place} prints without end when we log in.", "See what its shell's start-up files do."
-                )
-
-    def _no_runner(self, seen: bytes) -> BuilderError:
-        status = self._channel.exit_status(5.0)
-        said = _last_lines(self._channel.errors() or seen)
-        if status is None:
-            return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
-        if "python3" in (said or "python3") and (status == 127 or "not found" in said):
-            return BuilderError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
-        return BuilderError(
-            f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}.",
-            "See that a shell there can run python3.",
-        )
-
-    def ask(self, header: Mapping[str, Any], body: _Body | None, sink: _Take | None, limit: int) -> dict[str, Any]:
-        """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""
-        length = body.length if body is not None else 0
-        try:
-            start = wire.encode(dict(header), length)
-        except wire.WireError as error:
-            raise BuilderError(
-                f"The request to {self._place} is too long ({error}).",
-                "A job's args and the list of its files are part of it: put what is large into an input file.",
-            ) from error
-        if body is not None and length <= CHUNK:
-            start += b"".join(body)
-            body = None
-        try:
-            self._channel.send(start)
-            for piece in body or ():
-                self._channel.send(piece)
-        except BuilderLost as lost:  # it may have refused the body before it had all of it, and ended
-            raise self._refusal() or lost from lost
-        message = self._message()
-        if message is None:
-            self.channel_says = _last_lines(self._channel.errors())
-            raise BuilderLost(f"The connection to {self._place} broke.")
-        reply, size_there = message
-        if size_there > limit:
-            raise BuilderError(
-                f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept."
-            )
-        while size_there:
-            data = self._some(min(size_there, CHUNK))
-            if sink is not None:
-                sink(data)
-            size_there -= len(data)
-        return reply
-
-    def _refusal(self) -> BuilderError | None:
-        """Return what the runner said last, if that is why it ended."""
-        try:
-            message = self._message()
-        except BuilderError:
-            return None
-        if message is None or "error" not in message[0]:
-            return None
-        return BuilderError(f"On {self._place}: {_text(message[0]['error'])}", _text(message[0].get("hint", "")))
-
-    def _message(self) -> tuple[wire.Header, int] | None:
-        try:
-            return wire.decode(self._read)
-        except wire.CutOff as error:
-            raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
-        except wire.WireError as error:
-            raise BuilderError(f"{self._place} answers something that makes no sense ({error}).", NONSENSE) from error
-
-    def _read(self, count: int) -> bytes:
-        while len(self._buffer) < count:
-            data = self._channel.receive(CHUNK, SILENCE)
-            if not data:
-                break
-            self._buffer += data
-        data = bytes(self._buffer[:count])
-        del self._buffer[:count]
-        return data
-
-    def _some(self, count: int) -> bytes:
-        if self._buffer:
-            return self._read(min(count, len(self._buffer)))
-        data = self._channel.receive(count, SILENCE)
-        if not data:
-            raise BuilderLost(f"The connection to {self._place} broke.")
-        return data
-
-    def close(self) -> None:
-        self._channel.close()
 
 
 class _Setbacks:
@@ -681,42 +522,6 @@ class _Setbacks:
         time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
 
 
-class _Body:
-    """A request's body: its length in bytes, and its pieces."""
-
-    length: int
-
-    def __iter__(self) -> Any:
-        raise NotImplementedError
-
-
-class _Bytes(_Body):
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self.length = sum(map(len, pieces))
-        self._pieces = pieces
-
-    def __iter__(self) -> Any:
-        return iter(self._pieces)
-
-
-class _FileFrom(_Body):
-    """A file's content from an offset on; cut or filled to the length that was said, the digest tells."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        self.length = length - offset
-        self._path = path
-        self._offset = offset
-
-    def __iter__(self) -> Any:
-        left = self.length
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(self._offset)
-            while left:
-                data = file.read(min(CHUNK, left)) or b"\0" * min(CHUNK, left)
-                left -= len(data)
-                yield data
-
-
 def _files_of(job: Job) -> Iterable[File]:
     if not job.is_function:
         yield File(job.identity)
@@ -735,14 +540,6 @@ def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) ->
     return small
 
 
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while data := file.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 def _is_name(value: object) -> TypeGuard[str]:
     return is_file_name(value)
 
@@ -757,14 +554,3 @@ def _is_size(value: object) -> bool:
 
 def _mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _text(value: object) -> str:
-    """Return a builder's words: bounded, and without what a terminal would act on."""
-    return printable(str(value)[:4000])
-
-
-def _last_lines(data: bytes) -> str:
-    lines = _text(data[-4000:].decode("utf-8", "replace")).splitlines()
-    lines = [line.strip()[:300] for line in lines if line.strip(" ^~\t")]  # what Python underlines is not shown
-    return " / ".join(lines[-3:])

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .buildah import Buildah, BuildahError, Facts, last_lines, locked, streamed
-from .files import RunnerError
+from .buildah import Buildah, BuildahError, Facts, last_lines, streamed
+from .files import RunnerError, locked
 
 POLICY_VARIABLE = "GAMEBEAR_BASE"
 """`auto` (local, registry, bootstrap), `registry` (no bootstrap) or `bootstrap` (no registry)."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import getpass
 import json
 import os
@@ -18,7 +17,6 @@ import re
 import select
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import uuid
@@ -28,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from . import files
-from .files import RunnerError
+from .arch import ARCHITECTURES
+from .emulation import PROBE_SECONDS, emulated
+from .files import RunnerError, locked
 
 RECIPE = 1
 """Version of the probe; another number makes every builder probe again."""
-
-PROBE_SECONDS = 120.0
-"""How long one step of the probe may take; a Pi with a slow card takes a few seconds."""
 
 IMAGES_IN_USE = "in-use.lock"
 """The file in `images/` whose lock is shared by all who look for an image; a prune of images holds it alone."""
@@ -261,17 +258,6 @@ def outside(root: Path, facts: Facts, *args: str) -> str:
     if status:
         raise BuildahError(args, status, stderr)
     return stdout
-
-
-@contextlib.contextmanager
-def locked(path: Path, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def last_lines(text: str, count: int = 4) -> str:
@@ -587,100 +573,9 @@ def _subordinate_ids(path: str, user: str) -> int:
     return sum(int(words[2]) for words in lines if len(words) == 3 and words[0] in names and words[2].isdigit())
 
 
-MACHINES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv8l": "armhf",
-    "armv7l": "armhf",
-    "armv6l": "armhf",
-    "i686": "i386",
-    "i586": "i386",
-    "riscv64": "riscv64",
-    "ppc64le": "ppc64el",
-    "s390x": "s390x",
-    "loongarch64": "loong64",
-}
-"""The kernel's names (`uname -m`) to Debian's."""
-
-# A program for each architecture that only does exit(0): bits, byte order, ELF machine, ELF flags, code.
-PROGRAMS: dict[str, tuple[int, str, int, int, bytes]] = {
-    "armhf": (32, "<", 40, 0x05000400, bytes.fromhex("0000a0e3 0170a0e3 000000ef")),
-    "arm64": (64, "<", 183, 0, bytes.fromhex("000080d2 a80b80d2 010000d4")),
-    "amd64": (64, "<", 62, 0, bytes.fromhex("b83c000000 31ff 0f05")),
-    "i386": (32, "<", 3, 0, bytes.fromhex("b801000000 31db cd80")),
-    "riscv64": (64, "<", 243, 5, bytes.fromhex("13050000 9308d005 73000000")),
-    "ppc64el": (64, "<", 21, 2, bytes.fromhex("01000038 00006038 02000044")),
-    "s390x": (64, ">", 22, 0, bytes.fromhex("a7290000 0a01")),
-}
-
-
-def emulated(arch: str) -> tuple[str, ...]:
-    """Return Debian's names of the architectures, apart from `arch`, whose programs run here.
-
-    Found out by running one: that answers alike for qemu through binfmt_misc and for 32-bit ARM on a 64-bit
-    kernel (which not every CPU can do). A handler without the flag F does not count: it would not work in a
-    container.
-    """
-    names = [name for name in PROGRAMS if name != arch and _runs(name) and _reaches_containers(name)]
-    if "armhf" in (*names, arch):
-        names.append("armel")
-    return tuple(sorted(set(names) - {arch}))
-
-
-def _program(arch: str) -> bytes:
-    """Return the smallest ELF file: one header, one segment, code (System V ABI, chapter 4 and 5)."""
-    bits, order, machine, flags, code = PROGRAMS[arch]
-    ident = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]) + bytes(9)
-    base = 0x10000
-    if bits == 32:
-        start, header, segment = base + 84, 52, 32
-        size = 84 + len(code)
-        program = struct.pack(f"{order}8I", 1, 0, base, base, size, size, 5, 0x10000)
-        layout = f"{order}HHIIIIIHHHHHH"
-    else:
-        start, header, segment = base + 120, 64, 56
-        size = 120 + len(code)
-        program = struct.pack(f"{order}IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x10000)
-        layout = f"{order}HHIQQQIHHHHHH"
-    rest = struct.pack(layout, 2, machine, 1, start, header, 0, flags, header, segment, 1, 0, 0, 0)
-    return ident + rest + program + code
-
-
-def _runs(arch: str) -> bool:
-    fd = os.memfd_create(f"gamebear-{arch}", 0)
-    try:
-        os.write(fd, _program(arch))
-        os.lseek(fd, 0, os.SEEK_SET)
-        done = subprocess.run(
-            [f"/proc/self/fd/{fd}"],
-            check=False,
-            pass_fds=[fd],
-            env={},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=PROBE_SECONDS,
-        )
-        return done.returncode == 0
-    except (OSError, subprocess.SubprocessError):
-        return False
-    finally:
-        os.close(fd)
-
-
-def _reaches_containers(arch: str) -> bool:
-    handler = {"armhf": "arm", "arm64": "aarch64", "amd64": "x86_64", "ppc64el": "ppc64le"}.get(arch, arch)
-    try:
-        text = Path(f"/proc/sys/fs/binfmt_misc/qemu-{handler}").read_text()
-    except OSError:
-        return True
-    flags = re.search(r"^flags: *(\w*)$", text, re.MULTILINE)
-    return not text.startswith("enabled") or (flags is not None and "F" in flags.group(1))
-
-
 def _debian_arch(env: dict[str, str]) -> str:
     status, stdout, _ = _captured(["dpkg", "--print-architecture"], env, timeout=PROBE_SECONDS)
     if not status and stdout.strip():
         return stdout.strip()
     machine = platform.machine()
-    return MACHINES.get(machine, machine)
+    return ARCHITECTURES.get(machine, machine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -74,6 +75,18 @@ def sync_folder(folder: os.PathLike[str] | str) -> None:
     try:
         os.fsync(fd)
     finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]:
+    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile
         os.close(fd)
 
 

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from .files import RunnerError
-from .store import locked
+from .files import RunnerError, locked
 
 DIRECTIVE = re.compile(r"#\|(?P<kind>[^:]*):(?P<data>.*)")
 """A `#|` line, in a comment that begins its line. One without a colon is an ordinary comment."""

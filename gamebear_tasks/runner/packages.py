@@ -16,7 +16,8 @@ import uuid
 from collections.abc import Iterable, Sequence
 
 from .bases import ARCHITECTURE_ANNOTATION, ImageError, check_runs, resolve
-from .buildah import Buildah, BuildahError, Facts, last_lines, locked, streamed
+from .buildah import Buildah, BuildahError, Facts, last_lines, streamed
+from .files import locked
 
 RECIPE = 1
 """Version of what is done below; another number makes every package image be built anew."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .buildah import IMAGES_IN_USE, BuildahError, Facts, facts, outside, remove_tree
-from .files import RunnerError, is_sha256
+from .files import RunnerError, is_sha256, locked
 from .store import Lock, Store, StoredJob, stamp
 from .supervise import clean_up, clean_up_after_lost_jobs
 
@@ -283,8 +283,7 @@ class Prune:
         for path in _entries(self.store.root / "venvs"):
             used = max(stamp(path), stamp(path / "complete"))
             if idle and path.suffix != ".lock" and self._age(used, path) > limit:
-                with Lock(path.with_name(f"{path.name}.lock")) as lock:
-                    lock.acquire(wait=True)
+                with locked(path.with_name(f"{path.name}.lock")):
                     self._throw_out(path)
 
     def _remove_runner(self, path: Path) -> None:

@@ -102,8 +102,6 @@ class Session:
             return self._fetch(**header)
         if operation == "cancel":
             return self._cancel(**header), None
-        if operation == "leave":
-            return self._leave(**header), None
         if operation == "discard":
             return self._discard(**header), None
         if operation == "prune":
@@ -302,11 +300,6 @@ class Session:
         if state["state"] == "cancelled":
             stored.note_seen(wanted)
         return {"state": "running" if state["state"] == "queued" else state["state"], "others": 0}
-
-    def _leave(self, digest: str, client: str) -> Reply:
-        """Note that a client no longer waits for a job."""
-        self.store.job(digest).forget_client(client)
-        return {}
 
     def _discard(self, digest: str, attempt: str) -> Reply:
         """Look whether the outputs still are what they were, and forget the result where they are not."""

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import read_json
-from .store import Lock, Store, locked
+from .files import locked, read_json
+from .store import Lock, Store
 
 
 def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: Callable[[str], None]) -> Lock:

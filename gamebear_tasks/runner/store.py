@@ -395,10 +395,3 @@ def _is_state(state: object) -> bool:
         and is_sha256(about.get("sha256"))
         for name, about in outputs.items()
     )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file for the block; wait for it."""
-    with Lock(path):
-        yield

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SettingsError, SourceError
-from ..runner.files import is_file_name, is_sha256, sha256_of, write_bytes
+from ..runner.files import is_file_name, is_sha256, locked, sha256_of, write_bytes
 from . import tree
 from .lock import DebianEntry, Lock
 from .program import ProgramError, run
-from .source import BaseSource, Pin, held, remove
+from .source import BaseSource, Pin, remove
 
 NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=…) and `doit sources=git`."
 """What to do on a machine that is not Debian's."""
@@ -192,7 +192,7 @@ class Debian(BaseSource[DebianPin]):
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(root).free < SPACE:
             raise self.error(f"needs {SPACE >> 20} MiB for apt's lists in {root}", "Make room there.")
-        with held(root / ".lock"):
+        with locked(root / ".lock"):
             sources, suites = apt_sources(self.suite)
             if not sources:
                 raise self.error(
@@ -387,9 +387,7 @@ def entries(listing: str, package: str) -> dict[str, DebianEntry]:
     """
     found: dict[str, DebianEntry] = {}
     for stanza in listing.split("\n\n"):
-        fields: dict[str, str] = dict(
-            re.findall(r"^(Package|Version|Checksums-Sha256):(.*(?:\n .*)*)", stanza, re.MULTILINE)
-        )
+        fields: dict[str, str] = dict(re.findall(FIELD, stanza))
         if fields.get("Package", "").strip() != package:
             continue
         files = {

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SettingsError, SourceError
+from ..runner.files import locked
 from . import tree
 from .lock import Lock, is_commit
 from .program import ProgramError, run
-from .source import BaseSource, Pin, check_url, held, remove
+from .source import BaseSource, Pin, check_url, remove
 
 SUBMODULE_SCHEMES = ("https://", "http://", "ssh://", "git://", "git+ssh://", "ssh+git://")
 """What a `.gitmodules` may name besides `host:path` and relative URLs; not `ext::` or the user's own files."""
@@ -288,7 +289,7 @@ class _Repository:
         """
         ref = f"refs/gamebear/{commit}"  # set last: says that the commit is here with all its files
         self.folder.parent.mkdir(exist_ok=True)
-        with held(self.folder.with_suffix(".lock")):
+        with locked(self.folder.with_suffix(".lock")):
             with contextlib.suppress(_DamagedError):
                 if self.git("cat-file", "-t", ref + "^{commit}"):
                     return

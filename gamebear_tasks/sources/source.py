@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
-import os
 import re
 import shutil
 import tempfile
 import urllib.parse
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
 from ..errors import SettingsError, SourceError
-from ..runner.files import written_aside
+from ..runner.files import locked, written_aside
 from .lock import LOCK_FILE, Lock
 from .program import ProgramError
 
@@ -105,7 +101,7 @@ class BaseSource(ABC, Generic[PinT]):
             return target
         try:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with held(cache / f".{target.name}.lock"):
+            with locked(cache / f".{target.name}.lock"):
                 if not target.is_file():
                     self._fetch(pin, target)
         except OSError as error:
@@ -137,18 +133,6 @@ class BaseSource(ABC, Generic[PinT]):
         hint = hint or "It is not in the cache, so the network is needed this once."
         others = " or ".join(f"`doit sources={name}`" for name in self.alternatives)
         return SourceError(f"{self} {what}.", f"{hint} Another source for it: {others}." if others else hint)
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a lock file while the block runs; others wait, in this process and in others."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile
-        os.close(fd)
 
 
 def remove(path: Path) -> None:

@@ -1,0 +1,220 @@
+"""A session with a runner: one channel to it, one request at a time, its answers read and not believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuilderError, BuilderLost
+from ..report import printable, size
+from ..runner import wire
+from .channel import Channel, Connection
+
+CHUNK = 256 << 10
+"""Bytes sent or received at once."""
+
+SILENCE = 60.0
+"""Seconds after which an unanswered request means that the connection is dead."""
+
+NONSENSE = "See on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it; it is sent anew."
+
+Take = Callable[[bytes], object]
+"""What is given an answer's body, piece by piece."""
+
+
+class Session:
+    """One runner, ready for one request at a time."""
+
+    def __init__(self, connection: Connection, channel: Channel, place: str) -> None:
+        self.connection = connection
+        self.channel_says = ""
+        self._channel = channel
+        self._place = place
+        self._buffer = bytearray()
+
+    def begin(self, packed: bytes) -> None:
+        """Wait until the runner is ready; send it there first when it asks for it.
+
+        Raises:
+            BuilderError: the builder lacks what a runner needs.
+            BuilderLost: the connection broke.
+        """
+        word = self._preamble()
+        if word == "send":
+            self._channel.send(packed)
+            word = self._preamble()
+        if word == "ready":
+            return
+        if word.startswith("python"):
+            raise BuilderError(
+                f"{self._place} has Python {words_of(word[7:])}, and the runner needs 3.9 or newer.",
+                "Upgrade the builder's system (Debian 11 or later has it).",
+            )
+        if word.startswith("lacks"):
+            raise BuilderError(
+                f"The python3 of {self._place} lacks a part of the standard library ({words_of(word[6:])}).",
+                "On the builder: sudo apt install python3 (python3-minimal is not enough).",
+            )
+        if word == "failed":
+            reply, _ = self._message() or ({}, 0)
+            raise BuilderError(f"On {self._place}: {words_of(reply.get('error'))}", words_of(reply.get("hint", "")))
+        raise BuilderError(
+            f"The runner cannot be put on {self._place}: {words_of(word[7:])}.",
+            "See that its disk has room and that ~/.cache there can be written to.",
+        )
+
+    def _preamble(self) -> str:
+        """Read up to the line that the runner begins with; a login shell may have printed anything before it."""
+        seen = bytearray()
+        while True:
+            start = seen.find(wire.PREAMBLE)
+            end = seen.find(b"\n", start)
+            if start >= 0 and end >= 0:
+                self._buffer[:] = seen[end + 1 :]
+                return seen[start + len(wire.PREAMBLE) : end].decode("utf-8", "replace").strip()
+            data = self._channel.receive(4096, SILENCE)
+            if not data:
+                raise self._no_runner(bytes(seen))
+            seen += data
+            if len(seen) > 1 << 20:
+                raise BuilderError(
+                    f"{self._place} prints without end when we log in.", "See what its shell's start-up files do."
+                )
+
+    def _no_runner(self, seen: bytes) -> BuilderError:
+        status = self._channel.exit_status(5.0)
+        said = last_lines_of(self._channel.errors() or seen)
+        if status is None:
+            return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
+        if "python3" in (said or "python3") and (status == 127 or "not found" in said):
+            return BuilderError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
+        return BuilderError(
+            f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}.",
+            "See that a shell there can run python3.",
+        )
+
+    def ask(self, header: Mapping[str, Any], body: Body | None, sink: Take | None, limit: int) -> dict[str, Any]:
+        """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""
+        length = body.length if body is not None else 0
+        try:
+            start = wire.encode(dict(header), length)
+        except wire.WireError as error:
+            raise BuilderError(
+                f"The request to {self._place} is too long ({error}).",
+                "A job's args and the list of its files are part of it: put what is large into an input file.",
+            ) from error
+        if body is not None and length <= CHUNK:
+            start += b"".join(body)
+            body = None
+        try:
+            self._channel.send(start)
+            for piece in body or ():
+                self._channel.send(piece)
+        except BuilderLost as lost:  # it may have refused the body before it had all of it, and ended
+            raise self._refusal() or lost from lost
+        message = self._message()
+        if message is None:
+            self.channel_says = last_lines_of(self._channel.errors())
+            raise BuilderLost(f"The connection to {self._place} broke.")
+        reply, size_there = message
+        if size_there > limit:
+            raise BuilderError(
+                f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept."
+            )
+        while size_there:
+            data = self._some(min(size_there, CHUNK))
+            if sink is not None:
+                sink(data)
+            size_there -= len(data)
+        return reply
+
+    def _refusal(self) -> BuilderError | None:
+        """Return what the runner said last, if that is why it ended."""
+        try:
+            message = self._message()
+        except BuilderError:
+            return None
+        if message is None or "error" not in message[0]:
+            return None
+        return BuilderError(f"On {self._place}: {words_of(message[0]['error'])}", words_of(message[0].get("hint", "")))
+
+    def _message(self) -> tuple[wire.Header, int] | None:
+        try:
+            return wire.decode(self._read)
+        except wire.CutOff as error:
+            raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
+        except wire.WireError as error:
+            raise BuilderError(f"{self._place} answers something that makes no sense ({error}).", NONSENSE) from error
+
+    def _read(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            data = self._channel.receive(CHUNK, SILENCE)
+            if not data:
+                break
+            self._buffer += data
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return data
+
+    def _some(self, count: int) -> bytes:
+        if self._buffer:
+            return self._read(min(count, len(self._buffer)))
+        data = self._channel.receive(count, SILENCE)
+        if not data:
+            raise BuilderLost(f"The connection to {self._place} broke.")
+        return data
+
+    def close(self) -> None:
+        """Close the channel; the connection stays."""
+        self._channel.close()
+
+
+class Body:
+    """A request's body: its length in bytes, and its pieces."""
+
+    length: int
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+
+class Bytes(Body):
+    """What is in memory already."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.length = sum(map(len, pieces))
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._pieces)
+
+
+class FileFrom(Body):
+    """A file's content from an offset on; cut or filled to the length that was said, the digest tells."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self.length = length - offset
+        self._path = path
+        self._offset = offset
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self.length
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._offset)
+            while left:
+                data = file.read(min(CHUNK, left)) or b"\0" * min(CHUNK, left)
+                left -= len(data)
+                yield data
+
+
+def words_of(value: object) -> str:
+    """Return a builder's words: bounded, and without what a terminal would act on."""
+    return printable(str(value)[:4000])
+
+
+def last_lines_of(data: bytes) -> str:
+    """Return the last few lines that say something, as one line."""
+    lines = words_of(data[-4000:].decode("utf-8", "replace")).splitlines()
+    lines = [line.strip()[:300] for line in lines if line.strip(" ^~\t")]  # what Python underlines is not shown
+    return " / ".join(lines[-3:])

@@ -1,0 +1,22 @@
+"""What Debian calls the architectures."""
+
+from __future__ import annotations
+
+ARCHITECTURES = {
+    "aarch64": "arm64",
+    "amd64": "amd64",
+    "arm64": "arm64",
+    "armv5tel": "armel",
+    "armv6l": "armhf",
+    "armv7l": "armhf",
+    "armv8l": "armhf",
+    "i386": "i386",
+    "i586": "i386",
+    "i686": "i386",
+    "loongarch64": "loong64",
+    "ppc64le": "ppc64el",
+    "riscv64": "riscv64",
+    "s390x": "s390x",
+    "x86_64": "amd64",
+}
+"""Debian's name of an architecture, by what `uname -m` calls the machine."""
