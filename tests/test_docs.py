@@ -21,7 +21,8 @@ from project import ROOT, Project
 import gamebear_tasks
 from gamebear_tasks.config import Settings, settings
 from gamebear_tasks.errors import GamebearError
-from gamebear_tasks.runner import containers
+from gamebear_tasks.runner.containers import Container
+from gamebear_tasks.runner.images import Image, packages_image
 from gamebear_tasks.runner.language import read
 from gamebear_tasks.sources import Lock
 
@@ -138,9 +139,9 @@ def _check_call(call: ast.Call) -> None:
     """See that a call of something of ours has arguments that it takes; methods are told by `c.` and `img.`."""
     signature: inspect.Signature | None = None
     if isinstance(call.func, ast.Name) and call.func.id in ("Container", "Image", "packages_image"):
-        signature = inspect.signature(getattr(containers, call.func.id))
+        signature = inspect.signature(SIGNATURES[call.func.id])
     elif isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
-        owner = {"c": containers.Container, "img": containers.Image}.get(call.func.value.id)
+        owner = {"c": Container, "img": Image}.get(call.func.value.id)
         if owner is not None:
             assert hasattr(owner, call.func.attr), ast.unparse(call)
             signature = _without_self(getattr(owner, call.func.attr))
@@ -257,12 +258,12 @@ def _public(owner: type) -> set[str]:
     return {name for name in {*dir(owner), *set_there} if not name.startswith("_")}
 
 
-@pytest.mark.parametrize(("owner", "short"), [(containers.Container, "c"), (containers.Image, "img")])
+@pytest.mark.parametrize(("owner", "short"), [(Container, "c"), (Image, "img")])
 def test_all_that_containers_and_images_have_is_described_and_nothing_else(owner: type, short: str) -> None:
     text = _section(BUILDSCRIPTS, owner.__name__)
     described = set(re.findall(rf"^### {owner.__name__}\.(\w+)$", text, re.MULTILINE))
     described |= set(re.findall(rf"`{short}\.(\w+)`", text))
-    if owner is containers.Container:
+    if owner is Container:
         described |= set(_rows(text.partition("### Settings of a container")[2].partition("\n### ")[0]))
     assert described == _public(owner)
 
@@ -280,12 +281,12 @@ SIGNATURES: dict[str, Callable[..., object]] = {
     "debian": gamebear_tasks.debian,
     "either": gamebear_tasks.either,
     "GamebearError": GamebearError,
-    "packages_image": containers.packages_image,
-    "Container": containers.Container,
-    "Image": containers.Image,
+    "packages_image": packages_image,
+    "Container": Container,
+    "Image": Image,
     **{
         f"{owner.__name__}.{name}": getattr(owner, name)
-        for owner in (containers.Container, containers.Image)
+        for owner in (Container, Image)
         for name in dir(owner)
         if not name.startswith("_") and inspect.isroutine(getattr(owner, name))
     },

@@ -29,10 +29,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
-from . import containers, language
+from . import language
 from .buildah import Buildah, BuildahError, facts
-from .containers import CommandError, Container, Image, ImageNotFoundError
+from .containers import Container
 from .files import RunnerError, read_json, write_json
+from .images import Image, ImageNotFoundError, packages_image
+from .job import CommandError, Job, begin
 
 KILLED = 128 + signal.SIGKILL
 """The exit status of a build whose supervisor is gone."""
@@ -174,8 +176,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     root = folder.parent.parent
     known = facts(root)
     prefix = f"gamebear-{digest[:16]}-"
-    job = containers.Job(Buildah(root, known, prefix, folder / "images"), known, str(document["arch"]), prefix)
-    containers.begin(job)
+    job = Job(Buildah(root, known, prefix, folder / "images"), known, str(document["arch"]), prefix)
+    begin(job)
     work = Path.cwd()
     returned: object = None
     try:
@@ -195,7 +197,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
         _check_outputs(document)
     finally:
         try:
-            job.close(returned if isinstance(returned, Image) else None)
+            job.close(returned.id if isinstance(returned, Image) else "")
         except BuildahError as error:
             print(f"gamebear: {error}", file=sys.stderr)
             result["containers_left"] = sorted(job.open)
@@ -213,7 +215,7 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
         "ImageNotFoundError": ImageNotFoundError,
         "CommandError": CommandError,
         "TemporaryDirectory": language.TemporaryDirectory,
-        "packages_image": containers.packages_image,
+        "packages_image": packages_image,
         "Path": Path,
     }
     language.inject(seen)

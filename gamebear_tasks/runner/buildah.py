@@ -184,6 +184,18 @@ class Buildah:
             raise BuildahError(args, status, stderr)
         return stdout
 
+    def images(self, every: bool = False) -> list[dict[str, Any]]:
+        """Return the local images as buildah lists them, with plain full ids and a list of names; raises BuildahError.
+
+        Args:
+            every: intermediate images too.
+        """
+        listed = json.loads(self("images", "--no-trunc", "--json", *(["--all"] if every else [])) or "null") or []
+        return [
+            {**entry, "id": str(entry["id"]).rpartition(":")[2], "names": list(entry.get("names") or ())}
+            for entry in listed
+        ]
+
     @contextlib.contextmanager
     def looking_for_image(self) -> Iterator[None]:
         """Keep every image for the length of the block, in which one is found or made and noted (see `prune`)."""

@@ -1,4 +1,4 @@
-"""`Container` and `Image`, as a buildscript sees them.
+"""`Container`, as a buildscript sees it.
 
 A buildah command costs 30 to 150 ms on a PC and far more on a Pi, so there are as few as can be: settings are gathered
 and go along with the next command, files are copied through one mount per container, an image's settings are read only
@@ -12,255 +12,23 @@ import copy
 import json
 import os
 import posixpath
-import re
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Generic, TypeVar, cast, overload
+from typing import IO, Any
 
-from . import bases, packages
-from .buildah import Buildah, BuildahError, Facts, last_lines
+from . import bases
 from .files import CHUNK
+from .images import Image, image_of, resolve
+from .job import CommandError, current, run_buildah
 from .rootfs import Rootfs
-
-T = TypeVar("T")
+from .settings import Setting, Table, as_duration, as_health_check, as_paths, as_words
 
 DOWNLOAD_SECONDS = 60.0
 """How long a server may be silent during `add_url`."""
-
-RUN_TAKES_SETTINGS = (1, 22)
-"""The first release whose `buildah run` has `--env` and `--workingdir`."""
-
-
-class ImageNotFoundError(Exception):
-    """There is no such image, or it cannot be had."""
-
-
-class CommandError(subprocess.CalledProcessError):
-    """A command in a container failed, or buildah itself did.
-
-    Attributes:
-        cmd: the command, as the script gave it.
-        returncode: its exit status, negative for a signal.
-        where: the container or image that it was about.
-    """
-
-    def __init__(
-        self, returncode: int, cmd: Sequence[str], where: str = "", output: Any = None, stderr: Any = None
-    ) -> None:
-        super().__init__(returncode, list(cmd), output, stderr)
-        self.where = where
-
-    def __str__(self) -> str:
-        number = self.returncode
-        number = -number if number < 0 else number - 128
-        killed = self.returncode != 255 and number in set(signal.Signals)
-        how = f"was ended by {signal.Signals(number).name}" if killed else f"failed with status {self.returncode}"
-        said = last_lines(self.stderr) if isinstance(self.stderr, str) else ""
-        return f"`{shlex.join(self.cmd)}` {how}{self.where and f' in {self.where}'}{said and f': {said}'}"
-
-
-class Job:
-    """What the containers of this process belong to; there is one job for each process.
-
-    Args:
-        buildah: to run buildah with, inside the namespace.
-        facts: what the builder can do.
-        arch: Debian's name of the architecture that images are to have.
-        prefix: what the names of the containers begin with.
-    """
-
-    def __init__(self, buildah: Buildah, facts: Facts, arch: str, prefix: str) -> None:
-        self.buildah = buildah
-        self.facts = facts
-        self.arch = arch
-        self.prefix = prefix
-        self.count = 0
-        self.open: dict[str, Container] = {}
-        self.committed: list[str] = []
-
-    def run_takes_settings(self) -> bool:
-        """Say whether environment and working directory can be had for one command only."""
-        numbers = [int(number) for number in re.findall(r"\d+", self.facts.version)[:2]]
-        return tuple(numbers) >= RUN_TAKES_SETTINGS
-
-    def close(self, keep: Image | None = None) -> None:
-        """Remove the containers that are left, and the images that were committed and then neither named nor returned.
-
-        Args:
-            keep: the image that the script returned.
-
-        Raises:
-            BuildahError: a container stays.
-        """
-        for container in list(self.open.values()):
-            container._let_go()
-        if self.open:
-            self.buildah("rm", *self.open)
-            self.open.clear()
-        left = [identity for identity in self.committed if keep is None or identity != keep.id]
-        if left:
-            with contextlib.suppress(BuildahError):
-                named = {entry["id"] for entry in _images(self.buildah) if entry["names"]}
-                for identity in reversed(left):
-                    if identity not in named:
-                        with contextlib.suppress(BuildahError):
-                            self.buildah("rmi", identity)
-
-
-_job: Job | None = None
-
-
-def begin(job: Job | None) -> None:
-    """Make a job the one that new containers and images belong to."""
-    global _job
-    _job = job
-
-
-def current() -> Job:
-    """Return the job of this process."""
-    if _job is None:
-        raise RuntimeError("There are containers and images only in a build.")
-    return _job
-
-
-def _run_buildah(where: str, *args: str) -> str:
-    """Run buildah quietly; what fails is an error that a script can catch like that of a command."""
-    try:
-        return current().buildah(*args)
-    except BuildahError as error:
-        raise CommandError(error.status, ["buildah", *args], where, stderr=error.stderr) from None
-
-
-# settings
-
-
-class Setting(Generic[T]):
-    """A setting of a container, read from its image when it is first looked at, applied when it is needed.
-
-    Args:
-        check: turns what the script assigns into the value, or raises TypeError or ValueError.
-    """
-
-    def __init__(self, check: Callable[[Any], T]) -> None:
-        self.check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, container: None, owner: type) -> Setting[T]: ...
-
-    @overload
-    def __get__(self, container: Container, owner: type) -> T: ...
-
-    def __get__(self, container: Container | None, owner: type) -> Setting[T] | T:
-        if container is None:
-            return self
-        return cast(T, container._read(self.name))
-
-    def __set__(self, container: Container, value: Any) -> None:
-        container._now[self.name] = self.check(value)
-
-
-class Table(MutableMapping[str, str]):
-    """Environment variables or labels: the image's, and the script's changes over them.
-
-    Args:
-        applied: returns what buildah knows already.
-    """
-
-    def __init__(self, applied: Callable[[], dict[str, str]]) -> None:
-        self._applied = applied
-        self.changes: dict[str, str | None] = {}
-
-    def _all(self) -> dict[str, str]:
-        merged: dict[str, str | None] = {**self._applied(), **self.changes}
-        return {key: value for key, value in merged.items() if value is not None}
-
-    def __getitem__(self, key: str) -> str:
-        value = self.changes[key] if key in self.changes else self._applied()[key]
-        if value is None:
-            raise KeyError(key)
-        return value
-
-    def __setitem__(self, key: str, value: object) -> None:
-        if not key or "=" in key:
-            raise ValueError(f"{key!r} cannot be the name of an environment variable or a label")
-        self.changes[key] = str(value)
-
-    def __delitem__(self, key: str) -> None:
-        if key not in self:
-            raise KeyError(key)
-        self.changes[key] = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def __repr__(self) -> str:
-        return repr(self._all())
-
-    def __or__(self, other: Mapping[str, object]) -> dict[str, str]:
-        return {**self._all(), **{key: str(value) for key, value in other.items()}}
-
-    def __ior__(self, other: Mapping[str, object]) -> Table:
-        for key, value in other.items():
-            self[key] = value
-        return self
-
-    def replace(self, values: Mapping[str, object]) -> None:
-        """Make the table equal to `values`."""
-        if values is self:
-            return
-        values = dict(values)
-        for key in set(self) - set(values):
-            del self[key]
-        self |= values
-
-    def applied(self) -> None:
-        """Note that buildah knows the changes now."""
-        known = self._all()
-        self.changes.clear()
-        base = self._applied()
-        base.clear()
-        base.update(known)
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, (str, bytes)):
-        raise TypeError(f"a list of words is wanted, such as {shlex.split(os.fsdecode(value))}, not the text {value!r}")
-    return [str(word) for word in value or ()]
-
-
-def _check_health(value: Any) -> list[str] | None:
-    """Return a health check as images have it: CMD and words, or CMD-SHELL and a line for the shell."""
-    if not value:
-        return None
-    if isinstance(value, str):
-        return ["CMD-SHELL", value]
-    words = _words(value)
-    return words if words[0] in ("CMD", "CMD-SHELL", "NONE") else ["CMD", *words]
-
-
-def _duration(value: Any) -> str:
-    """Return a duration in Go's notation (`5m`, `1.5s`); a number is seconds."""
-    return value if isinstance(value, str) else f"{value:g}s"
-
-
-def _paths(value: Any) -> set[str]:
-    if isinstance(value, str):
-        raise TypeError(f"a set of paths is wanted, such as {{{value!r}}}, not the text {value!r}")
-    return {str(path) for path in value}
-
-
-# containers
 
 
 class Container:
@@ -289,15 +57,15 @@ class Container:
         healthcheck_retries: failed checks after which the container is unhealthy.
     """
 
-    command = Setting(_words)
-    entrypoint = Setting(_words)
-    volumes = Setting(_paths)
+    command = Setting(as_words)
+    entrypoint = Setting(as_words)
+    volumes = Setting(as_paths)
     workdir = Setting(lambda value: str(value or ""))
     user = Setting(lambda value: "" if value is None else str(value))
-    healthcheck_cmd = Setting(_check_health)
-    healthcheck_interval = Setting(_duration)
-    healthcheck_timeout = Setting(_duration)
-    healthcheck_start_period = Setting(_duration)
+    healthcheck_cmd = Setting(as_health_check)
+    healthcheck_interval = Setting(as_duration)
+    healthcheck_timeout = Setting(as_duration)
+    healthcheck_start_period = Setting(as_duration)
     healthcheck_retries = Setting(int)
 
     def __init__(self, image: str | Image, *, mounts: Iterable[Any] = ()) -> None:
@@ -316,15 +84,15 @@ class Container:
             command += ["--arch", architecture, *(("--variant", variant) if variant else ())]
             identity = "scratch"
         else:
-            identity = image.id if isinstance(image, Image) else _resolve(str(image))
+            identity = image.id if isinstance(image, Image) else resolve(str(image))
             job.buildah.note_use(identity)
         for mount in mounts or ():
             command += ["--volume", _volume(mount)]
         job.count += 1
         self.name = f"{job.prefix}{job.count}"
         self._where = f"a container of {str(image)[:12] if isinstance(image, Image) else image}"
-        _run_buildah(self._where, *command, "--name", self.name, identity)
-        job.open[self.name] = self
+        run_buildah(self._where, *command, "--name", self.name, identity)
+        job.open[self.name] = self._let_go
 
     def __str__(self) -> str:
         return self.name
@@ -354,7 +122,7 @@ class Container:
     def _buildah(self, *args: str) -> str:
         if self.name not in self._job.open:
             raise ValueError(f"the container {self.name} is removed: its with-block is over")
-        return _run_buildah(self._where, *args)
+        return run_buildah(self._where, *args)
 
     # settings
 
@@ -395,9 +163,9 @@ class Container:
             "workdir": config.get("WorkingDir") or "",
             "user": config.get("User") or "",
             "healthcheck_cmd": health.get("Test") or None,
-            "healthcheck_interval": _duration(health.get("Interval", 0) / 1e9),
-            "healthcheck_timeout": _duration(health.get("Timeout", 0) / 1e9),
-            "healthcheck_start_period": _duration(health.get("StartPeriod", 0) / 1e9),
+            "healthcheck_interval": as_duration(health.get("Interval", 0) / 1e9),
+            "healthcheck_timeout": as_duration(health.get("Timeout", 0) / 1e9),
+            "healthcheck_start_period": as_duration(health.get("StartPeriod", 0) / 1e9),
             "healthcheck_retries": int(health.get("Retries", 0)),
         }
         self._loaded = True
@@ -680,7 +448,7 @@ class Container:
         self._apply("--annotation", f"{bases.ARCHITECTURE_ANNOTATION}={self._job.arch}")
         form = ["--format", "docker"] if health else []
         said = self._buildah("commit", "--quiet", *form, self.name).split()
-        image = Image._of(said[-1].rpartition(":")[2])
+        image = image_of(said[-1].rpartition(":")[2])
         self._job.committed.append(image.id)
         self._job.buildah.note_use(image.id)
         return image
@@ -720,224 +488,3 @@ def _quoted(text: str) -> str:
     """Return a field of a comma-separated line (RFC 4180)."""
     quoted = text.replace('"', '""')
     return f'"{quoted}"' if set(text) & set(',"\n') else text
-
-
-# images
-
-
-def _resolve(name: str) -> str:
-    """Return the id of the image that a container is to be made of."""
-    job = current()
-    try:
-        return bases.resolve(job.buildah, job.facts, name, job.arch)
-    except bases.ImageError as error:
-        raise ImageNotFoundError(str(error)) from None
-
-
-def _find(name: str) -> str:
-    """Return the id of a local image, empty where there is none for this architecture; asks no network.
-
-    An image that a job has committed is found again by jobs for the same architecture, whatever it holds.
-    """
-    job = current()
-    hexadecimal = re.fullmatch(r"(?:sha256:)?([0-9a-f]{12,64})", name)
-    if hexadecimal:
-        found = _inspect_image(hexadecimal[1])
-        if found and found["FromImageID"].startswith(hexadecimal[1]):
-            return str(found["FromImageID"])
-    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,499}", name, re.ASCII):
-        return ""
-    qualified = bases.qualified(name)
-    places = [qualified]
-    if not _names_registry(name):
-        last = name.rpartition("/")[2]
-        places.insert(0, f"localhost/{name}" + ("" if ":" in last or "@" in last else ":latest"))
-    for place in places:
-        found = _inspect_image(place)
-        if not found:
-            continue
-        made_for = (found.get("ImageAnnotations") or {}).get(bases.ARCHITECTURE_ANNOTATION)
-        fits = bases.architecture(found)[0] == bases.PLATFORMS.get(job.arch, (job.arch, ""))[0]
-        named = qualified.split("/")[1] in bases.REGISTRY_FOLDERS
-        if made_for == job.arch or (made_for is None and (fits or named)):
-            return str(found["FromImageID"])
-    return ""
-
-
-def _inspect_image(name: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(current().buildah("inspect", "--type", "image", name))
-    except BuildahError as error:
-        if "not known" in error.stderr or "no such image" in error.stderr.lower():
-            return {}
-        raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-    return found
-
-
-def _names_registry(name: str) -> bool:
-    host, slash, _ = name.partition("/")
-    return bool(slash) and ("." in host or ":" in host or host == "localhost")
-
-
-def _images(buildah: Buildah, every: bool = False) -> list[dict[str, Any]]:
-    """Return the local images as buildah lists them, with plain full ids and a list of names."""
-    listed = json.loads(buildah("images", "--no-trunc", "--json", *(["--all"] if every else [])) or "null") or []
-    return [
-        {**entry, "id": str(entry["id"]).rpartition(":")[2], "names": list(entry.get("names") or ())}
-        for entry in listed
-    ]
-
-
-class Image:
-    """An image on the builder.
-
-    With `with`, it is removed when the block ends, unless it has a name by then.
-
-    Args:
-        ident: its id (12 digits or more), or a name. Only a name with a registry's host in it
-            (`docker.io/library/debian`) is asked for there; any other is one on the builder, or none.
-
-    Raises:
-        ImageNotFoundError: it is not there.
-    """
-
-    id: str
-
-    def __init__(self, ident: str | Image) -> None:
-        if isinstance(ident, Image):
-            self.id = ident.id
-            return
-        buildah = current().buildah
-        with buildah.looking_for_image():
-            found = _find(ident)
-            if found:
-                buildah.note_use(found)
-        if not found and _names_registry(ident) and not ident.startswith("localhost/"):
-            found = _resolve(ident)
-        if not found:
-            raise ImageNotFoundError(f"No image {ident} for {current().arch} is on the builder.")
-        self.id = found
-
-    @classmethod
-    def _of(cls, identity: str) -> Image:
-        image = cls.__new__(cls)
-        image.id = identity
-        return image
-
-    def __str__(self) -> str:
-        return self.id
-
-    def __repr__(self) -> str:
-        return f"<Image {self.id}>"
-
-    def __eq__(self, other: object) -> bool:
-        return self.id == other.id if isinstance(other, Image) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def __enter__(self) -> Image:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.tags():
-            return
-        try:
-            _run_buildah(f"image {self.id[:12]}", "rmi", self.id)
-        except CommandError as failed:
-            if error is None:
-                raise
-            print(f"gamebear: {failed}", file=sys.stderr)  # what went wrong first matters more
-
-    @classmethod
-    def pull(cls, name: str) -> Image:
-        """Return the image of a name, fetched where it is not on the builder.
-
-        Raises:
-            ImageNotFoundError: it cannot be had.
-        """
-        return cls._of(_resolve(name))
-
-    @classmethod
-    def list(cls, name: str | None = None, *, all: bool = False) -> Iterator[dict[str, Any]]:
-        """Give the images on the builder as `buildah images --json` describes them, with full ids.
-
-        Args:
-            name: only those of this name, any tag where it has none.
-            all: intermediate images too.
-        """
-        wanted = set()
-        if name is not None:
-            wanted = {bases.qualified(name), bases.qualified(f"localhost/{name}")}
-            has_tag = ":" in name.rpartition("/")[2] or "@" in name
-        try:
-            listed = _images(current().buildah, all)
-        except BuildahError as error:
-            raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-        for entry in listed:
-            names = entry["names"] if name is None or has_tag else [_with_tag(each) for each in entry["names"]]
-            if name is None or wanted & set(names):
-                yield entry
-
-    def tags(self) -> Sequence[str]:
-        """Return the image's names, registry and tag in each."""
-        try:
-            listed = _images(current().buildah, True)
-        except BuildahError as error:
-            raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-        return next((entry["names"] for entry in listed if entry["id"] == self.id), ())
-
-    def add_tag(self, tag: str) -> None:
-        """Give the image a further name, `:latest` where it has no tag; one without a registry is `localhost/…`."""
-        _run_buildah(f"image {self.id[:12]}", "tag", self.id, tag)
-
-    def inspect(self) -> dict[str, Any]:
-        """Return what `buildah inspect` says about the image."""
-        found: dict[str, Any] = json.loads(_run_buildah(f"image {self.id[:12]}", "inspect", "--type", "image", self.id))
-        return found
-
-
-def _with_tag(name: str) -> str:
-    """Return a name with the tag `latest` in place of its own."""
-    folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{last.partition('@')[0].partition(':')[0]}:latest"
-
-
-def packages_image(
-    base: str | Image,
-    names: Iterable[str],
-    *,
-    recommends: bool = False,
-    max_age_days: float | None = None,
-    rebuild: str = "base",
-) -> Image:
-    """Return the image of a base with Debian packages installed, built where the builder has none yet.
-
-    Args:
-        base: the base image, or its name.
-        names: the packages, in any order; `name=version` and `name:architecture` too.
-        recommends: whether to install what they recommend as well.
-        max_age_days: build it anew when it is older than this; None: however old it is.
-        rebuild: `base`: build it anew when the base's name has come to mean another image; `never`: not even then.
-
-    Raises:
-        ImageNotFoundError: the base or a package cannot be had.
-        CommandError: buildah failed.
-    """
-    job = current()
-    try:
-        identity = packages.packages_image(
-            job.buildah,
-            job.facts,
-            str(base),
-            names,
-            arch=job.arch,
-            recommends=recommends,
-            max_age_days=max_age_days,
-            rebuild=rebuild,
-        )
-    except bases.ImageError as error:
-        raise ImageNotFoundError(str(error)) from None
-    except BuildahError as error:
-        raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-    return Image._of(identity)

@@ -1,0 +1,112 @@
+"""The job that this process builds: what its containers and images belong to, and how a command of it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .buildah import Buildah, BuildahError, Facts, last_lines
+
+RUN_TAKES_SETTINGS = (1, 22)
+"""The first release whose `buildah run` has `--env` and `--workingdir`."""
+
+
+class CommandError(subprocess.CalledProcessError):
+    """A command in a container failed, or buildah itself did.
+
+    Attributes:
+        cmd: the command, as the script gave it.
+        returncode: its exit status, negative for a signal.
+        where: the container or image that it was about.
+    """
+
+    def __init__(
+        self, returncode: int, cmd: Sequence[str], where: str = "", output: Any = None, stderr: Any = None
+    ) -> None:
+        super().__init__(returncode, list(cmd), output, stderr)
+        self.where = where
+
+    def __str__(self) -> str:
+        number = self.returncode
+        number = -number if number < 0 else number - 128
+        killed = self.returncode != 255 and number in set(signal.Signals)
+        how = f"was ended by {signal.Signals(number).name}" if killed else f"failed with status {self.returncode}"
+        said = last_lines(self.stderr) if isinstance(self.stderr, str) else ""
+        return f"`{shlex.join(self.cmd)}` {how}{self.where and f' in {self.where}'}{said and f': {said}'}"
+
+
+class Job:
+    """What the containers of this process belong to; there is one job for each process.
+
+    Args:
+        buildah: to run buildah with, inside the namespace.
+        facts: what the builder can do.
+        arch: Debian's name of the architecture that images are to have.
+        prefix: what the names of the containers begin with.
+    """
+
+    def __init__(self, buildah: Buildah, facts: Facts, arch: str, prefix: str) -> None:
+        self.buildah = buildah
+        self.facts = facts
+        self.arch = arch
+        self.prefix = prefix
+        self.count = 0
+        self.open: dict[str, Callable[[], None]] = {}
+        self.committed: list[str] = []
+
+    def run_takes_settings(self) -> bool:
+        """Say whether environment and working directory can be had for one command only."""
+        numbers = [int(number) for number in re.findall(r"\d+", self.facts.version)[:2]]
+        return tuple(numbers) >= RUN_TAKES_SETTINGS
+
+    def close(self, keep: str = "") -> None:
+        """Remove the containers that are left, and the images that were committed and then neither named nor returned.
+
+        Args:
+            keep: the id of the image that the script returned.
+
+        Raises:
+            BuildahError: a container stays.
+        """
+        for let_go in self.open.values():
+            let_go()
+        if self.open:
+            self.buildah("rm", *self.open)
+            self.open.clear()
+        left = [identity for identity in self.committed if identity != keep]
+        if left:
+            with contextlib.suppress(BuildahError):
+                named = {entry["id"] for entry in self.buildah.images() if entry["names"]}
+                for identity in reversed(left):
+                    if identity not in named:
+                        with contextlib.suppress(BuildahError):
+                            self.buildah("rmi", identity)
+
+
+_job: Job | None = None
+
+
+def begin(job: Job | None) -> None:
+    """Make a job the one that new containers and images belong to."""
+    global _job
+    _job = job
+
+
+def current() -> Job:
+    """Return the job of this process."""
+    if _job is None:
+        raise RuntimeError("There are containers and images only in a build.")
+    return _job
+
+
+def run_buildah(where: str, *args: str) -> str:
+    """Run buildah quietly; what fails is an error that a script can catch like that of a command."""
+    try:
+        return current().buildah(*args)
+    except BuildahError as error:
+        raise CommandError(error.status, ["buildah", *args], where, stderr=error.stderr) from None
