@@ -45,6 +45,7 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         self.err: str | None = None
         self.result: Any = None
         self.values: dict[str, Any] = {}
+        self._answered = 0.0
 
     def __str__(self) -> str:
         return f"Build: {self.plan.name} -> {', '.join(map(str, self.plan.targets.values()))}"
@@ -82,6 +83,8 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             status = self._have_built(builder, order, kept, chosen)
         digest = order.job.digest
         self.values = {"digest": digest, "builder": builder.url, "phases": dict(status.phases)}
+        if status.valid is not None:
+            self.values["valid"] = {"since": self._answered, "seconds": status.valid}
         self.result = digest
         return None
 
@@ -94,6 +97,8 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
                 status = builder.submit(order, again)
                 interest.attempt = status.attempt
                 log.begin(digest, status.attempt)
+                if status.expired:
+                    notice(f"{self.plan.name} is built again on {builder.url}, as {status.expired}")
                 if status.joined and status.state == "done":
                     notice(f"{self.plan.name} was built on {builder.url} before; fetching")
                     if not log.offset:
@@ -101,6 +106,7 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
                 elif status.joined and not status.is_final:
                     notice(f"{self.plan.name} is being built on {builder.url} already; following")
                 status = self._follow(builder, order, status, log)
+                self._answered = time.time()
             if status.state == "done":
                 self._check_unchanged(order, chosen)
                 try:

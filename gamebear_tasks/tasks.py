@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
@@ -22,6 +23,9 @@ from .runner.files import is_file_name
 from .sources import LOCK_FILE, Declared, Lock, Source, choose
 
 Task: TypeAlias = dict[str, Any]
+
+CLOCK_STEP = 60.0
+"""Seconds by which this machine's clock may be put back before a result's age is asked for again."""
 
 
 def artifact(
@@ -82,7 +86,7 @@ def artifact(
         "actions": [Build(plan)],
         "file_dep": [str(path) for path in files],
         "targets": [str(path) for path in targets.values()],
-        "uptodate": [_SameJob(plan, plan.arch or chosen.arch, chosen.sources)],
+        "uptodate": [_SameJob(plan, plan.arch or chosen.arch, chosen.sources), _StillValid(plan)],
         "clean": [remove_targets],
         "verbosity": 2,
     }
@@ -128,6 +132,28 @@ class _SameJob:
             "sources": {name: _pinned(source, lock) for name, source in plan.sources.items()},
         }
         return hashlib.sha256(canonical_json(rest)).hexdigest()
+
+
+class _StillValid:
+    """Tells doit whether the result still holds, by this machine's clock alone; an `uptodate` of a task.
+
+    For how long it does is what the builder said with it: where a package image of the job may grow too old. A clock
+    that was put back says nothing; then the builder is asked.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def __call__(self, task: Any, values: Mapping[str, Any]) -> bool | None:
+        """Say whether the time is not up yet; None where there is none."""
+        valid = values.get("valid")
+        if valid is None:
+            return None
+        age = time.time() - valid["since"]
+        return bool(-CLOCK_STEP <= age < valid["seconds"])
+
+    def __repr__(self) -> str:
+        return f"the age of the package images that {self._plan.name} was built with, or a clock that was put back"
 
 
 def _is_executable(path: Path) -> bool:

@@ -7,7 +7,6 @@ import functools
 import http.server
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import tiny
 
 from gamebear_tasks.runner.buildah import Buildah, Facts, environment, facts, namespace, remove_tree
 
@@ -127,25 +127,13 @@ class Builder:
         return [entry["containername"] for entry in listed]
 
 
-def _libraries(programs: list[str]) -> set[str]:
-    listed = subprocess.run(["ldd", *programs], check=True, capture_output=True, text=True).stdout
-    return {word for word in listed.split() if word.startswith("/") and not word.endswith(":")}
-
-
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     """A builder with the image `tiny`."""
     folder = tmp_path_factory.mktemp("builder")
     made = Builder(folder / "store")
     tree = folder / "tree"
-    programs = [str(shutil.which(program)) for program in PROGRAMS]
-    for path in (*programs, *_libraries(programs)):
-        place = f"bin/{Path(path).name}" if path in programs else path[1:]
-        (tree / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, tree / place)
-    (tree / "etc").mkdir()
-    (tree / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\npi:x:1000:1000::/:/bin/sh\n")
-    (tree / "tmp").mkdir()
+    tiny.fill(tree, PROGRAMS)
     made.buildah("from", "--name", "make-tiny", "scratch")
     made.buildah("copy", "make-tiny", str(tree), "/")
     made.buildah("config", "--env", "GREETING=hi", "--label", "from=tiny", "--cmd", "sh", "make-tiny")

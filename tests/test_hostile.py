@@ -282,6 +282,14 @@ def fetch(request):
     hostile.doit().failed(NOT_AS_SAID)
 
 
+@pytest.mark.parametrize("valid", ["1e300", "10**400", "float('inf')"])
+def test_a_result_is_not_believed_to_hold_for_centuries(hostile: Hostile, valid: str) -> None:
+    hostile.says(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")
+    hostile.doit().ok()
+    assert remote.VALID == 10 * 365 * 86400
+    assert f'"seconds": {remote.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
+
+
 # messages
 
 
@@ -301,6 +309,10 @@ def fetch(request):
         "text('{\"body\": NaN}')",
         "send(**{**result(), 'state': ['done']})",
         "send(**{**result(), 'state': 'excellent'})",
+        "send(**{**result(), 'valid': -1})",
+        "send(**{**result(), 'valid': float('nan')})",
+        "send(**{**result(), 'valid': '7'})",
+        "send(**{**result(), 'valid': True})",
         "send(**{**result(), 'attempt': ['a']})",
         "send(**{**result(), 'attempt': 7})",
         r"send(**{**result(), 'attempt': '\ud800'})",

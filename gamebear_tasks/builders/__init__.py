@@ -78,6 +78,8 @@ class Status:
         outputs: by name, when done.
         failure: when failed.
         phases: seconds spent per phase on the builder.
+        valid: for how many seconds from now a result holds; None: for ever.
+        expired: why an earlier result did not count when the job was submitted; empty where there was none.
     """
 
     state: str
@@ -86,6 +88,8 @@ class Status:
     outputs: Mapping[str, Output] = field(default_factory=dict)
     failure: Failure | None = None
     phases: Mapping[str, float] = field(default_factory=dict)
+    valid: float | None = None
+    expired: str = ""
 
     @property
     def is_final(self) -> bool:

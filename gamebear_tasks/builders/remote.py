@@ -52,6 +52,9 @@ CROWD_PATIENCE = 30.0
 BUSY_PATIENCE = 10.0
 """Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
 
+VALID = 10 * 365 * 86400.0
+"""Seconds beyond which no result is believed to hold."""
+
 TRIES = 8
 """How often a request may break off without any progress before that is the builder's fault and not the network's."""
 
@@ -499,7 +502,19 @@ class RunnerBuilder:
             for name, seconds in list(_mapping(reply.get("phases")).items())[:40]
             if type(seconds) in (int, float) and abs(seconds) < 1e12  # and so no NaN
         }
-        return Status(state, attempt, joined, outputs, failure, phases)
+        valid = reply.get("valid")
+        if valid is not None and not (type(valid) in (int, float) and valid >= 0):
+            raise BuilderError(f"{self.place} says that a result holds for {words_of(valid)[:100]} seconds.", NONSENSE)
+        return Status(
+            state,
+            attempt,
+            joined,
+            outputs,
+            failure,
+            phases,
+            None if valid is None else float(min(valid, VALID)),
+            words_of(reply.get("expired", ""))[:400],
+        )
 
 
 class _Setbacks:

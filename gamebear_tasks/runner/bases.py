@@ -17,7 +17,7 @@ import shutil
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,20 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     )
 
 
+def meaning(buildah: Callable[..., str], name: str, arch: str, policy: str) -> str:
+    """Return the id of the image that a name means in the local store, empty where there is none; asks no network.
+
+    Args:
+        buildah: runs buildah and returns what it prints.
+        name: as a script says it.
+        arch: Debian's name of the job's architecture.
+        policy: where Debian's base images come from: `auto`, `registry` or `bootstrap`.
+    """
+    wanted = _named_architecture(name) or arch
+    suite = debian_suite(name) if policy != "registry" else ""
+    return _local(buildah, _places(name, wanted, suite), wanted, arch)
+
+
 def check_runs(facts: Facts, arch: str) -> None:
     """Raise RunnerError where programs of an architecture do not run on this builder."""
     if arch not in PLATFORMS:
@@ -249,7 +263,7 @@ def _by_id(buildah: Buildah, name: str) -> str:
     return ""
 
 
-def _names(buildah: Buildah) -> dict[str, list[str]]:
+def _names(buildah: Callable[..., str]) -> dict[str, list[str]]:
     """Return the full id of every local image and its names."""
     listed = json.loads(buildah("images", "--all", "--no-trunc", "--json") or "null") or []
     return {str(image["id"]).rpartition(":")[2]: list(image.get("names") or []) for image in listed}
@@ -274,7 +288,7 @@ def _bootstrap_tag(suite: str, arch: str) -> str:
     return f"gamebear-base:{_distribution(arch)}-{suite}-{arch}"
 
 
-def _local(buildah: Buildah, places: list[str], wanted: str, job: str) -> str:
+def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str) -> str:
     """Return the id of the first local image under one of the names that is of the wanted architecture."""
     named = {place: identity for identity, places in _names(buildah).items() for place in places}
     for place in places:

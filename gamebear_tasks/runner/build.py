@@ -3,7 +3,8 @@
 The first one holds the pipe to the supervisor: when that closes, everything ends. It adopts and reaps what the build
 leaves behind. The child runs the buildscript or the function in the working directory and writes down what came of it:
 
-    result.json     {"ok": true} with "image" (id and names, in one text) where the script returned one, or
+    result.json     {"ok": true} with "policies" (see `policy`) and, where the script returned an image, "image" (id and
+                    names, in one text), or
                     {"ok": false, "kind": …, "message": …} with "command" and "status" where a command failed.
                     "containers_left" is there where containers could not be removed.
 
@@ -195,6 +196,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
         elif returned is not None:
             print(returned)
         _check_outputs(document)
+        result["policies"] = job.policies
     finally:
         try:
             job.close(returned.id if isinstance(returned, Image) else "")

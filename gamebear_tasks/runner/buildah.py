@@ -263,10 +263,17 @@ def remove_tree(root: Path, facts: Facts, path: Path) -> None:
         raise RunnerError(f"{path} cannot be removed: {last_lines(stderr)}")
 
 
-def outside(root: Path, facts: Facts, *args: str) -> str:
-    """Run buildah from outside the namespace and return what it printed; raises BuildahError."""
+def outside(root: Path, facts: Facts, *args: str, timeout: float | None = None) -> str:
+    """Run buildah from outside the namespace and return what it printed; raises BuildahError.
+
+    Args:
+        root: the versioned store folder.
+        facts: what the builder can do.
+        args: the command and its options.
+        timeout: seconds after which it is killed and counts as failed.
+    """
     command = [*namespace(facts), "buildah", *facts.storage, *args]
-    status, stdout, stderr = _captured(command, environment(root, facts))
+    status, stdout, stderr = _captured(command, environment(root, facts), timeout=timeout)
     if status:
         raise BuildahError(args, status, stderr)
     return stdout

@@ -11,6 +11,7 @@ from typing import Any
 from . import bases, packages
 from .buildah import BuildahError
 from .job import CommandError, current, run_buildah
+from .policy import policy_of
 
 
 class ImageNotFoundError(Exception):
@@ -209,12 +210,13 @@ def packages_image(
         CommandError: buildah failed.
     """
     job = current()
+    wanted = names if isinstance(names, str) else list(names)
     try:
         identity = packages.packages_image(
             job.buildah,
             job.facts,
             str(base),
-            names,
+            wanted,
             arch=job.arch,
             recommends=recommends,
             max_age_days=max_age_days,
@@ -224,4 +226,9 @@ def packages_image(
         raise ImageNotFoundError(str(error)) from None
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-    return image_of(identity)
+    image = image_of(identity)
+    if rebuild != "never":
+        notes = image.inspect().get("ImageAnnotations") or {}
+        base_id = notes.get("gamebear.base-id", identity) if wanted else identity
+        job.policies.append(policy_of(str(base), base_id, wanted, job.arch, notes, max_age_days))
+    return image

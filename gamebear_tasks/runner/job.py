@@ -58,6 +58,8 @@ class Job:
         self.count = 0
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
+        self.policies: list[dict[str, Any]] = []
+        """What the result's validity hangs on, see `policy`."""
 
     def run_takes_settings(self) -> bool:
         """Say whether environment and working directory can be had for one command only."""

@@ -86,6 +86,8 @@ def packages_image(
     """
     if rebuild not in ("base", "never"):
         raise ValueError(f"rebuild is {rebuild!r}; it may be 'base' or 'never'")
+    if max_age_days is not None and not max_age_days >= 0:
+        raise ValueError(f"max_age_days is {max_age_days!r}; it is a number of days, or None")
     if rebuild == "never" and max_age_days is not None:
         raise ValueError("rebuild='never' and max_age_days contradict each other")
     if isinstance(packages, str):

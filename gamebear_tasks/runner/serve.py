@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import os
 import platform
@@ -22,6 +23,7 @@ from typing import Any
 
 from . import wire
 from .files import CHUNK, RunnerError, is_file_name, is_sha256, sync_folder, write_bytes
+from .policy import seconds_left, why_expired
 from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
 
 SILENCE = 300.0
@@ -47,6 +49,9 @@ USE_NOTED = 10.0
 
 SKIPPED = 64 << 20
 """The most bytes of a refused upload that are read to their end; of a longer one the stream is ended."""
+
+MEANING_SECONDS = 10.0
+"""Seconds that buildah may take to say what an image's name means, before a result is given as it is."""
 
 COMPANY = 60.0
 """Seconds for which a client that has asked for a job counts as still waiting for it."""
@@ -151,7 +156,8 @@ class Session:
             again: start anew even if the last attempt failed and nobody has seen it.
 
         Returns:
-            `state` and `attempt`, or `missing` (SHA-256 and bytes already here of each) and `trees_wanted`.
+            `state` and `attempt`, or `missing` (SHA-256 and bytes already here of each) and `trees_wanted`. `valid`:
+            for how many seconds from now a result holds, where not for ever. `expired`: why an earlier one does not.
         """
         for sha256, size in blobs:
             self._take_blob(body, sha256, size)
@@ -166,8 +172,11 @@ class Session:
             return stored.written_state()
         try:
             state = stored.written_state()
+            expired = ""
             if state["state"] == "done" and self._has_outputs(stored, state):
-                return state
+                expired = why_expired(state, lambda name, arch: self._meaning(name, arch, base))
+                if not expired:
+                    return _told(state)
             if state["state"] in ("failed", "cancelled") and not again and not stored.was_seen(state["attempt"]):
                 return state
             own_python = "{}.{}".format(*sys.version_info[:2])
@@ -184,7 +193,7 @@ class Session:
             write_bytes(stored.folder / "job.json", text)
             attempt = stored.begin_attempt({"trees": trees, "time_limit": time_limit, "base": base})
             self._start_supervisor(stored, attempt, lock)
-            return {"state": "queued", "attempt": attempt, "started": True}
+            return {"state": "queued", "attempt": attempt, "started": True, "expired": expired}
         finally:
             lock.release()
 
@@ -201,6 +210,18 @@ class Session:
                 pass_fds=[lock.fd],
                 start_new_session=True,
             )
+
+    def _meaning(self, name: str, arch: str, base: str) -> str:
+        """Return the id of the image that a name means on this builder now; empty where that cannot be told soon."""
+        from .bases import meaning  # slow to load, and seldom needed
+        from .buildah import facts, outside
+
+        try:
+            known = facts(self.store.root)
+            ask = functools.partial(outside, self.store.root, known, timeout=MEANING_SECONDS)
+            return meaning(ask, name, arch, base)
+        except (RunnerError, OSError, ValueError):
+            return ""  # the result is as good as it was
 
     def _has_outputs(self, stored: StoredJob, state: State) -> bool:
         folder = stored.outputs(state["attempt"])
@@ -232,7 +253,7 @@ class Session:
             if select.select([0], [], [], pause)[0]:
                 break  # a client asks nothing while it waits: its end of the stream is closed
             pause = min(pause * 1.5, 0.25)
-        reply = dict(state)
+        reply = _told(state)
         if state.get("attempt") != attempt:
             return {**reply, "log_size": 0}, lambda reply: _write(wire.encode(reply))
         length = max(0, min(size - offset, LOG_CHUNK))
@@ -498,6 +519,13 @@ class _Body:
     def skip(self) -> None:
         while self.read(CHUNK):
             pass
+
+
+def _told(state: State) -> Reply:
+    """Return a state as a client is told it: for how long it holds in seconds from now, for clocks differ."""
+    left = seconds_left(state)
+    told = {name: value for name, value in state.items() if name != "policies"}
+    return told if left is None else {**told, "valid": left}
 
 
 def _take_or_join(stored: StoredJob) -> Lock | None:

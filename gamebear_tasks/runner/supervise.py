@@ -53,6 +53,7 @@ class Supervisor:
         self.attempt = attempt
         self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.phases: dict[str, float] = {}
+        self.policies: list[dict[str, Any]] = []
         self.tidy = True
         """No build of ours has been started that has not removed its containers."""
 
@@ -67,7 +68,7 @@ class Supervisor:
                     clean_up_after_lost_jobs(self.store, but=self.stored.digest)
                 self._check_stop()
                 outputs = self._build()
-            final: dict[str, Any] = {"state": "done", "outputs": outputs}
+            final: dict[str, Any] = {"state": "done", "outputs": outputs, "policies": self.policies}
         except Cancelled:
             self.say("cancelled")
             final = {"state": "cancelled"}
@@ -188,6 +189,7 @@ class Supervisor:
         result = read_json(result_path)
         self.tidy = isinstance(result, dict) and not result.get("containers_left")
         if isinstance(result, dict) and result.get("ok") and status == 0:
+            self.policies = result.get("policies") or []
             return
         if isinstance(result, dict) and not result.get("ok"):
             failure = {key: result[key] for key in ("command", "status") if key in result}
