@@ -14,7 +14,7 @@ import pytest
 from project import Project, Run
 
 from gamebear_tasks import action, plan, tasklog
-from gamebear_tasks.builders import local, remote
+from gamebear_tasks.builders import local, remote, session
 
 MIB = 1 << 20
 
@@ -125,7 +125,7 @@ class Hostile:
             patch.setattr(tasklog, "LIMIT", 2 * MIB)
             patch.setattr(local, "CLOSING", 0.3)
             patch.setattr(remote, "TRIES", 1)
-            patch.setattr(remote, "SILENCE", self.silence)
+            patch.setattr(session, "SILENCE", self.silence)
             made = plan.Plan(program=Path("x.py"), targets={"x": Path("build/x")})
             failure = action.Build(made).execute(None)
             for builder in action._builders.values():

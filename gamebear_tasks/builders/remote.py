@@ -504,7 +504,9 @@ class RunnerBuilder:
         }
         valid = reply.get("valid")
         if valid is not None and not (type(valid) in (int, float) and valid >= 0):
-            raise BuilderError(f"{self.place} says that a result holds for {words_of(valid)[:100]} seconds.", NONSENSE)
+            raise BuilderError(
+                f"{self.place} answers something that makes no sense (valid {words_of(valid)[:100]}).", NONSENSE
+            )
         return Status(
             state,
             attempt,
