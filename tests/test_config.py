@@ -93,7 +93,7 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
     assert value("arch") == "armhf"
 
 
-ARCHS = "There are: amd64, arm64, armhf, i386, loong64, ppc64el, riscv64, s390x."
+ARCHS = "There are: amd64, arm64, armel, armhf, i386, loong64, ppc64el, riscv64, s390x."
 REFUSED = [
     ("builder", "a\nb", "The setting builder must be a text, not 'a\\nb' (from {})."),
     ("arch", "armv7l", "No architecture is called 'armv7l' (from {}). Debian calls it armhf."),
