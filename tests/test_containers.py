@@ -156,6 +156,44 @@ def test_what_a_command_prints_and_what_the_script_prints_are_in_order(builder: 
     assert outcome.log == "one two\nthree four\nfive\n\\udcff\n"
 
 
+def test_nothing_of_what_commands_print_is_lost(builder: Builder) -> None:
+    """With chroot isolation buildah itself loses the end of it, but seldom: so the way that it takes is looked at."""
+    outcome = builder.run(
+        "import subprocess\n"
+        "with Container('tiny') as c:\n"
+        "    for count in range(9):\n"
+        "        print(c.run(['sh', '-c', f'echo {count}; echo and >&2'], stdout=subprocess.PIPE).stdout, end='')\n"
+        "    c.run('echo last; echo words >&2; echo whole', shell=True, user='pi')\n"
+        "    way = c.run(['ls', '-l', '/proc/self/fd/1'], stdout=subprocess.PIPE).stdout\n"
+        "    assert c._job.facts.isolation != 'chroot' or '/dev/shm/gamebear-' in way, way\n"
+    )
+    assert outcome.result == {"ok": True}, outcome.message
+    assert outcome.log.replace("and\n", "") == "".join(f"{count}\n" for count in range(9)) + "last\nwords\nwhole\n"
+    assert outcome.log.count("and\n") == 9
+
+
+def test_an_image_without_a_shell_runs_its_program(builder: Builder) -> None:
+    outcome = builder.run(
+        "import subprocess\n"
+        "with Container('tiny') as c:\n"
+        "    with c.mount() as root: (root / 'bin' / 'sh').unlink()\n"
+        "    print(c.run(['cat'], input='kept', stdout=subprocess.PIPE).stdout)\n"
+        "    try: c.run(['ls', '/nowhere'])\n"
+        "    except CommandError as error: print(error.returncode)\n"
+    )
+    assert outcome.result == {"ok": True}, outcome.log
+    lines = outcome.log.splitlines()
+    assert lines[0] == "kept"
+    assert "/nowhere" in lines[1]
+    assert lines[-1] == "2"
+
+
+def test_a_command_that_is_not_there_is_named(builder: Builder) -> None:
+    outcome = builder.run("with Container('tiny') as c:\n    c.run(['gcc', '-v'])\n")
+    assert "`gcc -v` failed with status 127" in outcome.message
+    assert "gcc: not found" in outcome.log
+
+
 def test_a_file_built_in_a_container_comes_out(builder: Builder) -> None:
     outcome = builder.run(
         "output = Path(__file__).resolve().parent\n"

@@ -196,7 +196,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
         elif returned is not None:
             print(returned)
         _check_outputs(document)
-        result["policies"] = job.policies
+        if job.policies:
+            result["policies"] = job.policies
     finally:
         try:
             job.close(returned.id if isinstance(returned, Image) else "")

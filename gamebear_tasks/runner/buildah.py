@@ -23,9 +23,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from . import files
+from . import files, output
 from .arch import ARCHITECTURES
 from .emulation import PROBE_SECONDS, emulated
 from .files import RunnerError, locked
@@ -211,6 +211,36 @@ class Buildah:
                 with self.used.open("a") as file:
                     file.write(f"{image}\n")
 
+    def run_in(
+        self,
+        container: str,
+        words: Sequence[str],
+        *options: str,
+        stdin: int | IO[Any] = subprocess.DEVNULL,
+        out: output.Sink,
+        err: output.Sink | None = None,
+    ) -> int:
+        """Run a command in a container and return its exit status.
+
+        Args:
+            container: its name.
+            words: the command.
+            options: of `buildah run`.
+            stdin: what the command reads.
+            out: gets what it prints, as it comes.
+            err: gets what it prints as errors; None: in order with the rest.
+        """
+        return output.run(
+            lambda words: self.command("run", *options, container, "--", *words),
+            words,
+            self.environment,
+            prefix=self.prefix,
+            is_shared=self.facts.isolation == "chroot" and "--terminal" not in options,
+            stdin=stdin,
+            out=out,
+            err=err,
+        )
+
     def stream(self, *args: str) -> None:
         """Run buildah with its output going to the log as it comes.
 
@@ -228,6 +258,7 @@ def remove_containers(root: Path, facts: Facts, prefix: str) -> None:
     Raises:
         BuildahError: one of them stays.
     """
+    output.remove_leftovers(prefix)
     before, store, env = namespace(facts), list(facts.storage), environment(root, facts)
     status, stdout, stderr = _captured([*before, "buildah", *store, "containers", "--all", "--json"], env)
     if status:
@@ -315,6 +346,7 @@ def streamed(
         return 127, str(error)
     finally:
         os.close(writer)
+    log = output.descriptor(1)
     tail = bytearray()
     waited = 0.0
     try:
@@ -325,7 +357,7 @@ def streamed(
                 data = os.read(reader, 1 << 16)
                 if not data:
                     break
-                _write_log(data)
+                log(data)
                 waited = 0.0
                 tail += data
                 del tail[:-kept]
@@ -343,13 +375,6 @@ def streamed(
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def _write_log(data: bytes) -> None:
-    """Write all of it to standard output's file, beside Python's buffers (flushed before)."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(1, view) :]
 
 
 def _captured(

@@ -24,6 +24,7 @@ from . import bases
 from .files import CHUNK
 from .images import Image, image_of, resolve
 from .job import CommandError, current, run_buildah
+from .output import Sink, descriptor
 from .rootfs import Rootfs
 from .settings import Setting, Table, as_duration, as_health_check, as_paths, as_words
 
@@ -289,22 +290,30 @@ class Container:
                 options += ["--volume", _volume(volume)]
             for mount in mounts or ():
                 options += ["--mount", _mount(mount)]
-            command = self._job.buildah.command("run", *options, self.name, "--", *words)
-            given: dict[str, Any] = {"stdin": subprocess.DEVNULL if stdin is None else stdin}
             if input is not None:
-                given = {"input": input.encode() if isinstance(input, str) else input}
+                stdin = stack.enter_context(TemporaryFile())
+                stdin.write(input.encode() if isinstance(input, str) else input)
+                stdin.seek(0)
             sys.stdout.flush()
             sys.stderr.flush()
-            done = subprocess.run(
-                command, env=self._job.buildah.environment, check=False, stdout=stdout, stderr=stderr, **given
+            out, printed = _sink(stdout, 1)
+            err, complained = _sink(stderr, 2)
+            in_order = stderr == subprocess.STDOUT or (stdout is stderr is None and os.path.sameopenfile(1, 2))
+            status = self._job.buildah.run_in(
+                self.name,
+                words,
+                *options,
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                out=out,
+                err=None if in_order else err,
             )
-        output, errors = (
-            data if data is None or text is False else data.decode("utf-8", "backslashreplace")
-            for data in (done.stdout, done.stderr)
-        )
-        if done.returncode:
-            raise CommandError(done.returncode, words, self._where, output, errors)
-        return subprocess.CompletedProcess(words, 0, output, errors)
+        texts = [
+            data if data is None else bytes(data) if text is False else data.decode("utf-8", "backslashreplace")
+            for data in (printed, complained)
+        ]
+        if status:
+            raise CommandError(status, words, self._where, *texts)
+        return subprocess.CompletedProcess(words, 0, *texts)
 
     def _run_options(self, further: dict[str, str], folder: str | None) -> list[str]:
         """Return the options that give one command its settings, so that buildah need not be told them before."""
@@ -488,3 +497,13 @@ def _quoted(text: str) -> str:
     """Return a field of a comma-separated line (RFC 4180)."""
     quoted = text.replace('"', '""')
     return f'"{quoted}"' if set(text) & set(',"\n') else text
+
+
+def _sink(where: int | IO[Any] | None, usual: int) -> tuple[Sink, bytearray | None]:
+    """Return what takes a command's output, as `subprocess.run` is told, and what it keeps of it."""
+    if where == subprocess.PIPE:
+        kept = bytearray()
+        return kept.extend, kept
+    if where == subprocess.DEVNULL:
+        return len, None
+    return descriptor(usual if where is None else where if isinstance(where, int) else where.fileno()), None

@@ -1,0 +1,249 @@
+"""What a command in a container prints, brought out whole and in order.
+
+With chroot isolation buildah copies a command's output itself, and ends as soon as the command has, whether or not
+it has copied the last of it (seen with 1.28: one command in a hundred on a busy machine loses its last lines). There
+the command gets a FIFO of ours instead, in /dev/shm, which that isolation shares with its containers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import select
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+Sink = Callable[[bytes], object]
+"""What is given the output, piece by piece, as it comes."""
+
+SHARED = Path("/dev/shm")
+"""The folder that is the same one inside and outside of a container with chroot isolation."""
+
+# Either `begun` is written to and the command runs, or it has not run at all. A user who is not root says so, and the
+# FIFOs are given to them; nobody else on the builder can write to them.
+_SHELL = """\
+f=$1
+shift
+[ -p "$f/out" ] || exit 97
+if ! [ -w "$f/out" ]
+then
+    echo "$f $(id -u)"
+    n=0
+    until [ -w "$f/out" ]
+    do
+        [ $n -lt 500 ] || exit 97
+        n=$((n + 1))
+        sleep 0.01
+    done
+fi
+echo >"$f/begun"
+exec "$@" >"$f/out" 2>"$f/err"
+"""
+
+# What buildah says of a command that failed, and the script is told anyway.
+_NOISE = re.compile(rb"(?m)^(?:subprocess exited with status \d+|Error: exit status \d+|exit status \d+)\n?")
+
+_NOTHING = ("/bin/sh", "-c", ":")
+
+_PIECE = 1 << 16
+
+_works: dict[tuple[str, ...], bool] = {}
+"""Whether commands can be given FIFOs, by the command line that runs them."""
+
+
+def descriptor(fd: int) -> Sink:
+    """Return a sink that writes to a file descriptor."""
+
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    return write
+
+
+def run(
+    command: Callable[[Sequence[str]], list[str]],
+    words: Sequence[str],
+    environment: dict[str, str],
+    *,
+    prefix: str,
+    is_shared: bool,
+    stdin: int | IO[Any] = subprocess.DEVNULL,
+    out: Sink,
+    err: Sink | None = None,
+) -> int:
+    """Run a command in a container and return its exit status, negative for a signal to buildah.
+
+    Args:
+        command: gives the `buildah run` that runs some words in the container.
+        words: the command.
+        environment: buildah's.
+        prefix: what the names of what it needs begin with, see `remove_leftovers`.
+        is_shared: whether the container sees this machine's /dev/shm.
+        stdin: what it reads.
+        out: gets what it prints.
+        err: gets what it prints as errors; None: in order with the rest.
+    """
+    if is_shared and os.access(SHARED, os.W_OK):
+        way = tuple(command(()))
+        if stdin != subprocess.DEVNULL and way not in _works:  # what is read in vain could not be read again
+            _works[way] = _through_fifos(command, _NOTHING, environment, prefix, subprocess.DEVNULL, len, None) == 0
+        if _works.get(way, True):
+            status = _through_fifos(command, words, environment, prefix, stdin, out, err)
+            _works[way] = status is not None
+            if status is not None:
+                return status
+    return _through_buildah(command(words), environment, stdin, out, err)
+
+
+def _through_buildah(
+    command: list[str], environment: dict[str, str], stdin: int | IO[Any], out: Sink, err: Sink | None
+) -> int:
+    with contextlib.ExitStack() as stack:
+        sinks: dict[int, Sink] = {}
+        ends = []
+        for sink in (out,) if err is None else (out, err):
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            stack.callback(os.close, writer)
+            os.set_blocking(reader, False)
+            sinks[reader] = sink
+            ends.append(writer)
+        process = subprocess.Popen(command, env=environment, stdin=stdin, stdout=ends[0], stderr=ends[-1])
+        return _pumped(process, sinks)
+
+
+def _through_fifos(
+    command: Callable[[Sequence[str]], list[str]],
+    words: Sequence[str],
+    environment: dict[str, str],
+    prefix: str,
+    stdin: int | IO[Any],
+    out: Sink,
+    err: Sink | None,
+) -> int | None:
+    """Run a command with FIFOs for its output; None where it cannot be, and has not been run at all."""
+    begun = False
+    said = bytearray()
+
+    def begin(_: bytes) -> None:
+        nonlocal begun
+        begun = True
+
+    def listen(data: bytes) -> None:
+        said.extend(data[: _PIECE - len(said)])
+        asked = re.search(rb"(?m)^" + re.escape(os.fsencode(folder)) + rb" (\d{1,10})\n", said)
+        if asked and not begun:
+            user = int(asked[1])
+            del said[asked.start() : asked.end()]
+            for name in ("begun", "err", "out"):  # in this order: `out` is what it waits for
+                with contextlib.suppress(OSError):
+                    os.chown(folder / name, user, -1)
+
+    with _fifos(prefix, merged=err is None) as folder, contextlib.ExitStack() as stack:
+        sinks: dict[int, Sink] = {}
+        for name, sink in (("begun", begin), ("out", out), ("err", err)):
+            if sink is not None:
+                # Opened for both, so that it does not end before the command opens it, and not after each writer.
+                fd = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                sinks[fd] = sink
+        reader, writer = os.pipe()
+        stack.callback(os.close, reader)
+        os.set_blocking(reader, False)
+        sinks[reader] = listen
+        try:
+            process = subprocess.Popen(
+                command(["/bin/sh", "-c", _SHELL, "sh", str(folder), *words]),
+                env=environment,
+                stdin=stdin,
+                stdout=writer,
+                stderr=writer,
+            )
+        finally:
+            os.close(writer)
+        status = _pumped(process, sinks)
+    if not begun and status:
+        return None  # no shell there, or a /dev/shm of its own
+    rest = _NOISE.sub(b"", bytes(said))
+    if rest:
+        (err or out)(rest)
+    return status
+
+
+@contextlib.contextmanager
+def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
+    """Give a folder with the FIFOs `out`, `err` and `begun`, which only root of the container can open."""
+    top = Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED))
+    try:
+        top.chmod(0o711)
+        folder = top / secrets.token_hex(8)
+        folder.mkdir()
+        folder.chmod(0o711)
+        os.mkfifo(folder / "begun", 0o600)
+        os.mkfifo(folder / "out", 0o600)
+        if merged:
+            os.link(folder / "out", folder / "err")
+        else:
+            os.mkfifo(folder / "err", 0o600)
+        yield folder
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
+
+
+def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
+    """Give what comes to its sinks until a process has ended and nothing of it is left; return its exit status.
+
+    Its own end counts, not that of the output: it may have left a daemon behind that keeps it open.
+    """
+    ended, end = os.pipe()
+
+    def wait() -> None:
+        process.wait()
+        os.close(end)
+
+    threading.Thread(target=wait, daemon=True).start()
+    poll = select.poll()
+    for fd in (ended, *sinks):
+        poll.register(fd, select.POLLIN)
+    try:
+        running = True
+        while running:
+            for fd, _ in poll.poll():
+                if fd == ended:
+                    running = False
+                elif data := _read(fd):
+                    sinks[fd](data)
+                elif data is not None:
+                    poll.unregister(fd)
+        for fd, sink in sinks.items():
+            while data := _read(fd):
+                sink(data)
+        return process.wait()
+    finally:
+        os.close(ended)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _read(fd: int) -> bytes | None:
+    """Return a piece of what there is, None for nothing yet, no bytes for the end."""
+    try:
+        return os.read(fd, _PIECE)
+    except BlockingIOError:
+        return None
+
+
+def remove_leftovers(prefix: str) -> None:
+    """Remove what commands leave whose build was killed; `prefix` is theirs."""
+    for left in SHARED.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
