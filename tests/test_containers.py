@@ -69,7 +69,7 @@ class Builder:
     ) -> tuple[subprocess.Popen[bytes], Path]:
         """Start a build; return the process, which ends when its standard input closes, and the job's folder."""
         self.count += 1
-        digest = f"{self.count:064x}"
+        digest = f"{self.count:016x}{0:048x}"
         folder = self.root / "jobs" / digest
         (folder / "work").mkdir(parents=True)
         if function is None:

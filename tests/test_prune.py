@@ -234,6 +234,25 @@ def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path
     assert not part.exists() and fresh.exists() and not environment.exists()
 
 
+def test_a_compiler_cache_goes_when_it_is_old_and_nobody_has_it(bare_store: Store) -> None:
+    caches = bare_store.root / "ccache"
+    then = time.time() - 5 * DAY
+    for name in ("old", "held", "new"):
+        (caches / name / "cache").mkdir(parents=True)
+        (caches / name / "cache" / "entry").write_bytes(bytes(100_000))
+        if name != "new":
+            os.utime(caches / name, (then, then))
+    held = os.open(caches / "held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    assert Prune(bare_store, Policy(older=4 * DAY), 60).run().others == 1
+    assert {path.name for path in caches.iterdir()} == {"held", "new"}
+    Prune(bare_store, Policy(size=0), 60).run()
+    assert {path.name for path in caches.iterdir()} == {"held"}
+    os.close(held)
+    assert Prune(bare_store, Policy(size=0), 60).run().freed >= 100_000
+    assert list(caches.iterdir()) == []
+
+
 def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fresh_home: Path) -> None:
     storage = tmp_path / "storage.conf"
     storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n')

@@ -21,6 +21,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from . import bases
+from .ccache import PLACE, Cache
 from .files import CHUNK
 from .images import Image, image_of, resolve
 from .job import CommandError, current, run_buildah
@@ -51,6 +52,7 @@ class Container:
         volumes: folders that containers of the image keep outside of it.
         workdir: where commands run; where relative paths in the container start.
         user: whom commands run as.
+        ccache: whether compilers are cached across builds.
         healthcheck_cmd: words of the command that checks a container's health, or one text for its shell.
         healthcheck_interval: time between checks, in Go's notation (`5m`), or seconds.
         healthcheck_timeout: how long a check may take.
@@ -79,6 +81,8 @@ class Container:
         self._labels = Table(lambda: self._live("labels"))
         self._rootfs: Rootfs | None = None
         self._path: Path | None = None
+        self._ccache: Cache | None = None
+        self._ccache_was_mounted = False
         command = ["from", "--quiet"]
         if str(image) == "scratch":
             architecture, variant = bases.PLATFORMS[job.arch]
@@ -89,6 +93,7 @@ class Container:
             job.buildah.note_use(identity)
         for mount in mounts or ():
             command += ["--volume", _volume(mount)]
+        self._image = identity
         job.count += 1
         self.name = f"{job.prefix}{job.count}"
         self._where = f"a container of {str(image)[:12] if isinstance(image, Image) else image}"
@@ -116,6 +121,7 @@ class Container:
             self._job.open.pop(self.name, None)
 
     def _let_go(self) -> None:
+        self.ccache = False
         if self._rootfs is not None:
             self._rootfs.close()
         self._rootfs = self._path = None
@@ -226,6 +232,41 @@ class Container:
         retries = self.healthcheck_retries
         return options + (["--healthcheck-retries", str(retries)] if retries else [])
 
+    # the compiler cache
+
+    @property
+    def ccache(self) -> bool:
+        """Whether the compilers that commands run are cached across builds; ccache has to be in the container."""
+        return self._ccache is not None
+
+    @ccache.setter
+    def ccache(self, wanted: object) -> None:
+        if self._ccache is not None:
+            self._ccache.close()
+            self._ccache = None
+        if not wanted:
+            return
+        cache = Cache(self._job.buildah.root, self._files(), self._image, self._job.arch)
+        try:
+            if not cache.is_checked:
+                cache.check(self.run(["ccache", "--version"], user=0, stdout=subprocess.PIPE).stdout)
+        except BaseException:
+            cache.close()
+            raise
+        self._ccache = cache
+
+    def _ccache_options(self, further: dict[str, str], user: str | int | None) -> list[str]:
+        """Return the options that let a command use the compiler cache, and add its variables to `further`.
+
+        The cache belongs to the container's root, as whom alone it can be written.
+        """
+        whom = self.user if user is None else str(user)
+        if self._ccache is None or whom not in ("", "0", "root", "0:0", "root:root"):
+            return []
+        further.update(self._ccache.environment(further.get("PATH") or self.environ.get("PATH", "")))
+        self._ccache_was_mounted = True
+        return ["--volume", f"{self._ccache.folder}:{PLACE}"]
+
     # commands
 
     def run(
@@ -272,6 +313,7 @@ class Container:
         if self.name not in self._job.open:
             raise ValueError(f"the container {self.name} is removed: its with-block is over")
         further = {key: str(value) for key, value in (env or {}).items()}
+        cache = self._ccache_options(further, user)
         folder = None if pwd is None else self._absolute(os.fspath(pwd))
         with contextlib.ExitStack() as stack:
             if self._job.run_takes_settings():
@@ -280,6 +322,7 @@ class Container:
                 stack.enter_context(self._changed_for_now(further, folder))
                 self._apply()
                 options = []
+            options += cache
             if user is not None:
                 options += ["--user", str(user)]
             if self._job.facts.isolation != "chroot":
@@ -454,6 +497,8 @@ class Container:
         health check is in Docker's format; OCI's has none.
         """
         health = self.healthcheck_cmd
+        if self._ccache_was_mounted:
+            self._files().remove_empty(PLACE)  # buildah has made it to mount the cache there
         self._apply("--annotation", f"{bases.ARCHITECTURE_ANNOTATION}={self._job.arch}")
         form = ["--format", "docker"] if health else []
         said = self._buildah("commit", "--quiet", *form, self.name).split()

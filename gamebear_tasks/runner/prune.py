@@ -44,7 +44,8 @@ class Policy:
 
     Attributes:
         older: what was not used for so many seconds; None: age is no reason.
-        size: so much that jobs and blobs take no more than this, in bytes, the least recently used first.
+        size: so much that jobs, blobs and compiler caches take no more than this, in bytes; the least recently used
+            go first.
         keep: all but the last so many results of each target (architecture, program and outputs).
         images: also images of ours that no job that stays has used, and nobody for `older` seconds.
     """
@@ -63,7 +64,7 @@ class Pruned:
         jobs: how many jobs.
         blobs: how many blobs and broken-off uploads.
         images: how many images.
-        others: how many runners of other versions, virtual environments and temporary files.
+        others: how many runners of other versions, compiler caches, virtual environments and temporary files.
         freed: bytes.
         left: why something was left, a sentence each.
         more: the time was up before all was done.
@@ -234,7 +235,7 @@ class Prune:
     # size
 
     def _down_to_size(self) -> None:
-        """Remove the least recently used jobs and blobs until what is left is small enough."""
+        """Remove the least recently used jobs, blobs and compiler caches until what is left is small enough."""
         if self.policy.size is None:
             return
         jobs = self._all_jobs()
@@ -244,6 +245,8 @@ class Prune:
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
                 entries.append(_Entry(about.st_mtime, about.st_blocks * 512, path))
+        for path in _entries(self.store.root / "ccache"):
+            entries.append(_Entry(stamp(path), _allocated(path), path))
         total = sum(entry.size for entry in entries)
         for entry in sorted(entries, key=lambda entry: entry.last_use):
             if total <= self.policy.size:
@@ -251,6 +254,9 @@ class Prune:
             self._go_on()
             if entry.job is not None:
                 if self._remove_job(entry.job):
+                    total -= entry.size
+            elif entry.path.is_dir():
+                if self._remove_unheld(entry.path):
                     total -= entry.size
             elif entry.path.name not in needed and self._remove_file(entry.path, 0.0):
                 total -= entry.size
@@ -272,7 +278,10 @@ class Prune:
         own = Path(__file__).resolve().parent.parent
         for path in _entries(self.store.root / "runner"):
             if path != own and self._age(stamp(path), path) > limit:
-                self._remove_runner(path)
+                self._remove_unheld(path)
+        for path in _entries(self.store.root / "ccache"):
+            if self._age(stamp(path), path) > limit:
+                self._remove_unheld(path)
         for path in self.store.tmp.glob("*.part"):
             self._go_on()
             self._remove_file(path, limit)
@@ -286,19 +295,23 @@ class Prune:
                 with locked(path.with_name(f"{path.name}.lock")):
                     self._throw_out(path)
 
-    def _remove_runner(self, path: Path) -> None:
-        """Remove a runner that no session and no supervisor runs from: each holds its folder's lock, shared."""
+    def _remove_unheld(self, path: Path) -> bool:
+        """Remove a folder that nobody uses; say whether it went.
+
+        Whoever runs from a runner, or has a compiler cache mounted, holds its folder's lock, shared.
+        """
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            return
+            return False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._throw_out(path)
         except BlockingIOError:
-            pass
+            return False
         finally:
             os.close(fd)
+        return True
 
     def _throw_out(self, path: Path) -> None:
         self._go_on()

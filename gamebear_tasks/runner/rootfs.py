@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import CHUNK
+from .files import CHUNK, sha256
 
 MAX_LINKS = 40
 """Links followed on one path, as in the kernel (path_resolution(7))."""
@@ -133,6 +133,36 @@ class Rootfs:
                 return place.is_folder()
         except OSError:
             return False
+
+    def listing(self, path: str, depth: int = 100) -> list[tuple[str, int, int, str]]:
+        """Return what is below a folder, sorted: path from the folder, size, time (ns), where a link leads to.
+
+        Args:
+            path: the folder; nothing is below one that is not there.
+            depth: how many levels.
+        """
+        found: list[tuple[str, int, int, str]] = []
+        with contextlib.suppress(OSError), self.place(path) as place, place.opened() as top:
+            for folder, folders, names, fd in os.fwalk(".", dir_fd=top):
+                for name in (*folders, *names):
+                    info = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    leads_to = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(info.st_mode) else ""
+                    size = info.st_size if stat.S_ISREG(info.st_mode) else 0
+                    found.append((f"{folder[2:]}/{name}".lstrip("/"), size, info.st_mtime_ns, leads_to))
+                if folder.count("/") >= depth - 1:
+                    folders.clear()
+        return sorted(found)
+
+    def sha256_of(self, path: str) -> str:
+        """Return the SHA-256 of a file; empty where there is none."""
+        with contextlib.suppress(OSError), self.place(path) as place, _source(place.name, place) as fd:
+            return sha256(open(fd, "rb", closefd=False))
+        return ""
+
+    def remove_empty(self, path: str) -> None:
+        """Remove a folder if there is nothing in it."""
+        with contextlib.suppress(OSError), self.place(path, follow=False) as place:
+            os.rmdir(place.name, dir_fd=place.folder)
 
     def copy_in(self, source: Path, path: str) -> None:
         """Copy a file or a folder's contents into the container; what is new belongs to its root.

@@ -17,7 +17,7 @@
     slots/<n>                   locked by the job that has the slot
     images/                     locks; <id>.used is touched when an image is used, in-use.lock is shared meanwhile
     trash/                      what is pruned is renamed to here, and then removed
-    storage/, run/, venvs/, tmp/, runner/<sha256>/
+    storage/, run/, venvs/, ccache/<key>/, tmp/, runner/<sha256>/
 """
 
 from __future__ import annotations

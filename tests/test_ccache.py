@@ -1,0 +1,218 @@
+"""The compiler cache: a real gcc and a real ccache in a container of Debian; objects are compared with gcc's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import tiny
+from debian import Debian
+from test_containers import Builder, Outcome
+
+from gamebear_tasks.runner.buildah import remove_tree
+
+SCRIPT = """
+import json, subprocess
+steps = json.loads({steps!r})
+with Container({image!r}) as c:
+    c.ccache = True
+    c.run(["ccache", "--zero-stats"], stdout=subprocess.DEVNULL)
+    c.run(["mkdir", "-p", "/w"])
+    c.workdir = "/w"
+    c.run(steps, shell=True)
+    lines = c.run(["ccache", "--print-stats"], stdout=subprocess.PIPE).stdout.splitlines()
+    stats = dict(line.split() for line in lines)
+    Path("stats").write_text(json.dumps({{name: int(number) for name, number in stats.items()}}))
+"""
+
+STEP = """
+both() {
+    if gcc -c "$@" -o cached.o && /usr/bin/gcc -c "$@" -o plain.o && cmp cached.o plain.o; then
+        echo "right: $*"
+    else
+        echo "WRONG: $*"
+    fi
+}
+"""
+"""A function for the shell: compile with the cache and without it, and compare."""
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
+    """A builder with the image `compiler`, which has gcc and ccache, and `tiny`, which has neither."""
+    folder = tmp_path_factory.mktemp("builder")
+    debian = Debian("bookworm", folder / "debian", ["ccache", "diffutils", "gcc", "grep", "libc6-dev", "sed"])
+    made = Builder(folder / "store")
+    tiny.fill(folder / "tiny", ["sh", "true"])
+    for name, tree in (("tiny", folder / "tiny"), ("compiler", debian.ready().root)):
+        made.buildah("from", "--name", f"make-{name}", "scratch")
+        made.buildah("copy", "--quiet", f"make-{name}", str(tree), "/")
+        made.buildah("commit", "--quiet", "--rm", f"make-{name}", name)
+    debian.remove()
+    yield made
+    made.buildah("rm", "--all")
+    remove_tree(made.root, made.facts, made.root)
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_yet(builder: Builder) -> None:
+    shutil.rmtree(builder.root / "ccache", ignore_errors=True)
+
+
+def build(builder: Builder, steps: str, image: str = "compiler") -> tuple[Outcome, dict[str, int]]:
+    """Run steps in a shell of a container whose compilers are cached; return what ccache counted."""
+    outcome = builder.run(SCRIPT.format(steps=json.dumps(STEP + steps), image=image))
+    assert outcome.status == 0, outcome.log
+    assert "WRONG" not in outcome.log, outcome.log
+    return outcome, json.loads((outcome.work / "stats").read_text())
+
+
+def hits(stats: dict[str, int]) -> tuple[int, int]:
+    """Return how many compilations were found in the cache, and how many were not."""
+    assert stats["direct_cache_hit"] == 0
+    return stats["preprocessed_cache_hit"], stats["cache_miss"]
+
+
+HELLO = "echo '#include <stdio.h>\nint main(void) { return puts(\"hello\"); }' > a.c\n"
+
+
+def test_the_second_build_finds_what_the_first_one_compiled(builder: Builder) -> None:
+    assert hits(build(builder, HELLO + "both a.c -O2")[1]) == (0, 1)
+    assert hits(build(builder, HELLO + "both a.c -O2")[1]) == (1, 0)
+    assert len(list((builder.root / "ccache").iterdir())) == 1
+
+
+def test_whatever_changes_the_object_is_compiled_again(builder: Builder) -> None:
+    steps = """
+mkdir -p one two deep
+echo 'int f(void) { return N; }' > rest.h
+printf '#include "n.h"\\n#include "rest.h"\\nconst char *where = __FILE__;' > a.c
+echo '#define N 1' > two/n.h;                both a.c -I one -I two
+echo '#define N 2' > two/n.h;                both a.c -I one -I two
+echo '#define N 3' > one/n.h;                both a.c -I one -I two
+both a.c -I one -I two -O2
+both a.c -I one -I two -g
+cp a.c rest.h deep; (cd deep; both a.c -I ../one -g)
+export CPATH=two;                            both a.c -O1
+SOURCE_DATE_EPOCH=1; export SOURCE_DATE_EPOCH
+echo 'const char *day = __DATE__;' > b.c;    both b.c
+SOURCE_DATE_EPOCH=1000000000;                both b.c
+"""
+    outcome, stats = build(builder, steps)
+    assert outcome.log.count("right: ") == 9
+    assert hits(stats) == (0, 9)
+    outcome, stats = build(builder, steps)
+    assert outcome.log.count("right: ") == 9
+    assert hits(stats) == (9, 0)
+
+
+def test_what_the_assembler_reads_by_itself_is_not_forgotten(builder: Builder) -> None:
+    steps = r"""
+printf '.data\n.include "x.inc"\n' > a.S
+cp a.S b.s
+printf '.data\n.macro m f\n.InCbIn "\\f"\n.endm\nm x.inc\n' > c.S
+cat > d.c <<'END'
+asm(".data\n.include \"x.inc\"\n.text");
+END
+cat > e.c <<'END'
+asm(".data\n.incbin" " " "\"x.inc\"\n.text");
+END
+echo 'struct s { int include; }; int f(struct s *p) { return p->include; }' > f.c
+/usr/bin/gcc -E d.c > g.i
+for text in 1 2; do
+    echo ".byte $text" > x.inc
+    for file in a.S b.s c.S d.c e.c f.c g.i; do both $file; done
+    both -x assembler a.S; echo b.s > list; both @list
+done
+"""
+    outcome, stats = build(builder, steps)
+    assert outcome.log.count("right: ") == 18
+    assert hits(stats) == (1, 1), "only f.c may be cached"
+
+
+OTHER_COMPILER = """
+mkdir -p /usr/local/bin
+printf '#!/bin/sh\\nexec /usr/bin/gcc -DOTHER "$@"\\n' > /usr/local/bin/gcc
+chmod +x /usr/local/bin/gcc
+echo '#ifdef OTHER
+const int other = 1;
+#endif' > a.c
+gcc -c a.c -o cached.o && /usr/local/bin/gcc -c a.c -o plain.o && cmp cached.o plain.o && echo right
+"""
+
+
+def test_another_compiler_finds_nothing_of_this_one(builder: Builder) -> None:
+    build(builder, "echo '' > a.c; both a.c")
+    outcome, stats = build(builder, OTHER_COMPILER)
+    assert "right" in outcome.log and hits(stats) == (0, 1), "its program is another"
+    touch = "    c.run(['touch', '/usr/lib/gcc/new-part'])\n"
+    script = SCRIPT.replace("    c.ccache", f"{touch}    c.ccache")
+    assert builder.run(script.format(steps=json.dumps("true"), image="compiler")).status == 0
+    assert len(list((builder.root / "ccache").iterdir())) == 2, "a part of it is another"
+
+
+def test_a_damaged_entry_is_not_used(builder: Builder) -> None:
+    build(builder, HELLO + "both a.c")
+    entries = [path for path in (builder.root / "ccache").glob("*/cache/?/?/*") if path.name != "stats"]
+    assert entries
+    for path in entries:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+    outcome, stats = build(builder, HELLO + "both a.c")
+    assert "right: a.c" in outcome.log
+    assert hits(stats) == (0, 1)
+
+
+def test_jobs_at_the_same_time_share_it(builder: Builder) -> None:
+    steps = 'for n in 1 2 3 4 5; do echo "int f = $n;" > a.c; both a.c; done'
+    script = SCRIPT.format(steps=json.dumps(STEP + steps), image="compiler")
+    running = [builder.start(script) for _ in range(3)]
+    for process, folder in running:
+        assert process.wait() == 0, (folder / "log").read_text()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert (folder / "log").read_text().count("right: a.c") == 5
+    assert hits(build(builder, steps)[1]) == (5, 0)
+
+
+def test_nothing_of_it_stays_in_an_image_or_with_other_users(builder: Builder) -> None:
+    outcome = builder.run(
+        """
+with Container("compiler") as c:
+    c.ccache = True
+    c.run("echo 'int x;' > /tmp/a.c; gcc -c /tmp/a.c -o /tmp/a.o", shell=True)
+    c.run("env; chmod 777 /tmp; gcc -c /tmp/a.c -o /tmp/b.o", shell=True, user="nobody")
+    assert c.ccache
+    c.ccache = False
+    c.run(["test", "!", "-e", "/run/gamebear-ccache/bin"])
+    with Container(c.commit()) as other:
+        other.run(["test", "!", "-e", "/run/gamebear-ccache"])
+        print(other.inspect()["OCIv1"]["config"].get("Env"), other.ccache)
+""",
+    )
+    assert outcome.status == 0, outcome.log
+    assert "CCACHE" not in outcome.log and "gamebear-ccache" not in outcome.log
+    assert outcome.log.endswith(" False\n")
+
+
+@pytest.mark.parametrize(
+    ("image", "before", "message"),
+    [
+        ("tiny", "", 'There is no ccache in the container. Install it: packages_image(…, ["ccache", "gcc", …])'),
+        ("compiler", "rm /usr/bin/*gcc*", "There is no compiler in the container. Say c.ccache = True when it is"),
+        (
+            "compiler",
+            r"printf '#!/bin/sh\necho ccache version 3.7.12' > /usr/bin/ccache",
+            "ccache (version 3.7) is too old",
+        ),
+    ],
+)
+def test_what_cannot_be_cached_is_said_at_once(builder: Builder, image: str, before: str, message: str) -> None:
+    script = f"with Container({image!r}) as c:\n    c.run({before or 'true'!r}, shell=True)\n    c.ccache = True\n"
+    outcome = builder.run(script)
+    assert outcome.status == 1
+    assert outcome.message.startswith("script.py, line 3: ") and message in outcome.message
+    assert "Traceback" not in outcome.log
