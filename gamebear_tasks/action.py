@@ -18,7 +18,7 @@ from .errors import GamebearError, JobError
 from .interrupt import Interest, say_so_without_a_traceback, terminated_as_interrupted
 from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
-from .report import notice, printable, size
+from .report import notice, notice_once, printable, size
 from .tasklog import TaskLog
 
 TAIL = 15
@@ -107,6 +107,7 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
                     notice(f"{self.plan.name} is being built on {builder.url} already; following")
                 status = self._follow(builder, order, status, log)
                 self._answered = time.time()
+                notice_once(builder.url, status.notices)
             if status.state == "done":
                 self._check_unchanged(order, chosen)
                 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Collection
 
 _lock = threading.Lock()
 
@@ -14,6 +15,21 @@ def notice(text: str) -> None:
         stream = sys.__stderr__
         if stream is not None:
             print(f"gamebear: {text}", file=stream, flush=True)
+
+
+def notice_once(url: str, texts: Collection[str]) -> None:
+    """Tell what a builder says of itself, but nothing that was told before and has been so ever since.
+
+    Args:
+        url: the builder.
+        texts: all that it says now, each as what may follow "on this builder".
+    """
+    from .cache import told_before
+
+    with told_before(url, texts) as told:
+        for text in texts:
+            if text not in told:
+                notice(f"on {url} {text}")
 
 
 def printable(text: str) -> str:

@@ -73,7 +73,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def elsewhere(arch: str = "amd64", emulated: tuple[str, ...] = ()) -> Facts:
-    return Facts("1.28.2", True, (), "overlay", "chroot", True, arch, emulated, ())
+    return Facts("1.28.2", True, (), "overlay", "chroot", True, arch, emulated)
 
 
 # Buildah

@@ -757,7 +757,7 @@ def test_a_job_that_was_stopped_while_the_builder_was_looked_at_does_not_begin(
     queued: StoredJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = supervise.Supervisor(queued, "a1")
-    known = buildah.Facts("1", True, (), "overlay", "oci", True, "amd64", (), ())
+    known = buildah.Facts("1", True, (), "overlay", "oci", True, "amd64", ())
 
     def facts(root: Path) -> buildah.Facts:
         queued.ask_to_stop("a1")

@@ -80,6 +80,8 @@ class Status:
         phases: seconds spent per phase on the builder.
         valid: for how many seconds from now a result holds; None: for ever.
         expired: why an earlier result did not count when the job was submitted; empty where there was none.
+        notices: what costs the builder much, each with its remedy and as what may follow "on this builder"; with a
+            final state.
     """
 
     state: str
@@ -90,6 +92,7 @@ class Status:
     phases: Mapping[str, float] = field(default_factory=dict)
     valid: float | None = None
     expired: str = ""
+    notices: tuple[str, ...] = ()
 
     @property
     def is_final(self) -> bool:

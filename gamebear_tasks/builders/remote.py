@@ -52,6 +52,9 @@ CROWD_PATIENCE = 30.0
 BUSY_PATIENCE = 10.0
 """Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
 
+NOTICES = 10
+"""The most that a builder may say of itself at once."""
+
 VALID = 10 * 365 * 86400.0
 """Seconds beyond which no result is believed to hold."""
 
@@ -516,6 +519,7 @@ class RunnerBuilder:
             phases,
             None if valid is None else float(min(valid, VALID)),
             words_of(reply.get("expired", ""))[:400],
+            _notices(reply.get("notices")),
         )
 
 
@@ -567,6 +571,12 @@ def _is_digest(value: object) -> TypeGuard[str]:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, int) and 0 <= value < 1 << 63)
+
+
+def _notices(value: object) -> tuple[str, ...]:
+    """Return what a builder has to say of itself, a line each and no more than a screen has."""
+    given = value[:NOTICES] if isinstance(value, list) else []
+    return tuple(" ".join(words_of(text)[:500].split()) for text in given if isinstance(text, str))
 
 
 def _mapping(value: object) -> dict[str, Any]:

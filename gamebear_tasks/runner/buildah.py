@@ -30,7 +30,7 @@ from .arch import ARCHITECTURES
 from .emulation import PROBE_SECONDS, emulated
 from .files import RunnerError, locked
 
-RECIPE = 1
+RECIPE = 2
 """Version of the probe; another number makes every builder probe again."""
 
 IMAGES_IN_USE = "in-use.lock"
@@ -83,7 +83,6 @@ class Facts:
         pid_namespace: whether a build can be process 1 of a PID namespace, so that its end is the end of all.
         arch: Debian's name of the builder's architecture.
         emulated: Debian's names of other architectures whose programs run here, by emulation or by the CPU.
-        warnings: a sentence each, with its remedy.
     """
 
     version: str
@@ -94,7 +93,6 @@ class Facts:
     pid_namespace: bool
     arch: str
     emulated: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 def facts(root: Path) -> Facts:
@@ -414,13 +412,14 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _boot() -> str:
+def boot() -> str:
+    """Return what tells this boot of the machine from others."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _runtime(root: Path) -> Path:
     """Where state lives that must not outlive a reboot: what is mounted, above all."""
-    return root / "run" / _boot()
+    return root / "run" / boot()
 
 
 def _forget_other_boots(root: Path, facts: Facts) -> None:
@@ -432,7 +431,7 @@ def _forget_other_boots(root: Path, facts: Facts) -> None:
 
 def _from_json(value: Any) -> Facts:
     value = dict(value)
-    for name in ("storage", "emulated", "warnings"):
+    for name in ("storage", "emulated"):
         value[name] = tuple(value[name])
     return Facts(**value)
 
@@ -450,7 +449,7 @@ def _key(root: Path) -> dict[str, Any]:
     return {
         "recipe": RECIPE,
         "root": str(root),
-        "boot": _boot(),
+        "boot": boot(),
         "kernel": platform.release(),
         "uid": os.geteuid(),
         "home": str(Path("~").expanduser()),
@@ -493,7 +492,6 @@ def _probe(root: Path) -> Facts:
         pid_namespace=False,
         arch=arch,
         emulated=emulated(arch),
-        warnings=(),
     )
     failures: list[str] = []
     for driver, storage in _stores(root, rootless, env):
@@ -504,7 +502,7 @@ def _probe(root: Path) -> Facts:
                 )
                 failure = _try(root, tried)
                 if not failure:
-                    return dataclasses.replace(tried, warnings=_warnings(tried))
+                    return tried
                 failures.append(f"{driver}, {isolation}{', own PIDs' if pid_namespace else ''}: {failure}")
     if all("netavark" in failure for failure in failures):
         raise RunnerError(
@@ -558,21 +556,6 @@ def _try(root: Path, tried: Facts) -> str:
         return (last_lines(stderr, 3) or f"status {status}") if status else ""
     finally:
         _captured([*before, "rm", name], env, timeout=PROBE_SECONDS)
-
-
-def _warnings(found: Facts) -> tuple[str, ...]:
-    warnings: list[str] = []
-    if found.driver == "vfs":
-        warnings.append(
-            "The builder's image store uses the vfs driver, which copies the whole base image for every "
-            "container: install fuse-overlayfs there (sudo apt install fuse-overlayfs)."
-        )
-    if not found.pid_namespace:
-        warnings.append(
-            "The builder allows no PID namespace, so a killed build may leave processes behind: "
-            "it is likely a container itself and should be started with --privileged."
-        )
-    return tuple(warnings)
 
 
 def _check_user_namespace(env: dict[str, str]) -> None:

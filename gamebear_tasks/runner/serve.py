@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import wire
-from .files import CHUNK, RunnerError, is_file_name, is_sha256, sync_folder, write_bytes
+from .files import CHUNK, RunnerError, is_file_name, is_sha256, read_json, sync_folder, write_bytes
 from .policy import seconds_left, why_expired
 from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
 
@@ -122,7 +122,16 @@ class Session:
             "buildah": shutil.which("buildah") is not None,
             "store": str(self.store.root),
             "free": shutil.disk_usage(self.store.root).free,
+            **self._known(),
         }
+
+    def _known(self) -> Reply:
+        """Return what the last job found out about this builder."""
+        probed = read_json(self.store.root / "facts.json")
+        found = probed.get("facts") if isinstance(probed, dict) else None
+        known = {name: found.get(name) for name in ("driver", "isolation")} if isinstance(found, dict) else {}
+        costs = read_json(self.store.notices)
+        return {**known, **({"costs": "; ".join(map(str, costs))} if costs else {})}
 
     # jobs
 
@@ -260,6 +269,7 @@ class Session:
         reply["log_size"] = size
         if state["state"] in FINAL and offset + length >= size:
             stored.note_seen(attempt)
+            reply["notices"] = read_json(self.store.notices)
         return reply, lambda reply: _write_file(reply, stored.log, offset, length)
 
     def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> tuple[Reply, Callable[[Reply], None]]:

@@ -16,6 +16,7 @@
     live/<digest>               there from before a job starts until it has been cleaned up after
     slots/<n>                   locked by the job that has the slot
     images/                     locks; <id>.used is touched when an image is used, in-use.lock is shared meanwhile
+    notices.json                what costs this builder much, see `costs`
     trash/                      what is pruned is renamed to here, and then removed
     storage/, run/, venvs/, ccache/<key>/, tmp/, runner/<sha256>/
 """
@@ -144,6 +145,7 @@ class Store:
         self.images = self.root / "images"
         self.tmp = self.root / "tmp"
         self.trash = self.root / "trash"
+        self.notices = self.root / "notices.json"
 
     def prepare(self) -> None:
         """Make the folders that are missing, closed to other users; raises OSError."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from . import slots, work
 from .buildah import environment, facts, namespace, remove_containers, remove_tree
+from .costs import keep_notices
 from .files import CHUNK, RunnerError, is_sha256, read_json, sync_folder
 from .store import FINAL, Store, StoredJob, StoreError, hold_runner, storage_failure
 from .work import JobFailed
@@ -122,6 +123,7 @@ class Supervisor:
         deadline = time.monotonic() + limit if limit > 0 else None
         with self._phase("probe"):
             known = facts(self.store.root)
+            keep_notices(self.store, known)
         self._check_stop()
         arch = str(job["arch"])
         if arch != known.arch and arch not in known.emulated:
@@ -133,8 +135,6 @@ class Supervisor:
                 f"Choose a builder for {arch}, say arch={known.arch}, or install qemu-user-static on this builder"
                 f" (sudo apt install qemu-user-static).",
             )
-        for warning in known.warnings:
-            self.say(warning)
         with self._phase("prepare"):
             if order.get("after_lost") and not remove_leftovers(self.stored):
                 raise RunnerError(
