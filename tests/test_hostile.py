@@ -293,16 +293,16 @@ def test_a_result_is_not_believed_to_hold_for_centuries(hostile: Hostile, valid:
 def test_what_a_builder_says_of_itself_is_a_few_lines_without_tricks(hostile: Hostile) -> None:
     hostile.says(
         r"""
-text = "a line\n" * 3 + "\x1b]0;evil\x07" + "x" * 9999
-def follow(request): send(**{**result(), "notices": [f"{n} {text}" for n in range(999)] + [7, None, ["x"]]})
+words = "a line\n" * 3 + "\x1b]0;evil\x07" + "x" * 9999
+def follow(request): send(**{**result(), "notices": [f"{n} {words}" for n in range(40)] + [7, None, ["x"]]})
 """
     )
-    said = hostile.doit().ok().err
-    assert said.count("gamebear: on local: ") == len(said.splitlines()) == 10
+    said = hostile.project.doit().ok().err
+    assert (said.count("gamebear: on local: "), len(said.splitlines())) == (10, 11)
     assert len(said) < 10 * 600 and "\x1b" not in said
     hostile.says("def follow(request): send(**{**result(), 'notices': {'a': 1}})")
     hostile.project.doit("clean").ok()
-    assert "on local:" not in hostile.doit().ok().err
+    assert "on local:" not in hostile.project.doit().ok().err
 
 
 # messages
