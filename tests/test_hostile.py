@@ -302,7 +302,7 @@ def follow(request): send(**{**result(), "notices": [f"{n} {words}" for n in ran
     assert len(said) < 10 * 600 and "\x1b" not in said
     hostile.says("def follow(request): send(**{**result(), 'notices': {'a': 1}})")
     hostile.project.doit("clean").ok()
-    assert "on local:" not in hostile.project.doit().ok().err
+    assert "gamebear: on" not in hostile.project.doit().ok().err
 
 
 # messages
