@@ -7,6 +7,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -192,6 +193,59 @@ def test_a_command_that_is_not_there_is_named(builder: Builder) -> None:
     outcome = builder.run("with Container('tiny') as c:\n    c.run(['gcc', '-v'])\n")
     assert "`gcc -v` failed with status 127" in outcome.message
     assert "gcc: not found" in outcome.log
+
+
+def test_a_container_is_called_by_what_the_script_calls_its_image(builder: Builder) -> None:
+    script = "image = Image('tiny')\nwith Container(Image(image)) as c:\n    c.run(['false'])\n"
+    assert "failed with status 1 in a container of tiny." in builder.run(script).message
+
+
+def test_a_setting_that_is_misspelt_is_an_error_with_a_hint(builder: Builder) -> None:
+    outcome = builder.run("with Container('tiny') as c:\n    c.workdri = '/tmp'\n")
+    assert outcome.message == (
+        "script.py, line 2: AttributeError: a container has no setting 'workdri'; did you mean workdir?"
+    )
+    outcome = builder.run("with Container('tiny') as c:\n    c.colour = 'red'\n")
+    assert "has no setting 'colour'; it has ccache, command, entrypoint, environ, " in outcome.message
+    outcome = builder.run(
+        "class Mine(Container):\n"
+        "    def __init__(self):\n"
+        "        super().__init__('tiny')\n"
+        "        self.colour = 'red'\n"
+        "with Mine() as c:\n"
+        "    print(c.colour)\n"
+    )
+    assert outcome.log == "red\n"
+
+
+def test_values_of_variables_are_in_no_command_line(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = builder.root / "spy"
+    folder.mkdir()
+    spy = folder / "buildah"
+    spy.write_text(f'#!/bin/sh\necho "$@" >> {folder}/lines\nexec {shutil.which("buildah")} "$@"\n')
+    spy.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    outcome = builder.run(
+        "import subprocess\n"
+        "def seen(c, **more):\n"
+        "    line = 'echo $TOKEN $PASSWORD $HTTPS_PROXY'\n"
+        "    return c.run(line, shell=True, stdout=subprocess.PIPE, **more).stdout.strip()\n"
+        "with Container('tiny') as c:\n"
+        "    c.environ['TOKEN'] = 'secret-$HOME'\n"
+        "    c.environ['HTTPS_PROXY'] = 'seen$$'\n"
+        "    print(seen(c), seen(c, env={'PASSWORD': 'secret too'}), seen(c), sep='; ')\n"
+        "    c.environ['TOKEN'] = 'secret-3'\n"
+        "    print(seen(c, env={'TOKEN': 'secret-4'}), seen(c, env={'TOKEN': 'secret-4'}), seen(c), sep='; ')\n"
+        "    print(sorted(c.commit().inspect()['OCIv1']['config']['Env']))\n"
+    )
+    assert outcome.log.splitlines() == [
+        "secret-$HOME seen$$; secret-$HOME secret too seen$$; secret-$HOME seen$$",
+        "secret-4 seen$$; secret-4 seen$$; secret-3 seen$$",
+        "['GREETING=hi', 'HTTPS_PROXY=seen$$', 'TOKEN=secret-3']",
+    ]
+    lines = (folder / "lines").read_text()
+    assert "--env TOKEN" in lines and "HTTPS_PROXY=" in lines
+    assert "secret" not in lines
 
 
 def test_a_file_built_in_a_container_comes_out(builder: Builder) -> None:

@@ -9,6 +9,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,7 +279,9 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     assert len(images()) == 2
     assert "1 image " in prune(use, "--older", "9", "--images")
     assert images() == ["localhost/gamebear-test:two"]
-    assert sorted(path.suffix for path in use.store.images.iterdir()) == [".lock", ".lock", ".used"]
+    assert sorted(path.suffix for path in use.store.images.iterdir()) == [".lock", ".used"], (
+        "locks that nobody holds go"
+    )
     made[1].ok()
 
 
@@ -303,6 +306,28 @@ def bare_store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "gamebear" / "v1")
     store.prepare()
     return store
+
+
+def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    at_once: list[int] = []
+    most: list[int] = []
+
+    def take() -> None:
+        for _ in range(50):
+            with files.locked(path):
+                at_once.append(1)
+                most.append(len(at_once))
+                time.sleep(0.0005)
+                at_once.pop()
+                path.unlink()
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(most), max(most)) == (200, 1)
 
 
 def old_result(store: Store, digit: str) -> StoredJob:

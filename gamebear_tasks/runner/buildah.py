@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -166,18 +166,26 @@ class Buildah:
         """Return the command line for `buildah args...` on this builder's store."""
         return ["buildah", *self.facts.storage, *args]
 
-    def __call__(self, *args: str, input: bytes | None = None, timeout: float | None = None) -> str:
+    def __call__(
+        self,
+        *args: str,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> str:
         """Run buildah quietly and return what it printed.
 
         Args:
             args: the command and its options.
             input: what it reads; nothing by default.
             timeout: seconds after which it is killed and counts as failed.
+            variables: more of its environment; what it needs itself stays.
 
         Raises:
             BuildahError: it failed.
         """
-        status, stdout, stderr = _captured(self.command(*args), self.environment, input, timeout)
+        env = {**(variables or {}), **self.environment}
+        status, stdout, stderr = _captured(self.command(*args), env, input, timeout)
         if status:
             raise BuildahError(args, status, stderr)
         return stdout

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import json
 import os
 import posixpath
+import re
 import shlex
 import subprocess
 import sys
@@ -23,11 +25,16 @@ from typing import IO, Any
 from . import bases
 from .ccache import PLACE, Cache
 from .files import CHUNK
-from .images import Image, image_of, resolve
+from .images import Image, called, image_of, resolve
 from .job import CommandError, current, run_buildah
 from .output import Sink, descriptor
 from .rootfs import Rootfs
 from .settings import Setting, Table, as_duration, as_health_check, as_paths, as_words
+
+BUILDAHS_OWN = re.compile(
+    r"_?(LD|GO|XDG|SSL|TMP|STORAGE|CONTAINERS?|BUILDAH|REGISTRY|DBUS|NOTIFY|.*proxy\b)", re.IGNORECASE
+)
+"""Variables of a container that would mean something to buildah, too."""
 
 DOWNLOAD_SECONDS = 60.0
 """How long a server may be silent during `add_url`."""
@@ -95,10 +102,23 @@ class Container:
             command += ["--volume", _volume(mount)]
         self._image = identity
         job.count += 1
-        self.name = f"{job.prefix}{job.count}"
-        self._where = f"a container of {str(image)[:12] if isinstance(image, Image) else image}"
+        self._name = f"{job.prefix}{job.count}"
+        self._where = f"a container of {called(image) if isinstance(image, Image) else image}"
         run_buildah(self._where, *command, "--name", self.name, identity)
         job.open[self.name] = self._let_go
+
+    @property
+    def name(self) -> str:
+        """The container's name, of no use beyond messages."""
+        return self._name
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # A misspelt setting would be lost without a word. A class of the script's own may have attributes of its own.
+        if type(self) is Container and not name.startswith("_") and name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(SETTINGS))}"
+            raise AttributeError(f"a container has no setting {name!r}; {hint}")
+        super().__setattr__(name, value)
 
     def __str__(self) -> str:
         return self.name
@@ -126,10 +146,10 @@ class Container:
             self._rootfs.close()
         self._rootfs = self._path = None
 
-    def _buildah(self, *args: str) -> str:
+    def _buildah(self, *args: str, variables: Mapping[str, str] | None = None) -> str:
         if self.name not in self._job.open:
             raise ValueError(f"the container {self.name} is removed: its with-block is over")
-        return run_buildah(self._where, *args)
+        return run_buildah(self._where, *args, variables=variables)
 
     # settings
 
@@ -193,9 +213,16 @@ class Container:
         """Tell buildah all settings that it does not know, in one command; `more` are further options for it."""
         pending = self._pending()
         options = list(more)
+        variables: dict[str, str] = {}
         for key, value in self._environ.changes.items():
-            # buildah expands $NAME in it, and makes $ of $$
-            options += ["--env", f"{key}-" if value is None else f"{key}={value.replace('$', '$$')}"]
+            if self._loaded and self._applied["environ"].get(key) == value:
+                continue
+            if value is not None and self._job.takes_variables() and self._is_free(key):
+                variables[key] = value  # not in the command line, which every user of the machine can read
+                options += ["--env", key]
+            else:
+                # buildah expands $NAME in it, and makes $ of $$
+                options += ["--env", f"{key}-" if value is None else f"{key}={value.replace('$', '$$')}"]
         for key, value in self._labels.changes.items():
             options += ["--label", f"{key}-" if value is None else f"{key}={value}"]
         for name, option in (("workdir", "--workingdir"), ("user", "--user")):
@@ -210,15 +237,18 @@ class Container:
             options += [word for path in sorted(before - after) for word in ("--volume", _quoted(f"{path}-"))]
         if any(name.startswith("healthcheck_") for name in pending):
             options += self._health()
-        if not options:
-            return
-        self._buildah("config", *options, self.name)
+        if options:
+            self._buildah("config", *options, self.name, variables=variables)
         for name, value in pending.items():
             self._applied[name] = copy.copy(value)
         for table in (self._environ, self._labels):
             if self._loaded:
                 table.applied()
             table.changes.clear()
+
+    def _is_free(self, key: str) -> bool:
+        """Say whether a variable means nothing to buildah itself."""
+        return key not in self._job.buildah.environment and not BUILDAHS_OWN.match(key)
 
     def _health(self) -> list[str]:
         """Return the options for the health check, all of them: buildah sets defaults for what is left out."""
@@ -313,9 +343,13 @@ class Container:
         if self.name not in self._job.open:
             raise ValueError(f"the container {self.name} is removed: its with-block is over")
         further = {key: str(value) for key, value in (env or {}).items()}
-        cache = self._ccache_options(further, user)
         folder = None if pwd is None else self._absolute(os.fspath(pwd))
         with contextlib.ExitStack() as stack:
+            if self._job.takes_variables() and further:
+                stack.enter_context(self._changed_for_now(further, None))
+                self._apply()
+                further = {}
+            cache = self._ccache_options(further, user)
             if self._job.run_takes_settings():
                 options = self._run_options(further, folder)
             else:
@@ -360,7 +394,8 @@ class Container:
 
     def _run_options(self, further: dict[str, str], folder: str | None) -> list[str]:
         """Return the options that give one command its settings, so that buildah need not be told them before."""
-        if "volumes" in self._pending() or None in self._environ.changes.values():
+        removed = None in self._environ.changes.values()
+        if "volumes" in self._pending() or removed or (self._environ.changes and self._job.takes_variables()):
             self._apply()
         pending = self._pending()
         options: list[str] = []
@@ -506,6 +541,14 @@ class Container:
         self._job.committed.append(image.id)
         self._job.buildah.note_use(image.id)
         return image
+
+
+SETTINGS = {
+    name
+    for name, value in vars(Container).items()
+    if isinstance(value, Setting) or (isinstance(value, property) and value.fset is not None)
+}
+"""What can be assigned to."""
 
 
 def _command(cmd: Any, shell: bool) -> list[str]:

@@ -80,10 +80,23 @@ def sync_folder(folder: os.PathLike[str] | str) -> None:
 
 @contextlib.contextmanager
 def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it. Raises OSError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it. Raises OSError.
+
+    Who holds it alone may remove the file at the end of the block: others that wait for it then take a new one.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                break
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile

@@ -86,10 +86,12 @@ class Image:
     """
 
     id: str
+    _called = ""
 
     def __init__(self, ident: str | Image) -> None:
         if isinstance(ident, Image):
             self.id = ident.id
+            self._called = ident._called
             return
         buildah = current().buildah
         with buildah.looking_for_image():
@@ -101,6 +103,7 @@ class Image:
         if not found:
             raise ImageNotFoundError(f"No image {ident} for {current().arch} is on the builder.")
         self.id = found
+        self._called = ident
 
     def __str__(self) -> str:
         return self.id
@@ -134,7 +137,7 @@ class Image:
         Raises:
             ImageNotFoundError: it cannot be had.
         """
-        return image_of(resolve(name))
+        return image_of(resolve(name), name)
 
     @classmethod
     def list(cls, name: str | None = None, *, all: bool = False) -> Iterator[dict[str, Any]]:
@@ -175,11 +178,17 @@ class Image:
         return found
 
 
-def image_of(identity: str) -> Image:
-    """Return the image of a full id, which is known to be there."""
+def image_of(identity: str, name: str = "") -> Image:
+    """Return the image of a full id, which is known to be there; `name` is what to call it in messages."""
     image = Image.__new__(Image)
     image.id = identity
+    image._called = name
     return image
+
+
+def called(image: Image) -> str:
+    """Return what to call an image in messages: what the script called it by, else the beginning of its id."""
+    return image._called or image.id[:12]
 
 
 def _with_tag(name: str) -> str:
@@ -226,7 +235,7 @@ def packages_image(
         raise ImageNotFoundError(str(error)) from None
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-    image = image_of(identity)
+    image = image_of(identity, f"{called(base) if isinstance(base, Image) else base} with {' '.join(wanted)}".rstrip())
     if rebuild != "never":
         notes = image.inspect().get("ImageAnnotations") or {}
         base_id = notes.get("gamebear.base-id", identity) if wanted else identity

@@ -7,13 +7,17 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .buildah import Buildah, BuildahError, Facts, last_lines
 
 RUN_TAKES_SETTINGS = (1, 22)
 """The first release whose `buildah run` has `--env` and `--workingdir`."""
+
+
+CONFIG_TAKES_VARIABLES = (1, 28)
+"""The first release that is known to have values from its environment for `buildah config --env NAME`; 1.19 has not."""
 
 
 class CommandError(subprocess.CalledProcessError):
@@ -63,8 +67,15 @@ class Job:
 
     def run_takes_settings(self) -> bool:
         """Say whether environment and working directory can be had for one command only."""
-        numbers = [int(number) for number in re.findall(r"\d+", self.facts.version)[:2]]
-        return tuple(numbers) >= RUN_TAKES_SETTINGS
+        return self._version >= RUN_TAKES_SETTINGS
+
+    def takes_variables(self) -> bool:
+        """Say whether a container's variables can be told by buildah's own environment, where nobody else sees them."""
+        return self._version >= CONFIG_TAKES_VARIABLES
+
+    @property
+    def _version(self) -> tuple[int, ...]:
+        return tuple(int(number) for number in re.findall(r"\d+", self.facts.version)[:2])
 
     def close(self, keep: str = "") -> None:
         """Remove the containers that are left, and the images that were committed and then neither named nor returned.
@@ -106,9 +117,15 @@ def current() -> Job:
     return _job
 
 
-def run_buildah(where: str, *args: str) -> str:
-    """Run buildah quietly; what fails is an error that a script can catch like that of a command."""
+def run_buildah(where: str, *args: str, variables: Mapping[str, str] | None = None) -> str:
+    """Run buildah quietly; what fails is an error that a script can catch like that of a command.
+
+    Args:
+        where: the container or image that it is about.
+        args: the command and its options.
+        variables: more of its environment.
+    """
     try:
-        return current().buildah(*args)
+        return current().buildah(*args, variables=variables)
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *args], where, stderr=error.stderr) from None

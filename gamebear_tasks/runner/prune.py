@@ -292,8 +292,10 @@ class Prune:
         for path in _entries(self.store.root / "venvs"):
             used = max(stamp(path), stamp(path / "complete"))
             if idle and path.suffix != ".lock" and self._age(used, path) > limit:
-                with locked(path.with_name(f"{path.name}.lock")):
+                lock = path.with_name(f"{path.name}.lock")
+                with locked(lock):
                     self._throw_out(path)
+                    lock.unlink(missing_ok=True)
 
     def _remove_unheld(self, path: Path) -> bool:
         """Remove a folder that nobody uses; say whether it went.
@@ -327,8 +329,9 @@ class Prune:
             known = facts(self.store.root)
         except RunnerError:
             return  # no buildah, no images
+        locks = [path for path in self.store.images.glob("*.lock") if path != in_use]
         with contextlib.ExitStack() as held:
-            for path in [in_use, *(path for path in self.store.images.glob("*.lock") if path != in_use)]:
+            for path in [in_use, *locks]:
                 lock = held.enter_context(Lock.opened(path))
                 if not _acquired(lock):
                     self.pruned.left.append("A job is looking for an image or making one, so the images were left.")
@@ -338,6 +341,8 @@ class Prune:
                 self._unused_images(known)
             finally:
                 self.pruned.freed += max(0, _free(self.store.root) - before)
+            for path in locks:  # held by nobody else; one that is wanted again is made anew
+                path.unlink(missing_ok=True)
 
     def _unused_images(self, known: Facts) -> None:
         root = self.store.root
