@@ -74,7 +74,7 @@ class SSHConnection:
         """Start a program."""
         import paramiko
 
-        from .ssh_transport import ErrorTail
+        from .ssh_transport import ErrorTail, Inflow
 
         # One at a time: paramiko keeps only one refusal for all threads.
         with self._opening:
@@ -97,6 +97,7 @@ class SSHConnection:
             self._has_started = True
         tail = ErrorTail(channel)
         channel.in_stderr_buffer = tail
+        channel.in_buffer = Inflow(channel)
         until = time.monotonic() + HANDSHAKE_TIMEOUT
         timer = threading.Timer(HANDSHAKE_TIMEOUT, channel.close)  # paramiko would wait for the answer for ever
         timer.daemon = True
