@@ -314,19 +314,17 @@ def test_a_program_that_takes_little_at_a_time_is_not_given_up(
 
 
 @pytest.mark.usefixtures("home")
-def test_a_server_that_does_not_answer_the_wish_for_a_program_counts_as_lost(
+def test_a_server_that_refuses_to_run_programs_is_found_out_when_its_answer_is_read(
     server: Sshd, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import paramiko
 
     connection = connect(server.url)
-    monkeypatch.setattr(ssh, "HANDSHAKE_TIMEOUT", 1.0)
-    monkeypatch.setattr(paramiko.Channel, "_request_success", lambda self, message: None)
-    handlers = {**paramiko.Transport._channel_handler_table}  # type: ignore[attr-defined]
-    handlers[paramiko.common.MSG_CHANNEL_SUCCESS] = lambda channel, message: None
+    refused = paramiko.Channel._request_failed  # type: ignore[attr-defined]
+    handlers = {**paramiko.Transport._channel_handler_table, paramiko.common.MSG_CHANNEL_SUCCESS: refused}  # type: ignore[attr-defined]
     monkeypatch.setattr(paramiko.Transport, "_channel_handler_table", handlers)
-    with pytest.raises(BuilderLost, match="does not answer when it is asked to run a program"):
-        connection.start("sleep 10")
+    with pytest.raises(BuilderError, match="refuses to run programs"):
+        connection.start("sleep 10").receive(1, 10.0)
     assert connection.is_alive
 
 

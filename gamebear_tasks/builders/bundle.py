@@ -1,9 +1,13 @@
 """The runner as it travels: one file, named by its content, and the command that starts it on a builder.
 
 The file is a zip of the package `gamebear_runner` and a `__main__.py`. The command is a few lines for the builder's
-`python3` that unpack it under `<cache>/gamebear/v1/runner/<sha256>/` if it is not there yet (the client sends it when
-asked), and run it from there; nothing else is installed. Mitogen's bootstrap is the model: what must be on the other
-side is Python, and what travels is measured (`docs/architecture.md`).
+`python3` that unpack it under `<cache>/gamebear/v1/runner/<sha256>/` if it is not there yet, and run it from there;
+nothing else is installed. Mitogen's bootstrap is the model: what must be on the other side is Python, and what travels
+is measured (`docs/architecture.md`).
+
+The client does not wait to see whether the runner is there: the first request follows the command at once. Where it
+is not, the request is read and thrown away, `send` is said, and the client sends the length of what is packed (four
+bytes, most significant first), that, and the request again.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ if not os.path.isdir(place):
     try:
         for name in {parts!r}:
             __import__(name)
-        import fcntl, hashlib, io, shutil, tempfile, zipfile, zlib
+        import fcntl, hashlib, io, json, shutil, tempfile, zipfile, zlib
     except ImportError as error:
         say(b" lacks " + str(error.name or error).encode())
         sys.exit(1)
@@ -57,15 +61,18 @@ if not os.path.isdir(place):
         say(b" failed " + str(error).encode())
         sys.exit(1)
     say(b" send")
-    data = b""
-    while len(data) < {size}:
-        more = os.read(0, {size} - len(data))
-        if not more:
-            break
-        data += more
+    def take(size):
+        parts = []
+        while size:
+            parts.append(os.read(0, min(size, 1 << 20)))
+            if not parts[-1]:
+                raise EOFError("the stream ends")
+            size -= len(parts[-1])
+        return b"".join(parts)
     aside = None
     try:
-        data = zlib.decompress(data)
+        take(json.loads(take(int.from_bytes(take(4), "big"))).get("body", 0))
+        data = zlib.decompress(take(int.from_bytes(take(4), "big")))
         if hashlib.sha256(data).hexdigest() != {sha256!r}:
             raise ValueError("damaged")
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -99,13 +106,19 @@ class Bundle:
 
     Attributes:
         sha256: the runner's version: SHA-256 of the zip.
-        packed: what is sent: the zip, compressed as a whole (zlib).
+        data: the zip, not compressed.
         command: what starts a session on a builder, for any login shell.
     """
 
     sha256: str
-    packed: bytes
+    data: bytes
     command: str
+
+    @property
+    def packed(self) -> bytes:
+        """What is sent to a builder that lacks it: the zip, compressed as a whole (zlib), its length before it."""
+        packed = zlib.compress(self.data, 9)
+        return len(packed).to_bytes(4, "big") + packed
 
 
 @cache
@@ -121,11 +134,10 @@ def bundle() -> Bundle:
             archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), files[name])
     data = buffer.getvalue()
     sha256 = hashlib.sha256(data).hexdigest()
-    packed = zlib.compress(data, 9)
-    start = _START.format(preamble=PREAMBLE, version=VERSION, sha256=sha256, size=len(packed), parts=_PARTS)
+    start = _START.format(preamble=PREAMBLE, version=VERSION, sha256=sha256, parts=_PARTS)
     code = base64.b64encode(zlib.compress(start.encode(), 9)).decode()
     return Bundle(
         sha256,
-        packed,
+        data,
         f"exec python3 -I -S -c 'import base64,zlib;exec(zlib.decompress(base64.b64decode(\"{code}\")))'",
     )

@@ -461,21 +461,11 @@ class RunnerBuilder:
         return error
 
     def _start_session(self, connection: Connection) -> Session:
-        packed = bundle()
         try:
-            channel = connection.start(packed.command)
+            return Session(connection, connection.start(bundle().command), self.place)
         except BuilderLost:
             self._forget(connection)
             raise
-        session = Session(connection, channel, self.place)
-        try:
-            session.begin(packed.packed)
-        except BaseException as error:
-            session.close()
-            if isinstance(error, BuilderLost) and not connection.is_alive:
-                self._forget(connection)
-            raise
-        return session
 
     # what is said
 

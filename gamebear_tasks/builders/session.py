@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import BuilderError, BuilderLost
 from ..report import printable, size
 from ..runner import wire
+from .bundle import bundle
 from .channel import Channel, Connection
 
 CHUNK = 256 << 10
@@ -24,7 +25,15 @@ Take = Callable[[bytes], object]
 
 
 class Session:
-    """One runner, ready for one request at a time."""
+    """One runner, which answers one request at a time.
+
+    Nobody waits for it to be ready: the first request follows its command at once, which saves a round trip.
+
+    Args:
+        connection: what the channel belongs to.
+        channel: to the runner, which has just been started.
+        place: what to call the builder.
+    """
 
     def __init__(self, connection: Connection, channel: Channel, place: str) -> None:
         self.connection = connection
@@ -32,17 +41,19 @@ class Session:
         self._channel = channel
         self._place = place
         self._buffer = bytearray()
+        self._has_begun = False
 
-    def begin(self, packed: bytes) -> None:
-        """Wait until the runner is ready; send it there first when it asks for it.
+    def _begin(self, request: bytes) -> None:
+        """Read what a runner begins with; where it is not there yet, send it, and the request again.
 
         Raises:
             BuilderError: the builder lacks what a runner needs.
             BuilderLost: the connection broke.
         """
+        self._has_begun = True
         word = self._preamble()
         if word == "send":
-            self._channel.send(packed)
+            self._channel.send(bundle().packed + request)
             word = self._preamble()
         if word == "ready":
             return
@@ -107,12 +118,18 @@ class Session:
         if body is not None and length <= CHUNK:
             start += b"".join(body)
             body = None
+        if body is not None and not self._has_begun:
+            self.ask({"op": "hello"}, None, None, 0)  # a request that may have to be sent twice is a short one
         try:
             self._channel.send(start)
             for piece in body or ():
                 self._channel.send(piece)
         except BuilderLost as lost:  # it may have refused the body before it had all of it, and ended
+            if not self._has_begun:
+                self._begin(start)
             raise self._refusal() or lost from lost
+        if not self._has_begun:
+            self._begin(start)
         message = self._message()
         if message is None:
             self.channel_says = last_lines_of(self._channel.errors())

@@ -27,7 +27,7 @@ from .ssh_config import Address, Host
 if TYPE_CHECKING:
     import paramiko
 
-    from .ssh_transport import ErrorTail, Transport
+    from .ssh_transport import Session, Transport
 
 HANDSHAKE_TIMEOUT = 60.0
 """Seconds for agreeing on keys: a small board under load needs ten."""
@@ -74,18 +74,16 @@ class SSHConnection:
         """Start a program."""
         import paramiko
 
-        from .ssh_transport import ErrorTail, Inflow
-
         # One at a time: paramiko keeps only one refusal for all threads.
         with self._opening:
             self._check()
             try:
-                channel = self._transport.open_session(timeout=HANDSHAKE_TIMEOUT)
+                channel = self._transport.begin_session(HANDSHAKE_TIMEOUT)
+            except TimeoutError as error:
+                raise BuilderLost(f"{self.place} does not answer.") from error
             except (paramiko.SSHException, EOFError, OSError) as error:
                 if not self._transport.is_active():
                     raise self.lost(error) from error
-                if not isinstance(error, paramiko.ChannelException) and "Timeout" in str(error):
-                    raise BuilderLost(f"{self.place} does not answer.") from error
                 if self._has_started:
                     raise BuilderBusy(
                         f"{self.place} gives no further session.", "Raise MaxSessions in its sshd_config."
@@ -95,24 +93,11 @@ class SSHConnection:
                     "See MaxSessions in its sshd_config, and `restrict` in the account's authorized_keys.",
                 ) from error
             self._has_started = True
-        tail = ErrorTail(channel)
-        channel.in_stderr_buffer = tail
-        channel.in_buffer = Inflow(channel)
-        until = time.monotonic() + HANDSHAKE_TIMEOUT
-        timer = threading.Timer(HANDSHAKE_TIMEOUT, channel.close)  # paramiko would wait for the answer for ever
-        timer.daemon = True
-        timer.start()
         try:
-            channel.exec_command(command)
+            channel.execute(command)
         except (paramiko.SSHException, EOFError, OSError) as error:
-            if not self._transport.is_active():
-                raise self.lost(error) from error
-            if time.monotonic() >= until:
-                raise BuilderLost(f"{self.place} does not answer when it is asked to run a program.") from error
-            raise BuilderError(f"{self.place} refuses to run programs ({error}).") from error
-        finally:
-            timer.cancel()
-        return SSHChannel(self, channel, tail)
+            raise self.lost(error) from error
+        return SSHChannel(self, channel)
 
     def close(self) -> None:
         """Close the connection and all of its channels. Never raises."""
@@ -210,7 +195,7 @@ class SSHConnection:
         transport.banner_timeout = host.connect_timeout
         self._shake_hands(transport, host, place)
         self._check_host_key(transport, host, known, place, bool(jumps or host.proxy_command))
-        ssh_login.log_in(transport, host, place)
+        ssh_login.log_in(transport, host, place, opens_session=not depth)
         return transport
 
     def _shake_hands(self, transport: Transport, host: Host, place: str) -> None:
@@ -305,16 +290,19 @@ class SSHConnection:
 class SSHChannel:
     """A program on the builder: its input, its output and its errors."""
 
-    def __init__(self, connection: SSHConnection, channel: paramiko.Channel, errors: ErrorTail) -> None:
+    def __init__(self, connection: SSHConnection, channel: Session) -> None:
         self._connection = connection
         self._channel = channel
-        self._errors = errors
         self._closed = False
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`."""
         view = memoryview(data).cast("B")
         until = time.monotonic() + SEND_SILENCE
+        try:
+            view = view[self._channel.send_ahead(view) :]
+        except Exception as error:
+            raise self._lost(error) from error
         while view:
             # Not by the channel's own time-out, which belongs to `receive`.
             if not self._may_send(until - time.monotonic()):
@@ -335,7 +323,7 @@ class SSHChannel:
         channel = self._channel
         with channel.lock:
             return channel.out_buffer_cv.wait_for(
-                lambda: bool(channel.out_window_size or channel.closed or channel.eof_sent), max(0.0, timeout)
+                lambda: bool(channel.out_window_size > 0 or channel.closed or channel.eof_sent), max(0.0, timeout)
             )
 
     def receive(self, size: int, timeout: float) -> bytes:
@@ -347,13 +335,17 @@ class SSHChannel:
             raise BuilderLost(f"{self._connection.place} has been silent for {timeout:g} seconds.") from error
         except Exception as error:  # whatever paramiko and its socket come up with
             raise self._lost(error) from error
-        if not data and not self._channel.eof_received and (self._closed or not self._connection.survives()):
+        if (
+            not data
+            and not self._channel.eof_received
+            and (self._closed or self._channel.is_refused or not self._connection.survives())
+        ):
             raise self._lost(None)
         return data
 
     def errors(self) -> bytes:
         """Return the last 64 KiB of what the program has written to its standard error."""
-        return self._errors.tail
+        return self._channel.errors.tail
 
     def exit_status(self, timeout: float) -> int | None:
         """Return the program's exit status; None while it runs, and when a signal has ended it."""
@@ -372,7 +364,9 @@ class SSHChannel:
             with contextlib.suppress(Exception):
                 self._channel.close()
 
-    def _lost(self, error: BaseException | None) -> BuilderLost:
+    def _lost(self, error: BaseException | None) -> BuilderError:
+        if self._channel.is_refused and not self._closed:
+            return BuilderError(f"{self._connection.place} refuses to run programs.")
         if self._closed or self._channel.eof_received or self._connection.survives():
             what = "was closed" if self._closed else "has ended"
             return BuilderLost(f"{self._connection.place}: the program that it ran for us {what}.")

@@ -15,10 +15,9 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import paramiko
 from paramiko.agent import AgentKey, AgentSSH
@@ -27,7 +26,7 @@ from paramiko.pkey import PKey, PublicBlob
 from ..errors import BuilderError, BuilderLost
 from . import ssh_hosts
 from .ssh_config import Host
-from .ssh_transport import Transport
+from .ssh_transport import Login, Transport
 
 AUTH_TIMEOUT = 60.0
 """Seconds for which a server may think about one key: PAM and reverse name look-ups are slow on some."""
@@ -47,20 +46,21 @@ class _Refused(Exception):
     """The server has ended the connection while we tried to log in, or has nothing left to try."""
 
 
-def log_in(transport: Transport, host: Host, place: str) -> None:
+def log_in(transport: Transport, host: Host, place: str, opens_session: bool) -> None:
     """Log in, by all means that the configuration and the server leave, in the order in which `ssh` would try them.
 
     Args:
         transport: with its keys agreed on and its host key checked.
         host: who is there.
         place: what to call it in errors.
+        opens_session: whether a session is what comes next; it is asked for at once then.
 
     Raises:
         BuilderError: the server does not let us in.
         BuilderLost: the connection broke.
     """
     transport.auth_timeout = AUTH_TIMEOUT
-    attempt = _Attempt(transport, host)
+    attempt = _Attempt(transport, host, Login(transport), opens_session)
     try:
         with _agent(host.agent) as agent:
             attempt.run(agent)
@@ -78,7 +78,10 @@ class _Attempt:
 
     transport: Transport
     host: Host
+    login: Login
+    opens_session: bool
     offered: frozenset[str] = frozenset()
+    asked: bool = False
     tried: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     locked: list[Path] = field(default_factory=list)
@@ -86,32 +89,53 @@ class _Attempt:
 
     def run(self, agent: AgentSSH | None) -> None:
         """Try everything; raises _Refused at the end of the list."""
-        # As ssh does, ask first without any proof: the refusal says what the server takes.
-        self._try(lambda: self.transport.auth_none(self.host.user))
+        # Most servers take a key, and the first that there is: no question before. A refusal says what else they take.
+        self._offer(["publickey"])
         for label, key in self._keys(agent):
+            if "rsa" in key.get_name() and not self.asked:
+                self._ask()  # how such a key signs depends on what the server has said by the time it answers this
             if self.done or "publickey" not in self.offered:
                 break
             self.tried.append(label)
-            self._try(lambda key=key: self.transport.auth_publickey(self.host.user, key))
+            self._show(key)
+        if not self.asked:
+            self._ask()
         if not self.done and "keyboard-interactive" in self.offered and self.host.may_ask and _has_terminal():
             self.transport.auth_timeout = PATIENCE
-            self._try(lambda: self.transport.auth_interactive(self.host.user, self._answer))
+            self._try(lambda done: self.login.auth_interactive(self.host.user, self._answer, done))
         if not self.done and "password" in self.offered:
             password = _secret(f"{self.host.user}@{self.host.hostname}'s password: ", self.host.may_ask)
             if password is not None:
                 self.tried.append("the password")
-                self._try(lambda: self.transport.auth_password(self.host.user, password, fallback=False))
+                self._try(lambda done: self.login.auth_password(self.host.user, password, done))
                 if not self.done:
                     _forget(f"{self.host.user}@{self.host.hostname}'s password: ")
         if not self.done:
             raise _Refused
 
-    def _try(self, method: Any) -> None:
-        """Call one of paramiko's ways to log in; note whether it was enough, and what else the server would take."""
+    def _show(self, key: PKey) -> None:
+        """Show that a key is ours; the first time, with a request for a session behind it."""
+
+        def show(done: threading.Event) -> None:
+            first = not self.asked
+            self.login.auth_publickey(self.host.user, key, done)
+            if first and self.opens_session:
+                self.transport.open_ahead()
+
+        self._try(show)
+
+    def _ask(self) -> None:
+        """Ask what the server takes, without any proof, as ssh does first."""
+        self._try(lambda done: self.login.auth_none(self.host.user, done))
+
+    def _try(self, method: Callable[[threading.Event], None]) -> None:
+        """Send what a way to log in begins with; note whether it was enough, and what else the server would take."""
+        done = threading.Event()
+        self.login.methods = []
         try:
-            further = method()
-        except paramiko.BadAuthenticationType as error:
-            self._offer(error.allowed_types)
+            method(done)
+            self.asked = True
+            further = self.login.wait_for_response(done)
         except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
             if not self.transport.is_active():
                 if self.transport.farewell:
@@ -119,9 +143,13 @@ class _Attempt:
                 raise EOFError from error
             if str(error) == "Authentication timeout.":
                 raise TimeoutError(f"no answer within {AUTH_TIMEOUT:.0f} seconds") from error
+            self.transport.forget_ahead()
+            if self.login.methods:
+                self._offer(self.login.methods)
         else:
             self.done = not further
             if further:
+                self.transport.forget_ahead()
                 self._offer(further)
 
     def _offer(self, methods: list[str]) -> None:
@@ -180,6 +208,10 @@ class _Attempt:
             except (paramiko.SSHException, ValueError, OSError):
                 self.unusable.append(f"{file.path} (damaged)")
                 return None
+        if not self.asked:
+            self._ask()  # nobody is to type a passphrase for a server that takes no keys
+        if self.done or "publickey" not in self.offered:
+            return None
         prompt = f"Passphrase for {file.path}: "
         for _ in range(_TRIES):
             passphrase = _secret(prompt, self.host.may_ask)

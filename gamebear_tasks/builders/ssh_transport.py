@@ -18,12 +18,16 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import paramiko
+from paramiko.auth_handler import AuthHandler
 from paramiko.buffered_pipe import BufferedPipe, PipeTimeout
 from paramiko.common import (
     MSG_CHANNEL_CLOSE,
     MSG_CHANNEL_DATA,
     MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_WINDOW_ADJUST,
+    cMSG_CHANNEL_DATA,
+    cMSG_CHANNEL_OPEN,
+    cMSG_CHANNEL_REQUEST,
     cMSG_GLOBAL_REQUEST,
     cMSG_REQUEST_FAILURE,
 )
@@ -38,6 +42,10 @@ if logging.getLogger("paramiko").level == logging.NOTSET:
 
 POLL = 0.1
 """Seconds for which paramiko lets one read or write of its socket wait."""
+
+AHEAD = 256 << 10
+"""Bytes that are sent to a program before the server has said how many it takes; OpenSSH takes 2 MiB
+(`CHAN_SES_WINDOW_DEFAULT`)."""
 
 MAX_PACKET = 256 << 10
 """The longest packet that is read, in bytes: OpenSSH's own limit (`PACKET_MAX_SIZE`)."""
@@ -306,6 +314,7 @@ class Transport(paramiko.Transport):
         self._held: list[Message] = []
         self._incarnations: dict[int, int] = {}
         self._closed_channels: set[int] = set()
+        self._opened_ahead: Session | None = None
         assert isinstance(self.packetizer, Packetizer)
         self.packetizer.alive_interval = alive_interval
         self.packetizer.alive_count = alive_count
@@ -350,6 +359,67 @@ class Transport(paramiko.Transport):
             raise self.saved_exception or EOFError()
         if not self.initial_kex_done:
             raise TimeoutError
+
+    # Round trips are spared where nothing is waited for that is as good as certain: a session is asked for behind the
+    # request to log in, and a program's input is sent behind the request to start it.
+
+    @property
+    def takes_ahead(self) -> bool:
+        """Whether the server is known to take messages that build on an answer which it has not given yet."""
+        return "-OpenSSH_" in self.remote_version
+
+    def open_ahead(self) -> None:
+        """Ask for a session before it is known whether we are let in; `begin_session` returns it."""
+        if self.takes_ahead and self._opened_ahead is None:
+            self._opened_ahead = self._ask_for_session()
+
+    def forget_ahead(self) -> None:
+        """Forget the session that was asked for: we were not let in, and the request for it went unheard."""
+        session, self._opened_ahead = self._opened_ahead, None
+        if session is not None:
+            self.channel_events.pop(session.chanid, None)
+            session._unlink()  # type: ignore[attr-defined]
+
+    def begin_session(self, timeout: float) -> Session:
+        """Return a new session.
+
+        Args:
+            timeout: seconds for the server to answer.
+
+        Raises:
+            ChannelException: the server gives none.
+            TimeoutError: it does not answer.
+            SSHException: the connection is gone.
+        """
+        session, self._opened_ahead = self._opened_ahead, None
+        if session is None:
+            session = self._ask_for_session()
+        until = time.monotonic() + timeout
+        while not session.answered.wait(POLL):
+            if not self.active:
+                break
+            if time.monotonic() >= until:
+                raise TimeoutError
+        if not session.active:
+            raise self.get_exception() or paramiko.SSHException("the connection broke")
+        return session
+
+    def _ask_for_session(self) -> Session:
+        # What `open_channel` does before it waits.
+        with self.lock:
+            number = self._next_channel()  # type: ignore[attr-defined]
+            session = Session(number, self, self.default_window_size, self.default_max_packet_size)
+            self._channels.put(number, session)  # type: ignore[attr-defined]
+            self.channel_events[number] = session.answered
+            self.channels_seen[number] = True
+        request = Message()
+        request.add_byte(cMSG_CHANNEL_OPEN)
+        request.add_string("session")
+        request.add_int(number)
+        request.add_int(self.default_window_size)
+        request.add_int(self.default_max_packet_size)
+        self._send_user_message(request)
+        return session
 
     def ask_for_life(self) -> None:
         """Send a request that every server answers, if only by saying that it does not know it."""
@@ -465,6 +535,97 @@ class Transport(paramiko.Transport):
         message.get_int()
         words = message.get_string().decode("utf-8", "replace")
         self.farewell = "".join(char if char.isprintable() else " " for char in words)[:300].rstrip(". ")
+
+
+class Login(AuthHandler):
+    """Paramiko's side of a log-in, which asks for the service once, and waits for no leave before it says who we are.
+
+    Attributes:
+        methods: what the server would go on with, after it has refused something.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
+        self.methods: list[str] = []
+        self._has_service = False
+        transport.auth_handler = self
+
+    def _request_auth(self) -> None:
+        if not self._has_service:
+            super()._request_auth()  # type: ignore[misc]
+            self._has_service = True
+        accepted = Message()
+        accepted.add_string("ssh-userauth")
+        accepted.rewind()
+        super()._parse_service_accept(accepted)  # type: ignore[misc]
+
+    def _parse_service_accept(self, message: Message) -> None:
+        """Take note of the leave that was not waited for."""
+
+    def _parse_userauth_failure(self, message: Message) -> None:
+        self.methods = message.get_list()
+        message.rewind()
+        super()._parse_userauth_failure(message)  # type: ignore[misc]
+
+
+class Session(paramiko.Channel):
+    """A channel for one program, which says what it has to say without waiting for answers.
+
+    Args:
+        number: ours of the channel.
+        transport: the connection.
+        window: bytes that the server may send before they are taken.
+        packet: the most bytes in one packet.
+
+    Attributes:
+        answered: set when the server has given the session or refused it.
+    """
+
+    def __init__(self, number: int, transport: Transport, window: int, packet: int) -> None:
+        super().__init__(number)
+        self.owner = transport
+        self.answered = threading.Event()
+        self._set_transport(transport)  # type: ignore[attr-defined]
+        self._set_window(window, packet)  # type: ignore[attr-defined]
+        self.errors = ErrorTail(self)
+        self.in_stderr_buffer = self.errors
+        self.in_buffer = Inflow(self)
+
+    def execute(self, command: str) -> None:
+        """Ask for a program to be started; whether it was shows in `is_refused`, and in that the channel is closed."""
+        request = Message()
+        request.add_byte(cMSG_CHANNEL_REQUEST)
+        request.add_int(self.remote_chanid)
+        request.add_string("exec")
+        request.add_boolean(True)
+        request.add_string(command)
+        self._event_pending()  # type: ignore[attr-defined]
+        self.owner._send_user_message(request)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the server has refused to start the program."""
+        return self.event.is_set() and not self.event_ready and self.owner.is_active()
+
+    def send_ahead(self, data: memoryview) -> int:
+        """Send what the server has not said yet that it takes, if it is known that it will; return how many bytes.
+
+        It is taken off the window that the server opens when the program is started.
+        """
+        with self.lock:
+            taken = len(data)
+            ahead = self.owner.takes_ahead and self.out_window_size == 0 and not (self.event.is_set() or self.closed)
+            if not ahead or taken > AHEAD:
+                return 0
+            self.out_window_size -= taken
+        most = self.out_max_packet_size - 64
+        for start in range(0, taken, most):
+            message = Message()
+            message.add_byte(cMSG_CHANNEL_DATA)
+            message.add_int(self.remote_chanid)
+            message.add_string(bytes(data[start : start + most]))
+            self.owner._send_user_message(message)
+        return taken
 
 
 if TYPE_CHECKING:
