@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -36,6 +37,12 @@ SESSIONS = 6
 
 FOLLOW = 20.0
 """Seconds for which a builder holds back its answer while there is no news."""
+
+SOON = 1.0
+"""Seconds for which a builder holds back its answer to a new job, which may be done by then."""
+
+ENDS = 16
+"""How many ends of jobs that came with another answer are kept until they are asked for: 128 KiB of each, or 320."""
 
 SHORT = 0.2
 """Seconds within which no runner answers that it has no news."""
@@ -90,6 +97,7 @@ class RunnerBuilder:
         self._limit = SESSIONS
         self._met = False
         self._given_up: BuilderError | None = None
+        self._ends: dict[tuple[str, str], _End] = {}
 
     # what a builder does
 
@@ -101,6 +109,12 @@ class RunnerBuilder:
         trees: dict[str, str] | None = None if has_trees else {}
         needs = sorted({file.sha256 for file in _files_of(job)})
         inline = _small_files(needs, files, INLINE)
+        end = bytearray()
+
+        def start() -> list[bytes]:
+            end.clear()
+            return [data for _, data in inline]
+
         for _ in range(TRIES):
             reply = self._ask(
                 {
@@ -115,11 +129,16 @@ class RunnerBuilder:
                     "base": order.base,
                     "python": order.python,
                     "again": again,
+                    "wait": 0.0 if self._others_wait() else SOON,
                 },
-                lambda: [data for _, data in inline],  # noqa: B023 - asked before inline changes
+                start,
+                end.extend,
+                limit=CHUNK * 4,
             )
             if reply.get("state") != "absent":
-                return self._status(job, reply, joined=not reply.get("started"))
+                status = self._status(job, reply, joined=not reply.get("started"))
+                self._log_of(job.digest, status, reply, bytes(end), 0)
+                return status
             if reply.get("trees_wanted"):
                 fetched = order.fetch_trees()
                 trees = {}
@@ -135,14 +154,15 @@ class RunnerBuilder:
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
         """Wait a while for news of a job."""
-        log = bytearray()
+        known = self._ends.get((digest, attempt))
+        if known is not None and known.offset <= offset:
+            return known.status, known.log[offset - known.offset :]
+        body = bytearray()
 
         def start() -> list[bytes]:
-            log.clear()
+            body.clear()
             return []
 
-        with self._changed:
-            others_wait = bool(self._queue) or self._open + (not self._idle) >= self._limit
         asked = time.monotonic()
         reply = self._ask(
             {
@@ -151,21 +171,54 @@ class RunnerBuilder:
                 "attempt": attempt,
                 "client": self.client,
                 "offset": offset,
-                "wait": 0.5 if others_wait else FOLLOW,
+                "wait": 0.5 if self._others_wait() else FOLLOW,
             },
             start,
-            log.extend,
+            body.extend,
             limit=CHUNK * 4,
         )
         if reply.get("attempt") != attempt:
             return Status("lost", attempt), b""
         status = self._status(None, reply)
+        log = self._log_of(digest, status, reply, bytes(body), offset)
         if not log and not status.is_final and time.monotonic() - asked < SHORT:
             time.sleep(SHORT)  # it should have waited for news
-        return status, bytes(log)
+        return status, log
+
+    def _others_wait(self) -> bool:
+        """Whether a request that is held back would keep others from a session."""
+        with self._changed:
+            return bool(self._queue) or self._open + (not self._idle) >= self._limit
+
+    def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
+        """Return the log's part of an answer's body; keep what else it says of a job's end for whoever asks next."""
+        length = reply.get("log")
+        log = body[:length] if type(length) is int and length >= 0 else body
+        if not status.is_final or reply.get("log_size") != offset + len(log):
+            return log
+        contents = {}
+        start = len(log)
+        about = reply.get("contents")
+        for item in about if isinstance(about, list) else ():
+            name, length = item if isinstance(item, list) and len(item) == 2 else (None, None)
+            output = status.outputs.get(name) if isinstance(name, str) else None
+            if not isinstance(name, str) or output is None or length != output.size:
+                break
+            contents[name] = body[start : start + length]
+            start += length
+        with self._changed:
+            self._ends[digest, status.attempt] = _End(replace(status, joined=False, expired=""), offset, log, contents)
+            while len(self._ends) > ENDS:
+                del self._ends[next(iter(self._ends))]
+        return log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
         """Give an output's content from `offset` on to a sink."""
+        known = self._ends.get((digest, attempt))
+        content = known.contents.pop(name, b"") if known is not None else b""
+        if content and len(content) == offset + limit:
+            target.write(content[offset:])
+            return
         setbacks = _Setbacks(self)
         got = 0
 
@@ -194,6 +247,8 @@ class RunnerBuilder:
 
     def discard(self, digest: str, attempt: str) -> None:
         """Have the builder check a result, and forget it if it is damaged."""
+        with self._changed:
+            self._ends.pop((digest, attempt), None)
         self._ask({"op": "discard", "digest": digest, "attempt": attempt})
 
     @property
@@ -511,6 +566,23 @@ class RunnerBuilder:
             words_of(reply.get("expired", ""))[:400],
             _notices(reply.get("notices")),
         )
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a job has ended, as it came with another answer.
+
+    Attributes:
+        status: the final one.
+        offset: where in the log `log` begins.
+        log: from there to its end.
+        contents: small outputs, by name.
+    """
+
+    status: Status
+    offset: int
+    log: bytes
+    contents: dict[str, bytes]
 
 
 class _Setbacks:

@@ -19,8 +19,8 @@ def main(argv: Sequence[str]) -> int:
     if command == "supervise":
         from . import supervise
 
-        digest, attempt, lock = rest
-        return supervise.main(digest, attempt, int(lock))
+        digest, attempt, lock, alive = rest
+        return supervise.main(digest, attempt, int(lock), int(alive))
     if command == "build":
         from . import build
 

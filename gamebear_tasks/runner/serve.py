@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from . import wire
 from .files import CHUNK, RunnerError, is_file_name, is_sha256, read_json, sync_folder, write_bytes
@@ -35,6 +35,9 @@ TAKE_OVER = 20.0
 
 IDLE_LIMIT = 3600.0
 """Seconds without a request after which a session ends: its client is gone, whatever TCP says."""
+
+SMALL = 64 << 10
+"""The most bytes of outputs that come with the answer that the job is done, and of a log that nobody asked for."""
 
 LOG_CHUNK = 256 << 10
 """The most bytes of log in one reply."""
@@ -65,12 +68,17 @@ F_SETPIPE_SZ = 1031
 
 Reply = dict[str, Any]
 
+Answer = tuple[Reply, Optional[Callable[[Reply], None]]]
+"""A reply, and what sends it where it has a body."""
+
 
 class Session:
     """What a client may ask: each operation is a method, its parameters are the request's fields."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._alive: dict[str, int] = {}
+        """By attempt: a pipe from each supervisor that we have started, which ends when its job has ended."""
 
     def run(self) -> None:
         """Answer requests until the client closes the stream."""
@@ -97,13 +105,13 @@ class Session:
         ready, _, _ = select.select([0], [], [], IDLE_LIMIT)
         return bool(ready)
 
-    def _answer(self, header: wire.Header, body: _Body) -> tuple[Reply, Callable[[Reply], None] | None]:
+    def _answer(self, header: wire.Header, body: _Body) -> Answer:
         operation = header.pop("op")
         header.pop("body", None)
         if operation == "hello":
             return self._hello(), None
         if operation == "submit":
-            return self._submit(body=body, **header), None
+            return self._submit_and_wait(body, **header)
         if operation == "put":
             return self._put(body=body, **header), None
         if operation == "have":
@@ -141,6 +149,20 @@ class Session:
         return {**known, **({"costs": "; ".join(map(str, costs))} if costs else {})}
 
     # jobs
+
+    def _submit_and_wait(self, body: _Body, wait: float = 0.0, **order: Any) -> Answer:
+        """Take a job, and answer with its end where that is known within `wait` seconds: see `_submit`, `_with_end`."""
+        reply = self._submit(body=body, **order)
+        stored = self.store.job(order["digest"])
+        attempt = reply.get("attempt", "")
+        if reply.get("started"):
+            until = time.monotonic() + min(wait, 60.0)
+            state = self._wait(stored, attempt, until, lambda _: False)
+            if state.get("attempt") == attempt and state["state"] in FINAL:
+                reply.update(_told(state))
+        if reply["state"] not in FINAL or _size(stored.log) > SMALL:
+            return reply, None
+        return self._with_end(reply, stored, attempt, 0)
 
     def _submit(
         self,
@@ -216,16 +238,34 @@ class Session:
     def _start_supervisor(self, stored: StoredJob, attempt: str, lock: Lock) -> None:
         """Start the job's supervisor in a session of its own; it inherits the lock, so there is no gap."""
         runner = Path(__file__).resolve().parent.parent
-        with (stored.folder / "supervisor.log").open("wb") as errors:
-            subprocess.Popen(
-                [sys.executable, "-I", str(runner), "supervise", stored.digest, attempt, str(lock.fd)],
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                cwd=self.store.root,
-                pass_fds=[lock.fd],
-                start_new_session=True,
-            )
+        ours, theirs = os.pipe()
+        try:
+            with (stored.folder / "supervisor.log").open("wb") as errors:
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        runner,
+                        "supervise",
+                        stored.digest,
+                        attempt,
+                        str(lock.fd),
+                        str(theirs),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=errors,
+                    stderr=errors,
+                    cwd=self.store.root,
+                    pass_fds=[lock.fd, theirs],
+                    start_new_session=True,
+                )
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        self._alive[attempt] = ours
 
     def _meaning(self, name: str, arch: str, base: str) -> str:
         """Return the id of the image that a name means on this builder now; empty where that cannot be told soon."""
@@ -245,9 +285,7 @@ class Session:
             return all((folder / name).stat().st_size == about["size"] for name, about in state["outputs"].items())
         return False
 
-    def _follow(
-        self, digest: str, attempt: str, client: str, offset: int, wait: float
-    ) -> tuple[Reply, Callable[[Reply], None]]:
+    def _follow(self, digest: str, attempt: str, client: str, offset: int, wait: float) -> Answer:
         """Give the log from an offset and the state; wait up to `wait` seconds for news.
 
         The state is read before the log, so that a final state comes with the end of the log.
@@ -255,31 +293,50 @@ class Session:
         stored = self.store.job(digest)
         stored.touch_client(client)
         until = time.monotonic() + min(wait, 60.0)
+        state = self._wait(stored, attempt, until, lambda size: size > offset)
+        if state.get("attempt") != attempt:
+            return {**_told(state), "log_size": 0}, None
+        return self._with_end(_told(state), stored, attempt, offset)
+
+    def _wait(self, stored: StoredJob, attempt: str, until: float, is_enough: Callable[[int], bool]) -> State:
+        """Wait until an attempt is over, the log's size is enough, or it is `until` (monotonic); return the state.
+
+        The supervisor's end wakes the session that has started it; all else is looked for now and then.
+        """
         pause = 0.005
         while True:
             state = stored.state()
-            size = _size(stored.log)
-            if (
-                state.get("attempt") != attempt
-                or size > offset
-                or state["state"] in (*FINAL, "lost", "absent")
-                or time.monotonic() >= until
-            ):
-                break
-            if select.select([0], [], [], pause)[0]:
-                break  # a client asks nothing while it waits: its end of the stream is closed
+            over = state.get("attempt") != attempt or state["state"] not in ("queued", "running")
+            if over or is_enough(_size(stored.log)) or time.monotonic() >= until:
+                return state
+            alive = self._alive.get(attempt, -1)
+            ready, _, _ = select.select([0] if alive < 0 else [0, alive], [], [], pause)
+            if 0 in ready:
+                return state  # a client asks nothing while it waits: its end of the stream is closed
+            if ready:
+                os.close(self._alive.pop(attempt))
             pause = min(pause * 1.5, 0.25)
-        reply = _told(state)
-        if state.get("attempt") != attempt:
-            return {**reply, "log_size": 0}, lambda reply: _write(wire.encode(reply))
-        length = max(0, min(size - offset, LOG_CHUNK))
-        reply["log_size"] = size
-        if state["state"] in FINAL and offset + length >= size:
+
+    def _with_end(self, reply: Reply, stored: StoredJob, attempt: str, offset: int) -> Answer:
+        """Return an answer with the log from an offset on, and, where it ends with that, the outputs that are small.
+
+        The body is the log's part, `log` bytes long, and the outputs one after the other; `contents` has the name and
+        the size in bytes of each.
+        """
+        size = _size(stored.log)
+        log = _part_of(stored.log, offset, min(size - offset, LOG_CHUNK)) if size > offset else b""
+        reply = {**reply, "log": len(log), "log_size": size}
+        body = [log]
+        if reply["state"] in FINAL and offset + len(log) >= size:
             stored.note_seen(attempt)
             reply["notices"] = read_json(self.store.notices)
-        return reply, lambda reply: _write_file(reply, stored.log, offset, length)
+            contents = _small_outputs(stored, reply)
+            reply["contents"] = [[name, len(data)] for name, data in contents]
+            body += [data for _, data in contents]
+            stored.touch()
+        return reply, lambda reply: _write(b"".join([wire.encode(reply, sum(map(len, body))), *body]))
 
-    def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> tuple[Reply, Callable[[Reply], None]]:
+    def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> Answer:
         """Give an output from an offset to its end; a prune leaves the job alone meanwhile."""
         stored = self.store.job(digest)
         if not is_file_name(name):
@@ -538,6 +595,28 @@ class _Body:
             pass
 
 
+def _part_of(path: Path, offset: int, length: int) -> bytes:
+    """Return part of a file, or what there is of it; raises OSError."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def _small_outputs(stored: StoredJob, state: State) -> list[tuple[str, bytes]]:
+    """Return the names and contents of a done job's smallest outputs, `SMALL` bytes of them at the most."""
+    found: list[tuple[str, bytes]] = []
+    left = SMALL
+    with stored.held_outputs(state["attempt"]), contextlib.suppress(OSError):
+        for name, about in sorted((state.get("outputs") or {}).items(), key=lambda item: item[1]["size"]):
+            left -= about["size"]
+            if left < 0:
+                break
+            data = _part_of(stored.outputs(state["attempt"]) / name, 0, about["size"] + 1)
+            if len(data) == about["size"]:  # otherwise the client finds it out as it fetches
+                found.append((name, data))
+    return found
+
+
 def _told(state: State) -> Reply:
     """Return a state as a client is told it: for how long it holds in seconds from now, for clocks differ."""
     left = seconds_left(state)
@@ -621,6 +700,11 @@ def _write(data: bytes) -> None:
     _write_to(1, data)
 
 
+def _pass_on(fd: int, most: int) -> int:
+    """Send the next bytes of a file without a look at them; return how many."""
+    return os.sendfile(1, fd, None, most)
+
+
 def _write_file(
     reply: Reply, path: Path, offset: int, length: int, note_use: Callable[[], None] = lambda: None
 ) -> None:
@@ -636,7 +720,7 @@ def _write_file(
             if time.monotonic() > noted + USE_NOTED:
                 note_use()
                 noted = time.monotonic()
-            sent = os.sendfile(1, file.fileno(), None, min(length, CHUNK))
+            sent = _pass_on(file.fileno(), min(length, CHUNK))
             if not sent:
                 raise SystemExit(1)  # the file has shrunk under us: end the stream rather than send something else
             length -= sent

@@ -346,14 +346,23 @@ def _clean_up_if_lost(stored: StoredJob) -> None:
         lock.release()
 
 
-def main(digest: str, attempt: str, lock_fd: int) -> int:
-    """Supervise an attempt; the lock comes as an open file descriptor."""
+def main(digest: str, attempt: str, lock_fd: int, alive_fd: int) -> int:
+    """Supervise an attempt.
+
+    Args:
+        digest: the job.
+        attempt: which.
+        lock_fd: the job's lock, an open file descriptor.
+        alive_fd: a pipe to the session that has started us, which waits for its end: that is when the job has ended.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(lock_fd, False)
+    os.set_inheritable(alive_fd, False)
     hold_runner()
     stored = Store().job(digest)
     try:
         Supervisor(stored, attempt).run()
+        os.close(alive_fd)
     except OSError as error:
         print(f"how job {digest} ended cannot be written down: {storage_failure(error)}", file=sys.stderr)
         return 1
