@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -158,9 +159,6 @@ class SSHConnection:
 
     def _connect(self, address: Address, jumps: Sequence[Address] | None, depth: int) -> Transport:
         """Connect and log in to a host, through its jump hosts, or these if they are given."""
-        from . import ssh_login
-        from .ssh_transport import Transport
-
         if depth > _MOST_JUMPS:
             raise SettingsError(
                 f"{self.place} is behind more than {_MOST_JUMPS} jump hosts.",
@@ -169,15 +167,20 @@ class SSHConnection:
         host = ssh_config.read(address)
         jumps = host.jumps if jumps is None else jumps
         place = self.place if not depth else f"{self.place}: its jump host {address.host}"
-        if jumps:
+        dial = _Dial(host, place) if not (jumps or host.proxy_command) else None
+        _load_paramiko()
+        from . import ssh_login
+        from .ssh_transport import Transport
+
+        if dial is not None:
+            sock: socket.socket | paramiko.Channel = dial.connected()
+        elif jumps:
             *before, last = jumps
             # As with ssh -J: the nearest is reached as configured, each further one through those before it.
             through = self._connect(last, before or None, depth + 1)
-            sock: socket.socket | paramiko.Channel = self._forward(through, host, place)
-        elif host.proxy_command:
-            sock = self._run_proxy(host)
+            sock = self._forward(through, host, place)
         else:
-            sock = _dial(host, place)
+            sock = self._run_proxy(host)
         known = ssh_hosts.known(host)
         try:
             transport = Transport(
@@ -371,6 +374,47 @@ class SSHChannel:
             what = "was closed" if self._closed else "has ended"
             return BuilderLost(f"{self._connection.place}: the program that it ran for us {what}.")
         return self._connection.lost(error)
+
+
+class _Dial(threading.Thread):
+    """Connects to a host's port while others do something else, such as load paramiko."""
+
+    def __init__(self, host: Host, place: str) -> None:
+        super().__init__(daemon=True)
+        self._host = host
+        self._place = place
+        self._outcome: socket.socket | Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Connect."""
+        try:
+            self._outcome = _dial(self._host, self._place)
+        except Exception as error:  # noqa: BLE001 - whoever waits for us raises it
+            self._outcome = error
+
+    def connected(self) -> socket.socket:
+        """Return the connected socket; raises what `_dial` does."""
+        self.join()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+
+def _load_paramiko() -> None:
+    """Import paramiko, but not invoke, if that is not there anyway.
+
+    Paramiko imports it for its own reader of `~/.ssh/config`, which we do not use, and does without where it is not
+    installed; it takes longer to load than all else of paramiko.
+    """
+    if "paramiko" in sys.modules or "invoke" in sys.modules:
+        return
+    sys.modules["invoke"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    try:
+        import paramiko  # noqa: F401
+    finally:
+        del sys.modules["invoke"]
 
 
 def _dial(host: Host, place: str) -> socket.socket:
