@@ -148,8 +148,7 @@ class RunnerBuilder:
                 inline = []
                 if not reply.get("missing"):
                     continue
-            self._upload(reply.get("missing"), files)
-            inline = []
+            inline = self._upload(reply.get("missing"), files)
         raise BuilderError(f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.")
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
@@ -292,11 +291,16 @@ class RunnerBuilder:
 
     # files
 
-    def _upload(self, missing: object, files: Mapping[str, Path]) -> None:
-        """Send blobs that the builder lacks: small ones many at a time, large ones from where they broke off."""
+    def _upload(self, missing: object, files: Mapping[str, Path]) -> list[tuple[str, bytes]]:
+        """Send blobs that the builder lacks: large ones from where they broke off, small ones many at a time.
+
+        Returns:
+            The last of the small ones, which go with the next request.
+        """
         if not isinstance(missing, list):
             raise BuilderError(f"{self.place} does not say what it lacks.")
         batch: list[tuple[str, bytes]] = []
+        room = BATCH
         for item in missing:
             sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
             path = files.get(sha256) if isinstance(sha256, str) else None
@@ -306,12 +310,13 @@ class RunnerBuilder:
             if length > CHUNK:
                 self._upload_large(sha256, path, length, have)
                 continue
-            batch.append((sha256, path.read_bytes()))
-            if sum(len(data) for _, data in batch) > BATCH:
+            if length > room:
                 self._upload_small(batch)
                 batch = []
-        if batch:
-            self._upload_small(batch)
+                room = BATCH
+            batch.append((sha256, path.read_bytes()))
+            room -= length
+        return batch
 
     def _upload_small(self, batch: Sequence[tuple[str, bytes]]) -> None:
         blobs = [[sha256, len(data)] for sha256, data in batch]
@@ -613,11 +618,12 @@ def _files_of(job: Job) -> Iterable[File]:
 
 
 def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) -> list[tuple[str, bytes]]:
+    """Return small files, by their SHA-256, `limit` bytes of them; the newest first, which builders lack most often."""
     small = []
-    for sha256 in needs:
-        path = files[sha256]
-        if path.stat().st_size <= limit:
-            data = path.read_bytes()
+    about = {sha256: files[sha256].stat() for sha256 in needs}
+    for sha256 in sorted(needs, key=lambda sha256: about[sha256].st_mtime, reverse=True):
+        if about[sha256].st_size <= limit:
+            data = files[sha256].read_bytes()
             limit -= len(data)
             small.append((sha256, data))
     return small

@@ -51,7 +51,7 @@ def sha256_of(path: os.PathLike[str] | str) -> str:
 
 def is_sha256(text: object) -> bool:
     """Say whether something is a SHA-256 in lower-case hex."""
-    return isinstance(text, str) and len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return isinstance(text, str) and len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 def is_file_name(name: object) -> bool:
@@ -123,6 +123,13 @@ def written_aside(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
             os.unlink(name)
         raise
     sync_folder(path.parent)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of some bytes to an open file or pipe; raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -18,12 +18,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
 from . import wire
-from .files import CHUNK, RunnerError, is_file_name, is_sha256, read_json, sync_folder, write_bytes
+from .files import CHUNK, RunnerError, is_file_name, is_sha256, read_json, sync_folder, write_all, write_bytes
 from .policy import seconds_left, why_expired
 from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
 
@@ -225,7 +225,11 @@ class Session:
                     f"Run doit with Python {own_python}, or make the function a buildscript.",
                 )
             wanted = [*needs, *(trees or {}).values()]
-            missing = [[sha256, self._size_so_far(sha256)] for sha256 in sorted(set(wanted)) if not self._use(sha256)]
+            missing = [
+                [sha256, self._size_so_far(sha256)]
+                for sha256 in sorted(set(wanted))
+                if not _use(self.store.blob(sha256))
+            ]
             if missing or trees is None:
                 return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
             write_bytes(stored.folder / "job.json", text)
@@ -435,16 +439,10 @@ class Session:
     def _has(self, sha256: str) -> bool:
         return self.store.blob(sha256).is_file()
 
-    def _use(self, sha256: str) -> bool:
-        """Say whether a blob is here; if so it counts as used now."""
-        try:
-            os.utime(self.store.blob(sha256))
-        except FileNotFoundError:
-            return False
-        return True
-
     def _part(self, sha256: str) -> Path:
-        return self.store.tmp / f"{self.store.blob(sha256).name}.part"
+        if not is_sha256(sha256):
+            raise ValueError(f"{sha256!r} is not a SHA-256")
+        return self.store.tmp / f"{sha256}.part"
 
     def _size_so_far(self, sha256: str) -> int:
         return _size(self._part(sha256))
@@ -459,32 +457,21 @@ class Session:
         data = body.read_all(size)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RunnerError(f"A file arrived damaged: its content is not {sha256}.", "Run doit again.")
-        if self._use(sha256):
+        blob = self.store.blob(sha256)
+        part = self._part(sha256)
+        while not _use(blob):
+            with Lock(part) as lock:
+                if not lock.is_current():
+                    continue  # another session has made the blob of it
+                try:
+                    write_all(lock.fd, data)
+                    os.ftruncate(lock.fd, size)  # a broken-off upload may have left more
+                    os.replace(part, blob)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        part.unlink()
+                    raise
             return
-        with self._opened_part(sha256) as lock:
-            if lock is None:
-                return
-            try:
-                os.ftruncate(lock.fd, 0)
-                os.lseek(lock.fd, 0, os.SEEK_SET)
-                _write_to(lock.fd, data)
-                os.replace(lock.path, self.store.blob(sha256))
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    lock.path.unlink()
-                raise
-
-    @contextlib.contextmanager
-    def _opened_part(self, sha256: str) -> Iterator[Lock | None]:
-        """Hold the file that becomes a blob, for us alone; None where another session has made the blob meanwhile."""
-        while True:
-            with Lock(self._part(sha256)) as lock:
-                if lock.is_current():
-                    yield lock
-                    return
-            if self._use(sha256):
-                yield None
-                return
 
     def _put(self, body: _Body, blobs: list[list[Any]] | None = None, **one: Any) -> Reply:
         """Take blobs: several small ones whole, or one from an offset on.
@@ -520,7 +507,7 @@ class Session:
             if shutil.disk_usage(self.store.tmp).free < size - offset:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             while chunk := body.read(CHUNK, wanted.exists):
-                _write_to(lock.fd, chunk)
+                write_all(lock.fd, chunk)
                 digest.update(chunk)
             if os.fstat(lock.fd).st_size != size:
                 return {"have": os.fstat(lock.fd).st_size}
@@ -554,6 +541,15 @@ class Session:
         with contextlib.suppress(FileNotFoundError):
             _wanted(part).unlink()
         return None
+
+
+def _use(blob: Path) -> bool:
+    """Say whether a blob is here; if so it counts as used now."""
+    try:
+        os.utime(blob)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _wanted(part: Path) -> Path:
@@ -690,14 +686,8 @@ def _read_exactly(size: int) -> bytes:
     return b"".join(parts)
 
 
-def _write_to(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
 def _write(data: bytes) -> None:
-    _write_to(1, data)
+    write_all(1, data)
 
 
 def _pass_on(fd: int, most: int) -> int:

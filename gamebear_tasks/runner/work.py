@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .files import CHUNK, RunnerError, is_file_name, is_relative_path, is_sha256
+from .files import CHUNK, RunnerError, is_file_name, is_relative_path, is_sha256, write_all
 from .store import StoredJob
 
 
@@ -79,23 +79,25 @@ def _lay(
     if not is_relative_path(name):
         raise JobFailed("job", f"{name!r} cannot be the name of a file of the job.")
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if "/" in name:
+        path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     blob = stored.store.blob(sha256)
     try:
-        with blob.open("rb", buffering=0) as source, path.open("wb") as target:
-            while data := source.read(CHUNK):
+        with blob.open("rb", buffering=0) as source, path.open("wb", buffering=0) as target:
+            size = os.fstat(source.fileno()).st_size
+            while data := source.read(min(CHUNK, size + 1)):
                 check_stop()
                 digest.update(data)
-                target.write(data)
-        os.utime(blob)
+                write_all(target.fileno(), data)
+            os.utime(source.fileno())
+            os.fchmod(target.fileno(), 0o755 if executable else 0o644)
     except FileNotFoundError:
         raise JobFailed("blob", f"The builder no longer has the content of {name}.", "Run doit again.") from None
     if digest.hexdigest() != sha256:
         with contextlib.suppress(OSError):
             blob.unlink()
         raise JobFailed("blob", f"The builder's copy of {name} was damaged; it is removed.", "Run doit again.")
-    path.chmod(0o755 if executable else 0o644)
 
 
 def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = lambda: None) -> None:
