@@ -46,6 +46,7 @@ class _Link:
     passed: dict[str, int] = field(default_factory=lambda: {UP: 0, DOWN: 0})
     over: threading.Event = field(default_factory=threading.Event)
     stalled: bool = False
+    heard: bool = False
     closing: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
 
@@ -75,6 +76,7 @@ class Proxy:
         connections: how many it has taken.
         passed: bytes forwarded in each direction, all connections together.
         delay: seconds for which each piece is held back.
+        turns: how often the client has said something after it had heard something: its round trips at the most.
     """
 
     def __init__(self, target: int) -> None:
@@ -82,6 +84,7 @@ class Proxy:
         self.connections = 0
         self.passed = {UP: 0, DOWN: 0}
         self.delay = 0.0
+        self.turns = 0
         self._cuts: list[Cut] = []
         self._links: list[_Link] = []
         self._lock = threading.Lock()
@@ -178,8 +181,12 @@ class Proxy:
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
                     return
+                if direction == UP and link.heard:
+                    link.heard = False
+                    self.turns += 1
                 if self.delay:
                     time.sleep(self.delay)
+                link.heard |= direction == DOWN
                 sink.sendall(data)
                 link.passed[direction] += len(data)
                 with self._lock:

@@ -33,6 +33,19 @@ open("x", "w").close()
 """
 
 
+# round trips
+
+
+def test_what_is_done_comes_back_in_six_turns_the_connection_included(remote: Remote) -> None:
+    remote.write("open('x', 'w').write('made')")
+    remote.project.doit().ok()
+    remote.project.doit("clean").ok()
+    remote.proxy.delay, remote.proxy.turns = 0.05, 0
+    remote.project.doit().ok()
+    assert remote.target.read_text() == "made"
+    assert remote.proxy.turns <= 6, "introduction, key exchange, log-in, program and request, farewell"
+
+
 # cut during upload
 
 

@@ -63,7 +63,7 @@ class PeerSilent(paramiko.SSHException):
 class Packetizer(ParamikoPacketizer):
     """Paramiko's reader and writer of packets, which reads fast, and asks a silent peer whether it is still there.
 
-    Paramiko reads each packet with two calls and copies it nine times on its way to whoever waits for it. Here as much
+    Paramiko reads each packet with two calls and copies it many times on its way to whoever waits for it. Here as much
     is read at once as is there, and with AES-GCM, which every OpenSSH since 2013 speaks, a channel's data goes from the
     cipher's output to the channel's buffer. All other packets, and all those of other ciphers, go paramiko's way.
 
