@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from emulation import emulate_armhf
 from project import Project
 from proxy import Proxy
 from remote import Remote, known
@@ -57,11 +57,7 @@ def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="session")
 def emulation() -> None:
     """Let this machine run armhf programs, also in containers."""
-    handlers = Path("/proc/sys/fs/binfmt_misc")
-    if not (handlers / "register").exists():
-        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(handlers)], check=True)
-    if not (handlers / "qemu-arm").exists():
-        subprocess.run(["update-binfmts", "--enable", "qemu-arm"], check=True, env={**os.environ, "PATH": SEARCH})
+    emulate_armhf()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 UP = "up"
@@ -17,6 +18,9 @@ DOWN = "down"
 """From the server to the client."""
 
 CHUNK = 32 << 10
+UNDER_WAY = 64 << 20
+"""The most bytes of one direction that are on a long way at once."""
+
 SETTLE = 0.25
 """Seconds between the last byte before a cut and the cut, so that whoever got it has read it."""
 
@@ -75,7 +79,8 @@ class Proxy:
         port: where the client connects to.
         connections: how many it has taken.
         passed: bytes forwarded in each direction, all connections together.
-        delay: seconds for which each piece is held back.
+        delay: seconds for which each piece holds up all that comes after it: a slow network.
+        latency: seconds that each byte is under way, as many at once as come: a far one.
         turns: how often the client has said something after it had heard something: its round trips at the most.
     """
 
@@ -84,6 +89,7 @@ class Proxy:
         self.connections = 0
         self.passed = {UP: 0, DOWN: 0}
         self.delay = 0.0
+        self.latency = 0.0
         self.turns = 0
         self._cuts: list[Cut] = []
         self._links: list[_Link] = []
@@ -169,34 +175,49 @@ class Proxy:
 
     def _pump(self, link: _Link, direction: str, source: socket.socket, sink: socket.socket) -> None:
         cut = link.cut if link.cut is not None and link.cut.direction == direction else None
+        line: deque[tuple[float, bytes]] = deque()  # what is under way, each piece with the time of its arrival
+        under_way = 0
+        ended = False
         try:
             while not link.over.is_set():
                 if link.stalled:
                     time.sleep(0.02)
                     continue
-                if not select.select([source], [], [], 0.05)[0]:
+                wait = min(0.05, max(0.0, line[0][0] - time.monotonic())) if line else 0.05
+                if line and not wait:
+                    data = line.popleft()[1]
+                    under_way -= len(data)
+                    if direction == UP and link.heard:
+                        link.heard = False
+                        self.turns += 1
+                    if self.delay:
+                        time.sleep(self.delay)
+                    link.heard |= direction == DOWN
+                    sink.sendall(data)
+                    link.passed[direction] += len(data)
+                    with self._lock:
+                        self.passed[direction] += len(data)
+                    if cut is not None and link.passed[direction] >= cut.at:
+                        if cut.how == "stall":
+                            link.stalled = True
+                            cut = None
+                            continue
+                        time.sleep(SETTLE)
+                        link.close(cut.how)
                     continue
-                room = CHUNK if cut is None else min(CHUNK, cut.at - link.passed[direction])
-                data = source.recv(room)
-                if not data:
+                if ended and not line:
                     sink.shutdown(socket.SHUT_WR)
                     return
-                if direction == UP and link.heard:
-                    link.heard = False
-                    self.turns += 1
-                if self.delay:
-                    time.sleep(self.delay)
-                link.heard |= direction == DOWN
-                sink.sendall(data)
-                link.passed[direction] += len(data)
-                with self._lock:
-                    self.passed[direction] += len(data)
-                if cut is not None and link.passed[direction] >= cut.at:
-                    if cut.how == "stall":
-                        link.stalled = True
-                        cut = None
-                        continue
-                    time.sleep(SETTLE)
-                    link.close(cut.how)
+                room = CHUNK if cut is None else min(CHUNK, cut.at - link.passed[direction] - under_way)
+                if ended or not room or under_way > UNDER_WAY:
+                    time.sleep(wait)
+                    continue
+                if not select.select([source], [], [], wait)[0]:
+                    continue
+                data = source.recv(room)
+                ended = not data
+                if data:
+                    line.append((time.monotonic() + self.latency, data))
+                    under_way += len(data)
         except (OSError, ValueError):
             link.close("fin")

@@ -1,0 +1,236 @@
+"""Where it is measured: accounts of this machine as builders behind a real sshd, and clients that reach them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from project import Project
+from proxy import Proxy
+from remote import known
+from sshd import Account, Sshd, client_home, new_account
+
+from . import seed
+from .measure import checked
+
+BASES = {"amd64": "debian:bookworm", "arm64": "debian:bookworm", "armhf": "arm32v7/debian"}
+"""What the other side's scripts call the base image of an architecture."""
+
+_numbers = itertools.count()
+
+
+class Builder:
+    """An account behind an sshd of its own, and a client's home that it lets in.
+
+    Attributes:
+        account: the unprivileged user.
+        server: its sshd.
+        home: the client's home folder.
+    """
+
+    def __init__(self, account: Account, server: Sshd, folder: Path) -> None:
+        self.account = account
+        self.server = server
+        self.folder = folder
+        self.home = client_home(folder, server)
+
+    @property
+    def bin(self) -> Path:
+        """The folder of the account's own programs."""
+        return self.account.home / "bin"
+
+    @property
+    def store(self) -> Path:
+        """Our runner's store."""
+        return self.account.home / ".cache" / "gamebear" / "v1"
+
+    def project(self, name: str, **environment: str) -> Project:
+        """Make a client's project that is built here."""
+        folder = self.folder / f"{name}-{next(_numbers)}"
+        return Project(folder, self.home, **{"GAMEBEAR_BUILDER": self.server.url, **environment})
+
+    def words(self, *command: str) -> list[str]:
+        """Return the command line that runs a command as the account, without SSH."""
+        variables = {
+            "HOME": str(self.account.home),
+            "LC_ALL": "C.UTF-8",
+            "LOGNAME": self.account.name,
+            "PATH": search_path(self.account),
+            "USER": self.account.name,
+            "XDG_RUNTIME_DIR": str(self.account.home / "run"),
+        }
+        given = (f"{name}={value}" for name, value in variables.items())
+        return ["runuser", "--user", self.account.name, "--", "env", "--ignore-environment", *given, *command]
+
+    def run(self, *command: str) -> str:
+        """Run a command as the account, without SSH, and return what it prints."""
+        return checked(self.words(*command), cwd=self.account.home)
+
+    def write(self, name: str, text: str, mode: int = 0o644) -> Path:
+        """Write a file in the account's home."""
+        path = self.account.home / name
+        for folder in reversed([each for each in path.parents if not each.exists()]):
+            folder.mkdir()
+            os.chown(folder, self.account.uid, self.account.uid)
+        path.write_text(text)
+        path.chmod(mode)
+        os.chown(path, self.account.uid, self.account.uid)
+        return path
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What our runner has found out of this account: storage, isolation, architecture."""
+        project = self.project("facts")
+        project.write(
+            "dodo.py",
+            "from gamebear_tasks import artifact\n\ndef task_x():\n    return artifact('x.py', outputs=['x'])\n",
+        )
+        project.write("x.py", "open('x', 'w').close()\n")
+        project.doit().ok()
+        found = json.loads((self.store / "facts.json").read_text())["facts"]
+        assert isinstance(found, dict)
+        return found
+
+    def make_base(self, arch: str) -> None:
+        """Bootstrap Debian's base image for our side; it is there before anything is timed."""
+        project = self.project("base", GAMEBEAR_BASE="bootstrap", GAMEBEAR_ARCH=arch)
+        project.write(
+            "dodo.py",
+            "from gamebear_tasks import artifact\n\ndef task_x():\n    return artifact('x.py', outputs=['x'])\n",
+        )
+        project.write("x.py", "with Container('debian:bookworm') as c:\n    c.run(['true'])\nopen('x', 'w').close()\n")
+        project.doit().ok()
+
+    def export_base(self, arch: str, target: Path) -> Path:
+        """Write our side's base image to an archive."""
+        storage = self.facts["storage"]
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+            os.chown(folder, self.account.uid, self.account.uid)
+            made = Path(folder, "base.tar")
+            name = f"localhost/gamebear-base:debian-bookworm-{arch}"
+            self.run("buildah", "unshare", "buildah", *storage, "push", "--quiet", name, f"oci-archive:{made}")
+            shutil.move(made, target)
+        target.chmod(0o644)
+        return target
+
+    def import_base(self, arch: str, archive: Path, gitconfig: str = "") -> None:
+        """Put a base image into the account's default store, under the name that the other side's scripts use.
+
+        Args:
+            arch: its architecture.
+            archive: the image.
+            gitconfig: becomes its /etc/gitconfig, where it is not empty.
+        """
+        name = BASES[arch]
+        full = f"docker.io/{name if '/' in name else f'library/{name}'}"
+        image = self.run("buildah", "pull", "--quiet", f"oci-archive:{archive}").split()[-1]
+        container = self.run("buildah", "from", image).strip()
+        if gitconfig:
+            file = self.write("gitconfig", gitconfig)
+            self.run("buildah", "copy", container, str(file), "/etc/gitconfig")
+        self.run("buildah", "commit", "--quiet", container, full)
+        self.run("buildah", "rm", container)
+
+    def ssh_config(self, port: int | None = None) -> Path:
+        """Write what `ssh -F` needs to come here as `builder`, with OpenSSH's defaults in everything else."""
+        port = port or self.server.port
+        path = self.folder / f"ssh_config-{port}"
+        path.write_text(
+            f"Host builder\nHostName 127.0.0.1\nPort {port}\nUser {self.account.name}\nHostKeyAlias builder\n"
+            f"IdentityFile {self.home}/.ssh/id_ed25519\nUserKnownHostsFile {self.folder}/known_hosts\n"
+        )
+        key = self.server.known_hosts.split(" ", 1)[1]
+        (self.folder / "known_hosts").write_text(f"builder {key}")
+        return path
+
+    @contextlib.contextmanager
+    def far(self, seconds: float) -> Iterator[tuple[int, dict[str, str]]]:
+        """Stand some seconds away, each way, for the block; gives the port, and what our client is told."""
+        with Proxy(self.server.port) as proxy:
+            proxy.latency = seconds
+            home = known(self.home, self.folder / f"home-{proxy.port}", proxy.port, self.server)
+            url = f"ssh://{self.account.name}@127.0.0.1:{proxy.port}"
+            yield proxy.port, {"HOME": str(home), "GAMEBEAR_BUILDER": url}
+
+
+def search_path(account: Account) -> str:
+    """Return the PATH of an account's programs."""
+    return f"{account.home}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+@contextlib.contextmanager
+def new_builder(folder: Path, *, overlay: bool = False, slots: int = 1) -> Iterator[Builder]:
+    """Make a builder, and remove it with all that it holds.
+
+    Args:
+        folder: for its sshd and its client.
+        overlay: whether the account's storage.conf asks for the overlay driver; else it is as Debian leaves it.
+        slots: how many of our jobs it runs at once.
+    """
+    number = next(_numbers)
+    folder = folder / f"builder-{number}"
+    folder.mkdir(parents=True)
+    with new_account(f"gamebear-bench-{os.getpid()}-{number}") as account:
+        try:
+            with Sshd(folder / "sshd", account, SetEnv=f"PATH={search_path(account)}") as server:
+                builder = Builder(account, server, folder)
+                (account.home / "run").mkdir(mode=0o700)
+                os.chown(account.home / "run", account.uid, account.uid)
+                builder.write(".config/gamebear/builder.json", json.dumps({"slots": slots}))
+                if overlay:
+                    builder.write(".config/containers/storage.conf", '[storage]\ndriver = "overlay"\n')
+                yield builder
+        finally:
+            # what rootless containers leave belongs to other ids, and overlay's mounts are in namespaces that end
+            shutil.rmtree(account.home / ".local", ignore_errors=True)
+
+
+class Place:
+    """The builders that benchmarks share, each made when it is first asked for.
+
+    Attributes:
+        folder: for the other side's files, and all else that goes when it is over.
+    """
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder = folder
+        self._stack = stack
+
+    @cached_property
+    def bare(self) -> Builder:
+        """A builder as Debian leaves an account, without images."""
+        return self._stack.enter_context(new_builder(self.folder))
+
+    @property
+    def arch(self) -> str:
+        """Debian's name of this machine's architecture."""
+        return str(self.bare.facts["arch"])
+
+    @cached_property
+    def found(self) -> Builder:
+        """The same with this machine's base image in both of its stores, and the seed's command."""
+        self.bare.make_base(self.arch)
+        self.bare.import_base(self.arch, self._base)
+        seed.install(self.bare, self.arch, self.bare.facts)
+        return self.bare
+
+    @cached_property
+    def tuned(self) -> Builder:
+        """One whose account was told to use overlay, with the base image and the seed's command; not for us."""
+        found = self.found
+        builder = self._stack.enter_context(new_builder(self.folder, overlay=True))
+        builder.import_base(self.arch, self._base)
+        seed.install(builder, self.arch, found.facts)
+        return builder
+
+    @cached_property
+    def _base(self) -> Path:
+        return self.bare.export_base(self.arch, self.folder / "base.tar")

@@ -1,0 +1,59 @@
+"""The other side: five steps over ssh and scp, as the post that the project grew out of has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from project import ROOT
+
+from .measure import checked
+
+if TYPE_CHECKING:
+    from .machine import Builder
+
+STEPS = """\
+set -e
+ssh() { command ssh -F "$CONFIG" "$@"; }
+scp() { command scp -q -F "$CONFIG" "$@"; }
+folder=$(ssh builder mktemp -d)
+scp buildscript.py "builder:$folder"
+ssh builder buildahscript-py "$folder/buildscript.py"
+scp "builder:$folder/$OUTPUTS" .
+ssh builder rm -r "$folder"
+"""
+"""Five connections, one after the other; no ControlMaster. Several outputs come in one scp, as `{a,b}`."""
+
+
+def install(builder: Builder, arch: str, facts: dict[str, object]) -> None:
+    """Give an account the command `buildahscript-py`.
+
+    Args:
+        builder: the account.
+        arch: Debian's name of the architecture that its scripts' images have.
+        facts: what our runner knows of this machine; the image store is the account's default one.
+    """
+    runner = builder.bin / "gamebear_runner"
+    shutil.rmtree(runner, ignore_errors=True)
+    shutil.copytree(ROOT / "gamebear_tasks" / "runner", runner, ignore=shutil.ignore_patterns("__pycache__"))
+    builder.write("bin/facts.json", json.dumps({**facts, "storage": [], "driver": "", "warnings": []}))
+    builder.write("bin/arch.json", json.dumps(arch))
+    builder.write("bin/buildahscript-py", Path(__file__).with_name("standin.py").read_text(), 0o755)
+    checked(["chown", "--recursive", f"{builder.account.name}:", str(builder.bin)])  # Python keeps its bytecode there
+
+
+def five_steps(folder: Path, script: str, outputs: Sequence[str], config: Path) -> None:
+    """Build a script's outputs and bring them to a folder, by the five steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "buildscript.py").write_text(script)
+    wanted = outputs[0] if len(outputs) == 1 else f"{{{','.join(outputs)}}}"
+    checked(
+        ["bash", "-c", STEPS],
+        cwd=folder,
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "CONFIG": str(config), "OUTPUTS": wanted},
+    )
+    for name in outputs:
+        assert (folder / name).stat().st_size, f"{name} is empty"

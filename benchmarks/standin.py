@@ -1,0 +1,36 @@
+#!/usr/bin/python3 -I
+"""Stands in for the command `buildahscript-py FILE` on the seed's side of a benchmark.
+
+It runs a buildscript in the foreground with our runner's implementation of the language: no job, store, slot, log or
+supervisor. Only what the benchmark puts beside it is needed: the runner as `gamebear_runner`, and `facts.json`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+if "_CONTAINERS_USERNS_CONFIGURED" not in os.environ:  # outside of `buildah unshare`, which sets it
+    os.execvp("buildah", ["buildah", "unshare", sys.executable, "-I", *sys.argv])
+
+sys.path.insert(0, str(HERE))
+os.environ["GAMEBEAR_FACTS"] = (HERE / "facts.json").read_text()
+
+from gamebear_runner import build, containers  # noqa: E402
+from gamebear_runner.buildah import Buildah, facts  # noqa: E402
+
+script = Path(sys.argv[1]).resolve()
+root = Path.home() / ".cache" / "buildahscript-py"
+root.mkdir(parents=True, exist_ok=True)
+known = facts(root)
+prefix = f"script-{os.getpid()}-"
+arch = json.loads((HERE / "arch.json").read_text())
+job = containers.Job(Buildah(root, known, prefix), known, arch, prefix)
+containers.begin(job)
+os.chdir(script.parent)
+try:
+    build._call(root, script.parent, {"script": {"name": script.name}})
+finally:
+    job.close()
