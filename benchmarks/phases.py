@@ -21,7 +21,7 @@ def phases_of(project: Project, what: str, run: Callable[[], float]) -> Phases:
     wall = run()
     spent: dict[str, float] = {}
     for record in records(project):
-        for phase in json.loads(record.read_text())["phases"]:
+        for phase in json.loads(record.read_text()).get("phases", []):
             spent[phase["name"]] = spent.get(phase["name"], 0.0) + phase["seconds"]
     return Phases(what, wall, spent)
 

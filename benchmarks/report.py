@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .measure import Goal, Phases, Result, Row
+
+LEAST_SHOWN = 0.01
+"""What is far better than its goal is drawn here."""
 
 HEAD = ("", "what", "against", "ours", "theirs", "least, median, most", "goal")
 
@@ -81,20 +85,23 @@ def plot(results: Mapping[str, Result], targets: Iterable[Path]) -> None:
         for row in result.rows
         if row.goal and row.goal.value > 0
     ]
-    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.32 * len(shown)), layout="constrained")
+    if not shown:
+        return
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.3 * len(shown)), layout="constrained")
     for place, (_, shares, row) in enumerate(shown):
-        least, most = (max(0.01, share) for share in (shares[0], shares[-1]))
-        median = max(0.01, row.median / row.goal.value) if row.goal else 0.0
+        least, median, most = (max(LEAST_SHOWN, share) for share in (shares[0], statistics.median(shares), shares[-1]))
         colour = "tab:green" if row.is_met else "tab:red"
-        axes.barh(place, median, color=colour, alpha=0.6)
-        axes.plot([least, most], [place, place], color="black", linewidth=1, marker="|")
-        axes.annotate(f" {_number(row.median)}, goal {_goal(row)}", (max(median, most), place), va="center", fontsize=7)
+        axes.plot([least, most], [place, place], color=colour, linewidth=2)
+        axes.plot([median], [place], color=colour, marker="o")
+        axes.annotate(f"   {_number(row.median)}, goal {_goal(row)}", (max(1.0, most), place), va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [label for label, _, _ in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.margins(x=0.35)
+    axes.set_xlim(LEAST_SHOWN / 1.1, max(10.0, *(5 * shares[-1] for _, shares, _ in shown)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="x", alpha=0.3)
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
-    axes.set_xlabel("share of the goal (left of 1: reached); bar: median, line: least to most")
+    axes.set_xlabel("measured / goal (left of 1: reached); dot: median, line: least to most")
     for target in targets:
         figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
     pyplot.close(figure)
@@ -113,9 +120,8 @@ def _values(values: Iterable[float], unit: str) -> str:
     ordered = sorted(values)
     if not ordered:
         return ""
-    middle = ordered[len(ordered) // 2] if len(ordered) % 2 else sum(ordered[len(ordered) // 2 - 1 :][:2]) / 2
     spread = f" ({_number(ordered[0])} to {_number(ordered[-1])})" if len(ordered) > 1 else ""
-    return f"{_number(middle)}{f' {unit}' if unit else ''}{spread}"
+    return f"{_number(statistics.median(ordered))}{f' {unit}' if unit else ''}{spread}"
 
 
 def _number(value: float) -> str:

@@ -24,7 +24,7 @@ from .machine import Builder, Place
 from .measure import Goal, ProgramError, Result, Row, alternate, checked, seconds
 from .phases import phases_of
 
-COUNT = 9
+COUNT = 7
 
 FAR_COUNT = 5
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 from project import ROOT, Project
@@ -104,7 +105,7 @@ def unchanged(place: Place) -> Result:
     ours.environment["GAMEBEAR_BUILDER"] = place.bare.server.url
     before = place.bare.server.connections
     what = "three artifacts, nothing changed"
-    rows = _compared(what, "plain doit, the same files", ours, plain, COUNT, Goal("ratio", 1.3))
+    rows = _compared(what, "plain doit, the same files", (ours, plain), COUNT, Goal("ratio", 1.3))
     heavy = sorted(imported(ours) - imported(plain))
     return Result(
         [
@@ -135,7 +136,7 @@ def many(place: Place) -> Result:
         project.doit("-v", "0").ok()
         projects.append(project)
     against = f"plain doit, {MANY} tasks"
-    rows = _compared(f"{MANY} artifacts, nothing changed", against, *projects, MANY_COUNT, Goal("ratio", 1.25))
+    rows = _compared(f"{MANY} artifacts, nothing changed", against, projects, MANY_COUNT, Goal("ratio", 1.25))
     for project in projects:
         shutil.rmtree(project.folder)
     return Result(rows)
@@ -169,13 +170,10 @@ def imported(project: Project) -> set[str]:
     return {name for name in names - sys.stdlib_module_names if not name.startswith(("_", "dodo"))}
 
 
-def _compared(what: str, against: str, ours: Project, plain: Project, count: int, goal: Goal) -> list[Row]:
-    """Return the rows of a doit with nothing to do: by the clock, and by the processor."""
-    for project in (ours, plain):
+def _compared(what: str, against: str, projects: Sequence[Project], count: int, goal: Goal) -> list[Row]:
+    """Return the rows of a doit with nothing to do, ours and the plain one: by the clock, and by the processor."""
+    for project in projects:
         assert project.doit().ok().ran == []
-    clock = alternate(count, *(partial(seconds, project.doit) for project in (ours, plain)))
-    processor = alternate(count, *(partial(processor_seconds, project.doit) for project in (ours, plain)))
-    return [
-        Row(what, against, *clock, goal),
-        Row("… processor time", against, *processor),
-    ]
+    ours, plain = alternate(count, *(partial(seconds, project.doit) for project in projects))
+    busy, plain_busy = alternate(count, *(partial(processor_seconds, project.doit) for project in projects))
+    return [Row(what, against, ours, plain, goal), Row("… processor time", against, busy, plain_busy)]
