@@ -13,7 +13,8 @@ from project import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report
+from benchmarks import report, seed
+from benchmarks.machine import new_builder
 from benchmarks.measure import Goal, Phases, Result, Row, alternate
 
 RESULTS = {
@@ -109,3 +110,14 @@ def test_the_command_says_what_there_is_to_measure() -> None:
     for name in ("unchanged", "tasks", "trivial", "far", "inputs", "transfer", "memory", "armhf"):
         assert name in done.stdout
     assert os.access(ROOT / "benchmarks" / "run", os.X_OK)
+
+
+def test_the_other_side_runs_a_buildscript_by_its_five_steps(tmp_path: Path) -> None:
+    script = "Path('a').write_text(str(len(list(Image.list()))))\n(Path(__file__).parent / 'b').write_text('b')\n"
+    with new_builder(tmp_path) as builder:
+        seed.install(builder, "amd64", builder.facts)
+        before = builder.server.connections
+        seed.five_steps(tmp_path / "here", script, ["a", "b"], builder.ssh_config())
+        assert builder.server.connections == before + 5
+    assert (tmp_path / "here" / "a").read_text() == "0"
+    assert (tmp_path / "here" / "b").read_text() == "b"
