@@ -97,7 +97,7 @@ def plot(results: Mapping[str, Result], targets: Iterable[Path]) -> None:
     axes.set_yticks(range(len(shown)), [label for label, _, _ in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(LEAST_SHOWN / 1.1, max(10.0, *(5 * shares[-1] for _, shares, _ in shown)))
+    axes.set_xlim(LEAST_SHOWN / 1.1, max(30.0, *(8 * shares[-1] for _, shares, _ in shown)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", alpha=0.3)
     axes.axvline(1, color="black", linewidth=1, linestyle="--")

@@ -118,6 +118,6 @@ def test_the_other_side_runs_a_buildscript_by_its_five_steps(tmp_path: Path) -> 
         seed.install(builder, "amd64", builder.facts)
         before = builder.server.connections
         seed.five_steps(tmp_path / "here", script, ["a", "b"], builder.ssh_config())
-        assert builder.server.connections == before + 5
+        assert builder.server.connections == before + 6  # two outputs
     assert (tmp_path / "here" / "a").read_text() == "0"
     assert (tmp_path / "here" / "b").read_text() == "b"
