@@ -18,8 +18,9 @@ if "_CONTAINERS_USERNS_CONFIGURED" not in os.environ:  # outside of `buildah uns
 sys.path.insert(0, str(HERE))
 os.environ["GAMEBEAR_FACTS"] = (HERE / "facts.json").read_text()
 
-from gamebear_runner import build, containers  # noqa: E402
+from gamebear_runner import build  # noqa: E402
 from gamebear_runner.buildah import Buildah, facts  # noqa: E402
+from gamebear_runner.job import Job, begin  # noqa: E402
 
 script = Path(sys.argv[1]).resolve()
 root = Path.home() / ".cache" / "buildahscript-py"
@@ -27,8 +28,8 @@ root.mkdir(parents=True, exist_ok=True)
 known = facts(root)
 prefix = f"script-{os.getpid()}-"
 arch = json.loads((HERE / "arch.json").read_text())
-job = containers.Job(Buildah(root, known, prefix), known, arch, prefix)
-containers.begin(job)
+job = Job(Buildah(root, known, prefix), known, arch, prefix)
+begin(job)
 os.chdir(script.parent)
 try:
     build._call(root, script.parent, {"script": {"name": script.name}})
