@@ -39,7 +39,7 @@ def install(builder: Builder, arch: str, facts: dict[str, object]) -> None:
     runner = builder.bin / "gamebear_runner"
     shutil.rmtree(runner, ignore_errors=True)
     shutil.copytree(ROOT / "gamebear_tasks" / "runner", runner, ignore=shutil.ignore_patterns("__pycache__"))
-    builder.write("bin/facts.json", json.dumps({**facts, "storage": [], "driver": "", "warnings": []}))
+    builder.write("bin/facts.json", json.dumps({**facts, "storage": [], "driver": ""}))
     builder.write("bin/arch.json", json.dumps(arch))
     builder.write("bin/buildahscript-py", Path(__file__).with_name("standin.py").read_text(), 0o755)
     checked(["chown", "--recursive", f"{builder.account.name}:", str(builder.bin)])  # Python keeps its bytecode there
