@@ -6,7 +6,6 @@ A session builds nothing itself and holds nothing that a job needs: it may end a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import functools
@@ -427,6 +426,8 @@ class Session:
             keep: results per target.
             images: whether images go too.
         """
+        import dataclasses  # slow to load, and seldom needed
+
         from .prune import Policy, Prune
 
         for number in (older, size, keep):
