@@ -328,6 +328,24 @@ def test_a_server_that_refuses_to_run_programs_is_found_out_when_its_answer_is_r
     assert connection.is_alive
 
 
+def test_a_server_that_sends_more_than_it_was_allowed_to_fills_no_memory(
+    server: Sshd, home: Path, connect: Connect
+) -> None:
+    import paramiko
+
+    channel = connect(server.url).start("sleep 10")
+    with pytest.raises(paramiko.SSHException, match="more than it was allowed to"):
+        for _ in range(64):
+            channel._channel.in_buffer.feed(bytes(MIB))
+
+
+def test_a_key_that_is_refused_first_costs_no_session(server: Sshd, home: Path, connect: Connect) -> None:
+    other = new_key(home / ".ssh" / "other")
+    configure(home, f"Host *\n    IdentityFile {other}\n    IdentityFile {home}/.ssh/id_ed25519\n")
+    connection = connect(server.url)
+    assert run(connection, "echo one") + run(connection, "echo two") == "one\ntwo\n"
+
+
 def test_a_program_that_has_ended_takes_nothing_and_the_connection_goes_on(
     server: Sshd, home: Path, connect: Connect
 ) -> None:
