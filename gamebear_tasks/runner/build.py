@@ -160,7 +160,7 @@ def build(digest: str) -> int:
         _execute(digest, folder, result)
     except BaseException as error:  # noqa: BLE001 - whatever a script raises
         result = {**result, "ok": False, **_failure(error)}
-    write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result, sync=False)
     return 0 if result["ok"] else 1
 
 

@@ -104,11 +104,11 @@ def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+def written_aside(path: Path, mode: int = 0o600, sync: bool = True) -> Iterator[BinaryIO]:
     """Give a temporary file in the same folder that becomes `path` when the block ends well.
 
     It is synced before it is renamed, the folder after; when the block raises, nothing of it is left and `path` is
-    as it was.
+    as it was. Without `sync`, a power cut may leave the old one, an empty one or none.
     """
     fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
     try:
@@ -116,13 +116,15 @@ def written_aside(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.rename(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -138,9 +140,10 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
         file.write(data)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, aside, synced and renamed; raises OSError."""
-    write_bytes(path, json.dumps(value, sort_keys=True).encode() + b"\n")
+def write_json(path: Path, value: Any, sync: bool = True) -> None:
+    """Write a value as JSON as `written_aside` does; raises OSError."""
+    with written_aside(path, sync=sync) as file:
+        file.write(json.dumps(value, sort_keys=True).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:

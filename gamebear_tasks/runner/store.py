@@ -223,8 +223,13 @@ class StoredJob:
         return state if _is_state(state) else {"state": "absent"}
 
     def write_state(self, state: State) -> None:
-        """Replace the job's state; raises OSError."""
-        write_json(self.folder / "state.json", {**state, "since": time.time()})
+        """Replace the job's state; raises OSError.
+
+        Only an end is synced, for a power cut makes a lost job of any that has not ended; syncing is what a small
+        card is slowest at.
+        """
+        ended = state["state"] in FINAL
+        write_json(self.folder / "state.json", {**state, "since": time.time()}, sync=ended)
 
     def begin_attempt(self, order: dict[str, Any]) -> str:
         """Lay down a new attempt under the lock, which the caller holds, and return its name; raises OSError.
@@ -240,7 +245,7 @@ class StoredJob:
                 left.unlink(missing_ok=True)
         for old in self.folder.glob("out-*"):
             shutil.rmtree(old, ignore_errors=True)
-        write_json(self.folder / "order.json", {**order, "after_lost": after_lost})
+        write_json(self.folder / "order.json", {**order, "after_lost": after_lost}, sync=False)
         self.log.unlink(missing_ok=True)  # a session that reads it goes on reading the old one
         self.log.touch(mode=0o600)
         self.write_state({"state": "queued", "attempt": attempt})
