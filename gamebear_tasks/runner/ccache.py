@@ -1,7 +1,8 @@
 """Compilers cached across builds with ccache, for the containers of scripts that ask for it.
 
     ccache/<key>/       in the store; held (flock, shared) by every job that uses it; mounted while a command runs
-        bin/<compiler>  what the container's commands find first under the compiler's name
+        bin/<compiler>  what the container's commands find first under the compiler's name: a link to
+        compiler        which runs the compiler of that name with ccache, or without
         preprocess      what ccache runs the preprocessor with
         cache/          ccache's own
 
@@ -17,6 +18,7 @@ other compiler's results are ever looked at. ccache is used where it is known to
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -131,10 +133,13 @@ class Cache:
         key = json.dumps([FORMAT, image, arch, binaries, parts, files.sha256_of(PACKAGES)]).encode()
         self.folder = root / "ccache" / hashlib.sha256(key).hexdigest()
         self._held = _held(self.folder)
-        for path, text in (("preprocess", PREPROCESS), *((f"bin/{name}", COMPILER) for name in self.compilers)):
-            if not (self.folder / path).exists():
-                (self.folder / path).parent.mkdir(exist_ok=True)
-                write_bytes(self.folder / path, text, 0o755)
+        for name, text in (("compiler", COMPILER), ("preprocess", PREPROCESS)):
+            if not (self.folder / name).exists():
+                write_bytes(self.folder / name, text, 0o755)
+        (self.folder / "bin").mkdir(exist_ok=True)
+        for name in self.compilers:
+            with contextlib.suppress(FileExistsError):
+                (self.folder / "bin" / name).symlink_to("../compiler")
 
     @property
     def is_checked(self) -> bool:
