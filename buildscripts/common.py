@@ -1,31 +1,39 @@
-"""What the buildscripts share: the image they build in, and tars that are the same whenever they are made."""
+"""What the buildscripts share: the images they build in, and tars that are the same whenever they are made."""
 
+import os
 from pathlib import Path
 
+COMPILER = ["gcc", "libc6-dev", "make", "pkgconf"]
 
-def compiler_image():
-    """Return an image with a C compiler and make: built once, found again by its tag."""
-    return packages_image("debian:bookworm", ["gcc", "libc6-dev", "make", "pkgconf"])
+JOBS = f"--jobs={os.cpu_count()}"
+"""How make is to use all of the builder's processors."""
+
+
+def compiler_image(*further):
+    """Return an image with a C compiler, make and further packages: built once, found again by its tag.
+
+    Each begins with the one that has most of its packages already.
+    """
+    return packages_image("debian:bookworm", [*COMPILER, *further])
 
 
 def autotools_image():
-    """Return the compiler's image with what libusbgx and gt are built with besides."""
-    return packages_image(
-        compiler_image(),
-        [
-            "autoconf",
-            "automake",
-            "cmake",
-            "g++",
-            "libconfig-dev",
-            "libtool",
-            # gt's man pages: asciidoc without TeX, which its recommended packages would bring
-            "asciidoc-base",
-            "docbook-xml",
-            "docbook-xsl",
-            "libxml2-utils",
-            "xsltproc",
-        ],
+    """Return the image that libusbgx is built in."""
+    return compiler_image("autoconf", "automake", "libconfig-dev", "libtool")
+
+
+def gt_image():
+    """Return the image that gt is built in."""
+    return compiler_image(
+        "cmake",
+        "g++",
+        "libconfig-dev",
+        # the man pages: asciidoc without TeX, which its recommended packages would bring
+        "asciidoc-base",
+        "docbook-xml",
+        "docbook-xsl",
+        "libxml2-utils",
+        "xsltproc",
     )
 
 

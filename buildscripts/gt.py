@@ -1,15 +1,13 @@
 """Builds gt against libusbgx and packs both, with gt's man pages, as they are installed in /usr/local."""
 
-from common import autotools_image, take_source, tar_usr_local
+from common import JOBS, gt_image, take_source, tar_usr_local
 
-with Container(autotools_image()) as c:
+with Container(gt_image()) as c:
     c.copy_in("usbgx.tar", "/tmp/usbgx.tar")
     c.run(["tar", "--extract", "--file=/tmp/usbgx.tar", "--directory=/"])
     take_source(c, "gt")
     c.run(["cmake", "-DCMAKE_INSTALL_PREFIX=/usr/local/", "./source/"])
-    c.run(["make"])
-    c.run(["make", "install"])
+    c.run(["make", JOBS, "install"])
     # The man pages went below the prefix's own usr/: https://github.com/kopasiak/gt/issues/15
-    c.run(["cp", "--archive", "/usr/local/usr/share/.", "/usr/local/share/"])
-    c.run(["rm", "--recursive", "/usr/local/usr"])
+    c.run("cp --archive /usr/local/usr/share/. /usr/local/share/ && rm --recursive /usr/local/usr", shell=True)
     tar_usr_local(c, "gt.tar")

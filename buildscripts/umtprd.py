@@ -1,8 +1,8 @@
 """Builds uMTP-Responder's daemon."""
 
-from common import compiler_image, take_source
+from common import JOBS, compiler_image, take_source
 
 with Container(compiler_image()) as c:
     take_source(c, "umtp")
-    c.run(["make", "CFLAGS=-DUSE_SYSLOG"])
+    c.run(["make", JOBS, "CFLAGS=-DUSE_SYSLOG"])
     c.copy_out("/tmp/umtp/umtprd", "umtprd")

@@ -1,11 +1,15 @@
 """Builds libusbgx and packs what it installs in /usr/local."""
 
-from common import autotools_image, take_source, tar_usr_local
+from common import JOBS, autotools_image, take_source, tar_usr_local
 
 with Container(autotools_image()) as c:
     take_source(c, "libusbgx")
-    c.run(["autoreconf", "-i"])
-    c.run(["./configure"])
-    c.run(["make"])
-    c.run(["make", "install"])
+    # What `autoreconf -i` comes to, which runs the first two twice
+    c.run(["libtoolize", "--copy"])
+    c.run(["aclocal", "-I", "m4"])
+    c.run(["autoconf"])
+    c.run(["automake", "--add-missing", "--copy"])
+    # It is asked for a C++ compiler, and has nothing to compile with it
+    c.run(["./configure", "--disable-dependency-tracking", "CXX=no"])
+    c.run(["make", JOBS, "install"])
     tar_usr_local(c, "usbgx.tar")

@@ -11,24 +11,31 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
+import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .bases import ARCHITECTURE_ANNOTATION, ImageError, check_runs, resolve
 from .buildah import Buildah, BuildahError, Facts, last_lines, streamed
 from .files import locked
+from .rootfs import Rootfs
 
-RECIPE = 1
+RECIPE = 2
 """Version of what is done below; another number makes every package image be built anew."""
 
 NAME = "gamebear-packages"
 """The name under which package images are kept; the tag is the hash."""
 
+ENVIRONMENT = ("env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+"""What programs that install something are started with."""
+
 APT = (
-    "env",
-    "DEBIAN_FRONTEND=noninteractive",
-    "LC_ALL=C",
     "apt-get",
     "--yes",
     "--option=Acquire::Retries=3",
@@ -50,6 +57,9 @@ LEFTOVERS = (
     "/var/log/dpkg.log",
 )
 """What an installation leaves that no build needs."""
+
+# In the container, where a link that a strange image has put there cannot lead out of it.
+REMOVE_LEFTOVERS = f"rm -rf {' '.join(LEFTOVERS)}"
 
 UPDATE_PAUSES = (3.0, 15.0)
 """Seconds to wait before each further attempt to fetch the package lists."""
@@ -165,6 +175,10 @@ def _kept(buildah: Buildah, tag: str, max_age_days: float | None) -> str:
     return str(inspected["FromImageID"]).rpartition(":")[2]
 
 
+class _Unsuitable(Exception):
+    """An image that holds some of the packages cannot be gone on from."""
+
+
 def _build(
     buildah: Buildah,
     facts: Facts,
@@ -176,50 +190,202 @@ def _build(
     arch: str,
     recommends: bool,
 ) -> str:
-    container = f"{buildah.prefix}packages-{uuid.uuid4().hex[:8]}"
-    network = [] if facts.isolation == "chroot" else ["--network", "host"]
-    run = ["run", *network, container, "--"]
     started = time.monotonic()
     print(f"Installing into {base} for {arch}: {' '.join(packages)}", flush=True)
-    try:
-        buildah("from", "--name", container, identity)
-        _update(buildah, run)
-        # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
-        option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
-        command = [*run, *APT, option, "install", "--", *packages]
-        status, said = streamed(buildah.command(*command), buildah.environment)
-        if status:
-            raise _installation_error(base, arch, status, said)
-        listed = buildah(*run, "dpkg-query", "--show", "--showformat=${binary:Package}=${Version}\\n")
-        # In the container, where a link that a strange image has put there cannot lead out of it.
-        buildah(*run, "sh", "-c", f"rm -rf {' '.join(LEFTOVERS)}")
-        annotations = {
-            "gamebear.base": base,
-            "gamebear.base-id": identity,
-            "gamebear.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "gamebear.installed": " ".join(sorted(listed.split())),
-            "gamebear.packages": " ".join(packages),
-            "gamebear.recipe": str(RECIPE),
-            "gamebear.recommends": str(recommends).lower(),
-            ARCHITECTURE_ANNOTATION: arch,
-        }
-        options = [word for key, value in annotations.items() for word in ("--annotation", f"{key}={value}")]
-        buildah("config", *options, container)
-        print("Keeping it in the image store", flush=True)
-        built = buildah("commit", "--quiet", container, tag).strip().rpartition(":")[2]
-    finally:
-        with contextlib.suppress(BuildahError):
-            buildah("rm", container)
+    notes = {
+        "gamebear.base": base,
+        "gamebear.base-id": identity,
+        "gamebear.packages": " ".join(packages),
+        "gamebear.recipe": str(RECIPE),
+        "gamebear.recommends": str(recommends).lower(),
+        ARCHITECTURE_ANNOTATION: arch,
+    }
+    part = _part(buildah, notes)
+    built = ""
+    if part:
+        with contextlib.suppress(_Unsuitable):
+            built = _installed(buildah, facts, part, packages, tag, notes, recommends=recommends)
+    built = built or _installed(buildah, facts, _Part(identity), packages, tag, notes, recommends=recommends)
     print(f"Installed in {time.monotonic() - started:.0f} s", flush=True)
     return built
 
 
-def _update(buildah: Buildah, run: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """An image to begin with.
+
+    Attributes:
+        identity: its id.
+        packages: which of the packages are in it.
+        added: the names of all packages that are in it and not in its base.
+    """
+
+    identity: str
+    packages: tuple[str, ...] = ()
+    added: frozenset[str] = frozenset()
+
+
+def _part(buildah: Buildah, notes: Mapping[str, str]) -> _Part | None:
+    """Return the package image of the same base that has most of the packages, and no other ones."""
+    same = ("gamebear.base-id", "gamebear.recipe", "gamebear.recommends", ARCHITECTURE_ANNOTATION)
+    wanted = set(notes["gamebear.packages"].split())
+    parts = []
+    for image in json.loads(buildah("images", "--no-trunc", "--json") or "null") or []:
+        if not any(str(name).startswith(f"localhost/{NAME}:") for name in image.get("names") or ()):
+            continue
+        with contextlib.suppress(BuildahError):  # it may have been removed meanwhile
+            identity = str(image["id"]).rpartition(":")[2]
+            found = json.loads(buildah("inspect", "--type", "image", identity)).get("ImageAnnotations") or {}
+            has = tuple(found.get("gamebear.packages", "").split())
+            if set(has) < wanted and has and all(found.get(key) == notes[key] for key in same):
+                parts.append(_Part(identity, has, frozenset(found.get("gamebear.added", "").split())))
+    return max(parts, key=lambda part: (len(part.packages), part.identity), default=None)
+
+
+def _installed(
+    buildah: Buildah,
+    facts: Facts,
+    part: _Part,
+    packages: Sequence[str],
+    tag: str,
+    notes: Mapping[str, str],
+    *,
+    recommends: bool,
+) -> str:
+    """Install what is missing in an image, keep it and return its id.
+
+    Raises:
+        ImageError: it cannot be had.
+        _Unsuitable: what the image has is not what would be installed today.
+    """
+    base, arch = notes["gamebear.base"], notes[ARCHITECTURE_ANNOTATION]
+    container = f"{buildah.prefix}packages-{uuid.uuid4().hex[:8]}"
+    folder = Path(tempfile.mkdtemp(prefix="apt-", dir=buildah.environment["TMPDIR"]))
+    rootfs = None
+    try:
+        buildah("from", "--name", container, part.identity)
+        rootfs = Rootfs(buildah("mount", container).rstrip("\n"))
+        before = _versions(rootfs, folder)
+        try:
+            apt = Apt(folder / "apt", buildah.root / POOL, rootfs, buildah.environment)
+            _update(apt.update)
+            if part.added:
+                if part.added & apt.outdated():
+                    raise _Unsuitable
+                print(f"Going on from the image that has {' '.join(part.packages)} already", flush=True)
+            plan = apt.plan(packages, recommends)
+        except Unfit as reason:
+            if part.added:
+                raise _Unsuitable from None
+            print(f"The image's own apt is used: {reason}", flush=True)
+            _install_inside(buildah, facts, container, packages, recommends, base, arch)
+        else:
+            apt.fetch(plan, unpacked=apt.arch != facts.arch)
+            _install(buildah, facts, container, apt, plan, base, arch)
+            _mark_automatic(rootfs, folder, apt, plan, packages)
+            trim(apt.pool)
+        after = _versions(rootfs, folder)
+        own = {name.partition(":")[0] for name in after if after[name] != before.get(name)}
+        notes = {
+            **notes,
+            "gamebear.added": " ".join(sorted(part.added | own)),
+            "gamebear.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "gamebear.installed": " ".join(f"{name}={after[name]}" for name in sorted(after)),
+        }
+        options = [word for key, value in notes.items() for word in ("--annotation", f"{key}={value}")]
+        buildah("config", *options, container)
+        print("Keeping it in the image store", flush=True)
+        return buildah("commit", "--quiet", container, tag).strip().rpartition(":")[2]
+    except AptError as error:
+        raise _installation_error(base, arch, error.status, error.said) from None
+    finally:
+        if rootfs is not None:
+            rootfs.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(BuildahError):
+            buildah("rm", container)
+
+
+def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Plan, base: str, arch: str) -> None:
+    """Have the container's dpkg install the packages that are there, as apt would have it."""
+    dpkg = ["dpkg", "--force-unsafe-io", *apt.dpkg_options]
+    lines = ["set -e"]
+    for step, packages in plan.steps:
+        if step == "unpack":
+            files = [f"/mnt/{package.file}" for package in packages]
+            lines.append(shlex.join([*dpkg, "--no-triggers", "--unpack", "--auto-deconfigure", *files]))
+        else:
+            names = [package.dpkg_name for package in packages]
+            lines.append(shlex.join([*dpkg, "--no-triggers", "--configure", *names]))
+    lines.append(shlex.join([*dpkg, "--configure", "--pending"]))
+    (apt.debs / "install.sh").write_text("\n".join([*lines, REMOVE_LEFTOVERS, ""]))
+    mounts = ["--volume", f"{apt.debs}:/mnt:ro"]
+    # dpkg syncs each change of a package's state, about ten a package; a container that is interrupted is removed.
+    mounts += ["--mount", "type=tmpfs,dst=/var/lib/dpkg/updates"]
+    command = ["run", *_network(facts), *mounts, container, "--", *ENVIRONMENT, "sh", "/mnt/install.sh"]
+    status, said = streamed(buildah.command(*command), buildah.environment)
+    if status:
+        raise _installation_error(base, arch, status, said, "dpkg")
+
+
+def _mark_automatic(rootfs: Rootfs, folder: Path, apt: Apt, plan: Plan, wanted: Sequence[str]) -> None:
+    """Note, as apt does, which packages are there only because others need them."""
+    named = {re.split("[:=/]", name)[0] for name in wanted}
+    known = apt.folder / "state/extended_states"
+    text = known.read_text() if known.exists() else ""
+    for package in plan.packages:
+        if package.name not in named:
+            arch = apt.arch if package.arch == "all" else package.arch
+            text += f"Package: {package.name}\nArchitecture: {arch}\nAuto-Installed: 1\n\n"
+    aside = folder / "extended_states"
+    aside.write_text(text)
+    aside.chmod(0o644)
+    rootfs.copy_in(aside, "/var/lib/apt/extended_states")
+
+
+def _install_inside(
+    buildah: Buildah, facts: Facts, container: str, packages: Sequence[str], recommends: bool, base: str, arch: str
+) -> None:
+    """Have the container's own apt install packages."""
+
+    def run(*words: str) -> tuple[int, str]:
+        command = ["run", *_network(facts), container, "--", *ENVIRONMENT, *words]
+        return streamed(buildah.command(*command), buildah.environment)
+
+    _update(lambda *options: run(*APT, *options, "update"))
+    # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
+    option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
+    status, said = run(*APT, option, "install", "--", *packages)
+    if status:
+        raise _installation_error(base, arch, status, said)
+    run("sh", "-c", REMOVE_LEFTOVERS)
+
+
+def _network(facts: Facts) -> list[str]:
+    return [] if facts.isolation == "chroot" else ["--network", "host"]
+
+
+def _versions(rootfs: Rootfs, folder: Path) -> dict[str, str]:
+    """Return the version of each package that is installed, by the name that dpkg shows it under."""
+    aside = folder / "status"
+    try:
+        rootfs.copy_out("/var/lib/dpkg/status", aside)
+    except FileNotFoundError:
+        return {}
+    versions = {}
+    for stanza in aside.read_text("utf-8", "replace").split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Status|Architecture|Multi-Arch|Version): (.*)$", stanza, re.MULTILINE))
+        if fields.get("Status", "").endswith(" installed"):
+            several = f":{fields['Architecture']}" if fields.get("Multi-Arch") == "same" else ""
+            versions[fields["Package"] + several] = fields["Version"]
+    return versions
+
+
+def _update(update: Callable[..., tuple[int, str]]) -> None:
     """Fetch the package lists; a mirror may be busy for a moment."""
     for pause in (*UPDATE_PAUSES, None):
         # Without the option a list that is missing is a warning, and its packages are "not found" later on.
-        strict = ["--option=APT::Update::Error-Mode=any"] if pause is not None else []
-        status, said = streamed(buildah.command(*run, *APT, *strict, "update"), buildah.environment)
+        status, said = update(*(["--option=APT::Update::Error-Mode=any"] if pause is not None else []))
         if not status:
             return
         if pause is not None:
@@ -231,7 +397,7 @@ def _update(buildah: Buildah, run: Sequence[str]) -> None:
     )
 
 
-def _installation_error(base: str, arch: str, status: int, said: str) -> ImageError:
+def _installation_error(base: str, arch: str, status: int, said: str, program: str = "apt-get") -> ImageError:
     missing: list[str] = []
     for pattern in (
         r"^E: Unable to locate package (\S+)",
@@ -245,7 +411,7 @@ def _installation_error(base: str, arch: str, status: int, said: str) -> ImageEr
             "See how it is called in the base's release: https://packages.debian.org",
         )
     return ImageError(
-        f"The packages could not be installed into {base} for {arch} (apt-get: status {status}): {_reasons(said)}",
+        f"The packages could not be installed into {base} for {arch} ({program}: status {status}): {_reasons(said)}",
         "The log above has the details.",
     )
 

@@ -1,0 +1,452 @@
+"""The builder's own apt, at work for a container: package lists, what to install in which order, the packages.
+
+A container's own apt can do all of that too, but where the container is emulated it takes ten times as long. Only
+dpkg has to run in the container, because of the packages' scripts. What decides is the container's: its sources, keys,
+preferences, architectures and installed packages are copied out first. What its apt would do besides (run a
+command after an update, for example) is not done here: then it is `Unfit`, and its own apt has to do the work.
+
+Packages are kept in the store by their SHA-256, for all images and architectures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .buildah import last_lines, streamed
+from .files import RunnerError, is_file_name, is_sha256, sha256_of
+from .rootfs import Rootfs
+
+POOL = "debs"
+"""The folder of the store that keeps packages, each under its SHA-256."""
+
+POOL_LIMIT = 1 << 30
+"""Bytes that the kept packages may take; the least recently used go first."""
+
+TAKEN = re.compile(
+    r"APT::(?:Default-Release|Install-Suggests)|DPkg::Options::"
+    r"|Acquire::(?:Retries|Check-Valid-Until|Check-Date|(?:Max|Min)-ValidTime|By-Hash|PDiffs|ForceIPv[46]"
+    r"|(?:https?|ftp)::(?:Proxy|Timeout|Dl-Limit|Pipeline-Depth|No-Cache|No-Store|Max-Age)(?:::[\w.-]+)?)",
+    re.IGNORECASE,
+)
+"""Settings of the container's apt that count here as well."""
+
+LEFT = re.compile(
+    r"APT::(?:NeverAutoRemove|VersionedKernelPackages|Never-MarkAuto-Sections|Move-Autobit-Sections|Architectures"
+    r"|AutoRemove|Install-Recommends|Periodic|Update::Post-Invoke(?:-Success)?)(?:::.*)?"
+    r"|DPkg::Post-Invoke(?:::)?|DPkg::Pre-Install-Pkgs(?:::)?|Dir::Cache::(?:src)?pkgcache"
+    r"|Acquire::(?:Languages|GzipIndexes|CompressionTypes)(?:::.*)?",
+    re.IGNORECASE,
+)
+"""Settings of the container's apt that change nothing of what is installed; commands of its own see `HARMLESS`."""
+
+HARMLESS = re.compile(r"rm -f [/\w.* -]+(?:\|\| true)?|/usr/sbin/dpkg-preconfigure --apt \|\| true")
+"""Commands that Debian's images have apt run, and that mean nothing here: caches removed, questions asked early."""
+
+
+class Unfit(Exception):
+    """The container's own apt has to do it; says why."""
+
+
+class AptError(RunnerError):
+    """Apt failed.
+
+    Args:
+        status: its exit status.
+        said: what it had to say.
+    """
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(last_lines(said) or f"apt-get: status {status}")
+        self.status = status
+        self.said = said
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that is to be installed.
+
+    Attributes:
+        name: without its architecture.
+        version: as dpkg knows it.
+        arch: its architecture; `all` for one that fits each.
+    """
+
+    name: str
+    version: str
+    arch: str
+
+    @property
+    def file(self) -> str:
+        """The file that apt downloads it to."""
+        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.arch}.deb"
+
+    @property
+    def dpkg_name(self) -> str:
+        """What dpkg knows it as without doubt."""
+        return self.name if self.arch == "all" else f"{self.name}:{self.arch}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What apt would do.
+
+    Attributes:
+        command: what was asked of apt-get.
+        steps: what dpkg is to do, in this order: `unpack` or `configure`, and which packages.
+        sha256: of each package, by its file.
+    """
+
+    command: tuple[str, ...]
+    steps: tuple[tuple[str, tuple[Package, ...]], ...]
+    sha256: Mapping[str, str]
+
+    @property
+    def packages(self) -> list[Package]:
+        """All packages, in the order in which they are unpacked."""
+        return [package for step, packages in self.steps if step == "unpack" for package in packages]
+
+
+class Apt:
+    """The builder's apt with the settings and the packages of one container.
+
+    Args:
+        folder: an empty folder of its own.
+        pool: where packages are kept.
+        rootfs: the container's files.
+        environment: of the programs that are run.
+
+    Raises:
+        Unfit: there is none here, or it would not do what the container's own does.
+    """
+
+    def __init__(self, folder: Path, pool: Path, rootfs: Rootfs, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.pool = pool
+        self.debs = folder / "debs"
+        self.environment = {**environment, "LC_ALL": "C", "APT_CONFIG": str(folder / "apt.conf")}
+        if not all(shutil.which(program, path=environment["PATH"]) for program in ("apt-get", "apt-config")):
+            raise Unfit("the builder has none")
+        if re.search(r'["\\\n]', str(folder)):
+            raise Unfit(f"its settings cannot name {folder}")
+        for name in ("cache/archives/partial", "debs", "lists/partial", "none/apt.conf.d", "all/apt.conf.d", "state"):
+            (folder / name).mkdir(parents=True)
+        for name in ("apt.conf.d", "auth.conf.d", "keys", "preferences.d", "sources.list.d", "trusted.gpg.d"):
+            (folder / "etc" / name).mkdir(parents=True)
+        pool.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._take_files(rootfs)
+        self.dpkg_options: list[str] = []
+        self._configure()
+        self._check_sources()
+
+    # settings
+
+    def _take_files(self, rootfs: Rootfs) -> None:
+        """Copy what decides out of the container."""
+        taken = {
+            "etc/apt/sources.list": "etc",
+            "etc/apt/sources.list.d": "etc/sources.list.d",
+            "etc/apt/trusted.gpg": "etc",
+            "etc/apt/trusted.gpg.d": "etc/trusted.gpg.d",
+            "etc/apt/preferences": "etc",
+            "etc/apt/preferences.d": "etc/preferences.d",
+            "etc/apt/auth.conf": "etc",
+            "etc/apt/auth.conf.d": "etc/auth.conf.d",
+            "etc/apt/apt.conf": "all",
+            "etc/apt/apt.conf.d": "all/apt.conf.d",
+            "var/lib/apt/extended_states": "state",
+            "var/lib/dpkg/arch": ".",
+            "var/lib/dpkg/status": ".",
+        }
+        try:
+            for source, target in taken.items():
+                with contextlib.suppress(FileNotFoundError):
+                    rootfs.copy_out(source, self.folder / target)
+            for path in [self.folder / "etc/sources.list", *sorted((self.folder / "etc/sources.list.d").glob("*"))]:
+                with contextlib.suppress(FileNotFoundError):
+                    path.write_text(self._with_keys(path.read_text("utf-8", "replace"), rootfs))
+        except OSError as error:
+            raise Unfit(str(error)) from None
+
+    def _with_keys(self, sources: str, rootfs: Rootfs) -> str:
+        """Return an apt sources file whose `signed-by` names copies of the container's keys."""
+
+        def copied(match: re.Match[str]) -> str:
+            names = []
+            for name in match.group(2).split(","):
+                copy = self.folder / f"etc/keys/{len(list((self.folder / 'etc/keys').iterdir()))}{Path(name).suffix}"
+                rootfs.copy_out(name, copy)
+                names.append(str(copy))
+            return match.group(1) + ",".join(names)
+
+        return re.sub(r"(?i)(\bsigned-by[ \t]*[=:][ \t]*)(/[^\s\]]+)", copied, sources)
+
+    def _configure(self) -> None:
+        """Write the settings that all programs of apt go by."""
+        status = (self.folder / "status").read_text("utf-8", "replace") if (self.folder / "status").exists() else ""
+        own = re.search(r"^Package: dpkg\n(?:.+\n)*?Architecture: ([a-z0-9-]+)$", status, re.MULTILINE)
+        if not own:
+            raise Unfit("the image's list of installed packages has no dpkg")
+        self.arch = own.group(1)
+        architectures = [self.arch]
+        with contextlib.suppress(FileNotFoundError):
+            architectures += [name for name in (self.folder / "arch").read_text().split() if name not in architectures]
+        settings = [
+            ("Dir", f"{self.folder}/"),
+            ("Dir::Etc", "etc/"),
+            ("Dir::State", "state/"),
+            ("Dir::State::lists", f"{self.folder}/lists/"),
+            ("Dir::State::status", f"{self.folder}/status"),
+            ("Dir::Cache", "cache/"),
+            ("Dir::Log", "log/"),
+            ("APT::Architecture", architectures[0]),
+            *(("APT::Architectures::", name) for name in architectures),
+            ("APT::Get::Assume-Yes", "true"),
+            ("APT::Sandbox::User", "root"),  # the namespace's, which is our user
+            ("Acquire::ForceHash", "SHA256"),
+            ("Acquire::Languages", "none"),
+            ("Acquire::Retries", "3"),
+            *self._settings(),
+        ]
+        text = "".join(f'{name} "{value}";\n' for name, value in settings)
+        (self.folder / "apt.conf").write_text(text)
+
+    def _settings(self) -> list[tuple[str, str]]:
+        """Return those settings of the container's apt that count."""
+        without, known = (set(self._dump(self.folder / name)) for name in ("none", "all"))
+        found = []
+        for line in sorted(known - without):
+            name, _, value = line.partition(" ")
+            value = value.strip().rstrip(";")[1:-1]
+            if name.lower() in ("dir::etc::main", "dir::etc::parts") or not value:
+                continue
+            if TAKEN.fullmatch(name) and not re.search(r'["\\]', value):
+                if name.lower() == "dpkg::options::":
+                    self.dpkg_options.append(value)
+                else:
+                    found.append((name, value))
+            elif not LEFT.fullmatch(name) or (("Invoke" in name or "Pkgs" in name) and not HARMLESS.fullmatch(value)):
+                raise Unfit(f"the image's has a setting of its own, {name}")
+        return found
+
+    def _dump(self, folder: Path) -> list[str]:
+        """Return all settings that apt has with the files in a folder."""
+        first = folder / "first"
+        first.write_text(f'Dir::Etc::main "{folder}/apt.conf";\nDir::Etc::parts "{folder}/apt.conf.d/";\n')
+        status, said, errors = self._run("apt-config", "dump", APT_CONFIG=str(first))
+        if status:
+            raise Unfit(last_lines(errors))
+        return said.splitlines()
+
+    def _check_sources(self) -> None:
+        """See that every source is one of the network, whose keys are the container's."""
+        status, said, errors = self._run("apt-get", "indextargets", "--format", "$(REPO_URI) $(SIGNED_BY)")
+        if status:
+            raise Unfit(last_lines(errors))
+        for line in said.splitlines():
+            uri, _, key = line.partition(" ")
+            if not uri.startswith(("http://", "https://")):
+                raise Unfit(f"the image's sources have {line}")
+            if key.startswith("/") and not key.startswith(f"{self.folder}/"):
+                raise Unfit(f"the image's sources have keys in {key}")
+
+    def _run(self, *command: str, **variables: str) -> tuple[int, str, str]:
+        """Run a program quietly; return its status, its output and its errors."""
+        try:
+            done = subprocess.run(
+                command,
+                env={**self.environment, **variables},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
+        except OSError as error:
+            return 127, "", str(error)
+        return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+
+    # work
+
+    def update(self, *options: str) -> tuple[int, str]:
+        """Fetch the package lists; return apt's status and what it said, which is in the log too."""
+        return streamed(["apt-get", "--quiet", *options, "update"], self.environment)
+
+    def plan(self, packages: Sequence[str], recommends: bool) -> Plan:
+        """Return what is to be done to have packages installed.
+
+        Raises:
+            AptError: it cannot be done.
+            Unfit: something would have to be removed, or has no SHA-256.
+        """
+        # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
+        option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
+        command = (option, "install", "--", *packages)
+        said = self._said("--simulate", *command)
+        steps: list[tuple[str, list[Package]]] = []
+        for word, package in _planned(said):
+            step = {"Inst": "unpack", "Conf": "configure"}.get(word)
+            if step is None or package is None:
+                raise Unfit(f"it would have to remove packages ({word})")
+            if not steps or steps[-1][0] != step:
+                steps.append((step, []))
+            steps[-1][1].append(package)
+        sha256 = {}
+        uris = self._said("--print-uris", *command)
+        for match in re.finditer(r"^'[^']*' (\S+) \d+ SHA256:([0-9a-f]{64})$", uris, re.MULTILINE):
+            if not is_file_name(match.group(1)):
+                raise Unfit(f"a package has the name {match.group(1)!r}")
+            sha256[match.group(1)] = match.group(2)
+        plan = Plan(command, tuple((step, tuple(each)) for step, each in steps), sha256)
+        missing = [package.file for package in plan.packages if package.file not in sha256]
+        if missing:
+            raise Unfit(f"{missing[0]} has no SHA-256")
+        return plan
+
+    def outdated(self) -> set[str]:
+        """Return the names of the packages that an upgrade would replace or remove; raises AptError."""
+        said = self._said("--simulate", "dist-upgrade")
+        return {match.group(1) for match in re.finditer(r"^(?:Inst|Remv) ([^\s:]+)(?::\S+)? \[", said, re.MULTILINE)}
+
+    def _said(self, *arguments: str) -> str:
+        status, said, errors = self._run("apt-get", "--quiet", *arguments)
+        if status:
+            raise AptError(status, said + errors)
+        return said
+
+    def fetch(self, plan: Plan, unpacked: bool) -> None:
+        """Have all packages of a plan in `debs`, each checked against its SHA-256.
+
+        Args:
+            plan: which packages.
+            unpacked: leave their contents uncompressed, which is quicker here than in an emulated container.
+
+        Raises:
+            AptError: one cannot be had.
+        """
+        archives = self.folder / "cache/archives"
+        for file, sha256 in plan.sha256.items():
+            with contextlib.suppress(OSError):
+                _linked(self.pool / sha256, archives / file)
+        if any(not (archives / file).exists() for file in plan.sha256):
+            status, said = streamed(["apt-get", "--quiet", "--download-only", *plan.command], self.environment)
+            if status:
+                raise AptError(status, said)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            list(threads.map(lambda file: self._ready(file, plan.sha256[file], unpacked), plan.sha256))
+
+    def _ready(self, file: str, sha256: str, unpacked: bool) -> None:
+        source = self.folder / "cache/archives" / file
+        if sha256_of(source) != sha256:
+            (self.pool / sha256).unlink(missing_ok=True)
+            raise AptError(1, f"E: {file} is not what the package list says; it was removed, so try again")
+        with contextlib.suppress(FileExistsError):
+            os.link(source, self.pool / sha256)
+        os.utime(self.pool / sha256)
+        if not unpacked or not _unpack(source, self.debs / file):
+            os.link(source, self.debs / file)
+
+
+def _planned(said: str) -> Iterable[tuple[str, Package | None]]:
+    """Give each step that a simulation names; the package where it is to be installed."""
+    for line in said.splitlines():
+        match = re.match(r"(Inst|Conf|Remv|Purg) (\S+)(?: \[[^\]]*\])?(?: \((\S+) .*\[([a-z0-9-]+)\]\))?", line)
+        if match:
+            word, name, version, arch = match.groups()
+            yield word, Package(name.partition(":")[0], version, arch) if version else None
+
+
+def _linked(source: Path, target: Path) -> None:
+    os.link(source, target)
+    os.utime(source)
+
+
+class _Member(io.RawIOBase):
+    """The next bytes of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file = file
+        self.left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self.file.read(min(len(buffer), self.left))
+        buffer[: len(data)] = data
+        self.left -= len(data)
+        return len(data)
+
+
+def _unpack(source: Path, target: Path) -> bool:
+    """Write a Debian package anew with its contents uncompressed; say whether its format is one we know.
+
+    The format is in deb(5): an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*`.
+    """
+    import gzip  # these take long to import on a small machine, and are needed where another one is emulated
+    import lzma
+
+    readers = {".gz": gzip.open, ".xz": lzma.open}
+    with source.open("rb") as file, target.open("xb") as out:
+        if file.read(8) != b"!<arch>\n":
+            raise AptError(1, f"E: {source.name} is no Debian package")
+        out.write(b"!<arch>\n")
+        while header := file.read(60):
+            name, size = header[:16].decode("ascii").strip().rstrip("/"), int(header[48:58])
+            stem, suffix = (name[:-4], "") if name.endswith(".tar") else os.path.splitext(name)
+            member = io.BufferedReader(_Member(file, size), 1 << 20)
+            if suffix and suffix not in readers:
+                target.unlink()
+                return False
+            begin = out.tell()
+            out.write(header)
+            if suffix:
+                with readers[suffix](member, "rb") as content:
+                    shutil.copyfileobj(content, out, 1 << 20)
+                written = out.tell() - begin - 60
+                out.seek(begin)
+                out.write(f"{stem:16}".encode() + header[16:48] + f"{written:<10}".encode() + header[58:])
+                out.seek(0, io.SEEK_END)
+                size_written = written
+            else:
+                shutil.copyfileobj(member, out, 1 << 20)
+                size_written = size
+            if size % 2:
+                file.read(1)
+            if size_written % 2:
+                out.write(b"\n")
+    return True
+
+
+def trim(pool: Path, limit: int = POOL_LIMIT, older: float | None = None) -> int:
+    """Remove kept packages, the least recently used first, until the rest takes `limit` bytes at most.
+
+    Args:
+        pool: where they are kept.
+        limit: bytes.
+        older: remove also what was last used before this time, in seconds since 1970.
+
+    Returns:
+        The bytes that became free.
+    """
+    kept = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in pool.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                if is_sha256(path.name):
+                    kept.append((about.st_mtime, about.st_blocks * 512, path))
+    total = sum(size for _, size, _ in kept)
+    freed = 0
+    for used, size, path in sorted(kept):
+        if total - freed > limit or (older is not None and used < older):
+            path.unlink(missing_ok=True)
+            freed += size
+    return freed
