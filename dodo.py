@@ -22,9 +22,15 @@ def task_usbgx():
     return artifact("buildscripts/usbgx.py", sources={"libusbgx": LIBUSBGX}, outputs=["build/usbgx.tar"])
 
 
+def task_gt_image():
+    """what gt is built in, made while libusbgx is being built (doit -n 3)"""
+    return artifact("buildscripts/gt_image.py", outputs=["build/gt-packages.txt"])
+
+
 def task_gt():
     """gt: sets up USB gadgets from the command line, with its man page"""
-    return artifact("buildscripts/gt.py", sources={"gt": GT}, inputs=["build/usbgx.tar"], outputs=["build/gt.tar"])
+    task = artifact("buildscripts/gt.py", sources={"gt": GT}, inputs=["build/usbgx.tar"], outputs=["build/gt.tar"])
+    return {**task, "task_dep": ["gt_image"]}
 
 
 __all__ = ["task_builder", "task_lock", "task_prune", "task_sources"]

@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -255,9 +254,9 @@ class Apt:
         for line in said.splitlines():
             uri, _, key = line.partition(" ")
             if not uri.startswith(("http://", "https://")):
-                raise Unfit(f"the image's sources have {line}")
+                raise Unfit("the image has a source that is not of the web")
             if key.startswith("/") and not key.startswith(f"{self.folder}/"):
-                raise Unfit(f"the image's sources have keys in {key}")
+                raise Unfit(f"the image's sources have keys in {key}, which is not there")
 
     def _run(self, *command: str, **variables: str) -> tuple[int, str, str]:
         """Run a program quietly; return its status, its output and its errors."""
@@ -331,27 +330,38 @@ class Apt:
         Raises:
             AptError: one cannot be had.
         """
+        from concurrent.futures import ThreadPoolExecutor  # takes long to import, and most builds never come here
+
         archives = self.folder / "cache/archives"
-        for file, sha256 in plan.sha256.items():
-            with contextlib.suppress(OSError):
-                _linked(self.pool / sha256, archives / file)
-        if any(not (archives / file).exists() for file in plan.sha256):
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            list(threads.map(lambda file: self._take(plan.sha256[file], archives / file), plan.sha256))
+            # Also where all are there: this is what refuses packages that no key of the container's vouches for.
             status, said = streamed(["apt-get", "--quiet", "--download-only", *plan.command], self.environment)
             if status:
                 raise AptError(status, said)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-            list(threads.map(lambda file: self._ready(file, plan.sha256[file], unpacked), plan.sha256))
+            list(threads.map(lambda file: self._keep(archives / file, plan.sha256[file]), plan.sha256))
+            list(threads.map(lambda file: self._lay(archives / file, unpacked), plan.sha256))
 
-    def _ready(self, file: str, sha256: str, unpacked: bool) -> None:
-        source = self.folder / "cache/archives" / file
-        if sha256_of(source) != sha256:
-            (self.pool / sha256).unlink(missing_ok=True)
-            raise AptError(1, f"E: {file} is not what the package list says; it was removed, so try again")
+    def _take(self, sha256: str, archive: Path) -> None:
+        """Take a package that is kept, unless it was damaged."""
+        kept = self.pool / sha256
+        with contextlib.suppress(FileNotFoundError):
+            if sha256_of(kept) == sha256:
+                os.utime(kept)
+                os.link(kept, archive)
+            else:
+                kept.unlink()
+
+    def _keep(self, archive: Path, sha256: str) -> None:
+        """Check a package, and keep it for the images to come; raises AptError."""
+        if not archive.exists() or sha256_of(archive) != sha256:
+            raise AptError(1, f"E: {archive.name} is not what the package list says")
         with contextlib.suppress(FileExistsError):
-            os.link(source, self.pool / sha256)
-        os.utime(self.pool / sha256)
-        if not unpacked or not _unpack(source, self.debs / file):
-            os.link(source, self.debs / file)
+            os.link(archive, self.pool / sha256)
+
+    def _lay(self, archive: Path, unpacked: bool) -> None:
+        if not unpacked or not _unpack(archive, self.debs / archive.name):
+            os.link(archive, self.debs / archive.name)
 
 
 def _planned(said: str) -> Iterable[tuple[str, Package | None]]:
@@ -361,11 +371,6 @@ def _planned(said: str) -> Iterable[tuple[str, Package | None]]:
         if match:
             word, name, version, arch = match.groups()
             yield word, Package(name.partition(":")[0], version, arch) if version else None
-
-
-def _linked(source: Path, target: Path) -> None:
-    os.link(source, target)
-    os.utime(source)
 
 
 class _Member(io.RawIOBase):
@@ -390,48 +395,41 @@ def _unpack(source: Path, target: Path) -> bool:
 
     The format is in deb(5): an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*`.
     """
-    import gzip  # these take long to import on a small machine, and are needed where another one is emulated
-    import lzma
+    from gzip import GzipFile  # these take long to import on a small machine, and are for those that emulate one
+    from lzma import LZMAFile
 
-    readers = {".gz": gzip.open, ".xz": lzma.open}
     with source.open("rb") as file, target.open("xb") as out:
         if file.read(8) != b"!<arch>\n":
             raise AptError(1, f"E: {source.name} is no Debian package")
         out.write(b"!<arch>\n")
         while header := file.read(60):
-            name, size = header[:16].decode("ascii").strip().rstrip("/"), int(header[48:58])
-            stem, suffix = (name[:-4], "") if name.endswith(".tar") else os.path.splitext(name)
-            member = io.BufferedReader(_Member(file, size), 1 << 20)
-            if suffix and suffix not in readers:
+            stem, suffix = os.path.splitext(header[:16].decode("ascii").rstrip(" /"))
+            begin, size, place = file.tell(), int(header[48:58]), out.tell()
+            if suffix == ".tar":
+                stem, suffix = f"{stem}.tar", ""
+            if suffix not in ("", ".gz", ".xz"):
                 target.unlink()
                 return False
-            begin = out.tell()
+            content = io.BufferedReader(_Member(file, size), 1 << 20)
             out.write(header)
-            if suffix:
-                with readers[suffix](member, "rb") as content:
-                    shutil.copyfileobj(content, out, 1 << 20)
-                written = out.tell() - begin - 60
-                out.seek(begin)
-                out.write(f"{stem:16}".encode() + header[16:48] + f"{written:<10}".encode() + header[58:])
-                out.seek(0, io.SEEK_END)
-                size_written = written
-            else:
-                shutil.copyfileobj(member, out, 1 << 20)
-                size_written = size
-            if size % 2:
-                file.read(1)
-            if size_written % 2:
-                out.write(b"\n")
+            with {"": content, ".gz": GzipFile(fileobj=content), ".xz": LZMAFile(content)}[suffix] as unpacked:
+                shutil.copyfileobj(unpacked, out, 1 << 20)
+            written = out.tell() - place - 60
+            out.write(b"\n" * (written % 2))
+            out.seek(place)
+            out.write(f"{stem:16}".encode() + header[16:48] + f"{written:<10}".encode() + header[58:])
+            out.seek(0, io.SEEK_END)
+            file.seek(begin + size + size % 2)
     return True
 
 
-def trim(pool: Path, limit: int = POOL_LIMIT, older: float | None = None) -> int:
+def trim(pool: Path, older: float | None = None, limit: int = POOL_LIMIT) -> int:
     """Remove kept packages, the least recently used first, until the rest takes `limit` bytes at most.
 
     Args:
         pool: where they are kept.
-        limit: bytes.
         older: remove also what was last used before this time, in seconds since 1970.
+        limit: bytes.
 
     Returns:
         The bytes that became free.
