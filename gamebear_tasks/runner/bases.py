@@ -378,7 +378,7 @@ def archives(text: str, deb822: bool) -> list[Archive]:
     """
     found: list[Archive] = []
     if deb822:
-        for fields in _stanzas(text):
+        for fields in stanzas(text):
             if "deb" not in fields.get("types", "").split() or fields.get("enabled", "yes").lower() == "no":
                 continue
             keyring = fields.get("signed-by", "").strip()
@@ -402,7 +402,8 @@ def _archive(uri: str, suite: str, components: list[str], keyring: str) -> Itera
         yield Archive(clean, suite, tuple(components), keyring if keyring.startswith("/") else "")
 
 
-def _stanzas(text: str) -> Iterator[dict[str, str]]:
+def stanzas(text: str) -> Iterator[dict[str, str]]:
+    """Give the fields of each paragraph of a deb822 text, names in lower case; comments are left out."""
     for paragraph in re.split(r"\n[ \t]*\n", text):
         fields: dict[str, str] = {}
         name = ""

@@ -277,7 +277,7 @@ def _installed(
         except Unfit as reason:
             if part.added:
                 raise _Unsuitable from None
-            print(f"The image's own apt is used: {reason}", flush=True)
+            print(f"Using the image's own apt, and not the builder's: {reason}", flush=True)
             _install_inside(buildah, facts, container, packages, recommends, base, arch)
         else:
             apt.fetch(plan, unpacked=apt.arch != facts.arch)
