@@ -136,7 +136,7 @@ class Apt:
         self.environment = {**environment, "LC_ALL": "C", "APT_CONFIG": str(folder / "apt.conf")}
         if not all(shutil.which(program, path=environment["PATH"]) for program in ("apt-get", "apt-config")):
             raise Unfit("the builder has none")
-        if re.search(r'["\\\n]', str(folder)):
+        if re.search(r'["\\\s,\]]', str(folder)):
             raise Unfit(f"its settings cannot name {folder}")
         for name in ("cache/archives/partial", "debs", "lists/partial", "none/apt.conf.d", "all/apt.conf.d", "state"):
             (folder / name).mkdir(parents=True)

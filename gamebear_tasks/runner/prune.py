@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .apt import POOL, trim
 from .buildah import IMAGES_IN_USE, BuildahError, Facts, facts, outside, remove_tree
 from .files import RunnerError, is_sha256, locked
 from .store import Lock, Store, StoredJob, stamp
@@ -273,8 +274,9 @@ class Prune:
     # what else there is
 
     def _others(self) -> None:
-        """Remove runners, virtual environments and temporary files that nobody uses."""
+        """Remove runners, virtual environments, temporary files and kept packages that nobody uses."""
         limit = max(self.policy.older or 0.0, DAY)
+        self.pruned.freed += trim(self.store.root / POOL, self._now - limit if self.policy.older is not None else None)
         own = Path(__file__).resolve().parent.parent
         for path in _entries(self.store.root / "runner"):
             if path != own and self._age(stamp(path), path) > limit:

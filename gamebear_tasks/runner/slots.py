@@ -58,7 +58,9 @@ def _ticket(folder: Path, name: str) -> Lock:
 
 
 def slot_count() -> int:
-    """Return how many jobs run at once: `slots` in `builder.json`, else one for every four processors, at least one.
+    """Return how many jobs run at once: `slots` in `builder.json`, else one for four processors and a GiB of memory.
+
+    That is: what there is enough of for each of them, and at least one. A compiler takes a few hundred MiB.
 
     `builder.json` is in `$XDG_CONFIG_HOME/gamebear` (by default `~/.config/gamebear`): what belongs to the builder is
     said on the builder.
@@ -69,7 +71,8 @@ def slot_count() -> int:
     count = settings.get("slots") if isinstance(settings, dict) else None
     if isinstance(count, int) and not isinstance(count, bool) and count > 0:
         return count
-    return max(1, (os.cpu_count() or 1) // 4)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min((os.cpu_count() or 1) // 4, memory >> 30))
 
 
 def _free_slot(folder: Path, count: int) -> Lock | None:
