@@ -83,6 +83,13 @@ def test_umtprd_is_an_arm_program_that_runs(umtprd: Path, gamebear: Project) -> 
     assert "Version: v1.3.10 compiled" in (gamebear.folder / "build" / "said").read_text()
 
 
+def test_an_emulated_package_image_is_made_with_the_builders_own_apt(umtprd: Path, gamebear: Project) -> None:
+    log = (gamebear.folder / "build" / "logs" / "umtprd.log").read_text()
+    assert "Installing into debian:bookworm for armhf: gcc libc6-dev make pkgconf" in log
+    assert "Using the image's own apt" not in log
+    assert "is not installed" not in log and "E: " not in log
+
+
 def test_one_edited_buildscript_rebuilds_one_task(umtprd: Path, gamebear: Project) -> None:
     gamebear.doit("run_it").ok()
     with (gamebear.folder / "run_it.py").open("a") as script:

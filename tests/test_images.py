@@ -262,15 +262,26 @@ def test_what_is_no_package_never_reaches_apt(package: str) -> None:
 @pytest.mark.slow
 def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
     builder.environment["GAMEBEAR_BASE"] = "bootstrap"
-    first, again, other, installed, failed, containers = builder.inside(
+    first, again, other, installed, failed, containers, more, anew, own = builder.inside(
         "def make(*names, **named): return packages.packages_image(\n"
         "    buildah, found, 'debian', names, arch=found.arch, **named)\n"
         "first, again = make('make', 'libc6-dev'), make('libc6-dev', 'make', 'make', max_age_days=1)\n"
         "other = make('libc6-dev', 'make', max_age_days=0)\n"
-        "notes = json.loads(buildah('inspect', '--type', 'image', other))['ImageAnnotations']\n"
-        "print(json.dumps([first, again, other, notes['gamebear.installed'], failure(make, 'no-such'),\n"
-        "                  buildah('containers', '--quiet')]))"
+        "def notes(image): return json.loads(buildah('inspect', '--type', 'image', image))['ImageAnnotations']\n"
+        "more = make('libc6-dev', 'make', 'hello')\n"
+        "packages.Apt.outdated = lambda self: {'make'}\n"
+        "anew = make('libc6-dev', 'make', 'patch')\n"
+        "def unfit(*_): raise packages.Unfit('a test')\n"
+        "packages.Apt = unfit\n"
+        "own = make('libc6-dev', 'make', 'hello', max_age_days=0)\n"
+        "print(json.dumps([first, again, other, notes(other)['gamebear.installed'], failure(make, 'no-such'),\n"
+        "                  buildah('containers', '--quiet'), notes(more), notes(anew), notes(own)]))"
     )
+    assert more["gamebear.begun-from"] == other
+    assert {"make", "libc6-dev", "hello"} <= set(more["gamebear.added"].split())
+    assert anew["gamebear.begun-from"] == anew["gamebear.base-id"] == more["gamebear.base-id"]
+    assert own["gamebear.begun-from"] == own["gamebear.base-id"]
+    assert (own["gamebear.installed"], own["gamebear.added"]) == (more["gamebear.installed"], more["gamebear.added"])
     assert first == again != other
     assert "libc6-dev" in installed
     assert failed.startswith(f"debian has no package no-such for {builder.facts.arch}.")

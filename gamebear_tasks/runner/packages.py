@@ -288,6 +288,7 @@ def _installed(
         own = {name.partition(":")[0] for name in after if after[name] != before.get(name)}
         notes = {
             **notes,
+            "gamebear.begun-from": part.identity,
             "gamebear.added": " ".join(sorted(part.added | own)),
             "gamebear.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "gamebear.installed": " ".join(f"{name}={after[name]}" for name in sorted(after)),
