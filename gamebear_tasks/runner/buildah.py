@@ -247,6 +247,20 @@ class Buildah:
             err=err,
         )
 
+    def logged_in(self, container: str, words: Sequence[str], *options: str, kept: int = 1 << 16) -> tuple[int, str]:
+        """Run a command in a container with its output going to the log; see `run_in` and `streamed`."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        log, tail = output.descriptor(1), bytearray()
+
+        def take(data: bytes) -> None:
+            log(data)
+            tail.extend(data)
+            del tail[:-kept]
+
+        status = self.run_in(container, words, *options, out=take)
+        return status, tail.decode("utf-8", "replace")
+
     def stream(self, *args: str) -> None:
         """Run buildah with its output going to the log as it comes.
 

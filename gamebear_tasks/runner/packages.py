@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .bases import ARCHITECTURE_ANNOTATION, ImageError, check_runs, resolve
-from .buildah import Buildah, BuildahError, Facts, last_lines, streamed
+from .buildah import Buildah, BuildahError, Facts, last_lines
 from .files import locked
 from .rootfs import Rootfs
 
@@ -323,8 +323,7 @@ def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Pla
     mounts = ["--volume", f"{apt.debs}:/mnt:ro"]
     # dpkg syncs each change of a package's state, about ten a package; a container that is interrupted is removed.
     mounts += ["--mount", "type=tmpfs,dst=/var/lib/dpkg/updates"]
-    command = ["run", *_network(facts), *mounts, container, "--", *ENVIRONMENT, "sh", "/mnt/install.sh"]
-    status, said = streamed(buildah.command(*command), buildah.environment)
+    status, said = buildah.logged_in(container, [*ENVIRONMENT, "sh", "/mnt/install.sh"], *_network(facts), *mounts)
     if status:
         raise _installation_error(base, arch, status, said, "dpkg")
 
@@ -350,8 +349,7 @@ def _install_inside(
     """Have the container's own apt install packages."""
 
     def run(*words: str) -> tuple[int, str]:
-        command = ["run", *_network(facts), container, "--", *ENVIRONMENT, *words]
-        return streamed(buildah.command(*command), buildah.environment)
+        return buildah.logged_in(container, [*ENVIRONMENT, *words], *_network(facts))
 
     _update(lambda *options: run(*APT, *options, "update"))
     # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
