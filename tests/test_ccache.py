@@ -202,6 +202,7 @@ with Container("compiler") as c:
     ("image", "before", "message"),
     [
         ("tiny", "", 'There is no ccache in the container. Install it: packages_image(…, ["ccache", "gcc", …])'),
+        ("compiler", "rm /bin/grep", "There is no grep in the container. Install it"),
         ("compiler", "rm /usr/bin/*gcc*", "There is no compiler in the container. Say c.ccache = True when it is"),
         (
             "compiler",

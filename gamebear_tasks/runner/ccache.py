@@ -116,16 +116,17 @@ class Cache:
         arch: Debian's name of its architecture.
 
     Raises:
-        CacheError: the container has no ccache, or no compiler.
+        CacheError: the container has no ccache, no compiler, or no grep.
     """
 
     def __init__(self, root: Path, files: Rootfs, image: str, arch: str) -> None:
         binaries = [entry for folder in BINARIES for entry in files.listing(folder, depth=1)]
         names = {entry[0].rpartition("/")[2] for entry in binaries}
-        if "ccache" not in names:
-            raise CacheError(
-                "There is no ccache in the container.", 'Install it: packages_image(…, ["ccache", "gcc", …])'
-            )
+        for needed in ("ccache", "grep"):  # without grep nothing would ever be cached
+            if needed not in names:
+                raise CacheError(
+                    f"There is no {needed} in the container.", f'Install it: packages_image(…, ["{needed}", "gcc", …])'
+                )
         self.compilers = sorted(name for name in names if COMPILER_NAME.fullmatch(name))
         if not self.compilers:
             raise CacheError("There is no compiler in the container.", "Say c.ccache = True when it is installed.")
