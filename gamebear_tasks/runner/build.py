@@ -6,7 +6,8 @@ leaves behind. The child runs the buildscript or the function in the working dir
     result.json     {"ok": true} with "policies" (see `policy`) and, where the script returned an image, "image" (id and
                     names, in one text), or
                     {"ok": false, "kind": …, "message": …} with "command" and "status" where a command failed.
-                    "containers_left" is there where containers could not be removed.
+                    "containers_left" is there where containers could not be removed. "phases" is where the time went
+                    (see `phases`), counted from "began" by the monotonic clock.
 
 Kinds of failure: `script` (an exception, a syntax error, a wrong argument), `command`, `image`, `output`, `runner`.
 """
@@ -179,6 +180,14 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     prefix = f"gamebear-{digest[:16]}-"
     job = Job(Buildah(root, known, prefix, folder / "images"), known, str(document["arch"]), prefix)
     begin(job)
+    try:
+        with job.phases.phase("build"):
+            _execute_in(job, root, folder, document, result)
+    finally:
+        result.update(began=job.phases.began, phases=job.phases.spans)
+
+
+def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], result: dict[str, Any]) -> None:
     work = Path.cwd()
     returned: object = None
     try:
@@ -200,7 +209,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
             result["policies"] = job.policies
     finally:
         try:
-            job.close(returned.id if isinstance(returned, Image) else "")
+            with job.phases.phase("container"):
+                job.close(returned.id if isinstance(returned, Image) else "")
         except BuildahError as error:
             print(f"gamebear: {error}", file=sys.stderr)
             result["containers_left"] = sorted(job.open)

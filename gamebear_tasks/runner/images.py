@@ -22,7 +22,8 @@ def resolve(name: str) -> str:
     """Return the id of the image that a container is to be made of."""
     job = current()
     try:
-        return bases.resolve(job.buildah, job.facts, name, job.arch)
+        with job.phases.phase("packages"):
+            return bases.resolve(job.buildah, job.facts, name, job.arch)
     except bases.ImageError as error:
         raise ImageNotFoundError(str(error)) from None
 
@@ -221,16 +222,17 @@ def packages_image(
     job = current()
     wanted = names if isinstance(names, str) else list(names)
     try:
-        identity = packages.packages_image(
-            job.buildah,
-            job.facts,
-            str(base),
-            wanted,
-            arch=job.arch,
-            recommends=recommends,
-            max_age_days=max_age_days,
-            rebuild=rebuild,
-        )
+        with job.phases.phase("packages"):
+            identity = packages.packages_image(
+                job.buildah,
+                job.facts,
+                str(base),
+                wanted,
+                arch=job.arch,
+                recommends=recommends,
+                max_age_days=max_age_days,
+                rebuild=rebuild,
+            )
     except bases.ImageError as error:
         raise ImageNotFoundError(str(error)) from None
     except BuildahError as error:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .buildah import Buildah, BuildahError, Facts, last_lines
+from .phases import Phases
 
 RUN_TAKES_SETTINGS = (1, 22)
 """The first release whose `buildah run` has `--env` and `--workingdir`."""
@@ -18,6 +19,9 @@ RUN_TAKES_SETTINGS = (1, 22)
 
 CONFIG_TAKES_VARIABLES = (1, 28)
 """The first release that is known to have values from its environment for `buildah config --env NAME`; 1.19 has not."""
+
+PHASES = {"commit": "commit", "from": "container", "rm": "container"}
+"""What buildah's time is for, by its command; all else is the build."""
 
 
 class CommandError(subprocess.CalledProcessError):
@@ -62,6 +66,7 @@ class Job:
         self.count = 0
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
+        self.phases = Phases()
         self.policies: list[dict[str, Any]] = []
         """What the result's validity hangs on, see `policy`."""
 
@@ -125,7 +130,9 @@ def run_buildah(where: str, *args: str, variables: Mapping[str, str] | None = No
         args: the command and its options.
         variables: more of its environment.
     """
+    job = current()
     try:
-        return current().buildah(*args, variables=variables)
+        with job.phases.phase(PHASES.get(args[0], "build")):
+            return job.buildah(*args, variables=variables)
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *args], where, stderr=error.stderr) from None

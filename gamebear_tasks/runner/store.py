@@ -51,7 +51,8 @@ CLOCK_STEP = 5.0
 
 State = dict[str, Any]
 """A job's state: `state` (queued, running, done, failed, cancelled, lost), `attempt`, `since` (seconds since 1970),
-`phases` (seconds per phase), and when done `outputs` by name (`size` in bytes, `sha256`, `executable`), when failed
+`phases` (name, start and seconds of each, see `phases`), and when done `outputs` by name (`size` in bytes, `sha256`,
+`executable`), when failed
 `failure` (`kind`, `message`, and `command` and `status` where a command failed)."""
 
 

@@ -17,7 +17,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from . import slots, work
 from .buildah import environment, facts, namespace, remove_containers, remove_tree
 from .costs import keep_notices
 from .files import CHUNK, RunnerError, is_sha256, read_json, sync_folder
+from .phases import Phases
 from .store import FINAL, Store, StoredJob, StoreError, hold_runner, storage_failure
 from .work import JobFailed
 
@@ -53,7 +53,7 @@ class Supervisor:
         self.store = stored.store
         self.attempt = attempt
         self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.phases: dict[str, float] = {}
+        self.phases = Phases()
         self.policies: list[dict[str, Any]] = []
         self.tidy = True
         """No build of ours has been started that has not removed its containers."""
@@ -61,11 +61,11 @@ class Supervisor:
     def run(self) -> None:
         """Build the job and write how it ended; never raises for what the job does."""
         try:
-            with self._phase("queue"):
+            with self.phases.phase("queue"):
                 slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
             with slot:
                 self._write_state("running")
-                with self._phase("clean up"):
+                with self.phases.phase("prepare"):
                     clean_up_after_lost_jobs(self.store, but=self.stored.digest)
                 self._check_stop()
                 outputs = self._build()
@@ -90,7 +90,7 @@ class Supervisor:
             os.write(self.log, f"gamebear: {text}\n".encode("utf-8", "backslashreplace"))
 
     def _write_state(self, state: str, **more: Any) -> None:
-        self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases, **more})
+        self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases.spans, **more})
 
     def _write_final_state(self, **final: Any) -> None:
         """Write how the attempt ended; where the disk is too full even for that, make room of what is needed no more.
@@ -108,20 +108,12 @@ class Supervisor:
         if self.stored.is_asked_to_stop(self.attempt):
             raise Cancelled
 
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.phases[name] = round(self.phases.get(name, 0.0) + time.monotonic() - start, 3)
-
     def _build(self) -> dict[str, Any]:
         job = self._document()
         order = self._order()
         limit = float(order.get("time_limit") or 0)
         deadline = time.monotonic() + limit if limit > 0 else None
-        with self._phase("probe"):
+        with self.phases.phase("prepare"):
             known = facts(self.store.root)
             keep_notices(self.store, known)
         self._check_stop()
@@ -135,7 +127,7 @@ class Supervisor:
                 f"Choose a builder for {arch}, say arch={known.arch}, or install qemu-user-static on this builder"
                 f" (sudo apt install qemu-user-static).",
             )
-        with self._phase("prepare"):
+        with self.phases.phase("prepare"):
             if order.get("after_lost") and not remove_leftovers(self.stored):
                 raise RunnerError(
                     f"What an earlier attempt of job {self.stored.digest[:12]} left cannot be removed.",
@@ -145,9 +137,8 @@ class Supervisor:
             if self.stored.work.exists():
                 remove_tree(self.store.root, known, self.stored.work)
             work.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
-        with self._phase("build"):
-            self._run_program(deadline, limit, str(order.get("base", "auto")))
-        with self._phase("keep"):
+        self._run_program(deadline, limit, str(order.get("base", "auto")))
+        with self.phases.phase("keep"):
             return self._keep_outputs(job["outputs"])
 
     def _document(self) -> dict[str, Any]:
@@ -172,6 +163,7 @@ class Supervisor:
             result_path.unlink()
         runner = Path(__file__).resolve().parent.parent
         self.tidy = False
+        started = time.monotonic()
         process = subprocess.Popen(
             [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
             stdin=subprocess.PIPE,  # its end tells the build that we are gone
@@ -185,8 +177,10 @@ class Supervisor:
             status = self._wait(process, deadline, limit)
         except BaseException:
             stop(process)
+            self.phases.add("build", started, time.monotonic())
             raise
         result = read_json(result_path)
+        self._note_phases(result, started)
         self.tidy = isinstance(result, dict) and not result.get("containers_left")
         if isinstance(result, dict) and result.get("ok") and status == 0:
             self.policies = result.get("policies") or []
@@ -202,6 +196,18 @@ class Supervisor:
             f"The build ended with {how} without saying why; the builder may have run out of memory.",
             "Look at the log, and at `dmesg` on the builder; then run doit again.",
         )
+
+    def _note_phases(self, result: Any, started: float) -> None:
+        """Note where the build says that the time went; what came before and after is the build's too."""
+        now = time.monotonic()
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it was killed, or the script was at its result
+            began = float(result["began"])
+            for name, start, seconds in sorted(result["phases"], key=lambda span: float(span[1])):
+                begun = min(max(began + float(start), started), now)
+                self.phases.add("build", started, begun)
+                started = min(begun + float(seconds), now)
+                self.phases.add(str(name)[:20], begun, started)
+        self.phases.add("build", started, now)
 
     def _check_room(self, said: str, failure: dict[str, Any]) -> None:
         """Raise the failure of a full disk where a build has failed because of one: it shows in many guises."""
