@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from doit import get_var
+from doit import doit_cmd, get_var
 
 from .errors import SettingsError
+from .report import notice
 from .runner.arch import ARCHITECTURES
+
+NEAR = 0.8
+"""How much a variable's name must be like a setting's, from 0 to 1, to be taken for a misspelt one (see difflib)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,40 @@ def settings() -> Settings:
     if not values.get("arch"):
         values["arch"] = own_architecture()
     return Settings(**values)
+
+
+def settings_of_this_run() -> Settings:
+    """Return the settings as they were when this run of doit first asked for them; outside of one, as they are now.
+
+    Raises:
+        SettingsError: as `settings`.
+    """
+    global _of_this_run
+    variables = _variables()
+    if variables is None:
+        return settings()
+    if _of_this_run is None or _of_this_run[0] is not variables:
+        _of_this_run = variables, settings()
+        _warn_of_near_misses(variables)
+    return _of_this_run[1]
+
+
+_of_this_run: tuple[Mapping[str, str], Settings] | None = None
+
+
+def _variables() -> Mapping[str, str] | None:
+    """Return the variables of doit's command line, another object in every run; None outside of one."""
+    return getattr(doit_cmd, "_CMDLINE_VARS", None)  # `get_var` gives one by its name only
+
+
+def _warn_of_near_misses(variables: Iterable[str]) -> None:
+    """Say which of doit's variables may be a misspelt setting; it may be the dodo.py's own, so it is no error."""
+    known = [item.name for item in fields(Settings)]
+    for name in set(variables).difference(known):
+        import difflib
+
+        if meant := difflib.get_close_matches(name.lower(), known, 1, NEAR):
+            notice(f"the variable {name}= is no setting; was {meant[0]}= meant?")
 
 
 def _look_up(name: str, project: dict[str, Any]) -> tuple[object, str]:

@@ -57,7 +57,7 @@ def modules(function: Function) -> dict[str, Path]:
     own = sys.modules.get(function.__module__)
     package = getattr(own, "__package__", None) or ""
     folder = Path(file).parents[len(package.split(".")) if package else 0]
-    return {name: _from_here(path) for name, path in modules_named(folder, sorted(imports)).items()}
+    return {name: _from_here(path) for name, path in modules_named(str(folder), sorted(imports)).items()}
 
 
 def _described(function: Function) -> tuple[Json, set[str]]:

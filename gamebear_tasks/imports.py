@@ -1,17 +1,36 @@
-"""Which local modules a Python file imports: found in its text, so that nobody has to list them."""
+"""Which local modules a Python file imports: found in its text, so that nobody has to list them.
+
+Reading a text costs a hundred times what looking whether it has changed does, and a `dodo.py` with two thousand
+artifacts is loaded for every `doit list`. So what was read is remembered, also from one doit to the next.
+"""
 
 from __future__ import annotations
 
 import ast
+import atexit
+import contextlib
+import json
+import os
+import sys
+import time
 import warnings
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import SettingsError
+from .runner.files import write_json
+from .tasklog import LOGS
+
+KEPT = LOGS / ".imports"
+"""What was read before, in a project that has logs. It is JSON: `python`, the version that could read it, and `files`:
+by path, the times of its last changes in nanoseconds, its size, and the names that it imports, with spaces between."""
+
+SETTLED = 0.1
+"""Seconds after its last change for which a file may change again without its times telling."""
 
 
-def local_modules(script: Path) -> dict[str, Path]:
+def local_modules(script: Path) -> Mapping[str, Path]:
     """Find the modules beside a script that it imports, and those that they import.
 
     Args:
@@ -23,57 +42,174 @@ def local_modules(script: Path) -> dict[str, Path]:
     Raises:
         SettingsError: the script does not exist or is not Python; a module is not Python.
     """
-    return modules_named(script.parent, imported_names(script), but=script)
+    path = str(script)
+    names = imported_names(path)
+    if not names:
+        return {}
+    folder, slash, _ = path.rpartition("/")
+    return modules_named(folder or slash, names, but=path)
 
 
-def modules_named(folder: Path, names: Iterable[str], but: Path | None = None) -> dict[str, Path]:
+def modules_named(folder: str, names: str | Iterable[str], but: str = "") -> Mapping[str, Path]:
     """Find the modules in a folder that have one of some dotted names, and those that they import.
 
     Args:
-        folder: where to look.
-        names: as `imported_names` returns them; names of other modules are passed over.
+        folder: where to look; empty for the current one.
+        names: some, or a text as `imported_names` returns it; names of other modules are passed over.
         but: a file to leave out.
 
     Raises:
         SettingsError: a module is not Python.
     """
-    found: dict[str, Path] = {}
-    todo = [("", tuple(names))]
-    while todo:
-        package, wanted = todo.pop()
-        for name in wanted:
-            for relative in _files_of(folder, name, package):
-                path = folder / relative
-                if relative not in found and path != but:
-                    found[relative] = path
-                    todo.append((str(Path(relative).parent) if "/" in relative else "", imported_names(path)))
-    return dict(sorted(found.items()))
+    wanted = names if isinstance(names, str) else " ".join(names)
+    known = _searches.get((folder, wanted))
+    if known is None or not known.still_holds():
+        known = _searches[folder, wanted] = _Search(folder, wanted)
+    if but not in known.paths:
+        return known.found
+    return {name: path for name, path in known.found.items() if str(path) != but}
 
 
-def imported_names(path: Path) -> tuple[str, ...]:
-    """Return every dotted name that a Python file might import a module by; relative ones begin with dots."""
+class _Search:
+    """A search for modules: what was found, and all that it depended on."""
+
+    def __init__(self, folder: str, names: str) -> None:
+        self._seen: list[tuple[Callable[[str], object], str, object]] = []
+        self._folder = folder
+        self._entries = self._look(_entries, folder or ".")
+        found: dict[str, Path] = {}
+        todo = [("", names)]
+        while todo:
+            package, wanted = todo.pop()
+            for name in wanted.split():
+                for relative in self._files_of(name, package):
+                    if relative not in found:
+                        path = self._path(relative)
+                        found[relative] = Path(path)
+                        todo.append((os.path.dirname(relative), self._look(imported_names, path)))
+        self.found = dict(sorted(found.items()))
+        self.paths = {str(path) for path in found.values()}
+
+    def still_holds(self) -> bool:
+        """Say whether it would end in the same way now."""
+        if self._entries is None:
+            return False
+        try:
+            for look, path, saw in self._seen:
+                if look(path) is not saw:
+                    return False
+        except SettingsError:
+            return False
+        return True
+
+    def _look(self, look: Callable[[str], Any], path: str) -> Any:
+        saw = look(path)
+        self._seen.append((look, path, saw))
+        return saw
+
+    def _path(self, relative: str) -> str:
+        return os.path.join(self._folder, relative)
+
+    def _files_of(self, name: str, package: str) -> list[str]:
+        """Return the files that importing a name loads, as paths below the folder; none where it is not local."""
+        levels = len(name) - len(name.lstrip("."))
+        parts = [part for part in name.split(".") if part and part != "*"]
+        if levels:
+            base = [part for part in package.split("/") if part]
+            if levels > len(base):
+                return []  # it leads out of the package: Python refuses it too
+            parts = [*base[: len(base) - levels + 1], *parts]
+        files = []
+        for count in range(1, len(parts) + 1):
+            stem = "/".join(parts[:count])
+            if self._is(os.path.isfile, f"{stem}/__init__.py"):
+                files.append(f"{stem}/__init__.py")
+            elif self._is(os.path.isfile, f"{stem}.py"):
+                files.append(f"{stem}.py")
+                break
+            elif not self._is(os.path.isdir, stem):
+                break
+        return files
+
+    def _is(self, kind: Callable[[str], bool], relative: str) -> bool:
+        if self._entries is not None and relative.partition("/")[0] not in self._entries:
+            return False
+        is_so = kind(self._path(relative))
+        if not is_so or kind is os.path.isdir:  # a file that is there is read, and that is noted
+            self._seen.append((kind, self._path(relative), is_so))
+        return is_so
+
+
+_searches: dict[tuple[str, str], _Search] = {}
+
+
+def imported_names(path: str) -> str:
+    """Return every dotted name that a Python file might import a module by, with spaces between.
+
+    Relative ones begin with dots. As long as the names stay the same, so does the object.
+    """
     try:
-        about = path.stat()
+        about = os.stat(path)
     except OSError as error:
         raise SettingsError(
             f"The buildscript {path} cannot be read: {error.strerror}.", "Its path is relative to dodo.py's folder."
         ) from error
-    return _imported_names(path, about.st_mtime_ns, about.st_size)
+    version = _version(about)
+    known = _files.get(path)
+    if known is None:
+        known = _kept().get(path, "")
+    if not known.startswith(version):
+        known = version + _read_names(path)
+        _new[path] = _is_settled(about)
+    _files[path] = known
+    return sys.intern(known[len(version) :])
 
 
-@lru_cache(maxsize=4096)
-def _imported_names(path: Path, _mtime: int, _size: int) -> tuple[str, ...]:
+_files: dict[str, str] = {}
+"""What is known of each file, as in `KEPT`: texts only, for two thousand lists keep the garbage collector busy."""
+
+_new: dict[str, bool] = {}
+"""What has been read in this process, and whether it may be kept for the next."""
+
+
+def _version(about: os.stat_result) -> str:
+    return f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_size} "
+
+
+def _is_settled(about: os.stat_result) -> bool:
+    return abs(time.time() - about.st_ctime) > SETTLED
+
+
+def _entries(folder: str) -> frozenset[str] | None:
+    """Return what is in a folder, the same set as long as that stays the same; None where that cannot be said."""
+    try:
+        about = os.stat(folder)
+        version = _version(about)
+        known = _folders.get(folder)
+        if known is None or known[0] != version:
+            if not _is_settled(about):
+                return None
+            known = _folders[folder] = version, frozenset(os.listdir(folder))
+    except OSError:
+        return None
+    return known[1]
+
+
+_folders: dict[str, tuple[str, frozenset[str]]] = {}
+
+
+def _read_names(path: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are for the log of the run
-            tree = ast.parse(path.read_bytes(), "script")
+            tree = ast.parse(Path(path).read_bytes(), "script")
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.", "It has to be a file.") from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error
         raise SettingsError(f"{path}{line} is not Python: {what}.") from error
-    return names_in(tree)
+    return " ".join(names_in(tree))
 
 
 def names_in(tree: ast.AST) -> tuple[str, ...]:
@@ -90,23 +226,33 @@ def names_in(tree: ast.AST) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _files_of(folder: Path, name: str, package: str) -> list[str]:
-    """Return the files that importing a name loads, as paths below the folder; none where it is not local."""
-    levels = len(name) - len(name.lstrip("."))
-    parts = [part for part in name.split(".") if part and part != "*"]
-    if levels:
-        base = [part for part in package.split("/") if part]
-        if levels > len(base):
-            return []  # it leads out of the package: Python refuses it too
-        parts = [*base[: len(base) - levels + 1], *parts]
-    files = []
-    for count in range(1, len(parts) + 1):
-        stem = "/".join(parts[:count])
-        if (folder / stem / "__init__.py").is_file():
-            files.append(f"{stem}/__init__.py")
-        elif (folder / f"{stem}.py").is_file():
-            files.append(f"{stem}.py")
-            break
-        elif not (folder / stem).is_dir():
-            break
-    return files
+# from one doit to the next
+
+
+def _kept() -> dict[str, str]:
+    """Return what an earlier doit has kept of the current folder; read once."""
+    place = os.path.abspath(KEPT)
+    if place not in _read:
+        atexit.register(_keep, place)
+        _read[place] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(place, "rb") as file:
+            data = json.load(file)
+            if data["python"] == _python() and all(isinstance(known, str) for known in data["files"].values()):
+                _read[place] = data["files"]
+    return _read[place]
+
+
+_read: dict[str, dict[str, str]] = {}
+
+
+def _python() -> str:
+    return "{}.{}".format(*sys.version_info[:2])
+
+
+def _keep(place: str) -> None:
+    """Keep what was read for the next doit, in a project that has been built before."""
+    if os.path.abspath(KEPT) != place or not any(_new.values()) or not os.path.isdir(os.path.dirname(place)):
+        return
+    files = {path: known for path, known in _files.items() if _new.get(path, True)}
+    with contextlib.suppress(OSError):
+        write_json(Path(place), {"python": _python(), "files": files})

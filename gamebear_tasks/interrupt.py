@@ -10,10 +10,13 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from .builders import Builder
 from .errors import GamebearError
 from .report import notice
+
+if TYPE_CHECKING:  # an up-to-date run does without builders
+    from .builders import Builder
 
 UNSURE = 5.0
 """Seconds for which an interruption waits for a builder that has not said whether it has begun a job."""

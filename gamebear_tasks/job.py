@@ -26,20 +26,28 @@ def canonical_json(value: Json) -> bytes:
         ValueError: a number is infinite or not a number.
     """
     _check(value)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+    return _ENCODER.encode(value).encode("ascii")
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def _check(value: Json) -> None:
-    if isinstance(value, Mapping):
+    if type(value) in _SCALARS:
+        return
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check(item)
+    elif isinstance(value, dict | Mapping):  # the first is the quick one
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"a key is {key!r}, not a string")
             _check(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check(item)
-    elif value is not None and not isinstance(value, bool | int | float | str):
+    elif not isinstance(value, int | float | str):
         raise TypeError(f"{value!r} is not JSON")
+
+
+_SCALARS = (str, int, bool, float, type(None))
 
 
 @dataclass(frozen=True)

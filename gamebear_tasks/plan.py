@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import functions
-from .builders import Order
-from .config import Settings
 from .errors import JobError
-from .functions import Function
-from .job import File, Job, Json
-from .runner.files import sha256
-from .sources import Declared, Either, Lock, Source, check_preference
+from .sources import LOCK_FILE
+
+if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
+    from .builders import Order
+    from .config import Settings
+    from .functions import Function
+    from .job import File
+    from .sources.choice import Declared, Source
+    from .sources.lock import Lock
 
 
-@dataclass(frozen=True)
-class Plan:
+NONE: Mapping[str, Any] = {}
+
+
+class Plan(NamedTuple):  # there may be thousands, and it takes a third of the time that a dataclass takes
     """What an `artifact()` declares.
 
     Attributes:
@@ -28,27 +33,31 @@ class Plan:
         modules: local modules by their path below the program's folder.
         inputs: files by the names that the program finds them under.
         sources: upstream trees by name.
-        args: values by name.
+        args: values by name, as canonical JSON.
         arch: Debian's name of an architecture; empty for the setting's.
         time_limit: seconds; None for the setting's.
         lock: where the lock file is.
     """
 
     program: Path | Function
-    targets: Mapping[str, Path]
+    targets: Mapping[str, str]
     identity: str = ""
-    modules: Mapping[str, Path] = field(default_factory=dict)
-    inputs: Mapping[str, Path] = field(default_factory=dict)
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    args: Mapping[str, Json] = field(default_factory=dict)
+    modules: Mapping[str, Path] = NONE
+    inputs: Mapping[str, str] = NONE
+    sources: Mapping[str, Source] = NONE
+    args: bytes = b"{}"
     arch: str = ""
     time_limit: float | None = None
-    lock: Path = Path("gamebear.lock")
+    lock: Path = Path(LOCK_FILE)
 
     @property
     def name(self) -> str:
         """What the program is called."""
-        return self.program.name if isinstance(self.program, Path) else functions.name_of(self.program)
+        if isinstance(self.program, Path):
+            return self.program.name
+        from .functions import name_of
+
+        return name_of(self.program)
 
     def order(self, chosen: Settings) -> Order:
         """Make the job from what the files hold now.
@@ -57,6 +66,10 @@ class Plan:
             SourceError: a source is not pinned.
             JobError: a file cannot be read.
         """
+        from .builders import Order
+        from .functions import python_version
+        from .job import File, Job
+
         files: dict[str, Path] = {}
 
         def hashed(path: Path) -> File:
@@ -65,7 +78,7 @@ class Plan:
             return File(sha256, executable)
 
         program = self.program
-        lock = read_lock(self.lock)
+        lock = read_lock(self.lock) if self.sources else None
         job = Job(
             arch=self.arch or chosen.arch,
             program=self.name,
@@ -73,32 +86,43 @@ class Plan:
             is_function=not isinstance(self.program, Path),
             outputs=tuple(self.targets),
             modules={name: File(hashed(path).sha256) for name, path in self.modules.items()},
-            inputs={name: hashed(path) for name, path in self.inputs.items()},
-            sources={name: source.identity(lock) for name, source in self.sources.items()},
-            args=self.args,
+            inputs={name: hashed(Path(path)) for name, path in self.inputs.items()},
+            sources={name: source.identity(lock) for name, source in self.sources.items() if lock},
+            args=json.loads(self.args),
         )
-
         return Order(
             job=job,
             files=files,
             fetch_trees=lambda: self._fetch_trees(lock),
             time_limit=chosen.time_limit if self.time_limit is None else self.time_limit,
             base=chosen.base,
-            python=None if isinstance(self.program, Path) else functions.python_version(),
+            python=None if isinstance(self.program, Path) else python_version(),
         )
 
-    def _fetch_trees(self, lock: Lock) -> dict[str, Path]:
+    def _fetch_trees(self, lock: Lock | None) -> dict[str, Path]:
+        from . import functions, timing
         from .cache import keep, sources_folder
 
-        trees = {name: source.fetch(sources_folder(), lock) for name, source in self.sources.items()}
-        if not isinstance(self.program, Path):
-            trees["/function.pickle"] = keep(functions.pickled(self.program))
-            trees["/cloudpickle.zip"] = keep(functions.cloudpickle_archive())
+        with timing.phase("sources"):
+            trees = {name: source.fetch(sources_folder(), lock) for name, source in self.sources.items() if lock}
+            if not isinstance(self.program, Path):
+                trees["/function.pickle"] = keep(functions.pickled(self.program))
+                trees["/cloudpickle.zip"] = keep(functions.cloudpickle_archive())
         return trees
 
 
-declared: dict[str, Declared] = {}
-"""Every source that an `artifact()` of this dodo.py declares, by a text that tells it from the others."""
+declared: dict[Declared, None] = {}
+"""Every source that an `artifact()` of this dodo.py declares, once, in their order."""
+
+_alternatives: set[str] = set()
+"""The names in every `either()` of them."""
+
+
+def declare(source: Declared) -> None:
+    """Note a source that an `artifact()` declares."""
+    if source not in declared:
+        declared[source] = None
+        _alternatives.update(name for name, _ in getattr(source, "options", ()))
 
 
 def check_choice(preference: str) -> None:
@@ -107,28 +131,34 @@ def check_choice(preference: str) -> None:
     Raises:
         SettingsError: it is misspelt.
     """
-    if any(isinstance(source, Either) for source in declared.values()):
-        check_preference(preference, declared.values())
+    if preference and _alternatives and preference not in _alternatives:
+        from .sources.choice import check_preference
+
+        check_preference(preference, declared)
 
 
 def read_lock(path: Path) -> Lock:
     """Return the lock file's content, read once as long as it stays the same."""
+    from .sources.lock import Lock
+
     try:
-        about = path.stat()
+        about = os.stat(path)
     except OSError:
         return Lock.read(path)
-    key = (str(path.absolute()), about.st_mtime_ns, about.st_size)
+    key = (about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size)
     lock = _locks.get(key)
     if lock is None:
         lock = _locks[key] = Lock.read(path)
     return lock
 
 
-_locks: dict[tuple[str, int, int], Lock] = {}
+_locks: dict[tuple[int, int, int, int], Lock] = {}
 
 
 def _hashed(path: Path) -> tuple[str, bool]:
     """Return a file's SHA-256 and whether it is executable."""
+    from .runner.files import sha256
+
     try:
         with path.open("rb", buffering=0) as file:
             return sha256(file), bool(os.fstat(file.fileno()).st_mode & 0o100)

@@ -6,6 +6,9 @@ import sys
 import threading
 from collections.abc import Collection
 
+UNPRINTABLE = "\ufffd"
+"""Stands for what a terminal would act on."""
+
 _lock = threading.Lock()
 
 
@@ -34,7 +37,7 @@ def notice_once(url: str, texts: Collection[str]) -> None:
 
 def printable(text: str) -> str:
     """Return a text without what a terminal would act on."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(char if char.isprintable() or char in "\n\t" else UNPRINTABLE for char in text)
 
 
 def size(count: int) -> str:

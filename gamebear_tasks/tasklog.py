@@ -40,6 +40,7 @@ class TaskLog:
         self._out = out
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = b""
+        self._resumed = False
         self.offset = 0
 
     def __enter__(self) -> TaskLog:
@@ -57,11 +58,17 @@ class TaskLog:
             note = json.loads(self._note.read_bytes())
             if note == {"digest": digest, "attempt": attempt}:
                 self.offset = os.fstat(self._file.fileno()).st_size
+                self._resumed = self.offset > 0
                 return
         except (OSError, ValueError):
             pass
         self._file.truncate(0)
         self._note.write_text(json.dumps({"digest": digest, "attempt": attempt}), "utf-8")
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether all of it is shown, now and not by an earlier run."""
+        return self._out is not None and not self._resumed
 
     def hide(self) -> None:
         """Show nothing of what comes: it is an old log."""

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import inspect
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
 from pathlib import Path, PurePath
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from . import functions
 from .action import Build
-from .config import architecture, seconds, settings
+from .config import architecture, seconds, settings_of_this_run
 from .errors import GamebearError, SettingsError, SourceError
-from .functions import Function
 from .imports import local_modules
 from .job import FORMAT, Json, canonical_json
-from .place import part_pattern
-from .plan import Plan, check_choice, declared, read_lock
+from .plan import NONE, Plan, check_choice, declare, read_lock
 from .report import printable
 from .runner.files import is_file_name
-from .sources import LOCK_FILE, Declared, Lock, Source, choose
+from .sources import LOCK_FILE
+
+if TYPE_CHECKING:  # imported where there are functions or sources
+    from .functions import Function
+    from .sources.choice import Declared, Source
+    from .sources.lock import Lock
 
 Task: TypeAlias = dict[str, Any]
 
 CLOCK_STEP = 60.0
 """Seconds by which this machine's clock may be put back before a result's age is asked for again."""
+
+LOCK = Path(LOCK_FILE)
+"""The lock file, beside `dodo.py`."""
+
+NO_ARGS = canonical_json({})
 
 
 def artifact(
@@ -56,109 +67,115 @@ def artifact(
     Raises:
         SettingsError: an argument makes no sense; doit shows it and ends.
     """
-    program = _checked_program(program)
+    if not callable(program):
+        program = _script(program) if isinstance(program, str | PurePath) else _no_program(program)
     targets = _named(outputs, "outputs")
     if not targets:
         raise SettingsError(f"artifact({_called(program)}) has no outputs.", 'Say outputs=["build/NAME"].')
-    chosen = settings()
-    where = f"artifact({_called(program)})"
-    upstream = _checked_sources({} if sources is None else sources)
+    chosen = settings_of_this_run()
+    _spare_the_collector()
+    upstream = _chosen_sources(sources, chosen.sources)
+    identity, modules = _identified(program)
     plan = Plan(
         program=program,
-        identity="" if isinstance(program, Path) else functions.identity(program),
         targets=targets,
-        modules=local_modules(program) if isinstance(program, Path) else functions.modules(program),
-        inputs=_named(inputs, "inputs"),
-        sources={name: choose(source, chosen.sources) for name, source in upstream.items()},
-        args=_checked_args({} if args is None else args, program),
-        arch=architecture("arch", arch, where) if arch is not None else "",
-        time_limit=seconds("time_limit", time_limit, where) if time_limit is not None else None,
-        lock=Path(LOCK_FILE),
+        identity=identity,
+        modules=modules,
+        inputs=_named(inputs, "inputs") if inputs != () else NONE,
+        sources=upstream,
+        args=_checked_args(args, program) if args is not None else NO_ARGS,
+        arch="" if arch is None else architecture("arch", arch, f"artifact({_called(program)})"),
+        time_limit=None if time_limit is None else seconds("time_limit", time_limit, f"artifact({_called(program)})"),
+        lock=LOCK,
     )
     _check_names(plan)
     if upstream:
         read_lock(plan.lock)  # a damaged one is to be told now
-    declared.update({repr(source): source for source in upstream.values()})
-    files = [*plan.modules.values(), *plan.inputs.values()]
+    files = [*map(str, modules.values()), *plan.inputs.values()]
     if isinstance(program, Path):
-        files.insert(0, program)
+        files.insert(0, str(program))
     return {
         "actions": [Build(plan)],
-        "file_dep": [str(path) for path in files],
-        "targets": [str(path) for path in targets.values()],
-        "uptodate": [_SameJob(plan, plan.arch or chosen.arch, chosen.sources), _StillValid(plan)],
+        "file_dep": files,
+        "targets": [*targets.values()],
+        "uptodate": [_SameJob(plan, plan.arch or chosen.arch, chosen.sources)],
         "clean": [remove_targets],
         "verbosity": 2,
     }
 
 
+@cache
+def _spare_the_collector() -> None:
+    """Have the garbage collector pass over what is loaded by now and stays.
+
+    It would look at all of it again, and again, for the few objects of each of two thousand tasks.
+    """
+    gc.freeze()
+
+
 class _SameJob:
-    """Tells doit whether all of the job that is no `file_dep` is as it was; an `uptodate` of a task.
+    """Tells doit whether all of the job that is no `file_dep` is as it was, and its result still holds; an `uptodate`.
 
     It looks when doit asks and not before: by then the tasks that this one depends on have run, and so has `doit lock`.
+    For how long a result holds is what the builder said with it: where a package image of the job may grow too old.
     """
+
+    __signature__ = inspect.signature(lambda task, values: None)  # for doit, which asks every time what we take
 
     def __init__(self, plan: Plan, arch: str, preference: str) -> None:
         self._plan = plan
         self._arch = arch
         self._preference = preference
         self._digest = ""
+        self._is_too_old = False
 
     def configure_task(self, task: Any) -> None:
         """Have doit save what we compare with, with the task's success."""
-        task.value_savers.append(lambda: {"gamebear": self._digest})
+        task.value_savers.append(self._saved)
+
+    def _saved(self) -> dict[str, str]:
+        return {"gamebear": self._digest}
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
         try:
             check_choice(self._preference)
-            self._digest = self._rest_of_job(read_lock(self._plan.lock))
+            self._digest = self._rest_of_job()
         except GamebearError:
             return False  # building it says what is wrong
-        return values.get("gamebear") == self._digest
+        if values.get("gamebear") != self._digest:
+            return False
+        self._is_too_old = not _still_holds(values.get("valid"))
+        return not self._is_too_old
 
     def __repr__(self) -> str:
+        if self._is_too_old:
+            return f"the age of the package images that {self._plan.name} was built with, or a clock that was put back"
         return f"the job of {self._plan.name}: its arguments, sources, architecture, names, or the function"
 
-    def _rest_of_job(self, lock: Lock) -> str:
+    def _rest_of_job(self) -> str:
         plan = self._plan
-        rest: dict[str, Json] = {
-            "gamebear": FORMAT,
-            "arch": self._arch,
-            "args": dict(plan.args),
-            "program": plan.identity or plan.name,
-            "inputs": {name: [str(path), _is_executable(path)] for name, path in plan.inputs.items()},
-            "outputs": {name: str(path) for name, path in plan.targets.items()},
-            "sources": {name: _pinned(source, lock) for name, source in plan.sources.items()},
-        }
-        return hashlib.sha256(canonical_json(rest)).hexdigest()
+        lock = read_lock(plan.lock) if plan.sources else None
+        rest = (
+            FORMAT,
+            self._arch,
+            plan.identity or plan.name,
+            plan.args,
+            [(name, path, _is_executable(path)) for name, path in plan.inputs.items()],
+            [*plan.targets.items()],
+            [(name, _pinned(source, lock)) for name, source in plan.sources.items() if lock],
+        )
+        return hashlib.sha256(ascii(rest).encode()).hexdigest()  # a fifth of what JSON takes, and nobody reads it
 
 
-class _StillValid:
-    """Tells doit whether the result still holds, by this machine's clock alone; an `uptodate` of a task.
-
-    For how long it does is what the builder said with it: where a package image of the job may grow too old. A clock
-    that was put back says nothing; then the builder is asked.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-
-    def __call__(self, task: Any, values: Mapping[str, Any]) -> bool | None:
-        """Say whether the time is not up yet; None where there is none."""
-        valid = values.get("valid")
-        if valid is None:
-            return None
-        age = time.time() - valid["since"]
-        return bool(-CLOCK_STEP <= age < valid["seconds"])
-
-    def __repr__(self) -> str:
-        return f"the age of the package images that {self._plan.name} was built with, or a clock that was put back"
+def _still_holds(valid: Mapping[str, float] | None) -> bool:
+    """Say whether a result's time is not up, by this machine's clock; one that was put back says nothing."""
+    return valid is None or -CLOCK_STEP <= time.time() - valid["since"] < valid["seconds"]
 
 
-def _is_executable(path: Path) -> bool:
+def _is_executable(path: str) -> bool:
     try:
-        return bool(path.stat().st_mode & 0o100)
+        return bool(os.stat(path).st_mode & 0o100)
     except OSError:
         return False  # another task is to make it
 
@@ -170,26 +187,39 @@ def _pinned(source: Source, lock: Lock) -> Json:
         return None  # building it says what to do
 
 
-def _checked_program(program: object) -> Path | Function:
-    if isinstance(program, str | PurePath) and _is_path(program):
-        return Path(program)
-    if callable(program):
-        return program
+@lru_cache(maxsize=4096)
+def _script(path: str | PurePath) -> Path:
+    """Return a buildscript's path, the same object for the same text; raises SettingsError."""
+    return Path(path) if _is_path(path) else _no_program(path)
+
+
+def _no_program(program: object) -> NoReturn:
     raise SettingsError(
         f"artifact({program!r}): that is neither a buildscript nor a function.",
         'Say artifact("buildscripts/NAME.py", …), or give it a function.',
     )
 
 
+def _identified(program: Path | Function) -> tuple[str, Mapping[str, Path]]:
+    """Return what a function is told by, and the local modules of a buildscript or function; raises SettingsError."""
+    if isinstance(program, Path):
+        return "", local_modules(program)
+    from . import functions
+
+    return functions.identity(program), functions.modules(program)
+
+
 def _is_path(path: object) -> bool:
     """Say whether something can be a path in this locale."""
+    if type(path) is str and path.isascii():
+        return "\0" not in path
     try:
         return isinstance(path, str | PurePath) and b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         return False
 
 
-def _named(paths: object, what: str) -> dict[str, Path]:
+def _named(paths: object, what: str) -> dict[str, str]:
     """Return paths by the names that the program knows them under: their own, or those that a mapping gives inputs.
 
     Raises:
@@ -200,37 +230,56 @@ def _named(paths: object, what: str) -> dict[str, Path]:
     if not isinstance(paths, Iterable) or (isinstance(paths, Mapping) and what == "outputs"):
         raise SettingsError(f"{what}= is a list of paths, not {paths!r}.")
     given = list(paths.items()) if isinstance(paths, Mapping) else [(None, path) for path in paths]
-    named: dict[str, Path] = {}
+    named: dict[str, str] = {}
     for name, path in given:
         if not _is_path(path):
             raise SettingsError(f"{what}= is a list of paths, and {path!r} is none.")
-        name = Path(path).name if name is None else name
+        place, own = _place(path)
+        name = own if name is None else name
         if name in named:
             raise SettingsError(
-                f"Two {what} have the name {name!r}: {str(named[name])!r} and {str(path)!r}.",
+                f"Two {what} have the name {name!r}: {named[name]!r} and {str(path)!r}.",
                 "In the program's folder they would be one file; give one another name.",
             )
-        named[name] = Path(path)
+        named[name] = place
     return named
 
 
-def _checked_sources(sources: object) -> dict[str, Declared]:
+_ODD = re.compile(r"//|(\A|/)\.(/|\Z)|/\Z")
+"""What pathlib leaves out of a path."""
+
+
+def _place(path: str | PurePath) -> tuple[str, str]:
+    """Return a path as pathlib would write it, and its name; most are written so already."""
+    if type(path) is str and path and not _ODD.search(path):
+        return path, path.rpartition("/")[2]
+    return str(Path(path)), Path(path).name
+
+
+def _chosen_sources(sources: object, preference: str) -> dict[str, Source]:
+    """Note the sources of an artifact, and return which of each is to be had; raises SettingsError."""
+    if sources is None or sources == {}:
+        return {}
+    from .sources.choice import Either, choose
+    from .sources.source import BaseSource
+
     if not isinstance(sources, Mapping):
         raise SettingsError(
             f"sources= gives each source the name of its folder, and got {sources!r}.", 'Say sources={"NAME": git(…)}.'
         )
     for name, source in sources.items():
-        if not isinstance(source, Declared):
+        if not isinstance(source, BaseSource | Either):
             raise SettingsError(
                 f"The source {name!r} is {source!r}, which is no source.", "See git(), archive(), debian()."
             )
-    return dict(sources)
+        declare(source)
+    return {name: choose(source, preference) for name, source in sources.items()}
 
 
 def _check_names(plan: Plan) -> None:
     """Refuse names that no file can have, and those that would fall together in the program's folder."""
     taken = {plan.name: "the program"} if isinstance(plan.program, Path) else {}
-    for path in plan.modules:
+    for path in plan.modules if plan.inputs or plan.sources else ():
         taken.setdefault(path, "a module")
         taken.setdefault(path.split("/")[0], "a package of modules")
     for what, names in (("an input", plan.inputs), ("a source", plan.sources), ("an output", plan.targets)):
@@ -250,25 +299,31 @@ def _check_names(plan: Plan) -> None:
             taken[name] = what
 
 
-def _checked_args(args: object, program: Path | Function) -> dict[str, Json]:
+def _checked_args(args: object, program: Path | Function) -> bytes:
+    """Return args as canonical JSON; raises SettingsError."""
     try:
         if not isinstance(args, Mapping):
             raise TypeError(f"{args!r} is no dict")
-        canonical_json(args)
+        return canonical_json(args)
     except (TypeError, ValueError, RecursionError) as error:
         raise SettingsError(
             f"The args of artifact({_called(program)}) are not plain JSON: {error}.",
             "Give a dict of numbers, texts, lists and dicts.",
         ) from error
-    return dict(args)
 
 
 def _called(program: Path | Function) -> str:
-    return repr(str(program)) if isinstance(program, Path) else functions.name_of(program)
+    if isinstance(program, Path):
+        return repr(str(program))
+    from .functions import name_of
+
+    return name_of(program)
 
 
 def remove_targets(task: Any, dryrun: bool) -> None:
     """Remove a task's targets, and what broken-off downloads left of them; a `clean` action."""
+    from .place import part_pattern
+
     for target in map(Path, task.targets):
         for path in (target, *target.parent.glob(part_pattern(target))):
             if path.is_file() or path.is_symlink():

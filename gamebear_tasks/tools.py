@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from doit.exceptions import TaskError
 
-from .action import builder_of_this_run
 from .config import settings
 from .errors import GamebearError, SettingsError
 from .plan import declared, read_lock
 from .report import printable, size
-from .sources import LOCK_FILE, check_preference, choose, resolve
-from .tasks import Task
+from .tasks import LOCK, Task
 
 DAY = 86400.0
 """Seconds."""
@@ -50,8 +47,9 @@ def task_lock() -> Task:
 
 def _lock(update: bool) -> TaskError | None:
     from .cache import sources_folder
+    from .sources.lookup import resolve
 
-    return _told(lambda: resolve(declared.values(), Path(LOCK_FILE), sources_folder(), update=update))
+    return _told(lambda: resolve(declared, LOCK, sources_folder(), update=update))
 
 
 def task_sources() -> Task:
@@ -61,13 +59,14 @@ def task_sources() -> Task:
 
 def _fetch_sources() -> TaskError | None:
     from .cache import sources_folder
+    from .sources.choice import check_preference, choose
 
     preference = settings().sources
 
     def fetch() -> Iterator[str]:
-        check_preference(preference, declared.values())
-        lock = read_lock(Path(LOCK_FILE))
-        for source in [choose(source, preference) for source in declared.values()]:
+        check_preference(preference, declared)
+        lock = read_lock(LOCK)
+        for source in [choose(source, preference) for source in declared]:
             yield f"{source}: {size(source.fetch(sources_folder(), lock).stat().st_size)}"
 
     return _told(fetch)
@@ -79,6 +78,8 @@ def task_builder() -> Task:
 
 
 def _describe_builder() -> TaskError | None:
+    from .building import builder_of_this_run
+
     url = settings().builder
 
     def describe() -> Iterator[str]:
@@ -99,7 +100,7 @@ def task_prune() -> Task:
                 "long": "older",
                 "type": str,
                 "default": "",
-                "help": "what was not used for so many days",
+                "help": "what was not used for so many days, also of the sources that this machine keeps",
             },
             {
                 "name": "limit",
@@ -129,6 +130,9 @@ def task_prune() -> Task:
 
 
 def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
+    from . import cache
+    from .building import builder_of_this_run
+
     def prune() -> Iterator[str]:
         days = _number("--older", older, "a number of days, such as 30", r"\d+(\.\d+)?")
         count = _number("--keep", keep, "a number of results, such as 3", r"\d+")
@@ -138,6 +142,10 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
                 "doit prune does not say what may go.",
                 "Say one or more of --older DAYS, --size BYTES (such as 5G), --keep RESULTS and --images.",
             )
+        if days is not None:
+            removed, freed = cache.prune(days * DAY)
+            if removed:
+                yield f"On this machine {removed} {'sources' if removed > 1 else 'source'} removed, {size(freed)} freed"
         url = settings().builder
         pruned = builder_of_this_run(url).prune(
             None if days is None else days * DAY,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from project import Project
 
-from gamebear_tasks.config import Settings, own_architecture, seconds, settings
+from gamebear_tasks.config import Settings, own_architecture, seconds, settings, settings_of_this_run
 from gamebear_tasks.errors import SettingsError
 from gamebear_tasks.runner.arch import ARCHITECTURES
 
@@ -235,3 +235,25 @@ def test_a_damaged_pyproject_beside_a_dodo_elsewhere_is_told_by_us(tmp_path: Pat
     project.write("sub/x.py", "")
     project.write("sub/pyproject.toml", "[tool.gamebear\n")  # doit reads that of the folder it is started in
     project.doit("-f", "sub/dodo.py").failed("ERROR: pyproject.toml cannot be read: Expected ']'")
+
+
+@pytest.mark.parametrize(("given", "meant"), [("ach", "arch"), ("bulider", "builder"), ("timelimit", "time_limit")])
+def test_a_misspelt_setting_is_pointed_out(project: Project, given: str, meant: str) -> None:
+    project.write("x.py", "")
+    project.write(
+        "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
+    )
+    said = project.doit("list", f"{given}=x", "colour=red", "arch=armhf").ok().err
+    assert said == f"gamebear: the variable {given}= is no setting; was {meant}= meant?\n"
+
+
+def test_a_run_looks_its_settings_up_once_and_the_next_one_again(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    doit_cmd.set_var("arch", "armhf")
+    assert settings_of_this_run().arch == "armhf"
+    monkeypatch.setenv("GAMEBEAR_BUILDER", "ssh://pi@buildpi")
+    assert settings_of_this_run().builder == "local:"
+    doit_cmd.reset_vars()
+    assert settings_of_this_run() == Settings(arch=own_architecture(), builder="ssh://pi@buildpi")
+    monkeypatch.setattr(doit_cmd, "_CMDLINE_VARS", None)
+    monkeypatch.setenv("GAMEBEAR_BUILDER", "ssh://pi@elsewhere")
+    assert settings_of_this_run().builder == "ssh://pi@elsewhere"

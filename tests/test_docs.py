@@ -19,12 +19,13 @@ import pytest
 from project import ROOT, Project
 
 import gamebear_tasks
+from gamebear_tasks import timing
 from gamebear_tasks.config import Settings, settings
 from gamebear_tasks.errors import GamebearError
 from gamebear_tasks.runner.containers import Container
 from gamebear_tasks.runner.images import Image, packages_image
 from gamebear_tasks.runner.language import read
-from gamebear_tasks.sources import Lock
+from gamebear_tasks.sources.lock import Lock
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -216,7 +217,9 @@ def test_settings_in_an_example_are_settings(block: Block, tmp_path: Path, monke
 @pytest.mark.parametrize("block", _in("json"), ids=str)
 def test_json_in_an_example_is_json(block: Block, tmp_path: Path) -> None:
     data = json.loads(block.text)
-    if "version" in data:
+    if "phases" in data:
+        assert {phase["name"] for phase in data["phases"]} < {*timing.CLIENT, *timing.BUILDER}
+    elif "version" in data:
         path = tmp_path / "gamebear.lock"
         path.write_text(block.text)
         lock = Lock.read(path)

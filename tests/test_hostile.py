@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from project import Project, Run
 
-from gamebear_tasks import action, plan, tasklog
+from gamebear_tasks import action, building, plan, tasklog, timing
 from gamebear_tasks.builders import local, remote, session
 
 MIB = 1 << 20
@@ -71,18 +72,22 @@ while True:
 """
 
 DODO = """
-from gamebear_tasks import action, artifact, tasklog
+from gamebear_tasks import artifact, building, tasklog
 from gamebear_tasks.builders import local, remote, session
 
 local.CLOSING = 0.3
 remote.TRIES = 1
 session.SILENCE = {silence}
 tasklog.LIMIT = {log_limit}
-action.LATE = 1.0
+building.LATE = 1.0
 
 def task_x():
     return artifact("x.py", outputs=["build/x"])
 """
+
+
+LOGS = {".imports", "x.log", "x.json", ".x.json", "x.py.log", "x.py.json", ".x.py.json"}
+"""What we keep beside a log, by doit and by its action alone."""
 
 
 class Hostile:
@@ -121,14 +126,14 @@ class Hostile:
         with self._checked(), pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.project.folder)
             patch.setenv("PATH", self.project.environment["PATH"])
-            patch.setattr(action, "_builders", {})
+            patch.setattr(building, "_builders", {})
             patch.setattr(tasklog, "LIMIT", 2 * MIB)
             patch.setattr(local, "CLOSING", 0.3)
             patch.setattr(remote, "TRIES", 1)
             patch.setattr(session, "SILENCE", self.silence)
-            made = plan.Plan(program=Path("x.py"), targets={"x": Path("build/x")})
+            made = plan.Plan(program=Path("x.py"), targets={"x": "build/x"})
             failure = action.Build(made).execute(None)
-            for builder in action._builders.values():
+            for builder in building._builders.values():
                 builder.close()
         said = str(failure.get_msg()) if failure else ""
         assert "\x1b" not in said and "\x07" not in said
@@ -147,7 +152,7 @@ class Hostile:
         changed = {path for path, data in after.items() if before.get(path) != data}
         logs = self.project.folder / "build" / "logs"
         assert {path for path in changed if path.parent != logs} <= {self.target}
-        assert {path.name for path in changed if path.parent == logs} <= {"x.log", ".x.json", "x.py.log", ".x.py.json"}
+        assert {path.name for path in changed if path.parent == logs} <= LOGS
         assert all(path in after for path in before if not path.name.startswith(mine))
         assert not self.target.exists() or self.target.read_bytes() == DATA
 
@@ -355,11 +360,23 @@ follow = submit
     hostile.refused(f"""def submit(request): text('{{"state": ' + {nested} + '}}')""")
 
 
-def test_seconds_that_are_no_numbers_are_passed_over(hostile: Hostile) -> None:
-    phases = "{'a': float('nan'), 'b': float('inf'), 'c': 10**400, 'd': 'x', 'e': True, 'f': 1.5, '\\x1b' * 9999: 1}"
-    hostile.says(f"def follow(request): send(**result(), phases={phases})")
+def test_phases_that_make_no_sense_are_passed_over(hostile: Hostile) -> None:
+    spans = (
+        "[['build', 1.5, 2.5], ['build', float('nan'), 1], ['build', 0, 10**400], ['build', 0, float('inf')], ['keep'],"
+        " ['build', -1, 1], ['build', True, 1], ['build', '1', 1], ['\\x1b', 0, 1], [['build'], 0, 1], 'build', {},"
+        " ['keep', 0, 1e12]] + [['queue', 0, 1]] * 9999"
+    )
+    submit = "def submit(request): send(**result(), started=True)"
+    hostile.says(f"{submit}\ndef follow(request): send(**result(), phases={spans})")
     hostile.doit().ok()
     assert hostile.target.read_bytes() == DATA
+    record = json.loads((hostile.project.folder / "build/logs/x.json").read_text())
+    phases = [(phase["name"], phase["seconds"]) for phase in record["phases"] if phase["name"] in timing.BUILDER]
+    assert phases.count(("build", 2.5)) == 1
+    assert set(phases) == {("build", 2.5), ("queue", 1.0)}
+    assert len(phases) <= 128
+    hostile.says("def follow(request): send(**result(), phases={'build': 1.0})")
+    hostile.doit("-a").ok()
 
 
 def test_a_header_as_long_as_may_be_takes_no_memory_to_speak_of(hostile: Hostile) -> None:

@@ -10,8 +10,9 @@ import pytest
 from upstreams import call_git, commit, no_programs
 
 from gamebear_tasks.errors import SourceError
-from gamebear_tasks.sources import Lock, debian, either, git, resolve
-from gamebear_tasks.sources.lock import DebianEntry
+from gamebear_tasks.sources import debian, either, git
+from gamebear_tasks.sources.lock import DebianEntry, Lock
+from gamebear_tasks.sources.lookup import resolve
 
 pytest_plugins = ("upstreams",)
 

@@ -221,7 +221,9 @@ def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
 
 def test_its_failure_is_told_and_built_again(mine: Project, spool: Path) -> None:
     mine.write("x.py", "print('no'); raise SystemExit(3)")
-    mine.doit("x").failed("x.py, built by spool:", "failed. It ended with status 3.", "| no")
+    shown = mine.doit("x").failed("x.py, built by spool:", "failed. It ended with status 3.", "The whole log is")
+    assert shown.out.splitlines().count("no") == 1 and "| no" not in shown.out  # it was seen already
+    mine.doit("-v", "1", "x").failed("failed. It ended with status 3.", "The last lines of its log: | no")
     mine.doit("x").failed("It ended with status 3.")
 
 

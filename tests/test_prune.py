@@ -421,3 +421,52 @@ def test_removing_images_ends_when_the_time_is_up(bare_store: Store, monkeypatch
     pruned = Prune(bare_store, Policy(images=True), 0.0).run()
     assert pruned.images == 1 and pruned.more
     assert len(list(bare_store.images.glob("*.used"))) == 5
+
+
+# what this machine keeps itself
+
+
+def test_sources_that_this_machine_did_not_use_for_so_long_go_too(tmp_path: Path, fresh_home: Path) -> None:
+    job = Job(tmp_path, fresh_home)
+    kept = fresh_home / ".cache/gamebear-tasks/sources"
+    for name in (
+        "git-old.tar",
+        "git-new.tar",
+        "git/old.git/objects/ab/cd",
+        "git/new.git/HEAD",
+        "apt/all/state/lists/x",
+    ):
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_text("x" * 1024)
+    (kept / "apt/all/.lock").touch()
+    for name in ("git-old.tar", "git/old.git", "apt/all"):
+        os.utime(kept / name, (time.time() - 11 * 86400,) * 2)
+    said = prune(job, "--older", "10")
+    assert "On this machine 3 sources removed, 3.0 KiB freed" in said
+    assert not (kept / "git-old.tar").exists() and not (kept / "git/old.git").exists()
+    assert [path.name for path in (kept / "apt/all").iterdir()] == [".lock"]
+    assert (kept / "git-new.tar").exists() and (kept / "git/new.git/HEAD").exists()
+    assert "On this machine" not in prune(job, "--older", "0")
+
+
+def test_a_source_that_is_used_counts_as_new(tmp_path: Path, fresh_home: Path) -> None:
+    project = Project(tmp_path / "project", home=fresh_home)
+    (tmp_path / "file").write_text("x")
+    subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "a.tar", "file"], check=True)
+    sha256 = hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import archive, artifact, task_prune, task_sources\n"
+        f"A = archive({(tmp_path / 'a.tar').as_uri()!r}, sha256={sha256!r}, strip=0)\n"
+        "def task_x(): return artifact('x.py', sources={'a': A}, outputs=['x'])\n",
+    )
+    project.write("x.py", "")
+    project.doit("sources").ok()
+    (tar,) = (fresh_home / ".cache/gamebear-tasks/sources").glob("*.tar")
+    os.utime(tar, (1e9, 1e9))
+    project.doit("sources").ok()
+    project.doit("prune", "--older", "1").ok()
+    assert tar.exists()
+    os.utime(tar, (1e9, 1e9))
+    project.doit("prune", "--older", "1").ok()
+    assert not tar.exists()

@@ -25,10 +25,11 @@ import pytest
 from upstreams import COMMIT_TIME, call_git, commit, free_port, no_programs
 
 from gamebear_tasks.errors import SettingsError, SourceError
-from gamebear_tasks.sources import Lock, archive, check_preference, choose, debian, either, git, tree
+from gamebear_tasks.sources import archive, debian, either, git, tree
+from gamebear_tasks.sources.choice import check_preference, choose
 from gamebear_tasks.sources.from_debian import entries, from_deb822, from_one_line
 from gamebear_tasks.sources.from_git import relative_url
-from gamebear_tasks.sources.lock import DebianEntry
+from gamebear_tasks.sources.lock import DebianEntry, Lock
 
 pytest_plugins = ("upstreams",)
 

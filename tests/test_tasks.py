@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -343,6 +344,8 @@ log = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "pty.")
 
 def watch(event, arguments):
+    if event == "compile" and arguments[1] == "script":
+        os.write(log, b"read\\n")
     if event.startswith(EVENTS):
         os.write(log, f"event {event} {arguments!r}\\n".encode())
 
@@ -393,10 +396,102 @@ def test_an_up_to_date_run_imports_nothing_besides_the_standard_library_and_ours
     built.write("control.py", CONTROL)
     _, _, plain = watched(built, "-f", "control.py", "run")
     new = {name.partition(".")[0] for name in ours - plain}
-    assert "gamebear_tasks" in new
     assert new - set(sys.stdlib_module_names) == {"gamebear_tasks", "dodo"}
-    assert not {"asyncio", "ssl", "http", "sqlite3"} & new
-    assert not any(name.startswith("gamebear_tasks.builders.") for name in ours)
+    assert not HEAVY & new
+
+
+HEAVY = {
+    "asyncio",
+    "concurrent",
+    "ctypes",
+    "difflib",
+    "email",
+    "http",
+    "logging",
+    "random",
+    "sqlite3",
+    "ssl",
+    "tarfile",
+    "urllib",
+    "zipfile",
+}
+"""Parts of the standard library that take longer to import than all of ours does."""
+
+NEEDED = {
+    "action",
+    "config",
+    "errors",
+    "imports",
+    "interrupt",
+    "job",
+    "plan",
+    "report",
+    "runner",
+    "runner.arch",
+    "runner.files",
+    "sources",
+    "tasklog",
+    "tasks",
+}
+"""What a dodo.py with artifacts loads of us."""
+
+
+def test_an_up_to_date_run_loads_no_more_of_us_than_its_dodo_file_names(built: Project) -> None:
+    def loaded() -> set[str]:
+        _, _, modules = watched(built, "run")
+        return {name.partition(".")[2] for name in modules if name.startswith("gamebear_tasks.")}
+
+    sources = {"sources.choice", "sources.from_archive", "sources.lock", "sources.program", "sources.source"}
+    assert loaded() <= NEEDED | sources | {"sources.tree", "tools"}
+    built.write("x.py", "open('x', 'w').close()")
+    built.write("dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])")
+    built.doit().ok()
+    assert loaded() == NEEDED | {"tools"}
+
+
+def reads(project: Project, *arguments: str) -> int:
+    watched(project, *arguments)
+    return (project.folder.parent / "watch.log").read_text().splitlines().count("read")
+
+
+def test_a_script_is_read_once_and_by_the_next_doit_not_again(built: Project) -> None:
+    edit(
+        built,
+        "dodo.py",
+        "def task_umtprd",
+        """def task_more():
+    for size in range(20):
+        yield {**artifact("scripts/gt.py", outputs=[f"build/{size}"], args={"size": size}), "name": str(size)}
+
+def task_umtprd""",
+    )
+    time.sleep(0.2)  # what has just changed is not trusted
+    built.doit("list").ok()
+    assert reads(built, "list") == 0
+    edit(built, "scripts/gt.py", "import common", "import common ")
+    assert reads(built, "list") == 1
+    time.sleep(0.2)
+    built.doit("list").ok()
+    assert reads(built, "list") == 0
+    (built.folder / "build/logs/.imports").write_text("{")
+    assert reads(built, "list") == 7
+
+
+def test_what_an_earlier_doit_has_read_of_a_file_does_not_hide_what_it_imports_now(built: Project) -> None:
+    time.sleep(0.2)
+    built.doit("list").ok()
+    append("scripts/umtprd.py", "import late\n")(built)
+    assert "scripts/late.py" not in built.doit("info", "umtprd").out
+    built.write("scripts/late.py", "")
+    assert "scripts/late.py" in built.doit("info", "umtprd").out
+
+
+def test_nothing_is_kept_where_nothing_was_ever_built(project: Project) -> None:
+    project.write("dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x', outputs=['y'])")
+    project.write("x", "")
+    time.sleep(0.2)
+    project.doit("list").ok()
+    assert not (project.folder / "build").exists()
 
 
 # an author's own hand

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from gamebear_tasks.sources import Lock, debian, resolve
+from gamebear_tasks.sources import debian
 from gamebear_tasks.sources.from_debian import apt_sources
+from gamebear_tasks.sources.lock import Lock
+from gamebear_tasks.sources.lookup import resolve
 
 COMMIT_TIME = 1_600_000_000
 

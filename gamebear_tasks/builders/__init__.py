@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..errors import SettingsError
 from ..job import Job
+from ..timing import Phase
 
 GROUP = "gamebear_tasks.builders"
 """The entry-point group: the scheme is the entry point's name, its object a function from a URL to a builder."""
@@ -77,7 +78,7 @@ class Status:
         joined: it was there already when it was submitted.
         outputs: by name, when done.
         failure: when failed.
-        phases: seconds spent per phase on the builder.
+        phases: where the time went on the builder, counted from when it was told of the job.
         valid: for how many seconds from now a result holds; None: for ever.
         expired: why an earlier result did not count when the job was submitted; empty where there was none.
         notices: what costs the builder much, each with its remedy and as what may follow "on this builder"; with a
@@ -89,7 +90,7 @@ class Status:
     joined: bool = False
     outputs: Mapping[str, Output] = field(default_factory=dict)
     failure: Failure | None = None
-    phases: Mapping[str, float] = field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
     valid: float | None = None
     expired: str = ""
     notices: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,6 +21,8 @@ from ..job import File, Job
 from ..report import notice
 from ..runner import wire
 from ..runner.files import is_file_name, is_sha256, sha256_of
+from ..runner.phases import LIMIT as SPANS
+from ..timing import BUILDER, Phase, phase
 from . import Failure, Order, Output, Pruned, Sink, Status
 from .bundle import bundle
 from .channel import Connection
@@ -64,6 +66,9 @@ NOTICES = 10
 
 VALID = 10 * 365 * 86400.0
 """Seconds beyond which no result is believed to hold."""
+
+YEAR = 366 * 86400.0
+"""Seconds; no job takes longer."""
 
 TRIES = 8
 """How often a request may break off without any progress before that is the builder's fault and not the network's."""
@@ -402,7 +407,8 @@ class RunnerBuilder:
                     return self._idle.pop()
                 self._open += 1
             try:
-                return self._start_session(self._connected())
+                with phase("connect"):
+                    return self._start_session(self._connected())
             except BuilderBusy:
                 with self._changed:
                     self._open -= 1
@@ -550,11 +556,6 @@ class RunnerBuilder:
         if state == "failed":
             about = _mapping(reply.get("failure"))
             failure = Failure(words_of(about.get("kind", "")), words_of(about.get("message", "It failed.")))
-        phases = {
-            words_of(name)[:40]: float(seconds)
-            for name, seconds in list(_mapping(reply.get("phases")).items())[:40]
-            if type(seconds) in (int, float) and abs(seconds) < 1e12  # and so no NaN
-        }
         valid = reply.get("valid")
         if valid is not None and not (type(valid) in (int, float) and valid >= 0):
             raise BuilderError(
@@ -566,7 +567,7 @@ class RunnerBuilder:
             joined,
             outputs,
             failure,
-            phases,
+            tuple(_phases_in(reply)),
             None if valid is None else float(min(valid, VALID)),
             words_of(reply.get("expired", ""))[:400],
             _notices(reply.get("notices")),
@@ -627,6 +628,16 @@ def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) ->
             limit -= len(data)
             small.append((sha256, data))
     return small
+
+
+def _phases_in(reply: Mapping[str, Any]) -> Iterator[Phase]:
+    """Give what makes sense of where a builder says that the time went."""
+    spans = reply.get("phases")
+    for span in spans[: 2 * SPANS] if isinstance(spans, list) else ():
+        if not isinstance(span, list) or len(span) != 3 or span[0] not in BUILDER:
+            continue
+        if all(type(number) in (int, float) and 0 <= number < YEAR for number in span[1:]):  # and so no NaN
+            yield Phase(span[0], float(span[1]), float(span[2]))
 
 
 def _is_name(value: object) -> TypeGuard[str]:

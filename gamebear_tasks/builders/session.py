@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import BuilderError, BuilderLost
 from ..report import printable, size
 from ..runner import wire
+from ..timing import received, sent
 from .bundle import bundle
 from .channel import Channel, Connection
 
@@ -53,7 +54,7 @@ class Session:
         self._has_begun = True
         word = self._preamble()
         if word == "send":
-            self._channel.send(bundle().packed + request)
+            self._send(bundle().packed + request)
             word = self._preamble()
         if word == "ready":
             return
@@ -84,7 +85,7 @@ class Session:
             if start >= 0 and end >= 0:
                 self._buffer[:] = seen[end + 1 :]
                 return seen[start + len(wire.PREAMBLE) : end].decode("utf-8", "replace").strip()
-            data = self._channel.receive(4096, SILENCE)
+            data = self._receive(4096)
             if not data:
                 raise self._no_runner(bytes(seen))
             seen += data
@@ -121,9 +122,9 @@ class Session:
         if body is not None and not self._has_begun:
             self.ask({"op": "hello"}, None, None, 0)  # a request that may have to be sent twice is a short one
         try:
-            self._channel.send(start)
+            self._send(start)
             for piece in body or ():
-                self._channel.send(piece)
+                self._send(piece)
         except BuilderLost as lost:  # it may have refused the body before it had all of it, and ended
             if not self._has_begun:
                 self._begin(start)
@@ -166,7 +167,7 @@ class Session:
 
     def _read(self, count: int) -> bytes:
         while len(self._buffer) < count:
-            data = self._channel.receive(CHUNK, SILENCE)
+            data = self._receive(CHUNK)
             if not data:
                 break
             self._buffer += data
@@ -177,9 +178,18 @@ class Session:
     def _some(self, count: int) -> bytes:
         if self._buffer:
             return self._read(min(count, len(self._buffer)))
-        data = self._channel.receive(count, SILENCE)
+        data = self._receive(count)
         if not data:
             raise BuilderLost(f"The connection to {self._place} broke.")
+        return data
+
+    def _send(self, data: bytes) -> None:
+        self._channel.send(data)
+        sent(len(data))
+
+    def _receive(self, count: int) -> bytes:
+        data = self._channel.receive(count, SILENCE)
+        received(len(data))
         return data
 
     def close(self) -> None:

@@ -6,32 +6,16 @@ Declaring a source, and asking for its identity, reads no network and runs no pr
 
 from __future__ import annotations
 
-from .choice import Declared, Either, Source, check_preference, choose
-from .from_archive import Archive
-from .from_debian import Debian
-from .from_git import Git
-from .lock import LOCK_FILE, Lock
-from .lookup import resolve
-from .source import Pin
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LOCK_FILE",
-    "Archive",
-    "Debian",
-    "Declared",
-    "Either",
-    "Git",
-    "Lock",
-    "Pin",
-    "Source",
-    "archive",
-    "check_preference",
-    "choose",
-    "debian",
-    "either",
-    "git",
-    "resolve",
-]
+if TYPE_CHECKING:  # a dodo.py that has none of a kind does not wait for it to be imported
+    from .choice import Either, Source
+    from .from_archive import Archive
+    from .from_debian import Debian
+    from .from_git import Git
+
+LOCK_FILE = "gamebear.lock"
+"""The lock file's name."""
 
 
 def git(url: str, rev: str, *, submodules: bool = True) -> Git:
@@ -45,6 +29,8 @@ def git(url: str, rev: str, *, submodules: bool = True) -> Git:
     Raises:
         SettingsError: an argument makes no sense.
     """
+    from .from_git import Git
+
     return Git(url, rev, submodules)
 
 
@@ -59,6 +45,8 @@ def archive(url: str, sha256: str, *, strip: int = 1) -> Archive:
     Raises:
         SettingsError: an argument makes no sense.
     """
+    from .from_archive import Archive
+
     return Archive(url, sha256, strip)
 
 
@@ -73,6 +61,8 @@ def debian(package: str, *, version: str | None = None, suite: str | None = None
     Raises:
         SettingsError: an argument makes no sense.
     """
+    from .from_debian import Debian
+
     return Debian(package, version, suite)
 
 
@@ -84,4 +74,6 @@ def either(**options: Source) -> Either:
     Raises:
         SettingsError: there is none, or one is no source.
     """
+    from .choice import Either
+
     return Either(tuple(options.items()))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..errors import SettingsError
-from .from_archive import Archive
-from .from_debian import Debian
-from .from_git import Git
+from .source import BaseSource
 
-Source: TypeAlias = Git | Archive | Debian
+Source: TypeAlias = BaseSource[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Either:
         if not self.options:
             raise SettingsError("either() needs at least one source: either(git=git(…), debian=debian(…)).")
         for name, source in self.options:
-            if not isinstance(source, Source):
+            if not isinstance(source, BaseSource):
                 raise SettingsError(f"either({name}=…): {source!r} is no source.", "See git(), archive(), debian().")
 
 

@@ -20,7 +20,6 @@ from typing import BinaryIO
 
 from ..errors import SettingsError, SourceError
 from ..runner.files import is_file_name, is_sha256, locked, sha256_of, write_bytes
-from . import tree
 from .lock import DebianEntry, Lock
 from .program import ProgramError, run
 from .source import BaseSource, Pin, remove
@@ -139,6 +138,8 @@ class Debian(BaseSource[DebianPin]):
         return found[self.version]
 
     def _write_tar(self, out: BinaryIO, pin: DebianPin, cache: Path, scratch: Path) -> None:
+        from . import tree  # declaring a source is to cost nothing
+
         if not shutil.which("dpkg-source"):
             raise self.error("cannot be unpacked: dpkg-source is not here", "Install it with `apt install dpkg-dev`.")
         downloads = scratch / "downloads"
@@ -193,6 +194,7 @@ class Debian(BaseSource[DebianPin]):
         if shutil.disk_usage(root).free < SPACE:
             raise self.error(f"needs {SPACE >> 20} MiB for apt's lists in {root}", "Make room there.")
         with locked(root / ".lock"):
+            os.utime(root)  # says when it was last used
             sources, suites = apt_sources(self.suite)
             if not sources:
                 raise self.error(

@@ -17,14 +17,16 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SettingsError, SourceError
 from ..runner.files import locked
-from . import tree
 from .lock import Lock, is_commit
 from .program import ProgramError, run
 from .source import BaseSource, Pin, check_url, remove
+
+if TYPE_CHECKING:  # imported when a tree is written: declaring a source is to cost nothing
+    from . import tree
 
 SUBMODULE_SCHEMES = ("https://", "http://", "ssh://", "git://", "git+ssh://", "ssh+git://")
 """What a `.gitmodules` may name besides `host:path` and relative URLs; not `ext::` or the user's own files."""
@@ -156,6 +158,8 @@ class Git(BaseSource[GitPin]):
                 raise self.error(f"cannot be read: {error}", f"Remove {cache / 'git'} and try again.") from error
 
     def _write_commit(self, out: BinaryIO, pin: GitPin, cache: Path) -> None:
+        from . import tree
+
         repository = _Repository(cache, self.url, pin.commit)
         repository.fetch(pin.commit, self)
         commit = repository.git("cat-file", "commit", pin.commit + "^{commit}").partition(b"\n\n")[0]
@@ -171,6 +175,8 @@ class Git(BaseSource[GitPin]):
         self, repository: _Repository, commit: str, prefix: str, stack: contextlib.ExitStack
     ) -> Iterator[tree.Entry]:
         """Give what is in a commit and, below its path, in each submodule."""
+        from . import tree
+
         blobs = stack.enter_context(_blobs(repository))
         listed = []
         for line in repository.git("ls-tree", "-r", "-l", "-z", "--full-tree", commit).split(b"\0")[:-1]:
@@ -204,6 +210,8 @@ class Git(BaseSource[GitPin]):
 
     def _modules(self, repository: _Repository, listed: list[_Listed], prefix: str) -> dict[str, str]:
         """Return the URL of each submodule by its path; an empty one where it is not to be fetched."""
+        from . import tree
+
         values: dict[str, dict[str, str]] = {}
         for item in listed:
             if item.path == prefix + ".gitmodules" and item.kind == "blob":
@@ -290,6 +298,8 @@ class _Repository:
         ref = f"refs/gamebear/{commit}"  # set last: says that the commit is here with all its files
         self.folder.parent.mkdir(exist_ok=True)
         with locked(self.folder.with_suffix(".lock")):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.folder)  # says when it was last used
             with contextlib.suppress(_DamagedError):
                 if self.git("cat-file", "-t", ref + "^{commit}"):
                     return

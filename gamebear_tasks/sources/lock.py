@@ -19,9 +19,6 @@ from typing import Any
 from ..errors import SourceError
 from ..runner.files import is_file_name, is_sha256, write_bytes
 
-LOCK_FILE = "gamebear.lock"
-"""The lock file's name."""
-
 VERSION = 1
 """The lock file's version; a newer one is refused."""
 

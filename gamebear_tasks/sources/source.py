@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import re
 import shutil
 import tempfile
@@ -13,7 +15,8 @@ from typing import BinaryIO, Generic, TypeVar
 
 from ..errors import SettingsError, SourceError
 from ..runner.files import locked, written_aside
-from .lock import LOCK_FILE, Lock
+from . import LOCK_FILE
+from .lock import Lock
 from .program import ProgramError
 
 
@@ -98,6 +101,8 @@ class BaseSource(ABC, Generic[PinT]):
         pin = self.pinned(lock)
         target = cache / pin.file_name
         if target.is_file():
+            with contextlib.suppress(OSError):
+                os.utime(target)  # says when it was last used
             return target
         try:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)

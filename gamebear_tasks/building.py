@@ -1,0 +1,220 @@
+"""The way of one task's job: to the builder, through its build, back to the targets."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from . import tasklog, timing
+from .builders import Builder, Order, Sink, Status, open_builder, shown
+from .config import settings
+from .errors import JobError
+from .interrupt import Interest
+from .place import Mismatch, check_place, place
+from .plan import Plan, check_choice
+from .report import notice, notice_once, size
+from .tasklog import TaskLog
+
+TAIL = 15
+"""How many of the log's last lines a failure shows, where the log itself was not shown."""
+
+LATE = 600.0
+"""Seconds after a job's time limit for which its builder may still say that it runs."""
+
+OWN_LINES = "gamebear: "
+"""What the runner's own lines in a log begin with."""
+
+TRIES = 3
+"""How often one doit run starts a job over that was lost, or whose result was damaged, before it gives up."""
+
+
+class Building:
+    """A task that is being built.
+
+    Args:
+        plan: what it declares.
+        task: its name.
+        out: where the log is shown live; None for nowhere.
+    """
+
+    def __init__(self, plan: Plan, task: str, out: TextIO | None) -> None:
+        self.plan = plan
+        self.task = task
+        self.out = out
+        self.watch = timing.Stopwatch()
+        self.chosen = settings()
+        self.had = "built"
+        self.valid: dict[str, float] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Have the job built and its outputs placed; return what doit is to remember.
+
+        Raises:
+            GamebearError: it failed.
+            OSError: a file of this machine cannot be written.
+        """
+        with self.watch.running():
+            check_choice(self.chosen.sources)
+            log = tasklog.path_of(self.task)
+            for path in (*self._targets().values(), log):
+                check_place(path)
+            builder = builder_of_this_run(self.chosen.builder)
+            with timing.phase("hash"):
+                order = self.plan.order(self.chosen)
+            with TaskLog(log, self.out) as kept:
+                self._have_built(builder, order, kept)
+            record = self._note_time(builder, order, "done")
+        if self.had != "fetched":
+            notice(record.line())
+        values = {"digest": order.job.digest, "builder": builder.url, "had": self.had, "phases": record.totals()}
+        if self.valid is not None:
+            values["valid"] = self.valid
+        return values
+
+    def _targets(self) -> dict[str, Path]:
+        return {name: Path(path) for name, path in self.plan.targets.items()}
+
+    def _note_time(self, builder: Builder, order: Order, state: str) -> timing.Record:
+        """Write beside the log where the time went, and return it."""
+        record = self.watch.record(self.task, order.job.digest, shown(builder.url), state, self.had)
+        with contextlib.suppress(OSError):  # nothing depends on it
+            record.write(tasklog.path_of(self.task).with_suffix(".json"))
+        return record
+
+    def _have_built(self, builder: Builder, order: Order, log: TaskLog) -> None:
+        """See the job through to its outputs at their targets; start it over where a builder lost it."""
+        name = self.plan.name
+        digest = order.job.digest
+        again = False
+        for count in range(1, TRIES + 1):
+            with Interest(builder, digest, name, self.chosen.interrupt) as interest:
+                with timing.phase("upload"):
+                    status = builder.submit(order, again)
+                interest.attempt = status.attempt
+                self.had = "built" if not status.joined else "fetched" if status.is_final else "followed"
+                log.begin(digest, status.attempt)
+                if status.expired:
+                    notice(f"{name} is built again on {builder.url}, as {status.expired}")
+                if status.joined and status.state == "done":
+                    notice(f"{name} was built on {builder.url} before; fetching")
+                    if not log.offset:
+                        log.hide()
+                elif status.joined and not status.is_final:
+                    notice(f"{name} is being built on {builder.url} already; following")
+                status = self._follow(builder, order, status, log)
+                notice_once(builder.url, status.notices)
+            self.valid = None if status.valid is None else {"since": time.time(), "seconds": status.valid}
+            if self.had != "fetched":
+                self.watch.builder_spent(status.phases)
+            if status.state == "done":
+                self._check_unchanged(order)
+                try:
+                    self._place(builder, order, status)
+                    return
+                except Mismatch as error:
+                    if count == TRIES:
+                        raise
+                    notice(f"{error} Trying again.")
+                    builder.discard(digest, status.attempt)
+                    continue
+            again = status.state == "failed" and status.failure is not None and status.failure.kind == "blob"
+            if status.state == "lost":
+                notice(f"{name} was lost on {builder.url} (the builder restarted, or ran out of memory)")
+            elif not again or count == TRIES:
+                self._note_time(builder, order, status.state)
+                raise self._failure(builder, status, log)
+        raise JobError(
+            f"{builder.url} lost {name} {TRIES} times (job {digest[:12]}).",
+            f"See on the builder whether it restarts or runs out of memory; the log is {log.path}.",
+        )
+
+    def _follow(self, builder: Builder, order: Order, status: Status, log: TaskLog) -> Status:
+        """Follow a job to its end, within bounds: a builder may say for ever that it runs, or talk without end."""
+        since: float | None = None
+        while True:
+            status, data = builder.follow(order.job.digest, status.attempt, log.offset)
+            log.write(data)
+            if status.is_final and not data:
+                return status
+            if since is None and status.state == "running":
+                since = time.monotonic()
+            if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
+                raise self._overdue(builder, order)
+            if status.state != "running" and log.offset > 2 * tasklog.LIMIT:  # what runs is bounded by its time
+                raise JobError(
+                    f"The log of {self.plan.name} on {builder.url} goes on after {size(log.offset)}, and no job may"
+                    " write so much.",
+                    "See on the builder what runs there.",
+                )
+
+    def _check_unchanged(self, order: Order) -> None:
+        """Refuse to place what was built from files that are others by now: doit would take those for built."""
+        with timing.phase("hash"):
+            now = self.plan.order(self.chosen)
+        if now.job.digest != order.job.digest:
+            raise JobError(
+                f"What {self.plan.name} is built from changed while it was built, so its outputs were not placed.",
+                "Run doit again.",
+            )
+
+    def _place(self, builder: Builder, order: Order, status: Status) -> None:
+        if set(status.outputs) != set(self.plan.targets):
+            raise JobError(
+                f"{builder.url} has outputs other than those of {self.plan.name}:"
+                f" {repr(sorted(status.outputs))[:400]}.",
+                "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner.",
+            )
+
+        def fetch(name: str, offset: int, target: Sink, limit: int) -> None:
+            with timing.phase("fetch"):
+                builder.fetch(order.job.digest, status.attempt, name, offset, target, limit)
+
+        with timing.phase("place"):
+            place(self._targets(), status.outputs, fetch)
+
+    def _overdue(self, builder: Builder, order: Order) -> JobError:
+        return JobError(
+            f"{builder.url} still says that it builds {self.plan.name}, whose time limit of"
+            f" {order.time_limit:g} seconds is long over.",
+            f"See on the builder what it does (job {order.job.digest[:12]}); doit again waits for it again.",
+        )
+
+    def _failure(self, builder: Builder, status: Status, log: TaskLog) -> JobError:
+        if status.state == "cancelled":
+            return JobError(f"{self.plan.name} was cancelled on {builder.url}.", "Run doit again to build it.")
+        message = status.failure.message if status.failure else "It failed."
+        lines = [] if log.is_shown else log.last_lines(TAIL)
+        tail = "".join(f"\n  | {line}" for line in lines if not line.startswith(OWN_LINES))
+        return JobError(
+            f"{self.plan.name}, built by {builder.url}, failed. {message}"
+            + (f"\nThe last lines of its log:{tail}" if tail else "")
+            + f"\nThe whole log is {log.path}."
+        )
+
+
+_builders: dict[tuple[int, str], Builder] = {}
+_builders_lock = threading.Lock()
+
+
+def builder_of_this_run(url: str) -> Builder:
+    """Return the builder of a URL, opened once per process however many tasks and threads ask; closed at exit."""
+    with _builders_lock:
+        key = (os.getpid(), url)
+        if key not in _builders:
+            _builders[key] = builder = open_builder(url)
+            builder.patience = settings().patience
+        return _builders[key]
+
+
+def _close_builders() -> None:
+    for (pid, _), builder in list(_builders.items()):
+        if pid == os.getpid():
+            builder.close()
+
+
+atexit.register(_close_builders)

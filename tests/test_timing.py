@@ -1,0 +1,258 @@
+"""Where the time goes: what a task's record says of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+from project import Project, wait_for
+
+from gamebear_tasks import timing
+from gamebear_tasks.runner import phases
+from gamebear_tasks.runner.phases import LIMIT, Phases
+from gamebear_tasks.timing import Phase, Record, Stopwatch
+
+DODO = "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['build/x'])\n"
+
+
+class Clock:
+    """A monotonic clock that a test puts on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(phases, "time", made)
+    monkeypatch.setattr(timing, "time", made)
+    return made
+
+
+# spans
+
+
+def test_a_phase_within_another_interrupts_it(clock: Clock) -> None:
+    spent = Phases()
+    with spent.phase("build"):
+        clock.now += 1
+        with spent.phase("container"):
+            clock.now += 2
+        clock.now += 4
+    assert spent.spans == [("build", 0, 1), ("container", 1, 2), ("build", 3, 4)]
+
+
+def test_a_phase_that_fails_is_noted_as_well(clock: Clock) -> None:
+    spent = Phases()
+    with pytest.raises(ValueError), spent.phase("build"), spent.phase("commit"):
+        clock.now += 3
+        raise ValueError
+    clock.now += 5
+    assert spent.spans == [("commit", 0, 3)]
+
+
+def test_what_goes_on_is_one_span_and_what_takes_no_time_none(clock: Clock) -> None:
+    spent = Phases()
+    with spent.phase("build"):
+        for _ in range(9):
+            clock.now += 1
+            with spent.phase("container"):
+                pass
+    assert spent.spans == [("build", 0, 9)]
+    spent.add("build", float("nan"), 5)
+    assert spent.spans == [("build", 0, 9)]
+
+
+def test_a_thousand_containers_lose_no_second_and_are_not_a_thousand_spans(clock: Clock) -> None:
+    spent = Phases()
+    for _ in range(1000):
+        for name in ("container", "build"):
+            with spent.phase(name):
+                clock.now += 1
+    assert len(spent.spans) == LIMIT
+    assert sum(seconds for _, _, seconds in spent.spans) == 2000
+
+
+def test_threads_take_their_time_apart() -> None:
+    spent = Phases()
+    inside = threading.Event()
+
+    def work() -> None:
+        with spent.phase("container"):
+            inside.wait(20)
+
+    with spent.phase("build"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.01)
+        inside.set()
+        thread.join()
+    assert {name for name, _, _ in spent.spans} == {"build", "container"}
+
+
+# the record
+
+
+def test_the_time_of_a_builder_is_put_where_it_was_for_us(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_loaded", True)
+    there = [Phase("queue", 0, 10), Phase("build", 10, 30)]
+    watch = Stopwatch()
+    clock.now += 45
+    watch.builder_spent(there)
+    assert [phase.start for phase in watch.record("x", "", "", "done", "built").phases] == [5, 15]
+    watch = Stopwatch()
+    clock.now += 25
+    watch.builder_spent(there)  # another had begun it
+    assert [phase.start for phase in watch.record("x", "", "", "done", "followed").phases] == [-15, -5]
+    watch = Stopwatch()
+    with watch.running(), timing.phase("upload"):
+        clock.now += 45
+    watch.builder_spent(there)  # the answer to the upload was the end
+    assert watch.record("x", "", "", "done", "built").totals() == {"upload": 5, "queue": 10, "build": 30}
+
+
+def test_a_task_without_a_watch_takes_no_time(clock: Clock) -> None:
+    with timing.phase("connect"):
+        timing.sent(1)
+        timing.received(1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.3, "41 s"), (61.0, "1 min 1 s"), (7260.0, "2 h 1 min")]
+)
+def test_a_record_is_a_line_in_plain_words(seconds: float, said: str) -> None:
+    spans = (
+        Phase("load", -1, 1),
+        Phase("queue", 0, 0.12),
+        Phase("build", 1, 2),
+        Phase("keep", 3, 0.01),
+        Phase("build", 4, 1),
+    )
+    record = Record("umtprd", "", "ssh://pi@buildpi", "done", "built", 0, seconds, 0, 0, spans)
+    assert record.line() == f"umtprd: built in {said} on ssh://pi@buildpi (queue 0.1, build 3.0)"
+    assert record.totals() == {"load": 1, "queue": 0.12, "build": 3, "keep": 0.01}
+
+
+def record_of(project: Project, task: str = "x") -> dict[str, Any]:
+    record = json.loads((project.folder / f"build/logs/{task}.json").read_text())
+    assert isinstance(record, dict)
+    return record
+
+
+def names(record: dict[str, Any]) -> set[str]:
+    return {phase["name"] for phase in record["phases"]}
+
+
+def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> None:
+    project.write("dodo.py", DODO + "    # a word\n")
+    project.write("x.py", "import time; time.sleep(0.06); open('x', 'w').write('x' * 3000)")
+    before = time.time()
+    run = project.doit().ok()
+    record = record_of(project)
+    assert f"gamebear: x: built in {record['seconds']:.1f} s on local: (" in run.err
+    assert "build 0." in run.err or "build 1." in run.err
+    assert (record["version"], record["task"], record["builder"]) == (1, "x", "local:")
+    assert (record["state"], record["had"], len(record["digest"])) == ("done", "built", 64)
+    begun = time.strptime(record["begun"][:19] + " UTC", "%Y-%m-%dT%H:%M:%S %Z")
+    assert abs(time.mktime(begun) - time.timezone - before) < 3600
+    assert record["bytes"]["up"] > 70_000  # the runner
+    assert record["bytes"]["down"] > 3000
+    assert {"load", "connect", "build"} <= names(record) <= {*timing.CLIENT, *timing.BUILDER}
+    starts = [phase["start"] for phase in record["phases"]]
+    assert starts == sorted(starts)
+    ours = [phase for phase in record["phases"] if phase["name"] in timing.CLIENT]
+    assert [phase["start"] for phase in ours if phase["name"] == "load"] == [starts[0]] and starts[0] < 0
+    assert all(phase["start"] + phase["seconds"] <= record["seconds"] + 0.01 for phase in record["phases"])
+    saved = project.doit("dumpdb").ok().out
+    assert "'had': 'built'" in saved and "'phases':" in saved and "'load':" in saved
+
+
+def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: Project) -> None:
+    project.write("dodo.py", DODO)
+    project.write("x.py", "open('x', 'w').write('x')")
+    project.doit().ok()
+    project.doit("clean").ok()
+    run = project.doit().ok()
+    assert "was built on local: before; fetching" in run.err
+    assert "built in" not in run.err
+    record = record_of(project)
+    assert record["had"] == "fetched"
+    assert not names(record) & set(timing.BUILDER)
+
+
+def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before_ours(project: Project) -> None:
+    go, runs = project.folder / "go", project.folder / "runs"
+    project.write("dodo.py", DODO)
+    project.write(
+        "x.py",
+        f"import os, time\nopen({str(runs)!r}, 'w').close()\n"
+        f"while not os.path.exists({str(go)!r}): time.sleep(0.02)\nopen('x', 'w').close()",
+    )
+    first = project.start()
+    wait_for(runs.exists)
+    other = Project(project.folder.parent / "other", home=project.home)
+    for name in ("dodo.py", "x.py"):
+        other.write(name, (project.folder / name).read_text())
+    second = other.start()
+    wait_for(lambda: "following" in (other.folder / "doit.out").read_text())
+    go.touch()
+    assert first.wait(60) == second.wait(60) == 0
+    assert record_of(project)["had"] == "built"
+    record = record_of(other)
+    assert record["had"] == "followed"
+    assert min(phase["start"] for phase in record["phases"] if phase["name"] in timing.BUILDER) < 0
+    assert "x: followed in" in (other.folder / "doit.out").read_text()
+
+
+def test_a_task_that_failed_has_a_record_too(project: Project) -> None:
+    project.write("dodo.py", DODO)
+    project.write("x.py", "import time; time.sleep(0.01); raise SystemExit('no')")
+    project.doit().failed("no")
+    record = record_of(project)
+    assert (record["state"], record["had"]) == ("failed", "built")
+    assert "build" in names(record)
+
+
+def test_containers_and_commits_have_phases_of_their_own(project: Project) -> None:
+    project.write("tree.tar", "something")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n"
+        "def task_x(): return artifact('x.py', inputs=['tree.tar'], outputs=['build/x'])\n",
+    )
+    project.write(
+        "x.py",
+        """
+with Container("scratch") as c:
+    c.copy_in("tree.tar", "/tree.tar")
+    image = c.commit()
+open("x", "w").close()
+""",
+    )
+    project.doit().ok()
+    record = record_of(project)
+    assert {"container", "commit", "build"} <= names(record)
+    there = [phase for phase in record["phases"] if phase["name"] in timing.BUILDER]
+    for one, next_one in itertools.pairwise(there):
+        assert one["start"] + one["seconds"] <= next_one["start"] + 0.005
+
+
+def test_a_script_that_writes_over_its_result_gets_no_say_over_the_phases(project: Project) -> None:
+    project.write("dodo.py", DODO)
+    project.write(
+        "x.py",
+        "import os, json\nopen('x', 'w').close()\n"
+        "open('../result.json', 'w').write(json.dumps({'ok': True, 'began': 'x', 'phases': [[1], {}]}))\nos._exit(0)\n",
+    )
+    project.doit().ok()
+    assert "build" in names(record_of(project))
