@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .errors import GamebearError
+from .image import file, sd_image, tar, user
 from .sources import archive, debian, either, git
 from .tasks import artifact
 from .tools import task_builder, task_lock, task_prune, task_sources
@@ -13,9 +14,13 @@ __all__ = [
     "artifact",
     "debian",
     "either",
+    "file",
     "git",
+    "sd_image",
+    "tar",
     "task_builder",
     "task_lock",
     "task_prune",
     "task_sources",
+    "user",
 ]

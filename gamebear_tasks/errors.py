@@ -46,5 +46,9 @@ class JobError(GamebearError):
     """A job ran and failed, was cancelled, or its result cannot be used."""
 
 
+class ImageError(GamebearError):
+    """An image cannot be baked: its base, what goes in, the room, or a program that is missing."""
+
+
 class BuilderBusy(BuilderError):
     """The builder gives no further channel now; those that are open go on working."""

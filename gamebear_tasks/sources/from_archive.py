@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import re
 import shutil
 import stat
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import SettingsError
+from ..errors import SettingsError, SourceError
 from ..runner.files import CHUNK, is_sha256, sha256_of
 from .lock import Lock
-from .source import BaseSource, Pin, check_url
+from .source import BaseSource, Pin, check_url, held
 from .tree import Entry, File, Folder, Link, Readable, TreeError, write
 
 if TYPE_CHECKING:
@@ -98,13 +99,7 @@ class Archive(BaseSource[ArchivePin]):
         import zlib
 
         packed = scratch / "archive"
-        self._download(packed)
-        actual = sha256_of(packed)
-        if actual != pin.sha256:
-            raise self.error(
-                f"is not what was asked for: its SHA-256 is {actual}, dodo.py says {pin.sha256}",
-                "If upstream has replaced the file and you trust the new one, write its SHA-256 in dodo.py.",
-            )
+        self._download_verified(packed)
         try:
             with packed.open("rb") as file:
                 magic = file.read(6)
@@ -143,6 +138,43 @@ class Archive(BaseSource[ArchivePin]):
                 f"cannot be unpacked: it is damaged ({error})",
                 "See whether upstream has it whole, under another SHA-256.",
             ) from error
+
+    def download(self, cache: Path) -> Path:
+        """Return the file itself, as it is downloaded, in the cache; fetched only if it is not there.
+
+        Args:
+            cache: a folder of the user's own; made if need be.
+
+        Raises:
+            SourceError: it cannot be had, or is not what its SHA-256 says.
+        """
+        target = cache / f"download-{self.sha256}"
+        if target.is_file():
+            return target
+        part = cache / f".{target.name}.part"
+        try:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with held(cache / f".{target.name}.lock"):
+                try:
+                    if not target.is_file():
+                        self._download_verified(part)
+                        os.replace(part, target)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise SourceError(
+                f"{self} cannot be kept in {cache}: {error.strerror or error}.", "Is there space, and is it yours?"
+            ) from error
+        return target
+
+    def _download_verified(self, target: Path) -> None:
+        self._download(target)
+        actual = sha256_of(target)
+        if actual != self.sha256:
+            raise self.error(
+                f"is not what was asked for: its SHA-256 is {actual}, dodo.py says {self.sha256}",
+                "If upstream has replaced the file and you trust the new one, write its SHA-256 in dodo.py.",
+            )
 
     def _download(self, target: Path) -> None:
         import http.client

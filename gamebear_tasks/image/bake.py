@@ -1,0 +1,253 @@
+"""Bakes: the base on a copy of its own, what goes in, the checks, and the result renamed to its target."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from doit.exceptions import BaseFail, TaskError, TaskFailed
+
+from ..errors import GamebearError, ImageError
+from ..interrupt import terminated_as_interrupted
+from ..report import notice, printable, size
+from ..runner.files import CHUNK, sync_folder
+from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
+from .disk import Disk, Partition
+from .fat import Fat
+from .pack import SUFFIXES, pack
+from .program import check_installed
+from .recipe import Recipe
+from .tree import Tree
+from .workshop import workshop
+
+TRIES = 4
+"""How often a file system grows until there is room: each growth takes a little for itself."""
+
+PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
+"""What tells which architecture a base is of."""
+
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
+def bake(recipe: Recipe) -> BaseFail | None:
+    """Bake an image; a doit action."""
+    try:
+        with terminated_as_interrupted():
+            _bake(recipe)
+    except ImageError as error:
+        return TaskFailed(printable(str(error)))
+    except GamebearError as error:
+        return TaskError(printable(str(error)))
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+        return TaskError(printable(f"{recipe.output} cannot be baked: {what}."))
+    return None
+
+
+def _bake(recipe: Recipe) -> None:
+    check_installed(["debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "mdir", "mmd"])
+    suffix = SUFFIXES[recipe.output.suffix]
+    check_installed([suffix] if suffix else [])
+    before = _stamps(recipe)
+    target = recipe.output
+    if target.is_dir():
+        raise ImageError(f"{target} is a folder, and should become a file.", "Move it out of the way.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with workshop(target) as folder:
+        image = folder / "image"
+        name = str(recipe.base) if isinstance(recipe.base, Path) else recipe.base.url
+        base.unpack(recipe.base, image)
+        _fill(recipe, image, name)
+        done = folder / "done"
+        if suffix:
+            notice(f"compressing {target}")
+        pack(image, done, suffix)
+        if _stamps(recipe) != before:
+            raise ImageError(f"What {target} is baked from changed meanwhile, so it was not placed.", "Run doit again.")
+        with done.open("rb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+            os.fsync(file.fileno())
+        os.replace(done, target)
+        sync_folder(target.parent)
+
+
+def _stamps(recipe: Recipe) -> list[tuple[str, int, int, int]]:
+    """Return what tells whether a file that goes in has changed; raises ImageError where one is not there."""
+    found = []
+    for path in recipe.files:
+        try:
+            about = path.stat()
+        except OSError as error:
+            raise ImageError(
+                f"{path} cannot be read: {error.strerror}.", "Is it the target of another task, or misspelt?"
+            ) from error
+        if not stat.S_ISREG(about.st_mode):
+            raise ImageError(f"{path} is no file.", "Give a file; a folder goes in as a tar.")
+        found.append((str(path), about.st_ino, about.st_size, about.st_mtime_ns))
+    return found
+
+
+def _fill(recipe: Recipe, image: Path, name: str) -> None:
+    """Put everything into an image, and check it.
+
+    Args:
+        recipe: what goes in.
+        image: a copy of the base.
+        name: what a person calls the base.
+    """
+    card = disk.read(image, name)
+    now = ext4.superblock(image, card.root).time
+    ext4.mend(image, card.root, now, name)
+    boot = _boot_of(image, card, now, name)
+    with ext4.Debugfs(image, card.root, now) as session:
+        tree = Tree(ext4.Reader(session, image.parent), image.parent, now)
+        _compose(recipe, tree, boot, name)
+    if boot is not None:
+        boot.check_room(name)
+    card = _make_room(recipe, image, card, tree, now, name)
+    with ext4.Debugfs(image, card.root, now, write=True) as session:
+        writer.write(session, tree, ext4.superblock(image, card.root).inode)
+    if boot is not None and card.boot is not None and boot.is_changed:
+        boot.write()
+        _put_back(boot.path, image, card.boot)
+    ext4.check(image, card.root, now)
+    about = ext4.superblock(image, card.root)
+    notice(
+        f"{recipe.output}: {len(tree.added)} names put in; {size(image.stat().st_size)},"
+        f" {size(about.free_blocks * about.block)} of it free"
+    )
+
+
+def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
+    """Return the boot file system, in a file of its own."""
+    if card.boot is None:
+        return None
+    path = image.parent / "boot"
+    with path.open("wb") as out:
+        base.copy_sparse(image, out, card.boot.start, card.boot.size)
+    return Fat(path, now, name)
+
+
+def _put_back(boot: Path, image: Path, part: Partition) -> None:
+    """Write the boot file system back to where it was: what holds something now, and what held something before."""
+    with boot.open("rb") as source, image.open("r+b") as out:
+        parts = [*base.data_of(out.fileno(), part.start, part.start + part.size)]
+        parts += [(part.start + first, part.start + end) for first, end in base.data_of(source.fileno(), 0, part.size)]
+        for first, end in parts:
+            source.seek(first - part.start)
+            out.seek(first)
+            while first < end:
+                data = source.read(min(end - first, CHUNK))
+                out.write(data)
+                first += len(data)
+
+
+def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
+    """Put all that a recipe has into the tree and on the boot file system."""
+    other = _architecture(tree)
+    if other and other != recipe.arch:
+        raise ImageError(
+            f"{name} is a system for {other}, and the image is for {recipe.arch}.",
+            f'Say arch="{other}", or mind the base.',
+        )
+    place = _boot_mount(tree)
+    if boot is not None and place:
+        tree.mount(place, boot.add)
+    for item in recipe.contents:
+        contents.put(item, tree, recipe.arch)
+    if recipe.hostname:
+        accounts.set_hostname(tree, recipe.hostname)
+    if recipe.user is not None:
+        keys = accounts.public_keys(recipe.user)
+        accounts.set_user(tree, boot, recipe.user, keys)
+        if keys and tree.exists("/lib/systemd/system/ssh.service"):
+            units.enable(tree, "ssh.service")  # Raspberry Pi OS has it, and has it off
+    for unit in recipe.enable:
+        units.enable(tree, unit)
+    _configure(recipe, tree, boot, name)
+
+
+def _architecture(tree: Tree) -> str:
+    """Return Debian's name of what the image's own programs are for; empty where it has none."""
+    for path in PROGRAMS:
+        data = tree.read(path)
+        if data and (found := elf.architecture(data[:64])):
+            return found
+    return ""
+
+
+def _boot_mount(tree: Tree) -> str:
+    """Return where the boot file system is mounted in the running image; empty where that is not said."""
+    for line in (tree.read("/etc/fstab") or b"").decode("utf-8", "surrogateescape").splitlines():
+        words = line.split()
+        is_fat = len(words) >= 3 and not words[0].startswith("#") and words[2] in ("vfat", "msdos", "auto")
+        if is_fat and re.fullmatch(r"/(boot|efi)(/.*)?", words[1]):
+            return words[1]
+    return ""
+
+
+def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
+    """Put in the lines and words for the boot loader and the kernel."""
+    if not recipe.config and not recipe.cmdline:
+        return
+    if boot is None:
+        raise ImageError(f"{name} has no FAT file system, so there is no config.txt.", "Leave config and cmdline out.")
+    for file, wanted, change in (
+        ("config.txt", recipe.config, bootconfig.with_lines),
+        ("cmdline.txt", recipe.cmdline, bootconfig.with_words),
+    ):
+        if not wanted:
+            continue
+        data = boot.read(file)
+        if data is None and file == "cmdline.txt":
+            raise ImageError(
+                f"{name} has no cmdline.txt on its boot file system, so nothing can be added to it.",
+                "Without the rest of the line the image would not boot; put a whole one in with file().",
+            )
+        text = (data or b"").decode("utf-8", "surrogateescape")
+        changed = change(text, wanted)
+        if changed != text:
+            boot.add(file, tree.entry(changed.encode("utf-8", "surrogateescape"), file, 0o755))
+
+
+def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, name: str) -> Disk:
+    """Grow the root file system as far as is asked for or needed; raises ImageError before anything is put in."""
+    wanted = card.root.size
+    if recipe.size is not None:
+        have = image.stat().st_size
+        if recipe.size < have:
+            raise ImageError(
+                f"{recipe.output} is to have {size(recipe.size)}, and its base {name} has {size(have)} already.",
+                "Give a larger size; a base is not shrunk.",
+            )
+        wanted = disk.size_with(card, recipe.size) if recipe.size > have else card.root.size
+    for _ in range(TRIES):
+        if wanted > card.root.size:
+            if not card.is_root_last:
+                raise ImageError(
+                    f"The root partition of {name} cannot grow: another one comes after it.",
+                    "Put less in, or use a base whose root is the last.",
+                )
+            card = disk.grow(image, card, wanted, now, exactly=recipe.size)
+            ext4.resize(image, card.root, now)
+        about = ext4.superblock(image, card.root)
+        blocks, inodes = writer.room(tree, about.block)
+        blocks += -(-recipe.free // about.block)
+        missing = max(blocks - about.free_blocks, 0)
+        groups = -(-max(inodes - about.free_inodes, 0) // about.inodes_per_group)
+        if not missing and not groups:
+            return card
+        if recipe.size is not None:
+            what = f"{size(blocks * about.block)} go in, and {size(about.free_blocks * about.block)} are free"
+            if not missing:
+                what = f"{inodes} files and folders go in, and it has room for {about.free_inodes}"
+            raise ImageError(
+                f"The root file system of {recipe.output} would be full: {what}.",
+                f"Give a larger size than {size(recipe.size)}, or none: then it grows as needed.",
+            )
+        # What is added takes something for itself: tables of inodes, and what is kept for root.
+        wanted = about.blocks * about.block + max(missing * 9 // 8, groups * about.blocks_per_group) * about.block
+    raise ImageError(f"The root file system of {recipe.output} does not get larger.", "Say size=, or use another base.")

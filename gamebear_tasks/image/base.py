@@ -1,0 +1,168 @@
+"""The image that a baked one begins as: found or downloaded, unpacked, its empty parts left as holes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Protocol
+
+from ..errors import ImageError
+from ..runner.files import CHUNK
+from ..sources import Archive
+from .program import check_installed, environment, failure
+
+
+class Readable(Protocol):
+    """What a plain image is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to so many bytes; none at the end."""
+
+
+BLOCK = 1 << 16
+"""Bytes that become a hole if they are all zero."""
+
+ZEROS = bytes(BLOCK)
+
+MAGIC = {
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+}
+"""How each kind of compressed file begins."""
+
+
+def unpack(base: Path | Archive, target: Path) -> None:
+    """Write a base image, plain, to a new file.
+
+    Args:
+        base: plain or compressed (xz, zstd, gzip, or a zip file with one image in it), as its first bytes say.
+        target: the new file.
+
+    Raises:
+        ImageError: it is damaged, or holds no image.
+        SourceError: it cannot be downloaded.
+    """
+    from ..cache import sources_folder
+
+    path = base if isinstance(base, Path) else base.download(sources_folder())
+    with path.open("rb") as file:
+        start = file.read(8)
+    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    with target.open("wb") as out:
+        if not kind:
+            copy_sparse(path, out)
+            return
+        with _reader(path, kind) as plain:
+            write_sparse(plain, out)
+
+
+@contextlib.contextmanager
+def _reader(path: Path, kind: str) -> Iterator[Readable]:
+    """Give what a compressed file holds."""
+    import gzip
+    import zipfile
+
+    if kind in ("xz", "zstd"):
+        with _output_of([kind, "--decompress", "--stdout", "--quiet"], path) as plain:
+            yield plain
+        return
+    try:
+        if kind == "gzip":
+            with gzip.open(path) as plain:
+                yield plain
+            return
+        with zipfile.ZipFile(path) as archive:
+            images = [name for name in archive.namelist() if name.lower().endswith((".img", ".raw"))]
+            if len(images) != 1:
+                found = ", ".join(images or archive.namelist())[:200] or "nothing"
+                raise ImageError(f"{path} should hold one image, and holds {found}.", "Unpack the right one yourself.")
+            with archive.open(images[0]) as plain:
+                yield plain
+    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise ImageError(f"{path} cannot be unpacked: {error}.", "Download it again.") from error
+
+
+@contextlib.contextmanager
+def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
+    """Give what a program makes of a file; xz with all processors."""
+    check_installed(command[:1])
+    threads = ["--threads=0"] if command[0] == "xz" else []
+    with (
+        path.open("rb") as packed,
+        subprocess.Popen(
+            [*command, *threads], stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        ) as process,
+    ):
+        assert process.stdout and process.stderr
+        try:
+            yield process.stdout
+        except BaseException:
+            process.kill()
+            raise
+        said = process.stderr.read().decode("utf-8", "replace")
+    if process.returncode != 0:
+        raise failure(f"{path} cannot be unpacked", command[0], said)
+
+
+def write_sparse(source: Readable, out: IO[bytes]) -> None:
+    """Write all of a stream to a file, with holes for what is zero."""
+    size = 0
+    while data := source.read(CHUNK):
+        size += len(data)
+        if data.count(0) != len(data):
+            _write_blocks(data, out)
+        else:
+            out.seek(len(data), os.SEEK_CUR)
+    out.truncate(size)
+
+
+def _write_blocks(data: bytes, out: IO[bytes]) -> None:
+    for at in range(0, len(data), BLOCK):
+        block = data[at : at + BLOCK]
+        if block == ZEROS[: len(block)]:
+            out.seek(len(block), os.SEEK_CUR)
+        else:
+            out.write(block)
+
+
+def copy_sparse(source: Path, out: IO[bytes], offset: int = 0, size: int | None = None) -> None:
+    """Copy a file, or a part of it, to the start of another; holes stay holes, and what is zero becomes one.
+
+    Args:
+        source: the file.
+        out: the other, empty.
+        offset: where the part begins, in bytes.
+        size: its bytes; None for all up to the end.
+    """
+    with source.open("rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size if size is None else offset + size
+        for start, stop in data_of(file.fileno(), offset, end):
+            file.seek(start)
+            out.seek(start - offset)
+            left = stop - start
+            while left and (data := file.read(min(left, CHUNK))):
+                _write_blocks(data, out)
+                left -= len(data)
+        out.truncate(end - offset)
+
+
+def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a file that are no holes, as first byte and the one after the last."""
+    while start < end:
+        try:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # what it says of a hole that goes on to the end
+                raise
+            return
+        if first >= end:
+            return
+        start = min(os.lseek(fd, first, os.SEEK_HOLE), end)
+        yield first, start

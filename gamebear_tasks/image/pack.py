@@ -1,0 +1,37 @@
+"""The finished image is compressed as its name says, with all processors; the same bytes on every machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from .program import environment, failure
+
+SUFFIXES = {".img": "", ".xz": "xz", ".zst": "zstd"}
+"""How a target is compressed, by the end of its name."""
+
+
+def pack(image: Path, target: Path, program: str) -> None:
+    """Compress an image to a new file, or rename it where nothing compresses it.
+
+    Args:
+        image: the file.
+        target: the new one, in the same file system.
+        program: xz, zstd, or empty.
+
+    Raises:
+        ImageError: there is no room, for instance.
+    """
+    if not program:
+        os.rename(image, target)
+        return
+    # How many threads there are does not show in the result, but one alone of xz writes another format.
+    threads = max(2, os.cpu_count() or 1)
+    options = ["--quiet", "--stdout", f"--threads={threads}"] if program == "xz" else ["-q", "-c", f"-T{threads}"]
+    with image.open("rb") as plain, target.open("wb") as out:
+        done = subprocess.run(
+            [program, *options], stdin=plain, stdout=out, stderr=subprocess.PIPE, check=False, env=environment()
+        )
+    if done.returncode != 0:
+        raise failure("The image cannot be compressed", program, done.stderr.decode("utf-8", "replace"))

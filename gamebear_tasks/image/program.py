@@ -1,0 +1,116 @@
+"""The system's programs that an image is baked with: looked for before anything is begun, started in one way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from ..errors import ImageError
+
+PACKAGES = {
+    "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
+    "sfdisk": "fdisk",
+    "fsck.fat": "dosfstools",
+    "mcopy": "mtools",
+    "mdir": "mtools",
+    "mmd": "mtools",
+    "xz": "xz-utils",
+    "zstd": "zstd",
+}
+"""Debian's package for each program."""
+
+
+def environment(now: int = 0) -> dict[str, str]:
+    """Return what the programs run with: one language, one time zone, one time, nobody's configuration.
+
+    Args:
+        now: what they take for the time, in seconds since 1970; 0 for the real one.
+    """
+    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    path = os.environ.get("PATH", os.defpath)
+    fixed = {
+        **kept,
+        "PATH": f"{path}:/usr/sbin:/sbin",  # where Debian has most of them, and an ordinary user does not look
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "MTOOLSRC": os.devnull,
+        "MTOOLS_SKIP_CHECK": "1",
+    }
+    if now:
+        fixed |= {"E2FSPROGS_FAKE_TIME": str(now), "E2FSCK_TIME": str(now), "SOURCE_DATE_EPOCH": str(now)}
+    return fixed
+
+
+def check_installed(programs: Iterable[str]) -> None:
+    """Look for programs.
+
+    Raises:
+        ImageError: some are not installed here; all of them are named, with Debian's packages.
+    """
+    path = environment()["PATH"]
+    missing = sorted(name for name in set(programs) if not shutil.which(name, path=path))
+    if missing:
+        packages = sorted({PACKAGES[name] for name in missing})
+        raise ImageError(
+            f"An image cannot be baked here without {', '.join(missing)}.",
+            f"Install what is missing: `apt install {' '.join(packages)}`.",
+        )
+
+
+def run(
+    argv: list[str],
+    *,
+    folder: Path,
+    now: int,
+    what: str,
+    stdin: bytes = b"",
+    allowed: Collection[int] = (0,),
+    more: Mapping[str, str] | None = None,
+) -> str:
+    """Run a program and return what it wrote, its errors among it.
+
+    Args:
+        argv: the program and its arguments.
+        folder: where it runs; its files are named relative to that, so that no path of a person is in its way.
+        now: see `environment`.
+        what: what could not be done if it fails; begins the error.
+        stdin: what it reads.
+        allowed: the statuses that are no failure.
+        more: further variables.
+
+    Raises:
+        ImageError: it failed.
+    """
+    done = subprocess.run(
+        argv,
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        cwd=folder,
+        env={**environment(now), **(more or {})},
+    )
+    said = done.stdout.decode("utf-8", "replace")
+    if done.returncode not in allowed:
+        raise failure(what, argv[0], said or f"it ended with status {done.returncode}")
+    return said
+
+
+def failure(what: str, program: str, said: str) -> ImageError:
+    """Return the error for a program that failed.
+
+    Args:
+        what: what could not be done.
+        program: its name.
+        said: what it said; its last lines are shown.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    hint = ""
+    if "no space left" in said.lower():
+        hint = "Make room where the image is to be, then run doit again."
+    return ImageError(f"{what}: {program} says: {' / '.join(lines[-4:])[:600].rstrip('.')}.", hint)

@@ -1,0 +1,138 @@
+"""What a `dodo.py` is written with, beside `artifact()`: `sd_image()`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from doit.exceptions import BaseFail
+
+from ..config import architecture, settings
+from ..errors import SettingsError
+from ..interrupt import say_so_without_a_traceback
+from ..sources import Archive
+from ..tasks import Task, remove_targets
+from .pack import SUFFIXES
+from .recipe import File, Recipe, Tar, User, size_of, texts
+from .workshop import remove_workshops
+
+HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
+"""A host name (RFC 1123, 2.1), without a domain."""
+
+
+def sd_image(
+    base: str | Path | Archive,
+    *,
+    output: str | Path,
+    contents: Iterable[File | Tar] = (),
+    config: Iterable[str] = (),
+    cmdline: Iterable[str] = (),
+    enable: Iterable[str] = (),
+    hostname: str | None = None,
+    user: User | None = None,
+    arch: str | None = None,
+    size: int | str | None = None,
+    free: int | str = 0,
+) -> Task:
+    """Return a doit task that bakes an SD-card image: a base image with artifacts and settings in it.
+
+    It is a plain task: `file_dep` has the base, what goes in and the key files, `targets` the output, `uptodate` all
+    else.
+
+    Args:
+        base: the image to begin with, plain or compressed (xz, zstd, gzip, zip): a file, or an `archive()` of the web.
+        output: the target; `.img`, or `.img.xz` or `.img.zst` to compress it.
+        contents: what goes in, each a `file()` or a `tar()`; of two with one name the later one stays.
+        config: lines of config.txt; a heading such as `[pi4]` among them begins a section.
+        cmdline: words of cmdline.txt.
+        enable: names of units to enable.
+        hostname: the host name; by default the base's.
+        user: a `user()`.
+        arch: Debian's name of the architecture; by default that of the setting `arch`.
+        size: bytes of the whole image, or a text such as `4G`; by default the base's, or what is needed.
+        free: bytes, or such a text, that the root file system has left at least.
+
+    Raises:
+        SettingsError: an argument makes no sense; doit shows it and ends.
+    """
+    if not isinstance(output, str | PurePath) or not re.search(r".\.img(\.xz|\.zst)?$", str(output)):
+        raise SettingsError(
+            f"sd_image(): output={output!r} is no image's name.",
+            f"It ends with .img, or with .img{' or .img'.join(end for end, how in SUFFIXES.items() if how)}.",
+        )
+    target = Path(output)
+    where = f"sd_image({str(target)!r})"
+    if not isinstance(base, Archive):
+        if not isinstance(base, str | PurePath) or not str(base):
+            raise SettingsError(f"{where}: the base {base!r} is neither a file nor an archive().")
+        base = Path(base)
+    items = tuple(contents) if isinstance(contents, Iterable) and not isinstance(contents, str) else (contents,)
+    for item in items:
+        if not isinstance(item, File | Tar):
+            raise SettingsError(f"{where}: contents= has {item!r}.", "Say each as file(…) or tar(…).")
+    if hostname is not None and not (isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)):
+        raise SettingsError(
+            f"{where}: {hostname!r} is no host name.", "It has letters, digits and -, without a domain."
+        )
+    if user is not None and not isinstance(user, User):
+        raise SettingsError(f"{where}: user={user!r} is no user.", "Say user=user(…).")
+    recipe = Recipe(
+        base=base,
+        output=target,
+        arch=architecture("arch", arch, where) if arch is not None else settings().arch,
+        contents=items,
+        config=texts("config", config, where),
+        cmdline=texts("cmdline", cmdline, where),
+        enable=texts("enable", enable, where),
+        hostname=hostname or "",
+        user=user,
+        size=None if size is None else size_of("size", size, where),
+        free=size_of("free", free, where),
+    )
+    if target in recipe.files:
+        raise SettingsError(f"{where}: it would be baked from itself.", "Give the output another name.")
+    if recipe.size is not None and recipe.size % 512:
+        raise SettingsError(f"{where}: size={size!r} is no whole number of sectors of 512 bytes.")
+    say_so_without_a_traceback()  # here, because it is the main process of a `doit -n` that shows it
+    return {
+        "actions": [(_bake, [recipe])],
+        "file_dep": [str(path) for path in dict.fromkeys(recipe.files)],
+        "targets": [str(target)],
+        "uptodate": [_SameRecipe(recipe)],
+        "clean": [remove_targets, _remove_workshops],
+        "verbosity": 2,
+    }
+
+
+def _bake(recipe: Recipe) -> BaseFail | None:
+    from .bake import bake  # here, because loading a dodo.py is to be quick
+
+    return bake(recipe)
+
+
+class _SameRecipe:
+    """Tells doit whether all of a recipe that is no `file_dep` is as it was; an `uptodate` of a task."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._identity = ""
+
+    def configure_task(self, task: Any) -> None:
+        """Have doit save what we compare with, with the task's success."""
+        task.value_savers.append(lambda: {"gamebear-image": self._identity})
+
+    def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
+        """Say whether nothing has changed since the task's last success."""
+        self._identity = self._recipe.identity()
+        return values.get("gamebear-image") == self._identity
+
+    def __repr__(self) -> str:
+        return f"the recipe of {self._recipe.output}: its settings, names and modes"
+
+
+def _remove_workshops(task: Any, dryrun: bool) -> None:
+    """Remove what killed bakings have left; a `clean` action."""
+    for target in () if dryrun else task.targets:
+        remove_workshops(Path(target))

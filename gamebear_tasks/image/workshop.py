@@ -1,0 +1,47 @@
+"""The folder that an image is baked in: beside its target, gone at the end, even after a baking that was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def workshop(target: Path) -> Iterator[Path]:
+    """Give a folder beside the target to work in; it goes at the end, and what killed ones have left goes before."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".bake", dir=target.parent))
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if folder.exists():
+            break
+        os.close(fd)  # another doit took it for one that was left
+    try:
+        remove_workshops(target)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(fd)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name.encode('utf-8', 'surrogateescape')[:60].decode('utf-8', 'ignore')}."
+
+
+def remove_workshops(target: Path) -> None:
+    """Remove the folders of bakings of a target that were killed."""
+    for folder in target.parent.iterdir() if target.parent.is_dir() else ():
+        if not (folder.name.startswith(_prefix(target)) and folder.name.endswith(".bake")):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
