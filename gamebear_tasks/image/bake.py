@@ -109,7 +109,9 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
         boot.check_room(name)
     card = _make_room(recipe, image, card, tree, now, name)
     with ext4.Debugfs(image, card.root, now, write=True) as session:
-        writer.write(session, tree, ext4.superblock(image, card.root).inode)
+        leaves = writer.write(session, tree, ext4.superblock(image, card.root).inode)
+    if leaves:
+        ext4.mend(image, card.root, now, str(recipe.output))
     if boot is not None and card.boot is not None and boot.is_changed:
         boot.write()
         _put_back(boot.path, image, card.boot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterable
 
@@ -44,7 +45,7 @@ def room(tree: Tree, block: int) -> tuple[int, int]:
     return blocks + sum(2 * size // block + 1 for size in names.values()), inodes
 
 
-def write(session: Debugfs, tree: Tree, inode_size: int) -> None:
+def write(session: Debugfs, tree: Tree, inode_size: int) -> bool:
     """Put a tree's entries in.
 
     Args:
@@ -52,10 +53,14 @@ def write(session: Debugfs, tree: Tree, inode_size: int) -> None:
         tree: what goes in.
         inode_size: bytes of an inode: the smallest ones keep no parts of seconds.
 
+    Returns:
+        Whether e2fsck has to free what debugfs has left: the attributes of files that went.
+
     Raises:
         ImageError: debugfs could not.
     """
     _check(tree)
+    leaves = _leaves_attributes(session, tree)
     session.do(_in_folders(tree, _removals(tree)))
     session.do(_in_folders(tree, _folders(tree)))
     names: dict[int, list[str]] = {}
@@ -63,10 +68,10 @@ def write(session: Debugfs, tree: Tree, inode_size: int) -> None:
         if not entry.is_folder:
             names.setdefault(id(entry), []).append(name)
     firsts = {min(group) for group in names.values()}
-    commands = list(_in_folders(tree, ((name, [_creation(name, tree.added[name])]) for name in sorted(firsts))))
-    made = session.do(commands)
-    inodes = iter([number for number in made if number])
-    numbers = {id(tree.added[name]): next(inodes) for name in sorted(firsts) if stat.S_ISREG(tree.added[name].mode)}
+    commands = _in_folders(tree, ((name, [_creation(name, tree.added[name])]) for name in sorted(firsts)))
+    files = (name for name in sorted(firsts) if stat.S_ISREG(tree.added[name].mode))
+    made = zip(commands, session.do(commands), strict=True)
+    numbers = {id(tree.added[next(files)]): number for command, number in made if command.startswith(b"write ")}
     for group in names.values():
         for name in sorted(group)[1:]:
             _link(session, tree, name, numbers[id(tree.added[name])])
@@ -81,6 +86,7 @@ def write(session: Debugfs, tree: Tree, inode_size: int) -> None:
         )
     )
     _write_xattrs(session, tree, described)
+    return leaves
 
 
 def _check(tree: Tree) -> None:
@@ -119,6 +125,13 @@ def _last(name: str) -> bytes:
 
 def _here(name: str) -> bytes:
     return quoted(f"./{name.rpartition('/')[2]}")
+
+
+def _leaves_attributes(session: Debugfs, tree: Tree) -> bool:
+    """Say whether something goes that has attributes in a block of their own, which debugfs does not free."""
+    inodes = {inode.number for name in tree.added if (inode := tree.inode(name)) and not stat.S_ISDIR(inode.mode)}
+    answers = session.ask([b"stat <%d>" % number for number in sorted(inodes)])
+    return any(re.search(rb"^File ACL: [1-9]", said, re.MULTILINE) for said in answers)
 
 
 def _removals(tree: Tree) -> Iterable[tuple[str, list[bytes]]]:

@@ -1,0 +1,299 @@
+"""Small images to bake from, and eyes to see what was baked: 7-Zip's and a Python package's, which baked nothing."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import re
+import stat
+import subprocess
+import zipfile
+import gzip
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ext4
+
+TIME = 1_700_000_000
+"""When a small base was made, in seconds since 1970."""
+
+SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
+
+MIB = 1 << 20
+
+PASSWD = "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
+GROUP = "root:x:0:\nsudo:x:27:\nvideo:x:44:\nnogroup:x:65534:\n"
+
+SYSTEM: Mapping[str, str] = {
+    "bin": "-> usr/bin",
+    "lib": "-> usr/lib",
+    "sbin": "-> usr/sbin",
+    "usr/bin/sh": "#!/nothing\n",
+    "usr/bin/bash": "#!/nothing\n",
+    "usr/sbin/init": "#!/nothing\n",
+    "usr/lib/systemd/system/getty@.service": "[Install]\nWantedBy=getty.target\nDefaultInstance=tty1\n",
+    "usr/lib/systemd/system/ssh.service": "[Install]\nWantedBy=multi-user.target\nAlias=sshd.service\n",
+    "usr/lib/systemd/system/static.service": "[Service]\nExecStart=true\n",
+    "usr/local/bin/": "",
+    "etc/systemd/system/masked.service": "-> /dev/null",
+    "etc/fstab": "LABEL=root / ext4 defaults 0 1\nLABEL=BOOT /boot/firmware vfat defaults 0 2\n",
+    "etc/hostname": "base\n",
+    "etc/hosts": "127.0.0.1\tlocalhost\n127.0.1.1\tbase\n::1\tip6-localhost\n",
+    "etc/passwd": PASSWD,
+    "etc/shadow": "root:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\n",
+    "etc/group": GROUP,
+    "etc/gshadow": "root:*::\nsudo:*::\nvideo:*::\nnogroup:*::\n",
+    "etc/skel/.profile": "umask 022\n",
+    "etc/skel/.config/": "",
+    "boot/firmware/": "",
+    "home/": "",
+    "root/": "",
+    "tmp/": "",
+}
+"""The least of a system, by names from the root: folders end with a slash, links begin with an arrow."""
+
+BOOT: Mapping[str, str] = {
+    "config.txt": "arm_64bit=0\n\n[pi4]\narm_boost=1\n",
+    "cmdline.txt": "console=tty1 root=LABEL=root rootwait\n",
+    "overlays/dwc2.dtbo": "an overlay\n",
+}
+"""What is on its boot file system."""
+
+
+def make_base(
+    path: Path,
+    *,
+    label: str = "dos",
+    size: int = 24,
+    boot: Mapping[str, str] | None = BOOT,
+    system: Mapping[str, str] = SYSTEM,
+    options: tuple[str, ...] = (),
+    root_first: bool = False,
+) -> Path:
+    """Make a small image: FAT to boot from and ext4 as root, as Raspberry Pi OS has.
+
+    Args:
+        path: where; its suffix says how it is compressed.
+        label: of the partition table: `dos` or `gpt`.
+        size: MiB of the root partition.
+        boot: what is on the boot file system; None for no such.
+        system: what is in the root file system.
+        options: more for mke2fs.
+        root_first: the root partition is not the last.
+    """
+    scratch = path.parent / f"{path.name}.parts"
+    root = scratch / "root"
+    root.mkdir(parents=True)
+    for name, text in system.items():
+        place = root / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            place.mkdir(exist_ok=True)
+        elif text.startswith("-> "):
+            place.symlink_to(text[3:])
+        else:
+            place.write_text(text)
+    if (root / "etc/shadow").exists():
+        (root / "etc/shadow").chmod(0o640)
+    image = scratch / "image"
+    starts = (MIB, 17 * MIB) if not root_first else ((1 + size) * MIB, MIB)
+    with image.open("wb") as file:
+        file.truncate((18 + size) * MIB)
+    kinds = (
+        ("c", "83")
+        if label == "dos"
+        else ("EBD0A0A2-B9E5-4433-87C0-68B6B72699C7", "0FC63DAF-8483-4772-8E79-3D69D8477DE4")
+    )
+    lines = [(starts[1], size, kinds[1])]
+    if boot is not None:
+        lines.append((starts[0], 16, kinds[0]))
+    identity = "0x01020304" if label == "dos" else "11111111-2222-3333-4444-555555555555"
+    table = f"label: {label}\nlabel-id: {identity}\n" + "".join(
+        f"start={start // 512}, size={mib * 2048}, type={kind}\n" for start, mib, kind in sorted(lines)
+    )
+    _run("sfdisk", "--quiet", str(image), stdin=table)
+    _run(
+        "mke2fs", "-q", "-t", "ext4", "-L", "root", "-d", str(root), "-U", "01020304-0506-0708-090a-0b0c0d0e0f10",
+        "-E", f"offset={starts[1]},root_owner=0:0,hash_seed=01020304-0506-0708-090a-0b0c0d0e0f10", *options, str(image),
+        f"{size}M",
+    )  # fmt: skip
+    if boot is not None:
+        fat = scratch / "fat"
+        with fat.open("wb") as file:
+            file.truncate(16 * MIB)
+        _run("mkfs.fat", "-F", "16", "-i", "01020304", "-n", "BOOT", str(fat))
+        for folder in sorted({name.rpartition("/")[0] for name in boot} - {""}):
+            _run("mmd", "-i", str(fat), f"::/{folder}")
+        for name, text in boot.items():
+            (scratch / "file").write_text(text)
+            _run("mcopy", "-i", str(fat), str(scratch / "file"), f"::/{name}")
+        with image.open("r+b") as file:
+            file.seek(starts[0])
+            file.write(fat.read_bytes())
+    data = image.read_bytes()
+    pack(path, data)
+    _run("rm", "-r", str(scratch))
+    return path
+
+
+def pack(path: Path, data: bytes) -> None:
+    """Write an image as its name says."""
+    if path.suffix == ".xz":
+        path.write_bytes(lzma.compress(data, preset=0))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(data, 1, mtime=0))
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("readme.txt", "an image\n")
+            archive.writestr("card.img", data)
+    elif path.suffix == ".zst":
+        path.write_bytes(subprocess.run(["zstd", "-q", "-c"], input=data, stdout=subprocess.PIPE, check=True).stdout)
+    else:
+        path.write_bytes(data)
+
+
+def unpacked(path: Path) -> bytes:
+    """Return an image, plain."""
+    program = {".xz": "xz", ".zst": "zstd"}.get(path.suffix)
+    if program is None:
+        return path.read_bytes()
+    return subprocess.run([program, "-dc", path], stdout=subprocess.PIPE, check=True).stdout
+
+
+def _run(*command: str, stdin: str = "") -> str:
+    done = subprocess.run(
+        command,
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env={
+            "PATH": SBIN,
+            "E2FSPROGS_FAKE_TIME": str(TIME),
+            "SOURCE_DATE_EPOCH": str(TIME),
+            "TZ": "UTC",
+            "LC_ALL": "C.UTF-8",
+        },
+    )
+    assert done.returncode == 0, (command, done.stdout)
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a name in an image stands for.
+
+    Attributes:
+        mode: type and permissions.
+        owner: user and group id.
+        mtime: in nanoseconds.
+        atime: likewise.
+        content: a file's bytes, a link's target.
+        inode: its number.
+        links: how many names it has.
+        xattrs: extended attributes.
+        device: major and minor number.
+    """
+
+    mode: int
+    owner: tuple[int, int]
+    mtime: int
+    atime: int
+    content: bytes
+    inode: int
+    links: int
+    xattrs: Mapping[str, bytes]
+    device: tuple[int, int]
+
+
+class Card:
+    """A baked image, as others see it.
+
+    Args:
+        path: the image, compressed or not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.data = unpacked(path)
+        self._plain = path.parent / f"{path.name}.plain"
+        self._plain.write_bytes(self.data)
+        table = _run("sfdisk", "--dump", str(self._plain))
+        self.parts = [
+            (int(start) * 512, int(size) * 512) for start, size in re.findall(r"start=\s*(\d+), size=\s*(\d+)", table)
+        ]
+        self.table = table.replace(str(self._plain), "image")
+        self._root = next(start for start, _ in self.parts if self.data[start + 1080 : start + 1082] == b"\x53\xef")
+
+    def __getitem__(self, name: str) -> Seen:
+        """Return what is under a name from the root; no link is followed."""
+        return self.files()[name]
+
+    def files(self) -> dict[str, Seen]:
+        """Return everything in the root file system, by name from the root."""
+        volume = ext4.Volume(io.BufferedReader(io.BytesIO(self.data)), offset=self._root)
+        found: dict[str, Seen] = {}
+        pending = [("", volume.root)]
+        while pending:
+            folder, inode = pending.pop()
+            for entry, _ in inode.opendir():
+                name = entry.name_bytes.decode("utf-8", "surrogateescape")
+                if name in (".", ".."):
+                    continue
+                path = f"{folder}/{name}".lstrip("/")
+                child = volume.inodes[entry.inode]
+                found[path] = _seen(child)
+                if stat.S_ISDIR(int(child.i_mode)):
+                    pending.append((path, child))
+        return found
+
+    def boot(self) -> dict[str, bytes]:
+        """Return the files of the boot file system, read by 7-Zip."""
+        start, size = next(part for part in self.parts if part[0] != self._root)
+        fat = self._plain.with_suffix(".fat")
+        fat.write_bytes(self.data[start : start + size])
+        out = self._plain.with_suffix(".boot")
+        _run("7zz" if Path("/usr/bin/7zz").exists() else "7z", "x", "-tFAT", f"-o{out}", "-y", str(fat))
+        files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        _run("rm", "-r", str(out), str(fat))
+        return files
+
+    def check(self) -> None:
+        """Have both file systems checked, once more."""
+        for start, size in self.parts:
+            part = self._plain.with_suffix(".part")
+            part.write_bytes(self.data[start : start + size])
+            _run(*(("fsck.ext4", "-fn") if start == self._root else ("fsck.fat", "-n")), str(part))
+            part.unlink()
+
+
+def _seen(inode: ext4.Inode) -> Seen:
+    mode = int(inode.i_mode)
+    content = b""
+    device = (0, 0)
+    if stat.S_ISREG(mode):
+        content = inode.open().read()
+    elif stat.S_ISLNK(mode):
+        content = inode.readlink()
+    elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        old, new = (int(number) for number in inode.i_block[:2])
+        device = (old >> 8, old & 255) if old else (new >> 8 & 0xFFF, new & 255 | new >> 12 & 0xFFF00)
+    high = inode.osd2.linux2
+    return Seen(
+        mode,
+        (inode.i_uid | high.l_i_uid_high << 16, inode.i_gid | high.l_i_gid_high << 16),
+        _time(inode.i_mtime, inode.i_mtime_extra),
+        _time(inode.i_atime, inode.i_atime_extra),
+        content,
+        inode.i_no,
+        inode.i_links_count,
+        dict(inode.xattrs),
+        device,
+    )
+
+
+def _time(low: int, extra: int) -> int:
+    """Return a time in nanoseconds (ext4's i_mtime_extra: two bits of seconds, thirty of nanoseconds)."""
+    seconds = (low - 2**32 if low >= 2**31 else low) + ((extra & 3) << 32)
+    return seconds * 10**9 + (extra >> 2)

@@ -1,0 +1,424 @@
+"""What a tar holds is in the image as the tar has it; what cannot be is refused, by name and before anything is placed."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from card import Card, make_base
+from doit.exceptions import BaseFail
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gamebear_tasks import file, sd_image, tar
+
+ELF = {
+    "armhf": bytes.fromhex("7f454c46010101000000000000000000030028000100000000000000340000000000000000040005")
+    + bytes(40),
+    "armel": bytes.fromhex("7f454c46010101000000000000000000030028000100000000000000340000000000000000020005")
+    + bytes(40),
+    "arm64": bytes.fromhex("7f454c4602010100000000000000000003 00b700".replace(" ", "")) + bytes(60),
+    "amd64": bytes.fromhex("7f454c46020101000000000000000000 03003e00".replace(" ", "")) + bytes(60),
+}
+"""How programs of some architectures begin."""
+
+VIDEOCORE = bytes.fromhex("7f454c4601010100000000000000000002008900") + bytes(60)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small base image."""
+    return make_base(tmp_path_factory.mktemp("base") / "base.img")
+
+
+def bake(base: Path, output: Path, **arguments: Any) -> None:
+    """Run the action of a task for an image; it must go well."""
+    failure = baked(base, output, **arguments)
+    assert failure is None, failure.message
+
+
+def baked(base: Path, output: Path, **arguments: Any) -> BaseFail | None:
+    """Run the action of a task for an image."""
+    task = sd_image(base, output=output, **{"arch": "armhf", **arguments})
+    function, given = task["actions"][0]
+    failure: BaseFail | None = function(*given)
+    assert not list(output.parent.glob(".*.bake")), "nothing of it is left"
+    return failure
+
+
+def refused(base: Path, output: Path, *words: str, **arguments: Any) -> None:
+    """See that an image is not baked, and why."""
+    failure = baked(base, output, **arguments)
+    assert failure is not None and not output.exists()
+    for word in words:
+        assert word in failure.message, failure.message
+
+
+class Packed:
+    """A tar file being made."""
+
+    def __init__(self, path: Path, mode: str = "w") -> None:
+        self.path = path
+        self._mode = mode
+        self._members: list[tuple[tarfile.TarInfo, bytes]] = []
+
+    def add(self, name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", **fields: Any) -> Packed:
+        """Add a member."""
+        member = tarfile.TarInfo(name)
+        member.type = kind
+        member.size = len(data)
+        for field, value in fields.items():
+            setattr(member, field, value)
+        self._members.append((member, data))
+        return self
+
+    def done(self) -> Path:
+        """Write it."""
+        with tarfile.open(self.path, self._mode, format=tarfile.PAX_FORMAT, errors="surrogateescape") as archive:
+            for member, data in self._members:
+                archive.addfile(member, io.BytesIO(data))
+        return self.path
+
+
+def test_everything_is_as_the_tar_has_it(base: Path, tmp_path: Path) -> None:
+    packed = (
+        Packed(tmp_path / "all.tar")
+        .add("./", tarfile.DIRTYPE, mode=0o700, uid=1000)
+        .add("opt/", tarfile.DIRTYPE, mode=0o2775, uid=7, gid=8, mtime=1_000_000_000)
+        .add("opt/file", data=b"content", mode=0o4751, uid=70_000, gid=4_000_000_000, mtime=5_000_000_000)
+        .add("opt/exact", pax_headers={"mtime": "1234567890.123456789", "atime": "2.000000001"})
+        .add("opt/old", pax_headers={"mtime": "-1.5"})
+        .add("opt/hard", tarfile.LNKTYPE, linkname="opt/file")
+        .add("opt/link", tarfile.SYMTYPE, linkname="../etc/passwd", uid=5)
+        .add("opt/long", tarfile.SYMTYPE, linkname="/" + "x" * 300)
+        .add("opt/null", tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
+        .add("opt/disk", tarfile.BLKTYPE, devmajor=259, devminor=300, mode=0o660)
+        .add("opt/pipe", tarfile.FIFOTYPE, mode=0o600)
+        .add("opt/capable", pax_headers={"SCHILY.xattr.user.note": "hello", "SCHILY.xattr.user.empty": ""})
+        .done()
+    )
+    bake(base, tmp_path / "out.img", contents=[tar(packed)])
+    card = Card(tmp_path / "out.img")
+    found = card.files()
+    assert (found["opt"].mode, found["opt"].owner, found["opt"].mtime) == (0o42775, (7, 8), 10**18)
+    program = found["opt/file"]
+    assert (program.mode, program.owner, program.content) == (0o104751, (70_000, 4_000_000_000), b"content")
+    assert program.mtime == 5_000_000_000 * 10**9
+    assert (found["opt/exact"].mtime, found["opt/exact"].atime) == (1234567890123456789, 2000000001)
+    assert found["opt/old"].mtime == -1_500_000_000
+    assert found["opt/hard"].inode == program.inode and program.links == 2
+    assert (found["opt/link"].content, found["opt/link"].owner) == (b"../etc/passwd", (5, 0))
+    assert found["opt/long"].content == b"/" + b"x" * 300
+    assert (found["opt/null"].mode, found["opt/null"].device) == (stat.S_IFCHR | 0o666, (1, 3))
+    assert (found["opt/disk"].mode, found["opt/disk"].device) == (stat.S_IFBLK | 0o660, (259, 300))
+    assert found["opt/pipe"].mode == stat.S_IFIFO | 0o600
+    assert found["opt/capable"].xattrs == {"user.note": b"hello", "user.empty": b""}
+    card.check()
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_tar_may_be_compressed(base: Path, tmp_path: Path, mode: str) -> None:
+    packed = Packed(tmp_path / "some.tar", mode).add("opt/file", data=b"content").done()
+    bake(base, tmp_path / "out.img", contents=[tar(packed)])
+    assert Card(tmp_path / "out.img")["opt/file"].content == b"content"
+
+
+def test_what_gnu_tar_packs_comes_out_the_same(base: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree" / "opt"
+    tree.mkdir(parents=True)
+    (tree / "file").write_bytes(os.urandom(100_000))
+    os.setxattr(tree / "file", "user.binary", b"\0\xff\n=\x01")
+    with (tree / "holes").open("wb") as sparse:
+        sparse.truncate(5 << 20)
+        sparse.seek(3 << 20)
+        sparse.write(b"here")
+    os.link(tree / "file", tree / "again")
+    os.chown(tree / "file", 12, 34)
+    packed = tmp_path / "gnu.tar"
+    command = f"tar --create --sparse --xattrs --format=posix --file={packed} --directory={tree.parent} ."
+    assert os.system(command) == 0
+    bake(base, tmp_path / "out.img", contents=[tar(packed)])
+    card = Card(tmp_path / "out.img")
+    found = card.files()
+    for name in ("file", "again", "holes"):
+        there = (tree / name).stat()
+        assert found[f"opt/{name}"].content == (tree / name).read_bytes()
+        assert found[f"opt/{name}"].mtime == there.st_mtime_ns
+        assert found[f"opt/{name}"].owner == (there.st_uid, there.st_gid)
+    assert found["opt/file"].xattrs == {"user.binary": b"\0\xff\n=\x01"}
+    card.check()
+
+
+def test_the_links_of_the_base_are_followed_and_stay(base: Path, tmp_path: Path) -> None:
+    packed = Packed(tmp_path / "some.tar").add("lib/", tarfile.DIRTYPE, mode=0o755).add("lib/thing", data=b"1").done()
+    bake(base, tmp_path / "out.img", contents=[tar(packed)])
+    found = Card(tmp_path / "out.img").files()
+    assert found["lib"].content == b"usr/lib"
+    assert found["usr/lib/thing"].content == b"1"
+
+
+def test_a_link_that_a_tar_brings_leads_nowhere_but_into_the_image(base: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    packed = (
+        Packed(tmp_path / "some.tar")
+        .add("way", tarfile.SYMTYPE, linkname=f"../../../..{outside}")
+        .add("way/file", data=b"1")
+        .add("etc/hostname", tarfile.SYMTYPE, linkname="/etc/elsewhere")
+        .done()
+    )
+    bake(base, tmp_path / "out.img", contents=[tar(packed)], hostname="bear")
+    found = Card(tmp_path / "out.img").files()
+    assert list(outside.iterdir()) == []
+    assert found[f"{outside}/file".lstrip("/")].content == b"1"
+    assert found["etc/elsewhere"].content == b"bear\n", "the host name goes where the link leads"
+
+
+def test_an_absolute_name_is_meant_from_the_images_root(base: Path, tmp_path: Path) -> None:
+    packed = Packed(tmp_path / "some.tar").add("/opt//./file", data=b"1").done()
+    bake(base, tmp_path / "out.img", contents=[tar(packed, "/srv")])
+    assert Card(tmp_path / "out.img")["srv/opt/file"].content == b"1"
+
+
+def test_of_two_with_one_name_the_later_one_stays(base: Path, tmp_path: Path) -> None:
+    one = Packed(tmp_path / "one.tar").add("opt/x", data=b"1", mode=0o755).add("opt/x", data=b"2").done()
+    two = Packed(tmp_path / "two.tar").add("opt/y", tarfile.SYMTYPE, linkname="x").add("etc/hostname", data=b"b").done()
+    three = tmp_path / "y"
+    three.write_bytes(b"3")
+    bake(base, tmp_path / "out.img", contents=[tar(one), tar(two), file(three, "/opt/")])
+    card = Card(tmp_path / "out.img")
+    found = card.files()
+    assert (found["opt/x"].content, found["opt/y"].content, found["etc/hostname"].content) == (b"2", b"3", b"b")
+    assert stat.S_ISREG(found["opt/y"].mode), "the link is replaced, not followed"
+    card.check()
+
+
+def test_a_file_of_several_names_is_free_when_all_are_replaced(tmp_path: Path, base: Path) -> None:
+    packed = (
+        Packed(tmp_path / "a.tar")
+        .add("a", data=b"1" * 9000, pax_headers={"SCHILY.xattr.user.x": "y" * 900})
+        .add("b", tarfile.LNKTYPE, linkname="a")
+        .done()
+    )
+    bake(base, tmp_path / "one.img", contents=[tar(packed)])
+    again = Packed(tmp_path / "b.tar").add("a", data=b"2").add("b", data=b"3").done()
+    bake(tmp_path / "one.img", tmp_path / "two.img", contents=[tar(again)])
+    card = Card(tmp_path / "two.img")
+    assert (card["a"].content, card["b"].content) == (b"2", b"3")
+    card.check()
+
+
+def test_a_folder_of_many_files_grows(base: Path, tmp_path: Path) -> None:
+    packed = Packed(tmp_path / "many.tar").add("opt/many/first", data=b"1")
+    for number in range(1500):
+        packed.add(f"opt/many/{number}{'-' * 60}", tarfile.LNKTYPE, linkname="opt/many/first")
+        packed.add(f"opt/other/{number}{'-' * 60}", tarfile.SYMTYPE, linkname="x")
+    bake(base, tmp_path / "out.img", contents=[tar(packed.done())])
+    card = Card(tmp_path / "out.img")
+    assert card["opt/many/first"].links == 1501
+    assert len(card.files()) > 3000
+    card.check()
+
+
+def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path, tmp_path: Path) -> None:
+    packed = (
+        Packed(tmp_path / "some.tar")
+        .add("boot/firmware/", tarfile.DIRTYPE)
+        .add("boot/firmware/Overlays/NEW.dtbo", data=b"1" * 70_000, mtime=1)
+        .add("boot/firmware/deep/er/a b.txt", data=b"2")
+        .add("boot/firmware/CONFIG.TXT", data=b"# mine\n")
+        .done()
+    )
+    bake(base, tmp_path / "out.img", contents=[tar(packed)], config=["dtoverlay=dwc2"])
+    card = Card(tmp_path / "out.img")
+    boot = {name.lower(): content for name, content in card.boot().items()}
+    assert boot["overlays/new.dtbo"] == b"1" * 70_000
+    assert boot["deep/er/a b.txt"] == b"2"
+    assert boot["config.txt"] == b"# mine\ndtoverlay=dwc2\n"
+    assert not any(name.startswith("boot/firmware/") for name in card.files())
+    card.check()
+
+
+def test_a_file_goes_where_it_is_said(base: Path, tmp_path: Path) -> None:
+    program = tmp_path / "prog ram"
+    program.write_bytes(ELF["armhf"])
+    program.chmod(0o700)
+    bake(
+        base,
+        tmp_path / "out.img",
+        contents=[
+            file(program, "/usr/local/bin"),
+            file(program, "/bin/other"),
+            file(program, "/new/folder/", mode=0o4710, owner=3, group=4),
+        ],
+    )
+    found = Card(tmp_path / "out.img").files()
+    assert (found["usr/local/bin/prog ram"].mode, found["usr/local/bin/prog ram"].owner) == (0o100755, (0, 0))
+    assert found["usr/bin/other"].content == ELF["armhf"]
+    assert (found["new/folder/prog ram"].mode, found["new/folder/prog ram"].owner) == (0o104710, (3, 4))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("arch", ["armel", "arm64", "amd64"])
+def test_a_program_for_another_architecture_is_refused_by_name(base: Path, tmp_path: Path, arch: str) -> None:
+    program = tmp_path / "program"
+    program.write_bytes(ELF[arch])
+    refused(
+        base,
+        tmp_path / "out.img",
+        f"{program} is a program for {arch}, and the image is for armhf.",
+        contents=[file(program, "/bin/")],
+    )
+    packed = Packed(tmp_path / "some.tar").add("usr/lib/libx.so", data=ELF[arch]).done()
+    refused(base, tmp_path / "out.img", f"{packed}: usr/lib/libx.so is a program for {arch}", contents=[tar(packed)])
+
+
+def test_what_is_for_a_device_of_its_own_is_no_foreign_program(base: Path, tmp_path: Path) -> None:
+    packed = Packed(tmp_path / "some.tar").add("lib/firmware/start.elf", data=VIDEOCORE).done()
+    bake(base, tmp_path / "out.img", contents=[tar(packed)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "fields", "said"),
+    [
+        ("../x", tarfile.REGTYPE, {}, "'../x', which leads out"),
+        ("a/../../x", tarfile.REGTYPE, {}, "leads out"),
+        ("x", tarfile.LNKTYPE, {"linkname": "/etc/shadow"}, "is a hard link to '/etc/shadow', which is not before it"),
+        ("x", tarfile.LNKTYPE, {"linkname": "../../etc/shadow"}, "leads out"),
+        ("a\nb", tarfile.REGTYPE, {}, "has a line break in it"),
+        ("a", tarfile.SYMTYPE, {"linkname": "b\nc"}, "leads to one that has"),
+        ("a", tarfile.CHRTYPE, {"devminor": 100_000, "devmajor": 1}, "has a number above 65535"),
+        ("n" * 256, tarfile.REGTYPE, {}, "is longer than 255 bytes"),
+        ("etc", tarfile.REGTYPE, {}, "/etc is no folder, and a folder in the image"),
+        ("etc/passwd", tarfile.DIRTYPE, {}, "/etc/passwd is a folder, and something else in the image"),
+        ("etc/passwd/x", tarfile.REGTYPE, {}, "where /etc/passwd is no folder"),
+        ("boot/firmware/x", tarfile.SYMTYPE, {"linkname": "y"}, "it has no links or devices"),
+        ("boot/firmware/a:b", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.acl.access": "user::rw-"}}, "has an access control list"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.odd": "x"}}, "has the attribute 'odd'"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "99999999999"}}, "has the time 99999999999"),
+        ("x", b"Z", {}, "is of a kind that cannot be baked"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_in_an_image_is_refused_by_name(
+    base: Path, tmp_path: Path, name: str, kind: bytes, fields: dict[str, Any], said: str
+) -> None:
+    packed = Packed(tmp_path / "bad.tar").add("good", data=b"1").add(name, kind, **fields).done()
+    refused(base, tmp_path / "out.img", "bad.tar", said, contents=[tar(packed)])
+
+
+def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:
+    packed = (
+        Packed(tmp_path / "loop.tar")
+        .add("a", tarfile.SYMTYPE, linkname="b")
+        .add("b", tarfile.SYMTYPE, linkname="a")
+        .add("a/x")
+        .done()
+    )
+    refused(base, tmp_path / "out.img", "leads through links without end", contents=[tar(packed)])
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_that_ends_too_early_is_refused(base: Path, tmp_path: Path, mode: str) -> None:
+    packed = Packed(tmp_path / "half.tar", mode).add("opt/x", data=os.urandom(100_000)).done()
+    packed.write_bytes(packed.read_bytes()[:50_000])
+    refused(base, tmp_path / "out.img", "half.tar cannot be unpacked", contents=[tar(packed)])
+
+
+def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "no.tar").write_bytes(b"hello" * 1000)
+    refused(base, tmp_path / "out.img", "no.tar cannot be unpacked", contents=[tar(tmp_path / "no.tar")])
+
+
+# whatever a tar holds
+
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0\r\n", exclude_categories=["Cs"]), min_size=1, max_size=12
+)
+PATHS = st.lists(
+    NAMES.filter(lambda name: name not in (".", "..") and name == name.strip("\udc00")), min_size=1, max_size=4
+)
+
+
+@st.composite
+def members(draw: st.DrawFn) -> list[tuple[str, bytes, dict[str, Any]]]:
+    """Draw the members of a tar: folders, files, links and hard links of any name, in folders of their own."""
+    found: list[tuple[str, bytes, dict[str, Any]]] = []
+    files: list[str] = []
+    taken: dict[str, bytes] = {}
+    for path in draw(st.lists(PATHS, max_size=12)):
+        name = "/".join(["top", *path])
+        kind = draw(st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]))
+        above = ["/".join(name.split("/")[:count]) for count in range(1, name.count("/") + 1)]
+        if any(taken.get(folder, tarfile.DIRTYPE) != tarfile.DIRTYPE for folder in above):
+            continue
+        if name in taken and (taken[name] == tarfile.DIRTYPE) != (kind == tarfile.DIRTYPE):
+            continue
+        if kind == tarfile.LNKTYPE and not files:
+            continue
+        fields: dict[str, Any] = {
+            "mode": draw(st.integers(0, 0o7777)),
+            "uid": draw(st.integers(0, 2**32 - 2)),
+            "gid": draw(st.integers(0, 2**32 - 2)),
+            "mtime": draw(st.integers(-(2**31), 2**34 - 2**31 - 1)),
+        }
+        if kind == tarfile.REGTYPE:
+            fields["data"] = draw(
+                st.one_of(st.binary(max_size=20), st.integers(0, 3).map(lambda count: b"\0" * 70_000 * count))
+            )
+            files.append(name)
+        elif kind == tarfile.SYMTYPE:
+            fields["linkname"] = draw(
+                st.text(
+                    st.characters(codec="utf-8", exclude_characters="\0\r\n", exclude_categories=["Cs"]),
+                    min_size=1,
+                    max_size=90,
+                )
+            )
+        elif kind == tarfile.LNKTYPE:
+            fields = {"linkname": draw(st.sampled_from(files))}
+            if fields["linkname"] == name or taken.get(fields["linkname"]) != tarfile.REGTYPE:
+                continue
+        taken.update({folder: tarfile.DIRTYPE for folder in above})
+        taken[name] = tarfile.REGTYPE if kind == tarfile.LNKTYPE else kind
+        found.append((name, kind, fields))
+    return found
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(held=members())
+def test_any_tar_is_in_the_image_as_it_is(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, held: list[tuple[str, bytes, dict[str, Any]]]
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    packed = Packed(folder / "any.tar")
+    expected: dict[str, tuple[bytes, dict[str, Any], bytes]] = {}
+    for name, kind, fields in held:
+        packed.add(name, kind, **fields)
+        if kind == tarfile.LNKTYPE:
+            expected[name] = expected[fields["linkname"]]
+        else:
+            expected[name] = (
+                kind,
+                fields,
+                fields.get("data", fields.get("linkname", "").encode() if kind == tarfile.SYMTYPE else b""),
+            )
+    bake(base, folder / "out.img", contents=[tar(packed.done())])
+    card = Card(folder / "out.img")
+    found = card.files()
+    kinds = {tarfile.REGTYPE: stat.S_IFREG, tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK}
+    for name, (kind, fields, content) in expected.items():
+        seen = found[name]
+        mode = 0o777 if kind == tarfile.SYMTYPE else fields["mode"]
+        assert seen.mode == kinds[kind] | mode
+        assert seen.owner == (fields["uid"], fields["gid"])
+        assert seen.mtime == fields["mtime"] * 10**9
+        assert seen.content == content
+    card.check()
