@@ -1,6 +1,21 @@
-"""The three artifacts for a Gamebear: umtprd, usbgx.tar and gt.tar."""
+"""The three artifacts for a Gamebear, umtprd, usbgx.tar and gt.tar, and an SD-card image that has them."""
 
-from gamebear_tasks import artifact, debian, either, git, task_builder, task_lock, task_prune, task_sources
+from pathlib import Path
+
+from gamebear_tasks import (
+    artifact,
+    debian,
+    either,
+    file,
+    git,
+    sd_image,
+    tar,
+    task_builder,
+    task_lock,
+    task_prune,
+    task_sources,
+    user,
+)
 
 DOIT_CONFIG = {"default_tasks": ["umtprd", "usbgx", "gt"]}
 
@@ -10,6 +25,9 @@ UMTP = either(
 )
 LIBUSBGX = git("https://github.com/libusbgx/libusbgx.git", rev="664b7e6fe7f8269a774101d7625dd0a82c8aadd3")
 GT = git("https://github.com/kopasiak/gt.git", rev="a425870aa14d35357dc3bd51e3233c5b7f51bbd1")
+
+MY_KEYS = sorted(Path.home().glob(".ssh/id_*.pub"))
+"""Whoever bakes the image may log in to it."""
 
 
 def task_umtprd():
@@ -31,6 +49,31 @@ def task_gt():
     """gt: sets up USB gadgets from the command line, with its man page"""
     task = artifact("buildscripts/gt.py", sources={"gt": GT}, inputs=["build/usbgx.tar"], outputs=["build/gt.tar"])
     return {**task, "task_dep": ["gt_image"]}
+
+
+def task_base_image():
+    """Debian with its kernel, in an SD-card image: stands in for Raspberry Pi OS"""
+    return artifact("buildscripts/debian_image.py", outputs=["build/debian.img.xz"])
+
+
+def task_image():
+    """the SD-card image with everything in it"""
+    return sd_image(
+        "build/debian.img.xz",
+        output="build/gamebear.img.xz",
+        contents=[
+            file("build/umtprd", "/usr/local/bin/"),
+            tar("build/usbgx.tar"),
+            tar("build/gt.tar"),
+            file("image/gadget.conf", "/etc/modules-load.d/"),
+            file("image/ldconfig.service", "/etc/systemd/system/"),
+        ],
+        config=["dtoverlay=dwc2"],
+        cmdline=["modules-load=dwc2"],
+        enable=["ldconfig.service"],
+        hostname="gamebear",
+        user=user("bear", authorized_keys=MY_KEYS),
+    )
 
 
 __all__ = ["task_builder", "task_lock", "task_prune", "task_sources"]
