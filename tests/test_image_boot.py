@@ -27,8 +27,8 @@ StandardError=tty
 TTYPath=/dev/ttyAMA0
 ExecStart=/bin/sh -c ' \\
     sleep 5; echo; echo BEGIN; \\
-    echo host: $(hostname); \\
-    gt --help; echo gt: $?; \\
+    echo host: $$(hostname); \\
+    gt --help; echo gt: $$?; \\
     umtprd; journalctl --boot --output=cat | grep "uMTP Responder"; \\
     stat --format="%%n %%a %%U" /usr/local/bin/umtprd; \\
     cat /proc/cmdline; cat /boot/firmware/config.txt; \\
