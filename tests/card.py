@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import lzma
 import re
 import stat
 import subprocess
 import zipfile
-import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

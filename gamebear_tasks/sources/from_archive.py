@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SettingsError, SourceError
-from ..runner.files import CHUNK, is_sha256, sha256_of
+from ..runner.files import CHUNK, is_sha256, locked, sha256_of
 from .lock import Lock
-from .source import BaseSource, Pin, check_url, held
+from .source import BaseSource, Pin, check_url
 from .tree import Entry, File, Folder, Link, Readable, TreeError, write
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Archive(BaseSource[ArchivePin]):
         part = cache / f".{target.name}.part"
         try:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with held(cache / f".{target.name}.lock"):
+            with locked(cache / f".{target.name}.lock"):
                 try:
                     if not target.is_file():
                         self._download_verified(part)
