@@ -254,7 +254,7 @@ class Card:
         fat = self._plain.with_suffix(".fat")
         fat.write_bytes(self.data[start : start + size])
         out = self._plain.with_suffix(".boot")
-        _run("7zz" if Path("/usr/bin/7zz").exists() else "7z", "x", "-tFAT", f"-o{out}", "-y", str(fat))
+        _run("7zz", "x", "-tFAT", f"-o{out}", "-y", str(fat))
         files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         _run("rm", "-r", str(out), str(fat))
         return files

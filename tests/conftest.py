@@ -15,15 +15,22 @@ from remote import Remote, known
 from sshd import Account, Sshd, client_home, new_account
 
 NEEDED = {
+    "7zz": "7zip",
     "buildah": "buildah",
     "dpkg-source": "dpkg-dev",
+    "fsck.fat": "dosfstools",
     "gcc": "gcc",
     "git": "git",
+    "mcopy": "mtools",
+    "mke2fs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
+    "sfdisk": "fdisk",
     "sshd": "openssh-server",
     "update-binfmts": "binfmt-support",
     "qemu-arm-static": "qemu-user-static",
+    "xz": "xz-utils",
+    "zstd": "zstd",
 }
 """Debian's package for each program that the tests need."""
 

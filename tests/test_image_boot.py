@@ -6,6 +6,7 @@ It fetches from GitHub, or from wherever the `insteadOf` of a file named by GIT_
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def task_reporting():
 @pytest.fixture(scope="module")
 def project(emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Our own project, with an image that also says on the console what is in it."""
+    assert shutil.which("qemu-system-arm"), "apt install qemu-system-arm"
     project = Project(
         tmp_path_factory.mktemp("gamebear") / "project",
         home=tmp_path_factory.mktemp("home"),

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pytest
+from baking import bake, refused
 from card import Card, make_base
-from doit.exceptions import BaseFail
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gamebear_tasks import file, sd_image, tar
+from gamebear_tasks import file, tar
 
 ELF = {
     "armhf": bytes.fromhex("7f454c46010101000000000000000000030028000100000000000000340000000000000000040005")
@@ -34,29 +34,6 @@ VIDEOCORE = bytes.fromhex("7f454c4601010100000000000000000002008900") + bytes(60
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base image."""
     return make_base(tmp_path_factory.mktemp("base") / "base.img")
-
-
-def bake(base: Path, output: Path, **arguments: Any) -> None:
-    """Run the action of a task for an image; it must go well."""
-    failure = baked(base, output, **arguments)
-    assert failure is None, failure.message
-
-
-def baked(base: Path, output: Path, **arguments: Any) -> BaseFail | None:
-    """Run the action of a task for an image."""
-    task = sd_image(base, output=output, **{"arch": "armhf", **arguments})
-    function, given = task["actions"][0]
-    failure: BaseFail | None = function(*given)
-    assert not list(output.parent.glob(".*.bake")), "nothing of it is left"
-    return failure
-
-
-def refused(base: Path, output: Path, *words: str, **arguments: Any) -> None:
-    """See that an image is not baked, and why."""
-    failure = baked(base, output, **arguments)
-    assert failure is not None and not output.exists()
-    for word in words:
-        assert word in failure.message, failure.message
 
 
 Mode: TypeAlias = Literal["w", "w:gz", "w:bz2", "w:xz"]

@@ -28,9 +28,6 @@ TRIES = 4
 PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
 """What tells which architecture a base is of."""
 
-_UMASK = os.umask(0o077)
-os.umask(_UMASK)
-
 
 def bake(recipe: Recipe) -> BaseFail | None:
     """Bake an image; a doit action."""
@@ -68,7 +65,6 @@ def _bake(recipe: Recipe) -> None:
         if _stamps(recipe) != before:
             raise ImageError(f"What {target} is baked from changed meanwhile, so it was not placed.", "Run doit again.")
         with done.open("rb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_UMASK)
             os.fsync(file.fileno())
         os.replace(done, target)
         sync_folder(target.parent)
@@ -128,23 +124,38 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
     if card.boot is None:
         return None
     path = image.parent / "boot"
-    with path.open("wb") as out:
-        base.copy_sparse(image, out, card.boot.start, card.boot.size)
+    path.touch()
+    base.copy_part(image, card.boot.start, card.boot.size, path, 0)
+    os.truncate(path, card.boot.size)
     return Fat(path, now, name)
 
 
 def _put_back(boot: Path, image: Path, part: Partition) -> None:
-    """Write the boot file system back to where it was: what holds something now, and what held something before."""
+    """Write the boot file system back to where it was; it is small, and written whole."""
     with boot.open("rb") as source, image.open("r+b") as out:
-        parts = [*base.data_of(out.fileno(), part.start, part.start + part.size)]
-        parts += [(part.start + first, part.start + end) for first, end in base.data_of(source.fileno(), 0, part.size)]
-        for first, end in parts:
-            source.seek(first - part.start)
-            out.seek(first)
-            while first < end:
-                data = source.read(min(end - first, CHUNK))
+        out.seek(part.start)
+        while data := source.read(CHUNK):
+            there = os.pread(out.fileno(), len(data), out.tell())
+            if there == data:
+                out.seek(len(data), os.SEEK_CUR)
+            else:
                 out.write(data)
-                first += len(data)
+
+
+def _grow(image: Path, card: Disk, size: int, now: int) -> Disk:
+    """Grow an image and its root file system to so many bytes; return what is in it now."""
+    root = image.parent / "root"
+    root.touch()
+    base.copy_part(image, card.root.start, card.root.size, root, 0)
+    card = disk.grown(card, size)
+    os.truncate(root, card.root.size)
+    ext4.resize(root, now)
+    os.truncate(image, card.root.start)
+    os.truncate(image, size)
+    base.copy_part(root, 0, card.root.size, image, card.root.start)
+    root.unlink()
+    disk.write(image, card, now)
+    return card
 
 
 def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
@@ -217,24 +228,23 @@ def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
 
 def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, name: str) -> Disk:
     """Grow the root file system as far as is asked for or needed; raises ImageError before anything is put in."""
-    wanted = card.root.size
+    have = wanted = image.stat().st_size
     if recipe.size is not None:
-        have = image.stat().st_size
         if recipe.size < have:
             raise ImageError(
                 f"{recipe.output} is to have {size(recipe.size)}, and its base {name} has {size(have)} already.",
                 "Give a larger size; a base is not shrunk.",
             )
-        wanted = disk.size_with(card, recipe.size) if recipe.size > have else card.root.size
+        wanted = recipe.size
     for _ in range(TRIES):
-        if wanted > card.root.size:
+        if wanted > have:
             if not card.is_root_last:
                 raise ImageError(
                     f"The root partition of {name} cannot grow: another one comes after it.",
                     "Put less in, or use a base whose root is the last.",
                 )
-            card = disk.grow(image, card, wanted, now, exactly=recipe.size)
-            ext4.resize(image, card.root, now)
+            card = _grow(image, card, wanted, now)
+            have = wanted
         about = ext4.superblock(image, card.root)
         blocks, inodes = writer.room(tree, about.block)
         blocks += -(-recipe.free // about.block)
@@ -251,5 +261,6 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
                 f"Give a larger size than {size(recipe.size)}, or none: then it grows as needed.",
             )
         # What is added takes something for itself: tables of inodes, and what is kept for root.
-        wanted = about.blocks * about.block + max(missing * 9 // 8, groups * about.blocks_per_group) * about.block
+        more = max(missing * 9 // 8, groups * about.blocks_per_group)
+        wanted = max(disk.size_for(card, (about.blocks + more) * about.block), have + disk.ALIGNED)
     raise ImageError(f"The root file system of {recipe.output} does not get larger.", "Say size=, or use another base.")

@@ -132,25 +132,37 @@ def _write_blocks(data: bytes, out: IO[bytes]) -> None:
             out.write(block)
 
 
-def copy_sparse(source: Path, out: IO[bytes], offset: int = 0, size: int | None = None) -> None:
-    """Copy a file, or a part of it, to the start of another; holes stay holes, and what is zero becomes one.
-
-    Args:
-        source: the file.
-        out: the other, empty.
-        offset: where the part begins, in bytes.
-        size: its bytes; None for all up to the end.
-    """
+def copy_sparse(source: Path, out: IO[bytes]) -> None:
+    """Write a whole file to another, empty one; holes stay holes, and what is zero becomes one."""
     with source.open("rb", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size if size is None else offset + size
-        for start, stop in data_of(file.fileno(), offset, end):
+        end = os.fstat(file.fileno()).st_size
+        for start, stop in data_of(file.fileno(), 0, end):
             file.seek(start)
-            out.seek(start - offset)
+            out.seek(start)
             left = stop - start
             while left and (data := file.read(min(left, CHUNK))):
                 _write_blocks(data, out)
                 left -= len(data)
-        out.truncate(end - offset)
+        out.truncate(end)
+
+
+def copy_part(source: Path, start: int, size: int, target: Path, at: int) -> None:
+    """Copy a part of a file into another, which has a hole there; holes stay holes.
+
+    Args:
+        source: the file.
+        start: the part's first byte.
+        size: its bytes.
+        target: the other file.
+        at: where the part goes there.
+    """
+    with source.open("rb") as file, target.open("r+b") as out:
+        for first, end in data_of(file.fileno(), start, start + size):
+            file.seek(first)
+            out.seek(at + first - start)
+            while first < end and (data := file.read(min(end - first, CHUNK))):
+                out.write(data)
+                first += len(data)
 
 
 def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

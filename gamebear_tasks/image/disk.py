@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,37 +89,39 @@ def read(image: Path, name: str) -> Disk:
     return Disk(table["label"], sector, fats[0] if fats else None, root, root.start + root.size == max(ends))
 
 
-def grow(image: Path, disk: Disk, root_size: int, now: int, *, exactly: int | None = None) -> Disk:
-    """Grow an image and its root partition, which must be the last, and return what is in it now.
+def grown(disk: Disk, image_size: int) -> Disk:
+    """Return what is in an image of so many bytes whose root partition, the last, goes on to its end."""
+    root = Partition(disk.root.number, disk.root.start, _root_size(disk, image_size))
+    return Disk(disk.label, disk.sector, disk.boot, root, True)
+
+
+def _root_size(disk: Disk, image_size: int) -> int:
+    tail = GPT_END * disk.sector if disk.label == "gpt" else 0
+    return (image_size - tail - disk.root.start) // disk.sector * disk.sector
+
+
+def size_for(disk: Disk, root_size: int) -> int:
+    """Return the bytes of an image whose root partition has so many at least."""
+    tail = GPT_END * disk.sector if disk.label == "gpt" else 0
+    return -(-(disk.root.start + root_size + tail) // ALIGNED) * ALIGNED
+
+
+def write(image: Path, disk: Disk, now: int) -> None:
+    """Write into an image's table how large its root partition is, at the end of the image.
 
     Args:
         image: the file.
         disk: what is in it.
-        root_size: bytes that the root partition has at least afterwards.
         now: what is taken for the time.
-        exactly: bytes that the image is to have; None for what is needed.
     """
-    tail = GPT_END * disk.sector if disk.label == "gpt" else 0
-    needed = -(-(disk.root.start + root_size + tail) // ALIGNED) * ALIGNED
-    size = max(needed, image.stat().st_size) if exactly is None else exactly
-    os.truncate(image, size)
     what = "The root partition cannot be grown"
     sfdisk = ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel"]
     if disk.label == "gpt":
         run([*sfdisk, "--relocate", "gpt-bak-std", image.name], folder=image.parent, now=now, what=what)
-    sectors = (size - tail - disk.root.start) // disk.sector
     run(
         [*sfdisk, f"--partno={disk.root.number}", image.name],
         folder=image.parent,
         now=now,
         what=what,
-        stdin=f",{sectors}\n".encode(),
+        stdin=f",{disk.root.size // disk.sector}\n".encode(),
     )
-    root = Partition(disk.root.number, disk.root.start, sectors * disk.sector)
-    return Disk(disk.label, disk.sector, disk.boot, root, True)
-
-
-def size_with(disk: Disk, image_size: int) -> int:
-    """Return the bytes that the root partition has in an image of so many bytes."""
-    tail = GPT_END * disk.sector if disk.label == "gpt" else 0
-    return (image_size - tail - disk.root.start) // disk.sector * disk.sector

@@ -95,14 +95,12 @@ def check(image: Path, root: Partition, now: int) -> None:
     run(["e2fsck", "-f", "-n", _at(image, root)], folder=image.parent, now=now, what=what)
 
 
-def resize(image: Path, root: Partition, now: int) -> None:
-    """Let a file system take all of its partition."""
-    run(
-        ["resize2fs", _at(image, root), f"{root.size // 1024}K"],
-        folder=image.parent,
-        now=now,
-        what="The root file system cannot be grown",
-    )
+def resize(path: Path, now: int) -> None:
+    """Let a file system take all of the file that it is in.
+
+    That file has nothing else in it: resize2fs cuts a file to the size of its file system, wherever in it that begins.
+    """
+    run(["resize2fs", path.name], folder=path.parent, now=now, what="The root file system cannot be grown")
 
 
 def _at(image: Path, root: Partition) -> str:
@@ -144,7 +142,9 @@ class Debugfs:
         self._write = write
 
     def __enter__(self) -> Debugfs:
-        self.ask([])  # its greeting, or why it cannot open the file system
+        (said,) = self.ask([b"stat <2>"])
+        if not said.startswith(b"Inode: 2 "):
+            raise self._failed(said)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,0 +1,34 @@
+"""Baking in a test: the action of a task for an image, run as doit runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from doit.exceptions import BaseFail
+
+from gamebear_tasks import sd_image
+
+
+def bake(base: Path, output: Path, **arguments: Any) -> None:
+    """Bake an image; it must go well."""
+    failure = baked(base, output, **arguments)
+    assert failure is None, failure.message
+
+
+def refused(base: Path, output: Path, *words: str, **arguments: Any) -> None:
+    """See that an image is not baked, what is said of it, and that there is nothing of it."""
+    failure = baked(base, output, **arguments)
+    assert failure is not None and not output.exists()
+    for word in words:
+        assert word in failure.message, failure.message
+    assert "\n" not in failure.message, "it is one paragraph"
+
+
+def baked(base: Path, output: Path, **arguments: Any) -> BaseFail | None:
+    """Bake an image; return why it failed."""
+    task = sd_image(base, output=output, **{"arch": "armhf", **arguments})
+    function, given = task["actions"][0]
+    failure: BaseFail | None = function(*given)
+    assert not list(output.parent.glob(".*.bake")), "nothing that it worked on is left"
+    return failure

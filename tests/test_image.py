@@ -1,0 +1,692 @@
+"""Images are baked from bases of every kind, into targets of every kind, when something has changed and only then."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from baking import bake, baked, refused
+from card import BOOT, MIB, SYSTEM, Card, make_base, pack, unpacked
+from project import Project, wait_for
+
+from gamebear_tasks import archive, file, sd_image, tar, user
+from gamebear_tasks.errors import SettingsError
+from gamebear_tasks.image.program import check_installed
+
+HASH = "$6$saltsalt$" + "h" * 86
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5 me@here"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small base image."""
+    return make_base(tmp_path_factory.mktemp("base") / "base.img")
+
+
+@pytest.fixture
+def thing(tmp_path: Path) -> Path:
+    """A file to put in."""
+    path = tmp_path / "thing"
+    path.write_bytes(b"a thing\n")
+    return path
+
+
+# bases and targets
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zip", ".zst"])
+def test_a_base_may_be_compressed(base: Path, thing: Path, tmp_path: Path, suffix: str) -> None:
+    packed = tmp_path / f"base.img{suffix}"
+    pack(packed, base.read_bytes())
+    bake(packed, tmp_path / "out.img", contents=[file(thing, "/opt/")])
+    bake(base, tmp_path / "same.img", contents=[file(thing, "/opt/")])
+    assert (tmp_path / "out.img").read_bytes() == (tmp_path / "same.img").read_bytes()
+
+
+@pytest.mark.parametrize("label", ["dos", "gpt"])
+@pytest.mark.parametrize("size", [{}, {"size": "100M"}])
+def test_the_base_may_have_either_kind_of_table_and_grow(
+    tmp_path: Path, thing: Path, label: str, size: dict[str, str]
+) -> None:
+    small = make_base(tmp_path / "base.img", label=label)
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/"), file(thing, "/boot/firmware/")], **size)
+    before, card = Card(small), Card(tmp_path / "out.img")
+    assert card["opt/thing"].content == card.boot()["thing"] == b"a thing\n"
+    assert len(card.data) == (100 * MIB if size else len(before.data))
+    without_sizes = [re.sub(r"size= *\d+|last-lba: \d+", "", found.table) for found in (before, card)]
+    assert without_sizes[0] == without_sizes[1], "ids, types and starts are as they were"
+    tail = 33 * 512 if label == "gpt" else 0
+    if size:
+        assert sum(card.parts[-1]) == 100 * MIB - tail
+    subprocess.run(["sfdisk", "--verify", tmp_path / "out.img"], check=True, env={"PATH": "/usr/sbin:/sbin"})
+    card.check()
+
+
+@pytest.mark.parametrize("suffix", ["", ".xz", ".zst"])
+def test_the_same_goes_in_and_the_same_bytes_come_out(
+    base: Path, thing: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "contents": [file(thing, "/opt/"), file(thing, "/boot/firmware/new/")],
+        "user": user("bear", password=HASH, authorized_keys=[KEY]),
+        "hostname": "bear",
+        "config": ["dtoverlay=dwc2"],
+        "free": "30M",
+    }
+    bake(base, tmp_path / f"one.img{suffix}", **settings)
+    os.utime(thing, (1, 1))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    (tmp_path / "elsewhere").mkdir()
+    time.sleep(1.1)  # a clock that shows in the image would have gone on by then
+    bake(base, tmp_path / "elsewhere" / f"two.img{suffix}", **settings)
+    one = (tmp_path / f"one.img{suffix}").read_bytes()
+    assert one == (tmp_path / "elsewhere" / f"two.img{suffix}").read_bytes()
+
+
+def test_free_space_is_holes_and_what_was_replaced_is_gone(tmp_path: Path, thing: Path) -> None:
+    secret = os.urandom(4 * MIB)
+    first = tmp_path / "first.img"
+    (tmp_path / "secret").write_bytes(secret)
+    bake(make_base(tmp_path / "base.img", size=60), first, contents=[file(tmp_path / "secret", "/opt/thing")])
+    bake(first, tmp_path / "out.img", contents=[file(thing, "/opt/")], size="300M")
+    image = tmp_path / "out.img"
+    assert image.stat().st_size == 300 * MIB
+    assert image.stat().st_blocks * 512 < 12 * MIB
+    assert secret[: 1 << 16] not in image.read_bytes()
+    Card(image).check()
+
+
+def test_an_image_without_a_boot_file_system_is_baked_too(tmp_path: Path, thing: Path) -> None:
+    small = make_base(tmp_path / "base.img", boot=None)
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/boot/firmware/")])
+    assert Card(tmp_path / "out.img")["boot/firmware/thing"].content == b"a thing\n"
+    refused(small, tmp_path / "no.img", "has no FAT file system", config=["dtoverlay=dwc2"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-O", "^metadata_csum,^64bit"),
+        ("-I", "128"),
+        ("-b", "1024"),
+        ("-b", "4096", "-O", "^has_journal"),
+        ("-O", "^extent,^64bit,^metadata_csum,^flex_bg,^huge_file"),
+    ],
+    ids=" ".join,
+)
+def test_older_and_other_kinds_of_root_file_systems(tmp_path: Path, thing: Path, options: tuple[str, ...]) -> None:
+    small = make_base(tmp_path / "base.img", options=options)
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")], size="80M")
+    env = {"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+    dumped = subprocess.run(
+        ["debugfs", "-R", "cat /opt/thing", f"{tmp_path / 'out.img'}?offset={17 * MIB}"], capture_output=True, env=env
+    )
+    assert dumped.stdout == b"a thing\n"
+
+
+def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thing: Path) -> None:
+    small = make_base(tmp_path / "base.img", options=("-O", "^metadata_csum"))
+    with small.open("r+b") as file_:
+        file_.seek(17 * MIB + 1024 + 0x10)  # the superblock's count of free inodes
+        file_.write((7).to_bytes(4, "little"))
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")])
+    Card(tmp_path / "out.img").check()
+
+
+def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> None:
+    small = make_base(tmp_path / "base.img")
+    data = bytearray(small.read_bytes())
+    at = data.index(b"systemd\0")
+    data[at - 8 : at + 40] = os.urandom(48)
+    small.write_bytes(data)
+    refused(small, tmp_path / "out.img", "The root file system of", "base.img is damaged: e2fsck says")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[: 30 * MIB], "ends before its partition 2 does"),
+        (lambda data: bytes(MIB) + data[MIB:], "has no partition table"),
+        (lambda data: data[: 17 * MIB] + bytes(MIB) + data[18 * MIB :], "has 0 ext4 and 1 FAT file systems"),
+        (lambda data: b"", "has no partition table"),
+    ],
+)
+def test_what_is_no_image_is_refused(base: Path, tmp_path: Path, damage: object, said: str) -> None:
+    assert callable(damage)
+    bad = tmp_path / "bad.img"
+    bad.write_bytes(damage(base.read_bytes()))
+    refused(bad, tmp_path / "out.img", "bad.img", said)
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zip", ".zst"])
+def test_a_compressed_base_that_ends_too_early_is_refused(base: Path, tmp_path: Path, suffix: str) -> None:
+    bad = tmp_path / f"bad.img{suffix}"
+    pack(bad, base.read_bytes())
+    bad.write_bytes(bad.read_bytes()[:-5000])
+    refused(bad, tmp_path / "out.img", f"bad.img{suffix} cannot be unpacked")
+
+
+def test_a_zip_file_has_one_image(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as two:
+        two.writestr("a.img", b"")
+        two.writestr("b.img", b"")
+    refused(tmp_path / "two.zip", tmp_path / "out.img", "should hold one image, and holds a.img, b.img")
+
+
+@pytest.fixture
+def web(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
+    """Serve the base, compressed; give its URL and what was asked for."""
+    asked: list[str] = []
+    folder = tmp_path / "web"
+    folder.mkdir()
+    pack(folder / "base.img.xz", base.read_bytes())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(folder))  # type: ignore[arg-type]
+
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/base.img.xz", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_base_from_the_web_is_downloaded_once(web: tuple[str, list[str]], thing: Path, tmp_path: Path) -> None:
+    url, asked = web
+    sha256 = hashlib.sha256((tmp_path / "web" / "base.img.xz").read_bytes()).hexdigest()
+    source = archive(url, sha256=sha256)
+    task = sd_image(source, output=tmp_path / "out.img", arch="armhf", contents=[file(thing, "/opt/")])
+    assert not asked, "not when dodo.py is loaded"
+    for _ in range(2):
+        function, given = task["actions"][0]
+        assert function(*given) is None
+    assert asked == ["/base.img.xz"]
+    assert Card(tmp_path / "out.img")["opt/thing"].content == b"a thing\n"
+    assert [path.name for path in (tmp_path / "cache" / "gamebear-tasks" / "sources").glob("[!.]*")] == [
+        f"download-{sha256}"
+    ]
+    wrong = archive(url, sha256="0" * 64)
+    task = sd_image(wrong, output=tmp_path / "no.img", arch="armhf")
+    function, given = task["actions"][0]
+    assert "is not what was asked for" in function(*given).message
+
+
+# room
+
+
+def big(path: Path, mib: int) -> Path:
+    """Make a file that no hole can stand for."""
+    path.write_bytes(os.urandom(MIB) * mib)
+    return path
+
+
+def test_the_image_grows_as_needed(base: Path, tmp_path: Path) -> None:
+    content = big(tmp_path / "big", 30)
+    bake(base, tmp_path / "out.img", contents=[file(content, "/opt/")])
+    card = Card(tmp_path / "out.img")
+    assert card["opt/big"].content == content.read_bytes()
+    assert 47 * MIB < len(card.data) < 80 * MIB
+    card.check()
+
+
+def test_what_is_asked_for_stays_free(base: Path, tmp_path: Path, thing: Path) -> None:
+    bake(base, tmp_path / "out.img", contents=[file(thing, "/opt/")], free="200M")
+    said = subprocess.run(
+        ["dumpe2fs", "-h", f"{tmp_path / 'out.img'}?offset={17 * MIB}"],
+        capture_output=True, text=True, check=True, env={"PATH": "/usr/sbin:/sbin"},
+    ).stdout  # fmt: skip
+    numbers = {name: int(number) for name, number in re.findall(r"^(.+?):\s+(\d+)$", said, re.MULTILINE)}
+    free = (numbers["Free blocks"] - numbers["Reserved block count"]) * numbers["Block size"]
+    assert 200 * MIB <= free < 240 * MIB
+
+
+def test_many_small_files_make_it_grow_for_their_inodes(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base.img", size=8, options=("-N", "128"))
+    with tarfile.open(tmp_path / "many.tar", "w") as many:
+        for number in range(500):
+            many.addfile(tarfile.TarInfo(f"opt/{number % 30}/{number}"))
+    bake(base, tmp_path / "out.img", contents=[tar(tmp_path / "many.tar")])
+    card = Card(tmp_path / "out.img")
+    assert sum(name.startswith("opt/") for name in card.files()) == 530
+    card.check()
+    refused(
+        base,
+        tmp_path / "no.img",
+        "files and folders go in, and it has room for",
+        contents=[tar(tmp_path / "many.tar")],
+        size="26M",
+    )
+
+
+def test_a_full_image_is_an_error_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    content = big(tmp_path / "big", 40)
+    refused(
+        base,
+        tmp_path / "out.img",
+        "out.img would be full",
+        "40.",
+        "MiB are free",
+        "Give a larger size than 50.0 MiB",
+        contents=[file(content, "/opt/")],
+        size="50M",
+    )
+    refused(
+        base,
+        tmp_path / "out.img",
+        "The boot file system of",
+        "is full",
+        "It cannot grow",
+        contents=[file(content, "/boot/firmware/")],
+    )
+    refused(base, tmp_path / "out.img", "has 42.0 MiB already", size="20M")
+
+
+def test_a_root_that_is_not_last_does_not_grow(tmp_path: Path, thing: Path) -> None:
+    small = make_base(tmp_path / "base.img", root_first=True)
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")])
+    refused(
+        small,
+        tmp_path / "no.img",
+        "cannot grow: another one comes after it",
+        contents=[file(big(tmp_path / "big", 40), "/opt/")],
+    )
+
+
+def test_a_full_disk_is_one_paragraph_and_nothing_is_left(base: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    content = big(tmp_path / "big", 30)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40M", "tmpfs", small], check=True)
+    try:
+        (small / "out.img").write_bytes(b"old")
+        failure = baked(base, small / "out.img", contents=[file(content, "/opt/")])
+        assert failure is not None and "o space left" in failure.message, failure
+        assert "\n" not in failure.message
+        assert [path.name for path in small.iterdir()] == ["out.img"]
+        assert (small / "out.img").read_bytes() == b"old"
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+# what the image is told
+
+
+def test_lines_and_words_for_the_boot_loader_and_the_kernel(base: Path, tmp_path: Path) -> None:
+    settings = {
+        "config": ["dtoverlay=dwc2", "arm_64bit=0", "[pi4]", "over_voltage=2", "[all]", "enable_uart=1"],
+        "cmdline": ["modules-load=dwc2 quiet", "console=tty1"],
+    }
+    bake(base, tmp_path / "one.img", **settings)
+    boot = Card(tmp_path / "one.img").boot()
+    assert boot["config.txt"].decode() == (
+        BOOT["config.txt"] + "[all]\ndtoverlay=dwc2\n[pi4]\nover_voltage=2\n[all]\nenable_uart=1\n"
+    )
+    assert boot["cmdline.txt"] == b"console=tty1 root=LABEL=root rootwait modules-load=dwc2 quiet\n"
+    bake(tmp_path / "one.img", tmp_path / "two.img", **settings)
+    assert Card(tmp_path / "two.img").boot() == boot, "nothing goes in twice"
+
+
+def test_a_base_without_cmdline_would_not_boot_with_a_new_one(tmp_path: Path) -> None:
+    small = make_base(tmp_path / "base.img", boot={})
+    bake(small, tmp_path / "out.img", config=["dtoverlay=dwc2"])
+    assert Card(tmp_path / "out.img").boot() == {"config.txt": b"dtoverlay=dwc2\n"}
+    refused(small, tmp_path / "no.img", "has no cmdline.txt", cmdline=["quiet"])
+
+
+def test_units_are_enabled_as_systemctl_does(base: Path, tmp_path: Path) -> None:
+    unit = tmp_path / "mine@.service"
+    unit.write_text(
+        "[Unit]\nDescription=x\n[Install]\nWantedBy=a.target \\\n  b@%i.target\n"
+        "RequiredBy=c.target\nAlias=other@%i.service\nAlso=ssh.service\n; WantedBy=no.target\n"
+    )
+    bake(
+        base,
+        tmp_path / "out.img",
+        contents=[file(unit, "/etc/systemd/system/")],
+        enable=["mine@one.service", "getty@.service", "ssh"],
+    )
+    found = Card(tmp_path / "out.img").files()
+    links = {
+        name.removeprefix("etc/systemd/system/"): seen.content.decode()
+        for name, seen in found.items()
+        if name.startswith("etc/systemd/system/") and seen.mode & 0o170000 == 0o120000
+    }
+    mine, getty, ssh = (
+        "/etc/systemd/system/mine@.service",
+        "/usr/lib/systemd/system/getty@.service",
+        "/usr/lib/systemd/system/ssh.service",
+    )
+    assert links == {
+        "a.target.wants/mine@one.service": mine,
+        "b@one.target.wants/mine@one.service": mine,
+        "c.target.requires/mine@one.service": mine,
+        "other@one.service": mine,
+        "getty.target.wants/getty@tty1.service": getty,
+        "multi-user.target.wants/ssh.service": ssh,
+        "sshd.service": ssh,
+        "masked.service": "/dev/null",
+    }
+
+
+def test_systemctl_itself_agrees(tmp_path: Path) -> None:
+    """The same units, enabled by systemctl where there is one, and by us."""
+    if not shutil.which("systemctl"):
+        pytest.skip("no systemctl here to compare with")
+    root = tmp_path / "root"
+    units = {name: text for name, text in SYSTEM.items() if name.startswith("usr/lib/systemd") and "static" not in name}
+    for name, text in units.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    names = ["ssh.service", "getty@tty5.service"]
+    subprocess.run(["systemctl", f"--root={root}", "enable", *names], check=True, capture_output=True)
+    theirs = {str(path.relative_to(root)): os.readlink(path) for path in root.rglob("*") if path.is_symlink()}
+    bake(make_base(tmp_path / "base.img"), tmp_path / "out.img", enable=names)
+    found = Card(tmp_path / "out.img").files()
+    assert {name: found[name].content.decode() for name in theirs} == theirs
+
+
+@pytest.mark.parametrize(
+    ("unit", "said"),
+    [
+        ("nothing.service", "has no unit nothing.service"),
+        ("static.service", "says in no [Install] section"),
+        ("masked.service", "is masked or empty"),
+        ("../x.service", "is no unit's name"),
+    ],
+)
+def test_a_unit_that_cannot_be_enabled_is_named(base: Path, tmp_path: Path, unit: str, said: str) -> None:
+    refused(base, tmp_path / "out.img", said, enable=[unit])
+
+
+def test_the_image_has_a_host_name_and_a_user_who_may_log_in(base: Path, tmp_path: Path) -> None:
+    pub = tmp_path / "id.pub"
+    pub.write_text(f"# mine\n{KEY}\n")
+    settings = {
+        "hostname": "gamebear",
+        "user": user(
+            "bear", password=HASH, authorized_keys=[pub, KEY, KEY.replace("me@here", "other")], groups=["sudo", "video"]
+        ),
+    }
+    bake(base, tmp_path / "one.img", **settings)
+    card = Card(tmp_path / "one.img")
+    found = card.files()
+    assert found["etc/hostname"].content == b"gamebear\n"
+    assert found["etc/hosts"].content == b"127.0.0.1\tlocalhost\n127.0.1.1\tgamebear\n::1\tip6-localhost\n"
+    assert found["etc/passwd"].content.decode().splitlines()[-1] == "bear:x:1000:1000::/home/bear:/bin/bash"
+    name, password, changed, *_ = found["etc/shadow"].content.decode().splitlines()[-1].split(":")
+    assert (name, password) == ("bear", HASH) and changed.isdecimal()
+    assert found["etc/shadow"].mode == 0o100640, "it is as secret as before"
+    assert "sudo:x:27:bear\nvideo:x:44:bear\n" in found["etc/group"].content.decode()
+    assert found["etc/group"].content.decode().splitlines()[-1] == "bear:x:1000:"
+    assert "sudo:*::bear" in found["etc/gshadow"].content.decode()
+    for path, mode in (
+        ("", 0o40700),
+        ("/.profile", 0o100644),
+        ("/.config", 0o40755),
+        ("/.ssh", 0o40700),
+        ("/.ssh/authorized_keys", 0o100600),
+    ):
+        seen = found[f"home/bear{path}"]
+        assert (seen.mode, seen.owner) == (mode, (1000, 1000)), path
+    keys = found["home/bear/.ssh/authorized_keys"].content.decode().splitlines()
+    assert keys == [KEY, KEY.replace("me@here", "other")]
+    assert "etc/systemd/system/multi-user.target.wants/ssh.service" in found, "the SSH server is on"
+    bake(tmp_path / "one.img", tmp_path / "two.img", **settings)
+    again = Card(tmp_path / "two.img").files()
+    assert {name: seen.content for name, seen in again.items()} == {name: seen.content for name, seen in found.items()}
+
+
+def test_a_user_without_a_password_is_locked_and_one_who_is_there_is_changed(base: Path, tmp_path: Path) -> None:
+    bake(base, tmp_path / "one.img", user=user("bear"))
+    assert b"\nbear:!:" in Card(tmp_path / "one.img")["etc/shadow"].content
+    bake(tmp_path / "one.img", tmp_path / "two.img", user=user("bear", password=HASH))
+    shadow = Card(tmp_path / "two.img")["etc/shadow"].content.decode()
+    assert shadow.count("bear:") == 1 and f"\nbear:{HASH}:" in shadow
+    bake(base, tmp_path / "three.img", user=user("root", authorized_keys=[KEY], groups=[]))
+    assert Card(tmp_path / "three.img")["root/.ssh/authorized_keys"].content.decode() == f"{KEY}\n"
+    refused(base, tmp_path / "no.img", "has no group 'wheel'", user=user("bear", groups=["wheel"]))
+
+
+def test_raspberry_pi_os_is_told_of_the_user_in_its_own_way(tmp_path: Path) -> None:
+    system = {
+        **SYSTEM,
+        "usr/lib/userconf-pi/userconf": "#!/bin/sh\n",
+        "etc/passwd": SYSTEM["etc/passwd"] + "pi:x:1000:1000::/home/pi:/bin/bash\n",
+        "etc/shadow": SYSTEM["etc/shadow"] + "pi:!:19000:0:99999:7:::\n",
+        "home/pi/": "",
+    }
+    small = make_base(tmp_path / "base.img", system=system)
+    bake(small, tmp_path / "out.img", user=user("bear", password=HASH, authorized_keys=[KEY]))
+    card = Card(tmp_path / "out.img")
+    assert card.boot()["userconf.txt"].decode() == f"bear:{HASH}\n"
+    assert card["home/pi/.ssh/authorized_keys"].owner == (1000, 1000), "the first boot moves it with the home"
+    assert b"bear" not in card["etc/passwd"].content
+
+
+@pytest.mark.parametrize("name", ["id_ed25519", "empty"])
+def test_a_file_without_a_public_key_is_refused_and_not_shown(base: Path, tmp_path: Path, name: str) -> None:
+    secret = "c2VjcmV0c2VjcmV0" if name == "id_ed25519" else ""
+    (tmp_path / name).write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{secret}\n" if secret else "")
+    failure = baked(base, tmp_path / "out.img", user=user("bear", authorized_keys=[tmp_path / name]))
+    assert failure is not None and "holds no public SSH keys" in failure.message
+    assert not secret or secret not in failure.message
+
+
+def test_a_base_of_another_architecture_is_refused(base: Path, tmp_path: Path) -> None:
+    shell = tmp_path / "sh"
+    shutil.copy("/bin/sh", shell)
+    machine = subprocess.run(
+        ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    bake(base, tmp_path / "own.img", contents=[file(shell, "/bin/sh")], arch=machine)
+    refused(
+        tmp_path / "own.img", tmp_path / "out.img", f"is a system for {machine}, and the image is for", arch="s390x"
+    )
+
+
+# doit
+
+
+DODO = """
+from gamebear_tasks import file, sd_image, tar, user
+
+DOIT_CONFIG = {{"default_tasks": ["image"]}}
+
+def task_thing():
+    return {{"actions": ["echo made > thing"], "targets": ["thing"], "uptodate": [True]}}
+
+def task_image():
+    return sd_image(
+        "base.img",
+        output="build/card.img",
+        contents=[file("thing", "/opt/")],
+        user=user("bear", password={password!r}, authorized_keys=["key.pub"]),
+        arch="armhf",
+        {more}
+    )
+"""
+
+
+@pytest.fixture
+def project(base: Path, tmp_path: Path) -> Project:
+    """A project with an image."""
+    project = Project(tmp_path / "project", home=tmp_path / "home")
+    shutil.copy(base, project.folder / "base.img")
+    project.write("key.pub", f"{KEY}\n")
+    project.write("dodo.py", DODO.format(password=HASH, more=""))
+    return project
+
+
+def test_only_a_real_change_bakes_again(project: Project) -> None:
+    assert project.doit().ok().ran == ["thing", "image"]
+    first = (project.folder / "build" / "card.img").read_bytes()
+    assert project.doit().ok().ran == []
+    (project.folder / "thing").touch()
+    assert project.doit().ok().ran == []
+    for change in ('hostname="bear",', 'config=["dtoverlay=dwc2"],', 'size="44M",'):
+        project.write("dodo.py", DODO.format(password=HASH, more=change))
+        assert project.doit().ok().ran == ["image"], change
+    project.write("dodo.py", DODO.format(password=HASH, more=""))
+    assert project.doit().ok().ran == ["image"]
+    assert (project.folder / "build" / "card.img").read_bytes() == first
+    project.write("key.pub", f"{KEY}er\n")
+    assert project.doit().ok().ran == ["image"]
+    (project.folder / "thing").chmod(0o755)
+    assert project.doit().ok().ran == ["image"], "its mode goes in, too"
+    project.write("dodo.py", DODO.format(password=HASH.replace("h", "i"), more=""))
+    assert project.doit().ok().ran == ["image"]
+
+
+def test_no_secret_is_in_what_doit_shows_or_keeps(project: Project) -> None:
+    said = (
+        project.doit("-v2").ok().text + project.doit("info", "image").text + project.doit("list", "--status").ok().text
+    )
+    assert HASH not in said
+    for path in project.folder.glob(".doit.db*"):
+        assert HASH.encode() not in path.read_bytes()
+
+
+def test_clean_removes_the_image_and_what_a_killed_baking_has_left(project: Project) -> None:
+    project.doit().ok()
+    left = project.folder / "build" / ".card.img.abc.bake"
+    left.mkdir()
+    (left / "image").write_bytes(b"x")
+    project.doit("clean", "image").ok()
+    assert list((project.folder / "build").iterdir()) == []
+
+
+def test_an_error_is_told_without_a_traceback_and_the_old_image_stays(project: Project) -> None:
+    project.doit().ok()
+    before = (project.folder / "build" / "card.img").read_bytes()
+    project.write("dodo.py", DODO.format(password=HASH, more='enable=["nothing.service"],'))
+    project.doit().failed("The image has no unit nothing.service")
+    assert (project.folder / "build" / "card.img").read_bytes() == before
+
+
+def test_loading_a_dodo_and_an_up_to_date_image_run_nothing(project: Project) -> None:
+    project.doit().ok()
+    loads = (
+        "import dodo, sys; dodo.task_image(); print([name for name in ('tarfile', 'paramiko') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", loads], cwd=project.folder, env=project.environment, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr
+    assert project.doit(PATH="/nonexistent").ok().ran == []
+
+
+@pytest.mark.parametrize("signal", ["KILL", "INT"])
+def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(project: Project, signal: str) -> None:
+    slow = project.folder / "bin"
+    slow.mkdir()
+    (slow / "resize2fs").write_text('#!/bin/sh\ntouch "$OLDPWD/../reached" ../../reached\nexec sleep 60\n')
+    (slow / "resize2fs").chmod(0o755)
+    project.write("dodo.py", DODO.format(password=HASH, more='free="90M",'))
+    environment = {**project.environment, "PATH": f"{slow}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        project.command(), cwd=project.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: (project.folder / "reached").exists())
+    os.killpg(process.pid, 9 if signal == "KILL" else 2)
+    said = process.communicate()[0].decode()
+    assert "Traceback" not in said, said
+    left = list((project.folder / "build").glob(".*.bake"))
+    assert bool(left) == (signal == "KILL")
+    assert not (project.folder / "build" / "card.img").exists()
+    project.doit().ok()
+    assert [path.name for path in (project.folder / "build").iterdir()] == ["card.img"]
+
+
+def test_what_changes_while_it_is_baked_is_not_placed(project: Project) -> None:
+    slow = project.folder / "bin"
+    slow.mkdir()
+    (slow / "fsck.fat").write_text('#!/bin/sh\necho changed >> ../../thing\nPATH=/usr/sbin:/sbin exec fsck.fat "$@"\n')
+    (slow / "fsck.fat").chmod(0o755)
+    project.doit(PATH=f"{slow}:{os.environ['PATH']}").failed("is baked from changed meanwhile, so it was not placed")
+    assert not (project.folder / "build" / "card.img").exists()
+
+
+def test_what_is_missing_here_is_named_with_its_packages(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        Exception, match=r"without debugfs, mcopy\. Install what is missing: `apt install e2fsprogs mtools`"
+    ):
+        monkeypatch.setattr(program.shutil, "which", lambda name, path: None)
+        check_installed(["mcopy", "debugfs"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"output": "card.iso"}, "'card.iso' is no image's name. It ends with .img, or with .img.xz or .img.zst"),
+        ({"base": 7}, "the base 7 is neither a file nor an archive()"),
+        ({"output": "base.img"}, "it would be baked from itself"),
+        ({"contents": ["x"]}, "contents= has 'x'. Say each as file(…) or tar(…)"),
+        ({"config": "x"}, "config= is a list of texts"),
+        ({"cmdline": ["a\nb"]}, "is a list of lines"),
+        ({"hostname": "a.b"}, "'a.b' is no host name"),
+        ({"hostname": "-a"}, "is no host name"),
+        ({"size": "4 gigs"}, "size='4 gigs' is no size"),
+        ({"size": 1000}, "is no whole number of sectors"),
+        ({"free": -1}, "free=-1 is no size"),
+        ({"user": "bear"}, "user='bear' is no user"),
+        ({"arch": "pdp11"}, "arch"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_refused_when_dodo_is_loaded(
+    arguments: dict[str, object], said: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        sd_image(**{"base": "base.img", "output": "out.img", **arguments})  # type: ignore[arg-type]
+    assert said in str(error.value)
+
+
+def test_other_arguments_that_make_no_sense() -> None:
+    for make, said in (
+        (lambda: file("x", "relative"), "'relative' is no place in an image"),
+        (lambda: file("x", "/a/../b"), "is no place"),
+        (lambda: file("", "/a"), "is no path"),
+        (lambda: file("x", "/a", mode=0o10000), "is no such number"),
+        (lambda: file("x", "/a", owner=-1), "is no such number"),
+        (lambda: tar(7), "is no path"),  # type: ignore[arg-type]
+        (lambda: user("Bear"), "cannot be a user's name"),
+        (lambda: user("bear", password="secret"), "is no hash of a password"),
+        (lambda: user("bear", authorized_keys="x"), "authorized_keys= is a list"),
+        (lambda: user("bear", authorized_keys=["-----BEGIN OPENSSH PRIVATE KEY-----\nx"]), "is no public SSH key"),
+        (lambda: user("bear", groups="sudo"), "groups= is a list"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            make()
+        assert said in str(error.value)
+        assert "secret" not in str(error.value).replace("secret;", "")
+
+
+def test_a_hash_is_not_in_a_users_representation() -> None:
+    assert HASH not in repr(user("bear", password=HASH))
+
+
+def test_a_missing_file_is_named(base: Path, tmp_path: Path) -> None:
+    refused(base, tmp_path / "out.img", f"{tmp_path / 'no'} cannot be read", contents=[file(tmp_path / "no", "/opt/")])
+    refused(tmp_path / "no.img", tmp_path / "out.img", "no.img cannot be read")
+    refused(base, tmp_path / "out.img", "is no file", contents=[file(tmp_path, "/opt/")])
+    assert unpacked(base)
