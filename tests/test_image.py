@@ -21,7 +21,7 @@ from card import BOOT, MIB, SYSTEM, Card, make_base, pack, unpacked
 from project import Project, wait_for
 
 from gamebear_tasks import archive, file, sd_image, tar, user
-from gamebear_tasks.errors import SettingsError
+from gamebear_tasks.errors import ImageError, SettingsError
 from gamebear_tasks.image.program import check_installed
 
 HASH = "$6$saltsalt$" + "h" * 86
@@ -627,12 +627,11 @@ def test_what_changes_while_it_is_baked_is_not_placed(project: Project) -> None:
     assert not (project.folder / "build" / "card.img").exists()
 
 
-def test_what_is_missing_here_is_named_with_its_packages(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        Exception, match=r"without debugfs, mcopy\. Install what is missing: `apt install e2fsprogs mtools`"
-    ):
-        monkeypatch.setattr(program.shutil, "which", lambda name, path: None)
+def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
+    with pytest.raises(ImageError) as error:
         check_installed(["mcopy", "debugfs"])
+    assert "without debugfs, mcopy. Install what is missing: `apt install e2fsprogs mtools`." in str(error.value)
 
 
 @pytest.mark.parametrize(

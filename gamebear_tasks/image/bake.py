@@ -131,15 +131,16 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
 
 
 def _put_back(boot: Path, image: Path, part: Partition) -> None:
-    """Write the boot file system back to where it was; it is small, and written whole."""
+    """Write the boot file system back to where it was: what holds something now, and what held something before."""
     with boot.open("rb") as source, image.open("r+b") as out:
-        out.seek(part.start)
-        while data := source.read(CHUNK):
-            there = os.pread(out.fileno(), len(data), out.tell())
-            if there == data:
-                out.seek(len(data), os.SEEK_CUR)
-            else:
+        before = base.data_of(out.fileno(), part.start, part.start + part.size)
+        parts = [(first - part.start, end - part.start) for first, end in before]
+        for first, end in [*parts, *base.data_of(source.fileno(), 0, part.size)]:
+            source.seek(first)
+            out.seek(part.start + first)
+            while first < end and (data := source.read(min(end - first, CHUNK))):
                 out.write(data)
+                first += len(data)
 
 
 def _grow(image: Path, card: Disk, size: int, now: int) -> Disk:

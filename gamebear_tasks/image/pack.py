@@ -26,9 +26,10 @@ def pack(image: Path, target: Path, program: str) -> None:
     if not program:
         os.rename(image, target)
         return
+    # xz -1 takes a quarter of the time of its default and makes an image larger by a seventh; zstd's is quick already.
     # How many threads there are does not show in the result, but one alone of xz writes another format.
     threads = max(2, os.cpu_count() or 1)
-    options = ["--quiet", "--stdout", f"--threads={threads}"] if program == "xz" else ["-q", "-c", f"-T{threads}"]
+    options = ["-1", "--quiet", "--stdout", f"--threads={threads}"] if program == "xz" else ["-q", "-c", f"-T{threads}"]
     with image.open("rb") as plain, target.open("wb") as out:
         done = subprocess.run(
             [program, *options], stdin=plain, stdout=out, stderr=subprocess.PIPE, check=False, env=environment()
