@@ -279,6 +279,10 @@ def _described_signatures() -> dict[str, str]:
 
 SIGNATURES: dict[str, Callable[..., object]] = {
     "artifact": gamebear_tasks.artifact,
+    "sd_image": gamebear_tasks.sd_image,
+    "file": gamebear_tasks.file,
+    "tar": gamebear_tasks.tar,
+    "user": gamebear_tasks.user,
     "git": gamebear_tasks.git,
     "archive": gamebear_tasks.archive,
     "debian": gamebear_tasks.debian,

@@ -1,4 +1,4 @@
-"""What a tar holds is in the image as the tar has it; what cannot be is refused by name, before anything is placed."""
+"""What a tar holds is in the image as the tar has it; what cannot be there is refused, by name, with nothing placed."""
 
 from __future__ import annotations
 
@@ -222,6 +222,35 @@ def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path
     assert boot["config.txt"] == b"# mine\ndtoverlay=dwc2\n"
     assert not any(name.startswith("boot/firmware/") for name in card.files())
     card.check()
+
+
+def test_names_of_any_bytes(base: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as archive:
+        for name in (
+            "opt/caf\udce9",
+            'opt/"quoted"',
+            "opt/<12>",
+            "opt/-w",
+            "opt/# x",
+            "opt/a\\b",
+            "opt/ ",
+            "opt/\t",
+            "!x",
+        ):
+            archive.addfile(tarfile.TarInfo(name))
+    bake(base, tmp_path / "out.img", contents=[tar(tmp_path / "odd.tar")])
+    found = Card(tmp_path / "out.img").files()
+    assert {
+        "opt/caf\udce9",
+        'opt/"quoted"',
+        "opt/<12>",
+        "opt/-w",
+        "opt/# x",
+        "opt/a\\b",
+        "opt/ ",
+        "opt/\t",
+        "!x",
+    } <= set(found)
 
 
 def test_a_file_goes_where_it_is_said(base: Path, tmp_path: Path) -> None:

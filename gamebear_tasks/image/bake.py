@@ -108,7 +108,7 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
         leaves = writer.write(session, tree, ext4.superblock(image, card.root).inode)
     if leaves:
         ext4.mend(image, card.root, now, str(recipe.output))
-    if boot is not None and card.boot is not None and boot.is_changed:
+    if boot is not None and card.boot is not None:
         boot.write()
         _put_back(boot.path, image, card.boot)
     ext4.check(image, card.root, now)

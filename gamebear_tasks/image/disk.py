@@ -61,7 +61,7 @@ def read(image: Path, name: str) -> Disk:
         ImageError: it has no partition table, or not one ext4 file system and at most one FAT.
     """
     said = run(["sfdisk", "--json", image.name], folder=image.parent, now=0, what=f"{name} has no partition table")
-    table = json.loads(said[said.index("{") :])["partitiontable"]
+    table = json.JSONDecoder().raw_decode(said, said.index("{"))[0]["partitiontable"]  # warnings may be around it
     sector = int(table.get("sectorsize", 512))
     size = image.stat().st_size
     fats: list[Partition] = []

@@ -118,11 +118,6 @@ class Fat:
             "The baked boot file system is not in order, which is a fault of gamebear-tasks",
         )
 
-    @property
-    def is_changed(self) -> bool:
-        """Something goes in."""
-        return bool(self._added)
-
 
 def _found(pattern: str, said: str) -> str:
     match = re.search(pattern, said)
