@@ -195,13 +195,13 @@ def test_a_file_of_several_names_is_free_when_all_are_replaced(tmp_path: Path, b
 
 def test_a_folder_of_many_files_grows(base: Path, tmp_path: Path) -> None:
     packed = Packed(tmp_path / "many.tar").add("opt/many/first", data=b"1")
-    for number in range(1500):
+    for number in range(400):
         packed.add(f"opt/many/{number}{'-' * 60}", tarfile.LNKTYPE, linkname="opt/many/first")
         packed.add(f"opt/other/{number}{'-' * 60}", tarfile.SYMTYPE, linkname="x")
     bake(base, tmp_path / "out.img", contents=[tar(packed.done())])
     card = Card(tmp_path / "out.img")
-    assert card["opt/many/first"].links == 1501
-    assert len(card.files()) > 3000
+    assert card["opt/many/first"].links == 401
+    assert len(card.files()) > 800
     card.check()
 
 
@@ -401,7 +401,7 @@ def members(draw: st.DrawFn) -> list[tuple[str, bytes, dict[str, Any]]]:
     return found
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(held=members())
 def test_any_tar_is_in_the_image_as_it_is(
     base: Path, tmp_path_factory: pytest.TempPathFactory, held: list[tuple[str, bytes, dict[str, Any]]]

@@ -98,7 +98,7 @@ def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
             name = _name(member.name, item.path)
             if not name:
                 continue  # the folder that was packed: it says nothing about the one that it goes over
-            origin = f"{item.path}: {name}"
+            origin = f"{item.path}: {name if name.isprintable() else ascii(name)}"
             if member.islnk():
                 linked = entries.get(_name(member.linkname, item.path))
                 if linked is None:
@@ -120,7 +120,8 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
             yield archive
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ImageError(
-            f"{path} cannot be unpacked: {error}.", "It must be a whole tar file (plain, gzip, bzip2, xz)."
+            f"{path} cannot be unpacked: {' '.join(str(error).split())}.",
+            "It must be a whole tar file (plain, gzip, bzip2, xz).",
         ) from error
     except OSError as error:
         if error.errno is not None:
