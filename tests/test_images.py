@@ -268,14 +268,14 @@ def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
         "first, again = make('make', 'libc6-dev'), make('libc6-dev', 'make', 'make', max_age_days=1)\n"
         "other = make('libc6-dev', 'make', max_age_days=0)\n"
         "def notes(image): return json.loads(buildah('inspect', '--type', 'image', image))['ImageAnnotations']\n"
-        "more = make('libc6-dev', 'make', 'hello')\n"
+        "more = notes(make('libc6-dev', 'make', 'hello'))\n"
         "packages.Apt.outdated = lambda self: {'make'}\n"
-        "anew = make('libc6-dev', 'make', 'patch')\n"
+        "anew = notes(make('libc6-dev', 'make', 'patch'))\n"
         "def unfit(*_): raise packages.Unfit('a test')\n"
         "packages.Apt = unfit\n"
-        "own = make('libc6-dev', 'make', 'hello', max_age_days=0)\n"
+        "own = notes(make('libc6-dev', 'make', 'hello', max_age_days=0))\n"
         "print(json.dumps([first, again, other, notes(other)['gamebear.installed'], failure(make, 'no-such'),\n"
-        "                  buildah('containers', '--quiet'), notes(more), notes(anew), notes(own)]))"
+        "                  buildah('containers', '--quiet'), more, anew, own]))"
     )
     assert more["gamebear.begun-from"] == other
     assert {"make", "libc6-dev", "hello"} <= set(more["gamebear.added"].split())
