@@ -13,7 +13,7 @@ from typing import IO, Protocol
 
 from ..errors import ImageError
 from ..runner.files import CHUNK
-from ..sources import Archive
+from ..sources.from_archive import Archive
 from .program import check_installed, environment, failure
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 from ..errors import SettingsError
 from ..job import Json, canonical_json
-from ..sources import Archive
+from ..sources.from_archive import Archive
 
 FORMAT = 1
 """The recipe's version: another one bakes every image again."""

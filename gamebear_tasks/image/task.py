@@ -12,7 +12,7 @@ from doit.exceptions import BaseFail
 from ..config import architecture, settings
 from ..errors import SettingsError
 from ..interrupt import say_so_without_a_traceback
-from ..sources import Archive
+from ..sources.from_archive import Archive
 from ..tasks import Task, remove_targets
 from .pack import SUFFIXES
 from .recipe import File, Recipe, Tar, User, size_of, texts
