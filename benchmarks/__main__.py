@@ -68,6 +68,12 @@ def main() -> int:
                 continue
             report.write_json(RESULTS / f"{name}.json", result, about)
             print(report.table({name: result}), flush=True)
+        show()  # before the scratch folder goes, which is our home: matplotlib keeps its cache there
+    return 1 if failed else 0
+
+
+def show() -> None:
+    """Show, and keep, the table and the plot of all results that there are."""
     results = {
         name: report.read_json(RESULTS / f"{name}.json") for name in BENCHMARKS if (RESULTS / f"{name}.json").exists()
     }
@@ -77,7 +83,6 @@ def main() -> int:
         report.plot(results, [RESULTS / "results.svg", RESULTS / "results.png"])
         print(text)
         print(f"{RESULTS}: results.md, results.svg, results.png, and the JSON of each benchmark")
-    return 1 if failed else 0
 
 
 def machine() -> dict[str, object]:
