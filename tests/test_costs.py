@@ -36,7 +36,13 @@ def mine(project: Project) -> Project:
     project.write("dodo.py", DODO)
     for name in "xy":
         project.write(f"{name}.py", f"open({name!r}, 'w').close()")
-    assert "gamebear: on" not in project.doit().ok().err, "an ordinary machine has nothing to tell"
+    said = [line for line in project.doit().ok().err.splitlines() if line.startswith("gamebear: on ")]
+    assert all("to reach the disk" in line for line in said), (
+        "an ordinary machine, if not a busy one, has nothing to tell"
+    )
+    assert json.loads((project.store / "sync.json").read_text())["seconds"] > 0
+    (project.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 0.01}))
+    project.doit("-a").ok()
     return project
 
 
@@ -58,10 +64,10 @@ def set_driver(project: Project, driver: str) -> None:
 def test_it_is_said_once_and_again_when_it_is_so_again(mine: Project) -> None:
     set_driver(mine, "vfs")
     assert built(mine).count(VFS) == 1
-    assert "on local:" not in built(mine)
+    assert "gamebear: on local:" not in built(mine)
     assert "vfs driver" not in (mine.folder / "build" / "logs" / "x.log").read_text(), "a log is the job's"
     set_driver(mine, "overlay")
-    assert "on local:" not in built(mine)
+    assert "gamebear: on local:" not in built(mine)
     set_driver(mine, "vfs")
     assert built(mine, "-n", "2").count(VFS) == 1
     assert "  driver: vfs" in mine.doit("builder").ok().out
@@ -76,7 +82,6 @@ def test_where_nothing_can_be_noted_it_is_said_in_each_run(mine: Project) -> Non
 
 
 def test_a_card_that_is_slow_is_told_with_the_way_out(mine: Project) -> None:
-    assert 0 < json.loads((mine.store / "sync.json").read_text())["seconds"] < 60
     (mine.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 2.5}))
     said = built(mine)
     assert "on local: a small file takes more than 1 second to reach the disk of" in said
