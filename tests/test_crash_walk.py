@@ -195,7 +195,11 @@ class Walk:
             *(path for path in (root / "runner").iterdir() if len(path.name) != 64),
             *(path for job in (root / "jobs").iterdir() for path in sorted(job.glob("out-*"))[1:]),
             *(path for path in build.iterdir() if path.name not in ("x", "y", "logs")),
-            *(path for path in (build / "logs").iterdir() if path.name not in ("xy.log", ".xy.json")),
+            *(
+                path
+                for path in (build / "logs").iterdir()
+                if path.name not in ("xy.log", ".xy.json", "xy.json", ".imports")
+            ),
         ]
         return [*map(str, left), *(f"process {pid}" for pid in supervised(project))]
 
