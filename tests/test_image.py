@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -94,6 +95,32 @@ def test_the_same_goes_in_and_the_same_bytes_come_out(
     bake(base, tmp_path / "elsewhere" / f"two.img{suffix}", **settings)
     one = (tmp_path / f"one.img{suffix}").read_bytes()
     assert one == (tmp_path / "elsewhere" / f"two.img{suffix}").read_bytes()
+
+
+def test_an_ordinary_user_bakes_the_same_as_root(base: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "some.tar", "w") as some:
+        member = tarfile.TarInfo("opt/thing")
+        member.uid, member.mode = 12, 0o4755
+        some.addfile(member)
+        member = tarfile.TarInfo("dev/null")
+        member.type, member.devmajor, member.devminor = tarfile.CHRTYPE, 1, 3
+        some.addfile(member)
+    bake(base, tmp_path / "root.img", contents=[tar(tmp_path / "some.tar")], free="30M")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in (base, tmp_path / "some.tar"):
+            shutil.copy(path, folder)
+        os.chown(folder, 65534, 65534)
+        child = os.fork()
+        if child == 0:  # the interpreter's own files may be out of that user's reach, but all is loaded by now
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            failure = baked(folder / "base.img", folder / "user.img", contents=[tar(folder / "some.tar")], free="30M")
+            os._exit(failure is not None)
+        assert os.waitpid(child, 0)[1] == 0
+        assert (folder / "user.img").read_bytes() == (tmp_path / "root.img").read_bytes()
+        assert sorted(path.name for path in folder.iterdir()) == ["base.img", "some.tar", "user.img"]
 
 
 def test_free_space_is_holes_and_what_was_replaced_is_gone(tmp_path: Path, thing: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import ImageError
@@ -70,7 +70,6 @@ def run(
     what: str,
     stdin: bytes = b"",
     allowed: Collection[int] = (0,),
-    more: Mapping[str, str] | None = None,
 ) -> str:
     """Run a program and return what it wrote, its errors among it.
 
@@ -81,7 +80,6 @@ def run(
         what: what could not be done if it fails; begins the error.
         stdin: what it reads.
         allowed: the statuses that are no failure.
-        more: further variables.
 
     Raises:
         ImageError: it failed.
@@ -93,7 +91,7 @@ def run(
         stderr=subprocess.STDOUT,
         check=False,
         cwd=folder,
-        env={**environment(now), **(more or {})},
+        env=environment(now),
     )
     said = done.stdout.decode("utf-8", "replace")
     if done.returncode not in allowed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -253,8 +252,3 @@ def size_of(name: str, given: object, where: str) -> int:
         raise SettingsError(f"{where}: {name}={given!r} is no size.", 'Say it in bytes, or as "512M" or "4G".')
     factor: int = 1024 ** ("KMGT".index(match[2]) + 1)
     return int(match[1]) * factor
-
-
-def is_readable(path: Path) -> bool:
-    """Say whether a file is there for us to read."""
-    return path.is_file() and os.access(path, os.R_OK)
