@@ -66,6 +66,7 @@ def task_image():
             tar("build/usbgx.tar"),
             tar("build/gt.tar"),
             file("image/gadget.conf", "/etc/modules-load.d/"),
+            file("image/gt.conf", "/etc/gt/"),
             file("image/ldconfig.service", "/etc/systemd/system/"),
         ],
         config=["dtoverlay=dwc2"],

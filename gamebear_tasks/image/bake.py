@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -40,7 +41,8 @@ def bake(recipe: Recipe) -> BaseFail | None:
         return TaskError(printable(str(error)))
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
-        return TaskError(printable(f"{recipe.output} cannot be baked: {what}."))
+        hint = " Make room there, then run doit again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return TaskError(printable(f"{recipe.output} cannot be baked: {what}.{hint}"))
     return None
 
 
