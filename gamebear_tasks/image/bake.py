@@ -17,9 +17,9 @@ from ..runner.files import CHUNK, sync_folder
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
 from .disk import Disk, Partition
 from .fat import Fat
-from .pack import SUFFIXES, pack
+from .pack import pack
 from .program import check_installed
-from .recipe import Recipe
+from .recipe import SUFFIXES, Recipe
 from .tree import Tree
 from .workshop import workshop
 

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from .program import environment, failure
 
-SUFFIXES = {".img": "", ".xz": "xz", ".zst": "zstd"}
-"""How a target is compressed, by the end of its name."""
-
 
 def pack(image: Path, target: Path, program: str) -> None:
     """Compress an image to a new file, or rename it where nothing compresses it.

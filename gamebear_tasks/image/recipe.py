@@ -7,13 +7,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
 from ..job import Json, canonical_json
-from ..sources.from_archive import Archive
+
+if TYPE_CHECKING:
+    from ..sources.from_archive import Archive
 
 FORMAT = 1
 """The recipe's version: another one bakes every image again."""
+
+SUFFIXES = {".img": "", ".xz": "xz", ".zst": "zstd"}
+"""What compresses a target, by the end of its name."""
 
 KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]{16,}( [^\n]*)?")
 """A public SSH key as a line of `authorized_keys`, see sshd(8)."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from doit.exceptions import BaseFail
 
 from ..config import architecture, settings
 from ..errors import SettingsError
 from ..interrupt import say_so_without_a_traceback
-from ..sources.from_archive import Archive
 from ..tasks import Task, remove_targets
-from .pack import SUFFIXES
-from .recipe import File, Recipe, Tar, User, size_of, texts
+from .recipe import SUFFIXES, File, Recipe, Tar, User, size_of, texts
 from .workshop import remove_workshops
+
+if TYPE_CHECKING:
+    from ..sources.from_archive import Archive
 
 HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 """A host name (RFC 1123, 2.1), without a domain."""
@@ -64,10 +65,10 @@ def sd_image(
         )
     target = Path(output)
     where = f"sd_image({str(target)!r})"
-    if not isinstance(base, Archive):
-        if not isinstance(base, str | PurePath) or not str(base):
-            raise SettingsError(f"{where}: the base {base!r} is neither a file nor an archive().")
+    if isinstance(base, str | PurePath) and str(base):
         base = Path(base)
+    elif not _is_archive(base):
+        raise SettingsError(f"{where}: the base {base!r} is neither a file nor an archive().")
     items = tuple(contents) if isinstance(contents, Iterable) and not isinstance(contents, str) else (contents,)
     for item in items:
         if not isinstance(item, File | Tar):
@@ -104,6 +105,12 @@ def sd_image(
         "clean": [remove_targets, _remove_workshops],
         "verbosity": 2,
     }
+
+
+def _is_archive(base: object) -> TypeGuard[Archive]:
+    from ..sources.from_archive import Archive  # here, because most images are baked from files
+
+    return isinstance(base, Archive)
 
 
 def _bake(recipe: Recipe) -> BaseFail | None:

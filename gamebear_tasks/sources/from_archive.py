@@ -150,6 +150,8 @@ class Archive(BaseSource[ArchivePin]):
         """
         target = cache / f"download-{self.sha256}"
         if target.is_file():
+            with contextlib.suppress(OSError):
+                os.utime(target)  # says when it was last used
             return target
         part = cache / f".{target.name}.part"
         try:
