@@ -63,7 +63,7 @@ class Building:
             log = tasklog.path_of(self.task)
             for path in (*self._targets().values(), log):
                 check_place(path)
-            builder = builder_of_this_run(self.chosen.builder)
+            builder = builder_of_this_run(self.chosen.builder_for(self.plan.arch or self.chosen.arch))
             with timing.phase("hash"):
                 order = self.plan.order(self.chosen)
             with TaskLog(log, self.out) as kept:

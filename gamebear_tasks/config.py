@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -26,7 +27,8 @@ class Settings:
     """What a person may set for a run.
 
     Attributes:
-        builder: URL of the builder, such as `ssh://pi@buildpi`.
+        builder: URL of the builder, such as `ssh://pi@buildpi`; or one for each of several architectures, as
+            `armhf=ssh://pi@buildpi,arm64=ssh://pi@pi5`: each job goes to that of its own.
         arch: Debian's name of the architecture to build for; by default this machine's.
         sources: which of several sources of one thing to take (see `either`), such as `debian`; by default the first.
         base: where Debian's base images come from: `registry`, `bootstrap` (made on the builder), or `auto`.
@@ -42,6 +44,21 @@ class Settings:
     patience: float = 600.0
     interrupt: str = "cancel"
     time_limit: float = 86400.0
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """The URLs of all builders that are set."""
+        return tuple(dict.fromkeys(_by_architecture(self.builder).values()))
+
+    def builder_for(self, arch: str) -> str:
+        """Return the URL of the builder for an architecture; raises SettingsError where none is set."""
+        builders = _by_architecture(self.builder)
+        if arch in builders or "" in builders:
+            return builders.get(arch) or builders[""]
+        raise SettingsError(
+            f"No builder is set for {arch}, only for {', '.join(builders)}.",
+            f"Name one: builder={self.builder},{arch}=ssh://user@host, or in the table builder of pyproject.toml.",
+        )
 
 
 def own_architecture() -> str:
@@ -167,6 +184,26 @@ def architecture(name: str, value: object, where: str) -> str:
     return text
 
 
+def _builder(name: str, value: object, where: str) -> str:
+    """Return the URL of the builder, or those of several architectures in one text; raises SettingsError."""
+    if isinstance(value, dict):
+        value = ",".join(f"{arch}={_text(f'{name}.{arch}', url, where)}" for arch, url in value.items())
+    text = _text(name, value, where)
+    for arch in _by_architecture(text):
+        architecture(name, arch, where)
+    if not text:
+        raise SettingsError(f"The setting {name} is empty (from {where}).", "Leave it out, or say builder=local:.")
+    return text
+
+
+def _by_architecture(text: str) -> dict[str, str]:
+    """Return the builders that a text names by their architectures; one for all of them has the name ""."""
+    parts = [part.partition("=") for part in re.split(r",(?=[a-z0-9]+=)", text)]
+    if not re.match("[a-z0-9]+=", text):
+        return {"": text}
+    return {arch: url.strip() for arch, _, url in parts}
+
+
 def seconds(name: str, value: object, where: str) -> float:
     """Return a number of seconds, which may come as a text; raises SettingsError."""
     try:
@@ -189,6 +226,7 @@ def _one_of(*choices: str) -> Callable[[str, object, str], str]:
 
 _CHECKS: dict[str, Callable[[str, object, str], object]] = {
     "arch": architecture,
+    "builder": _builder,
     "base": _one_of("auto", "registry", "bootstrap"),
     "interrupt": _one_of("cancel", "detach"),
     "patience": seconds,

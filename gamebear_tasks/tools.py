@@ -80,12 +80,11 @@ def task_builder() -> Task:
 def _describe_builder() -> TaskError | None:
     from .building import builder_of_this_run
 
-    url = settings().builder
-
     def describe() -> Iterator[str]:
-        yield f"{url}"
-        for name, value in builder_of_this_run(url).describe().items():
-            yield f"  {name}: {size(value) if name == 'free' and isinstance(value, int) else value}"
+        for url in settings().builders:
+            yield f"{url}"
+            for name, value in builder_of_this_run(url).describe().items():
+                yield f"  {name}: {size(value) if name == 'free' and isinstance(value, int) else value}"
 
     return _told(describe)
 
@@ -146,23 +145,23 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
             removed, freed = cache.prune(days * DAY)
             if removed:
                 yield f"On this machine {removed} {'sources' if removed > 1 else 'source'} removed, {size(freed)} freed"
-        url = settings().builder
-        pruned = builder_of_this_run(url).prune(
-            None if days is None else days * DAY,
-            None if most is None else int(most),
-            None if count is None else int(count),
-            images,
-        )
-        counts = (
-            (pruned.jobs, "job"),
-            (pruned.blobs, "input"),
-            (pruned.images, "image"),
-            (pruned.others, "other thing"),
-        )
-        went = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts if count)
-        yield f"On {url} {went or 'nothing'} removed, {size(pruned.freed)} freed"
-        for reason in pruned.left:
-            yield f"  {printable(reason)}"
+        for url in settings().builders:
+            pruned = builder_of_this_run(url).prune(
+                None if days is None else days * DAY,
+                None if most is None else int(most),
+                None if count is None else int(count),
+                images,
+            )
+            counts = (
+                (pruned.jobs, "job"),
+                (pruned.blobs, "input"),
+                (pruned.images, "image"),
+                (pruned.others, "other thing"),
+            )
+            went = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts if count)
+            yield f"On {url} {went or 'nothing'} removed, {size(pruned.freed)} freed"
+            for reason in pruned.left:
+                yield f"  {printable(reason)}"
 
     return _told(prune)
 

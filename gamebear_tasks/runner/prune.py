@@ -155,7 +155,7 @@ class Prune:
             if self.policy.older is not None and self._age(job.last_use()) > self.policy.older:
                 going[job.digest] = job
             if state["state"] == "done":
-                results.setdefault(_target(job), []).append(job)
+                results.setdefault(target_of(job), []).append(job)
             elif self.policy.keep is not None and not self._is_news(job, state):
                 going[job.digest] = job
         if self.policy.keep is not None:
@@ -403,7 +403,7 @@ class Prune:
             self._remove(path)
 
 
-def _target(job: StoredJob) -> str:
+def target_of(job: StoredJob) -> str:
     """Return what is the same for each result of one target: architecture, program and outputs."""
     try:
         document = job.document()

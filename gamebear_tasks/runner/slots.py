@@ -12,6 +12,9 @@ from pathlib import Path
 from .files import locked, read_json
 from .store import Lock, Store
 
+SLOTS_VARIABLE = "GAMEBEAR_SLOTS"
+"""The environment variable by which what starts a runner says how many jobs run at once."""
+
 
 def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: Callable[[str], None]) -> Lock:
     """Return one of the builder's slots, held; wait for it, first come first served.
@@ -61,10 +64,14 @@ def slot_count() -> int:
     """Return how many jobs run at once: `slots` in `builder.json`, else one for four processors and a GiB of memory.
 
     That is: what there is enough of for each of them, and at least one. A compiler takes a few hundred MiB.
+    A Dask worker says it in the environment instead, by its resources.
 
     `builder.json` is in `$XDG_CONFIG_HOME/gamebear` (by default `~/.config/gamebear`): what belongs to the builder is
     said on the builder.
     """
+    said = os.environ.get(SLOTS_VARIABLE, "")
+    if re.fullmatch("[1-9][0-9]{0,5}", said):
+        return int(said)
     home = os.environ.get("XDG_CONFIG_HOME", "")
     folder = Path(home) if home.startswith("/") else Path.home() / ".config"
     settings = read_json(folder / "gamebear" / "builder.json")

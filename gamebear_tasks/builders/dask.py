@@ -1,0 +1,402 @@
+"""The builder `dask://scheduler:8786` (`dask+tls://`): many builders behind one name.
+
+Dask places the jobs, one slot each, on workers that have their architecture. With the worker that has a job we speak as
+with any other builder, directly: its runner, its store, its supervisor. So a job is as safe there as behind SSH.
+Nothing of Dask is imported before something has to be built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import BuilderError, BuilderLost, SettingsError
+from ..report import notice, size
+from ..runner.files import is_file_name
+from . import Order, Pruned, Sink, Status, shown
+from .channel import Connection
+from .remote import PATIENCE, RunnerBuilder
+from .session import words_of
+
+if TYPE_CHECKING:
+    from .dask_client import Link
+
+T = TypeVar("T")
+
+WAIT = 20.0
+"""Seconds for which the scheduler holds back its answer while there is no slot; the first time, `FIRST_WAIT`."""
+
+FIRST_WAIT = 2.0
+
+COMING_BACK = 30.0
+"""Seconds for which a job is looked for whose worker has gone: it may come back under another address."""
+
+TRIES = 5
+"""How often in a row a job is given to a worker that goes away before it has taken it."""
+
+AT_ONCE = 8
+"""How many workers are asked at once what they are."""
+
+_SCHEMES = {"dask": "tcp", "dask+tls": "tls"}
+
+
+class WorkerGone(BuilderError):
+    """The worker is no longer there; what it built may be found elsewhere, or is built again."""
+
+
+class DaskBuilder:
+    """The workers of a Dask scheduler.
+
+    Args:
+        url: the builder's name in messages and settings.
+        address: the scheduler's, as Dask has it.
+    """
+
+    def __init__(self, url: str, address: str) -> None:
+        self.url = url
+        self.address = address
+        self.patience = PATIENCE
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._runners: dict[str, RunnerBuilder] = {}
+        self._places: dict[str, str] = {}
+        self._said: set[str] = set()
+
+    # what a builder does
+
+    def submit(self, order: Order, again: bool = False) -> Status:
+        """Have a job built, unless it runs or is done already; wait for a slot where it has to be built."""
+        digest = order.job.digest
+        try:
+            for count in range(1, TRIES + 1):
+                worker = self._place(order, again)
+                self._places[digest] = worker
+                try:
+                    status = self._runner(worker).submit(order, again)
+                    break
+                except WorkerGone:
+                    if count == TRIES:
+                        raise
+            if status.is_final:
+                self._release(digest)
+        except Exception:
+            self._release(digest)  # nobody else may have the slot that we do not use
+            raise
+        return self._told(worker, status)
+
+    def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, wherever it is."""
+        place = self._find(digest)
+        if place is None:
+            return Status("lost", attempt), b""
+        worker, runner = place
+        try:
+            status, log = runner.follow(digest, attempt, offset)
+        except WorkerGone:
+            self._forget(worker)
+            return Status("running", attempt), b""
+        if status.is_final and not log:
+            self._release(digest)
+        return self._told(worker, status), log
+
+    def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
+        """Give an output's content from `offset` on to a sink."""
+        got = _Counted(target)
+        while (place := self._find(digest)) is not None:
+            worker, runner = place
+            try:
+                runner.fetch(digest, attempt, name, offset + got.count, got, limit - got.count)
+                return
+            except WorkerGone:
+                self._forget(worker)
+        raise BuilderLost(
+            f"The worker of {self.url} that has job {digest[:12]} has gone.", "Run doit again: another builds it."
+        )
+
+    def cancel(self, digest: str, attempt: str) -> bool:
+        """End a job, unless somebody else waits for it too."""
+        worker = self._places.get(digest)
+        try:
+            return worker is None or self._runner(worker).cancel(digest, attempt)
+        except WorkerGone:
+            return True
+        finally:
+            self._release(digest)
+
+    def discard(self, digest: str, attempt: str) -> None:
+        """Have the worker check a result, and forget it if it is damaged."""
+        place = self._find(digest)
+        if place is not None:
+            place[1].discard(digest, attempt)
+
+    def prune(
+        self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
+    ) -> Pruned:
+        """Remove what is kept on each worker and no longer used; a `size` is each one's."""
+        total = Pruned()
+        for worker, pruned in self._each(lambda runner: runner.prune(older, size, keep, images)).items():
+            if isinstance(pruned, BuilderError):
+                total = replace(total, left=(*total.left, f"{worker}: {pruned}"))
+                continue
+            counts = {
+                item.name: getattr(total, item.name) + getattr(pruned, item.name)
+                for item in fields(Pruned)
+                if item.name != "left"
+            }
+            total = Pruned(**counts, left=(*total.left, *(f"{worker}: {reason}" for reason in pruned.left)))
+        return total
+
+    def describe(self) -> Mapping[str, Any]:
+        """Say which workers there are, and what each is."""
+        said = self._each(lambda runner: runner.describe())
+        about: dict[str, Any] = {"scheduler": self.address}
+        for item in self._workers():
+            slots = ", ".join(f"{arch} {busy} of {all_} busy" for arch, busy, all_ in _slots(item)) or "no architecture"
+            found = said.get(item["worker"])
+            if item["error"] or isinstance(found, BuilderError):
+                about[item["worker"]] = f"{slots}; {item['error'] or found}"
+                continue
+            if found is not None:
+                free = found.get("free")
+                has = "buildah" if found.get("buildah") in (True, "True") else "no buildah"
+                slots += f"; {found.get('host')}, {found.get('machine')}, Python {found.get('python')}, {has}"
+                slots += f", {size(free)} free" if isinstance(free, int) else ""
+            about[item["worker"]] = slots
+        return about
+
+    def close(self) -> None:
+        """Close the connections."""
+        if self._pid != os.getpid():
+            return  # they are our parent's
+        for runner in list(self._runners.values()):
+            runner.close()
+        if self._link is not None:
+            self._link.close()
+
+    # where jobs are
+
+    def _place(self, order: Order, again: bool) -> str:
+        """Return the worker that is to build a job; wait for a slot, and say so."""
+        job = order.job
+        target = json.dumps([job.arch, job.program, sorted(job.outputs)])
+        until: float | None = None
+        wait = FIRST_WAIT
+        while True:
+            answer = self._ask(
+                "place",
+                digest=job.digest,
+                arch=job.arch,
+                name=re.sub(r"[^\w.]+", "_", job.program)[:60] or "job",
+                target=target,
+                blobs=sorted(order.files)[:1000],
+                again=again,
+                wait=wait,
+            )
+            wait = WAIT
+            if "worker" in answer:
+                return _address(answer["worker"], self.url)
+            if answer.get("slots"):
+                until = None
+                if "workers" in answer:
+                    self._say(f"{self.url} has no free slot for {job.arch} now; waiting for one")
+                continue
+            there = _known_slots(answer.get("workers"))
+            if until is None:
+                until = time.monotonic() + self.patience
+                self._say(
+                    f"{self.url} has no worker for {job.arch} ({there}); waiting for one for {self.patience:g} seconds"
+                )
+            if time.monotonic() > until:
+                raise BuilderError(
+                    f"{self.url} has no worker for {job.arch}: {there}.",
+                    f'Start one: dask worker {self.address} --nthreads 1 --resources "{job.arch}=1"',
+                )
+
+    def _find(self, digest: str) -> tuple[str, RunnerBuilder] | None:
+        """Return the worker that has a job, where it is to be found; a worker may come back."""
+        until: float | None = None
+        while True:
+            worker = self._places.get(digest)
+            if worker is not None:
+                return worker, self._runner(worker)
+            answer = self._ask("where", digest=digest)
+            if answer.get("worker"):
+                self._places[digest] = _address(answer["worker"], self.url)
+                continue
+            until = until or time.monotonic() + min(COMING_BACK, self.patience)
+            if answer.get("queued") or time.monotonic() > until:
+                return None
+            time.sleep(0.5)
+
+    def _forget(self, worker: str) -> None:
+        """Note that a worker has gone."""
+        with self._lock:
+            runner = self._runners.pop(worker, None)
+            for digest in [digest for digest, place in self._places.items() if place == worker]:
+                del self._places[digest]
+        if runner is not None:
+            runner.close()
+
+    def _runner(self, worker: str) -> RunnerBuilder:
+        """Return a worker as the builder that it is."""
+        self._connected()
+        with self._lock:
+            runner = self._runners.get(worker)
+            if runner is None:
+                runner = RunnerBuilder(self.url, f"worker {worker}", lambda: self._connect(worker))
+                runner.patience = self.patience
+                self._runners[worker] = runner
+            return runner
+
+    def _connect(self, worker: str) -> Connection:
+        if not self._ask("worker", patience=0.0, worker=worker).get("there"):
+            raise WorkerGone(f"The worker {worker} of {self.url} has gone.", "Run doit again.")
+        return self._connected().connection(worker)
+
+    def _release(self, digest: str) -> None:
+        """Tell the scheduler that we have seen a job's end, or no longer wait for it."""
+        with contextlib.suppress(BuilderError):  # the lease finds out itself
+            self._ask("release", patience=0.0, digest=digest)
+
+    # the scheduler
+
+    def _connected(self) -> Link:
+        if self._pid != os.getpid():
+            self._reset()  # a fork of the process that connected: the connections are the parent's
+        with self._lock:
+            if self._link is None:
+                from .dask_client import Link
+
+                self._link = Link(self.url, self.address)
+            return self._link
+
+    def _ask(self, ask: str, patience: float | None = None, **more: Any) -> Mapping[str, Any]:
+        return self._connected().ask(ask, self.patience if patience is None else patience, **more)
+
+    def _workers(self) -> list[dict[str, Any]]:
+        return _checked_workers(self._ask("workers")["workers"], self.url)
+
+    def _each(self, ask: Callable[[RunnerBuilder], T]) -> dict[str, T | BuilderError]:
+        """Ask each worker that builds for us."""
+
+        def one(worker: str) -> T | BuilderError:
+            try:
+                return ask(self._runner(worker))
+            except BuilderError as error:
+                return error
+
+        workers = [item["worker"] for item in self._workers() if item["slots"] and not item["error"]]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return dict(zip(workers, pool.map(one, workers), strict=True))
+
+    def _told(self, worker: str, status: Status) -> Status:
+        """Return a status that says where it failed."""
+        if status.failure is None:
+            return status
+        return replace(
+            status, failure=replace(status.failure, message=f"{status.failure.message} (It ran on {worker}.)")
+        )
+
+    def _say(self, text: str) -> None:
+        """Tell a person something once."""
+        with self._lock:
+            if text in self._said:
+                return
+            self._said.add(text)
+        notice(text)
+
+
+class _Counted:
+    """Counts what goes to a sink."""
+
+    def __init__(self, target: Sink) -> None:
+        self.count = 0
+        self._target = target
+
+    def write(self, data: bytes, /) -> None:
+        """Take all of `data`."""
+        self._target.write(data)
+        self.count += len(data)
+
+
+def _address(text: object, url: str) -> str:
+    """Return a worker's address, which came from outside."""
+    if isinstance(text, str) and len(text) < 300 and re.fullmatch(r"(tcp|tls)://[\w.:\[\]%-]+:\d+", text, re.ASCII):
+        return text
+    raise BuilderError(f"{url} names a worker that makes no sense ({words_of(text)[:100]}).")
+
+
+def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:
+    found = []
+    for item in items if isinstance(items, list) else []:
+        item = item if isinstance(item, dict) else {}
+        found.append(
+            {
+                "worker": _address(item.get("worker"), url),
+                "error": words_of(item.get("error") or "")[:1000],
+                **{name: _counts(item.get(name)) for name in ("slots", "busy")},
+            }
+        )
+    return found
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, dict):
+        return {}
+    return {name: n for name, n in value.items() if is_file_name(name) and name.isalnum() and type(n) is int}
+
+
+def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    return [(arch, item["busy"].get(arch, 0), count) for arch, count in sorted(item["slots"].items())]
+
+
+def _known_slots(workers: object) -> str:
+    """Return what a scheduler says there is instead of what was asked for."""
+    total: dict[str, int] = {}
+    broken = []
+    count = 0
+    for item in workers if isinstance(workers, list) else []:
+        count += 1
+        item = item if isinstance(item, dict) else {}
+        for arch, slots in _counts(item.get("slots")).items():
+            total[arch] = total.get(arch, 0) + slots
+        if item.get("error"):
+            broken.append(f"{words_of(item.get('worker'))[:100]} cannot be used: {words_of(item['error'])[:400]}")
+    if not count:
+        return "no worker is there"
+    offers = ", ".join(f"{arch}={slots}" for arch, slots in sorted(total.items())) or "no architecture"
+    return "; ".join([f"its {count} workers offer {offers}" if count > 1 else f"its worker offers {offers}", *broken])
+
+
+def open_builder(url: str) -> DaskBuilder:
+    """Open `dask://scheduler[:port]`, or `dask+tls://`.
+
+    Raises:
+        SettingsError: the URL names no scheduler, or Dask is not installed here.
+    """
+    scheme, _, place = url.partition("://")
+    host, _, port = place.rpartition(":") if re.search(r":\d*\Z", place) else (place, "", "")
+    if scheme not in _SCHEMES or not re.fullmatch(r"\[[0-9a-fA-F:.%]+\]|[\w.-]+", host, re.ASCII) or len(port) > 5:
+        raise SettingsError(
+            f"The builder {shown(url)!r} names no Dask scheduler.",
+            "Say builder=dask://HOST:8786, or dask+tls://HOST:8786; what belongs to TLS is in Dask's configuration.",
+        )
+    if importlib.util.find_spec("distributed") is None:
+        raise SettingsError(
+            f"The builder {shown(url)!r} needs Dask, which is not installed here.",
+            "pip install 'gamebear-tasks[dask]'",
+        )
+    return DaskBuilder(url, f"{_SCHEMES[scheme]}://{host}:{port or 8786}")
