@@ -24,6 +24,9 @@ from .session import SILENCE, words_of
 GREETING = 30.0
 """Seconds that a scheduler may take to load our part and to answer."""
 
+SETTLING = 1.0
+"""Seconds that a scheduler may need to see that a worker has gone."""
+
 
 class Stream:
     """One connection with our part of the scheduler: many questions at once, each with its answer.
@@ -183,15 +186,21 @@ class Link:
                 f"{self.url} names a worker {words_of(worker)[:100]}, which is not as safe as itself.",
                 "Start its workers with the scheduler's tls:// address.",
             )
-        if worker not in self._relayed:
-            try:
-                comm = self.loop.wait_for(connect(worker, self._args), 30.0)
-                self.loop.begin(closed(comm))
-            except (BuilderLost, TimeoutError):
+        if worker not in self._relayed and not self._reaches(worker):
+            time.sleep(SETTLING)  # it may have ended, and the scheduler not know yet
+            if self.ask("worker", 0.0, worker=worker).get("there") and not self._reaches(worker):
                 self._relayed.add(worker)
                 notice(f"{worker} cannot be reached from here; what it builds comes through {self.url}")
         relay = self.address if worker in self._relayed else ""
         return DaskConnection(self.loop, worker, self._args, relay)
+
+    def _reaches(self, worker: str) -> bool:
+        try:
+            comm = self.loop.wait_for(connect(worker, self._args), 30.0)
+        except (BuilderLost, TimeoutError):
+            return False
+        self.loop.begin(closed(comm))
+        return True
 
     def _connected(self, patience: float) -> Stream:
         with self._connecting:

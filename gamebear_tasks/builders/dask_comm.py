@@ -251,6 +251,9 @@ class DaskChannel:
             status, errors = message.get("end"), message.get("errors")
             self._status = status if type(status) is int else None
             self._errors = errors if isinstance(errors, bytes) else b""
+            if "lost" in message:
+                self._broken()
+                raise BuilderLost(f"{self._comm.peer_address} has lost the worker: {words_of(message['lost'])}.")
             if "error" in message or "exception_text" in message:
                 said = message.get("error") or message.get("exception_text")
                 raise BuilderError(f"{self._comm.peer_address} starts no runner: {words_of(said)}.")

@@ -457,10 +457,13 @@ class Cluster:
 
     async def relay(self, comm: Comm, worker: str, command: str) -> Status:
         """Connect a client, which cannot reach a worker itself, with a program there; piece by piece."""
-        if worker not in self.scheduler.workers:
-            await comm.write({"end": None, "error": f"{worker} has gone"})
+        try:
+            if worker not in self.scheduler.workers:
+                raise OSError(f"{worker} has gone")
+            other = await connect(worker, timeout=LOOKING, deserialize=False, **self.scheduler.connection_args)
+        except OSError as error:
+            await comm.write({"lost": str(error)})
             return Status.dont_reply
-        other = await connect(worker, deserialize=False, **self.scheduler.connection_args)
         tasks = [asyncio.ensure_future(_pump(comm, other)), asyncio.ensure_future(_pump(other, comm))]
         try:
             await other.write({"op": "gamebear_channel", "command": command, "reply": True})
@@ -507,6 +510,6 @@ def _as_client(security: Security | None) -> Security | None:
 
 
 def _why(error: BaseException) -> str:
-    if isinstance(error, ImportError):
-        return f"it has no gamebear-tasks that can be loaded ({error})"
+    if "No module named" in str(error):
+        return "it has no gamebear-tasks; there: pip install 'gamebear-tasks[dask]'"
     return f"{type(error).__name__}: {error}"

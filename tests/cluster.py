@@ -1,0 +1,185 @@
+"""A Dask scheduler and its workers, as processes, each worker with a store of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from project import ROOT, processes, wait_for
+
+STARTING = 120.0
+"""Seconds that a scheduler or a worker may take to be there."""
+
+
+def free_port() -> int:
+    """Return a port that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Worker:
+    """A worker.
+
+    Attributes:
+        folder: its cache home, log and scratch.
+        process: its process.
+        command: what started it.
+    """
+
+    folder: Path
+    process: subprocess.Popen[bytes]
+    command: tuple[str, ...]
+
+    @property
+    def store(self) -> Path:
+        """The store of its jobs."""
+        return self.folder / "cache" / "gamebear" / "v1"
+
+    @property
+    def digests(self) -> list[str]:
+        """The jobs that it has had."""
+        return [path.name for path in (self.store / "jobs").glob("*")]
+
+    def states(self) -> list[dict[str, Any]]:
+        """Return the states of its jobs."""
+        return [json.loads(path.read_bytes()) for path in (self.store / "jobs").glob("*/state.json")]
+
+    def kill(self, jobs: bool = True) -> None:
+        """End it as a power cut would; without `jobs`, only Dask's process."""
+        self.process.kill()
+        self.process.wait()
+        while jobs and (left := processes(self.store)):
+            for number in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+
+class Cluster:
+    """A scheduler and its workers.
+
+    Args:
+        folder: for all that they keep.
+        environment: more variables of theirs.
+        scheme: `tcp` or `tls`.
+    """
+
+    def __init__(self, folder: Path, scheme: str = "tcp", **environment: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.address = f"{scheme}://127.0.0.1:{self.port}"
+        self.url = f"dask://127.0.0.1:{self.port}".replace("dask:", "dask+tls:" if scheme == "tls" else "dask:")
+        self.workers: list[Worker] = []
+        self.environment = {
+            **os.environ,
+            "HOME": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "DASK_DISTRIBUTED__WORKER__USE_FILE_LOCKING": "False",
+            **environment,
+        }
+        self.start_scheduler()
+
+    def start_scheduler(self) -> None:
+        """Start the scheduler, again where it has ended."""
+        self.scheduler = self._start(
+            self.folder / "scheduler", "scheduler", "--host", self.address, "--no-dashboard", "--no-show"
+        )
+        log = self.folder / "scheduler" / "log"
+        wait_for(lambda: "Scheduler at" in log.read_text(), STARTING)
+
+    def stop_scheduler(self) -> None:
+        """End the scheduler as a power cut would."""
+        self.scheduler.kill()
+        self.scheduler.wait()
+
+    def start_worker(self, resources: str, *options: str, name: str = "", code: str = "") -> Worker:
+        """Start a worker.
+
+        Args:
+            resources: as `dask worker --resources` has them.
+            options: more of them.
+            name: of its folder; that of one which has ended gives it the store of that one.
+            code: Python that runs in it before Dask.
+        """
+        folder = self.folder / (name or f"worker{len(self.workers)}")
+        process = self._start(
+            folder,
+            "worker",
+            self.address,
+            *("--host", "127.0.0.1"),
+            *("--nthreads", "1"),
+            *("--resources", resources),
+            *("--local-directory", str(folder / "scratch")),
+            *("--no-dashboard", "--no-nanny"),
+            *options,
+            code=code,
+        )
+        worker = Worker(folder, process, ())
+        self.workers.append(worker)
+        return worker
+
+    def wait_for_workers(self) -> None:
+        """Wait until all that were started and live are there."""
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                log = worker.folder / "log"
+                wait_for(lambda log=log: "Registered to" in log.read_text(), STARTING)  # type: ignore[misc]
+
+    def _start(self, folder: Path, *arguments: str, code: str = "") -> subprocess.Popen[bytes]:
+        (folder / "cache").mkdir(parents=True, exist_ok=True)
+        start = f"{code}\nfrom dask.__main__ import main\nmain()"
+        with (folder / "log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", start, *arguments],
+                cwd=folder,
+                env={**self.environment, "XDG_CACHE_HOME": str(folder / "cache")},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def memory(self, process: subprocess.Popen[bytes]) -> int:
+        """Return the most memory that one of its processes has had, in bytes."""
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+
+    def close(self) -> None:
+        """End all of it, jobs too."""
+        for worker in self.workers:
+            worker.kill()
+        self.stop_scheduler()
+
+
+def settings_of_tls(folder: Path) -> dict[str, Any]:
+    """Make an authority and a certificate, and return the variables by which Dask uses them."""
+    folder.mkdir(parents=True)
+    ca, cert, key, request = folder / "ca.pem", folder / "cert.pem", folder / "key.pem", folder / "request.pem"
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *new, "-keyout", str(folder / "ca.key"), "-out", str(ca), "-subj", "/CN=shelf")
+    openssl("req", *new, "-keyout", str(key), "-out", str(request), "-subj", "/CN=builder")
+    openssl(
+        *("x509", "-req", "-in", str(request), "-out", str(cert)),
+        *("-CA", str(ca), "-CAkey", str(folder / "ca.key"), "-CAcreateserial"),
+    )
+    tls = "DASK_DISTRIBUTED__COMM__TLS"
+    return {
+        f"{tls}__CA_FILE": str(ca),
+        "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "True",
+        **{f"{tls}__{role}__CERT": str(cert) for role in ("SCHEDULER", "WORKER", "CLIENT")},
+        **{f"{tls}__{role}__KEY": str(key) for role in ("SCHEDULER", "WORKER", "CLIENT")},
+    }

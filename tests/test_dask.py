@@ -1,0 +1,462 @@
+"""Many builders behind one name: jobs go where they can be built, and are found again whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import distributed
+import pytest
+from cluster import Cluster, settings_of_tls
+from distributed.protocol import Serialize, ToPickle
+from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
+
+from gamebear_tasks.builders import open_builder
+from gamebear_tasks.builders.dask import DaskBuilder
+from gamebear_tasks.builders.dask_client import Link
+from gamebear_tasks.builders.dask_comm import PROTOCOL, Loop
+from gamebear_tasks.errors import BuilderError, SettingsError
+
+DODO = """
+from gamebear_tasks import artifact, task_builder, task_prune
+
+DOIT_CONFIG = {"default_tasks": ["x"]}
+
+def task_x():
+    return artifact("x.py", outputs=["build/x"], arch="amd64")
+"""
+
+WAITS = """
+import os, sys, time
+print("begin")
+with open({tally!r}, "a") as file:
+    file.write("x")
+while not os.path.exists({go!r}):
+    time.sleep(0.02)
+print("end")
+open("x", "w").write("built")
+"""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A scheduler, and two workers for which this machine pretends to be two."""
+    cluster = Cluster(tmp_path_factory.mktemp("shelf"))
+    try:
+        cluster.start_worker("amd64=1")
+        cluster.start_worker("i386=1")
+        cluster.wait_for_workers()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Cluster]:
+    """A scheduler and two workers of one architecture, to be broken."""
+    cluster = Cluster(tmp_path / "pair")
+    try:
+        cluster.start_worker("amd64=1")
+        cluster.start_worker("amd64=1")
+        cluster.wait_for_workers()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def project_on(cluster: Cluster, folder: Path, **settings: str) -> Project:
+    """Return a project that a cluster builds."""
+    project = Project(folder / "project", home=folder / "home", GAMEBEAR_BUILDER=cluster.url, **settings)
+    project.write("dodo.py", DODO)
+    return project
+
+
+def waiting(project: Project) -> None:
+    """Give the project a job that waits for `go`, and tallies its runs."""
+    project.write("x.py", WAITS.format(go=str(project.folder / "go"), tally=str(project.folder / "tally")))
+
+
+def said(project: Project) -> str:
+    """Return what the doit that was started has said."""
+    return (project.folder / "doit.out").read_text(errors="replace")
+
+
+def begun(project: Project) -> int:
+    """Return how often the waiting job was begun."""
+    tally = project.folder / "tally"
+    return len(tally.read_text()) if tally.exists() else 0
+
+
+def test_each_job_goes_to_a_worker_of_its_architecture_and_is_found_there_again(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n"
+        "def task_x():\n"
+        "    for arch in ('amd64', 'i386'):\n"
+        "        for n in range(2):\n"
+        "            yield {**artifact('x.py', outputs=[f'build/{arch}{n}/x'], arch=arch, args={'n': n}),\n"
+        "                   'name': f'{arch}{n}'}\n",
+    )
+    project.write("x.py", "#| arg: n: int\nopen('x', 'w').write(f'number {n}')\n")
+    amd64, i386 = shelf.workers
+    before = len(amd64.digests), len(i386.digests)
+    project.doit("-n", "4", "-P", "thread").ok()
+    assert (len(amd64.digests) - before[0], len(i386.digests) - before[1]) == (2, 2)
+    assert (project.folder / "build/i3861/x").read_text() == "number 1"
+    project.doit("clean").ok()
+    run = project.doit("-n", "4", "-P", "thread").ok()
+    assert run.err.count("was built on dask://") == 4, run.text
+    assert (len(amd64.digests) - before[0], len(i386.digests) - before[1]) == (2, 2)
+
+
+def test_an_up_to_date_doit_imports_no_dask(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    project.write("x.py", "open('x', 'w').close()")
+    project.doit().ok()
+    project.write(
+        "dodo.py",
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('MODULES', 'distributed' in sys.modules, 'dask' in sys.modules))\n" + DODO,
+    )
+    run = project.doit().ok()
+    assert not run.ran and "MODULES False False" in run.out, run.text
+
+
+def test_the_worker_that_has_built_a_target_before_is_preferred(pair: Cluster, tmp_path: Path) -> None:
+    project = project_on(pair, tmp_path)
+    for number in range(4):
+        project.write("x.py", f"open('x', 'w').write('{number}')")
+        project.doit().ok()
+    assert sorted(len(worker.digests) for worker in pair.workers) == [0, 4]
+
+
+def test_a_result_larger_than_anybody_wants_in_memory_streams(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    size = 192 << 20
+    project.write("x.py", f"with open('x', 'wb') as file:\n    file.truncate({size})\n")
+    before = [shelf.memory(shelf.scheduler), shelf.memory(shelf.workers[0].process)]
+    run, most = project.measured(*project.command())
+    run.ok()
+    assert (project.folder / "build/x").stat().st_size == size
+    after = [shelf.memory(shelf.scheduler), shelf.memory(shelf.workers[0].process)]
+    assert most < 160 << 20
+    assert all(now - then < 32 << 20 for then, now in zip(before, after, strict=True)), (before, after)
+
+
+def test_what_cannot_be_reached_directly_comes_through_the_scheduler(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    # A client for which there is nobody at the workers' addresses.
+    project.write(
+        "sitecustomize.py",
+        "import socket\n"
+        "connect = socket.socket.connect\n"
+        "def only_the_scheduler(self, address):\n"
+        f"    if isinstance(address, tuple) and address[1] != {shelf.port}:\n"
+        "        raise ConnectionRefusedError(111, 'Connection refused')\n"
+        "    return connect(self, address)\n"
+        "socket.socket.connect = only_the_scheduler\n",
+    )
+    project.write("x.py", f"with open('x', 'wb') as file:\n    file.truncate({48 << 20})\n")
+    before = shelf.memory(shelf.scheduler)
+    run = project.doit(PYTHONPATH=f"{project.folder}:{project.environment['PYTHONPATH']}").ok()
+    assert "cannot be reached from here; what it builds comes through" in run.err
+    assert (project.folder / "build/x").stat().st_size == 48 << 20
+    assert shelf.memory(shelf.scheduler) - before < 24 << 20
+
+
+def test_where_no_worker_has_the_architecture_it_says_which_there_are(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path, GAMEBEAR_PATIENCE="1")
+    project.write("dodo.py", DODO.replace("amd64", "riscv64"))
+    project.write("x.py", "")
+    run = project.doit()
+    run.failed("has no worker for riscv64", "amd64=1, i386=1", '--resources "riscv64=1"')
+    assert "waiting for one" in run.err
+
+
+def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path: Path) -> None:
+    first, second = project_on(shelf, tmp_path / "first"), project_on(shelf, tmp_path / "second")
+    waiting(first)
+    waiting(second)
+    running = first.start()
+    wait_for(lambda: begun(first), 60)
+    queued = second.start()
+    wait_for(lambda: "has no free slot for amd64 now" in said(second), 60)
+    assert begun(second) == 0
+    queued.send_signal(signal.SIGINT)  # a job that waits for its slot is let go at once
+    assert queued.wait(30) != 0
+    assert not OUR_FRAMES.search(said(second)), said(second)
+    (first.folder / "go").touch()
+    assert running.wait(60) == 0, said(first)
+    (second.folder / "go").touch()
+    second.doit().ok()
+    assert begun(second) == 1
+
+
+def test_the_builder_task_says_what_each_worker_is(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    project.write("x.py", "")
+    run = project.doit("builder").ok()
+    assert run.out.count("buildah") == 2 and "i386 0 of 1 busy" in run.out, run.text
+
+
+def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    project.write("x.py", "open('x', 'w').close()")
+    project.doit().ok()
+    project.write("dodo.py", DODO.replace("amd64", "i386"))
+    project.doit().ok()
+    assert all(worker.digests for worker in shelf.workers)
+    for worker in shelf.workers:
+        for path in worker.store.rglob("*"):
+            os.utime(path, (1e9, 1e9), follow_symlinks=False)
+    run = project.doit("prune", "--older", "1").ok()
+    assert "jobs" in run.out, run.text
+    assert [worker.digests for worker in shelf.workers] == [[], []]
+    project.doit("clean").ok()
+    project.doit().ok()  # what is gone is built again
+
+
+def test_ctrl_c_ends_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    waiting(project)
+    client = project.start("-n", "2", "-P", "thread")
+    wait_for(lambda: "begin" in said(project), 60)
+    client.send_signal(signal.SIGINT)
+    assert client.wait(60) != 0
+    assert "ending x.py" in said(project)
+    assert not OUR_FRAMES.search(said(project).partition("KeyboardInterrupt")[0]), said(project)
+    assert_nothing_is_left(project, shelf.workers[0].store)
+    (project.folder / "go").touch()
+    project.doit().ok()  # its slot is free again
+
+
+def test_a_client_that_dies_leaves_its_job_and_the_next_doit_finds_it(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    waiting(project)
+    client = project.start()
+    wait_for(lambda: begun(project), 60)
+    client.kill()
+    client.wait()
+    again = project.start()
+    wait_for(lambda: "is being built on" in said(project), 60)
+    (project.folder / "go").touch()
+    assert again.wait(60) == 0, said(project)
+    assert begun(project) == 1
+
+
+def test_a_failure_says_where_and_shows_the_log(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    project.write("x.py", "print('about to fail')\nraise ValueError('no')\n")
+    project.doit().failed("about to fail", "ran on tcp://127.0.0.1")
+
+
+def test_a_worker_that_dies_has_its_job_built_by_another_once(pair: Cluster, tmp_path: Path) -> None:
+    project = project_on(pair, tmp_path)
+    waiting(project)
+    client = project.start()
+    wait_for(lambda: begun(project) == 1, 60)
+    (dying,) = (worker for worker in pair.workers if processes(worker.store, "supervise"))
+    dying.kill()
+    wait_for(lambda: begun(project) == 2, 60)
+    (project.folder / "go").touch()
+    assert client.wait(60) == 0, said(project)
+    assert (project.folder / "build/x").read_text() == "built"
+    assert begun(project) == 2
+    assert not OUR_FRAMES.search(said(project)), said(project)
+    assert "distributed" not in said(project)
+
+
+def test_a_worker_that_comes_back_ends_what_another_builds_by_now(pair: Cluster, tmp_path: Path) -> None:
+    project = project_on(pair, tmp_path)
+    waiting(project)
+    client = project.start()
+    wait_for(lambda: begun(project) == 1, 60)
+    (dying,) = (worker for worker in pair.workers if processes(worker.store, "supervise"))
+    dying.kill(jobs=False)
+    wait_for(lambda: begun(project) == 2, 60)
+    pair.start_worker("amd64=1", name=dying.folder.name)
+    wait_for(lambda: not processes(dying.store), 60)
+    (project.folder / "go").touch()
+    assert client.wait(60) == 0, said(project)
+    assert begun(project) == 2
+
+
+def test_a_scheduler_that_is_restarted_costs_no_build(pair: Cluster, tmp_path: Path) -> None:
+    project = project_on(pair, tmp_path)
+    waiting(project)
+    client = project.start()
+    wait_for(lambda: "begin" in said(project), 60)
+    pair.stop_scheduler()
+    wait_for(lambda: "lost the connection" in said(project), 60)
+    for worker in pair.workers:  # they end with their scheduler; systemd starts them again
+        worker.process.wait(60)
+    pair.start_scheduler()
+    for worker in list(pair.workers):
+        pair.start_worker("amd64=1", name=worker.folder.name)
+    wait_for(lambda: "again" in said(project), 60)
+    (project.folder / "go").touch()
+    assert client.wait(60) == 0, said(project)
+    assert begun(project) == 1
+    assert said(project).count("begin\n") == said(project).count("end\n") == 1, said(project)
+
+
+def test_a_scheduler_that_stays_away_is_told_and_the_build_goes_on(pair: Cluster, tmp_path: Path) -> None:
+    project = project_on(pair, tmp_path, GAMEBEAR_PATIENCE="2")
+    waiting(project)
+    client = project.start()
+    wait_for(lambda: begun(project) == 1, 60)
+    pair.stop_scheduler()
+    assert client.wait(60) != 0
+    assert "out of reach for 2 seconds" in said(project) and "run doit again" in said(project).lower()
+    assert not OUR_FRAMES.search(said(project)), said(project)
+    project.doit().failed("The scheduler of dask://", "out of reach", "dask scheduler")
+
+
+def test_a_worker_without_gamebear_tasks_is_told(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        cluster.start_worker("amd64=1", code="import sys; sys.modules['gamebear_tasks'] = None")
+        cluster.wait_for_workers()
+        project = project_on(cluster, tmp_path, GAMEBEAR_PATIENCE="1")
+        project.write("x.py", "")
+        project.doit().failed("cannot be used", "gamebear-tasks")
+    finally:
+        cluster.close()
+
+
+def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
+    tls = settings_of_tls(tmp_path / "tls")
+    cluster = Cluster(tmp_path / "cluster", "tls", **tls)
+    try:
+        cluster.start_worker("amd64=1")
+        cluster.wait_for_workers()
+        project = project_on(cluster, tmp_path)
+        project.write("x.py", "open('x', 'w').write('safe')")
+        project.doit(**tls).ok()
+        assert (project.folder / "build/x").read_text() == "safe"
+        project.doit("builder").failed("names no certificates", "CA_FILE")
+        other = settings_of_tls(tmp_path / "other")
+        project.doit("builder", **other).failed("do not trust each other")
+        project.doit("builder", f"builder=dask://127.0.0.1:{cluster.port}", **tls).failed("dask+tls://")
+    finally:
+        cluster.close()
+
+
+@pytest.mark.parametrize("url", ["dask:", "dask://", "dask://host:123456", "dask://user@host", "dask+ssh://host"])
+def test_a_url_that_names_no_scheduler_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError):
+        open_builder(url)
+
+
+def test_the_port_may_be_left_out() -> None:
+    builder = open_builder("dask://shelf")
+    assert isinstance(builder, DaskBuilder) and builder.address == "tcp://shelf:8786"
+
+
+def test_a_worker_is_not_spoken_to_less_safely_than_its_scheduler(tmp_path: Path) -> None:
+    tls = settings_of_tls(tmp_path / "tls")
+    names = {
+        "distributed.comm.tls.ca-file": tls["DASK_DISTRIBUTED__COMM__TLS__CA_FILE"],
+        "distributed.comm.tls.client.cert": tls["DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT"],
+        "distributed.comm.tls.client.key": tls["DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY"],
+    }
+    with dask.config.set(names):
+        link = Link("dask+tls://shelf", "tls://shelf:8786")
+        try:
+            with pytest.raises(BuilderError, match="not as safe"):
+                link.connection("tcp://10.0.0.1:4000")
+        finally:
+            link.close()
+
+
+class Evil:
+    """What, unpickled, leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+HOSTILE: dict[str, Callable[[Evil], object]] = {
+    "a message that Dask unpickles": lambda evil: ToPickle(evil),
+    "a result": lambda evil: {"id": 0, "protocol": PROTOCOL, "workers": Serialize(evil)},
+    "an exception": lambda evil: {"status": "error", "exception": Serialize(evil), "exception_text": "it failed"},
+    "pickled bytes": lambda evil: {"exception_text": pickle.dumps(evil)},
+    "a name to import": lambda evil: {"__Enum__": 1, "name": "x", "__module__": "antigravity", "__name__": "y"},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nothing_that_a_cluster_sends_is_unpickled(kind: str, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+
+    async def answer(comm: Any) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                await comm.read()
+                await comm.write(HOSTILE[kind](Evil(mark)))
+
+    async def listening() -> Any:
+        return await distributed.comm.listen("tcp://127.0.0.1", answer, deserialize=False)
+
+    async def a_dask_client(address: str) -> None:
+        comm = await distributed.comm.connect(address)
+        await comm.write({"op": "identity"})
+        await comm.read()
+        await comm.close()
+
+    loop = Loop()
+    try:
+        listener = loop.wait_for(listening(), 10)
+        builder = open_builder(listener.contact_address.replace("tcp:", "dask:"))
+        builder.patience = 0.0
+        with contextlib.suppress(BuilderError):
+            builder.describe()
+        builder.close()
+        assert not mark.exists()
+        if kind.startswith("a message") or "result" in kind:
+            loop.wait_for(a_dask_client(listener.contact_address), 10)
+            assert mark.exists(), "Dask's own client does"
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        struct.pack("Q", 1 << 60),
+        struct.pack("3Q", 16, 1 << 40, 0),
+        struct.pack("4Q", 24, 2, 8, 1 << 50),
+        struct.pack("3Q", 17, 1, 1) + b"\xc1",
+        struct.pack("3Q", 16 + 2000, 1, 2000) + b"\x91" * 2000,
+    ],
+    ids=["too long", "too many frames", "a frame too long", "not msgpack", "too deep"],
+)
+def test_what_is_no_message_is_refused(frames: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def talk() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(frames)
+                connection.recv(4096)
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        builder = open_builder(f"dask://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(BuilderError, match="makes no sense"):
+            builder.describe()
+        builder.close()
+        thread.join()
