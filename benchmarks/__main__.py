@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from . import ROOT, armhf, inputs, memory, report, transfer, trivial, unchanged
+from . import ROOT, armhf, cluster, inputs, memory, report, transfer, trivial, unchanged
 from .machine import Place
 from .measure import Result
 
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[Place], Result]] = {
     "inputs": inputs.inputs,
     "transfer": transfer.transfer,
     "memory": memory.memory,
+    "cluster": cluster.cluster,
     "armhf": armhf.armhf,
 }
 """By name, the short ones first; `armhf` takes most of an hour."""

@@ -399,9 +399,7 @@ HOSTILE: dict[str, Callable[[Evil], object]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_nothing_that_a_cluster_sends_is_unpickled(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_that_a_cluster_sends_is_unpickled(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask_client, "SILENCE", 1.0)  # some of it is no answer to what was asked
     mark = tmp_path / "mark"
 
