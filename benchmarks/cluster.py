@@ -60,7 +60,7 @@ with Client(sys.argv[1]) as client:
     client.gather(client.map(lambda n: time.sleep({wait}), range({jobs}), pure=False, resources={{"amd64": 1}}))
 """
 
-MIXED = "as many jobs for each worker; a whole run of `doit -n 32 -P thread`, with everything that the jobs run, on one machine"
+MIXED = "as many jobs for each worker; a whole run of `doit -n 32 -P thread`, and all that jobs run is on this machine"
 PER_JOB = "of one job, all {jobs} through 8 workers with one slot each: time by the clock, {jobs} jobs by their number"
 
 

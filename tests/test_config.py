@@ -257,3 +257,30 @@ def test_a_run_looks_its_settings_up_once_and_the_next_one_again(monkeypatch: py
     monkeypatch.setattr(doit_cmd, "_CMDLINE_VARS", None)
     monkeypatch.setenv("GAMEBEAR_BUILDER", "ssh://pi@elsewhere")
     assert settings_of_this_run().builder == "ssh://pi@elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("text", "armhf", "arm64", "all_"),
+    [
+        ("local:", "local:", "local:", ("local:",)),
+        ("armhf=ssh://pi@a,arm64=dask://b:1", "ssh://pi@a", "dask://b:1", ("ssh://pi@a", "dask://b:1")),
+        ("armhf=ssh://a,arm64=ssh://a", "ssh://a", "ssh://a", ("ssh://a",)),
+        ("spool:/a,b=c", "spool:/a,b=c", "spool:/a,b=c", ("spool:/a,b=c",)),
+    ],
+)
+def test_each_architecture_may_have_a_builder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, armhf: str, arm64: str, all_: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("GAMEBEAR_BUILDER", text)
+    chosen = settings()
+    assert (chosen.builder_for("armhf"), chosen.builder_for("arm64"), chosen.builders) == (armhf, arm64, all_)
+
+
+def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> None:
+    (folder / "pyproject.toml").write_text('[tool.gamebear.builder]\narmhf = "ssh://pi@a"\nfoo = "local:"\n')
+    with pytest.raises(SettingsError, match=r"No architecture is called 'foo' .*pyproject"):
+        settings()
+    (folder / "pyproject.toml").write_text('[tool.gamebear.builder]\narmhf = "ssh://pi@a"\n')
+    assert settings().builder_for("armhf") == "ssh://pi@a"
+    with pytest.raises(SettingsError, match="No builder is set for arm64, only for armhf"):
+        settings().builder_for("arm64")

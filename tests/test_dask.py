@@ -379,6 +379,24 @@ def test_a_worker_is_not_spoken_to_less_safely_than_its_scheduler(tmp_path: Path
             link.close()
 
 
+def test_one_doit_builds_for_two_architectures_on_two_builders(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    project.write("pyproject.toml", f"[tool.gamebear.builder]\namd64 = 'local:'\ni386 = '{shelf.url}'\n")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n"
+        "def task_x():\n"
+        "    for arch in ('amd64', 'i386'):\n"
+        "        yield {**artifact('x.py', outputs=[f'build/{arch}/x'], arch=arch), 'name': arch}\n",
+    )
+    project.write("x.py", "open('x', 'w').write('for two')")
+    del project.environment["GAMEBEAR_BUILDER"]
+    before = len(shelf.workers[1].digests)
+    project.doit("-n", "2").ok()
+    assert len(list((project.store / "jobs").iterdir())) == 1
+    assert len(shelf.workers[1].digests) - before == 1
+
+
 class Evil:
     """What, unpickled, leaves a mark."""
 

@@ -138,9 +138,9 @@ class Link:
     def __init__(self, url: str, address: str) -> None:
         self.url = url
         self.address = address
+        self._args = connection_args(address)
         self.loop = Loop()
         self._client = os.urandom(8).hex()
-        self._args = connection_args(address)
         self._stream: Stream | None = None
         self._connecting = threading.Lock()
         self._met = False
