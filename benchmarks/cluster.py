@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cluster import Cluster
 from project import Project
 
+from . import ROOT
 from .machine import Place
 from .measure import Goal, Result, Row, seconds
 
@@ -93,6 +95,7 @@ def cluster(place: Place) -> Result:
         alone = seconds(lambda: subprocess.run([sys.executable, str(script), shelf.address], check=True))
     finally:
         shelf.close()
+    plot(times, [ROOT / "benchmarks" / "results" / f"scaling.{kind}" for kind in ("svg", "png")])
     note = PER_JOB.format(jobs=JOBS)
     rows += [
         Row("a short job", "Dask alone", [took / JOBS], [alone / JOBS], note=note),
@@ -102,6 +105,30 @@ def cluster(place: Place) -> Result:
         Row("… KiB from the scheduler", "", [sent / JOBS / 1024], unit="", note=note),
     ]
     return Result(rows)
+
+
+def plot(times: Mapping[int, float], targets: Iterable[Path]) -> None:
+    """Draw how many times the jobs of one worker several do in the same time, beside the goal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counts = sorted(times)
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    axes.plot(counts, counts, color="black", linewidth=1, linestyle="--", label="N")
+    axes.plot(counts, [count / GOAL.value for count in counts], color="tab:grey", linewidth=1, label="0.9 N, the goal")
+    speeds = [count * times[counts[0]] / times[count] for count in counts]
+    axes.plot(counts, speeds, color="tab:green", marker="o", label="measured")
+    for count, speed in zip(counts, speeds, strict=True):
+        axes.annotate(f"  {speed:.2f}", (count, speed), va="top", fontsize=8)
+    axes.set_xticks(counts)
+    axes.set_xlabel("workers")
+    axes.set_ylabel(f"jobs of {WAIT:g} s done in the same time, by those of one worker")
+    axes.legend()
+    for target in targets:
+        figure.savefig(target, dpi=150, metadata={"Date": None} if target.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def _shelf(place: Place, name: str, count: int) -> Cluster:
@@ -138,7 +165,7 @@ class _Network:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.5):
+        while not self._ended.wait(2.0):
             self._look()
 
     def _look(self) -> None:
