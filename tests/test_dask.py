@@ -140,6 +140,37 @@ def test_the_worker_that_has_built_a_target_before_is_preferred(pair: Cluster, t
     assert sorted(len(worker.digests) for worker in pair.workers) == [0, 4]
 
 
+def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        cluster.start_worker("amd64=2", "--nthreads", "2")
+        cluster.start_worker("amd64=1")
+        cluster.wait_for_workers()
+        project = project_on(cluster, tmp_path)
+        project.write(
+            "dodo.py",
+            "from gamebear_tasks import artifact\n"
+            "def task_x():\n"
+            "    for n in range(3):\n"
+            "        task = artifact('x.py', outputs=[f'build/{n}/x'], arch='amd64', args={'n': n})\n"
+            "        yield {**task, 'name': str(n)}\n",
+        )
+        project.write(
+            "x.py",
+            "#| arg: n: int\n"
+            "import os, time\n"
+            f"here = {str(tmp_path)!r}\n"
+            "open(f'{here}/begun{n}', 'w').close()\n"
+            "while not all(os.path.exists(f'{here}/begun{other}') for other in range(3)):\n"
+            "    time.sleep(0.02)\n"
+            "open('x', 'w').close()\n",
+        )
+        project.doit("-n", "32", "-P", "thread", timeout=120).ok()
+        assert sorted(len(worker.digests) for worker in cluster.workers) == [1, 2]
+    finally:
+        cluster.close()
+
+
 def test_a_result_larger_than_anybody_wants_in_memory_streams(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     size = 192 << 20

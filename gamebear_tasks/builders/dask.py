@@ -219,6 +219,7 @@ class DaskBuilder:
                 self._say(
                     f"{self.url} has no worker for {job.arch} ({there}); waiting for one for {self.patience:g} seconds"
                 )
+            wait = min(WAIT, max(0.1, until - time.monotonic()))
             if time.monotonic() > until:
                 raise BuilderError(
                     f"{self.url} has no worker for {job.arch}: {there}.",
