@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ NEEDED = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say at once what the machine lacks, rather than once per test."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have children ignore it
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
     if os.geteuid() != 0:
         raise pytest.UsageError(
