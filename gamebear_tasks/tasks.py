@@ -30,6 +30,9 @@ if TYPE_CHECKING:  # imported where there are functions or sources
 
 Task: TypeAlias = dict[str, Any]
 
+COLLECT_AFTER = 20_000
+"""How many more objects there may be before the garbage collector looks: a few MB; Python itself says 700."""
+
 CLOCK_STEP = 60.0
 """Seconds by which this machine's clock may be put back before a result's age is asked for again."""
 
@@ -106,11 +109,14 @@ def artifact(
 
 @cache
 def _spare_the_collector() -> None:
-    """Have the garbage collector pass over what is loaded by now and stays.
+    """Have the garbage collector pass over what is loaded by now and stays, and look seldom at what comes after it.
 
-    It would look at all of it again, and again, for the few objects of each of two thousand tasks.
+    It would look at all of it again, and again, for the few objects of each of two thousand tasks, which stay as well.
     """
     gc.freeze()
+    first, *others = gc.get_threshold()
+    if first:  # 0: somebody has switched it off
+        gc.set_threshold(max(first, COLLECT_AFTER), *others)
 
 
 class _SameJob:

@@ -174,7 +174,7 @@ def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> Non
     assert [phase["start"] for phase in ours if phase["name"] == "load"] == [starts[0]] and starts[0] < 0
     assert all(phase["start"] + phase["seconds"] <= record["seconds"] + 0.01 for phase in record["phases"])
     saved = project.doit("dumpdb").ok().out
-    assert "'had': 'built'" in saved and "'phases':" in saved and "'load':" in saved
+    assert record["digest"] in saved and "'phases':" not in saved, "doit reads all of that each time"
 
 
 def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: Project) -> None:
