@@ -141,11 +141,12 @@ def test_info_tells_files_targets_and_why_it_would_run(built: Project) -> None:
     assert "the job of gt.py: its arguments, sources, architecture, names, or the function" in changed.out
 
 
-def test_our_own_dodo_lists_three_artifacts_and_the_tools(tmp_path: Path) -> None:
+def test_our_own_dodo_lists_the_artifacts_the_images_and_the_tools(tmp_path: Path) -> None:
     own = Project(tmp_path / "project", home=tmp_path / "home")
     own.take("dodo.py", "buildscripts", "gamebear.lock")
     lines = {line.split()[0]: line.split(None, 1)[1] for line in own.doit("list").ok().out.splitlines()}
-    assert sorted(lines) == ["builder", "gt", "lock", "prune", "sources", "umtprd", "usbgx"]
+    artifacts, images = ["gt", "umtprd", "usbgx"], ["base_image", "gt_image", "image"]
+    assert sorted(lines) == sorted([*artifacts, *images, "builder", "lock", "prune", "sources"])
     assert all(len(doc) > 20 for doc in lines.values())
     info = own.doit("info", "gt").out
     for line in ("buildscripts/gt.py", "buildscripts/common.py", "build/usbgx.tar", "build/gt.tar"):

@@ -24,8 +24,8 @@ XATTR = "SCHILY.xattr."
 
 ACL = "SCHILY.acl."
 
-YEARS = 2**34 - 2**31
-"""Seconds after 1970 up to which ext4 knows times."""
+YEARS = 5 * 2**31
+"""Seconds after 1970 up to which (April 2310) e2fsck believes a time; it takes later ones for those before 1970."""
 
 TYPES = {
     tarfile.CHRTYPE: stat.S_IFCHR,
