@@ -1,6 +1,6 @@
 """Where the time of a task goes: the record of it, kept beside the task's log.
 
-The record is JSON, written when a task ends, well or not, and replaced when it runs again::
+The record is JSON, written when a task's job has ended, well or not, and replaced when the next one has::
 
     {"version": 1, "task": "umtprd", "digest": "…", "builder": "ssh://pi@buildpi", "state": "done", "had": "built",
      "begun": "2020-01-31T12:00:00.000Z", "seconds": 41.3, "bytes": {"up": 70123, "down": 51234},
@@ -62,7 +62,7 @@ class Record:
         task: its name.
         digest: its job's.
         builder: the builder's URL, as it may be shown.
-        state: how the job ended; `interrupted` where we did not wait for its end.
+        state: how the job ended.
         had: `built`, `followed` or `fetched`.
         begun: when, in seconds since 1970.
         seconds: how long it took.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -212,6 +213,30 @@ def test_a_setting_that_is_not_known_is_left_to_the_containers_own_apt(
     with pytest.raises(Unfit, match=setting.split()[0]):
         ready(root, repository)
     assert not outside.exists()
+
+
+def test_nothing_that_an_image_names_runs_outside_of_it(root: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    (root / "etc/apt/apt.conf.d/99trap").write_text(
+        f'Dir::Bin::dpkg "/bin/sh";\nDPkg::Options {{ "-c"; "touch {trap}"; }};\nAPT::Config::Dump::Format "";\n'
+    )
+    with contextlib.suppress(Unfit):
+        opened(root)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "deb\x0bfile:/srv bookworm main",
+        'deb [a="] http://ok "] file:/srv bookworm main',
+        "deb [signed-by+=/k] http://x y z",
+    ],
+)
+def test_a_source_that_apt_may_read_otherwise_is_left_to_the_containers_own_apt(root: Path, source: str) -> None:
+    (root / "etc/apt/sources.list").write_text(f"{source}\n")
+    with pytest.raises(Unfit, match="unusual"):
+        opened(root)
 
 
 @pytest.mark.parametrize("source", ["deb [trusted=yes] file:/srv ./", "deb cdrom:[Debian]/ bookworm main"])

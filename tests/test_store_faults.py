@@ -448,6 +448,17 @@ def test_a_damaged_blob_is_noticed_and_sent_again(tmp_path: Path, home: Path, ho
     assert blob.read_bytes() == content
 
 
+def test_many_damaged_blobs_are_sent_again_in_one_run(tmp_path: Path, home: Path) -> None:
+    """A builder that lost its power may have lost the content of all that it was sent last."""
+    inputs = {f"in{number}": os.urandom(1000) for number in range(8)}
+    job = Job(tmp_path, home, "", inputs=inputs)
+    job.project.doit("builder=local:", "x").ok()
+    for content in inputs.values():
+        (job.store.blobs / hashlib.sha256(content).hexdigest()).write_bytes(b"")
+    (tmp_path / "x.py").write_text((tmp_path / "x.py").read_text() + "# another job")
+    job.ok()
+
+
 def test_a_blob_that_goes_between_submission_and_start_is_sent_again(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, inputs={"big": os.urandom(400_000)})
     job.store.prepare()

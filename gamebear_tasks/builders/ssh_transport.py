@@ -47,6 +47,9 @@ AHEAD = 256 << 10
 """Bytes that are sent to a program before the server has said how many it takes; OpenSSH takes 2 MiB
 (`CHAN_SES_WINDOW_DEFAULT`)."""
 
+SMALL = 1024
+"""Bytes; pieces of a channel's data below it are put together, for each costs some hundred bytes besides."""
+
 MAX_PACKET = 256 << 10
 """The longest packet that is read, in bytes: OpenSSH's own limit (`PACKET_MAX_SIZE`)."""
 
@@ -677,7 +680,10 @@ class Inflow(_BytePipe):
     def put(self, data: memoryview) -> None:
         """Add data, without waking who waits for it; raises SSHException for more than was allowed."""
         with self._changed:
-            self._pieces.append(data)
+            if self._pieces and len(self._pieces[-1]) + len(data) <= SMALL:
+                self._pieces[-1] = memoryview(b"".join((self._pieces[-1], data)))
+            else:
+                self._pieces.append(data)
             self._size += len(data)
             if self._size > self._most:
                 raise paramiko.SSHException("the server sends more than it was allowed to")

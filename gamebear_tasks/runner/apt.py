@@ -178,6 +178,8 @@ class Apt:
 
     def _with_keys(self, sources: str, suffix: str, rootfs: Rootfs) -> str:
         """Return an apt sources file, whose sources are of the web, with `signed-by` naming copies of its keys."""
+        if re.search(r'[^\S \t\n]|[\x00-\x08\x0e-\x1f"]', sources) or re.search(r"(?i)\bsigned-by[+-]", sources):
+            raise Unfit("its sources are written in an unusual way")  # apt might read them in another way than we do
         if suffix == ".sources":
             fields = [stanza for stanza in stanzas(sources) if stanza.get("types")]
             uris = [uri for stanza in fields for uri in stanza.get("uris", "").split()]
@@ -251,7 +253,11 @@ class Apt:
         """Return all settings that apt has with the files in a folder."""
         first = folder / "first"
         first.write_text(f'Dir::Etc::main "{folder}/apt.conf";\nDir::Etc::parts "{folder}/apt.conf.d/";\n')
-        status, said, errors = self._run("apt-config", "dump", APT_CONFIG=str(first))
+        # What is said here counts, and not what the files say: apt-config would run the dpkg that they name, to ask for
+        # the architectures, and what it shows would be as they like.
+        command = ("apt-config", "dump", "--empty", '--format=%F "%v";%n')
+        fixed = ("APT::Architectures::=all", "Dir::Bin::dpkg=/bin/false", "DPkg::Chroot-Directory=/")
+        status, said, errors = self._run(*command, *(f"--option={setting}" for setting in fixed), APT_CONFIG=str(first))
         if status:
             raise Unfit(last_lines(errors))
         return said.splitlines()

@@ -8,6 +8,7 @@ the command gets a FIFO of ours instead, in /dev/shm, which that isolation share
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -53,6 +54,8 @@ _NOISE = re.compile(rb"(?m)^(?:subprocess exited with status \d+|Error: exit sta
 _NOTHING = ("/bin/sh", "-c", ":")
 
 _PIECE = 1 << 16
+
+_F_GETPIPE_SZ = 1032  # which Python's fcntl has only from 3.10 on
 
 _works: dict[tuple[str, ...], bool] = {}
 """Whether commands can be given FIFOs, by the command line that runs them."""
@@ -146,14 +149,14 @@ def _through_fifos(
             del said[asked.start() : asked.end()]
             for name in ("begun", "err", "out"):  # in this order: `out` is what it waits for
                 with contextlib.suppress(OSError):
-                    os.chown(folder / name, user, -1)
+                    os.chown(folder / name, user, -1, follow_symlinks=False)
 
     with _fifos(prefix, merged=err is None) as folder, contextlib.ExitStack() as stack:
         sinks: dict[int, Sink] = {}
         for name, sink in (("begun", begin), ("out", out), ("err", err)):
             if sink is not None:
                 # Opened for both, so that it does not end before the command opens it, and not after each writer.
-                fd = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+                fd = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
                 sinks[fd] = sink
         reader, writer = os.pipe()
@@ -225,7 +228,9 @@ def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
                 elif data is not None:
                     poll.unregister(fd)
         for fd, sink in sinks.items():
-            while data := _read(fd):
+            left = fcntl.fcntl(fd, _F_GETPIPE_SZ)  # what is more was written since, by what the command left behind
+            while left > 0 and (data := _read(fd)):
+                left -= len(data)
                 sink(data)
         return process.wait()
     finally:

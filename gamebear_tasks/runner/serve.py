@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import os
 import platform
@@ -53,8 +52,9 @@ USE_NOTED = 10.0
 SKIPPED = 64 << 20
 """The most bytes of a refused upload that are read to their end; of a longer one the stream is ended."""
 
-MEANING_SECONDS = 10.0
-"""Seconds that buildah may take to say what an image's name means, before a result is given as it is."""
+MEANING_SECONDS = 5.0
+"""Seconds that buildah may take to say what the names of all images of a result mean, before it is given as it is; less
+than another client waits for the job's lock."""
 
 COMPANY = 60.0
 """Seconds for which a client that has asked for a job counts as still waiting for it."""
@@ -206,12 +206,13 @@ class Session:
         stored.touch_client(client)
         stored.forget_old_clients()
         if lock is None:
-            return stored.written_state()
+            return _told(stored.written_state())
         try:
             state = stored.written_state()
             expired = ""
             if state["state"] == "done" and self._has_outputs(stored, state):
-                expired = why_expired(state, lambda name, arch: self._meaning(name, arch, base))
+                until = time.monotonic() + MEANING_SECONDS
+                expired = why_expired(state, lambda name, arch: self._meaning(name, arch, base, until))
                 if not expired:
                     return _told(state)
             if state["state"] in ("failed", "cancelled") and not again and not stored.was_seen(state["attempt"]):
@@ -240,6 +241,9 @@ class Session:
 
     def _start_supervisor(self, stored: StoredJob, attempt: str, lock: Lock) -> None:
         """Start the job's supervisor in a session of its own; it inherits the lock, so there is no gap."""
+        for name, fd in list(self._alive.items()):
+            if select.select([fd], [], [], 0)[0]:  # it has ended, and another session has followed it
+                os.close(self._alive.pop(name))
         runner = Path(__file__).resolve().parent.parent
         ours, theirs = os.pipe()
         try:
@@ -270,14 +274,16 @@ class Session:
             os.close(theirs)
         self._alive[attempt] = ours
 
-    def _meaning(self, name: str, arch: str, base: str) -> str:
+    def _meaning(self, name: str, arch: str, base: str, until: float) -> str:
         """Return the id of the image that a name means on this builder now; empty where that cannot be told soon."""
         from .bases import meaning  # slow to load, and seldom needed
         from .buildah import facts, outside
 
+        def ask(*words: str) -> str:
+            return outside(self.store.root, known, *words, timeout=max(0.1, until - time.monotonic()))
+
         try:
             known = facts(self.store.root)
-            ask = functools.partial(outside, self.store.root, known, timeout=MEANING_SECONDS)
             return meaning(ask, name, arch, base)
         except (RunnerError, OSError, ValueError):
             return ""  # the result is as good as it was
