@@ -24,6 +24,7 @@ from project import Project, wait_for
 from gamebear_tasks import archive, file, sd_image, tar, user
 from gamebear_tasks.errors import ImageError, SettingsError
 from gamebear_tasks.image.program import check_installed
+from gamebear_tasks.image.workshop import workshop
 
 HASH = "$6$saltsalt$" + "h" * 86
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5 me@here"
@@ -89,6 +90,7 @@ def test_the_same_goes_in_and_the_same_bytes_come_out(
     os.utime(thing, (1, 1))
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".mtoolsrc").write_text("nothing that mtools knows\n")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     (tmp_path / "elsewhere").mkdir()
     time.sleep(1.1)  # a clock that shows in the image would have gone on by then
@@ -180,6 +182,9 @@ def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> N
     data[at - 8 : at + 40] = os.urandom(48)
     small.write_bytes(data)
     refused(small, tmp_path / "out.img", "The root file system of", "base.img is damaged: e2fsck says")
+    data[17 * MIB + 1024 + 0x18] = 0xFF  # how large a block is
+    small.write_bytes(data)
+    refused(small, tmp_path / "out.img", "The root file system of the base is damaged: its superblock makes no sense")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +209,16 @@ def test_a_compressed_base_that_ends_too_early_is_refused(base: Path, tmp_path: 
     pack(bad, base.read_bytes())
     bad.write_bytes(bad.read_bytes()[:-5000])
     refused(bad, tmp_path / "out.img", f"bad.img{suffix} cannot be unpacked")
+
+
+def test_a_zip_file_with_damaged_lzma_in_it_is_refused(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w", zipfile.ZIP_LZMA) as bad:
+        bad.writestr("a.img", os.urandom(1000))
+    data = (tmp_path / "bad.zip").read_bytes()
+    (tmp_path / "bad.zip").write_bytes(data[:48] + b"\xff" * 200 + data[248:])
+    refused(tmp_path / "bad.zip", tmp_path / "out.img", "bad.zip cannot be unpacked")
 
 
 def test_a_zip_file_has_one_image(tmp_path: Path) -> None:
@@ -483,7 +498,9 @@ def test_the_image_has_a_host_name_and_a_user_who_may_log_in(base: Path, tmp_pat
     assert {name: seen.content for name, seen in again.items()} == {name: seen.content for name, seen in found.items()}
 
 
-def test_a_user_without_a_password_is_locked_and_one_who_is_there_is_changed(base: Path, tmp_path: Path) -> None:
+def test_a_user_without_a_password_is_locked_and_one_who_is_there_is_changed(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     bake(base, tmp_path / "one.img", user=user("bear"))
     assert b"\nbear:!:" in Card(tmp_path / "one.img")["etc/shadow"].content
     bake(tmp_path / "one.img", tmp_path / "two.img", user=user("bear", password=HASH))
@@ -492,6 +509,31 @@ def test_a_user_without_a_password_is_locked_and_one_who_is_there_is_changed(bas
     bake(base, tmp_path / "three.img", user=user("root", authorized_keys=[KEY], groups=[]))
     assert Card(tmp_path / "three.img")["root/.ssh/authorized_keys"].content.decode() == f"{KEY}\n"
     refused(base, tmp_path / "no.img", "has no group 'wheel'", user=user("bear", groups=["wheel"]))
+    assert "user('bear') has neither a key nor a password" in capfd.readouterr().err
+    bake(tmp_path / "two.img", tmp_path / "four.img", user=user("bear", authorized_keys=[KEY]))
+    assert b"\nbear:!:" in Card(tmp_path / "four.img")["etc/shadow"].content, "no password is none to log in with"
+    assert "neither" not in capfd.readouterr().err
+
+
+def test_lines_that_are_damaged_matter_only_where_they_are_used(tmp_path: Path) -> None:
+    system = {
+        **{name: text for name, text in SYSTEM.items() if name != "etc/hostname"},
+        "etc/passwd": f"{SYSTEM['etc/passwd']}+\nhalf:x\nodd:x:some:7::/home/odd:/bin/sh\n",
+        "etc/shadow": f"{SYSTEM['etc/shadow']}half:\n",
+        "etc/group": f"{SYSTEM['etc/group']}+\nbits:x:9\n",
+        "usr/lib/userconf-pi/userconf": "#!/bin/sh\n",
+        "etc/hostname/": "",
+    }
+    small = make_base(tmp_path / "base.img", system=system)
+    bake(small, tmp_path / "out.img", user=user("bear", password=HASH))
+    assert b"\n+\nhalf:x\nodd:x:some:" in Card(tmp_path / "out.img")["etc/passwd"].content
+    for name, groups, said in (
+        ("half", [], "The line of 'half' in the image's /etc/passwd is damaged"),
+        ("odd", [], "The line of 'odd' in the image's /etc/passwd is damaged"),
+        ("bear", ["bits"], "The line of 'bits' in the image's /etc/group is damaged"),
+    ):
+        refused(small, tmp_path / "no.img", said, user=user(name, password=HASH, groups=groups))
+    refused(small, tmp_path / "no.img", "/etc/hostname should be a file, and is none", hostname="bear")
 
 
 def test_raspberry_pi_os_is_told_of_the_user_in_its_own_way(tmp_path: Path) -> None:
@@ -598,8 +640,28 @@ def test_clean_removes_the_image_and_what_a_killed_baking_has_left(project: Proj
     left = project.folder / "build" / ".card.img.abc.bake"
     left.mkdir()
     (left / "image").write_bytes(b"x")
+    others = left.with_name(".card.img.xz.abc.bake")
+    others.mkdir()
     project.doit("clean", "image").ok()
-    assert list((project.folder / "build").iterdir()) == []
+    assert list((project.folder / "build").iterdir()) == [others]
+
+
+def test_a_folder_that_another_baking_takes_for_a_left_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tempfile.mkdtemp
+    made: list[str] = []
+
+    def removed_at_once(**arguments: str) -> str:
+        made.append(make(**arguments))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_at_once)
+    with workshop(tmp_path / "card.img") as folder:
+        assert len(made) == 2 and folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_is_told_without_a_traceback_and_the_old_image_stays(project: Project) -> None:
@@ -665,6 +727,8 @@ def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.Mon
     ("arguments", "said"),
     [
         ({"output": "card.iso"}, "'card.iso' is no image's name. It ends with .img, or with .img.xz or .img.zst"),
+        ({"output": "build/.img"}, "is no image's name"),
+        ({"output": "a.img\n"}, "is no image's name"),
         ({"base": 7}, "the base 7 is neither a file nor an archive()"),
         ({"output": "base.img"}, "it would be baked from itself"),
         ({"contents": ["x"]}, "contents= has 'x'. Say each as file(…) or tar(…)"),
@@ -674,6 +738,8 @@ def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.Mon
         ({"hostname": "-a"}, "is no host name"),
         ({"size": "4 gigs"}, "size='4 gigs' is no size"),
         ({"size": 1000}, "is no whole number of sectors"),
+        ({"size": "1025T"}, "size='1025T' is no size"),
+        ({"free": 2**60}, "is no size"),
         ({"free": -1}, "free=-1 is no size"),
         ({"user": "bear"}, "user='bear' is no user"),
         ({"arch": "pdp11"}, "arch"),
@@ -693,7 +759,7 @@ def test_other_arguments_that_make_no_sense() -> None:
         (lambda: file("x", "/a/../b"), "is no place"),
         (lambda: file("", "/a"), "is no path"),
         (lambda: file("x", "/a", mode=0o10000), "is no such number"),
-        (lambda: file("x", "/a", owner=-1), "is no such number"),
+        (lambda: file("x", "/a", owner=-1), "is no such number. It goes from 0 to 4294967294"),
         (lambda: tar(7), "is no path"),  # type: ignore[arg-type]
         (lambda: user("Bear"), "cannot be a user's name"),
         (lambda: user("bear", password="secret"), "is no hash of a password"),

@@ -27,6 +27,8 @@ ELF = {
 }
 """How programs of some architectures begin."""
 
+XATTR = "SCHILY.xattr.system."
+
 VIDEOCORE = bytes.fromhex("7f454c4601010100000000000000000002008900") + bytes(60)
 
 
@@ -79,6 +81,9 @@ def test_everything_is_as_the_tar_has_it(base: Path, tmp_path: Path) -> None:
         .add("opt/null", tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666)
         .add("opt/disk", tarfile.BLKTYPE, devmajor=259, devminor=300, mode=0o660)
         .add("opt/pipe", tarfile.FIFOTYPE, mode=0o600)
+        .add("opt/a second", tarfile.LNKTYPE, linkname="opt/link")
+        .add("opt/more", tarfile.LNKTYPE, linkname="opt/pipe")
+        .add("null", tarfile.LNKTYPE, linkname="opt/null")
         .add("opt/capable", pax_headers={"SCHILY.xattr.user.note": "hello", "SCHILY.xattr.user.empty": ""})
         .done()
     )
@@ -97,6 +102,8 @@ def test_everything_is_as_the_tar_has_it(base: Path, tmp_path: Path) -> None:
     assert (found["opt/null"].mode, found["opt/null"].device) == (stat.S_IFCHR | 0o666, (1, 3))
     assert (found["opt/disk"].mode, found["opt/disk"].device) == (stat.S_IFBLK | 0o660, (259, 300))
     assert found["opt/pipe"].mode == stat.S_IFIFO | 0o600
+    for name, other in (("opt/a second", "opt/link"), ("opt/more", "opt/pipe"), ("null", "opt/null")):
+        assert found[name].inode == found[other].inode and found[name].links == 2, name
     assert found["opt/capable"].xattrs == {"user.note": b"hello", "user.empty": b""}
     card.check()
 
@@ -214,11 +221,13 @@ def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path
         .add("boot/firmware/CONFIG.TXT", data=b"# mine\n")
         .done()
     )
-    bake(base, tmp_path / "out.img", contents=[tar(packed)], config=["dtoverlay=dwc2"])
+    into = [file(packed, "/boot/firmware/overlays"), file(packed, "/boot/firmware")]
+    bake(base, tmp_path / "out.img", contents=[tar(packed), *into], config=["dtoverlay=dwc2"])
     card = Card(tmp_path / "out.img")
     boot = {name.lower(): content for name, content in card.boot().items()}
     assert boot["overlays/new.dtbo"] == b"1" * 70_000
     assert boot["deep/er/a b.txt"] == b"2"
+    assert boot["overlays/some.tar"] == boot["some.tar"] == packed.read_bytes(), "a folder there is seen as one"
     assert boot["config.txt"] == b"# mine\ndtoverlay=dwc2\n"
     assert not any(name.startswith("boot/firmware/") for name in card.files())
     card.check()
@@ -303,15 +312,20 @@ def test_what_is_for_a_device_of_its_own_is_no_foreign_program(base: Path, tmp_p
         ("x", tarfile.LNKTYPE, {"linkname": "../../etc/shadow"}, "leads out"),
         ("a\nb", tarfile.REGTYPE, {}, "has a line break in it"),
         ("a", tarfile.SYMTYPE, {"linkname": "b\nc"}, "leads to one that has"),
-        ("a", tarfile.CHRTYPE, {"devminor": 100_000, "devmajor": 1}, "has a number above 65535"),
+        ("a", tarfile.CHRTYPE, {"devminor": 100_000, "devmajor": 1}, "has a number that is not from 0 to 65535"),
         ("n" * 256, tarfile.REGTYPE, {}, "is longer than 255 bytes"),
         ("etc", tarfile.REGTYPE, {}, "/etc is no folder, and a folder in the image"),
         ("etc/passwd", tarfile.DIRTYPE, {}, "/etc/passwd is a folder, and something else in the image"),
         ("etc/passwd/x", tarfile.REGTYPE, {}, "where /etc/passwd is no folder"),
         ("boot/firmware/x", tarfile.SYMTYPE, {"linkname": "y"}, "it has no links or devices"),
+        ("boot/firmware", tarfile.REGTYPE, {}, "/boot/firmware is no folder, and a folder in the image"),
         ("boot/firmware/a:b", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.acl.access": "user::rw-"}}, "has an access control list"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}posix_acl_access": "x"}}, "has an access control list"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}nfs4_acl": "x"}}, "has the attribute 'system.nfs4_acl'"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.odd": "x"}}, "has the attribute 'odd'"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"size": str(2**44 + 1)}}, "has 17592186044417 bytes, more than"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "1e999999999"}}, "has the time 1e999999999"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "99999999999"}}, "has the time 99999999999"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": str(5 * 2**31)}}, "has the time 10737418240"),
         ("x", b"Z", {}, "is of a kind that cannot be baked"),
@@ -322,6 +336,16 @@ def test_what_cannot_be_in_an_image_is_refused_by_name(
 ) -> None:
     packed = Packed(tmp_path / "bad.tar").add("good", data=b"1").add(name, kind, **fields).done()
     refused(base, tmp_path / "out.img", "bad.tar", said, contents=[tar(packed)])
+
+
+def test_a_device_with_a_number_below_zero_is_refused(base: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.GNU_FORMAT) as bad:
+        member = tarfile.TarInfo("x")
+        member.type, member.devmajor, member.devminor = tarfile.CHRTYPE, 1, -1
+        bad.addfile(member)
+    refused(
+        base, tmp_path / "out.img", "has a number that is not from 0 to 65535", contents=[tar(tmp_path / "bad.tar")]
+    )
 
 
 def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
@@ -34,12 +35,24 @@ def set_hostname(tree: Tree, name: str) -> None:
     tree.write("/etc/hosts", "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"), "hostname=")
 
 
+COLUMNS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "/etc/passwd": (6, (2, 3)),
+    "/etc/group": (4, (2,)),
+    "/etc/shadow": (3, ()),
+    "/etc/gshadow": (4, ()),
+}
+"""How many columns of each file we use, and which of them are numbers; see passwd(5), group(5), shadow(5)."""
+
+NUMBER = re.compile(r"[0-9]{1,10}")
+"""A user's or a group's, as a text."""
+
+
 class Table:
-    """A file of lines with colons in the image, such as /etc/passwd.
+    """A file of lines with colons in the image, such as /etc/passwd. Lines that nobody asks for may be of any kind.
 
     Args:
         tree: the image's files.
-        path: the file's.
+        path: one of `COLUMNS`.
     """
 
     def __init__(self, tree: Tree, path: str) -> None:
@@ -49,13 +62,19 @@ class Table:
         self.is_there = data is not None
         self.rows = [line.split(":") for line in (data or b"").decode("utf-8", "surrogateescape").splitlines() if line]
 
-    def row(self, name: str) -> list[str] | None:
-        """Return the row of a name."""
-        return next((row for row in self.rows if row[0] == name), None)
+    def row(self, value: str, column: int = 0) -> list[str] | None:
+        """Return the first row that has a value in a column; raises ImageError where it is damaged."""
+        row = next((row for row in self.rows if len(row) > column and row[column] == value), None)
+        if row is None:
+            return None
+        columns, numbers = COLUMNS[self._path]
+        if len(row) < columns or not all(NUMBER.fullmatch(row[column]) for column in numbers):
+            raise ImageError(f"The line of {row[0]!r} in the image's {self._path} is damaged.", "Mend it in the base.")
+        return row
 
     def numbers(self, column: int) -> set[int]:
         """Return the numbers in a column."""
-        return {int(row[column]) for row in self.rows if len(row) > column and row[column].isdecimal()}
+        return {int(row[column]) for row in self.rows if len(row) > column and NUMBER.fullmatch(row[column])}
 
     def save(self, origin: str) -> None:
         """Write it."""
@@ -84,10 +103,13 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
         # Raspberry Pi OS: without this it asks for a name on the screen, until somebody answers.
         line = f"{user.name}:{user.password or '!'}\n"
         boot.add("userconf.txt", tree.entry(line.encode(), origin, 0o600))
-        row = row or next((other for other in passwd.rows if other[2] == str(FIRST_UID)), None)
+        row = row or passwd.row(str(FIRST_UID), 2)
     name = row[0] if row else user.name
     if row is None:
         row = _new_user(tree, passwd, user, origin)
+    elif row[1] != "x":  # else the password would be here, or there would be none
+        row[1] = "x"
+        passwd.save(origin)
     _set_password(tree, name, user.password, origin)
     _join(tree, name, user.groups, origin)
     if keys:
@@ -149,10 +171,10 @@ def _set_password(tree: Tree, name: str, password: str | None, origin: str) -> N
     changed = str(tree.now // 10**9 // DAY)
     if row is None:
         shadow.rows.append([name, password or "!", changed, "0", "99999", "7", "", "", ""])
-    elif password is not None and row[1] != password:
-        row[1:3] = [password, changed]
-    else:
+    elif row[1] == password or (password is None and row[1].startswith(("!", "*"))):
         return
+    else:
+        row[1:3] = [password or "!", changed]
     if shadow.is_there:
         shadow.save(origin)
     else:

@@ -134,7 +134,7 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
 
 def _put_back(boot: Path, image: Path, part: Partition) -> None:
     """Write the boot file system back to where it was: what holds something now, and what held something before."""
-    with boot.open("rb") as source, image.open("r+b") as out:
+    with boot.open("rb", buffering=0) as source, image.open("r+b") as out:
         before = base.data_of(out.fileno(), part.start, part.start + part.size)
         parts = [(first - part.start, end - part.start) for first, end in before]
         for first, end in [*parts, *base.data_of(source.fileno(), 0, part.size)]:
@@ -171,13 +171,15 @@ def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
         )
     place = _boot_mount(tree)
     if boot is not None and place:
-        tree.mount(place, boot.add)
+        tree.mount(place, boot.add, boot.is_folder)
     for item in recipe.contents:
         contents.put(item, tree, recipe.arch)
     if recipe.hostname:
         accounts.set_hostname(tree, recipe.hostname)
     if recipe.user is not None:
         keys = accounts.public_keys(recipe.user)
+        if not keys and recipe.user.password in (None, "!", "*"):
+            notice(f"{recipe.output}: user({recipe.user.name!r}) has neither a key nor a password to log in with")
         accounts.set_user(tree, boot, recipe.user, keys)
         if keys and tree.exists("/lib/systemd/system/ssh.service"):
             units.enable(tree, "ssh.service")  # Raspberry Pi OS has it, and has it off

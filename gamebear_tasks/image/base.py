@@ -67,6 +67,7 @@ def unpack(base: Path | Archive, target: Path) -> None:
 def _reader(path: Path, kind: str) -> Iterator[Readable]:
     """Give what a compressed file holds."""
     import gzip
+    import lzma
     import zipfile
 
     if kind in ("xz", "zstd"):
@@ -85,7 +86,15 @@ def _reader(path: Path, kind: str) -> Iterator[Readable]:
                 raise ImageError(f"{path} should hold one image, and holds {found}.", "Unpack the right one yourself.")
             with archive.open(images[0]) as plain:
                 yield plain
-    except (EOFError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (
+        EOFError,
+        gzip.BadGzipFile,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise ImageError(f"{path} cannot be unpacked: {error}.", "Download it again.") from error
 
 
@@ -156,7 +165,8 @@ def copy_part(source: Path, start: int, size: int, target: Path, at: int) -> Non
         target: the other file.
         at: where the part goes there.
     """
-    with source.open("rb") as file, target.open("r+b") as out:
+    # Unbuffered, because asking for holes moves the place that a buffer believes to read from.
+    with source.open("rb", buffering=0) as file, target.open("r+b") as out:
         for first, end in data_of(file.fileno(), start, start + size):
             file.seek(first)
             out.seek(at + first - start)

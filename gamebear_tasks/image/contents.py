@@ -9,7 +9,7 @@ import stat
 import tarfile
 import zlib
 from collections.abc import Iterator
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +22,10 @@ from .tree import Entry, Tree
 XATTR = "SCHILY.xattr."
 """What star and GNU tar call an extended attribute in a pax header."""
 
-ACL = "SCHILY.acl."
+ACL = ("SCHILY.acl.", "SCHILY.xattr.system.posix_acl_")
+
+LARGEST = 2**44
+"""Bytes that a file on ext4 can have at most."""
 
 YEARS = 5 * 2**31
 """Seconds after 1970 up to which (April 2310) e2fsck believes a time; it takes later ones for those before 1970."""
@@ -148,6 +151,8 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, tree: Tree, arch: 
     device = (0, 0)
     if member.isreg():
         kind = stat.S_IFREG
+        if member.size > LARGEST:
+            raise ImageError(f"{origin} has {member.size} bytes, more than a file can have.", "Pack it again.")
         staged = tree.new_staged()
         source = archive.extractfile(member)
         assert source
@@ -180,7 +185,7 @@ def _time(value: str | float, origin: str) -> int:
     """Return a time in nanoseconds, exactly; a float would not be."""
     try:
         time = int(Decimal(value) * 10**9)
-    except (InvalidOperation, ValueError, OverflowError):
+    except (ArithmeticError, ValueError):
         time = -(10**30)
     if not -(2**31) * 10**9 <= time < YEARS * 10**9:
         raise ImageError(f"{origin} has the time {value}, which ext4 does not know.", "Pack it again.")
@@ -191,10 +196,10 @@ def _xattrs(member: tarfile.TarInfo, origin: str) -> dict[str, bytes]:
     found = {}
     for key, value in member.pax_headers.items():
         if key.startswith(ACL):
-            raise ImageError(f"{origin} has an access control list, which cannot be baked.", "Pack it without --acls.")
+            raise ImageError(f"{origin} has an access control list, which cannot be baked.", "Pack it without.")
         if key.startswith(XATTR):
             name = key[len(XATTR) :].replace("%3D", "=").replace("%25", "%")
-            if not re.match(r"(user|trusted|security|system)\.", name) or re.search(r"[\0\r\n]", name):
-                raise ImageError(f"{origin} has the attribute {name!r}, which Linux does not know.", "Pack it again.")
+            if not re.match(r"(user|trusted|security)\.", name) or re.search(r"[\0\r\n]", name):
+                raise ImageError(f"{origin} has the attribute {name!r}, which cannot be baked.", "Pack it without.")
             found[name] = value.encode("utf-8", "surrogateescape")
     return found

@@ -21,6 +21,9 @@ BATCH = 24 << 10
 LINE = 8000
 """Bytes that a command may have: debugfs reads no longer lines."""
 
+LARGEST_BLOCK = 6
+"""How often a block of 1024 bytes is doubled at most."""
+
 LINKS = 40
 """How many links are followed for one name, as in Linux."""
 
@@ -51,7 +54,7 @@ class Superblock:
 
 
 def superblock(image: Path, root: Partition) -> Superblock:
-    """Return what the root file system of an image says of itself."""
+    """Return what the root file system of an image says of itself; raises ImageError where that makes no sense."""
     with image.open("rb") as file:
         file.seek(root.start + 1024)
         data = file.read(1024)
@@ -60,6 +63,8 @@ def superblock(image: Path, root: Partition) -> Superblock:
         low: int = struct.unpack_from("<I", data, at)[0]
         return low + (struct.unpack_from("<I", data, high)[0] << 32 if high and is_64bit else 0)
 
+    if len(data) < 1024 or number(0x18) > LARGEST_BLOCK:
+        raise ImageError("The root file system of the base is damaged: its superblock makes no sense.")
     is_64bit = bool(number(0x60) & 0x80)
     return Superblock(
         block=1024 << number(0x18),
@@ -195,21 +200,17 @@ class Debugfs:
             answers.append(answer)
         return answers
 
-    def do(self, commands: Sequence[bytes]) -> list[int]:
-        """Give commands that say nothing when they succeed, or only the inode that they made; return these.
+    def do(self, commands: Sequence[bytes]) -> None:
+        """Give commands that say nothing when they succeed, or only which inode they made.
 
         Raises:
             ImageError: one failed.
         """
-        made = []
         for command, answer in zip(commands, self.ask(commands), strict=True):
-            match = re.fullmatch(rb"\s*(?:Allocated inode: (\d+))?\s*", answer)
-            if not match:
+            if not re.fullmatch(rb"\s*(Allocated inode: \d+)?\s*", answer):
                 said = answer.decode("utf-8", "replace")
                 name = command.decode("utf-8", "replace")[:200]
                 raise failure(f"The root file system cannot be written ({name})", "debugfs", said)
-            made.append(int(match[1] or 0))
-        return made
 
     def _failed(self, said: bytes) -> ImageError:
         what = "written" if self._write else "read"

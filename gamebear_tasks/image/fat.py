@@ -76,6 +76,10 @@ class Fat:
             del self._added[other]
         self._added[name] = entry
 
+    def is_folder(self, name: str) -> bool:
+        """Say whether there is a folder of a name."""
+        return self._there.get(name.lower(), "").endswith("/")
+
     def read(self, name: str) -> bytes | None:
         """Return what is in a file; None where there is none."""
         for other, entry in self._added.items():

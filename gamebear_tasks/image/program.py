@@ -31,13 +31,14 @@ def environment(now: int = 0) -> dict[str, str]:
     Args:
         now: what they take for the time, in seconds since 1970; 0 for the real one.
     """
-    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     path = os.environ.get("PATH", os.defpath)
     fixed = {
         **kept,
         "PATH": f"{path}:/usr/sbin:/sbin",  # where Debian has most of them, and an ordinary user does not look
         "LC_ALL": "C.UTF-8",
         "TZ": "UTC",
+        "HOME": os.devnull,  # where mtools looks for more than MTOOLSRC
         "MTOOLSRC": os.devnull,
         "MTOOLS_SKIP_CHECK": "1",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ FORMAT = 1
 
 SUFFIXES = {".img": "", ".xz": "xz", ".zst": "zstd"}
 """What compresses a target, by the end of its name."""
+
+LARGEST = 2**50
+"""Bytes of no card that there will be."""
 
 KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]{16,}( [^\n]*)?")
 """A public SSH key as a line of `authorized_keys`, see sshd(8)."""
@@ -157,10 +161,13 @@ def file(path: str | Path, destination: str, *, mode: int | None = None, owner: 
         SettingsError: an argument makes no sense.
     """
     where = f"file({str(path)!r})"
-    for name, number, most in (("mode", 0 if mode is None else mode, 0o7777), ("owner", owner, 2**32 - 2),
-                               ("group", group, 2**32 - 2)):  # fmt: skip
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
-            raise SettingsError(f"{where}: {name}={number!r} is no such number.", f"It goes from 0 to {most:#o}.")
+    for name, number, most in (
+        ("mode", 0 if mode is None else mode, "0o7777"),
+        ("owner", owner, "4294967294"),
+        ("group", group, "4294967294"),
+    ):
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= int(most, 0):
+            raise SettingsError(f"{where}: {name}={number!r} is no such number.", f"It goes from 0 to {most}.")
     return File(_path(path, where), _destination(destination, where), mode, owner, group)
 
 
@@ -189,7 +196,8 @@ def user(
 
     Args:
         name: a login name.
-        password: its hash, as `openssl passwd -6` prints it, never the password; None for none to log in with.
+        password: its hash, as `openssl passwd -6` prints it, never the password; None for none to log in with,
+            also where there is one.
         authorized_keys: public SSH keys, as texts or files.
         groups: those that the user is in besides the own one.
 
@@ -216,7 +224,7 @@ def _key(key: object, where: str) -> str | Path:
         raise SettingsError(
             f"{where}: a key in authorized_keys= is no public SSH key.", "Give the line of a .pub file."
         )
-    return _path(Path(key).expanduser() if isinstance(key, str | PurePath) else key, f"{where}: authorized_keys")
+    return _path(Path(os.path.expanduser(key)) if isinstance(key, str | PurePath) else key, f"{where}: authorized_keys")
 
 
 def _path(path: object, where: str) -> Path:
@@ -251,10 +259,12 @@ def texts(name: str, given: object, where: str) -> tuple[str, ...]:
 
 def size_of(name: str, given: object, where: str) -> int:
     """Return a number of bytes that somebody gave, as a number or as `4G` (binary units); raises SettingsError."""
-    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
-        return given
+    count = given if isinstance(given, int) and not isinstance(given, bool) else -1
     match = re.fullmatch(r"(\d{1,12})\s*([KMGT])(iB)?", given) if isinstance(given, str) else None
-    if not match:
-        raise SettingsError(f"{where}: {name}={given!r} is no size.", 'Say it in bytes, or as "512M" or "4G".')
-    factor: int = 1024 ** ("KMGT".index(match[2]) + 1)
-    return int(match[1]) * factor
+    if match:
+        count = int(match[1]) << 10 * ("KMGT".index(match[2]) + 1)
+    if not 0 <= count <= LARGEST:
+        raise SettingsError(
+            f"{where}: {name}={given!r} is no size.", 'Say it in bytes, or as "512M" or "4G"; up to 1024T.'
+        )
+    return count

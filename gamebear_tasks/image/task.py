@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 """A host name (RFC 1123, 2.1), without a domain."""
 
+OUTPUT = re.compile(r".*[^.\n]\.img(\.xz|\.zst)?")
+"""The name of a target; it is more than a suffix."""
+
 
 def sd_image(
     base: str | Path | Archive,
@@ -58,7 +61,7 @@ def sd_image(
     Raises:
         SettingsError: an argument makes no sense; doit shows it and ends.
     """
-    if not isinstance(output, str | PurePath) or not re.search(r".\.img(\.xz|\.zst)?$", str(output)):
+    if not isinstance(output, str | PurePath) or not OUTPUT.fullmatch(str(output).rpartition("/")[2]):
         raise SettingsError(
             f"sd_image(): output={output!r} is no image's name.",
             f"It ends with .img, or with .img{' or .img'.join(end for end, how in SUFFIXES.items() if how)}.",

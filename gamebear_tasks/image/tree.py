@@ -74,16 +74,25 @@ class Tree:
         self._inodes: dict[str, Inode | None] = {"": Inode(ROOT_INODE, stat.S_IFDIR | 0o755, 0, 0, 0)}
         self._targets: dict[int, str] = {}
         self._staged = 0
-        self._mount: tuple[str, Callable[[str, Entry], None]] | None = None
+        self._mount = ""
+        self._add_there: Callable[[str, Entry], None]
+        self._is_folder_there: Callable[[str], bool]
 
-    def mount(self, path: str, add: Callable[[str, Entry], None]) -> None:
+    def mount(self, path: str, add: Callable[[str, Entry], None], is_folder: Callable[[str], bool]) -> None:
         """Have what goes below a folder go to another file system.
 
         Args:
             path: the folder.
             add: puts in what goes there, by its name from there.
+            is_folder: says whether there is a folder of such a name.
         """
-        self._mount = self.resolve(path, path), add
+        self._mount = self.resolve(path, path)
+        self._add_there = add
+        self._is_folder_there = is_folder
+
+    def _is_mounted(self, name: str) -> bool:
+        """Say whether a name is below the other file system's folder."""
+        return bool(self._mount) and name.startswith(f"{self._mount}/")
 
     def inode(self, name: str) -> Inode | None:
         """Return what the base has under a name; no link is followed."""
@@ -161,10 +170,11 @@ class Tree:
             ImageError: a folder would take the place of something else, or something else a folder's.
         """
         name = self.resolve(path, entry.origin, last=entry.is_folder)
-        if self._mount is not None and f"{name}/".startswith(f"{self._mount[0]}/"):
-            if name != self._mount[0]:
-                self._mount[1](name[len(self._mount[0]) + 1 :], entry)
+        if self._is_mounted(name):
+            self._add_there(name[len(self._mount) + 1 :], entry)
             return name
+        if self._mount and name == self._mount and entry.is_folder:
+            return name  # the root of the other one stays as it is
         for above in _above(name):
             if not self.mode(above):
                 self.added[above] = Entry(stat.S_IFDIR | 0o755, entry.origin, mtime=self.now, atime=self.now)
@@ -198,7 +208,10 @@ class Tree:
 
     def is_folder(self, path: str) -> bool:
         """Say whether there is a folder of a name, at the end of its links."""
-        return stat.S_ISDIR(self.mode(self.resolve(path, path)))
+        name = self.resolve(path, path)
+        if self._is_mounted(name):
+            return self._is_folder_there(name[len(self._mount) + 1 :])
+        return stat.S_ISDIR(self.mode(name))
 
     def read(self, path: str) -> bytes | None:
         """Return what is in a file; None where there is none."""
@@ -212,10 +225,16 @@ class Tree:
         return self._base.content(inode)
 
     def write(self, path: str, data: bytes, origin: str, mode: int = 0o644, owner: tuple[int, int] = (0, 0)) -> None:
-        """Put a file in; one that is there keeps its owner and mode. No change where it says that already."""
+        """Put a file in; one that is there keeps its owner and mode. No change where it says that already.
+
+        Raises:
+            ImageError: what is there is no file.
+        """
         if self.read(path) == data:
             return
         name = self.resolve(path, origin)
+        if self.mode(name) and not stat.S_ISREG(self.mode(name)):
+            raise ImageError(f"{origin}: /{name} should be a file, and is none in the image.", "Mend it in the base.")
         entry = self.entry(data, origin, mode, owner)
         there = self.added.get(name) or self.inode(name)
         if there is not None:

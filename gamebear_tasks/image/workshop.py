@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,11 +17,14 @@ def workshop(target: Path) -> Iterator[Path]:
     """Give a folder beside the target to work in; it goes at the end, and what killed ones have left goes before."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".bake", dir=target.parent))
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # another doit took it for one that was left
         fcntl.flock(fd, fcntl.LOCK_EX)
         if folder.exists():
             break
-        os.close(fd)  # another doit took it for one that was left
+        os.close(fd)  # likewise
     try:
         remove_workshops(target)
         yield folder
@@ -35,8 +39,10 @@ def _prefix(target: Path) -> str:
 
 def remove_workshops(target: Path) -> None:
     """Remove the folders of bakings of a target that were killed."""
+    # Not card.img.xz's for card.img: what mkdtemp puts between has no dot.
+    ours = re.compile(rf"{re.escape(_prefix(target))}[^.]+\.bake")
     for folder in target.parent.iterdir() if target.parent.is_dir() else ():
-        if not (folder.name.startswith(_prefix(target)) and folder.name.endswith(".bake")):
+        if not ours.fullmatch(folder.name):
             continue
         with contextlib.suppress(OSError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

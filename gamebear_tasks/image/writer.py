@@ -68,13 +68,11 @@ def write(session: Debugfs, tree: Tree, inode_size: int) -> bool:
         if not entry.is_folder:
             names.setdefault(id(entry), []).append(name)
     firsts = {min(group) for group in names.values()}
-    commands = _in_folders(tree, ((name, [_creation(name, tree.added[name])]) for name in sorted(firsts)))
-    files = (name for name in sorted(firsts) if stat.S_ISREG(tree.added[name].mode))
-    made = zip(commands, session.do(commands), strict=True)
-    numbers = {id(tree.added[next(files)]): number for command, number in made if command.startswith(b"write ")}
-    for group in names.values():
-        for name in sorted(group)[1:]:
-            _link(session, tree, name, numbers[id(tree.added[name])])
+    session.do(_in_folders(tree, ((name, [_creation(name, tree.added[name])]) for name in sorted(firsts))))
+    groups = [sorted(group) for group in names.values() if len(group) > 1]
+    for (_, *others), number in zip(groups, _numbers(session, tree, [group[0] for group in groups]), strict=True):
+        for name in others:
+            _link(session, tree, name, number)
     described = sorted(firsts | {name for name, entry in tree.added.items() if entry.is_folder})
     session.do(
         _in_folders(
@@ -101,8 +99,10 @@ def _check(tree: Tree) -> None:
             raise ImageError(f"{entry.origin}: the name {name[:300]!r} is longer than 255 bytes.")
         if stat.S_ISLNK(entry.mode) and not 0 < len(entry.target.encode("utf-8", "surrogateescape")) < 4096:
             raise ImageError(f"{entry.origin}: the link {name!r} leads nowhere, or to too long a name.")
-        if max(entry.device) > DEVICE:
-            raise ImageError(f"{entry.origin}: the device {name!r} has a number above {DEVICE}.", "Leave it out.")
+        if not all(0 <= number <= DEVICE for number in entry.device):
+            raise ImageError(
+                f"{entry.origin}: the device {name!r} has a number that is not from 0 to {DEVICE}.", "Leave it out."
+            )
 
 
 def _in_folders(tree: Tree, parts: Iterable[tuple[str, list[bytes]]]) -> list[bytes]:
@@ -156,6 +156,12 @@ def _creation(name: str, entry: Entry) -> bytes:
         return b"mknod %s p" % _last(name)
     kind = b"c" if stat.S_ISCHR(entry.mode) else b"b"
     return b"mknod %s %s %d %d" % (_last(name), kind, *entry.device)
+
+
+def _numbers(session: Debugfs, tree: Tree, names: list[str]) -> list[int]:
+    """Return the inodes of names that have been made."""
+    answers = session.ask(_in_folders(tree, ((name, [b"stat " + _here(name)]) for name in names)))
+    return [int(match[1]) for said in answers if (match := re.match(rb"Inode: (\d+) ", said))]
 
 
 def _link(session: Debugfs, tree: Tree, name: str, number: int) -> None:
