@@ -1,5 +1,6 @@
 """The three artifacts for a Gamebear, umtprd, usbgx.tar and gt.tar, and an SD-card image that has them."""
 
+import os
 from pathlib import Path
 
 from gamebear_tasks import (
@@ -26,7 +27,7 @@ UMTP = either(
 LIBUSBGX = git("https://github.com/libusbgx/libusbgx.git", rev="664b7e6fe7f8269a774101d7625dd0a82c8aadd3")
 GT = git("https://github.com/kopasiak/gt.git", rev="a425870aa14d35357dc3bd51e3233c5b7f51bbd1")
 
-MY_KEYS = sorted(Path.home().glob(".ssh/id_*.pub"))
+MY_KEYS = sorted(Path(os.path.expanduser("~/.ssh")).glob("id_*.pub"))
 """Whoever bakes the image may log in to it."""
 
 

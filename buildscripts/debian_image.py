@@ -41,7 +41,7 @@ FILES = {
 }
 
 MAKE = r"""
-set -eu
+set -euo pipefail
 boot_sectors=524288
 mkdir -p /tmp/boot /tmp/root
 tar --directory=/ --create --one-file-system --exclude=./tmp --exclude=./run \
@@ -91,7 +91,7 @@ with Container(packages_image("debian:bookworm", PACKAGES)) as c:
         path.write_text(text)
     c.copy_in("files", "/tmp/files")
     c.run(["sh", "-c", INSTALL])
-    c.run(["sh", "-c", MAKE])
+    c.run(["bash", "-c", MAKE])
     c.copy_out("/tmp/image", "image")
 
 with open("image", "rb") as plain, lzma.open("debian.img.xz", "wb", preset=1) as packed:
