@@ -14,7 +14,7 @@ from . import tasklog, timing
 from .builders import Builder, Order, Sink, Status, open_builder, shown
 from .config import settings
 from .errors import JobError
-from .interrupt import Interest
+from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
 from .report import notice, notice_once, size
@@ -211,10 +211,12 @@ def builder_of_this_run(url: str) -> Builder:
         return _builders[key]
 
 
-def _close_builders() -> None:
+def _end() -> None:
+    """Before the process ends, end the jobs that it waits for; then close the builders, which that needs."""
+    end_what_is_left()
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():
             builder.close()
 
 
-atexit.register(_close_builders)
+atexit.register(_end)

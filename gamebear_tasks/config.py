@@ -53,8 +53,8 @@ class Settings:
     def builder_for(self, arch: str) -> str:
         """Return the URL of the builder for an architecture; raises SettingsError where none is set."""
         builders = _by_architecture(self.builder)
-        if arch in builders or "" in builders:
-            return builders.get(arch) or builders[""]
+        if found := builders.get(arch, builders.get("")):
+            return found
         raise SettingsError(
             f"No builder is set for {arch}, only for {', '.join(builders)}.",
             f"Name one: builder={self.builder},{arch}=ssh://user@host, or in the table builder of pyproject.toml.",
@@ -189,10 +189,15 @@ def _builder(name: str, value: object, where: str) -> str:
     if isinstance(value, dict):
         value = ",".join(f"{arch}={_text(f'{name}.{arch}', url, where)}" for arch, url in value.items())
     text = _text(name, value, where)
-    for arch in _by_architecture(text):
-        architecture(name, arch, where)
     if not text:
         raise SettingsError(f"The setting {name} is empty (from {where}).", "Leave it out, or say builder=local:.")
+    for arch, url in _by_architecture(text).items():
+        architecture(name, arch, where)
+        if not url:
+            raise SettingsError(
+                f"The setting {name} names no builder for {arch} (from {where}).",
+                f"Leave {arch} out, or say {arch}=local:.",
+            )
     return text
 
 

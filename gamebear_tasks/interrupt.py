@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
 import signal
@@ -86,17 +85,17 @@ _waiting: dict[int, Interest] = {}
 _waiting_lock = threading.Lock()
 
 
-def _end_what_is_left() -> None:
-    """Before the process ends, end what its threads still wait for: doit's threads die with it."""
+def end_what_is_left() -> None:
+    """Before the process ends, end what its threads still wait for: doit's threads die with it.
+
+    At exit `building` calls it, before it closes the builders.
+    """
     with _waiting_lock:
         left = list(_waiting.values())
         _waiting.clear()
     with contextlib.suppress(KeyboardInterrupt):
         for interest in left:
             interest.stop()
-
-
-atexit.register(_end_what_is_left)
 
 
 @contextlib.contextmanager
@@ -130,7 +129,7 @@ def say_so_without_a_traceback() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            _end_what_is_left()  # at exit it may be too late: Python 3.12 starts no thread then
+            end_what_is_left()  # at exit it may be too late: Python 3.12 starts no thread then
             notice("interrupted")
         else:
             before(kind, error, trace)

@@ -96,6 +96,11 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
 ARCHS = "There are: amd64, arm64, armel, armhf, i386, loong64, ppc64el, riscv64, s390x."
 REFUSED = [
     ("builder", "a\nb", "The setting builder must be a text, not 'a\\nb' (from {})."),
+    (
+        "builder",
+        "armhf=,arm64=ssh://b",
+        "The setting builder names no builder for armhf (from {}). Leave armhf out, or say armhf=local:.",
+    ),
     ("arch", "armv7l", "No architecture is called 'armv7l' (from {}). Debian calls it armhf."),
     ("arch", "aarch64", "No architecture is called 'aarch64' (from {}). Debian calls it arm64."),
     ("arch", "x86_64", "No architecture is called 'x86_64' (from {}). Debian calls it amd64."),
@@ -284,3 +289,5 @@ def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> Non
     assert settings().builder_for("armhf") == "ssh://pi@a"
     with pytest.raises(SettingsError, match="No builder is set for arm64, only for armhf"):
         settings().builder_for("arm64")
+    with pytest.raises(SettingsError, match="No builder is set for armhf"):
+        Settings(builder="armhf=").builder_for("armhf")  # from Python, where nothing was checked

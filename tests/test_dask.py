@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 import signal
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from cluster import Cluster, settings_of_tls
 from distributed.protocol import Serialize, ToPickle
 from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
 
-from gamebear_tasks.builders import dask_client, open_builder
+from gamebear_tasks.builders import Order, dask_client, open_builder
+from gamebear_tasks.builders import dask as dask_builder
 from gamebear_tasks.builders.dask import DaskBuilder
 from gamebear_tasks.builders.dask_client import Link
 from gamebear_tasks.builders.dask_comm import PROTOCOL, Loop
-from gamebear_tasks.errors import BuilderError, SettingsError
+from gamebear_tasks.errors import BuilderError, BuilderLost, SettingsError
+from gamebear_tasks.job import Job
 
 DODO = """
 from gamebear_tasks import artifact, task_builder, task_prune
@@ -83,6 +87,14 @@ def project_on(cluster: Cluster, folder: Path, **settings: str) -> Project:
 def waiting(project: Project) -> None:
     """Give the project a job that waits for `go`, and tallies its runs."""
     project.write("x.py", WAITS.format(go=str(project.folder / "go"), tally=str(project.folder / "tally")))
+
+
+def order(folder: Path, arch: str) -> Order:
+    """Return the order of a script that does nothing."""
+    script = folder / "x.py"
+    script.write_text("open('x', 'w').close()")
+    sha256 = hashlib.sha256(script.read_bytes()).hexdigest()
+    return Order(Job(arch, script.name, sha256, ("x",)), {sha256: script}, dict)
 
 
 def said(project: Project) -> str:
@@ -257,6 +269,28 @@ def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
     project.doit().ok()  # what is gone is built again
 
 
+def test_a_job_that_is_cancelled_in_the_line_is_not_put_there_again_by_the_thread_that_waits(
+    shelf: Cluster, tmp_path: Path
+) -> None:
+    builder = open_builder(shelf.url)
+    builder.patience = 60.0
+    queued = order(tmp_path, "riscv64")
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(builder.submit, queued)
+        wait_for(lambda: builder.cancel(queued.job.digest, "") and waits.done(), 60)
+        with pytest.raises(BuilderError, match="was taken out of the line of dask://"):
+            waits.result()
+    builder.close()
+
+
+def test_a_builder_that_was_closed_connects_again(shelf: Cluster, tmp_path: Path) -> None:
+    builder = open_builder(shelf.url)
+    before = builder.describe()
+    builder.close()
+    assert builder.describe().keys() == before.keys()
+    builder.close()
+
+
 def test_ctrl_c_ends_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     waiting(project)
@@ -305,6 +339,27 @@ def test_a_worker_that_dies_has_its_job_built_by_another_once(pair: Cluster, tmp
     assert begun(project) == 2
     assert not OUR_FRAMES.search(said(project)), said(project)
     assert "distributed" not in said(project)
+
+
+def test_a_job_waits_for_another_worker_of_its_architecture_where_the_only_one_dies(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        dying, other = cluster.start_worker("amd64=1"), cluster.start_worker("i386=1")
+        cluster.wait_for_workers()
+        project = project_on(cluster, tmp_path)
+        waiting(project)
+        client = project.start()
+        wait_for(lambda: begun(project) == 1, 60)
+        dying.kill()
+        wait_for(lambda: "waiting for one" in said(project), 60)
+        next_one = cluster.start_worker("amd64=1")
+        wait_for(lambda: begun(project) == 2, 60)
+        (project.folder / "go").touch()
+        assert client.wait(60) == 0, said(project)
+        assert (len(next_one.digests), len(other.digests)) == (1, 0)
+        assert "KeyError" not in (cluster.folder / "scheduler" / "log").read_text()
+    finally:
+        cluster.close()
 
 
 def test_a_worker_that_comes_back_ends_what_another_builds_by_now(pair: Cluster, tmp_path: Path) -> None:
@@ -383,10 +438,34 @@ def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
         cluster.close()
 
 
-@pytest.mark.parametrize("url", ["dask:", "dask://", "dask://host:123456", "dask://user@host", "dask+ssh://host"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("dask:", "dask://", "dask://user@host", "dask+ssh://host"),
+        *("dask://host:0", "dask://host:65536", "dask://host:123456", "dask://host:\u0663"),
+    ],
+)
 def test_a_url_that_names_no_scheduler_is_refused(url: str) -> None:
     with pytest.raises(SettingsError):
         open_builder(url)
+
+
+def test_a_name_that_no_machine_can_have_is_told() -> None:
+    builder = open_builder("dask://a..b")
+    with pytest.raises(BuilderError, match="is no address to connect to"):
+        builder.describe()
+    builder.close()
+
+
+def test_a_connection_that_is_closed_while_it_is_opened_is_given_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        link = Link("dask://silent", f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        asks = pool.submit(link.ask, "workers", 600.0)
+        connection, _ = server.accept()
+        with connection:
+            link.close()
+            with pytest.raises(BuilderLost, match=r"\AThe connection to Dask was closed"):
+                asks.result()
 
 
 def test_the_port_may_be_left_out() -> None:
@@ -479,6 +558,39 @@ def test_nothing_that_a_cluster_sends_is_unpickled(kind: str, tmp_path: Path, mo
         if kind.startswith("a message") or "result" in kind:
             loop.wait_for(a_dask_client(listener.contact_address), 10)
             assert mark.exists(), "Dask's own client does"
+    finally:
+        loop.close()
+
+
+def test_a_scheduler_that_contradicts_itself_is_not_asked_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_builder, "PAUSE", 0.01)
+    worker = {"worker": "tcp://127.0.0.1:9"}
+    answers: dict[str, Mapping[str, object]] = {"place": worker, "where": worker, "worker": {"there": False}}
+
+    async def answer(comm: Any) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                asked = await comm.read()
+                about = answers.get(asked.get("ask"), {})
+                await comm.write({"protocol": PROTOCOL, "id": asked.get("id"), **about})
+
+    async def listening() -> Any:
+        return await distributed.comm.listen("tcp://127.0.0.1", answer, deserialize=False)
+
+    loop = Loop()
+    try:
+        listener = loop.wait_for(listening(), 10)
+        builder = open_builder(listener.contact_address.replace("tcp:", "dask:"))
+        states = [builder.follow("0" * 64, "a", 0)[0].state for _ in range(dask_builder.TRIES)]
+        assert states == ["running"] * (dask_builder.TRIES - 1) + ["lost"]
+        with pytest.raises(BuilderLost, match="has gone"), (tmp_path / "x").open("wb") as file:
+            builder.fetch("0" * 64, "a", "x", 0, file, 1)
+        with pytest.raises(BuilderError, match="has gone"):
+            builder.submit(order(tmp_path, "amd64"))
+        builder.discard("0" * 64, "a")
+        builder.close()
     finally:
         loop.close()
 

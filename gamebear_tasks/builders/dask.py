@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import BuilderError, BuilderLost, SettingsError
 from ..report import notice, size
-from ..runner.files import is_file_name
+from ..runner.arch import ARCHITECTURES
 from . import Order, Pruned, Sink, Status, shown
 from .channel import Connection
 from .remote import PATIENCE, RunnerBuilder
@@ -41,7 +42,15 @@ COMING_BACK = 30.0
 """Seconds for which a job is looked for whose worker has gone: it may come back under another address."""
 
 TRIES = 5
-"""How often in a row a job is given to a worker that goes away before it has taken it."""
+"""How often in a row a worker may go away that the scheduler has just named for a job."""
+
+PAUSE = 0.5
+"""Seconds before the scheduler is asked again for a worker, where the one that it named has gone."""
+
+WORKERS = 1000
+"""The most workers that are looked at; of those which cannot be used, `TOLD` are told."""
+
+TOLD = 5
 
 AT_ONCE = 8
 """How many workers are asked at once what they are."""
@@ -73,6 +82,8 @@ class DaskBuilder:
         self._link: Link | None = None
         self._runners: dict[str, RunnerBuilder] = {}
         self._places: dict[str, str] = {}
+        self._ended: set[str] = set()
+        self._gone: Counter[str] = Counter()
         self._said: set[str] = set()
 
     # what a builder does
@@ -80,16 +91,20 @@ class DaskBuilder:
     def submit(self, order: Order, again: bool = False) -> Status:
         """Have a job built, unless it runs or is done already; wait for a slot where it has to be built."""
         digest = order.job.digest
+        self._ended.discard(digest)
         try:
             for count in range(1, TRIES + 1):
                 worker = self._place(order, again)
                 self._places[digest] = worker
+                self._check_wanted(digest)
                 try:
                     status = self._runner(worker).submit(order, again)
                     break
                 except WorkerGone:
+                    self._forget(worker)
                     if count == TRIES:
                         raise
+                    time.sleep(PAUSE)
             if status.is_final:
                 self._release(digest)
         except Exception:
@@ -107,27 +122,38 @@ class DaskBuilder:
             status, log = runner.follow(digest, attempt, offset)
         except WorkerGone:
             self._forget(worker)
-            return Status("running", attempt), b""
-        if status.is_final and not log:
+            self._gone[digest] += 1
+            if self._gone[digest] < TRIES:
+                time.sleep(PAUSE)
+                return Status("running", attempt), b""
+            del self._gone[digest]
+            return Status("lost", attempt), b""
+        self._gone.pop(digest, None)
+        if status.is_final and status.state != "lost" and not log:  # what is lost is submitted again, on the same lease
             self._release(digest)
         return self._told(worker, status), log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
         """Give an output's content from `offset` on to a sink."""
         got = _Counted(target)
-        while (place := self._find(digest)) is not None:
+        for _ in range(TRIES):
+            place = self._find(digest)
+            if place is None:
+                break
             worker, runner = place
             try:
                 runner.fetch(digest, attempt, name, offset + got.count, got, limit - got.count)
                 return
             except WorkerGone:
                 self._forget(worker)
+                time.sleep(PAUSE)
         raise BuilderLost(
             f"The worker of {self.url} that has job {digest[:12]} has gone.", "Run doit again: another builds it."
         )
 
     def cancel(self, digest: str, attempt: str) -> bool:
         """End a job, unless somebody else waits for it too."""
+        self._ended.add(digest)  # a thread that waits for a place has none any more
         worker = self._places.get(digest)
         try:
             return worker is None or self._runner(worker).cancel(digest, attempt)
@@ -139,8 +165,13 @@ class DaskBuilder:
     def discard(self, digest: str, attempt: str) -> None:
         """Have the worker check a result, and forget it if it is damaged."""
         place = self._find(digest)
-        if place is not None:
-            place[1].discard(digest, attempt)
+        if place is None:
+            return
+        worker, runner = place
+        try:
+            runner.discard(digest, attempt)
+        except WorkerGone:
+            self._forget(worker)  # and its result with it
 
     def prune(
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
@@ -178,13 +209,16 @@ class DaskBuilder:
         return about
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; whoever asks afterwards opens them again."""
         if self._pid != os.getpid():
             return  # they are our parent's
-        for runner in list(self._runners.values()):
+        with self._lock:
+            link, self._link = self._link, None
+            runners = list(self._runners.values())
+        for runner in runners:
             runner.close()
-        if self._link is not None:
-            self._link.close()
+        if link is not None:
+            link.close()
 
     # where jobs are
 
@@ -195,6 +229,7 @@ class DaskBuilder:
         until: float | None = None
         wait = FIRST_WAIT
         while True:
+            self._check_wanted(job.digest)
             answer = self._ask(
                 "place",
                 digest=job.digest,
@@ -212,6 +247,8 @@ class DaskBuilder:
                 until = None
                 if "workers" in answer:
                     self._say(f"{self.url} has no free slot for {job.arch} now; waiting for one")
+                else:
+                    time.sleep(0.1)  # it came and went, which is said at once
                 continue
             there = _known_slots(answer.get("workers"))
             if until is None:
@@ -225,6 +262,11 @@ class DaskBuilder:
                     f"{self.url} has no worker for {job.arch}: {there}.",
                     f'Start one: dask worker {self.address} --nthreads 1 --resources "{job.arch}=1"',
                 )
+
+    def _check_wanted(self, digest: str) -> None:
+        """Raise BuilderError where a job was cancelled since it was submitted, by another thread."""
+        if digest in self._ended:
+            raise BuilderError(f"Job {digest[:12]} was taken out of the line of {self.url}.", "Run doit again.")
 
     def _find(self, digest: str) -> tuple[str, RunnerBuilder] | None:
         """Return the worker that has a job, where it is to be found; a worker may come back."""
@@ -240,7 +282,7 @@ class DaskBuilder:
             until = until or time.monotonic() + min(COMING_BACK, self.patience)
             if answer.get("queued") or time.monotonic() > until:
                 return None
-            time.sleep(0.5)
+            time.sleep(PAUSE)
 
     def _forget(self, worker: str) -> None:
         """Note that a worker has gone."""
@@ -263,7 +305,7 @@ class DaskBuilder:
             return runner
 
     def _connect(self, worker: str) -> Connection:
-        if not self._ask("worker", patience=0.0, worker=worker).get("there"):
+        if not self._ask("worker", worker=worker).get("there"):
             raise WorkerGone(f"The worker {worker} of {self.url} has gone.", "Run doit again.")
         return self._connected().connection(worker)
 
@@ -288,7 +330,7 @@ class DaskBuilder:
         return self._connected().ask(ask, self.patience if patience is None else patience, **more)
 
     def _workers(self) -> list[dict[str, Any]]:
-        return _checked_workers(self._ask("workers")["workers"], self.url)
+        return _checked_workers(self._ask("workers").get("workers"), self.url)
 
     def _each(self, ask: Callable[[RunnerBuilder], T]) -> dict[str, T | BuilderError]:
         """Ask each worker that builds for us."""
@@ -342,7 +384,7 @@ def _address(text: object, url: str) -> str:
 
 def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:
     found = []
-    for item in items if isinstance(items, list) else []:
+    for item in items[:WORKERS] if isinstance(items, list) else []:
         item = item if isinstance(item, dict) else {}
         found.append(
             {
@@ -357,7 +399,7 @@ def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:
 def _counts(value: object) -> dict[str, int]:
     if not isinstance(value, dict):
         return {}
-    return {name: n for name, n in value.items() if is_file_name(name) and name.isalnum() and type(n) is int}
+    return {arch: value[arch] for arch in set(ARCHITECTURES.values()) & set(value) if type(value[arch]) is int}
 
 
 def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
@@ -367,14 +409,14 @@ def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 def _known_slots(workers: object) -> str:
     """Return what a scheduler says there is instead of what was asked for."""
     total: dict[str, int] = {}
-    broken = []
+    broken: list[str] = []
     count = 0
-    for item in workers if isinstance(workers, list) else []:
+    for item in workers[:WORKERS] if isinstance(workers, list) else []:
         count += 1
         item = item if isinstance(item, dict) else {}
         for arch, slots in _counts(item.get("slots")).items():
             total[arch] = total.get(arch, 0) + slots
-        if item.get("error"):
+        if item.get("error") and len(broken) < TOLD:
             broken.append(f"{words_of(item.get('worker'))[:100]} cannot be used: {words_of(item['error'])[:400]}")
     if not count:
         return "no worker is there"
@@ -389,8 +431,9 @@ def open_builder(url: str) -> DaskBuilder:
         SettingsError: the URL names no scheduler, or Dask is not installed here.
     """
     scheme, _, place = url.partition("://")
-    host, _, port = place.rpartition(":") if re.search(r":\d*\Z", place) else (place, "", "")
-    if scheme not in _SCHEMES or not re.fullmatch(r"\[[0-9a-fA-F:.%]+\]|[\w.-]+", host, re.ASCII) or len(port) > 5:
+    host, _, port = place.rpartition(":") if re.search(r":\d{,5}\Z", place, re.ASCII) else (place, "", "8786")
+    named = re.fullmatch(r"\[[0-9a-fA-F:.%]+\]|[\w.-]+", host, re.ASCII)
+    if scheme not in _SCHEMES or not named or not 1 <= int(port or 8786) <= 65535:
         raise SettingsError(
             f"The builder {shown(url)!r} names no Dask scheduler.",
             "Say builder=dask://HOST:8786, or dask+tls://HOST:8786; what belongs to TLS is in Dask's configuration.",

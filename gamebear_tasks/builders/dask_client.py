@@ -24,6 +24,9 @@ from .session import SILENCE, words_of
 GREETING = 30.0
 """Seconds that a scheduler may take to load our part and to answer."""
 
+CONNECTING = 5.0
+"""Seconds for which whoever has no patience waits while another thread connects."""
+
 SETTLING = 1.0
 """Seconds that a scheduler may need to see that a worker has gone."""
 
@@ -203,14 +206,16 @@ class Link:
         return True
 
     def _connected(self, patience: float) -> Stream:
-        with self._connecting:
-            if self._given_up is not None:
-                raise self._given_up
+        if not self._connecting.acquire(timeout=min(max(patience, CONNECTING), threading.TIMEOUT_MAX)):
+            raise BuilderLost(f"{self.url} is out of reach.", "Run doit again when it is back.")
+        try:
             if self._stream is not None and self._stream.lost is None:
                 return self._stream
             start = time.monotonic()
             pause = 0.25
             while True:
+                if self._given_up is not None:
+                    raise self._given_up
                 try:
                     opening = Stream.open(self.address, self._args, self._client)
                     self._stream = self.loop.wait_for(opening, 3 * GREETING)
@@ -231,6 +236,8 @@ class Link:
                         notice(f"connected to {self.url} again")
                     self._met = True
                     return self._stream
+        finally:
+            self._connecting.release()
 
     def _give_up(self, error: BuilderLost, patience: float) -> BuilderLost:
         if not self._met:
@@ -249,15 +256,12 @@ class Link:
         return error
 
     def _forget(self, stream: Stream) -> None:
-        with self._connecting:
-            if self._stream is stream:
-                self._stream = None
-                self.loop.begin(_closed(stream))
+        stream.lost = stream.lost or BuilderLost("The connection to Dask was closed.")  # `_connected` opens another
+        self.loop.begin(_closed(stream))
 
     def close(self) -> None:
         """Close the connection. Never raises."""
-        if self._stream is not None:
-            self._forget(self._stream)
+        self._given_up = BuilderLost("The connection to Dask was closed.")  # for who is connecting at this moment
         self.loop.close()
 
 

@@ -35,7 +35,7 @@ PLUGIN = "gamebear"
 PROTOCOL = 1
 """Version of what clients, schedulers and workers of ours say to each other."""
 
-LIMIT = 16 << 20
+LIMIT = 2 << 20
 """The longest message that is read, in bytes. Outputs come in pieces of `CHUNK`."""
 
 FRAMES = 4096
@@ -132,7 +132,7 @@ async def connect(address: str, args: Mapping[str, Any]) -> Comm:
 
     Raises:
         BuilderLost: nobody answers there now.
-        BuilderError: its certificate, or ours, is refused.
+        BuilderError: its certificate, or ours, is refused; or there is no such address.
     """
     scheme, _, place = address.partition("://")
     connector = backends[scheme].get_connector()
@@ -146,6 +146,11 @@ async def connect(address: str, args: Mapping[str, Any]) -> Comm:
                 f"{address} and we do not trust each other: {error.__cause__ or error}.", _TLS
             ) from error
         raise BuilderLost(f"{address} cannot be reached: {_reason(error)}.") from error
+    except (ValueError, OverflowError) as error:  # a name that cannot be looked up, a port that there is not
+        raise BuilderError(
+            f"{address} is no address to connect to: {words_of(error)}.",
+            "See which HOST:PORT the builder's URL names, and its workers say (dask worker --host).",
+        ) from error
     try:
         await write(comm, {**comm.handshake_info(), "compression": None})
         await asyncio.wait_for(read(comm), CONNECTING)
@@ -244,7 +249,7 @@ class DaskChannel:
             message = self._wait(read(self._comm), timeout)
             message = message if isinstance(message, dict) else {}
             data = message.get("data")
-            if isinstance(data, bytes):
+            if isinstance(data, bytes) and data:
                 self._buffer = data
                 continue
             self._ended = True

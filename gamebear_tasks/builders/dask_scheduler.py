@@ -71,6 +71,11 @@ class Lease:
     error: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def key(self) -> str:
+        """What Dask calls it."""
+        return f"{self.name}-{self.digest[:12]}-{self.number}"
+
 
 @dataclass
 class Known:
@@ -81,7 +86,7 @@ class Known:
         targets: what it has built before, so that the package images of it are there.
         blobs: by SHA-256.
         error: why it cannot be used.
-        asked: when it was asked (`time.monotonic`).
+        asked: when it was asked (`time.monotonic`); 0 as long as it has not answered, and may not be used.
     """
 
     jobs: dict[str, str] = field(default_factory=dict)
@@ -118,6 +123,13 @@ class SchedulerPart(SchedulerPlugin):  # type: ignore[misc]  # to us Dask has no
         """Note that a worker has gone."""
         if self.cluster is not None:
             self.cluster.remove_worker(worker)
+
+    def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
+        """Note that a task finds no worker: those that a lease was for may have gone before Dask had it."""
+        if self.cluster is None or finish != "no-worker":
+            return
+        if self.cluster.scheduler.tasks[key].worker_restrictions:
+            asyncio.get_running_loop().call_soon(self.cluster.loosen)  # not in the midst of the scheduler's work
 
 
 class Cluster:
@@ -182,6 +194,20 @@ class Cluster:
         for lease in self.leases.values():
             if lease.worker == worker:
                 lease.worker = lease.prefer = ""
+        self.loosen()
+
+    def loosen(self) -> None:
+        """Let leases go to any worker of their architecture whose own workers have gone.
+
+        Dask's `allow_other_workers` would do so too, but forgets the architecture where none of it is left.
+        """
+        for lease in list(self.leases.values()):
+            task = self.scheduler.tasks.get(lease.key)
+            if task is None or task.state != "no-worker" or not task.worker_restrictions:
+                continue
+            if not any(worker in self.scheduler.workers for worker in task.worker_restrictions):
+                task.worker_restrictions = set()
+                self.scheduler.transitions({lease.key: "processing"}, stimulus_id=f"{PLUGIN}-{lease.number}")
 
     def _look(self, worker: str) -> asyncio.Task[None]:
         if worker not in self.looks:
@@ -206,7 +232,7 @@ class Cluster:
                 known.jobs = {digest: state for digest, (state, _) in found["jobs"].items()}
                 known.targets = {target for _, target in found["jobs"].values()}
                 known.blobs = set(found["blobs"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, this worker is not used
             known.error = f"it does not answer ({error})"
         if worker in self.known:
             self.known[worker] = known
@@ -232,8 +258,16 @@ class Cluster:
         return [
             state
             for worker, state in self.scheduler.workers.items()
-            if state.resources.get(arch, 0) >= 1 and worker in self.known and not self.known[worker].error
+            if state.resources.get(arch, 0) >= 1
+            and (known := self.known.get(worker)) is not None
+            and known.asked
+            and not known.error
         ]
+
+    def _why_not(self, state: WorkerState) -> str:
+        """Return why a worker that has slots cannot be used."""
+        known = self.known.get(state.address, Known())
+        return known.error or ("" if known.asked or not _architectures(state) else "it has not said yet what it has")
 
     def _holder(self, digest: str, states: Iterable[str]) -> str:
         for worker, known in self.known.items():
@@ -274,10 +308,9 @@ class Cluster:
                 dask_worker.lease,
                 lease.digest,
                 lease.number,
-                key=f"{lease.name}-{lease.digest[:12]}-{lease.number}",
+                key=lease.key,
                 resources={lease.arch: 1},
-                workers=places or None,
-                allow_other_workers=bool(places),
+                workers=[worker for worker in places if worker in self.scheduler.workers] or None,
                 pure=False,
             )
             with client.as_current():
@@ -392,6 +425,8 @@ class Cluster:
             if holder:
                 return {"worker": holder}
         runs_on = self._holder(digest, _RUNS)
+        if lease is None and runs_on and not self.scheduler.workers[runs_on].resources.get(arch, 0):
+            return {"worker": runs_on}  # it had a slot for it once, and no lease can be there
         if lease is None:
             lease = Lease(next(self._numbers), digest, arch, name, target, frozenset(blobs), runs_on)
             self.leases[digest] = lease
@@ -450,7 +485,7 @@ class Cluster:
                 "name": str(state.name),
                 "slots": {arch: int(state.resources[arch]) for arch in _architectures(state)},
                 "busy": {arch: int(state.used_resources.get(arch, 0)) for arch in _architectures(state)},
-                "error": self.known[worker].error if worker in self.known else "",
+                "error": self._why_not(state),
             }
             for worker, state in self.scheduler.workers.items()
         ]

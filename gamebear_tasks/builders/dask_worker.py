@@ -209,14 +209,15 @@ async def lease(digest: str, number: int) -> None:
         asked = time.monotonic()
         pause = 0.02
         while begun or wanted:
+            hinted = hint.is_set()
+            hint.clear()  # before we look and ask: what comes meanwhile counts
             state = await asyncio.to_thread(job.state)
             begun = begun or state.get("attempt") != before.get("attempt") or state["state"] in _RUNS
             if begun and state["state"] not in _RUNS:
                 break
-            if not begun and (hint.is_set() or time.monotonic() > asked + ASK_AGAIN):
+            if not begun and (hinted or time.monotonic() > asked + ASK_AGAIN):
                 wanted = await worker.scheduler.gamebear_report(**report)
                 asked = time.monotonic()
-            hint.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(hint.wait(), pause)
             pause = min(pause * 1.3, PAUSE)
