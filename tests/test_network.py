@@ -393,6 +393,7 @@ def crowd(tmp_path: Path, account: Account) -> Iterator[Callable[..., Crowd]]:
             )
 
         yield start
+    (account.home / ".config" / "gamebear" / "builder.json").unlink(missing_ok=True)
 
 
 def test_with_one_session_allowed_eight_tasks_at_once_share_it(crowd: Callable[..., Crowd]) -> None:
