@@ -28,6 +28,7 @@ NEEDED = {
     "newuidmap": "uidmap",
     "sfdisk": "fdisk",
     "sshd": "openssh-server",
+    "systemctl": "systemd",
     "update-binfmts": "binfmt-support",
     "qemu-arm-static": "qemu-user-static",
     "xz": "xz-utils",

@@ -154,7 +154,7 @@ SETTINGS = [
         ["x", "builder=nowhere"],
         "The builder 'nowhere' is not a URL. Say builder=local: or builder=ssh://user@host, for",
     ),
-    (["x", "builder="], "The builder '' is not a URL."),
+    (["x", "builder="], "The setting builder is empty (from the doit variable builder)."),
     (["x", "builder=shh://pi@buildpi"], "No installed builder has the scheme 'shh' of 'shh://pi@buildpi'. There are:"),
     (
         ["x", "builder=local:x"],

@@ -91,7 +91,6 @@ def test_what_no_phase_says_is_shown_too() -> None:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> Iterator[Path]:
-    pytest.importorskip("matplotlib")
     targets = [tmp_path / "results.svg", tmp_path / "results.png"]
     report.plot(RESULTS, targets)
     yield tmp_path

@@ -431,9 +431,7 @@ def test_units_are_enabled_as_systemctl_does(base: Path, tmp_path: Path) -> None
 
 
 def test_systemctl_itself_agrees(tmp_path: Path) -> None:
-    """The same units, enabled by systemctl where there is one, and by us."""
-    if not shutil.which("systemctl"):
-        pytest.skip("no systemctl here to compare with")
+    """The same units, enabled by systemctl, and by us."""
     root = tmp_path / "root"
     units = {name: text for name, text in SYSTEM.items() if name.startswith("usr/lib/systemd") and "static" not in name}
     for name, text in units.items():

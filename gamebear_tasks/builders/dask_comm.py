@@ -91,10 +91,10 @@ class Loop:
 
         async def end() -> None:
             mine = asyncio.current_task()
-            others = [task for task in asyncio.all_tasks() if task is not mine]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+            while others := [task for task in asyncio.all_tasks() if task is not mine]:
+                for task in others:
+                    task.cancel()
+                await asyncio.wait(others, timeout=0.05)  # again: Python 3.11's wait_for may swallow a cancel
 
         with contextlib.suppress(Exception):
             self.wait_for(end(), 2.0)

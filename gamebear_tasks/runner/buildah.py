@@ -261,16 +261,6 @@ class Buildah:
         status = self.run_in(container, words, *options, out=take)
         return status, tail.decode("utf-8", "replace")
 
-    def stream(self, *args: str) -> None:
-        """Run buildah with its output going to the log as it comes.
-
-        Raises:
-            BuildahError: it failed; carries the last lines.
-        """
-        status, said = streamed(self.command(*args), self.environment)
-        if status:
-            raise BuildahError(args, status, said)
-
 
 def remove_containers(root: Path, facts: Facts, prefix: str) -> None:
     """Remove every container whose name starts with `prefix`; to be called from outside the namespace.

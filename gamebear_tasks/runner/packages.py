@@ -230,11 +230,11 @@ def _part(buildah: Buildah, notes: Mapping[str, str]) -> _Part | None:
     same = ("gamebear.base-id", "gamebear.recipe", "gamebear.recommends", ARCHITECTURE_ANNOTATION)
     wanted = set(notes["gamebear.packages"].split())
     parts = []
-    for image in json.loads(buildah("images", "--no-trunc", "--json") or "null") or []:
-        if not any(str(name).startswith(f"localhost/{NAME}:") for name in image.get("names") or ()):
+    for image in buildah.images():
+        if not any(str(name).startswith(f"localhost/{NAME}:") for name in image["names"]):
             continue
         with contextlib.suppress(BuildahError):  # it may have been removed meanwhile
-            identity = str(image["id"]).rpartition(":")[2]
+            identity = image["id"]
             found = json.loads(buildah("inspect", "--type", "image", identity)).get("ImageAnnotations") or {}
             has = tuple(found.get("gamebear.packages", "").split())
             if set(has) < wanted and has and all(found.get(key) == notes[key] for key in same):
