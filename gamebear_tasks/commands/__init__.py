@@ -1,0 +1,1 @@
+"""Commands beside doit's own: what a person asks of builders and of what was built. They run no task."""

@@ -1,0 +1,80 @@
+"""What each of our commands is: a command of doit's in a project, whose errors are a paragraph."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from doit.cmd_base import Command
+from doit.cmdparse import CmdOption
+
+from ..errors import GamebearError
+from ..report import printable
+
+FAILED = 2
+"""The exit status of a command that could not do what it was asked: doit's of a task that could not run."""
+
+INTERRUPTED = 130
+"""The exit status of a command that was ended with Ctrl-C, as shells have it."""
+
+
+class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
+    """A command that doit finds by its entry point (group `doit.COMMAND`).
+
+    It does not open doit's database, so it works while a build goes on.
+
+    Args:
+        task_loader: doit's, which finds `dodo.py`.
+        kwargs: what else doit gives a command.
+
+    Attributes:
+        needs_tasks: whether it makes no sense without a `dodo.py`; `self.tasks` then has its tasks by name.
+    """
+
+    needs_tasks: ClassVar[bool] = False
+
+    def __init__(self, task_loader: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loader = task_loader
+        self.tasks: dict[str, Any] = {}
+
+    def get_options(self) -> list[CmdOption]:
+        """Return the options: those that find `dodo.py`, and the command's own."""
+        return [CmdOption(option) for option in (*self.loader.cmd_options, *self.cmd_options)]
+
+    def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> int:
+        """Enter the project and run; return the exit status."""
+        try:
+            self._enter_project(opt_values)
+            return self.run(opt_values, pos_args)
+        except GamebearError as error:
+            print(f"ERROR: {printable(str(error))}", file=sys.stderr)
+            return FAILED
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:  # whoever read it has enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+
+    def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
+        """Do what the command is for; return the exit status.
+
+        Raises:
+            GamebearError: it could not be done.
+        """
+        raise NotImplementedError
+
+    def _enter_project(self, options: Mapping[str, Any]) -> None:
+        """Go to the folder of `dodo.py`; where there is none and none is needed, stay here.
+
+        Raises:
+            InvalidDodoFile: there is none, or it is broken; doit shows it.
+        """
+        if not (self.needs_tasks or options["seek_file"] or os.path.exists(options["dodoFile"])):
+            return
+        self.loader.setup(options)
+        self.loader.load_doit_config()
+        if self.needs_tasks:
+            self.tasks = {task.name: task for task in self.loader.load_tasks(cmd=self, pos_args=[])}
