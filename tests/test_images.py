@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from gamebear_tasks.runner import bases, buildah, emulation, packages
-from gamebear_tasks.runner.bases import Archive, archives, debian_suite, is_local_only, qualified
-from gamebear_tasks.runner.buildah import Facts
+from gamebear_tasks.runner import bases, buildah, emulation, mirrors, packages
+from gamebear_tasks.runner.bases import debian_suite, is_local_only, qualified
+from gamebear_tasks.runner.buildah import Facts, ImageError
 from gamebear_tasks.runner.files import RunnerError
+from gamebear_tasks.runner.mirrors import Archive, archives
 
 PRELUDE = """
 import json, os, sys, time
@@ -294,7 +295,7 @@ def test_facts_survive_their_file() -> None:
 
 
 def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "_sources", list)
-    with pytest.raises(bases.ImageError, match="name no mirror of Debian") as caught:
-        bases._main_archive("bookworm", "debian")
+    monkeypatch.setattr(mirrors, "own_sources", list)
+    with pytest.raises(ImageError, match="name no mirror of Debian") as caught:
+        mirrors.main_archive("bookworm", "debian")
     assert "deb MIRROR bookworm main" in str(caught.value)

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 from project import Project, Run, measured
 
-from gamebear_tasks.runner import bases, buildah, serve, slots, supervise, wire, work
+from gamebear_tasks.runner import buildah, mirrors, serve, slots, supervise, wire, work
 from gamebear_tasks.runner.files import sha256
 from gamebear_tasks.runner.store import Lock, Store, StoredJob
 
@@ -827,9 +827,9 @@ def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: 
 
 
 def test_an_index_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "UNPACKED_LIMIT", 3 * MIB)
-    bases._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
-    bases._check_xz(lzma.compress(b""))
+    monkeypatch.setattr(mirrors, "UNPACKED_LIMIT", 3 * MIB)
+    mirrors._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
+    mirrors._check_xz(lzma.compress(b""))
     for content, reason in ((lzma.compress(bytes(5 * MIB)), "more than 3 MiB"), (lzma.compress(b"x")[:-4], "cut off")):
         with pytest.raises(lzma.LZMAError, match=reason):
-            bases._check_xz(content)
+            mirrors._check_xz(content)

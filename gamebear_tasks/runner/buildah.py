@@ -70,6 +70,12 @@ class BuildahError(RunnerError):
         self.stderr = stderr
 
 
+class ImageError(RunnerError):
+    """An image cannot be had."""
+
+    kind = "image"
+
+
 @dataclass(frozen=True)
 class Facts:
     """What this builder can do.

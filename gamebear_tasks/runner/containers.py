@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from . import bases
+from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from .ccache import PLACE, Cache
 from .files import CHUNK
 from .images import Image, called, image_of, resolve
@@ -92,7 +92,7 @@ class Container:
         self._ccache_was_mounted = False
         command = ["from", "--quiet"]
         if str(image) == "scratch":
-            architecture, variant = bases.PLATFORMS[job.arch]
+            architecture, variant = PLATFORMS[job.arch]
             command += ["--arch", architecture, *(("--variant", variant) if variant else ())]
             identity = "scratch"
         else:
@@ -534,7 +534,7 @@ class Container:
         health = self.healthcheck_cmd
         if self._ccache_was_mounted:
             self._files().remove_empty(PLACE)  # buildah has made it to mount the cache there
-        self._apply("--annotation", f"{bases.ARCHITECTURE_ANNOTATION}={self._job.arch}")
+        self._apply("--annotation", f"{ARCHITECTURE_ANNOTATION}={self._job.arch}")
         form = ["--format", "docker"] if health else []
         said = self._buildah("commit", "--quiet", *form, self.name).split()
         image = image_of(said[-1].rpartition(":")[2])

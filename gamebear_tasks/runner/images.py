@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from . import bases, packages
-from .buildah import BuildahError
+from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
+from .buildah import BuildahError, ImageError
 from .job import CommandError, current, run_buildah
 from .policy import policy_of
 
@@ -24,7 +25,7 @@ def resolve(name: str) -> str:
     try:
         with job.phases.phase("packages"):
             return bases.resolve(job.buildah, job.facts, name, job.arch)
-    except bases.ImageError as error:
+    except ImageError as error:
         raise ImageNotFoundError(str(error)) from None
 
 
@@ -50,8 +51,8 @@ def _find(name: str) -> str:
         found = _inspect_image(place)
         if not found:
             continue
-        made_for = (found.get("ImageAnnotations") or {}).get(bases.ARCHITECTURE_ANNOTATION)
-        fits = bases.architecture(found)[0] == bases.PLATFORMS.get(job.arch, (job.arch, ""))[0]
+        made_for = (found.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
+        fits = bases.architecture(found)[0] == PLATFORMS.get(job.arch, (job.arch, ""))[0]
         named = qualified.split("/")[1] in bases.REGISTRY_FOLDERS
         if made_for == job.arch or (made_for is None and (fits or named)):
             return str(found["FromImageID"])
@@ -233,7 +234,7 @@ def packages_image(
                 max_age_days=max_age_days,
                 rebuild=rebuild,
             )
-    except bases.ImageError as error:
+    except ImageError as error:
         raise ImageNotFoundError(str(error)) from None
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
-from .bases import ARCHITECTURE_ANNOTATION, ImageError, check_runs, resolve
-from .buildah import Buildah, BuildahError, Facts, last_lines
+from .arch import ARCHITECTURE_ANNOTATION
+from .bases import check_runs, resolve
+from .buildah import Buildah, BuildahError, Facts, ImageError, last_lines
 from .files import locked
 from .rootfs import Rootfs
 
