@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import ROOT, armhf, cluster, inputs, memory, report, transfer, trivial, unchanged
-from .machine import Place
 from .measure import Result
+from .place import Place
 
 BENCHMARKS: dict[str, Callable[[Place], Result]] = {
     "unchanged": unchanged.unchanged,

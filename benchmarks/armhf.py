@@ -19,9 +19,10 @@ from dodo import GT, LIBUSBGX, UMTP
 from gamebear_tasks.sources.from_git import Git
 
 from . import seed
-from .machine import Place, new_builder
+from .machine import new_builder
 from .measure import Goal, Result, Row, checked, seconds
 from .phases import phases_of
+from .place import Place
 
 COUNT = 3
 """Of what takes us seconds; from nothing, and the other side, once each."""

@@ -18,8 +18,8 @@ from cluster import Cluster
 from project import Project
 
 from . import ROOT
-from .machine import Place
 from .measure import Goal, Result, Row, seconds
+from .place import Place
 
 WORKERS = (1, 2, 4, 8)
 WAIT = 20.0

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from project import Project
 
-from .machine import Builder, Place
+from .machine import Builder
 from .measure import Goal, Result, Row, alternate, checked, seconds
 from .phases import phases_of
+from .place import Place
 
 FILES = 1000
 SIZE = 1000

@@ -18,7 +18,6 @@ from proxy import Proxy
 from remote import known
 from sshd import Account, Sshd, client_home, new_account
 
-from . import seed
 from .measure import checked
 
 BASES = {"amd64": "debian:bookworm", "arm64": "debian:bookworm", "armhf": "arm32v7/debian"}
@@ -191,46 +190,3 @@ def new_builder(folder: Path, *, overlay: bool = False, slots: int = 1) -> Itera
         finally:
             # what rootless containers leave belongs to other ids, and overlay's mounts are in namespaces that end
             shutil.rmtree(account.home / ".local", ignore_errors=True)
-
-
-class Place:
-    """The builders that benchmarks share, each made when it is first asked for.
-
-    Attributes:
-        folder: for the other side's files, and all else that goes when it is over.
-    """
-
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
-        self.folder = folder
-        self._stack = stack
-
-    @cached_property
-    def bare(self) -> Builder:
-        """A builder as Debian leaves an account, without images."""
-        return self._stack.enter_context(new_builder(self.folder))
-
-    @property
-    def arch(self) -> str:
-        """Debian's name of this machine's architecture."""
-        return str(self.bare.facts["arch"])
-
-    @cached_property
-    def found(self) -> Builder:
-        """The same with this machine's base image in both of its stores, and the seed's command."""
-        self.bare.make_base(self.arch)
-        self.bare.import_base(self.arch, self._base)
-        seed.install(self.bare, self.arch, self.bare.facts)
-        return self.bare
-
-    @cached_property
-    def tuned(self) -> Builder:
-        """One whose account was told to use overlay, with the base image and the seed's command; not for us."""
-        found = self.found
-        builder = self._stack.enter_context(new_builder(self.folder, overlay=True))
-        builder.import_base(self.arch, self._base)
-        seed.install(builder, self.arch, found.facts)
-        return builder
-
-    @cached_property
-    def _base(self) -> Path:
-        return self.bare.export_base(self.arch, self.folder / "base.tar")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from project import Project
 
-from .machine import Place
 from .measure import Goal, Result, Row
+from .place import Place
 from .transfer import MIB, project_with, write_random
 
 SIZE = 1024 * MIB

@@ -6,14 +6,11 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from project import ROOT
 
+from .machine import Builder
 from .measure import checked
-
-if TYPE_CHECKING:
-    from .machine import Builder
 
 STEPS = """\
 set -e

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from project import Project
 
-from .machine import Builder, Place
+from .machine import Builder
 from .measure import Goal, Result, Row, alternate, checked, seconds
 from .phases import phases_of
+from .place import Place
 
 MIB = 1 << 20
 COUNT = 5

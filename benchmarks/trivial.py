@@ -20,9 +20,10 @@ from gamebear_tasks.builders.remote import RunnerBuilder
 from gamebear_tasks.job import Job
 
 from . import seed
-from .machine import Builder, Place
+from .machine import Builder
 from .measure import Goal, ProgramError, Result, Row, alternate, checked, seconds
 from .phases import phases_of
+from .place import Place
 
 COUNT = 7
 

@@ -12,8 +12,8 @@ from functools import partial
 
 from project import ROOT, Project
 
-from .machine import Place
 from .measure import Goal, Result, Row, alternate, checked, processor_seconds, seconds
+from .place import Place
 
 COUNT = 15
 MANY = 2000
