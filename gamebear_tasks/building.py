@@ -7,17 +7,19 @@ import contextlib
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import tasklog, timing
+from . import interrupt, tasklog, timing
 from .builders import Builder, Order, Sink, Status, open_builder, shown
 from .config import settings
-from .errors import JobError
+from .errors import GamebearError, JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
-from .report import notice, notice_once, size
+from .reasons import ASKED, missing, reasons
+from .report import notice, notice_once, printable, size
 from .tasklog import TaskLog
 
 TAIL = 15
@@ -50,6 +52,11 @@ class Building:
         self.chosen = settings()
         self.had = "built"
         self.valid: dict[str, float] | None = None
+        self.why: tuple[str, ...] = ()
+        self._url = ""
+        self._order: Order | None = None
+        self._status: Status | None = None
+        self._record: timing.Record | None = None
 
     def run(self) -> dict[str, Any]:
         """Have the job built and its outputs placed; return what doit is to remember.
@@ -58,17 +65,19 @@ class Building:
             GamebearError: it failed.
             OSError: a file of this machine cannot be written.
         """
-        with self.watch.running():
-            check_choice(self.chosen.sources)
-            log = tasklog.path_of(self.task)
-            for path in (*self._targets().values(), log):
-                check_place(path)
-            builder = builder_of_this_run(self.chosen.builder_for(self.plan.arch or self.chosen.arch))
-            with timing.phase("hash"):
-                order = self.plan.order(self.chosen)
-            with TaskLog(log, self.out) as kept:
-                self._have_built(builder, order, kept)
-            record = self._note_time(builder, order, "done")
+        _underway.add(self)
+        try:
+            with self.watch.running():
+                order = self._run()
+        except (GamebearError, OSError) as error:
+            self.note("error", str(error).partition("\n")[0])
+            raise
+        except BaseException:  # Ctrl-C, or a fault of ours
+            self.note("interrupted")
+            raise
+        finally:
+            _underway.discard(self)
+        record = self.note("done")
         if self.had != "fetched":
             notice(record.line())
         values: dict[str, Any] = {"digest": order.job.digest}  # the rest is in its record; doit reads this each time
@@ -76,12 +85,45 @@ class Building:
             values["valid"] = self.valid
         return values
 
+    def _run(self) -> Order:
+        check_choice(self.chosen.sources)
+        log = tasklog.path_of(self.task)
+        for path in (*self._targets().values(), log):
+            check_place(path)
+        builder = builder_of_this_run(self.chosen.builder_for(self.plan.arch or self.chosen.arch))
+        self._url = shown(builder.url)
+        absent = missing(self.plan.targets.values())
+        with timing.phase("hash"):
+            self._order = order = self.plan.order(self.chosen)
+        self.why = reasons(self.plan, order.job, timing.Record.read(log.with_suffix(".json")), absent)
+        with TaskLog(log, self.out) as kept:
+            self._have_built(builder, order, kept)
+        return order
+
     def _targets(self) -> dict[str, Path]:
         return {name: Path(path) for name, path in self.plan.targets.items()}
 
-    def _note_time(self, builder: Builder, order: Order, state: str) -> timing.Record:
-        """Write beside the log where the time went, and return it."""
-        record = self.watch.record(self.task, order.job.digest, shown(builder.url), state, self.had)
+    def note(self, state: str, failure: str = "") -> timing.Record:
+        """Write beside the log how the task went, once, and return it."""
+        if self._record is not None:
+            return self._record
+        if state == "cancelled" and interrupt.ending.is_set():
+            state = "interrupted"
+        job = self._order.job if self._order else None
+        outputs = self._status.outputs if self._status and state == "done" else {}
+        self._record = record = replace(
+            self.watch.record(self.task, job.digest if job else "", self._url, state, self.had),
+            attempt=self._status.attempt if self._status else "",
+            why=self.why,
+            failure=printable(failure)[:2000],
+            outputs=tuple(
+                timing.Made(name, path, outputs[name].size, outputs[name].sha256)
+                for name, path in self.plan.targets.items()
+                if name in outputs
+            ),
+            valid=self.valid,
+            job=job.document() if job else {},
+        )
         with contextlib.suppress(OSError):  # nothing depends on it
             record.write(tasklog.path_of(self.task).with_suffix(".json"))
         return record
@@ -100,13 +142,16 @@ class Building:
                 log.begin(digest, status.attempt)
                 if status.expired:
                     notice(f"{name} is built again on {builder.url}, as {status.expired}")
+                    expired = f"on the builder, {printable(status.expired)}"
+                    self.why = (*(reason for reason in self.why if reason != ASKED), expired)
                 if status.joined and status.state == "done":
                     notice(f"{name} was built on {builder.url} before; fetching")
                     if not log.offset:
                         log.hide()
                 elif status.joined and not status.is_final:
                     notice(f"{name} is being built on {builder.url} already; following")
-                status = self._follow(builder, order, status, log)
+                self._status = status
+                self._status = status = self._follow(builder, order, status, log)
                 notice_once(builder.url, status.notices)
             self.valid = None if status.valid is None else {"since": time.time(), "seconds": status.valid}
             if self.had != "fetched":
@@ -126,7 +171,7 @@ class Building:
             if status.state == "lost":
                 notice(f"{name} was lost on {builder.url} (the builder restarted, or ran out of memory)")
             elif not again or count == TRIES:
-                self._note_time(builder, order, status.state)
+                self.note(status.state, status.failure.message if status.failure else "")
                 raise self._failure(builder, status, log)
         raise JobError(
             f"{builder.url} lost {name} {TRIES} times (job {digest[:12]}).",
@@ -211,8 +256,13 @@ def builder_of_this_run(url: str) -> Builder:
         return _builders[key]
 
 
+_underway: set[Building] = set()
+
+
 def _end() -> None:
     """Before the process ends, end the jobs that it waits for; then close the builders, which that needs."""
+    for building in list(_underway):  # of threads, which end with the process
+        building.note("interrupted")
     end_what_is_left()
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():

@@ -84,12 +84,16 @@ class Interest:
 _waiting: dict[int, Interest] = {}
 _waiting_lock = threading.Lock()
 
+ending = threading.Event()
+"""Set when the process ends, and with it what its threads wait for."""
+
 
 def end_what_is_left() -> None:
     """Before the process ends, end what its threads still wait for: doit's threads die with it.
 
     At exit `building` calls it, before it closes the builders.
     """
+    ending.set()
     with _waiting_lock:
         left = list(_waiting.values())
         _waiting.clear()

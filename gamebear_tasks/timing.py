@@ -1,30 +1,38 @@
-"""Where the time of a task goes: the record of it, kept beside the task's log.
+"""Where the time of a task goes, and how it went: the record of it, kept beside the task's log.
 
-The record is JSON, written when a task's job has ended, well or not, and replaced when the next one has::
+The record is JSON, written when a task has ended, well or not, and replaced when it has run again::
 
-    {"version": 1, "task": "umtprd", "digest": "…", "builder": "ssh://pi@buildpi", "state": "done", "had": "built",
+    {"version": 1, "task": "umtprd", "digest": "…", "attempt": "…", "builder": "ssh://pi@buildpi",
+     "state": "done", "failure": "", "had": "built", "why": ["buildscripts/umtprd.py changed"],
      "begun": "2020-01-31T12:00:00.000Z", "seconds": 41.3, "bytes": {"up": 70123, "down": 51234},
-     "phases": [{"name": "hash", "start": 0.0, "seconds": 0.012}, …]}
+     "outputs": [{"name": "umtprd", "path": "build/umtprd", "size": 51234, "sha256": "…"}],
+     "valid": {"since": 1580472000.0, "seconds": 2592000.0},
+     "phases": [{"name": "hash", "start": 0.0, "seconds": 0.012}, …],
+     "job": {"arch": "armhf", "script": {"name": "umtprd.py", "sha256": "…"}, …}}
 
 `begun` is when doit began the task, by this machine's clock; the starts of the phases count from there, in seconds, and
 are negative for what was before: the loading of doit, a build that another doit had begun. The phases do not overlap,
 but for the builder's own, which go on while it is followed. `had` says how the result was had: `built`, `followed`
-(it was being built already) or `fetched` (it had been built before).
+(it was being built already) or `fetched` (it had been built before); an image that was baked here is `baked`. `job` is
+the job's document (see `job`), its arguments as they are.
 """
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from .runner.files import write_bytes
+from .job import Json
+from .runner.files import read_json, write_bytes
 from .runner.phases import Phases
 
 VERSION = 1
@@ -55,20 +63,44 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Made:
+    """An output that became a target.
+
+    Attributes:
+        name: the output's.
+        path: the target's.
+        size: in bytes.
+        sha256: of its content; empty where that was not taken.
+    """
+
+    name: str
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Record:
     """How a task went.
 
     Attributes:
         task: its name.
-        digest: its job's.
-        builder: the builder's URL, as it may be shown.
-        state: how the job ended.
-        had: `built`, `followed` or `fetched`.
+        digest: its job's; empty where it did not come to one.
+        builder: the builder's URL, as it may be shown; empty for this machine.
+        state: how it ended: `done`; as the job did: `failed`, `cancelled`; `interrupted` by Ctrl-C; `error`, where
+            the job may be well, but the builder, the network or this machine was not.
+        had: `built`, `followed`, `fetched` or `baked`.
         begun: when, in seconds since 1970.
         seconds: how long it took.
         up: bytes sent to the builder.
         down: bytes that came from it.
         phases: in the order of their start.
+        attempt: the builder's name of this run of the job; empty where it has none.
+        why: why it was run, a phrase each (see `reasons`).
+        failure: what went wrong, a paragraph; empty where nothing did.
+        outputs: what became targets.
+        valid: since when (seconds since 1970), and for how many seconds the result holds; None: for ever.
+        job: the job's document; empty where it did not come to one.
     """
 
     task: str
@@ -81,6 +113,12 @@ class Record:
     up: int
     down: int
     phases: tuple[Phase, ...]
+    attempt: str = ""
+    why: tuple[str, ...] = ()
+    failure: str = ""
+    outputs: tuple[Made, ...] = ()
+    valid: Mapping[str, float] | None = None
+    job: Mapping[str, Json] = field(default_factory=dict)
 
     def totals(self) -> dict[str, float]:
         """Return the seconds of each phase that there was, in the order in which they first began."""
@@ -97,23 +135,74 @@ class Record:
         text = f"{self.task}: {self.had} in {_duration(self.seconds)} on {self.builder}"
         return f"{text} ({spent})" if spent else text
 
-    def write(self, path: Path) -> None:
-        """Write the record; raises OSError."""
+    def document(self) -> dict[str, Any]:
+        """Return the record as JSON."""
         milliseconds = round(self.begun * 1000)
         begun = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(milliseconds // 1000))
-        record = {
+        return {
             "version": VERSION,
             "task": self.task,
             "digest": self.digest,
+            "attempt": self.attempt,
             "builder": self.builder,
             "state": self.state,
+            "failure": self.failure,
             "had": self.had,
+            "why": list(self.why),
             "begun": f"{begun}.{milliseconds % 1000:03}Z",
             "seconds": self.seconds,
             "bytes": {"up": self.up, "down": self.down},
+            "outputs": [asdict(output) for output in self.outputs],
+            "valid": None if self.valid is None else dict(self.valid),
             "phases": [asdict(phase) for phase in self.phases],
+            "job": dict(self.job),
         }
-        write_bytes(path, json.dumps(record, indent=1).encode() + b"\n", mode=0o644)
+
+    def write(self, path: Path) -> None:
+        """Write the record; raises OSError."""
+        write_bytes(path, json.dumps(self.document(), indent=1).encode() + b"\n", mode=0o644)
+
+    @classmethod
+    def of_document(cls, document: Any) -> Record | None:
+        """Return a record from its JSON; None where it is none. What is missing in older ones is empty."""
+        try:
+            if document["version"] != VERSION:
+                return None
+            valid = document.get("valid")
+            return cls(
+                task=str(document["task"]),
+                digest=str(document["digest"]),
+                builder=str(document["builder"]),
+                state=str(document["state"]),
+                had=str(document["had"]),
+                begun=_seconds_of(document["begun"]),
+                seconds=float(document["seconds"]),
+                up=int(document["bytes"]["up"]),
+                down=int(document["bytes"]["down"]),
+                phases=tuple(Phase(str(p["name"]), float(p["start"]), float(p["seconds"])) for p in document["phases"]),
+                attempt=str(document.get("attempt", "")),
+                why=tuple(str(reason) for reason in document.get("why", ())),
+                failure=str(document.get("failure", "")),
+                outputs=tuple(
+                    Made(str(made["name"]), str(made["path"]), int(made["size"]), str(made["sha256"]))
+                    for made in document.get("outputs", ())
+                ),
+                valid=None if valid is None else {key: float(valid[key]) for key in ("since", "seconds")},
+                job=dict(document.get("job", {})),
+            )
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            return None
+
+    @classmethod
+    def read(cls, path: Path) -> Record | None:
+        """Return the record of a file; None where there is none, or a damaged one."""
+        return cls.of_document(read_json(path))
+
+
+def _seconds_of(begun: str) -> float:
+    """Return a time of a record in seconds since 1970; raises ValueError."""
+    whole, _, rest = begun.removesuffix("Z").partition(".")
+    return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{rest or 0}")
 
 
 def _duration(seconds: float) -> str:
