@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import SettingsError
 from ..job import Job
@@ -198,6 +198,30 @@ class Builder(Protocol):
 
     def close(self) -> None:
         """Close connections; nothing that runs on the builder minds. Never raises."""
+        ...
+
+
+@runtime_checkable
+class Terminal(Protocol):
+    """What a builder may have besides: programs that run on it with the terminal of whoever sits here."""
+
+    def run_program(self, words: Sequence[str]) -> int:
+        """Run a program of the builder's own, as the account that builds; return its exit status.
+
+        It has a terminal of our terminal's kind and size where our standard input and output are one, which is raw
+        meanwhile, so that all keys are the program's. Otherwise they are its input and output, byte for byte. In both
+        cases it ends when the connection does. To be called by the main thread.
+
+        Args:
+            words: the command line, such as `["sudo", "apt-get", "install", "buildah"]`.
+
+        Returns:
+            Its exit status; 128 and the number of the signal that ended it.
+
+        Raises:
+            BuilderError: it cannot be started, or the builder has no place for it.
+            BuilderLost: the connection broke.
+        """
         ...
 
 

@@ -281,6 +281,24 @@ class RunnerBuilder:
         said = self._ask({"op": "hello"})
         return {words_of(name): value if _is_size(value) else words_of(value) for name, value in said.items()}
 
+    def run_program(self, words: Sequence[str]) -> int:
+        """Run a program on the builder with our terminal; return its exit status."""
+        return self._attended({"op": "run", "words": list(words)})
+
+    def _attended(self, header: Mapping[str, Any]) -> int:
+        """Have a program started that takes over its session, and sit before it until it has ended."""
+        from .terminal import attend
+
+        session = self._borrow()
+        broken = False
+        try:
+            return attend(session, header, self.place)
+        except BuilderLost:
+            broken = True
+            raise
+        finally:
+            self._drop(session, broken)
+
     def close(self) -> None:
         """Close the connection."""
         if self._pid != os.getpid():

@@ -19,6 +19,9 @@ CHUNK = 256 << 10
 SILENCE = 60.0
 """Seconds after which an unanswered request means that the connection is dead."""
 
+QUIET = 1e6
+"""Seconds for which a program with a terminal may print nothing: a week and more."""
+
 NONSENSE = "See on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it; it is sent anew."
 
 Take = Callable[[bytes], object]
@@ -189,6 +192,18 @@ class Session:
 
     def _receive(self, count: int) -> bytes:
         data = self._channel.receive(count, SILENCE)
+        received(len(data))
+        return data
+
+    def push(self, data: bytes) -> None:
+        """Send what is no request; raises BuilderLost."""
+        self._send(data)
+
+    def pull(self) -> bytes:
+        """Return what comes and is no answer, however long nothing does, b"" at the end; raises BuilderLost."""
+        if self._buffer:
+            return self._read(len(self._buffer))
+        data = self._channel.receive(CHUNK, QUIET)
         received(len(data))
         return data
 

@@ -125,6 +125,8 @@ class Session:
             return self._discard(**header), None
         if operation == "prune":
             return self._prune(**header), None
+        if operation == "run":
+            return self._run(**header)
         raise RunnerError(f"The runner does not know the operation {operation!r}.")
 
     def _hello(self) -> Reply:
@@ -440,6 +442,41 @@ class Session:
             if number is not None and (isinstance(number, bool) or not number >= 0):
                 raise RunnerError(f"{number!r} is no age, size or number.")
         return dataclasses.asdict(Prune(self.store, Policy(older, size, keep, images), PRUNE_SECONDS).run())
+
+    # with a terminal
+
+    def _run(self, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
+        """Start a program of this machine's, as whom we are here; the session is its input and output from then on.
+
+        Args:
+            words: its command line.
+            terminal: the client's, see `terminal`; None where it has none.
+        """
+        return self._attended(words, dict(os.environ), Path.home(), terminal)
+
+    def _attended(
+        self,
+        words: list[str],
+        environment: dict[str, str],
+        folder: Path,
+        terminal: dict[str, Any] | None,
+        within: bool = False,
+    ) -> Answer:
+        from .terminal import Attended
+
+        if not words or not all(isinstance(word, str) for word in words):
+            raise RunnerError("A program to run is a list of words.")
+        try:
+            program = Attended(words, environment, folder, terminal, within)
+        except OSError as error:
+            raise RunnerError(f"{words[0]} cannot be started: {error.strerror}.") from error
+
+        def attend(reply: Reply) -> None:
+            _write(wire.encode(reply))
+            program.attend(0, 1)
+            raise SystemExit(0)
+
+        return {}, attend
 
     # blobs
 

@@ -1,0 +1,124 @@
+"""Programs on a builder with the terminal of whoever sits here: over SSH and on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from keyboard import Keyboard
+from project import OUR_FRAMES, Project
+from remote import Remote
+from sshd import Sshd
+
+RUN = """
+import sys
+from gamebear_tasks.builders import Terminal, open_builder
+from gamebear_tasks.errors import GamebearError
+
+builder = open_builder(sys.argv[1])
+assert isinstance(builder, Terminal)
+try:
+    sys.exit(builder.run_program(sys.argv[2:]))
+except GamebearError as error:
+    sys.exit(f"ERROR: {error}")
+finally:
+    builder.close()
+"""
+
+
+def command(url: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", RUN, url, *words]
+
+
+@pytest.fixture(params=["local:", "ssh:"])
+def place(request: pytest.FixtureRequest, project: Project, server: Sshd, home: Path) -> tuple[str, Project]:
+    """A builder's URL, and who uses it."""
+    if request.param == "local:":
+        return "local:", project
+    return server.url, Project(project.folder, home=home)
+
+
+def sit_down(place: tuple[str, Project], *words: str, size: tuple[int, int] = (24, 80)) -> Keyboard:
+    url, project = place
+    return Keyboard(command(url, *words), project.folder, project.environment, size)
+
+
+def test_a_shell_on_the_builder_is_as_one_here(place: tuple[str, Project]) -> None:
+    with sit_down(place, "sh", size=(31, 97)) as keyboard:
+        keyboard.see(r"[$#] ")
+        keyboard.type("echo $TERM; stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all three\r")
+        keyboard.see("xterm-256color\r\n31 97\r\n/dev/pts/.*\r\nall three\r\n")
+        keyboard.resize(50, 120)
+        keyboard.type("sleep 0.3; stty size\r")
+        keyboard.see("\n50 120\r\n")
+        keyboard.type("trap 'echo not me' INT; sleep 1000; echo status $?\r")
+        keyboard.see("\r\n")
+        keyboard.type("\x03")
+        keyboard.see("not me\r\n")
+        keyboard.type("exit 7\r")
+        assert keyboard.end() == 7
+        assert keyboard.is_as_before
+
+
+def test_a_large_paste_arrives_whole_while_much_is_printed(place: tuple[str, Project]) -> None:
+    script = "stty raw -echo; echo ready; head -c 300000 | tee /dev/stderr | sha256sum"
+    with sit_down(place, "sh", "-c", script) as keyboard:
+        keyboard.see("ready\n")
+        pasted = bytes(range(256)) * 1200
+        keyboard.type(pasted[:300000])
+        keyboard.see(hashlib.sha256(pasted[:300000]).hexdigest())
+        assert keyboard.end() == 0
+
+
+def test_without_a_terminal_it_is_a_pipe(place: tuple[str, Project]) -> None:
+    url, project = place
+    data = os.urandom(1 << 20)
+    done = subprocess.run(
+        command(url, "sh", "-c", "tty; cat; echo wrong >&2; exit 3"),
+        cwd=project.folder,
+        env=project.environment,
+        input=data,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stdout == b"not a tty\n" + data
+    assert done.stderr == b"wrong\n"
+
+
+def test_a_signal_that_ends_the_program_shows_in_the_status(place: tuple[str, Project]) -> None:
+    with sit_down(place, "sh", "-c", "kill -SEGV $$") as keyboard:
+        assert keyboard.end() == 128 + signal.SIGSEGV
+
+
+def test_what_cannot_be_started_is_said(place: tuple[str, Project]) -> None:
+    with sit_down(place, "/nowhere/at-all") as keyboard:
+        assert keyboard.end() == 1
+        assert "/nowhere/at-all cannot be started: No such file or directory." in keyboard.text
+        assert keyboard.is_as_before
+
+
+def test_being_told_to_end_leaves_the_terminal_as_it_was(place: tuple[str, Project]) -> None:
+    with sit_down(place, "sh", "-c", "echo $$; exec sleep 1000") as keyboard:
+        number = int(keyboard.see(r"\d+\r\n"))
+        keyboard.process.send_signal(signal.SIGTERM)
+        assert keyboard.end() == 128 + signal.SIGTERM
+        assert keyboard.is_as_before
+        assert not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]
+
+
+def test_a_lost_connection_is_told_and_leaves_the_terminal_as_it_was(remote: Remote) -> None:
+    url = remote.project.environment["GAMEBEAR_BUILDER"]
+    with sit_down((url, remote.project), "sh", "-c", "echo begun; exec sleep 1000") as keyboard:
+        keyboard.see("begun\r\n")
+        assert not keyboard.is_as_before
+        remote.proxy.cut()
+        assert keyboard.end() == 1
+        assert "ERROR: " in keyboard.text and "is gone" in keyboard.text
+        assert not OUR_FRAMES.search(keyboard.text)
+        assert keyboard.is_as_before
