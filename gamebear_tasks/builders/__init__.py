@@ -83,6 +83,8 @@ class Status:
         expired: why an earlier result did not count when the job was submitted; empty where there was none.
         notices: what costs the builder much, each with its remedy and as what may follow "on this builder"; with a
             final state.
+        phase: which of `timing.BUILDER` it is in, as long as it runs; empty where the builder does not say.
+        ahead: how many jobs are before it where it waits for a slot; None where that is not known.
     """
 
     state: str
@@ -94,6 +96,8 @@ class Status:
     valid: float | None = None
     expired: str = ""
     notices: tuple[str, ...] = ()
+    phase: str = ""
+    ahead: int | None = None
 
     @property
     def is_final(self) -> bool:

@@ -61,6 +61,9 @@ CROWD_PATIENCE = 30.0
 BUSY_PATIENCE = 10.0
 """Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
 
+CROWD = 9999
+"""The most jobs that are believed to wait for a builder."""
+
 NOTICES = 10
 """The most that a builder may say of itself at once."""
 
@@ -103,6 +106,7 @@ class RunnerBuilder:
         self._met = False
         self._given_up: BuilderError | None = None
         self._ends: dict[tuple[str, str], _End] = {}
+        self._now: dict[tuple[str, str], object] = {}
 
     # what a builder does
 
@@ -176,6 +180,7 @@ class RunnerBuilder:
                 "client": self.client,
                 "offset": offset,
                 "wait": 0.5 if self._others_wait() else FOLLOW,
+                "now": self._now.get((digest, attempt)),
             },
             start,
             body.extend,
@@ -196,6 +201,10 @@ class RunnerBuilder:
 
     def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
         """Return the log's part of an answer's body; keep what else it says of a job's end for whoever asks next."""
+        if status.phase:
+            self._now[digest, status.attempt] = [status.phase, status.ahead]
+        else:
+            self._now.pop((digest, status.attempt), None)
         length = reply.get("log")
         log = body[:length] if type(length) is int and length >= 0 else body
         if not status.is_final or reply.get("log_size") != offset + len(log):
@@ -589,6 +598,7 @@ class RunnerBuilder:
             None if valid is None else float(min(valid, VALID)),
             words_of(reply.get("expired", ""))[:400],
             _notices(reply.get("notices")),
+            *_now(reply.get("now")),
         )
 
 
@@ -668,6 +678,14 @@ def _is_digest(value: object) -> TypeGuard[str]:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, int) and 0 <= value < 1 << 63)
+
+
+def _now(value: object) -> tuple[str, int | None]:
+    """Return the phase that a job is in, empty where the builder says none, and how many jobs are before it."""
+    phase, ahead = value if isinstance(value, list) and len(value) == 2 else ("", None)
+    if phase not in BUILDER:
+        return "", None
+    return phase, ahead if type(ahead) is int and 0 <= ahead <= CROWD else None
 
 
 def _notices(value: object) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ import threading
 import traceback
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
@@ -37,6 +38,7 @@ from .containers import Container
 from .files import RunnerError, read_json, write_json
 from .images import Image, ImageNotFoundError, packages_image
 from .job import CommandError, Job, begin
+from .phases import note
 
 KILLED = 128 + signal.SIGKILL
 """The exit status of a build whose supervisor is gone."""
@@ -178,7 +180,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     root = folder.parent.parent
     known = facts(root)
     prefix = f"gamebear-{digest[:16]}-"
-    job = Job(Buildah(root, known, prefix, folder / "images"), known, str(document["arch"]), prefix)
+    buildah = Buildah(root, known, prefix, folder / "images")
+    job = Job(buildah, known, str(document["arch"]), prefix, partial(note, folder))
     begin(job)
     try:
         with job.phases.phase("build"):

@@ -56,9 +56,12 @@ class Job:
         facts: what the builder can do.
         arch: Debian's name of the architecture that images are to have.
         prefix: what the names of the containers begin with.
+        tell: called with each phase as it begins.
     """
 
-    def __init__(self, buildah: Buildah, facts: Facts, arch: str, prefix: str) -> None:
+    def __init__(
+        self, buildah: Buildah, facts: Facts, arch: str, prefix: str, tell: Callable[[str], None] | None = None
+    ) -> None:
         self.buildah = buildah
         self.facts = facts
         self.arch = arch
@@ -66,7 +69,7 @@ class Job:
         self.count = 0
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
-        self.phases = Phases()
+        self.phases = Phases(tell=tell)
         self.policies: list[dict[str, Any]] = []
         """What the result's validity hangs on, see `policy`."""
 

@@ -22,7 +22,9 @@ from typing import Any, Optional
 
 from . import wire
 from .files import CHUNK, RunnerError, is_file_name, is_sha256, read_json, sync_folder, write_all, write_bytes
+from .phases import noted
 from .policy import seconds_left, why_expired
+from .slots import line
 from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
 
 SILENCE = 300.0
@@ -161,6 +163,8 @@ class Session:
             state = self._wait(stored, attempt, until, lambda _: False)
             if state.get("attempt") == attempt and state["state"] in FINAL:
                 reply.update(_told(state))
+        if reply["state"] in ("queued", "running"):
+            reply["now"] = self._now(stored, attempt)
         if reply["state"] not in FINAL or _size(stored.log) > SMALL:
             return reply, None
         return self._with_end(reply, stored, attempt, 0)
@@ -296,17 +300,29 @@ class Session:
             return all((folder / name).stat().st_size == about["size"] for name, about in state["outputs"].items())
         return False
 
-    def _follow(self, digest: str, attempt: str, client: str, offset: int, wait: float) -> Answer:
-        """Give the log from an offset and the state; wait up to `wait` seconds for news.
+    def _now(self, stored: StoredJob, attempt: str) -> list[Any]:
+        """Return the phase that a job is in, and, where it waits for a slot, how many are before it."""
+        phase = noted(stored.folder)
+        waiting = line(self.store) if phase == "queue" else []
+        return [phase, waiting.index(attempt) if attempt in waiting else None]
+
+    def _follow(
+        self, digest: str, attempt: str, client: str, offset: int, wait: float, now: list[Any] | None = None
+    ) -> Answer:
+        """Give the log from an offset and the state; wait up to `wait` seconds for news: that is also another `now`.
 
         The state is read before the log, so that a final state comes with the end of the log.
         """
         stored = self.store.job(digest)
         stored.touch_client(client)
         until = time.monotonic() + min(wait, 60.0)
-        state = self._wait(stored, attempt, until, lambda size: size > offset)
+        state = self._wait(
+            stored, attempt, until, lambda size: size > offset or (bool(now) and self._now(stored, attempt) != now)
+        )
         if state.get("attempt") != attempt:
             return {**_told(state), "log_size": 0}, None
+        if state["state"] in ("queued", "running"):
+            state["now"] = self._now(stored, attempt)
         return self._with_end(_told(state), stored, attempt, offset)
 
     def _wait(self, stored: StoredJob, attempt: str, until: float, is_enough: Callable[[int], bool]) -> State:

@@ -42,6 +42,12 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
                 ticket.path.unlink()
 
 
+def line(store: Store) -> list[str]:
+    """Return the names of those who wait for a slot, first who is next."""
+    waiting = [path for path in sorted(store.slots.glob("wait-*")) if not _is_dead(path)]
+    return [path.name.split("-", 2)[2] for path in waiting]
+
+
 def _ticket(folder: Path, name: str) -> Lock:
     """Return a place at the end of the line, held for as long as we live; its file is there only once it is held.
 

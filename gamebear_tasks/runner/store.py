@@ -241,7 +241,7 @@ class StoredJob:
         after_lost = self.mark.exists()
         self.mark.touch()
         sync_folder(self.mark.parent)
-        for pattern in ("cancel-*", "seen-*", ".*.tmp", "images"):
+        for pattern in ("cancel-*", "seen-*", ".*.tmp", "images", "phase"):
             for left in self.folder.glob(pattern):
                 left.unlink(missing_ok=True)
         for old in self.folder.glob("out-*"):

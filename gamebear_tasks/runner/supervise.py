@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from . import slots, work
 from .buildah import environment, facts, namespace, remove_containers, remove_tree
 from .costs import keep_notices
 from .files import CHUNK, RunnerError, is_sha256, read_json, sync_folder
-from .phases import Phases
+from .phases import Phases, note
 from .store import FINAL, Store, StoredJob, StoreError, hold_runner, storage_failure
 from .work import JobFailed
 
@@ -53,7 +54,7 @@ class Supervisor:
         self.store = stored.store
         self.attempt = attempt
         self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.phases = Phases()
+        self.phases = Phases(tell=partial(note, stored.folder))
         self.policies: list[dict[str, Any]] = []
         self.tidy = True
         """No build of ours has been started that has not removed its containers."""
@@ -318,7 +319,7 @@ def remove_leftovers(stored: StoredJob, containers: bool = True) -> bool:
     with contextlib.suppress(RunnerError, OSError):
         if stored.work.exists():  # files of a container's other users are in the way
             remove_tree(root, facts(root), stored.work)
-    names = ("source.tar", "function.pickle", "cloudpickle.zip", "result.json")
+    names = ("source.tar", "function.pickle", "cloudpickle.zip", "result.json", "phase")
     for path in (*(stored.folder / name for name in names), *stored.folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
             path.unlink()
