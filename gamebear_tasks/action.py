@@ -50,5 +50,7 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         except GamebearError as error:
             return TaskError(printable(str(error)))
         except OSError as error:
-            what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-            return TaskError(printable(what))
+            what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
+            return TaskError(
+                printable(f"{what}. See that it is there and yours, and that the disk has room; then run doit again.")
+            )

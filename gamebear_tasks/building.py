@@ -164,7 +164,7 @@ class Building:
                 except Mismatch as error:
                     if count == TRIES:
                         raise
-                    notice(f"{error} Trying again.")
+                    notice(f"{error.message} Trying again.")
                     builder.discard(digest, status.attempt)
                     continue
             again = status.state == "failed" and status.failure is not None and status.failure.kind == "blob"
@@ -238,7 +238,8 @@ class Building:
         return JobError(
             f"{self.plan.name}, built by {builder.url}, failed. {message}"
             + (f"\nThe last lines of its log:{tail}" if tail else "")
-            + f"\nThe whole log is {log.path}."
+            + f"\nThe whole log is {log.path}.",
+            "Run doit again when it is mended.",
         )
 
 

@@ -152,11 +152,13 @@ def _read_project(path: str, _mtime: int, _size: int) -> dict[str, Any]:
     try:
         data = tomllib.loads(Path(path).read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"pyproject.toml cannot be read: {error}.") from error
+        raise SettingsError(f"pyproject.toml cannot be read: {error}.", "Mend it there.") from error
     table = data.get("tool", {})
     found = table.get("gamebear", {}) if isinstance(table, dict) else {}
     if not isinstance(found, dict):
-        raise SettingsError("[tool.gamebear] in pyproject.toml is not a table.")
+        raise SettingsError(
+            "[tool.gamebear] in pyproject.toml is not a table.", 'Write its settings below it: arch = "armhf".'
+        )
     known = {item.name for item in fields(Settings)}
     for name in found:
         if name not in known:
@@ -169,7 +171,10 @@ def _read_project(path: str, _mtime: int, _size: int) -> dict[str, Any]:
 
 def _text(name: str, value: object, where: str) -> str:
     if not isinstance(value, str) or "\n" in value:
-        raise SettingsError(f"The setting {name} must be a text, not {value!r} (from {where}).")
+        raise SettingsError(
+            f"The setting {name} is {value!r}, which is no text of one line (from {where}).",
+            "Leave it out, or give it one.",
+        )
     return value.strip()
 
 
@@ -216,14 +221,16 @@ def seconds(name: str, value: object, where: str) -> float:
     except (ValueError, OverflowError):
         count = -1.0
     if not 0 <= count < float("inf"):
-        raise SettingsError(f"The setting {name} must be a number of seconds, not {value!r} (from {where}).")
+        raise SettingsError(f"The setting {name} is {value!r} (from {where}).", "Give it a number of seconds.")
     return count
 
 
 def _one_of(*choices: str) -> Callable[[str, object, str], str]:
     def check(name: str, value: object, where: str) -> str:
         if value not in choices:
-            raise SettingsError(f"The setting {name} must be {' or '.join(choices)}, not {value!r} (from {where}).")
+            raise SettingsError(
+                f"The setting {name} is {value!r} (from {where}).", f"It may be {' or '.join(choices)}."
+            )
         return str(value)
 
     return check

@@ -13,7 +13,7 @@ class GamebearError(Exception):
         hint: what to do now; a sentence or two.
     """
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
@@ -36,6 +36,9 @@ class BuilderError(GamebearError):
 
 class BuilderLost(BuilderError):
     """The connection to a builder broke; what runs there goes on, and asking again may succeed."""
+
+    def __init__(self, message: str, hint: str = "What runs there goes on; doit again finds it.") -> None:
+        super().__init__(message, hint)
 
 
 class BuilderCrowded(BuilderLost):

@@ -208,7 +208,7 @@ def _read_names(path: str) -> str:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error
-        raise SettingsError(f"{path}{line} is not Python: {what}.") from error
+        raise SettingsError(f"{path}{line} is not Python: {what}.", "Mend it there.") from error
     return " ".join(names_in(tree))
 
 

@@ -151,10 +151,13 @@ def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
         return missing
     part.path.unlink()
     if have:
-        raise Mismatch(f"What an earlier run had fetched of {part.target} was damaged; it is removed.")
+        raise Mismatch(
+            f"What an earlier run had fetched of {part.target} was damaged; it is removed.", "Run doit again."
+        )
     raise Mismatch(
         f"{part.target} did not arrive as the builder said it would: {checked.size} of {output.size} bytes,"
-        f" SHA-256 {checked.sha256()} instead of {output.sha256}. It was not kept."
+        f" SHA-256 {checked.sha256()} instead of {output.sha256}. It was not kept.",
+        "Run doit again; if it stays so, the builder's disk or memory may be failing: see dmesg there.",
     )
 
 

@@ -234,12 +234,12 @@ def _named(paths: object, what: str) -> dict[str, str]:
     if isinstance(paths, str | PurePath):
         raise SettingsError(f"{what}= is a list, and got the text {str(paths)!r}.", f"Say {what}=[{str(paths)!r}].")
     if not isinstance(paths, Iterable) or (isinstance(paths, Mapping) and what == "outputs"):
-        raise SettingsError(f"{what}= is a list of paths, not {paths!r}.")
+        raise SettingsError(f"{what}= is a list of paths, not {paths!r}.", f'Say {what}=["PATH"].')
     given = list(paths.items()) if isinstance(paths, Mapping) else [(None, path) for path in paths]
     named: dict[str, str] = {}
     for name, path in given:
         if not _is_path(path):
-            raise SettingsError(f"{what}= is a list of paths, and {path!r} is none.")
+            raise SettingsError(f"{what}= is a list of paths, and {path!r} is none.", f'Say {what}=["PATH"].')
         place, own = _place(path)
         name = own if name is None else name
         if name in named:

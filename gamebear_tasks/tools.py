@@ -171,7 +171,7 @@ def _number(option: str, text: str, what: str, pattern: str) -> float | None:
     if not text:
         return None
     if not re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE):
-        raise SettingsError(f"{option} is {text!r}, and should be {what}.")
+        raise SettingsError(f"{option} is {text!r}.", f"Give it {what}.")
     digits = re.match(r"[\d.]+", text)
     assert digits
     unit = text[digits.end() :][:1].upper()

@@ -96,10 +96,13 @@ ARTIFACTS = [
         "'x.py', outputs=['x'], arch='armv7l'",
         "No architecture is called 'armv7l' (from artifact('x.py')). Debian calls it armhf.",
     ),
-    ("'x.py', outputs=['x'], arch=5", "The setting arch must be a text, not 5 (from artifact('x.py'))."),
+    (
+        "'x.py', outputs=['x'], arch=5",
+        "The setting arch is 5, which is no text of one line (from artifact('x.py')). Leave it out, or give it one.",
+    ),
     (
         "'x.py', outputs=['x'], time_limit='soon'",
-        "The setting time_limit must be a number of seconds, not 'soon' (from",
+        "The setting time_limit is 'soon' (from",
     ),
     ("locked, outputs=['x']", "uses LOCK, a lock, which has no stable text to be told by, so its job"),
 ]
@@ -162,7 +165,7 @@ SETTINGS = [
     ),
     (["builder", "builder=shh:"], "No installed builder has the scheme 'shh' of 'shh:'."),
     (["x", "arch=armv7l"], "No architecture is called 'armv7l' (from the doit variable arch). Debian calls it armhf."),
-    (["x", "time_limit=soon"], "The setting time_limit must be a number of seconds, not 'soon'"),
+    (["x", "time_limit=soon"], "The setting time_limit is 'soon'"),
 ]
 
 

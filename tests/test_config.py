@@ -95,7 +95,11 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
 
 ARCHS = "There are: amd64, arm64, armel, armhf, i386, loong64, ppc64el, riscv64, s390x."
 REFUSED = [
-    ("builder", "a\nb", "The setting builder must be a text, not 'a\\nb' (from {})."),
+    (
+        "builder",
+        "a\nb",
+        "The setting builder is 'a\\nb', which is no text of one line (from {}). Leave it out, or give it one.",
+    ),
     (
         "builder",
         "armhf=,arm64=ssh://b",
@@ -105,12 +109,12 @@ REFUSED = [
     ("arch", "aarch64", "No architecture is called 'aarch64' (from {}). Debian calls it arm64."),
     ("arch", "x86_64", "No architecture is called 'x86_64' (from {}). Debian calls it amd64."),
     ("arch", "arm", f"No architecture is called 'arm' (from {{}}). {ARCHS}"),
-    ("base", "docker", "The setting base must be auto or registry or bootstrap, not 'docker' (from {})."),
-    ("interrupt", "ignore", "The setting interrupt must be cancel or detach, not 'ignore' (from {})."),
-    ("patience", "a while", "The setting patience must be a number of seconds, not 'a while' (from {})."),
-    ("patience", "-1", "The setting patience must be a number of seconds, not '-1' (from {})."),
-    ("time_limit", "inf", "The setting time_limit must be a number of seconds, not 'inf' (from {})."),
-    ("time_limit", "nan", "The setting time_limit must be a number of seconds, not 'nan' (from {})."),
+    ("base", "docker", "The setting base is 'docker' (from {}). It may be auto or registry or bootstrap."),
+    ("interrupt", "ignore", "The setting interrupt is 'ignore' (from {}). It may be cancel or detach."),
+    ("patience", "a while", "The setting patience is 'a while' (from {}). Give it a number of seconds."),
+    ("patience", "-1", "The setting patience is '-1' (from {}). Give it a number of seconds."),
+    ("time_limit", "inf", "The setting time_limit is 'inf' (from {}). Give it a number of seconds."),
+    ("time_limit", "nan", "The setting time_limit is 'nan' (from {}). Give it a number of seconds."),
 ]
 
 
@@ -135,14 +139,20 @@ def refusal() -> str:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("builder = 5", "The setting builder must be a text, not 5 (from {})."),
-        ("arch = true", "The setting arch must be a text, not True (from {})."),
-        ("base = ['auto']", "The setting base must be auto or registry or bootstrap, not ['auto'] (from {})."),
-        ("patience = true", "The setting patience must be a number of seconds, not True (from {})."),
-        ("patience = inf", "The setting patience must be a number of seconds, not inf (from {})."),
+        (
+            "builder = 5",
+            "The setting builder is 5, which is no text of one line (from {}). Leave it out, or give it one.",
+        ),
+        (
+            "arch = true",
+            "The setting arch is True, which is no text of one line (from {}). Leave it out, or give it one.",
+        ),
+        ("base = ['auto']", "The setting base is ['auto'] (from {}). It may be auto or registry or bootstrap."),
+        ("patience = true", "The setting patience is True (from {}). Give it a number of seconds."),
+        ("patience = inf", "The setting patience is inf (from {}). Give it a number of seconds."),
         (
             "time_limit = 2026-01-01",
-            "The setting time_limit must be a number of seconds, not datetime.date(2026, 1, 1)",
+            "The setting time_limit is datetime.date(2026, 1, 1)",
         ),
         (
             "bulider = 'local:'",

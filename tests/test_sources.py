@@ -801,5 +801,5 @@ def test_alternatives_must_be_sources() -> None:
     """And there must be some."""
     with pytest.raises(SettingsError, match=r"either\(git=…\): 'https://git.example/x' is no source"):
         either(git="https://git.example/x")  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="needs at least one source"):
+    with pytest.raises(SettingsError, match=r"either\(\) has no sources"):
         either()

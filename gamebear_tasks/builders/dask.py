@@ -379,7 +379,10 @@ def _address(text: object, url: str) -> str:
     """Return a worker's address, which came from outside."""
     if isinstance(text, str) and len(text) < 300 and re.fullmatch(r"(tcp|tls)://[\w.:\[\]%-]+:\d+", text, re.ASCII):
         return text
-    raise BuilderError(f"{url} names a worker that makes no sense ({words_of(text)[:100]}).")
+    raise BuilderError(
+        f"{url} names a worker that makes no sense ({words_of(text)[:100]}).",
+        "See that its scheduler is the one you mean, and that client and workers have one release of gamebear-tasks.",
+    )
 
 
 def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:

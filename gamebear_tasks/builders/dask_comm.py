@@ -258,10 +258,16 @@ class DaskChannel:
             self._errors = errors if isinstance(errors, bytes) else b""
             if "lost" in message:
                 self._broken()
-                raise BuilderLost(f"{self._comm.peer_address} has lost the worker: {words_of(message['lost'])}.")
+                raise BuilderLost(
+                    f"{self._comm.peer_address} has lost the worker: {words_of(message['lost'])}.",
+                    "What it built is given to another; run doit again to find it.",
+                )
             if "error" in message or "exception_text" in message:
                 said = message.get("error") or message.get("exception_text")
-                raise BuilderError(f"{self._comm.peer_address} starts no runner: {words_of(said)}.")
+                raise BuilderError(
+                    f"{self._comm.peer_address} starts no runner: {words_of(said)}.",
+                    "See the worker's own log, and start it again.",
+                )
         data, self._buffer = self._buffer[:size], self._buffer[size:]
         return data
 

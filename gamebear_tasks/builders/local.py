@@ -114,7 +114,10 @@ class ProcessConnection:
         try:
             return ProcessChannel([*self._prefix, "sh", "-c", command])
         except OSError as error:
-            raise BuilderError(f"{' '.join([*self._prefix, 'sh'])} cannot be started: {error.strerror}.") from error
+            command = " ".join([*self._prefix, "sh"])
+            raise BuilderError(
+                f"{command} cannot be started: {error.strerror}.", "See that it is in your PATH."
+            ) from error
 
     def close(self) -> None:
         """There is nothing to close but the channels."""

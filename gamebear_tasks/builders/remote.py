@@ -64,6 +64,9 @@ BUSY_PATIENCE = 10.0
 CROWD = 9999
 """The most jobs that are believed to wait for a builder."""
 
+NOT_OURS = "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner."
+"""What to do about answers that our runner does not give."""
+
 NOTICES = 10
 """The most that a builder may say of itself at once."""
 
@@ -158,7 +161,10 @@ class RunnerBuilder:
                 if not reply.get("missing"):
                     continue
             inline = self._upload(reply.get("missing"), files)
-        raise BuilderError(f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.")
+        raise BuilderError(
+            f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.",
+            "See whether its disk is full or failing, then run doit again.",
+        )
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
         """Wait a while for news of a job."""
@@ -330,14 +336,14 @@ class RunnerBuilder:
             The last of the small ones, which go with the next request.
         """
         if not isinstance(missing, list):
-            raise BuilderError(f"{self.place} does not say what it lacks.")
+            raise BuilderError(f"{self.place} does not say what it lacks.", NOT_OURS)
         batch: list[tuple[str, bytes]] = []
         room = BATCH
         for item in missing:
             sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
             path = files.get(sha256) if isinstance(sha256, str) else None
             if path is None or not isinstance(sha256, str) or not isinstance(have, int):
-                raise BuilderError(f"{self.place} asks for a file that the job does not have.")
+                raise BuilderError(f"{self.place} asks for a file that the job does not have.", NOT_OURS)
             length = path.stat().st_size
             if length > CHUNK:
                 self._upload_large(sha256, path, length, have)

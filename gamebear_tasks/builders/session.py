@@ -141,7 +141,8 @@ class Session:
         reply, size_there = message
         if size_there > limit:
             raise BuilderError(
-                f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept."
+                f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept.",
+                "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner.",
             )
         while size_there:
             data = self._some(min(size_there, CHUNK))

@@ -216,10 +216,14 @@ class SSHConnection:
             text = str(error)
             if isinstance(error, MessageOrderError) or "Signature verification" in text:
                 raise BuilderError(
-                    f"{place} does not keep to the SSH protocol ({text}); this may be an attack."
+                    f"{place} does not keep to the SSH protocol ({text}); this may be an attack.",
+                    "Ask who runs the network between you and it before you try again.",
                 ) from error
             if "protocol version" in text or "Invalid SSH banner" in text:
-                raise BuilderError(f"{place} answers on port {host.port}, but not as an SSH server.") from error
+                raise BuilderError(
+                    f"{place} answers on port {host.port}, but not as an SSH server.",
+                    "Name the port that its sshd listens at: ssh://user@host:port.",
+                ) from error
             proxy = self._proxy_says()
             if transport.farewell:
                 why = f"it says: {transport.farewell}"
@@ -242,7 +246,10 @@ class SSHConnection:
         except (ssh_hosts.HostKeyRefused, struct.error) as error:
             transport.hang_up()
             if isinstance(error, struct.error):
-                raise BuilderError(f"{place} has sent a host key that is damaged.") from error
+                raise BuilderError(
+                    f"{place} has sent a host key that is damaged.",
+                    "See on it that its keys are whole: ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub",
+                ) from error
             raise _host_key_error(error, host, blob, place, indirect) from error
 
     def _forward(self, through: Transport, host: Host, place: str) -> paramiko.Channel:
@@ -369,10 +376,13 @@ class SSHChannel:
 
     def _lost(self, error: BaseException | None) -> BuilderError:
         if self._channel.is_refused and not self._closed:
-            return BuilderError(f"{self._connection.place} refuses to run programs.")
+            return BuilderError(
+                f"{self._connection.place} refuses to run programs.",
+                "See there whether ForceCommand in sshd_config, command= in authorized_keys or the shell forbids it.",
+            )
         if self._closed or self._channel.eof_received or self._connection.survives():
             what = "was closed" if self._closed else "has ended"
-            return BuilderLost(f"{self._connection.place}: the program that it ran for us {what}.")
+            return BuilderLost(f"{self._connection.place}: the program that it ran for us {what}.", "Run doit again.")
         return self._connection.lost(error)
 
 
@@ -422,7 +432,9 @@ def _dial(host: Host, place: str) -> socket.socket:
     try:
         addresses = socket.getaddrinfo(host.hostname, host.port, host.family, socket.SOCK_STREAM)
     except UnicodeError as error:
-        raise SettingsError(f"{place} has a host name, {host.hostname!r}, that cannot be one.") from error
+        raise SettingsError(
+            f"{place} has a host name, {host.hostname!r}, that cannot be one.", "See HostName in ~/.ssh/config."
+        ) from error
     except OSError as error:
         raise BuilderLost(
             f"{place} cannot be reached: no host {host.hostname} is known here ({error.strerror}).",

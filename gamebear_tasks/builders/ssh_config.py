@@ -194,7 +194,10 @@ def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise SettingsError(f"The SSH configuration for {address.host} cannot be read: {error}.") from error
+        raise SettingsError(
+            f"The SSH configuration for {address.host} cannot be read: {error}.",
+            f"See that `ssh -G {address.host}` works.",
+        ) from error
     if done.returncode:
         said = " ".join(done.stderr.decode(errors="replace").split())
         raise SettingsError(
@@ -217,7 +220,10 @@ def _ask_paramiko(address: Address) -> dict[str, list[str]]:
     except FileNotFoundError:
         text = ""
     except OSError as error:
-        raise SettingsError(f"The SSH configuration {path} cannot be read: {error.strerror}.") from error
+        raise SettingsError(
+            f"The SSH configuration {path} cannot be read: {error.strerror}.",
+            f"Make it a file of yours: chmod 600 {path}",
+        ) from error
     if re.search(r"^\s*Include\b", text, re.IGNORECASE | re.MULTILINE):
         raise SettingsError(
             f"The SSH configuration {path} has an Include, which only `ssh` can follow, and there is no ssh here.",
@@ -226,7 +232,7 @@ def _ask_paramiko(address: Address) -> dict[str, list[str]]:
     try:
         found = paramiko.SSHConfig.from_text(text).lookup(address.host)
     except Exception as error:  # paramiko's own and others, all of them about the file
-        raise SettingsError(f"The SSH configuration {path} cannot be read: {error}") from error
+        raise SettingsError(f"The SSH configuration {path} cannot be read: {error}.", "Mend it there.") from error
     options = {key: [value] if isinstance(value, str) else list(value) for key, value in found.items()}
     if address.port:
         options["port"] = [str(address.port)]

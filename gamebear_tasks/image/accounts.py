@@ -128,7 +128,9 @@ def _new_user(tree: Tree, passwd: Table, user: User, origin: str) -> list[str]:
     taken = passwd.numbers(2) | group.numbers(2)
     number = next((number for number in range(FIRST_UID, LAST_UID + 1) if number not in taken), None)
     if number is None:
-        raise ImageError(f"{origin}: the image has no user id left.")
+        raise ImageError(
+            f"{origin}: the image has no user id left from {FIRST_UID} to {LAST_UID}.", "Name a user whom its base has."
+        )
     own = group.row(user.name)
     gid = own[2] if own else str(number)
     home = f"/home/{user.name}"

@@ -41,8 +41,9 @@ def bake(recipe: Recipe) -> BaseFail | None:
         return TaskError(printable(str(error)))
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
-        hint = " Make room there, then run doit again." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return TaskError(printable(f"{recipe.output} cannot be baked: {what}.{hint}"))
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "Make room there" if full else "See that the file or folder is there and yours"
+        return TaskError(printable(f"{recipe.output} cannot be baked: {what}. {hint}, then run doit again."))
     return None
 
 

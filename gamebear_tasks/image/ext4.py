@@ -64,7 +64,10 @@ def superblock(image: Path, root: Partition) -> Superblock:
         return low + (struct.unpack_from("<I", data, high)[0] << 32 if high and is_64bit else 0)
 
     if len(data) < 1024 or number(0x18) > LARGEST_BLOCK:
-        raise ImageError("The root file system of the base is damaged: its superblock makes no sense.")
+        raise ImageError(
+            "The root file system of the base is damaged: its superblock makes no sense.",
+            "Download or make the base again.",
+        )
     is_64bit = bool(number(0x60) & 0x80)
     return Superblock(
         block=1024 << number(0x18),

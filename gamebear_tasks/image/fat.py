@@ -61,10 +61,16 @@ class Fat:
                 "Give it another destination.",
             )
         if FORBIDDEN.search(name):
-            raise ImageError(f"{entry.origin}: {name!r} can be no name on the boot file system, which is FAT.")
+            raise ImageError(
+                f"{entry.origin}: {name!r} can be no name on the boot file system, which is FAT.",
+                'Give it another, without \\ : * ? " < > | and dots or spaces at its end.',
+            )
         there = self._there.get(name.lower())
         if there is not None and there.endswith("/") != entry.is_folder:
-            raise ImageError(f"{entry.origin}: {name} on the boot file system is a folder here and a file there.")
+            raise ImageError(
+                f"{entry.origin}: {name} on the boot file system is a folder here and a file there.",
+                "Give one of them another name.",
+            )
         parts = name.split("/")
         for count in range(1, len(parts)):
             above = "/".join(parts[:count])

@@ -109,7 +109,7 @@ def failure(what: str, program: str, said: str) -> ImageError:
         said: what it said; its last lines are shown.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    hint = ""
+    hint = "See that the base and what goes in are whole, then run doit again."
     if "no space left" in said.lower():
         hint = "Make room where the image is to be, then run doit again."
     return ImageError(f"{what}: {program} says: {' / '.join(lines[-4:])[:600].rstrip('.')}.", hint)

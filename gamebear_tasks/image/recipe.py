@@ -229,7 +229,7 @@ def _key(key: object, where: str) -> str | Path:
 
 def _path(path: object, where: str) -> Path:
     if not isinstance(path, str | PurePath) or not str(path) or "\0" in str(path):
-        raise SettingsError(f"{where}: {path!r} is no path.")
+        raise SettingsError(f"{where}: {path!r} is no path.", "Give the name of a file, as a text or a Path.")
     return Path(path)
 
 
@@ -253,7 +253,10 @@ def texts(name: str, given: object, where: str) -> tuple[str, ...]:
     found = tuple(given)
     for text in found:
         if not isinstance(text, str) or not text.strip() or re.search(r"[\0\r\n]", text):
-            raise SettingsError(f"{where}: {name}= is a list of lines, and {text!r} is none.")
+            raise SettingsError(
+                f"{where}: {name}= is a list of lines, and {text!r} is none.",
+                "Give each as one text, without a line break.",
+            )
     return tuple(text.strip() for text in found)
 
 

@@ -71,7 +71,10 @@ def sd_image(
     if isinstance(base, str | PurePath) and str(base):
         base = Path(base)
     elif not _is_archive(base):
-        raise SettingsError(f"{where}: the base {base!r} is neither a file nor an archive().")
+        raise SettingsError(
+            f"{where}: the base {base!r} is neither a file nor an archive().",
+            'Say sd_image("base.img.xz", …), or give it an archive(URL, sha256=…).',
+        )
     items = tuple(contents) if isinstance(contents, Iterable) and not isinstance(contents, str) else (contents,)
     for item in items:
         if not isinstance(item, File | Tar):
@@ -98,7 +101,9 @@ def sd_image(
     if target in recipe.files:
         raise SettingsError(f"{where}: it would be baked from itself.", "Give the output another name.")
     if recipe.size is not None and recipe.size % 512:
-        raise SettingsError(f"{where}: size={size!r} is no whole number of sectors of 512 bytes.")
+        raise SettingsError(
+            f"{where}: size={size!r} is no whole number of sectors of 512 bytes.", 'Say it in MiB or GiB: size="4G".'
+        )
     say_so_without_a_traceback()  # here, because it is the main process of a `doit -n` that shows it
     return {
         "actions": [(_bake, [recipe])],

@@ -146,7 +146,10 @@ class Tree:
             if stat.S_ISLNK(mode) and (parts or last):
                 followed += 1
                 if followed > LINKS:
-                    raise ImageError(f"{origin}: /{path.strip('/')} leads through links without end.")
+                    raise ImageError(
+                        f"{origin}: /{path.strip('/')} leads through links without end.",
+                        "See the symbolic links on the way to it, in the base and in what goes in.",
+                    )
                 target = self.link(here)
                 if target.startswith("/"):
                     name = ""

@@ -96,9 +96,15 @@ def _check(tree: Tree) -> None:
                 "It cannot be baked; give it another name.",
             )
         if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in name.split("/")):
-            raise ImageError(f"{entry.origin}: the name {name[:300]!r} is longer than 255 bytes.")
+            raise ImageError(
+                f"{entry.origin}: the name {name[:300]!r} is longer than 255 bytes.",
+                "ext4 takes no longer one; give it another.",
+            )
         if stat.S_ISLNK(entry.mode) and not 0 < len(entry.target.encode("utf-8", "surrogateescape")) < 4096:
-            raise ImageError(f"{entry.origin}: the link {name!r} leads nowhere, or to too long a name.")
+            raise ImageError(
+                f"{entry.origin}: the link {name!r} leads nowhere, or to too long a name.",
+                "Make it lead to a name of 1 to 4095 bytes, or leave it out.",
+            )
         if not all(0 <= number <= DEVICE for number in entry.device):
             raise ImageError(
                 f"{entry.origin}: the device {name!r} has a number that is not from 0 to {DEVICE}.", "Leave it out."

@@ -66,7 +66,10 @@ class AptError(RunnerError):
     """
 
     def __init__(self, status: int, said: str) -> None:
-        super().__init__(last_lines(said) or f"apt-get: status {status}")
+        super().__init__(
+            last_lines(said) or f"apt-get: status {status}",
+            "See the names of the packages, and that the builder reaches its mirror.",
+        )
         self.status = status
         self.said = said
 

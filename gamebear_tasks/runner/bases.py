@@ -189,7 +189,9 @@ def _named_architecture(name: str) -> str:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,499}", name, re.ASCII):
-        raise ImageError(f"{name!r} is not the name of an image.")
+        raise ImageError(
+            f"{name!r} is not the name of an image.", "Write it as debian:bookworm, or host/folder/name:tag."
+        )
 
 
 def _by_id(buildah: Buildah, name: str) -> str:

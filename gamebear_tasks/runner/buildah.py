@@ -307,7 +307,10 @@ def remove_tree(root: Path, facts: Facts, path: Path) -> None:
     command = [*namespace(facts), "rm", "-rf", "--", str(path)]
     status, _, stderr = _captured(command, environment(root, facts))
     if status or os.path.lexists(path):
-        raise RunnerError(f"{path} cannot be removed: {last_lines(stderr)}")
+        raise RunnerError(
+            f"{path} cannot be removed: {last_lines(stderr)}",
+            f"Remove it on the builder: buildah unshare rm -rf {path}",
+        )
 
 
 def outside(root: Path, facts: Facts, *args: str, timeout: float | None = None) -> str:

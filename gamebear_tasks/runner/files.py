@@ -26,7 +26,7 @@ class RunnerError(Exception):
 
     kind = "runner"
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint)
         self.message = message
         self.hint = hint

@@ -142,7 +142,7 @@ def read(source: bytes, name: str) -> Program:
     try:
         tree = ast.parse(source, name)
     except ValueError as error:  # null bytes, before Python 3.12
-        raise ScriptError(f"{name} is not Python: {error}.") from None
+        raise ScriptError(f"{name} is not Python: {error}.", "Mend it; is it a text file?") from None
     requirements, arguments = _directives(source, name)
     visible = _WithoutReturns()
     module = _compile(visible.visit(ast.parse(source, name)), name)
@@ -337,8 +337,10 @@ def _convert(argument: Argument, value: object, script: str) -> object:
     try:
         return _boolean(value) if kind is bool else kind(value)
     except Exception as error:  # noqa: BLE001 - whatever the script's own type raises
+        declared = f"{argument.name}: {argument.type}"
         raise ScriptError(
-            f"{script}, line {argument.line}: {value!r} is no value for arg {argument.name}: {argument.type} ({error})."
+            f"{script}, line {argument.line}: {value!r} is no value for arg {declared} ({error}).",
+            "Give another in args= of artifact(), or declare another type.",
         ) from None
 
 

@@ -27,6 +27,9 @@ from .policy import seconds_left, why_expired
 from .slots import line
 from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
 
+NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit runs."
+"""What to do about requests that our client does not send."""
+
 SILENCE = 300.0
 """Seconds for which a client may be silent in the middle of a request."""
 
@@ -129,7 +132,7 @@ class Session:
             return self._prune(**header), None
         if operation == "run":
             return self._run(**header)
-        raise RunnerError(f"The runner does not know the operation {operation!r}.")
+        raise RunnerError(f"The runner does not know the operation {operation!r}.", NOT_OURS)
 
     def _hello(self) -> Reply:
         """Say what this builder is, without touching buildah."""
@@ -207,7 +210,7 @@ class Session:
         stored = self.store.job(digest)
         text = job.encode("ascii")
         if hashlib.sha256(text).hexdigest() != digest:
-            raise RunnerError(f"The description of job {digest} is not the one that its name stands for.")
+            raise RunnerError(f"The description of job {digest} is not the one that its name stands for.", NOT_OURS)
         lock = _take_or_join(stored)
         stored.touch_client(client)
         stored.forget_old_clients()
@@ -367,7 +370,7 @@ class Session:
         """Give an output from an offset to its end; a prune leaves the job alone meanwhile."""
         stored = self.store.job(digest)
         if not is_file_name(name):
-            raise RunnerError(f"{name!r} cannot be the name of an output.")
+            raise RunnerError(f"{name!r} cannot be the name of an output.", NOT_OURS)
         path = stored.outputs(attempt) / name
         with contextlib.ExitStack() as stack:
             stack.enter_context(stored.held_outputs(attempt))
@@ -456,7 +459,7 @@ class Session:
 
         for number in (older, size, keep):
             if number is not None and (isinstance(number, bool) or not number >= 0):
-                raise RunnerError(f"{number!r} is no age, size or number.")
+                raise RunnerError(f"{number!r} is no age, size or number.", NOT_OURS)
         return dataclasses.asdict(Prune(self.store, Policy(older, size, keep, images), PRUNE_SECONDS).run())
 
     # with a terminal
@@ -481,11 +484,11 @@ class Session:
         from .terminal import Attended
 
         if not words or not all(isinstance(word, str) for word in words):
-            raise RunnerError("A program to run is a list of words.")
+            raise RunnerError("A program to run is a list of words.", NOT_OURS)
         try:
             program = Attended(words, environment, folder, terminal, within)
         except OSError as error:
-            raise RunnerError(f"{words[0]} cannot be started: {error.strerror}.") from error
+            raise RunnerError(f"{words[0]} cannot be started: {error.strerror}.", "Install it there.") from error
 
         def attend(reply: Reply) -> None:
             _write(wire.encode(reply))
@@ -548,7 +551,7 @@ class Session:
         sha256, size, offset = str(one["sha256"]), int(one["size"]), int(one["offset"])
         part = self._part(sha256)
         if not is_sha256(sha256) or offset < 0 or size < offset:
-            raise RunnerError("The request to store a file makes no sense.")
+            raise RunnerError("The request to store a file makes no sense.", NOT_OURS)
         lock = self._take_over(part, sha256)
         if lock is None:
             return {"have": size}
@@ -639,7 +642,7 @@ class _Body:
 
     def read_all(self, size: int) -> bytes:
         if size > self.left:
-            raise RunnerError("A request's body is shorter than it says.")
+            raise RunnerError("A request's body is shorter than it says.", NOT_OURS)
         parts = []
         while size:
             parts.append(self.read(size))
@@ -732,7 +735,7 @@ def _refusal(error: Exception) -> Reply:
     if isinstance(error, OSError):
         failure = storage_failure(error)
         return {"error": failure.message, "hint": failure.hint, "kind": failure.kind}
-    return {"error": f"The runner cannot make sense of a request ({error!r}).", "hint": "", "kind": "request"}
+    return {"error": f"The runner cannot make sense of a request ({error!r}).", "hint": NOT_OURS, "kind": "request"}
 
 
 def _read_exactly(size: int) -> bytes:

@@ -78,7 +78,9 @@ def storage_failure(error: OSError) -> StoreError:
         )
     if error.errno == errno.EROFS:
         return StoreError(f"The builder's disk has become read-only ({where}).", "It may be failing: see dmesg there.")
-    return StoreError(f"The builder's store cannot be used: {error}.")
+    return StoreError(
+        f"The builder's store cannot be used: {error}.", "See there who owns the folder and what its disk says (dmesg)."
+    )
 
 
 class Lock:

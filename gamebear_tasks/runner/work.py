@@ -14,6 +14,9 @@ from typing import Any
 from .files import CHUNK, RunnerError, is_file_name, is_relative_path, is_sha256, sha256_of, write_all
 from .store import StoredJob
 
+BROKEN_SOURCE = "No source of ours has one: remove it from gamebear-tasks/sources of your cache, then run doit again."
+"""What to do about a tar that our sources do not make."""
+
 
 class JobFailed(RunnerError):
     """The job cannot be built; `failure` is what the state says of it."""
@@ -138,10 +141,12 @@ def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = 
         if name in (".", ""):
             continue
         if not is_relative_path(name):
-            raise RunnerError(f"The source's archive has a member that leads out of it: {member.name!r}.")
+            raise RunnerError(
+                f"The source's archive has a member that leads out of it: {member.name!r}.", BROKEN_SOURCE
+            )
         path = folder / name
         if path.parent.resolve() != folder.resolve() / Path(name).parent:
-            raise RunnerError(f"The source's archive writes through a link: {member.name!r}.")
+            raise RunnerError(f"The source's archive writes through a link: {member.name!r}.", BROKEN_SOURCE)
         if member.isdir():
             path.mkdir(parents=True, exist_ok=True)
             folders.append((path, member.mtime))
@@ -158,6 +163,8 @@ def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = 
             path.chmod(0o755 if member.mode & 0o100 else 0o644)
             os.utime(path, (member.mtime, member.mtime))
         else:
-            raise RunnerError(f"The source's archive has a member of a kind that sources do not have: {member.name!r}.")
+            raise RunnerError(
+                f"The source's archive has a member of a kind that sources do not have: {member.name!r}.", BROKEN_SOURCE
+            )
     for path, mtime in reversed(folders):  # what is written into a folder changes its time
         os.utime(path, (mtime, mtime))

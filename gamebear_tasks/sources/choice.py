@@ -25,7 +25,7 @@ class Either:
     def __post_init__(self) -> None:
         """Refuse a choice of nothing, and of what is no source."""
         if not self.options:
-            raise SettingsError("either() needs at least one source: either(git=git(…), debian=debian(…)).")
+            raise SettingsError("either() has no sources.", "Say either(git=git(…), debian=debian(…)).")
         for name, source in self.options:
             if not isinstance(source, BaseSource):
                 raise SettingsError(f"either({name}=…): {source!r} is no source.", "See git(), archive(), debian().")

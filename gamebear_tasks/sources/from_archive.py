@@ -72,7 +72,10 @@ class Archive(BaseSource[ArchivePin]):
         """Refuse what can be seen to be wrong without a network."""
         check_url(self.url, "archive()")
         if not re.match(r"(https?|file)://", self.url):
-            raise SettingsError(f"archive({self.url!r}): the URL must begin with https://, http:// or file://.")
+            raise SettingsError(
+                f"archive({self.url!r}): that is no URL of a file to download.",
+                "It begins with https://, http:// or file://.",
+            )
         if not isinstance(self.sha256, str) or not is_sha256(self.sha256.lower()):
             raise SettingsError(
                 f"archive({self.url!r}): {self.sha256!r} is no SHA-256 (64 hex digits).",
@@ -80,7 +83,10 @@ class Archive(BaseSource[ArchivePin]):
             )
         object.__setattr__(self, "sha256", self.sha256.lower())
         if not isinstance(self.strip, int) or self.strip < 0:
-            raise SettingsError(f"archive({self.url!r}): strip={self.strip!r} is no count of folders.")
+            raise SettingsError(
+                f"archive({self.url!r}): strip={self.strip!r} is no count of folders.",
+                "Say strip=0 for none, or how many folders are around everything.",
+            )
 
     def __str__(self) -> str:
         """Return the kind and the URL."""

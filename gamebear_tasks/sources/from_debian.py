@@ -81,7 +81,10 @@ class Debian(BaseSource[DebianPin]):
             if not (value is None and what != "source package") and not (
                 isinstance(value, str) and re.fullmatch(pattern, value)
             ):
-                raise SettingsError(f"debian({self.package!r}): {value!r} is no name of a {what}.")
+                raise SettingsError(
+                    f"debian({self.package!r}): {value!r} is no name of a {what}.",
+                    "`apt-cache showsrc PACKAGE` shows names and versions; a suite is called as in apt's sources.",
+                )
 
     def __str__(self) -> str:
         """Return the kind, the package and what limits the choice."""

@@ -96,7 +96,10 @@ class Git(BaseSource[GitPin]):
         if not isinstance(self.rev, str) or not re.fullmatch(
             r"[^-\s:~^?*\[\\\x00-\x20\x7f][^\s:~^?*\[\\\x00-\x20\x7f]*", self.rev
         ):
-            raise SettingsError(f"git({self.url!r}): {self.rev!r} is no commit, branch or tag.")
+            raise SettingsError(
+                f"git({self.url!r}): {self.rev!r} is no commit, branch or tag.",
+                "`git ls-remote URL` lists what there is.",
+            )
         if is_commit(self.rev.lower()):
             object.__setattr__(self, "rev", self.rev.lower())
 

@@ -67,7 +67,9 @@ class Lock:
         except FileNotFoundError:
             return cls()
         except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+            raise SourceError(
+                f"{path} cannot be read: {error.strerror}.", "It has to be a file that you may read."
+            ) from error
         except _NewerError as error:
             raise SourceError(
                 f"{path} has version {error.args[0]}; this gamebear-tasks knows version {VERSION} only.",
@@ -111,7 +113,9 @@ class Lock:
         try:
             write_bytes(path, text.encode(), mode=0o644)
         except OSError as error:
-            raise SourceError(f"{path} cannot be written: {error.strerror}.") from error
+            raise SourceError(
+                f"{path} cannot be written: {error.strerror}.", "Is there space, and is it yours?"
+            ) from error
 
 
 class _NewerError(Exception):

@@ -166,7 +166,7 @@ def check_url(url: object, what: str, upstream: bool = False) -> None:
             "Leave it out; git takes it from its credential helper or ~/.netrc.",
         )
     if not isinstance(url, str) or not url or url.startswith("-") or re.search(r"[\x00-\x1f\x7f]", url):
-        raise SettingsError(f"{what}: {url!r} is no URL.")
+        raise SettingsError(f"{what}: {url!r} is no URL.", "Write it in full, as https://host/path.")
 
 
 def _host_after_secret(url: str, names_allowed: bool) -> str | None:
