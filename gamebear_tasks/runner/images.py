@@ -103,7 +103,9 @@ class Image:
         if not found and _names_registry(ident) and not ident.startswith("localhost/"):
             found = resolve(ident)
         if not found:
-            raise ImageNotFoundError(f"No image {ident} for {current().arch} is on the builder.")
+            raise ImageNotFoundError(
+                f"No image {ident} for {current().arch} is on the builder; Image.pull() gets one from a registry."
+            )
         self.id = found
         self._called = ident
 
