@@ -6,7 +6,6 @@ A session builds nothing itself and holds nothing that a job needs: it may end a
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -21,20 +20,13 @@ from pathlib import Path
 from typing import Any, Optional
 
 from . import wire
-from .files import CHUNK, RunnerError, is_file_name, is_sha256, read_json, sync_folder, write_all, write_bytes
+from .files import CHUNK, RunnerError, is_file_name, read_json, sync_folder, write_all, write_bytes
 from .phases import noted
 from .policy import seconds_left, why_expired
+from .receive import Body, have, put, size_so_far, take_blob, use
 from .slots import line
-from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, storage_failure
-
-NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit runs."
-"""What to do about requests that our client does not send."""
-
-SILENCE = 300.0
-"""Seconds for which a client may be silent in the middle of a request."""
-
-TAKE_OVER = 20.0
-"""Seconds for which a file that another session is receiving is waited for; below what a client waits for an answer."""
+from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, size_of, storage_failure
+from .wire import NOT_OURS, Reply
 
 IDLE_LIMIT = 3600.0
 """Seconds without a request after which a session ends: its client is gone, whatever TCP says."""
@@ -70,8 +62,6 @@ PIPE = 1 << 20
 F_SETPIPE_SZ = 1031
 """The operation of fcntl(2); Python 3.9 has no name for it."""
 
-Reply = dict[str, Any]
-
 Answer = tuple[Reply, Optional[Callable[[Reply], None]]]
 """A reply, and what sends it where it has a body."""
 
@@ -91,7 +81,7 @@ class Session:
             if message is None:
                 return
             header, body = message
-            reader = _Body(body)
+            reader = Body(body)
             try:
                 reply, send = self._answer(header, reader)
             except (RunnerError, OSError, ValueError, KeyError, TypeError) as error:
@@ -109,7 +99,7 @@ class Session:
         ready, _, _ = select.select([0], [], [], IDLE_LIMIT)
         return bool(ready)
 
-    def _answer(self, header: wire.Header, body: _Body) -> Answer:
+    def _answer(self, header: wire.Header, body: Body) -> Answer:
         operation = header.pop("op")
         header.pop("body", None)
         if operation == "hello":
@@ -117,9 +107,9 @@ class Session:
         if operation == "submit":
             return self._submit_and_wait(body, **header)
         if operation == "put":
-            return self._put(body=body, **header), None
+            return put(self.store, body=body, **header), None
         if operation == "have":
-            return self._have(**header), None
+            return have(self.store, **header), None
         if operation == "follow":
             return self._follow(**header)
         if operation == "fetch":
@@ -156,7 +146,7 @@ class Session:
 
     # jobs
 
-    def _submit_and_wait(self, body: _Body, wait: float = 0.0, **order: Any) -> Answer:
+    def _submit_and_wait(self, body: Body, wait: float = 0.0, **order: Any) -> Answer:
         """Take a job, and answer with its end where that is known within `wait` seconds: see `_submit`, `_with_end`."""
         reply = self._submit(body=body, **order)
         stored = self.store.job(order["digest"])
@@ -168,13 +158,13 @@ class Session:
                 reply.update(_told(state))
         if reply["state"] in ("queued", "running"):
             reply["now"] = self._now(stored, attempt)
-        if reply["state"] not in FINAL or _size(stored.log) > SMALL:
+        if reply["state"] not in FINAL or size_of(stored.log) > SMALL:
             return reply, None
         return self._with_end(reply, stored, attempt, 0)
 
     def _submit(
         self,
-        body: _Body,
+        body: Body,
         digest: str,
         job: str,
         client: str,
@@ -206,7 +196,7 @@ class Session:
             for how many seconds from now a result holds, where not for ever. `expired`: why an earlier one does not.
         """
         for sha256, size in blobs:
-            self._take_blob(body, sha256, size)
+            take_blob(self.store, body, sha256, size)
         stored = self.store.job(digest)
         text = job.encode("ascii")
         if hashlib.sha256(text).hexdigest() != digest:
@@ -235,9 +225,9 @@ class Session:
                 )
             wanted = [*needs, *(trees or {}).values()]
             missing = [
-                [sha256, self._size_so_far(sha256)]
+                [sha256, size_so_far(self.store, sha256)]
                 for sha256 in sorted(set(wanted))
-                if not _use(self.store.blob(sha256))
+                if not use(self.store.blob(sha256))
             ]
             if missing or trees is None:
                 return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
@@ -337,7 +327,7 @@ class Session:
         while True:
             state = stored.state()
             over = state.get("attempt") != attempt or state["state"] not in ("queued", "running")
-            if over or is_enough(_size(stored.log)) or time.monotonic() >= until:
+            if over or is_enough(size_of(stored.log)) or time.monotonic() >= until:
                 return state
             alive = self._alive.get(attempt, -1)
             ready, _, _ = select.select([0] if alive < 0 else [0, alive], [], [], pause)
@@ -353,7 +343,7 @@ class Session:
         The body is the log's part, `log` bytes long, and the outputs one after the other; `contents` has the name and
         the size in bytes of each.
         """
-        size = _size(stored.log)
+        size = size_of(stored.log)
         log = _part_of(stored.log, offset, min(size - offset, LOG_CHUNK)) if size > offset else b""
         reply = {**reply, "log": len(log), "log_size": size}
         body = [log]
@@ -497,162 +487,6 @@ class Session:
 
         return {}, attend
 
-    # blobs
-
-    def _has(self, sha256: str) -> bool:
-        return self.store.blob(sha256).is_file()
-
-    def _part(self, sha256: str) -> Path:
-        if not is_sha256(sha256):
-            raise ValueError(f"{sha256!r} is not a SHA-256")
-        return self.store.tmp / f"{sha256}.part"
-
-    def _size_so_far(self, sha256: str) -> int:
-        return _size(self._part(sha256))
-
-    def _have(self, sha256: str) -> Reply:
-        """Say how many bytes of a blob are here."""
-        blob = self.store.blob(sha256)
-        return {"have": blob.stat().st_size if blob.is_file() else self._size_so_far(sha256)}
-
-    def _take_blob(self, body: _Body, sha256: str, size: int) -> None:
-        """Take a whole small blob from the body."""
-        data = body.read_all(size)
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise RunnerError(f"A file arrived damaged: its content is not {sha256}.", "Run doit again.")
-        blob = self.store.blob(sha256)
-        part = self._part(sha256)
-        while not _use(blob):
-            with Lock(part) as lock:
-                if not lock.is_current():
-                    continue  # another session has made the blob of it
-                try:
-                    write_all(lock.fd, data)
-                    os.ftruncate(lock.fd, size)  # a broken-off upload may have left more
-                    os.replace(part, blob)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        part.unlink()
-                    raise
-            return
-
-    def _put(self, body: _Body, blobs: list[list[Any]] | None = None, **one: Any) -> Reply:
-        """Take blobs: several small ones whole, or one from an offset on.
-
-        Args:
-            body: their content.
-            blobs: SHA-256 and size of each, when they are whole.
-            one: `sha256`, `size` (the whole's) and `offset` of one that may have been begun before.
-        """
-        if blobs is not None:
-            for sha256, size in blobs:
-                self._take_blob(body, sha256, size)
-            return {}
-        sha256, size, offset = str(one["sha256"]), int(one["size"]), int(one["offset"])
-        part = self._part(sha256)
-        if not is_sha256(sha256) or offset < 0 or size < offset:
-            raise RunnerError("The request to store a file makes no sense.", NOT_OURS)
-        lock = self._take_over(part, sha256)
-        if lock is None:
-            return {"have": size}
-        wanted = _wanted(part)
-        with contextlib.suppress(FileNotFoundError):
-            wanted.unlink()
-        try:
-            have = os.fstat(lock.fd).st_size
-            if have < offset:
-                return {"have": have}
-            os.ftruncate(lock.fd, offset)
-            os.lseek(lock.fd, 0, os.SEEK_SET)
-            digest = hashlib.sha256()
-            while chunk := os.read(lock.fd, CHUNK):
-                digest.update(chunk)
-            if shutil.disk_usage(self.store.tmp).free < size - offset:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            while chunk := body.read(CHUNK, wanted.exists):
-                write_all(lock.fd, chunk)
-                digest.update(chunk)
-            if os.fstat(lock.fd).st_size != size:
-                return {"have": os.fstat(lock.fd).st_size}
-            if digest.hexdigest() != sha256:
-                part.unlink()
-                return {"have": 0, "damaged": True}
-            os.replace(part, self.store.blob(sha256))
-        finally:
-            lock.release()
-        return {"have": size}
-
-    def _take_over(self, part: Path, sha256: str) -> Lock | None:
-        """Return the lock on the part of a blob, None where the blob is here already.
-
-        Another session may have it: one whose client is sending the same, or has reconnected and is now our own; the
-        latter, which hears nothing any more, leaves when it sees that somebody wants the part.
-        """
-        until = time.monotonic() + TAKE_OVER
-        while not self._has(sha256):
-            lock = Lock(part)
-            with contextlib.suppress(FileNotFoundError):
-                if lock.acquire() and os.path.samestat(os.fstat(lock.fd), part.stat()):
-                    if not self._has(sha256):
-                        return lock
-                    part.unlink()
-            lock.release()
-            if time.monotonic() > until:
-                raise SystemExit(0)  # the client asks how much there is now, and comes again
-            _wanted(part).touch()
-            time.sleep(0.1)
-        with contextlib.suppress(FileNotFoundError):
-            _wanted(part).unlink()
-        return None
-
-
-def _use(blob: Path) -> bool:
-    """Say whether a blob is here; if so it counts as used now."""
-    try:
-        os.utime(blob)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _wanted(part: Path) -> Path:
-    """Return the file that tells whoever receives a part that another session wants to."""
-    return part.with_suffix(".wanted")
-
-
-class _Body:
-    """What is left of a request's body."""
-
-    def __init__(self, size: int) -> None:
-        self.left = size
-
-    def read(self, size: int, is_wanted: Callable[[], bool] | None = None) -> bytes:
-        """Return some of it; end the session where the client is silent, at once if somebody wants its place."""
-        if not self.left:
-            return b""
-        until = time.monotonic() + SILENCE
-        while not select.select([0], [], [], 1.0)[0]:
-            if time.monotonic() > until or (is_wanted is not None and is_wanted()):
-                raise SystemExit(0)
-        data = os.read(0, min(size, self.left))
-        if not data:
-            raise SystemExit(0)  # the client is gone in the middle of a request
-        self.left -= len(data)
-        return data
-
-    def read_all(self, size: int) -> bytes:
-        if size > self.left:
-            raise RunnerError("A request's body is shorter than it says.", NOT_OURS)
-        parts = []
-        while size:
-            parts.append(self.read(size))
-            size -= len(parts[-1])
-        return b"".join(parts)
-
-    def skip(self) -> None:
-        while self.read(CHUNK):
-            pass
-
 
 def _part_of(path: Path, offset: int, length: int) -> bytes:
     """Return part of a file, or what there is of it; raises OSError."""
@@ -704,13 +538,6 @@ def _take_or_join(stored: StoredJob) -> Lock | None:
         lock.release()
         if runs:
             return None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _acquire_or_join(stored: StoredJob, lock: Lock) -> bool:

@@ -389,6 +389,14 @@ def stamp(path: Path) -> float:
         return 0.0
 
 
+def size_of(path: Path) -> int:
+    """Return the bytes of a file; 0 where it is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def _is_state(state: object) -> bool:
     """Say whether what was read is a whole state; anything else is taken for none."""
     if not isinstance(state, dict) or not isinstance(state.get("state"), str):

@@ -22,9 +22,15 @@ MAX_HEADER = 4 << 20
 MAX_BODY = 1 << 62
 """More bytes than any body has; what claims more is not a message."""
 
+NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit runs."
+"""What to do about requests that our client does not send."""
+
 _LENGTH = struct.Struct(">I")
 
 Header = dict[str, Any]
+
+Reply = Header
+"""The header of an answer."""
 
 
 class WireError(Exception):
