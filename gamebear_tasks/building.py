@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import threading
 import time
@@ -11,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import interrupt, tasklog, timing
+from . import history, interrupt, tasklog, timing
 from .builders import Builder, Order, Sink, Status, open_builder, shown
 from .config import settings
-from .errors import GamebearError, JobError
+from .errors import JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
@@ -65,18 +64,8 @@ class Building:
             GamebearError: it failed.
             OSError: a file of this machine cannot be written.
         """
-        _underway.add(self)
-        try:
-            with self.watch.running():
-                order = self._run()
-        except (GamebearError, OSError) as error:
-            self.note("error", str(error).partition("\n")[0])
-            raise
-        except BaseException:  # Ctrl-C, or a fault of ours
-            self.note("interrupted")
-            raise
-        finally:
-            _underway.discard(self)
+        with self.watch.running(), history.noted(self.note):
+            order = self._run()
         record = self.note("done")
         if self.had != "fetched":
             notice(record.line())
@@ -107,7 +96,7 @@ class Building:
         """Write beside the log how the task went, once, and return it."""
         if self._record is not None:
             return self._record
-        if state == "cancelled" and interrupt.ending.is_set():
+        if state != "done" and interrupt.ending.is_set():
             state = "interrupted"
         job = self._order.job if self._order else None
         outputs = self._status.outputs if self._status and state == "done" else {}
@@ -124,8 +113,7 @@ class Building:
             valid=self.valid,
             job=job.document() if job else {},
         )
-        with contextlib.suppress(OSError):  # nothing depends on it
-            record.write(tasklog.path_of(self.task).with_suffix(".json"))
+        history.keep(record, tasklog.path_of(self.task) if self._status else None)
         return record
 
     def _have_built(self, builder: Builder, order: Order, log: TaskLog) -> None:
@@ -257,13 +245,8 @@ def builder_of_this_run(url: str) -> Builder:
         return _builders[key]
 
 
-_underway: set[Building] = set()
-
-
 def _end() -> None:
     """Before the process ends, end the jobs that it waits for; then close the builders, which that needs."""
-    for building in list(_underway):  # of threads, which end with the process
-        building.note("interrupted")
     end_what_is_left()
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():

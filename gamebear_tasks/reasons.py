@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,33 @@ def reasons(plan: Plan, job: Job, last: Record | None, missing: Iterable[str]) -
         last: the record of the task's last run.
         missing: the targets that were not there.
     """
+    return _against(last, missing, lambda before: _differences(plan, job.document(), before))
+
+
+def reasons_to_bake(job: Mapping[str, Json], last: Record | None, missing: Iterable[str]) -> tuple[str, ...]:
+    """Return why an image is to be baked, a phrase each; the parameters are those of `reasons`."""
+
+    def differences(before: Mapping[str, Json]) -> Iterator[str]:
+        if job["image"] != before.get("image"):
+            yield "what it declares changed: its settings, names or modes"
+        files, others = _mapping(job["files"]), _mapping(before.get("files"))
+        yield from _bounded(
+            [f"{name} changed" for name in sorted(files) if name in others and files[name] != others[name]]
+        )
+
+    return _against(last, missing, differences)
+
+
+def _against(
+    last: Record | None, missing: Iterable[str], differences: Callable[[Mapping[str, Json]], Iterable[str]]
+) -> tuple[str, ...]:
     if last is None:
         return (NEVER,)
     found = [f"{target} was missing" for target in missing]
     if last.state in ENDS:
         found.append(ENDS[last.state])
     if last.job:
-        found += _differences(plan, job.document(), last.job)
+        found += differences(last.job)
     if last.state == "done" and too_old(last):
         found.append("the package images that it was built with had grown too old")
     if not found:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from .action import Build
 from .config import architecture, seconds, settings_of_this_run
 from .errors import GamebearError, SettingsError, SourceError
+from .history import up_to_date
 from .imports import local_modules
 from .job import FORMAT, Json, canonical_json
 from .plan import NONE, Plan, check_choice, declare, read_lock
@@ -152,7 +153,10 @@ class _SameJob:
         if values.get("gamebear") != self._digest:
             return False
         self._is_too_old = not _still_holds(values.get("valid"))
-        return not self._is_too_old
+        if self._is_too_old:
+            return False
+        up_to_date.append(task.name)
+        return True
 
     def __repr__(self) -> str:
         if self._is_too_old:

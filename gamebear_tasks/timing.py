@@ -22,7 +22,6 @@ from __future__ import annotations
 import calendar
 import contextlib
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +30,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .history import doit_process
 from .job import Json
 from .runner.files import read_json, write_bytes
 from .runner.phases import Phases
@@ -46,13 +46,17 @@ BUILDER = ("queue", "prepare", "container", "packages", "build", "commit", "keep
 """The phases on the builder: waiting for a slot; laying out the job; making and removing containers; having the images
 of `packages_image`; the script, which is running its commands; committing images; hashing the outputs."""
 
+BAKER = ("unpack", "check", "compose", "grow", "write", "compress", "place")
+"""The phases of baking an image, besides `load`: unpacking the base; checking file systems, first the base's and in
+the end the image's; reading it and deciding on what goes in; making room; writing; compressing; renaming."""
+
 
 @dataclass(frozen=True)
 class Phase:
     """A span of time.
 
     Attributes:
-        name: one of `CLIENT` or `BUILDER`.
+        name: one of `CLIENT`, `BUILDER` or `BAKER`.
         start: seconds since the task was begun, or since the builder was told of the job.
         seconds: how long it was.
     """
@@ -297,10 +301,12 @@ def _loading() -> float | None:
     if _loaded:
         return None
     _loaded = True
-    parent = multiprocessing.parent_process()  # of `doit -n`
-    try:
-        stat = Path(f"/proc/{parent.pid if parent else os.getpid()}/stat").read_text("utf-8", "replace")
-        started = int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # proc_pid_stat(5): starttime
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (AttributeError, IndexError, OSError, ValueError):
+    return since_start()
+
+
+def since_start() -> float | None:
+    """Return the seconds since doit was started; None where that is not known (no procfs)."""
+    _, started = doit_process()
+    if not started:
         return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from doit.exceptions import BaseFail
+from doit.task import Task
 
 from gamebear_tasks import sd_image
 
@@ -29,6 +31,11 @@ def baked(base: Path, output: Path, **arguments: Any) -> BaseFail | None:
     """Bake an image; return why it failed."""
     task = sd_image(base, output=output, **{"arch": "armhf", **arguments})
     function, given = task["actions"][0]
-    failure: BaseFail | None = function(*given)
+    here = os.getcwd()
+    os.chdir(output.parent)  # a project's folder, which keeps its logs
+    try:
+        failure: BaseFail | None = function(*given, Task("image", []))
+    finally:
+        os.chdir(here)
     assert not list(output.parent.glob(".*.bake")), "nothing that it worked on is left"
     return failure

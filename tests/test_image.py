@@ -21,10 +21,11 @@ from baking import bake, baked, refused
 from card import BOOT, MIB, SYSTEM, Card, make_base, pack, unpacked
 from project import Project, wait_for
 
-from gamebear_tasks import archive, file, sd_image, tar, user
+from gamebear_tasks import archive, file, history, sd_image, tar, timing, user
 from gamebear_tasks.errors import ImageError, SettingsError
 from gamebear_tasks.image.program import check_installed
 from gamebear_tasks.image.workshop import workshop
+from gamebear_tasks.timing import Record
 
 HASH = "$6$saltsalt$" + "h" * 86
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5 me@here"
@@ -624,12 +625,37 @@ def test_only_a_real_change_bakes_again(project: Project) -> None:
     assert project.doit().ok().ran == ["image"]
 
 
+def record_of(project: Project) -> Record:
+    record = Record.read(project.folder / "build/logs/image.json")
+    assert record
+    return record
+
+
+def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.doit().ok()
+    record = record_of(project)
+    assert (record.state, record.had, record.builder) == ("done", "baked", "")
+    assert record.why == ("never built here before",)
+    (made,) = record.outputs
+    assert (made.path, made.size) == ("build/card.img", (project.folder / made.path).stat().st_size)
+    assert {"unpack", "check", "compose", "write"} < {phase.name for phase in record.phases}
+    assert {phase.name for phase in record.phases} <= {"load", *timing.BAKER}
+    project.write("key.pub", f"{KEY}er\n")
+    project.write("dodo.py", DODO.format(password=HASH, more='enable=["nothing.service"],'))
+    project.doit().failed()
+    record = record_of(project)
+    assert record.why == ("what it declares changed: its settings, names or modes", "key.pub changed")
+    assert (record.state, record.failure[:34]) == ("failed", "The image has no unit nothing.serv")
+    monkeypatch.chdir(project.folder)
+    assert [[entry.record.state for entry in run.entries] for run in history.runs()] == [["failed"], ["done"]]
+
+
 def test_no_secret_is_in_what_doit_shows_or_keeps(project: Project) -> None:
     said = (
         project.doit("-v2").ok().text + project.doit("info", "image").text + project.doit("list", "--status").ok().text
     )
     assert HASH not in said
-    for path in project.folder.glob(".doit.db*"):
+    for path in [*project.folder.glob(".doit.db*"), *(project.folder / "build/logs").rglob("*.json*")]:
         assert HASH.encode() not in path.read_bytes()
 
 
@@ -641,7 +667,7 @@ def test_clean_removes_the_image_and_what_a_killed_baking_has_left(project: Proj
     others = left.with_name(".card.img.xz.abc.bake")
     others.mkdir()
     project.doit("clean", "image").ok()
-    assert list((project.folder / "build").iterdir()) == [others]
+    assert {path.name for path in (project.folder / "build").iterdir()} == {others.name, "logs"}
 
 
 def test_a_folder_that_another_baking_takes_for_a_left_one_is_made_again(
@@ -701,8 +727,11 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
     left = list((project.folder / "build").glob(".*.bake"))
     assert bool(left) == (signal == "KILL")
     assert not (project.folder / "build" / "card.img").exists()
+    if signal == "INT":
+        record = record_of(project)
+        assert (record.state, record.outputs) == ("interrupted", ())
     project.doit().ok()
-    assert [path.name for path in (project.folder / "build").iterdir()] == ["card.img"]
+    assert {path.name for path in (project.folder / "build").iterdir()} == {"card.img", "logs"}
 
 
 def test_what_changes_while_it_is_baked_is_not_placed(project: Project) -> None:

@@ -6,12 +6,15 @@ import errno
 import os
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 
+from .. import history, reasons, tasklog, timing
 from ..errors import GamebearError, ImageError
 from ..interrupt import terminated_as_interrupted
+from ..job import Json
 from ..report import notice, printable, size
 from ..runner.files import CHUNK, sync_folder
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
@@ -30,11 +33,11 @@ PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
 """What tells which architecture a base is of."""
 
 
-def bake(recipe: Recipe) -> BaseFail | None:
-    """Bake an image; a doit action."""
+def bake(recipe: Recipe, task: str) -> BaseFail | None:
+    """Bake an image; a doit action of the task of that name."""
     try:
         with terminated_as_interrupted():
-            _bake(recipe)
+            Baking(recipe, task).run()
     except ImageError as error:
         return TaskFailed(printable(str(error)))
     except GamebearError as error:
@@ -47,11 +50,57 @@ def bake(recipe: Recipe) -> BaseFail | None:
     return None
 
 
-def _bake(recipe: Recipe) -> None:
+class Baking:
+    """An image that is being baked.
+
+    Args:
+        recipe: what goes in.
+        task: the task's name.
+    """
+
+    def __init__(self, recipe: Recipe, task: str) -> None:
+        self.recipe = recipe
+        self.task = task
+        self.watch = timing.Stopwatch()
+        self.why: tuple[str, ...] = ()
+        self._job: dict[str, Json] = {}
+        self._record: timing.Record | None = None
+
+    def run(self) -> None:
+        """Bake; raises ImageError and OSError."""
+        with self.watch.running(), history.noted(self.note):
+            target = self.recipe.output
+            absent = reasons.missing([str(target)])
+            before = _stamps(self.recipe)
+            self._job = {
+                "image": self.recipe.identity(),
+                "files": {path: [inode, size, changed] for path, inode, size, changed in before},
+            }
+            last = timing.Record.read(tasklog.path_of(self.task).with_suffix(".json"))
+            self.why = reasons.reasons_to_bake(self._job, last, absent)
+            _bake(self.recipe, before)
+            self.note("done")
+
+    def note(self, state: str, failure: str = "") -> None:
+        """Keep how the task went, once."""
+        if self._record is not None:
+            return
+        target = self.recipe.output
+        made = timing.Made(target.name, str(target), target.stat().st_size, "") if state == "done" else None
+        self._record = replace(
+            self.watch.record(self.task, self.recipe.identity(), "", state, "baked"),
+            why=self.why,
+            failure=printable(failure)[:2000],
+            outputs=(made,) if made else (),
+            job=self._job,
+        )
+        history.keep(self._record, None)
+
+
+def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
     check_installed(["debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "mdir", "mmd"])
     suffix = SUFFIXES[recipe.output.suffix]
     check_installed([suffix] if suffix else [])
-    before = _stamps(recipe)
     target = recipe.output
     if target.is_dir():
         raise ImageError(f"{target} is a folder, and should become a file.", "Move it out of the way.")
@@ -59,18 +108,21 @@ def _bake(recipe: Recipe) -> None:
     with workshop(target) as folder:
         image = folder / "image"
         name = str(recipe.base) if isinstance(recipe.base, Path) else recipe.base.url
-        base.unpack(recipe.base, image)
+        with timing.phase("unpack"):
+            base.unpack(recipe.base, image)
         _fill(recipe, image, name)
         done = folder / "done"
         if suffix:
             notice(f"compressing {target}")
-        pack(image, done, suffix)
+        with timing.phase("compress" if suffix else "place"):
+            pack(image, done, suffix)
         if _stamps(recipe) != before:
             raise ImageError(f"What {target} is baked from changed meanwhile, so it was not placed.", "Run doit again.")
-        with done.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(done, target)
-        sync_folder(target.parent)
+        with timing.phase("place"):
+            with done.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(done, target)
+            sync_folder(target.parent)
 
 
 def _stamps(recipe: Recipe) -> list[tuple[str, int, int, int]]:
@@ -99,22 +151,27 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
     """
     card = disk.read(image, name)
     now = ext4.superblock(image, card.root).time
-    ext4.mend(image, card.root, now, name)
+    with timing.phase("check"):
+        ext4.mend(image, card.root, now, name)
     boot = _boot_of(image, card, now, name)
-    with ext4.Debugfs(image, card.root, now) as session:
+    with timing.phase("compose"), ext4.Debugfs(image, card.root, now) as session:
         tree = Tree(ext4.Reader(session, image.parent), image.parent, now)
         _compose(recipe, tree, boot, name)
     if boot is not None:
         boot.check_room(name)
-    card = _make_room(recipe, image, card, tree, now, name)
-    with ext4.Debugfs(image, card.root, now, write=True) as session:
+    with timing.phase("grow"):
+        card = _make_room(recipe, image, card, tree, now, name)
+    with timing.phase("write"), ext4.Debugfs(image, card.root, now, write=True) as session:
         leaves = writer.write(session, tree, ext4.superblock(image, card.root).inode)
     if leaves:
-        ext4.mend(image, card.root, now, str(recipe.output))
+        with timing.phase("check"):
+            ext4.mend(image, card.root, now, str(recipe.output))
     if boot is not None and card.boot is not None:
-        boot.write()
-        _put_back(boot.path, image, card.boot)
-    ext4.check(image, card.root, now)
+        with timing.phase("write"):
+            boot.write()
+            _put_back(boot.path, image, card.boot)
+    with timing.phase("check"):
+        ext4.check(image, card.root, now)
     about = ext4.superblock(image, card.root)
     notice(
         f"{recipe.output}: {len(tree.added)} names put in; {size(image.stat().st_size)},"

@@ -11,6 +11,7 @@ from doit.exceptions import BaseFail
 
 from ..config import architecture, settings
 from ..errors import SettingsError
+from ..history import up_to_date
 from ..interrupt import say_so_without_a_traceback
 from ..tasks import Task, remove_targets
 from .recipe import SUFFIXES, File, Recipe, Tar, User, size_of, texts
@@ -121,10 +122,10 @@ def _is_archive(base: object) -> TypeGuard[Archive]:
     return isinstance(base, Archive)
 
 
-def _bake(recipe: Recipe) -> BaseFail | None:
+def _bake(recipe: Recipe, task: Any) -> BaseFail | None:
     from .bake import bake  # here, because loading a dodo.py is to be quick
 
-    return bake(recipe)
+    return bake(recipe, task.name)
 
 
 class _SameRecipe:
@@ -141,7 +142,10 @@ class _SameRecipe:
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
         self._identity = self._recipe.identity()
-        return values.get("gamebear-image") == self._identity
+        if values.get("gamebear-image") != self._identity:
+            return False
+        up_to_date.append(task.name)
+        return True
 
     def __repr__(self) -> str:
         return f"the recipe of {self._recipe.output}: its settings, names and modes"

@@ -1,0 +1,280 @@
+"""The last runs of doit that did anything: what ran, how it went, what was up to date; lines of JSON, a file each.
+
+Each file of `build/logs/runs` is a run, whose lines are, in the order in which they came to be::
+
+    {"version": 1, "begun": 1580472000.25}
+    {"record": {…}, "log": {"end": "…", "size": 51234}, "asked": ["umtprd"]}
+    {"up_to_date": ["usbgx", …], "seconds": 41.5, "asked": []}
+
+A record is a task's (see `timing`) without its `job`. `log` has the end of its log and the bytes of the whole; `asked`
+has what of the command line names the tasks of the line. The last line is written when doit ends, and is missing where
+it was killed. Whatever ran, in whichever process or thread of the run, adds its own line.
+
+This module is loaded with every `dodo.py`: what it needs for more than a list of names is imported where it is needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .timing import Record
+
+RUNS = "build/logs/runs"
+"""Where the runs are kept, below the folder of `dodo.py`."""
+
+VERSION = 1
+"""Of the files."""
+
+KEPT = 20
+"""How many runs are kept."""
+
+MOST = 16 << 20
+"""How many bytes they take together; the last one is kept all the same."""
+
+ENOUGH = 4 << 20
+"""Bytes of a run after which no more ends of logs are put into it."""
+
+END = 16 << 10
+"""Bytes of a log's end that are kept."""
+
+END_OF_FAILED = 64 << 10
+"""Bytes of the log's end where the task failed."""
+
+NAMES = 10_000
+"""How many tasks that were up to date are named."""
+
+up_to_date: list[str] = []
+"""The tasks whose `uptodate` found them so; doit may have run them all the same, because of a file."""
+
+
+class Entry(NamedTuple):
+    """A task that ran.
+
+    Attributes:
+        record: how it went; its `job` is not kept.
+        log: the end of its log.
+        size: bytes of the whole log.
+    """
+
+    record: Record
+    log: str
+    size: int
+
+
+class Run(NamedTuple):
+    """A run of doit.
+
+    Attributes:
+        begun: when, in seconds since 1970.
+        seconds: how long it took; until the last task's end, where doit was killed.
+        asked: the words of the command line that name tasks; empty for the default ones.
+        entries: the tasks that ran, in the order in which they ended.
+        up_to_date: the names of those that did not have to.
+        is_whole: whether doit said that it ended.
+    """
+
+    begun: float
+    seconds: float
+    asked: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    up_to_date: tuple[str, ...]
+    is_whole: bool
+
+
+def doit_process() -> tuple[int, int]:
+    """Return the number of doit's own process, and when it was started: clock ticks since boot, 0 if not known."""
+    multiprocessing = sys.modules.get("multiprocessing.process")  # of `doit -n`
+    parent = multiprocessing.parent_process() if multiprocessing else None
+    pid = parent.pid if parent else os.getpid()
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return pid, int(file.read().rpartition(b")")[2].split()[19])  # proc_pid_stat(5): starttime
+    except (OSError, ValueError, IndexError):
+        return pid, 0
+
+
+def _file_of_this_run() -> str:
+    pid, started = doit_process()
+    return f"{RUNS}/{started}-{pid}.jsonl"
+
+
+@contextlib.contextmanager
+def noted(note: Callable[[str, str], object]) -> Iterator[None]:
+    """While the block runs a task does: where it does not end well, tell `note` how (a record's state) and why."""
+    from .errors import GamebearError, ImageError
+
+    _underway[id(note)] = note
+    try:
+        yield
+    except (GamebearError, OSError) as error:
+        note("failed" if isinstance(error, ImageError) else "error", str(error).partition("\n")[0])
+        raise
+    except BaseException:  # Ctrl-C, or a fault of ours
+        note("interrupted", "")
+        raise
+    finally:
+        del _underway[id(note)]
+
+
+_underway: dict[int, Callable[[str, str], object]] = {}
+
+
+def keep(record: Record, log: Path | None) -> None:
+    """Write a task's record beside its log, and into the run that this process belongs to.
+
+    Args:
+        record: how it went.
+        log: its log; None where nothing of it is in one.
+    """
+    from .tasklog import path_of
+
+    own = path_of(record.task).with_suffix(".json")
+    with contextlib.suppress(OSError):  # nothing depends on it
+        own.parent.mkdir(parents=True, exist_ok=True)
+        record.write(own)
+    document = record.document()
+    del document["job"]
+    with contextlib.suppress(OSError):
+        os.makedirs(RUNS, exist_ok=True)
+        _add(_file_of_this_run(), {"record": document, "asked": _asked([record.task])}, log)
+
+
+def _add(path: str, line: dict[str, Any], log: Path | None = None) -> None:
+    """Add a line to a run's file, with the end of a log if there is room; raises OSError."""
+    import fcntl
+    import json
+
+    from .runner.files import write_all
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        have = os.fstat(fd).st_size
+        if not have:
+            write_all(fd, json.dumps({"version": VERSION, "begun": _begun()}).encode() + b"\n")
+            _forget_old(path)
+        if log is not None and have < ENOUGH:
+            line["log"] = _end_of(log, END if line["record"]["state"] == "done" else END_OF_FAILED)
+        write_all(fd, json.dumps(line).encode() + b"\n")
+        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile
+    finally:
+        os.close(fd)
+
+
+def _begun() -> float:
+    """Return when doit was started, in seconds since 1970."""
+    import time
+
+    from .timing import since_start
+
+    return round(time.time() - (since_start() or 0.0), 3)
+
+
+def _end_of(log: Path, most: int) -> dict[str, Any]:
+    """Return the end of a log, from the beginning of a line if there is one, and the size of the whole."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        whole = file.seek(0, os.SEEK_END)
+        file.seek(max(0, whole - most))
+        data = file.read(most)
+        if whole > most:
+            data = data.partition(b"\n")[2] or data
+        return {"end": data.decode("utf-8", "replace"), "size": whole}
+    return {"end": "", "size": 0}
+
+
+def _forget_old(newest: str) -> None:
+    """Remove the oldest runs, until as many are left as are kept."""
+    kept = [os.stat(newest)]
+    others = [(entry.stat(), entry.path) for entry in os.scandir(RUNS) if entry.path != newest]
+    for about, path in sorted(others, key=lambda other: other[0].st_mtime_ns, reverse=True):
+        if len(kept) < KEPT and sum(each.st_size for each in kept) + about.st_size <= MOST:
+            kept.append(about)
+        else:
+            os.unlink(path)
+
+
+def _asked(tasks: Iterable[str]) -> list[str]:
+    """Return the words of the command line that name some tasks, or their groups."""
+    words = sys.argv[1:]
+    if not words:
+        return []
+    names = {name for task in tasks for name in (task, task.partition(":")[0])}
+    return [word for word in words if word in names]
+
+
+def _at_end() -> None:
+    """Note what is still under way in threads, which end with the process; in a run with records, what was skipped."""
+    for note in list(_underway.values()):
+        note("interrupted", "")
+    path = _file_of_this_run()
+    if not os.path.exists(path):
+        return
+    from .timing import since_start
+
+    names = up_to_date[:NAMES]
+    with contextlib.suppress(OSError):
+        _add(path, {"up_to_date": names, "seconds": round(since_start() or 0.0, 3), "asked": _asked(up_to_date)})
+
+
+atexit.register(_at_end)
+
+
+def runs() -> list[Run]:
+    """Return the runs that are kept, the last one first."""
+    try:
+        paths = [entry.path for entry in os.scandir(RUNS) if entry.name.endswith(".jsonl")]
+    except OSError:
+        return []
+    found = [run for run in map(_read, paths) if run is not None]
+    return sorted(found, key=lambda run: run.begun, reverse=True)
+
+
+def _read(path: str) -> Run | None:
+    """Read a run, as far as its lines are whole; None where it has no record."""
+    import json
+
+    from .timing import Record
+
+    begun = seconds = 0.0
+    asked: dict[str, None] = {}
+    entries: list[Entry] = []
+    skipped: list[str] = []
+    is_whole = False
+    try:
+        with open(path, "rb") as file:
+            lines = file.read(2 * MOST).splitlines()
+    except OSError:
+        return None
+    for text in lines:
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            line = json.loads(text)
+            asked.update((str(word), None) for word in line.get("asked", ()))
+            if "begun" in line:
+                begun = float(line["begun"])
+            elif "up_to_date" in line:
+                skipped += map(str, line["up_to_date"])
+                seconds = float(line["seconds"])
+                is_whole = True
+            elif record := Record.of_document(line["record"]):
+                log = line.get("log") or {"end": "", "size": 0}
+                entries.append(Entry(record, str(log["end"]), int(log["size"])))
+    if not entries:
+        return None
+    ended = max(entry.record.begun + entry.record.seconds for entry in entries)
+    ran = {entry.record.task for entry in entries}
+    begun = begun or min(entry.record.begun for entry in entries)
+    return Run(
+        begun,
+        max(seconds, ended - begun),
+        tuple(asked),
+        tuple(entries),
+        tuple(name for name in skipped if name not in ran),
+        is_whole,
+    )
