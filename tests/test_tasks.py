@@ -422,6 +422,7 @@ NEEDED = {
     "action",
     "config",
     "errors",
+    "history",
     "imports",
     "interrupt",
     "job",
