@@ -10,6 +10,7 @@ from typing import TextIO
 
 from .errors import JobError
 from .report import notice, printable, size
+from .runner.files import read_json
 
 LOGS = Path("build") / "logs"
 """Where the log of each task's last build is kept, below the folder of `dodo.py`."""
@@ -27,6 +28,17 @@ def path_of(task: str) -> Path:
     return LOGS / f"{name.decode('utf-8', 'ignore')}.log"
 
 
+def noted(task: str) -> str:
+    """Return the digest of the job that a task's log is of; empty where there is none."""
+    note = read_json(_note_of(path_of(task)))
+    digest = note.get("digest") if isinstance(note, dict) else None
+    return digest if isinstance(digest, str) else ""
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.json")
+
+
 class TaskLog:
     """A task's log: kept in a file, shown as it comes.
 
@@ -36,7 +48,7 @@ class TaskLog:
 
     def __init__(self, path: Path, out: TextIO | None) -> None:
         self.path = path
-        self._note = path.with_name(f".{path.stem}.json")
+        self._note = _note_of(path)
         self._out = out
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = b""

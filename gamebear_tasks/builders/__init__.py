@@ -126,6 +126,54 @@ class Pruned:
     left: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class JobEntry:
+    """A job as a builder lists it.
+
+    Attributes:
+        digest: its name.
+        digits: how many digits of it no other job of the builder begins with.
+        state: see `Status`.
+        attempt: which run of it.
+        program: what the program is called; empty where the builder can no longer tell.
+        outputs: the names of its outputs, of the first ones where there are many.
+        more: how many outputs are not named.
+        arch: Debian's name of the architecture.
+        place: its place in the line for a slot, from 1, while it is queued and that is known.
+        age: seconds since it came to its state.
+        took: seconds from its begin to its end.
+        used: seconds since somebody asked for it.
+        size: bytes of its outputs.
+        log: bytes of its log.
+        by: who had it built, as `user@host`; empty where that is not known.
+        waiting: who waits for it now.
+        where: which of several machines has it.
+    """
+
+    digest: str
+    digits: int
+    state: str
+    attempt: str
+    program: str = ""
+    outputs: tuple[str, ...] = ()
+    more: int = 0
+    arch: str = ""
+    place: int | None = None
+    age: float = 0.0
+    took: float | None = None
+    used: float = 0.0
+    size: int = 0
+    log: int = 0
+    by: str = ""
+    waiting: tuple[str, ...] = ()
+    where: str = ""
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing of it runs any more."""
+        return self.state not in ("queued", "running")
+
+
 class Sink(Protocol):
     """Where an output's content goes."""
 
@@ -225,6 +273,34 @@ class Terminal(Protocol):
         Raises:
             BuilderError: it cannot be started, or the builder has no place for it.
             BuilderLost: the connection broke.
+        """
+        ...
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A builder that can say which jobs it has, whoever asked for them; not every builder can."""
+
+    def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
+        """Return the jobs, first those that run or wait, then the newest; and how many there are.
+
+        Args:
+            limit: the most to return; None: all.
+            prefix: what their digests begin with.
+        """
+        ...
+
+    def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, as `follow` does, without counting as somebody who waits for it."""
+        ...
+
+    def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
+        """End a job, unless others wait for it; return who does, nobody where it was ended.
+
+        Args:
+            digest: the job.
+            attempt: which run of it.
+            force: end it all the same.
         """
         ...
 

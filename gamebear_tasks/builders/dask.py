@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import BuilderError, BuilderLost, SettingsError
 from ..report import notice, size
 from ..runner.arch import ARCHITECTURES
-from . import Order, Pruned, Sink, Status, shown
+from . import JobEntry, Order, Pruned, Sink, Status, shown
 from .channel import Connection
 from .remote import PATIENCE, RunnerBuilder
 from .session import words_of
@@ -161,6 +161,43 @@ class DaskBuilder:
             return True
         finally:
             self._release(digest)
+
+    def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
+        """Return the jobs that the workers have; one that cannot be asked is left out, and said."""
+        found: list[JobEntry] = []
+        total = 0
+        for worker, answer in self._each(lambda runner: runner.jobs(limit, prefix)).items():
+            if isinstance(answer, BuilderError):
+                self._say(f"{worker} does not say which jobs it has: {answer}")
+                continue
+            entries, count = answer
+            total += count
+            found += [replace(entry, where=worker) for entry in entries]
+        found.sort(key=lambda entry: (entry.is_final, entry.age))
+        for entry in reversed(found):
+            self._places[entry.digest] = entry.where  # where several have had it: where it runs
+        return (found if limit is None else found[:limit]), total
+
+    def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, without counting as somebody who waits for it."""
+        place = self._find(digest)
+        if place is None:
+            return Status("lost", attempt), b""
+        worker, runner = place
+        try:
+            status, log = runner.watch(digest, attempt, offset)
+        except WorkerGone:
+            self._forget(worker)
+            return Status("lost", attempt), b""
+        return self._told(worker, status), log
+
+    def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
+        """End a job, unless others wait for it; return who does."""
+        place = self._find(digest)
+        try:
+            return () if place is None else place[1].end(digest, attempt, force)
+        except WorkerGone:
+            return ()
 
     def discard(self, digest: str, attempt: str) -> None:
         """Have the worker check a result, and forget it if it is damaged."""

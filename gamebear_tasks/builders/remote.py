@@ -6,13 +6,16 @@ may be repeated, so a broken connection is mended here: connect again, ask again
 
 from __future__ import annotations
 
+import getpass
 import os
+import platform
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,7 +26,7 @@ from ..runner import wire
 from ..runner.files import is_file_name, is_sha256, sha256_of
 from ..runner.phases import LIMIT as SPANS
 from ..timing import BUILDER, Phase, phase
-from . import Failure, Order, Output, Pruned, Sink, Status
+from . import Failure, JobEntry, Order, Output, Pruned, Sink, Status
 from .bundle import bundle
 from .channel import Connection
 from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Session, Take, words_of
@@ -72,6 +75,20 @@ NOTICES = 10
 
 VALID = 10 * 365 * 86400.0
 """Seconds beyond which no result is believed to hold."""
+
+CENTURY = 100 * 366 * 86400.0
+"""Seconds; nothing on a builder is older."""
+
+STATES = ("queued", "running", "done", "failed", "cancelled", "lost")
+"""Of a job."""
+
+PAGE = 500
+"""How many jobs are asked for at once; of all that there are, `JOBS` are looked at."""
+
+JOBS = 100_000
+
+WAITING = 20
+"""The most who are said to wait for a job."""
 
 YEAR = 366 * 86400.0
 """Seconds; no job takes longer."""
@@ -141,6 +158,7 @@ class RunnerBuilder:
                     "base": order.base,
                     "python": order.python,
                     "again": again,
+                    "who": _who(),
                     "wait": 0.0 if self._others_wait() else SOON,
                 },
                 start,
@@ -171,6 +189,9 @@ class RunnerBuilder:
         known = self._ends.get((digest, attempt))
         if known is not None and known.offset <= offset:
             return known.status, known.log[offset - known.offset :]
+        return self._follow(digest, attempt, offset, self.client)
+
+    def _follow(self, digest: str, attempt: str, offset: int, client: str) -> tuple[Status, bytes]:
         body = bytearray()
 
         def start() -> list[bytes]:
@@ -183,7 +204,7 @@ class RunnerBuilder:
                 "op": "follow",
                 "digest": digest,
                 "attempt": attempt,
-                "client": self.client,
+                "client": client,
                 "offset": offset,
                 "wait": 0.5 if self._others_wait() else FOLLOW,
                 "now": self._now.get((digest, attempt)),
@@ -195,7 +216,7 @@ class RunnerBuilder:
         if reply.get("attempt") != attempt:
             return Status("lost", attempt), b""
         status = self._status(None, reply)
-        log = self._log_of(digest, status, reply, bytes(body), offset)
+        log = self._log_of(digest, status, reply, bytes(body), offset) if client else bytes(body)
         if not log and not status.is_final and time.monotonic() - asked < SHORT:
             time.sleep(SHORT)  # it should have waited for news
         return status, log
@@ -263,6 +284,35 @@ class RunnerBuilder:
                 f"{self.place} has not ended the job yet.", "It was told to; doit finds it if it goes on all the same."
             )
         return not reply.get("others")
+
+    def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
+        """Return the jobs, first those that run or wait, then the newest; and how many there are."""
+        found: dict[str, JobEntry] = {}
+        skip = 0
+        while True:
+            most = PAGE if limit is None else min(PAGE, limit - skip)
+            reply = self._ask({"op": "list", "skip": skip, "limit": most, "prefix": prefix})
+            listed = reply.get("jobs")
+            page = [_entry(item) for item in listed[:PAGE]] if isinstance(listed, list) else []
+            found.update((entry.digest, entry) for entry in page if entry is not None and entry.digest not in found)
+            total = _count(reply.get("total"))
+            skip += len(page)
+            if not page or skip >= min(total, JOBS if limit is None else limit):
+                return list(found.values()), max(total, len(found))
+
+    def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, without counting as somebody who waits for it."""
+        return self._follow(digest, attempt, offset, "")
+
+    def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
+        """End a job, unless others wait for it; return who does."""
+        reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client, "force": force})
+        others = reply.get("others")
+        if isinstance(others, list) and others:
+            return tuple(_line(who) for who in others[:WAITING])
+        if reply.get("state") == "running":
+            raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
+        return ()
 
     def discard(self, digest: str, attempt: str) -> None:
         """Have the builder check a result, and forget it if it is damaged."""
@@ -572,7 +622,7 @@ class RunnerBuilder:
         """Read a status out of a reply; nothing in it is believed that it does not have to be."""
         state = reply.get("state")
         attempt = reply.get("attempt")
-        if state not in ("queued", "running", "done", "failed", "cancelled", "lost") or not _is_name(attempt):
+        if state not in STATES or not _is_name(attempt):
             raise BuilderError(
                 f"{self.place} answers something that makes no sense (state {words_of(state)}).", NONSENSE
             )
@@ -692,6 +742,58 @@ def _now(value: object) -> tuple[str, int | None]:
     if phase not in BUILDER:
         return "", None
     return phase, ahead if type(ahead) is int and 0 <= ahead <= CROWD else None
+
+
+def _entry(item: object) -> JobEntry | None:
+    """Return what a builder says of one of its jobs; None where it makes no sense."""
+    said = _mapping(item)
+    digest, state, attempt = said.get("digest"), said.get("state"), said.get("attempt")
+    if not _is_digest(digest) or state not in STATES or not (_is_name(attempt) or attempt == ""):
+        return None
+    outputs, waiting = said.get("outputs"), said.get("waiting")
+    return JobEntry(
+        digest,
+        min(max(_count(said.get("digits")), 8), len(digest)),
+        state,
+        attempt,
+        program=_line(said.get("program", "")),
+        outputs=tuple(map(_line, outputs[:WAITING])) if isinstance(outputs, list) else (),
+        more=_count(said.get("more")),
+        arch=_line(said.get("arch", ""))[:20],
+        place=_count(said.get("place")) or None,
+        age=_seconds(said.get("age")) or 0.0,
+        took=_seconds(said.get("took")),
+        used=_seconds(said.get("used")) or 0.0,
+        size=_count(said.get("size")),
+        log=_count(said.get("log")),
+        by=_line(said.get("by", "")),
+        waiting=tuple(map(_line, waiting[:WAITING])) if isinstance(waiting, list) else (),
+    )
+
+
+def _line(value: object) -> str:
+    """Return a builder's words as a part of a line."""
+    return " ".join(words_of(value)[:200].split())
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and 0 <= value < 1 << 63 else 0
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < CENTURY:  # and so no NaN
+        return float(value)
+    return None
+
+
+@cache
+def _who() -> str:
+    """Return what people may recognise this client by."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # an account without a name
+        user = str(os.getuid())
+    return f"{user}@{platform.node()}"
 
 
 def _notices(value: object) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
 
     Attributes:
         needs_tasks: whether it makes no sense without a `dodo.py`; `self.tasks` then has its tasks by name.
+            Otherwise `load_tasks` has them where there is one.
     """
 
     needs_tasks: ClassVar[bool] = False
@@ -39,6 +40,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         super().__init__(**kwargs)
         self.loader = task_loader
         self.tasks: dict[str, Any] = {}
+        self._is_in_project = False
 
     def get_options(self) -> list[CmdOption]:
         """Return the options: those that find `dodo.py`, and the command's own."""
@@ -76,5 +78,11 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             return
         self.loader.setup(options)
         self.loader.load_doit_config()
+        self._is_in_project = True
         if self.needs_tasks:
+            self.load_tasks()
+
+    def load_tasks(self) -> None:
+        """Have `self.tasks`, where there is a `dodo.py`; raises InvalidDodoFile."""
+        if self._is_in_project and not self.tasks:
             self.tasks = {task.name: task for task in self.loader.load_tasks(cmd=self, pos_args=[])}

@@ -25,7 +25,7 @@ from .phases import noted
 from .policy import seconds_left, why_expired
 from .receive import Body, have, put, size_so_far, take_blob, use
 from .slots import line
-from .store import FINAL, Lock, State, Store, StoredJob, hold_runner, size_of, storage_failure
+from .store import COMPANY, FINAL, WHO, Lock, State, Store, StoredJob, hold_runner, size_of, storage_failure
 from .wire import NOT_OURS, Reply
 
 IDLE_LIMIT = 3600.0
@@ -52,9 +52,6 @@ SKIPPED = 64 << 20
 MEANING_SECONDS = 5.0
 """Seconds that buildah may take to say what the names of all images of a result mean, before it is given as it is; less
 than another client waits for the job's lock."""
-
-COMPANY = 60.0
-"""Seconds for which a client that has asked for a job counts as still waiting for it."""
 
 PIPE = 1 << 20
 """Bytes that may be under way between us and sshd, each way; more is root's privilege."""
@@ -122,6 +119,8 @@ class Session:
             return self._prune(**header), None
         if operation == "run":
             return self._run(**header)
+        if operation == "list":
+            return self._list(**header), None
         raise RunnerError(f"The runner does not know the operation {operation!r}.", NOT_OURS)
 
     def _hello(self) -> Reply:
@@ -175,6 +174,7 @@ class Session:
         base: str = "auto",
         python: str | None = None,
         again: bool = False,
+        who: str = "",
     ) -> Reply:
         """Take a job: start it, join it where it runs already, or say what it still lacks.
 
@@ -190,6 +190,7 @@ class Session:
             base: where Debian's base images come from.
             python: the version (major.minor) that a pickled function needs.
             again: start anew even if the last attempt failed and nobody has seen it.
+            who: whom people know the client as.
 
         Returns:
             `state` and `attempt`, or `missing` (SHA-256 and bytes already here of each) and `trees_wanted`. `valid`:
@@ -202,7 +203,8 @@ class Session:
         if hashlib.sha256(text).hexdigest() != digest:
             raise RunnerError(f"The description of job {digest} is not the one that its name stands for.", NOT_OURS)
         lock = _take_or_join(stored)
-        stored.touch_client(client)
+        who = str(who)[:WHO]
+        stored.touch_client(client, who)
         stored.forget_old_clients()
         if lock is None:
             return _told(stored.written_state())
@@ -232,7 +234,7 @@ class Session:
             if missing or trees is None:
                 return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
             write_bytes(stored.folder / "job.json", text)
-            attempt = stored.begin_attempt({"trees": trees, "time_limit": time_limit, "base": base})
+            attempt = stored.begin_attempt({"trees": trees, "time_limit": time_limit, "base": base, "who": who})
             self._start_supervisor(stored, attempt, lock)
             return {"state": "queued", "attempt": attempt, "started": True, "expired": expired}
         finally:
@@ -304,7 +306,8 @@ class Session:
     ) -> Answer:
         """Give the log from an offset and the state; wait up to `wait` seconds for news: that is also another `now`.
 
-        The state is read before the log, so that a final state comes with the end of the log.
+        The state is read before the log, so that a final state comes with the end of the log. Who looks on without a
+        name (`client` is empty) does not wait for the job, has not seen how it ended, and gets no outputs.
         """
         stored = self.store.job(digest)
         stored.touch_client(client)
@@ -316,7 +319,7 @@ class Session:
             return {**_told(state), "log_size": 0}, None
         if state["state"] in ("queued", "running"):
             state["now"] = self._now(stored, attempt)
-        return self._with_end(_told(state), stored, attempt, offset)
+        return self._with_end(_told(state), stored, attempt, offset, bool(client))
 
     def _wait(self, stored: StoredJob, attempt: str, until: float, is_enough: Callable[[int], bool]) -> State:
         """Wait until an attempt is over, the log's size is enough, or it is `until` (monotonic); return the state.
@@ -337,17 +340,17 @@ class Session:
                 os.close(self._alive.pop(attempt))
             pause = min(pause * 1.5, 0.25)
 
-    def _with_end(self, reply: Reply, stored: StoredJob, attempt: str, offset: int) -> Answer:
+    def _with_end(self, reply: Reply, stored: StoredJob, attempt: str, offset: int, waits: bool = True) -> Answer:
         """Return an answer with the log from an offset on, and, where it ends with that, the outputs that are small.
 
         The body is the log's part, `log` bytes long, and the outputs one after the other; `contents` has the name and
-        the size in bytes of each.
+        the size in bytes of each. For a client that does not wait for the job there is the log only.
         """
         size = size_of(stored.log)
         log = _part_of(stored.log, offset, min(size - offset, LOG_CHUNK)) if size > offset else b""
         reply = {**reply, "log": len(log), "log_size": size}
         body = [log]
-        if reply["state"] in FINAL and offset + len(log) >= size:
+        if waits and reply["state"] in FINAL and offset + len(log) >= size:
             stored.note_seen(attempt)
             reply["notices"] = read_json(self.store.notices)
             contents = _small_outputs(stored, reply)
@@ -379,21 +382,23 @@ class Session:
 
         return {"size": size}, send
 
-    def _cancel(self, digest: str, attempt: str, client: str) -> Reply:
+    def _cancel(self, digest: str, attempt: str, client: str, force: bool = False) -> Reply:
         """Stop an attempt, unless another client waits for the same job; wait a while until it has ended.
 
         Args:
             digest: the job.
             attempt: which; empty for whichever is queued or running.
             client: who asks.
+            force: stop it all the same; whoever waits then still has to be told.
 
         Returns:
-            `others`, how many wait for the job, and `state`: `running` where it has not ended in time.
+            `others`, who waits for the job and keeps it from being stopped, and `state`: `running` where it has not
+            ended in time.
         """
         stored = self.store.job(digest)
         stored.forget_client(client)
         others = stored.other_clients(client, COMPANY)
-        if others:
+        if others and not force:
             return {"state": stored.state()["state"], "others": others}
         asked = ""
         until = time.monotonic() + CANCEL_SECONDS
@@ -410,11 +415,11 @@ class Session:
                 break
             time.sleep(0.05)
         if current != wanted:
-            return {"state": "lost" if current else "absent", "others": 0}  # another attempt took its place
+            return {"state": "lost" if current else "absent", "others": []}  # another attempt took its place
         state = stored.state()
-        if state["state"] == "cancelled":
+        if state["state"] == "cancelled" and not others:
             stored.note_seen(wanted)
-        return {"state": "running" if state["state"] == "queued" else state["state"], "others": 0}
+        return {"state": "running" if state["state"] == "queued" else state["state"], "others": []}
 
     def _discard(self, digest: str, attempt: str) -> Reply:
         """Look whether the outputs still are what they were, and forget the result where they are not."""
@@ -433,6 +438,12 @@ class Session:
             return {"discarded": True}
         finally:
             lock.release()
+
+    def _list(self, skip: int, limit: int, prefix: str) -> Reply:
+        """Say which jobs there are; see `listing`."""
+        from .listing import listing  # seldom needed
+
+        return listing(self.store, int(skip), int(limit), str(prefix))
 
     def _prune(self, older: float | None, size: int | None, keep: int | None, images: bool) -> Reply:
         """Remove what a policy says, for as long as a client may wait for an answer; `more`: ask again for the rest.

@@ -3,14 +3,14 @@
 <cache>/gamebear/v1/            mode 0700
     blobs/<sha256>              inputs; every use checks the content, so they need no sync
     jobs/<digest>/job.json      the canonical text; its SHA-256 is the digest
-                  order.json    what this attempt needs besides: the blobs of the sources, the time limit
+                  order.json    what this attempt needs besides: the blobs of the sources, the time limit; and who asked
                   images        the ids of the images that were used, one a line
                   lock          held (flock) by the supervisor for as long as it lives
                   state.json    see `State`; written aside, synced, renamed
                   log           bytes, only ever appended to within one attempt
                   cancel-<attempt>  there when somebody asked to stop that attempt; empty, for a disk may be full
                   seen-<attempt>  there when a client was told how that attempt ended
-                  clients/<id>  touched while that client follows the job
+                  clients/<id>  touched while that client follows the job; who it is
                   work/         the program's folder while it runs
                   out-<attempt>/<name>  the outputs
     live/<digest>               there from before a job starts until it has been cleaned up after
@@ -45,6 +45,12 @@ FINAL = ("done", "failed", "cancelled")
 
 CLIENT_KEPT = 86400.0
 """Seconds after which a client that was never heard of again is forgotten."""
+
+WHO = 200
+"""The most bytes of what a client says of who it is."""
+
+COMPANY = 60.0
+"""Seconds for which a client that has asked for a job counts as still waiting for it."""
 
 CLOCK_STEP = 5.0
 """Seconds by which a clock may be put right between two looks at it, and nothing is made of it."""
@@ -323,13 +329,16 @@ class StoredJob:
         """Say whether a client was told how an attempt ended."""
         return (self.folder / f"seen-{attempt}").exists()
 
-    def touch_client(self, client: str) -> None:
-        """Note that a client follows the job now, where there is room to."""
+    def touch_client(self, client: str, who: str = "") -> None:
+        """Note that a client follows the job now, where there is room to; and who it is, as people know it."""
         if is_file_name(client):
             folder = self.folder / "clients"
             with contextlib.suppress(OSError):
                 folder.mkdir(mode=0o700, exist_ok=True)
-                (folder / client).touch()
+                if who:
+                    (folder / client).write_text(who, "utf-8", "backslashreplace")
+                else:
+                    (folder / client).touch()
                 os.utime(folder)  # by which a prune sees that the job was used
 
     def touch(self) -> None:
@@ -344,18 +353,19 @@ class StoredJob:
             with contextlib.suppress(OSError):
                 (self.folder / "clients" / client).unlink()
 
-    def other_clients(self, client: str, within: float) -> int:
-        """Count the other clients that followed the job within the last `within` seconds.
+    def other_clients(self, client: str, within: float) -> list[str]:
+        """Return who else followed the job within the last `within` seconds; "" for one that did not say who it is.
 
         A stamp from the future is from before somebody put the clock back, and says nothing.
         """
-        count = 0
+        found = []
         with contextlib.suppress(OSError):
             for path in (self.folder / "clients").iterdir():
                 age = time.time() - path.stat().st_mtime
                 if path.name != client and -CLOCK_STEP <= age < within:
-                    count += 1
-        return count
+                    with path.open("rb") as file:
+                        found.append(file.read(WHO).decode("utf-8", "replace"))
+        return found
 
     def last_use(self) -> float:
         """Return when the job was last asked for, followed, or changed its state, in seconds since 1970."""
