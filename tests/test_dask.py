@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import signal
@@ -317,6 +318,19 @@ def test_a_client_that_dies_leaves_its_job_and_the_next_doit_finds_it(shelf: Clu
     (project.folder / "go").touch()
     assert again.wait(60) == 0, said(project)
     assert begun(project) == 1
+
+
+def test_the_jobs_of_all_workers_are_listed_and_one_is_cancelled(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    waiting(project)
+    client = project.start()
+    wait_for(lambda: "begin" in said(project))
+    entry = json.loads(project.doit("jobs", "--json").ok().out)[0]
+    assert (entry["state"], entry["program"]) == ("running", "x.py")
+    assert entry["where"].startswith("tcp://") and entry["where"] != shelf.address
+    project.doit("jobs", "cancel", entry["digest"], "--force").ok()
+    assert client.wait() != 0
+    assert "x.py was cancelled on dask://" in said(project)
 
 
 def test_a_failure_says_where_and_shows_the_log(shelf: Cluster, tmp_path: Path) -> None:
