@@ -151,8 +151,9 @@ def imported_names(path: str) -> str:
     try:
         about = os.stat(path)
     except OSError as error:
+        name = path if path.isprintable() else repr(path)
         raise SettingsError(
-            f"The buildscript {path} cannot be read: {error.strerror}.", "Its path is relative to dodo.py's folder."
+            f"The buildscript {name} cannot be read: {error.strerror}.", "Its path is relative to dodo.py's folder."
         ) from error
     version = _version(about)
     known = _files.get(path)
@@ -204,7 +205,9 @@ def _read_names(path: str) -> str:
             warnings.simplefilter("ignore")  # they are for the log of the run
             tree = ast.parse(Path(path).read_bytes(), "script")
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}.", "It has to be a file.") from error
+        raise SettingsError(
+            f"{path} cannot be read: {error.strerror}.", "It has to be a file that you may read."
+        ) from error
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f", line {error.lineno}," if isinstance(error, SyntaxError) and error.lineno else ""
         what = error.msg if isinstance(error, SyntaxError) else error

@@ -163,4 +163,7 @@ def _hashed(path: Path) -> tuple[str, bool]:
         with path.open("rb", buffering=0) as file:
             return sha256(file), bool(os.fstat(file.fileno()).st_mode & 0o100)
     except OSError as error:
-        raise JobError(f"{path} cannot be read: {error.strerror}.", "A job needs all of its files.") from error
+        raise JobError(
+            f"{path} cannot be read: {error.strerror}.",
+            "A job needs all of its files: mend its path or its permissions.",
+        ) from error

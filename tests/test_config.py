@@ -93,90 +93,20 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
     assert value("arch") == "armhf"
 
 
-ARCHS = "There are: amd64, arm64, armel, armhf, i386, loong64, ppc64el, riscv64, s390x."
-REFUSED = [
-    (
-        "builder",
-        "a\nb",
-        "The setting builder is 'a\\nb', which is no text of one line (from {}). Leave it out, or give it one.",
-    ),
-    (
-        "builder",
-        "armhf=,arm64=ssh://b",
-        "The setting builder names no builder for armhf (from {}). Leave armhf out, or say armhf=local:.",
-    ),
-    ("arch", "armv7l", "No architecture is called 'armv7l' (from {}). Debian calls it armhf."),
-    ("arch", "aarch64", "No architecture is called 'aarch64' (from {}). Debian calls it arm64."),
-    ("arch", "x86_64", "No architecture is called 'x86_64' (from {}). Debian calls it amd64."),
-    ("arch", "arm", f"No architecture is called 'arm' (from {{}}). {ARCHS}"),
-    ("base", "docker", "The setting base is 'docker' (from {}). It may be auto or registry or bootstrap."),
-    ("interrupt", "ignore", "The setting interrupt is 'ignore' (from {}). It may be cancel or detach."),
-    ("patience", "a while", "The setting patience is 'a while' (from {}). Give it a number of seconds."),
-    ("patience", "-1", "The setting patience is '-1' (from {}). Give it a number of seconds."),
-    ("time_limit", "inf", "The setting time_limit is 'inf' (from {}). Give it a number of seconds."),
-    ("time_limit", "nan", "The setting time_limit is 'nan' (from {}). Give it a number of seconds."),
-]
-
-
-@pytest.mark.parametrize(("name", "given", "said"), REFUSED)
-def test_a_value_that_makes_no_sense_is_refused_and_where_it_was_set_is_said(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str, said: str
-) -> None:
-    pyproject(folder, f"[tool.gamebear]\n{name} = {json.dumps(given)}\n")
+def test_where_a_value_that_makes_no_sense_was_set_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "No architecture is called 'armv7l' (from {}). Debian calls it armhf."
+    pyproject(folder, '[tool.gamebear]\narch = "armv7l"\n')
     assert refusal() == said.format("[tool.gamebear] in pyproject.toml")
-    monkeypatch.setenv(f"GAMEBEAR_{name.upper()}", given)
-    assert refusal() == said.format(f"GAMEBEAR_{name.upper()}")
-    doit_cmd.set_var(name, given)
-    assert refusal() == said.format(f"the doit variable {name}")
+    monkeypatch.setenv("GAMEBEAR_ARCH", "armv7l")
+    assert refusal() == said.format("GAMEBEAR_ARCH")
+    doit_cmd.set_var("arch", "armv7l")
+    assert refusal() == said.format("the doit variable arch")
 
 
 def refusal() -> str:
     with pytest.raises(SettingsError) as caught:
         settings()
     return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (
-            "builder = 5",
-            "The setting builder is 5, which is no text of one line (from {}). Leave it out, or give it one.",
-        ),
-        (
-            "arch = true",
-            "The setting arch is True, which is no text of one line (from {}). Leave it out, or give it one.",
-        ),
-        ("base = ['auto']", "The setting base is ['auto'] (from {}). It may be auto or registry or bootstrap."),
-        ("patience = true", "The setting patience is True (from {}). Give it a number of seconds."),
-        ("patience = inf", "The setting patience is inf (from {}). Give it a number of seconds."),
-        (
-            "time_limit = 2026-01-01",
-            "The setting time_limit is datetime.date(2026, 1, 1)",
-        ),
-        (
-            "bulider = 'local:'",
-            "{} sets 'bulider', which is no setting. There are: arch, base, builder, interrupt,",
-        ),
-    ],
-)
-def test_pyproject_is_checked_for_types_and_unknown_keys(folder: Path, text: str, said: str) -> None:
-    pyproject(folder, f"[tool.gamebear]\n{text}\n")
-    assert refusal().startswith(said.format("[tool.gamebear] in pyproject.toml"))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"[tool.gamebear\n", "pyproject.toml cannot be read: Expected ']' at the end of a table declaration"),
-        (b"\xff\xfe", "pyproject.toml cannot be read: 'utf-8' codec can't decode"),
-        (b"[tool]\ngamebear = 5\n", "[tool.gamebear] in pyproject.toml is not a table."),
-    ],
-)
-def test_a_damaged_pyproject_is_one_paragraph(folder: Path, content: bytes, said: str) -> None:
-    (folder / "pyproject.toml").write_bytes(content)
-    assert refusal().startswith(said)
-    assert "\n" not in refusal()
 
 
 def test_a_tool_that_is_no_table_is_nothing_of_ours(folder: Path) -> None:

@@ -285,13 +285,6 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     made[1].ok()
 
 
-def test_a_prune_that_is_not_told_what_may_go_says_what_to_tell_it(tmp_path: Path, fresh_home: Path) -> None:
-    job = Job(tmp_path, fresh_home)
-    job.project.doit("prune").failed("does not say what may go", "--older DAYS")
-    job.project.doit("prune", "--size", "5 pounds").failed("--size is '5 pounds'", "such as 500M or 5G")
-    job.project.doit("prune", "--older", "-1").failed("--older is '-1'", "a number of days")
-
-
 def test_a_bare_doit_of_our_own_project_does_not_prune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     dodo = runpy.run_path("dodo.py")

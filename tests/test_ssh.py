@@ -18,7 +18,7 @@ from sshd import Account, Sshd, client_home, fingerprint, new_key, public
 
 from gamebear_tasks import builders
 from gamebear_tasks.builders import local, ssh, ssh_config, ssh_hosts
-from gamebear_tasks.builders.ssh import SSHChannel, SSHConnection, open_builder
+from gamebear_tasks.builders.ssh import SSHChannel, SSHConnection
 from gamebear_tasks.builders.ssh_config import Address
 from gamebear_tasks.errors import BuilderBusy, BuilderError, BuilderLost, SettingsError
 
@@ -125,33 +125,6 @@ def test_a_url_names_a_user_a_host_and_a_port(url: str, address: Address) -> Non
 
 
 @pytest.mark.parametrize(
-    ("url", "complaint"),
-    [
-        ("ssh://", "names no host"),
-        ("ssh://pi@", "names no host"),
-        ("ssh://pi@host/srv", "has a path"),
-        ("ssh://pi@host?x=1", "has a path, a query"),
-        ("ssh://pi:secret@host", "has a password"),
-        ("ssh://host:0", "'0' for a port"),
-        ("ssh://host:65536", "'65536' for a port"),
-        ("ssh://host:http", "'http' for a port"),
-        ("ssh://-oProxyCommand=x", "'-oProxyCommand=x', that is neither"),
-        ("ssh://host name", "neither a name nor an address"),
-        ("ssh://-l@host", "has a user, '-l'"),
-        ("ssh://$(id)@host", "has a user"),
-        ("ssh://::1", "no host that can be understood"),
-        ("ssh://[a:b c]", "neither a name nor an address"),
-        ("ssh://host\n", "neither a name nor an address"),
-        ("http://host", "is not an SSH address"),
-    ],
-)
-def test_a_url_that_makes_no_sense_is_refused_before_anything_is_tried(url: str, complaint: str) -> None:
-    with pytest.raises(SettingsError) as caught:
-        open_builder(url)
-    assert complaint in str(caught.value)
-
-
-@pytest.mark.parametrize(
     "url",
     [
         "ssh://pi:secret@host",
@@ -236,11 +209,6 @@ def test_without_ssh_a_number_that_is_none_is_told(tmp_path: Path, monkeypatch: 
     without_ssh(tmp_path, monkeypatch)
     keyword, value = line.lower().split()
     assert f"for pi has '{value}' for {keyword}, which must be a number" in refusal("ssh://pi", SettingsError)
-
-
-def test_a_damaged_configuration_is_told_in_the_words_of_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure(come_from(client_home(tmp_path), monkeypatch), "Host pi\n Prot 22\n")
-    assert "Bad configuration option: prot" in refusal("ssh://pi", SettingsError)
 
 
 def test_an_alias_leads_where_the_configuration_says(server: Sshd, home: Path, connect: Connect) -> None:
@@ -470,16 +438,6 @@ def certify(authority: Path, key: Path, principal: str, *options: str) -> Path:
     return key.with_name(key.name + "-cert.pub")
 
 
-def test_an_encrypted_key_without_a_terminal_asks_for_ssh_add(server: Sshd, home: Path) -> None:
-    key = home / ".ssh" / "id_ed25519"
-    key.unlink()
-    (home / ".ssh" / "id_ed25519.pub").unlink()
-    server.authorize(new_key(key, passphrase="secret"))
-    text = refusal(server.url)
-    assert "no terminal to ask" in text
-    assert f"ssh-add {key}" in text
-
-
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
     """Let a person sit there who gives these answers; returns what is asked."""
     from gamebear_tasks.builders import ssh_login
@@ -550,35 +508,12 @@ def set_password_field(account: Account, field: str) -> None:
     subprocess.run(["usermod", "-p", field, account.name], check=True, capture_output=True)
 
 
-def test_a_key_that_the_builder_does_not_know_is_named_with_the_way_to_put_it_there(server: Sshd, home: Path) -> None:
-    server.authorize()
-    key = home / ".ssh" / "id_ed25519"
-    text = refusal(server.url)
-    assert f"does not let {server.account.name} in" in text
-    assert f"{key} {fingerprint(key)}" in text
-    assert f"`ssh-copy-id -i {key} -p {server.port} {server.account.name}@127.0.0.1`" in text
-
-
 def test_a_locked_account_is_refused_with_a_word_about_locks(server: Sshd, home: Path) -> None:
     set_password_field(server.account, "!")
     try:
         assert "see that the account is not locked" in refusal(server.url)
     finally:
         set_password_field(server.account, "*")
-
-
-def test_who_has_no_key_is_told_how_to_make_one(server: Sshd, home: Path) -> None:
-    for file in (home / ".ssh").glob("id_*"):
-        file.unlink()
-    text = refusal(server.url)
-    assert "for want of a key" in text
-    assert "ssh-keygen" in text
-
-
-def test_a_key_that_others_can_read_is_not_used(server: Sshd, home: Path) -> None:
-    key = home / ".ssh" / "id_ed25519"
-    key.chmod(0o644)
-    assert f"others can read it; `chmod 600 {key}`" in refusal(server.url)
 
 
 # host keys
@@ -597,19 +532,6 @@ def test_an_unknown_host_key_is_refused_with_its_fingerprint_and_the_command(ser
     assert "Accepted" not in server.log
 
 
-def test_a_changed_host_key_is_refused_and_may_be_an_attack(server: Sshd, home: Path, tmp_path: Path) -> None:
-    former = new_key(tmp_path / "former")
-    known = home / ".ssh" / "known_hosts"
-    known.write_text(f"# mine\n[127.0.0.1]:{server.port} {public(former)}\n")
-    text = refusal(server.url)
-    assert "its host key has changed" in text
-    assert fingerprint(server.host_keys["ed25519"]) in text
-    assert fingerprint(former) in text
-    assert f"{known}:2" in text
-    assert "may be an attack" in text
-    assert f"`ssh-keygen -R '[127.0.0.1]:{server.port}' -f {known}`" in text
-
-
 def test_keys_of_the_plain_name_are_good_on_a_port_only_while_it_has_none_of_that_kind(
     server: Sshd, home: Path, tmp_path: Path, connect: Connect
 ) -> None:
@@ -624,19 +546,6 @@ def test_keys_of_the_plain_name_are_good_on_a_port_only_while_it_has_none_of_tha
     text = refusal(server.url)
     assert "its host key has changed" in text
     assert f"{known}:2" in text
-
-
-def test_a_revoked_host_key_is_refused(server: Sshd, home: Path) -> None:
-    with (home / ".ssh" / "known_hosts").open("a") as file:
-        file.write(f"@revoked * {public(server.host_keys['ed25519'])}\n")
-    assert "is marked as revoked" in refusal(server.url)
-
-
-def test_a_host_key_on_the_list_of_revoked_ones_is_refused(server: Sshd, home: Path) -> None:
-    revoked = home / "revoked"
-    revoked.write_text(f"{public(server.host_keys['ed25519'])}\n")
-    configure(home, f"RevokedHostKeys {revoked}\n")
-    assert "is marked as revoked" in refusal(server.url)
 
 
 def test_hashed_names_are_understood(server: Sshd, home: Path, connect: Connect) -> None:
@@ -661,12 +570,6 @@ def test_a_server_with_several_host_keys_shows_the_one_that_is_known(
     only = f"[127.0.0.1]:{server.port} {public(server.host_keys[kind])}\n"
     (home / ".ssh" / "known_hosts").write_text(only)
     assert run(connect(server.url), "echo in") == "in\n"
-
-
-def test_a_host_key_of_another_kind_than_the_known_one_is_refused(server: Sshd, home: Path, tmp_path: Path) -> None:
-    former = new_key(tmp_path / "former", "ecdsa")
-    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {public(former)}\n")
-    assert "Only keys of another kind are known for it" in refusal(server.url)
 
 
 @pytest.fixture
@@ -755,11 +658,6 @@ def test_a_builder_behind_a_jump_host_is_reached_and_both_host_keys_are_checked(
     assert server.connections == 1
 
 
-def test_jump_hosts_in_a_circle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure(come_from(client_home(tmp_path), monkeypatch), "Host a\n ProxyJump b\nHost b\n ProxyJump a\n")
-    assert "goes round in a circle" in refusal("ssh://a", SettingsError)
-
-
 PIPE = """
 import os, socket, sys, threading
 there = socket.create_connection((sys.argv[1], int(sys.argv[2])))
@@ -795,10 +693,6 @@ def test_a_builder_that_is_not_there_may_be_tried_again(home: Path, server: Sshd
     assert f"127.0.0.1 port {server.port}: connection refused" in refusal(server.url, BuilderLost)
     server.start()
     SSHConnection(server.url).close()
-
-
-def test_an_unknown_host_name_may_be_tried_again(home: Path) -> None:
-    assert "no host builder.invalid is known here" in refusal("ssh://pi@builder.invalid", BuilderLost)
 
 
 def test_a_builder_that_takes_connections_and_says_nothing_is_given_up(home: Path) -> None:

@@ -234,7 +234,9 @@ class SSHConnection:
             closed_at_once = "banner" in text and time.monotonic() - start < host.connect_timeout
             raise (BuilderCrowded if closed_at_once or transport.farewell else BuilderLost)(
                 f"{place} cannot be reached: {why}{proxy}.",
-                "" if proxy else "It may be starting up, or have too many connections at once (MaxStartups).",
+                "See what ProxyCommand or ProxyJump does in ~/.ssh/config."
+                if proxy
+                else "It may be starting up, or have too many connections at once (MaxStartups).",
             ) from error
 
     def _check_host_key(

@@ -212,7 +212,7 @@ def user(
             f"{where}: its password= is no hash of a password.",
             "Never write a password into dodo.py: `openssl passwd -6` asks for one and prints the hash to write there.",
         )
-    if isinstance(authorized_keys, str | PurePath):
+    if isinstance(authorized_keys, str | PurePath) or not isinstance(authorized_keys, Iterable):
         raise SettingsError(f"{where}: authorized_keys= is a list.", "Put the one key in brackets.")
     return User(name, password, tuple(_key(key, where) for key in authorized_keys), texts("groups", groups, where))
 

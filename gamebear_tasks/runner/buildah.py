@@ -30,6 +30,9 @@ from .arch import ARCHITECTURES
 from .emulation import PROBE_SECONDS, emulated
 from .files import RunnerError, locked
 
+REASON = 400
+"""Characters that are told of why no container runs; buildah says many more."""
+
 RECIPE = 2
 """Version of the probe; another number makes every builder probe again."""
 
@@ -530,9 +533,8 @@ def _probe(root: Path) -> Facts:
             "The builder's buildah does not start without netavark, not even for containers without a network.",
             "Install it there: sudo apt install netavark",
         )
-    details = "; ".join(dict.fromkeys(failures))
     raise RunnerError(
-        f"No container can be run on the builder ({details}).",
+        f"No container can be run on the builder, in {len(failures)} ways; the plainest is {failures[-1][:REASON]}.",
         "Inside another container, that one must be allowed to mount and to make namespaces "
         "(for example --privileged); on a machine of its own, see that `buildah unshare true` works.",
     )

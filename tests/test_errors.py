@@ -1,0 +1,233 @@
+"""What a person can get wrong (the table in `errors.py`): the text that they see, to the letter; never a traceback."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doit import doit_cmd
+from errors import DODO, DOIT, IMAGES, LONGEST, PERMISSIONS, PYPROJECT, SCRIPTS, SETTINGS, SOURCES, SSH, Row
+from project import OUR_FRAMES, Project
+from sshd import Sshd, new_key, public
+from warm import Warm
+
+import gamebear_tasks
+from gamebear_tasks.builders import open_builder
+from gamebear_tasks.builders.ssh import SSHConnection
+from gamebear_tasks.config import settings
+from gamebear_tasks.errors import GamebearError
+
+LOCK = threading.Lock()
+
+
+def locked() -> None:
+    """Be a function that cannot be sent."""
+    LOCK.acquire()
+
+
+LOOP: dict[str, object] = {}
+LOOP["a"] = LOOP
+
+FILES = {
+    "x.py": "import shutil; shutil.copy('in', 'x')\n",
+    "bad.py": "a = 1\nc.run(\n",
+    "tabs.py": "if a:\n\tb()\n        c()\n",
+    "with_modules.py": "import mod, pkg.deep\n",
+    "mod.py": "",
+    "pkg/deep.py": "",
+    "in": "",
+    "folder/file": "",
+    "build/file": "",
+}
+
+
+def ids(row: Row) -> str:
+    """Name a test after what the person did."""
+    return re.sub(r"\W+", "-", row.did)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's folder while its dodo.py is loaded, without variables of doit's."""
+    made = Project(tmp_path / "project", home=tmp_path / "home")
+    for name, text in FILES.items():
+        made.write(name, text)
+    monkeypatch.chdir(made.folder)
+    monkeypatch.setattr(doit_cmd, "_CMDLINE_VARS", {})
+    return made.folder
+
+
+def failure(attempt: Callable[[], object]) -> tuple[str, str]:
+    """Return what an attempt says and what it says to do."""
+    with pytest.raises(GamebearError) as caught:
+        attempt()
+    return caught.value.message, caught.value.hint
+
+
+def check(row: Row, said: tuple[str, str], *replaced: tuple[str, str]) -> None:
+    """See that what was said is what the table has, but for what differs from place to place."""
+    for text, other in replaced:
+        said = said[0].replace(text, other), said[1].replace(text, other)
+    assert said == (row.says, row.do)
+    assert "secret" not in row.says
+
+
+def with_settings(what: str) -> None:
+    for part in re.split(r" (?=\w+=)", what):
+        doit_cmd.set_var(*part.split("=", 1))
+    chosen = settings()
+    open_builder(chosen.builder_for(chosen.arch))
+
+
+@pytest.mark.parametrize("row", SETTINGS, ids=ids)
+def test_a_setting_that_makes_no_sense(folder: Path, row: Row) -> None:
+    check(row, failure(lambda: with_settings(row.what)))
+
+
+@pytest.mark.parametrize("row", PYPROJECT, ids=ids)
+def test_a_pyproject_that_makes_no_sense(folder: Path, row: Row) -> None:
+    (folder / "pyproject.toml").write_text(f"[tool.gamebear]\n{row.what}\n" if "[tool" not in row.what else row.what)
+    check(row, failure(settings))
+
+
+@pytest.mark.parametrize("row", [*DODO, *SOURCES, *IMAGES], ids=ids)
+def test_a_dodo_that_makes_no_sense(folder: Path, row: Row) -> None:
+    names = {**vars(gamebear_tasks), "locked": locked, "LOOP": LOOP}
+    names |= {name: getattr(gamebear_tasks, name) for name in gamebear_tasks.__all__}
+    check(row, failure(lambda: eval(row.what, names)))
+
+
+# through doit
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """A doit that starts at once."""
+    made = Warm()
+    yield made
+    made.close()
+
+
+def said_by_doit(text: str) -> str:
+    """Return what is left of doit's output without its own lines."""
+    lines = [
+        line for line in text.splitlines() if line and not re.match(r"\.  |-- |TaskError - |TaskFailed - |#+$", line)
+    ]
+    return "\n".join(lines).removeprefix("ERROR: ")
+
+
+@pytest.mark.parametrize("row", DOIT, ids=ids)
+def test_a_run_that_cannot_be(folder: Path, tmp_path: Path, warm: Warm, row: Row) -> None:
+    project = Project(folder, home=tmp_path / "home", PYTHONDONTWRITEBYTECODE="1")
+    task, _, command = row.what.rpartition(" → doit ")
+    project.write(
+        "dodo.py",
+        f"from gamebear_tasks import *\ndef task_x():\n    return {task}\n",
+    )
+    if row.lock:
+        project.write("gamebear.lock", row.lock)
+    run = warm.doit(folder, project.environment, *command.split())
+    assert run.status != 0 and not OUR_FRAMES.search(run.text), run.text
+    said = said_by_doit(run.text)
+    assert said == f"{row.says} {row.do}"
+
+
+WITHOUT_RIGHTS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
+"""For root to be refused what files do not allow."""
+
+
+@pytest.mark.parametrize("row", PERMISSIONS, ids=ids)
+def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row) -> None:
+    project = Project(folder, home=tmp_path / "home")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n\n"
+        "def task_x():\n    return artifact('x.py', inputs=['in'], outputs=['build/x'])\n",
+    )
+    variables = {}
+    if row.what.startswith("PATH="):
+        variables["PATH"] = row.what[5:]
+    else:
+        subprocess.run(["sh", "-e", "-c", row.what], cwd=folder, check=True)
+    done = subprocess.run(
+        [str(shutil.which("setpriv")), *WITHOUT_RIGHTS, "--", *project.command("x")],
+        cwd=folder,
+        env={**project.environment, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and not OUR_FRAMES.search(said), said
+    said = said_by_doit(said).replace(str(tmp_path / "home"), "~")
+    assert said == f"{row.says} {row.do}"
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What is said of each of the scripts, all of them built by one run of doit."""
+    folder = tmp_path_factory.mktemp("scripts")
+    project = Project(folder / "project", home=folder / "home")
+    (project.home / ".config" / "gamebear").mkdir(parents=True)
+    (project.home / ".config" / "gamebear" / "builder.json").write_text('{"slots": 4}')
+    tasks = "from gamebear_tasks import artifact\n"
+    for number, row in enumerate(SCRIPTS):
+        project.write(f"s{number}.py", row.what)
+        task = f"artifact('s{number}.py', outputs=['build/{number}/out'])"
+        tasks += f"def task_s{number}(): return {{**{task}, 'verbosity': 0}}\n"
+    project.write("dodo.py", tasks)
+    run = project.doit("--continue", "-n", "4", "-P", "thread").failed()
+    texts = re.findall(r"s(\d+)\.py, built by local:, failed\. (.*)", run.text)
+    return {SCRIPTS[int(number)].did: text for number, text in texts}
+
+
+@pytest.mark.parametrize("row", SCRIPTS, ids=ids)
+def test_a_script_that_fails(told: dict[str, str], row: Row) -> None:
+    assert re.sub(r"\bs\d+\.py\b", "x.py", told[row.did]) == f"{row.says} {row.do}".strip()
+
+
+# over SSH
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Keys that the builder knows nothing of."""
+    folder = tmp_path_factory.mktemp("keys")
+    return {"other": new_key(folder / "other"), "ecdsa": new_key(folder / "ecdsa", "ecdsa")}
+
+
+def encrypt(key: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", str(key)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("row", SSH, ids=ids)
+def test_a_connection_that_cannot_be(
+    row: Row, server: Sshd, home: Path, keys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "home"
+    shutil.copytree(home / ".ssh", own / ".ssh")
+    monkeypatch.setenv("HOME", str(own))
+    url = {"user": server.account.name, "host": "127.0.0.1", "port": str(server.port)}
+    names: dict[str, Any] = {
+        **keys, "server": server, "home": own, "url": url, "encrypt": encrypt, "public": public, "shutil": shutil,
+        "host": f"[127.0.0.1]:{server.port}", "key": own / ".ssh" / "id_ed25519",
+        "config": own / ".ssh" / "config", "known_hosts": own / ".ssh" / "known_hosts",
+    }  # fmt: skip
+    exec(row.what, names)
+    says, do = failure(lambda: SSHConnection("ssh://{user}@{host}:{port}".format(**url)))
+    both = [re.sub(r"SHA256:[\w+/]{43}", "SHA256:…", text) for text in (says, do)]
+    place = [(server.account.name, "pi"), ("127.0.0.1", "buildpi"), (str(server.port), "2222"), (str(own), "~")]
+    check(row, (both[0], both[1]), *place)
+
+
+def test_every_text_says_what_to_do_and_what_each_row_did_is_told_once() -> None:
+    rows = [*SETTINGS, *PYPROJECT, *DODO, *SOURCES, *IMAGES, *DOIT, *PERMISSIONS, *SSH]
+    assert all(row.do and row.says.endswith((".", ")", "…")) for row in rows)
+    assert all(len(row.says) < LONGEST for row in rows)
+    assert len({row.did for row in rows}) == len(rows)
