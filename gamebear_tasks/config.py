@@ -50,6 +50,10 @@ class Settings:
         """The URLs of all builders that are set."""
         return tuple(dict.fromkeys(_by_architecture(self.builder).values()))
 
+    def architectures_of(self, url: str) -> tuple[str, ...]:
+        """Return the architectures that a builder is to build for: those it is set for, else that of the run."""
+        return tuple(arch or self.arch for arch, other in _by_architecture(self.builder).items() if other == url)
+
     def builder_for(self, arch: str) -> str:
         """Return the URL of the builder for an architecture; raises SettingsError where none is set."""
         builders = _by_architecture(self.builder)

@@ -45,6 +45,18 @@ class BuilderCrowded(BuilderLost):
     """The builder is there, but takes no further connection now (sshd's `MaxStartups`); it may in a moment."""
 
 
+class HostKeyError(BuilderError):
+    """The builder is not known to be the one that it says it is."""
+
+
+class LogInError(BuilderError):
+    """The builder is there, and does not let us in."""
+
+
+class PythonError(BuilderError):
+    """The builder lets us in, and has no Python that runs the runner."""
+
+
 class JobError(GamebearError):
     """A job ran and failed, was cancelled, or its result cannot be used."""
 

@@ -28,6 +28,7 @@ NEEDED = {
     "newuidmap": "uidmap",
     "sfdisk": "fdisk",
     "sshd": "openssh-server",
+    "sudo": "sudo",
     "systemctl": "systemd",
     "update-binfmts": "binfmt-support",
     "qemu-arm-static": "qemu-user-static",

@@ -116,13 +116,13 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     ],
 )
 def test_a_disk_that_is_nearly_full_is_told(mounted: Callable[[str], Path], options: str, words: list[str]) -> None:
-    found = costs.notices(mounted(options), GOOD)
+    found = list(costs.notices(mounted(options), GOOD).values())
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
 def test_a_builder_without_namespaces_is_told(mounted: Callable[[str], Path]) -> None:
-    (found,) = costs.notices(mounted("size=2G"), dataclasses.replace(GOOD, pid_namespace=False))
+    (found,) = costs.notices(mounted("size=2G"), dataclasses.replace(GOOD, pid_namespace=False)).values()
     assert "no PID namespace to be had" in found and "--privileged" in found
 
 

@@ -305,6 +305,44 @@ class Listed(Protocol):
         ...
 
 
+@runtime_checkable
+class Examined(Protocol):
+    """What a builder may have besides: it says what it is and has, and can be mended, for `doit doctor`."""
+
+    def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
+        """Say what the builder is and has, as `runner/examine.py` does; nothing is changed by it.
+
+        Args:
+            arches: the architectures that are wanted of it, by Debian's names.
+            base: where Debian's base images come from.
+
+        Raises:
+            BuilderError: it cannot be asked; which kind tells how far we got.
+        """
+        ...
+
+    def execute(self, script: str, out: Callable[[bytes], object]) -> int:
+        """Run a POSIX shell's script as the account that builds, without input; return its exit status.
+
+        Args:
+            script: the script.
+            out: is given what it prints and complains of, as it comes.
+
+        Raises:
+            BuilderError: it cannot be run, or its end is not known.
+        """
+        ...
+
+
+@runtime_checkable
+class Several(Protocol):
+    """What a builder may be: several behind one name."""
+
+    def members(self) -> Mapping[str, Builder | str]:
+        """Return each of them by its name, or why it cannot be used; raises BuilderError."""
+        ...
+
+
 def shown(url: str) -> str:
     """Return a builder's URL as messages may repeat it: with … for what may hold a password."""
     match = re.match(r"([^:]*:(?://)?)(.*)@(.*)\Z", url, re.DOTALL)

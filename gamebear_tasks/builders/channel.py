@@ -44,7 +44,10 @@ class Channel(Protocol):
 
 
 class Connection(Protocol):
-    """A way to start programs on a builder, kept open for a whole run."""
+    """A way to start programs on a builder, kept open for a whole run.
+
+    One that has something to say of itself may have `described`, words by name, which `doit doctor` shows.
+    """
 
     @property
     def is_alive(self) -> bool:

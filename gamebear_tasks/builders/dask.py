@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import BuilderError, BuilderLost, SettingsError
 from ..report import notice, size
 from ..runner.arch import ARCHITECTURES
-from . import JobEntry, Order, Pruned, Sink, Status, shown
+from . import Builder, JobEntry, Order, Pruned, Sink, Status, shown
 from .channel import Connection
 from .remote import PATIENCE, RunnerBuilder
 from .session import words_of
@@ -244,6 +244,14 @@ class DaskBuilder:
                 slots += f", {size(free)} free" if isinstance(free, int) else ""
             about[item["worker"]] = slots
         return about
+
+    def members(self) -> Mapping[str, Builder | str]:
+        """Return each worker as the builder that it is, or why it cannot be used."""
+        return {
+            item["worker"]: item["error"]
+            or (self._runner(item["worker"]) if item["slots"] else "it offers no architecture (--resources)")
+            for item in self._workers()
+        }
 
     def close(self) -> None:
         """Close the connections; whoever asks afterwards opens them again."""

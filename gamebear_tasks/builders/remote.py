@@ -6,6 +6,7 @@ may be repeated, so a broken connection is mended here: connect again, ask again
 
 from __future__ import annotations
 
+import base64
 import getpass
 import os
 import platform
@@ -16,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -92,6 +94,15 @@ WAITING = 20
 
 YEAR = 366 * 86400.0
 """Seconds; no job takes longer."""
+
+EXAMINATION = 300.0
+"""Seconds for which a builder may find out what it can do; the first time, a Pi with a slow card takes a minute."""
+
+SILENT_SCRIPT = 900.0
+"""Seconds for which a script may print nothing: packages are unpacked slowly on a memory card."""
+
+MOST_FACTS = 100
+"""The most that a builder may say of itself of one kind."""
 
 TRIES = 8
 """How often a request may break off without any progress before that is the builder's fault and not the network's."""
@@ -349,6 +360,47 @@ class RunnerBuilder:
     def run_program(self, words: Sequence[str]) -> int:
         """Run a program on the builder with our terminal; return its exit status."""
         return self._attended({"op": "run", "words": list(words)})
+
+    def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
+        """Say what the builder is and has."""
+        until = time.monotonic() + EXAMINATION
+        while True:
+            header = {"op": "examine", "arches": list(arches), "base": base, "wait": FOLLOW}
+            said = self._ask(header)
+            heard = time.time()
+            if not said.get("more"):
+                break
+            if time.monotonic() > until:
+                raise BuilderError(
+                    f"{self.place} has not found out in {EXAMINATION:g} seconds what it can do.",
+                    "See what it is busy with (top, dmesg), then run doit doctor again.",
+                )
+        about: dict[str, Any] = checked(said)
+        clock = about.pop("time", None)
+        about["ahead"] = clock - heard if type(clock) in (int, float) else None
+        connection = self._connection
+        about["connection"] = dict(getattr(connection, "described", {}))
+        return about
+
+    def execute(self, script: str, out: Callable[[bytes], object]) -> int:
+        """Run a script on the builder, without a runner; return its exit status."""
+        with self._changed:
+            idle, self._idle = self._idle, []  # one may be all that it allows
+            self._open -= len(idle)
+            self._changed.notify_all()
+        for session in idle:
+            session.close()
+        packed = base64.b64encode(script.encode()).decode()
+        channel = self._connected().start(f"exec sh -c 'eval \"$(echo {packed} | base64 -d)\" 2>&1 < /dev/null'")
+        try:
+            while data := channel.receive(CHUNK, SILENT_SCRIPT):
+                out(data)
+            status = channel.exit_status(10.0)
+        finally:
+            channel.close()
+        if status is None:
+            raise BuilderLost(f"What was run on {self.place} has ended in a way that is not known.")
+        return status
 
     def _attended(self, header: Mapping[str, Any]) -> int:
         """Have a program started that takes over its session, and sit before it until it has ended."""
@@ -693,6 +745,19 @@ class _Setbacks:
                 "What it is building goes on; see what is wrong there, then run doit again: it is found by its name.",
             ) from error
         time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
+
+
+def checked(value: Any, depth: int = 5) -> Any:
+    """Return what a builder says of itself with nothing in it that is not bounded or that a terminal would act on."""
+    if isinstance(value, dict) and depth:
+        return {words_of(name)[:100]: checked(item, depth - 1) for name, item in islice(value.items(), MOST_FACTS)}
+    if isinstance(value, list) and depth:
+        return [checked(item, depth - 1) for item in value[:MOST_FACTS]]
+    if isinstance(value, str):
+        return words_of(value)
+    if isinstance(value, float):
+        return value if abs(value) < float(1 << 63) else None  # NaN is not less than anything
+    return value if value is None or _is_size(value) else None
 
 
 def _files_of(job: Job) -> Iterable[File]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuilderError, BuilderLost
+from ..errors import BuilderError, BuilderLost, PythonError
 from ..report import printable, size
 from ..runner import wire
 from ..timing import received, sent
@@ -62,12 +62,12 @@ class Session:
         if word == "ready":
             return
         if word.startswith("python"):
-            raise BuilderError(
+            raise PythonError(
                 f"{self._place} has Python {words_of(word[7:])}, and the runner needs 3.9 or newer.",
                 "Upgrade the builder's system (Debian 11 or later has it).",
             )
         if word.startswith("lacks"):
-            raise BuilderError(
+            raise PythonError(
                 f"The python3 of {self._place} lacks a part of the standard library ({words_of(word[6:])}).",
                 "On the builder: sudo apt install python3 (python3-minimal is not enough).",
             )
@@ -103,11 +103,11 @@ class Session:
         if status is None:
             return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
         if "python3" in (said or "python3") and (status == 127 or "not found" in said):
-            return BuilderError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
-        return BuilderError(
-            f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}.",
-            "See that a shell there can run python3.",
-        )
+            return PythonError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
+        hint = "See that a shell there can run python3."
+        if "currently not available" in said:  # nologin(8)
+            hint = "The account has no shell to run programs with. On the builder: sudo chsh --shell /bin/sh ACCOUNT"
+        return BuilderError(f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}.", hint)
 
     def ask(self, header: Mapping[str, Any], body: Body | None, sink: Take | None, limit: int) -> dict[str, Any]:
         """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
-from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SettingsError
+from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, HostKeyError, SettingsError
 from . import ssh_config, ssh_hosts
 from .channel import SEND_SILENCE
 from .remote import RunnerBuilder
@@ -49,6 +49,9 @@ class SSHConnection:
     Args:
         url: ssh://[user@]host[:port]; host may be an alias of ~/.ssh/config.
 
+    Attributes:
+        described: the server's version, its host key, who we are there and what let us in.
+
     Raises:
         SettingsError: the URL or the configuration makes no sense.
         BuilderLost: the builder cannot be reached now (no such host, refused, time-out, `MaxStartups`).
@@ -59,6 +62,7 @@ class SSHConnection:
         self.place = f"The builder {url}"
         self._process = os.getpid()
         self._opening = threading.Lock()
+        self.described: dict[str, str] = {}
         self._closed = False
         self._has_started = False
         self._transports: list[Transport] = []
@@ -198,7 +202,12 @@ class SSHConnection:
         transport.banner_timeout = host.connect_timeout
         self._shake_hands(transport, host, place)
         self._check_host_key(transport, host, known, place, bool(jumps or host.proxy_command))
-        ssh_login.log_in(transport, host, place, opens_session=not depth)
+        let_in_by = ssh_login.log_in(transport, host, place, opens_session=not depth)
+        self.described = {
+            "server": transport.remote_version,
+            "host key": ssh_hosts.fingerprint(transport.host_key_blob),
+            "log-in": f"{host.user}, by {let_in_by}",
+        }
         return transport
 
     def _shake_hands(self, transport: Transport, host: Host, place: str) -> None:
@@ -248,7 +257,7 @@ class SSHConnection:
         except (ssh_hosts.HostKeyRefused, struct.error) as error:
             transport.hang_up()
             if isinstance(error, struct.error):
-                raise BuilderError(
+                raise HostKeyError(
                     f"{place} has sent a host key that is damaged.",
                     "See on it that its keys are whole: ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub",
                 ) from error
@@ -468,14 +477,14 @@ def _dial(host: Host, place: str) -> socket.socket:
 
 def _host_key_error(
     refused: ssh_hosts.HostKeyRefused, host: Host, blob: bytes, place: str, indirect: bool
-) -> BuilderError:
+) -> HostKeyError:
     """Say why a host key is refused, and the command that mends it."""
     shown = ssh_hosts.fingerprint(blob)
     words = host.address.words
     places = ", ".join(line.place for line in refused.lines)
     file = host.known_hosts[0] if host.known_hosts else "known_hosts"
     if refused.reason == "changed":
-        return BuilderError(
+        return HostKeyError(
             f"{place} is refused: its host key has changed. It is now {shown}; known is "
             f"{', '.join(ssh_hosts.fingerprint(line.blob) for line in refused.lines)} ({places}). This may be an "
             "attack: somebody between you and the builder. Or the builder was set up anew.",
@@ -483,12 +492,12 @@ def _host_key_error(
             "compare the fingerprint.",
         )
     if refused.reason == "revoked":
-        return BuilderError(
+        return HostKeyError(
             f"{place} is refused: its host key {shown} is marked as revoked ({refused.detail or places}).",
             "It must not be trusted any more: give the builder a new host key.",
         )
     if refused.reason == "certificate":
-        return BuilderError(
+        return HostKeyError(
             f"{place} is refused: its host certificate cannot be trusted: {refused.detail}.",
             "Have the builder's host key certified anew by the authority in known_hosts.",
         )
@@ -500,7 +509,7 @@ def _host_key_error(
         if indirect or host.alias
         else f", or `ssh-keyscan {f'-p {host.port} ' if host.port != 22 else ''}{host.hostname} >> {file}`"
     )
-    return BuilderError(
+    return HostKeyError(
         f"{place} is refused: its host key {shown} is not known here.{other}",
         "Compare the fingerprint with the builder's own (on it: `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`), "
         f"then run `ssh {words}` once and accept it{scan}.",

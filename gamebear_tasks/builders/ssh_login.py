@@ -23,7 +23,7 @@ import paramiko
 from paramiko.agent import AgentKey, AgentSSH
 from paramiko.pkey import PKey, PublicBlob
 
-from ..errors import BuilderError, BuilderLost
+from ..errors import BuilderLost, LogInError
 from . import ssh_hosts
 from .ssh_config import Host
 from .ssh_transport import Login, Transport
@@ -46,7 +46,7 @@ class _Refused(Exception):
     """The server has ended the connection while we tried to log in, or has nothing left to try."""
 
 
-def log_in(transport: Transport, host: Host, place: str, opens_session: bool) -> None:
+def log_in(transport: Transport, host: Host, place: str, opens_session: bool) -> str:
     """Log in, by all means that the configuration and the server leave, in the order in which `ssh` would try them.
 
     Args:
@@ -55,8 +55,11 @@ def log_in(transport: Transport, host: Host, place: str, opens_session: bool) ->
         place: what to call it in errors.
         opens_session: whether a session is what comes next; it is asked for at once then.
 
+    Returns:
+        What let us in.
+
     Raises:
-        BuilderError: the server does not let us in.
+        LogInError: the server does not let us in.
         BuilderLost: the connection broke.
     """
     transport.auth_timeout = AUTH_TIMEOUT
@@ -70,6 +73,7 @@ def log_in(transport: Transport, host: Host, place: str, opens_session: bool) ->
         raise BuilderLost(
             f"{place} broke the connection off while we logged in ({error or 'no reason given'})."
         ) from error
+    return attempt.tried[-1] if attempt.tried else "nothing: it asks for none"
 
 
 @dataclass
@@ -226,7 +230,7 @@ class _Attempt:
         return None
 
 
-def _error(attempt: _Attempt, place: str, farewell: str) -> BuilderError:
+def _error(attempt: _Attempt, place: str, farewell: str) -> LogInError:
     """Say why we were not let in, which keys were tried, and what to do."""
     host = attempt.host
     words = host.address.words
@@ -237,19 +241,19 @@ def _error(attempt: _Attempt, place: str, farewell: str) -> BuilderError:
     if farewell:
         message += f" It says: {farewell}."
     if "too many authentication failures" in farewell.lower():
-        return BuilderError(
+        return LogInError(
             message,
             f"Name one key in ~/.ssh/config, under `Host {host.address.host}`: IdentityFile, IdentitiesOnly yes.",
         )
     if attempt.locked:
         names = " ".join(map(str, attempt.locked))
         message += f" {names} needs its passphrase, and there is no terminal to ask for it."
-        return BuilderError(message, f"Run `ssh-add {names}` first.")
+        return LogInError(message, f"Run `ssh-add {names}` first.")
     public = [path for path in host.identities if path.with_name(path.name + ".pub").exists()]
     if not attempt.tried and not public:
-        return BuilderError(message, f"Make a key with `ssh-keygen`, then `ssh-copy-id {words}`.")
+        return LogInError(message, f"Make a key with `ssh-keygen`, then `ssh-copy-id {words}`.")
     key = f"-i {public[0]} " if public else ""
-    return BuilderError(
+    return LogInError(
         message,
         f"Put your key there with `ssh-copy-id {key}{words}`; if it is there already, see that the account is not "
         f"locked. `ssh {words} true` must work.",

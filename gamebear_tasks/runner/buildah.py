@@ -42,6 +42,11 @@ IMAGES_IN_USE = "in-use.lock"
 FACTS_VARIABLE = "GAMEBEAR_FACTS"
 """Environment variable that carries the facts into the namespace, where they could not be found out again."""
 
+SUBORDINATE_IDS = ("/etc/subuid", "/etc/subgid")
+
+ENOUGH_IDS = 65536
+"""Subordinate ids, of users and of groups, without which packages cannot be installed in a container."""
+
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 
 KEPT_VARIABLES = re.compile(
@@ -413,10 +418,15 @@ def _captured(
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
 
+def search_path() -> str:
+    """Return where programs are looked for: our own `PATH`, and where Debian has those of root."""
+    folders = [folder for folder in os.environ.get("PATH", "").split(":") if folder]
+    return ":".join([*folders, *(folder for folder in SYSTEM_FOLDERS if folder not in folders)])
+
+
 def _environment(root: Path, rootless: bool) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if KEPT_VARIABLES.fullmatch(name)}
-    folders = [folder for folder in env.get("PATH", "").split(":") if folder]
-    env["PATH"] = ":".join([*folders, *(folder for folder in SYSTEM_FOLDERS if folder not in folders)])
+    env["PATH"] = search_path()
     env["LC_ALL"] = "C.UTF-8"
     env["DEBIAN_FRONTEND"] = "noninteractive"
     env["TMPDIR"] = str(_folder(root / "tmp"))
@@ -466,7 +476,7 @@ def _key(root: Path) -> dict[str, Any]:
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser(), "containers")
     programs = ("buildah", "crun", "runc", "fuse-overlayfs", "newuidmap", "newgidmap", "unshare")
     watched = [shutil.which(program, path=path) or program for program in programs]
-    watched += ["/etc/subuid", "/etc/subgid"]
+    watched += SUBORDINATE_IDS
     for name in ("storage.conf", "containers.conf"):
         watched += [f"{folder}/{name}" for folder in ("/usr/share/containers", "/etc/containers", home)]
     chosen = ("STORAGE_", "CONTAINERS_", "XDG_DATA")
@@ -595,10 +605,10 @@ def _check_user_namespace(env: dict[str, str]) -> None:
     )
     maps = [line.split() for line in stdout.splitlines()]
     lengths = [int(words[2]) for words in maps if len(words) == 3 and words[2].isdigit()]
-    if not status and sum(lengths) >= 2 * 65536:
+    if not status and sum(lengths) >= 2 * ENOUGH_IDS:
         return
-    counts = [_subordinate_ids(path, user) for path in ("/etc/subuid", "/etc/subgid")]
-    if min(counts) < 65536:
+    counts = subordinate_ids(user)
+    if min(counts) < ENOUGH_IDS:
         raise RunnerError(
             f"On the builder, {user} has {counts[0]} subordinate user ids and {counts[1]} group ids (/etc/subuid, "
             "/etc/subgid); packages are installed in a container only with 65536 of each.",
@@ -613,14 +623,26 @@ def _check_user_namespace(env: dict[str, str]) -> None:
     )
 
 
-def _subordinate_ids(path: str, user: str) -> int:
-    """Return how many ids a user has by a file like /etc/subuid; see subuid(5)."""
+def subordinate_ids(user: str) -> tuple[int, int]:
+    """Return how many subordinate user and group ids we have, as that user or as our number."""
+    names = (user, str(os.geteuid()))
+    uids, gids = (
+        sum(count for name, _, count in subordinate_ranges(path) if name in names) for path in SUBORDINATE_IDS
+    )
+    return uids, gids
+
+
+def subordinate_ranges(path: str) -> list[tuple[str, int, int]]:
+    """Return the ranges in a file like /etc/subuid: whose, the first id, how many; see subuid(5)."""
     try:
         lines = [line.split(":") for line in Path(path).read_text().splitlines()]
     except OSError:
-        return 0
-    names = (user, str(os.geteuid()))
-    return sum(int(words[2]) for words in lines if len(words) == 3 and words[0] in names and words[2].isdigit())
+        return []
+    return [(words[0], int(words[1]), int(words[2])) for words in lines if len(words) == 3 and _are_digits(words[1:])]
+
+
+def _are_digits(words: Sequence[str]) -> bool:
+    return all(word.isascii() and word.isdigit() and len(word) < 11 for word in words)
 
 
 def _debian_arch(env: dict[str, str]) -> str:

@@ -32,37 +32,37 @@ SYNC_TRIES = 3
 DAY = 86400.0
 
 
-def notices(root: Path, known: Facts) -> list[str]:
-    """Return what costs much here, each as what may follow "on this builder"; raises OSError.
+def notices(root: Path, known: Facts) -> dict[str, str]:
+    """Return what costs much here, by what it is about, each as what may follow "on this builder"; raises OSError.
 
     Args:
         root: the versioned store folder.
         known: what the builder can do.
     """
-    found = []
+    found = {}
     if known.driver == "vfs":
-        found.append(
+        found["storage"] = (
             "the image store uses the vfs driver, which copies the whole base image for every container: install"
             " fuse-overlayfs there (sudo apt install fuse-overlayfs)"
         )
     if not known.pid_namespace:
-        found.append(
+        found["processes"] = (
             "there is no PID namespace to be had, so a killed build may leave processes behind: it is likely a"
             " container itself, and should be started with --privileged"
         )
     if shutil.disk_usage(root).free < LITTLE_ROOM:
-        found.append(
+        found["room"] = (
             f"the disk of {root.parent} has less than {LITTLE_ROOM >> 30} GiB left: make room there, say with"
             " doit prune --older 30 --images"
         )
     about = os.statvfs(root)
     if about.f_files and about.f_favail < FEW_INODES:
-        found.append(
+        found["inodes"] = (
             f"the file system of {root.parent} can hold only few more files (df -i), whatever room it has: make room"
             " there, say with doit prune --older 30 --images"
         )
     if sync_seconds(root) > SLOW_SYNC:
-        found.append(
+        found["disk speed"] = (
             f"a small file takes more than {SLOW_SYNC:g} second to reach the disk of {root.parent}, as on a worn memory"
             " card: have the store on a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)"
         )
@@ -72,7 +72,7 @@ def notices(root: Path, known: Facts) -> list[str]:
 def keep_notices(store: Store, known: Facts) -> None:
     """Leave what costs much here for clients to be told; what cannot be found out or written is not said."""
     with contextlib.suppress(OSError):
-        found = notices(store.root, known)
+        found = list(notices(store.root, known).values())
         if found != read_json(store.notices):
             write_json(store.notices, found)
 

@@ -70,6 +70,7 @@ class Session:
         self.store = store
         self._alive: dict[str, int] = {}
         """By attempt: a pipe from each supervisor that we have started, which ends when its job has ended."""
+        self._examination: Any = None
 
     def run(self) -> None:
         """Answer requests until the client closes the stream."""
@@ -117,6 +118,8 @@ class Session:
             return self._discard(**header), None
         if operation == "prune":
             return self._prune(**header), None
+        if operation == "examine":
+            return self._examine(**header), None
         if operation == "run":
             return self._run(**header)
         if operation == "list":
@@ -497,6 +500,18 @@ class Session:
             raise SystemExit(0)
 
         return {}, attend
+
+    def _examine(self, arches: list[str], base: str, wait: float) -> Reply:
+        """Say what this builder is and has; see `examine`."""
+        from .examine import Examination  # slow to load, and seldom needed
+
+        if self._examination is None or self._examination.asked != (tuple(arches), base):
+            self._examination = Examination(self.store, [str(arch) for arch in arches], str(base))
+        asked, self._examination = self._examination, None
+        reply: Reply = asked.answer(min(wait, 30.0))
+        if reply.get("more"):
+            self._examination = asked
+        return reply
 
 
 def _part_of(path: Path, offset: int, length: int) -> bytes:

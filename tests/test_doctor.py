@@ -1,0 +1,384 @@
+"""The doctor says of each builder whether it is ready, and makes a fresh account one that is when told to."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from keyboard import Keyboard
+from project import Project, Run
+from sshd import Account, Sshd, client_home, new_account
+
+from gamebear_tasks.builders.local import open_builder
+from gamebear_tasks.builders.remote import checked
+from gamebear_tasks.config import own_architecture
+from gamebear_tasks.doctor.findings import NOTE, OK, TROUBLE, Finding, judge
+from gamebear_tasks.doctor.mending import Done, Step, mend, steps_for
+
+CONTAINED = """
+with Container("scratch") as c:
+    c.copy_in("x.py", "/x")
+    c.copy_out("/x", "x")
+"""
+
+DODO = """
+from gamebear_tasks import artifact
+
+def task_x():
+    return artifact("x.py", outputs=["build/x"])
+"""
+
+
+# a fresh account
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Account]:
+    """An account as it is on a machine where nobody has thought of containers, which may use sudo with its password."""
+    with new_account(f"fresh-{os.getpid()}") as made:
+        take_ids(made)
+        subprocess.run(["chpasswd"], input=f"{made.name}:secret", text=True, check=True)
+        rules = Path("/etc/sudoers.d") / made.name
+        rules.write_text(f"{made.name} ALL=(ALL) ALL\n")
+        rules.chmod(0o440)
+        try:
+            yield made
+        finally:
+            rules.unlink()
+
+
+def take_ids(account: Account) -> None:
+    """Take its subordinate ids from an account."""
+    every = "1-4000000000"
+    subprocess.run(["usermod", "--del-subuids", every, "--del-subgids", every, account.name], check=True)
+    assert not has_ids(account)
+
+
+def has_ids(account: Account) -> bool:
+    return f"{account.name}:" in Path("/etc/subuid").read_text()
+
+
+@pytest.fixture(scope="module")
+def pi(fresh: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with Sshd(tmp_path_factory.mktemp("pi"), fresh) as running:
+        yield running
+
+
+@pytest.fixture
+def mine(tmp_path: Path, pi: Sshd) -> Project:
+    """A folder without a dodo.py, of somebody whom the fresh account lets in."""
+    return Project(tmp_path / "project", home=client_home(tmp_path, pi), GAMEBEAR_BUILDER=pi.url)
+
+
+def findings(run: Run) -> dict[str, dict[str, Any]]:
+    """Return what a run with --json has found at the one builder, by name."""
+    _, place = json.loads(run.out)["places"]
+    return {finding["name"]: finding for finding in place["findings"]}
+
+
+def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: Sshd, fresh: Account) -> None:
+    look = mine.doit("doctor", "--json")
+    assert look.status == 1, look.text
+    found = findings(look)
+    assert {name for name, finding in found.items() if finding["state"] == "trouble"} == {"subuids"}
+    assert found["host key"]["what"].startswith("SHA256:") and f"{fresh.name}, by" in found["log-in"]["what"]
+    assert re.fullmatch(
+        rf"sudo usermod --add-subuids (\d+-\d+) --add-subgids \1 {fresh.name}", found["subuids"]["remedy"]
+    )
+    assert not has_ids(fresh), "nobody asked for that"
+
+    refused = mine.doit("doctor", "--fix")
+    assert refused.status == 1
+    words = " ".join(refused.out.split())
+    assert "sudo asks for a password there, and there is no terminal here to type it." in words
+    assert "Run there as root: usermod --add-subuids" in words
+    assert not has_ids(fresh)
+
+    rules = Path("/etc/sudoers.d") / fresh.name
+    rules.write_text(f"{fresh.name} ALL=(ALL) NOPASSWD: ALL\n")
+    fixed = mine.doit("doctor", "--fix").ok()
+    assert f"$ {found['subuids']['commands'][0]}    # subuids" in fixed.out
+    assert f"{pi.url} is ready." in fixed.out
+    rules.write_text(f"{fresh.name} ALL=(ALL) ALL\n")
+
+    mine.write("dodo.py", DODO)
+    mine.write("x.py", CONTAINED)
+    mine.doit("x").ok()
+    assert (mine.folder / "build" / "x").read_text() == CONTAINED
+    again = mine.doit("doctor", "--fix", "--json").ok()
+    assert json.loads(again.out)["places"][1]["mended"] == [], "what is well is left alone"
+
+
+def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Account) -> None:
+    take_ids(fresh)
+    with Keyboard(mine.command("doctor", "--fix"), mine.folder, mine.environment, size=(30, 100)) as keyboard:
+        keyboard.see(rf"\[sudo\] password for {fresh.name} on ")
+        keyboard.type("secret\n")
+        keyboard.see(r"\$ usermod --add-subuids")
+        assert keyboard.end() == 0, keyboard.text
+        assert keyboard.is_as_before and "\x1b[32m✓\x1b[0m subuids" in keyboard.text
+    assert has_ids(fresh)
+
+
+# builders that cannot be asked
+
+
+def test_an_unknown_host_key_is_a_trouble_of_its_own_and_is_not_accepted(mine: Project) -> None:
+    known = mine.home / ".ssh" / "known_hosts"
+    known.write_text("")
+    run = mine.doit("doctor", "--fix", "--json")
+    found = findings(run)
+    assert run.status == 2 and list(found) == ["reachable", "host key"]
+    assert "ssh-keyscan -p" in found["host key"]["remedy"]
+    assert known.read_text() == ""
+
+
+def test_who_is_not_let_in_reads_which_keys_were_tried(mine: Project, tmp_path: Path, pi: Sshd) -> None:
+    client_home(tmp_path / "other", pi)  # whose key is the only one now
+    run = mine.doit("doctor", "--json")
+    found = findings(run)
+    assert run.status == 2 and list(found) == ["reachable", "host key", "log-in"]
+    assert "id_ed25519 SHA256:" in found["log-in"]["what"] and "ssh-copy-id" in found["log-in"]["remedy"]
+
+
+def test_a_builder_that_is_not_there_is_told_in_a_terminal_of_forty_columns(project: Project) -> None:
+    run = project.doit("doctor", "builder=ssh://pi@127.0.0.1:1", "patience=0", COLUMNS="40", PYTHONIOENCODING="ascii")
+    assert run.status == 2 and "x reachable" in run.out and "-> See that it is" in run.out
+    assert max(len(line) for line in run.out.splitlines() if "ssh://" not in line) <= 40
+    assert not run.err
+
+
+def test_a_builder_without_python_gets_the_package(tmp_path: Path, fresh: Account) -> None:
+    command = 'PATH=/nowhere; export PATH; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
+    with Sshd(tmp_path / "sshd", fresh, ForceCommand=command) as server:
+        project = Project(tmp_path / "project", home=client_home(tmp_path, server))
+        run = project.doit("doctor", "--json", f"builder={server.url}")
+    found = findings(run)
+    assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python"]
+    assert found["python"]["packages"] == ["python3"]
+    assert found["python"]["remedy"] == "On the builder: sudo apt install python3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["local:"], "doit doctor takes no 'local:'. Name another builder with builder=URL"),
+        (["builder=moon:x"], "No installed builder has the scheme 'moon'"),
+    ],
+)
+def test_what_makes_no_sense_is_told(project: Project, arguments: list[str], said: str) -> None:
+    assert " ".join(said.split()) in " ".join(project.doit("doctor", *arguments).failed().text.split())
+
+
+# this machine
+
+
+def test_this_machine_is_looked_at_for_what_the_project_uses(project: Project, tmp_path: Path) -> None:
+    project.write("dodo.py", "from gamebear_tasks import git, sd_image\n")
+    run = project.doit("doctor", "--json", "builder=ssh://pi@127.0.0.1:1", "patience=0", PATH=str(tmp_path))
+    here = {finding["name"]: finding for finding in json.loads(run.out)["places"][0]["findings"]}
+    assert {name: finding["state"] for name, finding in here.items()} == {
+        "python": "ok",
+        "git": "trouble",
+        "image tools": "trouble",
+        "keys": "note",
+    }
+    assert "mcopy" in here["image tools"]["what"] and "mtools" in here["image tools"]["remedy"]
+
+
+def test_mending_stops_where_a_step_fails_and_says_which() -> None:
+    builder = open_builder("local:")
+    steps = [Step("false", "a", may_fail=True), Step("echo one", "b"), Step("exit 3", "c"), Step("echo never", "d")]
+    lines: list[str] = []
+    done = mend(builder, steps, lines.append)
+    builder.close()
+    assert done == [Done(steps[0], True), Done(steps[1], True), Done(steps[2], False), Done(steps[3], None)]
+    assert lines == ["$ false    # a", "$ echo one    # b", "one", "$ exit 3    # c"]
+
+
+def test_packages_are_installed_in_one_go() -> None:
+    found = [
+        Finding("buildah", TROUBLE, "", packages=("buildah",)),
+        Finding("storage", NOTE, "", packages=("fuse-overlayfs",)),
+        Finding("subuids", TROUBLE, "", commands=("usermod pi",)),
+        Finding("disk", OK, ""),
+    ]
+    update, install, ids = steps_for(found)
+    assert update.may_fail and update.command.startswith("apt-get update")
+    assert install.command.endswith(" buildah fuse-overlayfs") and install.why == "buildah, storage"
+    assert ids == Step("usermod pi", "subuids")
+
+
+# judging
+
+GIB = 1 << 30
+
+WELL: dict[str, Any] = {
+    "connection": {},
+    "system": "Debian GNU/Linux 12 (bookworm)",
+    "kernel": "6.1",
+    "machine": "armv7l",
+    "user": "pi",
+    "root": False,
+    "python": "3.11.2",
+    "programs": dict.fromkeys(
+        ["apt-get", "buildah", "mmdebstrap", "newuidmap", "newgidmap", "usermod", "timedatectl"], "/usr/bin/it"
+    ),
+    "namespaces": {"works": True, "said": "", "settings": {}},
+    "subordinate": {"uids": 65536, "gids": 65536, "enough": 65536, "free": 165536},
+    "memory": {"total": GIB, "swap": 0},
+    "heat": {"degrees": 50.0, "throttled": 0},
+    "kills": False,
+    "disk": {
+        "folder": "/home/pi/.cache/gamebear/v1",
+        "total": 30 * GIB,
+        "free": 9 * GIB,
+        "files": 10**6,
+        "executes": True,
+    },
+    "jobs": {"slots": 1, "running": 0, "queued": 0, "kept": 3},
+    "own": {"arch": "armhf", "emulated": []},
+    "containers": {"version": "1.28.2", "driver": "overlay", "isolation": "rootless", "arch": "armhf", "emulated": []},
+    "costs": {},
+    "sizes": {"inputs": 1, "images": None},
+    "bases": {"armhf": {"suite": "bookworm", "there": False, "mirror": "http://mirror/debian", "unreachable": ""}},
+    "ahead": 0.1,
+}
+
+NO_CONTAINERS = {"containers": None, "failure": {"what": "No container can be run.", "remedy": "Do this."}}
+
+
+def judged(changes: dict[str, Any], base: str = "auto", arch: str = "armhf") -> list[Finding]:
+    said = copy.deepcopy(WELL)
+    for path, value in changes.items():
+        *groups, name = path.split("/")
+        part = said
+        for group in groups:
+            part = part[group]
+        part[name] = value
+    return judge(checked(said), [arch], base)
+
+
+def test_a_builder_that_has_all_is_well() -> None:
+    found = judged({})
+    assert {finding.state for finding in found} == {OK}
+    (store,) = [finding for finding in found if finding.name == "store"]
+    assert store.what == "3 jobs kept; inputs 1 bytes, images not measured"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "state", "words"),
+    [
+        ({"programs/buildah": "", **NO_CONTAINERS}, "buildah", TROUBLE, "sudo apt install buildah"),
+        ({"programs/buildah": "", "programs/apt-get": "", **NO_CONTAINERS}, "buildah", TROUBLE, "Debian calls buildah"),
+        ({"programs/newuidmap": "", **NO_CONTAINERS}, "rootless", TROUBLE, "sudo apt install uidmap"),
+        (
+            {"subordinate/uids": 0, **NO_CONTAINERS},
+            "subuids",
+            TROUBLE,
+            "sudo usermod --add-subuids 165536-231071 --add-subgids 165536-231071 pi",
+        ),
+        (
+            {"namespaces/works": False, "namespaces/settings": {"user.max_user_namespaces": 0}, **NO_CONTAINERS},
+            "user namespaces",
+            TROUBLE,
+            "user.max_user_namespaces=15000",
+        ),
+        (
+            {
+                "namespaces/works": False,
+                "namespaces/settings": {"kernel.apparmor_restrict_unprivileged_userns": 1},
+                **NO_CONTAINERS,
+            },
+            "user namespaces",
+            TROUBLE,
+            "kernel.apparmor_restrict_unprivileged_userns=0",
+        ),
+        ({"namespaces/works": False, **NO_CONTAINERS}, "user namespaces", TROUBLE, "--privileged"),
+        (NO_CONTAINERS, "isolation", TROUBLE, "Do this."),
+        ({"costs": {"storage": "vfs is slow: install it"}}, "storage", NOTE, "sudo apt install fuse-overlayfs"),
+        (
+            {"costs": {"storage": "vfs is slow"}, "programs/fuse-overlayfs": "/usr/bin/x"},
+            "storage",
+            NOTE,
+            "/dev/fuse",
+        ),
+        ({"disk/free": GIB - 1}, "disk", TROUBLE, "doit prune"),
+        ({"disk/files": 10}, "disk", TROUBLE, "doit prune"),
+        ({"disk/files": None}, "disk", OK, ""),
+        ({"disk/executes": False}, "disk", TROUBLE, "noexec"),
+        (
+            {"costs": {"disk speed": "a file takes long: have the store elsewhere"}},
+            "disk speed",
+            NOTE,
+            "Have the store",
+        ),
+        ({"ahead": -90000.0}, "clock", TROUBLE, "timedatectl set-ntp true"),
+        ({"ahead": 60.0}, "clock", NOTE, "See which of the two is wrong"),
+        ({"memory": {"total": GIB // 2, "swap": 0}}, "memory", NOTE, "swap"),
+        ({"memory": {"total": GIB // 2, "swap": GIB}}, "memory", OK, ""),
+        ({"heat": {"degrees": 85.0, "throttled": 0x50005}}, "power", NOTE, "stronger power supply"),
+        ({"heat": {"degrees": 85.0, "throttled": 0}}, "temperature", NOTE, "fan"),
+        ({"kills": True}, "log-out", TROUBLE, "KillUserProcesses=no"),
+        ({"containers/arch": "arm64"}, "architecture", TROUBLE, "qemu-user-static"),
+        ({"containers/arch": "arm64", "containers/emulated": ["armhf"]}, "architecture", OK, ""),
+        ({"bases/armhf/there": True}, "base image", OK, ""),
+        ({"bases/armhf/unreachable": "no such host"}, "base image", NOTE, "apt-get update"),
+        ({"programs/mmdebstrap": ""}, "base image", NOTE, "sudo apt install mmdebstrap"),
+        (
+            {
+                "bases/armhf/lacks": {"what": "no keys.", "remedy": "x"},
+                "bases/armhf/keyring": "raspbian-archive-keyring",
+            },
+            "base image",
+            NOTE,
+            "sudo apt install raspbian-archive-keyring",
+        ),
+    ],
+)
+def test_each_trouble_has_its_remedy(changes: dict[str, Any], name: str, state: str, words: str) -> None:
+    (found,) = [finding for finding in judged(changes) if finding.name == name]
+    assert found.state == state
+    assert words in f"{found.what} {found.remedy}" and bool(found.remedy) == (state != OK)
+
+
+def test_a_base_that_must_be_made_and_cannot_be_is_a_trouble() -> None:
+    (found,) = [finding for finding in judged({"programs/mmdebstrap": ""}, "bootstrap") if finding.name == "base image"]
+    assert found.state == TROUBLE and found.packages == ("mmdebstrap",)
+
+
+HOSTILE: list[Any] = [None, "", "\x1b[2J", 1, -1, True, 1e308, float("nan"), [], [[]], {}, {"a": {}}, "x" * 10_000]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:12])
+def test_whatever_a_builder_says_is_shown_harmlessly(value: Any) -> None:
+    for name, known in WELL.items():
+        paths = [name, *(f"{name}/{part}" for part in known)] if isinstance(known, dict) else [name]
+        for path in paths:
+            for finding in judged({path: value}):
+                assert len(finding.what + finding.remedy) < 40_000
+                assert "\x1b" not in finding.what + finding.remedy + "".join(finding.commands)
+
+
+@pytest.mark.parametrize("user", ["x; reboot", "--root=/", "$(reboot)", "", "a b"])
+def test_what_a_builder_makes_up_is_nothing_that_root_runs(user: str) -> None:
+    lacks = {"bases/armhf/lacks": {"what": "no keys", "remedy": "x"}, "bases/armhf/keyring": user}
+    for finding in judged({"user": user, "subordinate/uids": 0, **lacks, **NO_CONTAINERS}):
+        assert all(user not in command for command in finding.commands) or not user
+        assert user not in finding.packages
+
+
+def test_the_architectures_of_a_table_are_each_builders_own(project: Project) -> None:
+    own = own_architecture()
+    run = project.doit("doctor", "--json", f"builder={own}=local:,riscv64=local:", timeout=120)
+    assert run.status == 1
+    found = findings(run)
+    assert "programs for riscv64 do not run" in found["architecture"]["what"]
+    assert {f"base image {own}", "base image riscv64"} <= set(found)
