@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import generate
 import pytest
 from project import ROOT, Project
 
@@ -23,7 +24,7 @@ from gamebear_tasks import timing
 from gamebear_tasks.config import Settings, settings
 from gamebear_tasks.errors import GamebearError
 from gamebear_tasks.runner.containers import Container
-from gamebear_tasks.runner.images import Image, packages_image
+from gamebear_tasks.runner.images import Image
 from gamebear_tasks.runner.language import read
 from gamebear_tasks.sources.lock import Lock
 
@@ -140,7 +141,7 @@ def _check_call(call: ast.Call) -> None:
     """See that a call of something of ours has arguments that it takes; methods are told by `c.` and `img.`."""
     signature: inspect.Signature | None = None
     if isinstance(call.func, ast.Name) and call.func.id in ("Container", "Image", "packages_image"):
-        signature = inspect.signature(SIGNATURES[call.func.id])
+        signature = inspect.signature(generate.CALLS[call.func.id])
     elif isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name):
         owner = {"c": Container, "img": Image}.get(call.func.value.id)
         if owner is not None:
@@ -279,30 +280,6 @@ def _described_signatures() -> dict[str, str]:
     return {line.partition("(")[0]: line for line in lines if re.match(r"[A-Za-z_.]+\(.*\)$", line)}
 
 
-SIGNATURES: dict[str, Callable[..., object]] = {
-    "artifact": gamebear_tasks.artifact,
-    "sd_image": gamebear_tasks.sd_image,
-    "file": gamebear_tasks.file,
-    "tar": gamebear_tasks.tar,
-    "user": gamebear_tasks.user,
-    "git": gamebear_tasks.git,
-    "archive": gamebear_tasks.archive,
-    "debian": gamebear_tasks.debian,
-    "either": gamebear_tasks.either,
-    "GamebearError": GamebearError,
-    "packages_image": packages_image,
-    "Container": Container,
-    "Image": Image,
-    **{
-        f"{owner.__name__}.{name}": getattr(owner, name)
-        for owner in (Container, Image)
-        for name in dir(owner)
-        if not name.startswith("_") and inspect.isroutine(getattr(owner, name))
-    },
-}
-"""What can be called, by the name in the references."""
-
-
 def _without_self(function: Callable[..., object]) -> inspect.Signature:
     signature = inspect.signature(function)
     kept = [item for name, item in signature.parameters.items() if name != "self"]
@@ -310,25 +287,21 @@ def _without_self(function: Callable[..., object]) -> inspect.Signature:
 
 
 def test_every_call_is_described() -> None:
-    assert set(_described_signatures()) == set(SIGNATURES)
+    assert set(_described_signatures()) == set(generate.CALLS)
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_a_described_signature_is_the_codes(name: str) -> None:
-    bare = [
-        item.replace(annotation=inspect.Parameter.empty) for item in _without_self(SIGNATURES[name]).parameters.values()
-    ]
-    actual = f"{name}{inspect.Signature(bare)}".replace("'", '"')
-    assert _described_signatures()[name] == actual
+def test_what_is_made_from_the_code_is_current() -> None:
+    stale = [path.name for path, text in generate.pages().items() if path.read_text("utf-8") != text]
+    assert stale == [], "run docs/generate.py"
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", generate.CALLS)
 def test_every_parameter_is_described(name: str) -> None:
     part = (API if hasattr(gamebear_tasks, name) else BUILDSCRIPTS).read_text("utf-8")
     part = part.partition(f"```text\n{_described_signatures()[name]}\n```")[2]
     part = re.split(r"^##", part, maxsplit=1, flags=re.MULTILINE)[0]
     told = set(_rows(part) if "| parameter |" in part else re.findall(r"`(\w+)`", part))
-    parameters = _without_self(SIGNATURES[name]).parameters.values()
+    parameters = _without_self(generate.CALLS[name]).parameters.values()
     wanted = {item.name for item in parameters if item.kind is not inspect.Parameter.VAR_KEYWORD}
     assert wanted - told == set()
 

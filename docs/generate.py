@@ -1,0 +1,223 @@
+"""Writes what the reference has from the code: settings, commands, errors, signatures (python3 docs/generate.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import errors  # noqa: E402 - the tests' table of errors
+
+import gamebear_tasks  # noqa: E402
+from gamebear_tasks.config import Settings  # noqa: E402
+from gamebear_tasks.errors import GamebearError  # noqa: E402
+from gamebear_tasks.runner.containers import Container  # noqa: E402
+from gamebear_tasks.runner.images import Image, packages_image  # noqa: E402
+
+REFERENCE = ROOT / "docs" / "reference"
+
+MADE = "<!-- Made by docs/generate.py: change the code, then run it. -->\n"
+
+CALLS: dict[str, Callable[..., object]] = {
+    **{name: getattr(gamebear_tasks, name) for name in ("artifact", "sd_image", "file", "tar", "user")},
+    **{name: getattr(gamebear_tasks, name) for name in ("git", "archive", "debian", "either")},
+    "GamebearError": GamebearError,
+    "packages_image": packages_image,
+    "Container": Container,
+    "Image": Image,
+    **{
+        f"{owner.__name__}.{name}": getattr(owner, name)
+        for owner in (Container, Image)
+        for name in dir(owner)
+        if not name.startswith("_") and inspect.isroutine(getattr(owner, name))
+    },
+}
+"""What can be called, by its name in the reference."""
+
+TASKS = {"lock": "doit lock -u", "sources": "doit sources", "builder": "doit builder", "prune": "doit prune --older 30"}
+"""Our tasks that a person runs by name, and an example of each."""
+
+DEFAULTS = {"arch": "this machine's", "sources": "the first"}
+"""Defaults that are found out."""
+
+ERRORS: dict[str, tuple[str, Sequence[errors.Row]]] = {
+    "Settings": (
+        "Of a doit variable, the environment, or `pyproject.toml`: where it was set is said.",
+        errors.SETTINGS,
+    ),
+    "pyproject.toml": ("Below `[tool.gamebear]`.", errors.PYPROJECT),
+    "Artifacts": ("When `dodo.py` is loaded; `doit` ends with status 3 and has done nothing.", errors.DODO),
+    "Sources": ("When `dodo.py` is loaded.", errors.SOURCES),
+    "Images": ("When `dodo.py` is loaded.", errors.IMAGES),
+    "Runs": ("When a task runs.", errors.DOIT),
+    "Files and folders": ("What this machine does not allow.", errors.PERMISSIONS),
+    "SSH": ("When the builder is first asked something.", errors.SSH),
+    "Scripts": (
+        "After `SCRIPT, built by BUILDER, failed.` The log that is named has the traceback, and what commands said.",
+        errors.SCRIPTS,
+    ),
+}
+"""The parts of the table: when one is met, and its rows."""
+
+
+def pages() -> dict[Path, str]:
+    """Return every page that is made, or made in parts, and what is to be in it."""
+    made = {
+        REFERENCE / "settings.md": _settings(),
+        REFERENCE / "commands.md": _commands(),
+        REFERENCE / "errors.md": _errors(),
+    }
+    for name in ("api.md", "buildscripts.md"):
+        path = REFERENCE / name
+        made[path] = _with_signatures(path.read_text("utf-8"))
+    return made
+
+
+def signature(function: Callable[..., object]) -> str:
+    """Return the parameters of what can be called, without types."""
+    found = inspect.signature(function)
+    bare = [
+        item.replace(annotation=inspect.Parameter.empty) for name, item in found.parameters.items() if name != "self"
+    ]
+    return str(inspect.Signature(bare)).replace("'", '"')
+
+
+def _with_signatures(text: str) -> str:
+    def current(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"```text\n{name}{signature(CALLS[name])}\n```" if name in CALLS else match[0]
+
+    return re.sub(r"```text\n([\w.]+)\(.*\)\n```", current, text)
+
+
+def _settings() -> str:
+    rows = []
+    told = _attributes(inspect.getdoc(Settings) or "")
+    for item in dataclasses.fields(Settings):
+        value = f"{item.default:g}" if isinstance(item.default, float) else item.default
+        default = DEFAULTS.get(item.name, f"`{value}`")
+        variable = f"GAMEBEAR_{item.name.upper()}"
+        rows.append([f"`{item.name}`", f"`{variable}`", default, _sentence(told[item.name])])
+    return (
+        f"# Settings\n\n{MADE}\n"
+        "A doit variable (`doit arch=armhf`), else the environment, where an empty variable counts as not set, else\n"
+        "`[tool.gamebear]` in the `pyproject.toml` beside `dodo.py`, else the default. "
+        "[The API](api.md#settings) has an example.\n\n"
+        + _table(["doit variable, key in `pyproject.toml`", "environment", "default", "meaning"], rows)
+        + "\nWhat belongs to SSH is read from `~/.ssh/config`, the agent and `known_hosts`; what belongs to a builder,\n"
+        "there in `~/.config/gamebear/builder.json`.\n"
+    )
+
+
+def _commands() -> str:
+    parts = []
+    parts.append(
+        f"# Commands\n\n{MADE}\n"
+        "What this package adds to [doit's own commands](https://pydoit.org/cmd-run.html). `doit help COMMAND` and\n"
+        "`doit help TASK` show the same.\n"
+    )
+    ours = sorted(entry_points(group="doit.COMMAND"), key=lambda entry: entry.name)
+    for entry in ours:
+        if entry.value.startswith("gamebear_tasks."):
+            command = entry.load()
+            parts.append(
+                f"## doit {entry.name}\n\n{_capital(command.doc_purpose)}.\n\n"
+                f"```text\n{f'doit {entry.name} {command.doc_usage}'.strip()}\n```\n\n"
+                f"{_prose(command.doc_description)}" + _options(command.cmd_options)
+            )
+    parts.append(
+        "# Tasks\n\nA `dodo.py` that imports `task_lock`, `task_sources`, `task_builder` or `task_prune` has these. "
+        "[The API](api.md#tasks) says more.\n"
+    )
+    for name, example in TASKS.items():
+        function = getattr(gamebear_tasks, f"task_{name}")
+        task = function()
+        parts.append(
+            f"## doit {name}\n\n{_capital(function.__doc__ or '')}.\n\n```text\n{example}\n```\n"
+            + _options(task.get("params", ()))
+        )
+    return "\n".join(parts)
+
+
+def _errors() -> str:
+    parts = []
+    parts.append(
+        f"# Errors\n\n{MADE}\n"
+        "What you can get wrong, what you then see, and what to do. The tests provoke each of these and compare\n"
+        "the text; `buildpi`, `2222` and `…` stand for your builder, its port and a fingerprint.\n"
+    )
+    for title, (when, rows) in ERRORS.items():
+        cells = [[f"you {row.did}", _code(row.says), _code(row.do) if row.do else "mend the script"] for row in rows]
+        parts.append(f"## {title}\n\n{when}\n\n" + _table(["what happened", "it says", "what to do"], cells))
+    return "\n".join(parts)
+
+
+def _options(options: Iterable[Mapping[str, Any]]) -> str:
+    rows = []
+    for option in options:
+        names = [f"-{option['short']}"] if option.get("short") else []
+        names += [f"--{option['long']}"] if option.get("long") else []
+        wanted = "" if option["type"] is bool else f" {option.get('metavar', option['name'].upper())}"
+        rows.append([f"`{', '.join(names)}{wanted}`", _capital(str(option.get("help", "")))])
+    return "\n" + _table(["option", "meaning"], rows) if rows else ""
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """Return what a docstring says of each attribute, or argument."""
+    part = re.split(r"^(?:Attributes|Args):$", doc, flags=re.MULTILINE)[1]
+    items = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", part, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in items}
+
+
+def _prose(text: str) -> str:
+    """Return paragraphs with their lines joined; what is indented stays as it is."""
+    parts = []
+    for paragraph in inspect.cleandoc(text or "").split("\n\n"):
+        if paragraph.startswith("  "):
+            parts.append(f"```text\n{inspect.cleandoc(paragraph)}\n```")
+        elif paragraph:
+            parts.append(" ".join(paragraph.split()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(_row(cells) for cells in (head, ["---"] * len(head), *rows))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |\n"
+
+
+def _code(text: str) -> str:
+    """Return a text as code, whatever is in it; links in it and tags would not be shown as they are."""
+    fence = "``" if "`" in text else "`"
+    room = " " if "`" in text else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".")
+
+
+def _sentence(text: str) -> str:
+    return _capital(text) + "."
+
+
+def main() -> None:
+    """Write each page that is not as it should be."""
+    for path, text in pages().items():
+        if not path.exists() or path.read_text("utf-8") != text:
+            path.write_text(text, "utf-8")
+            print(f"{path.relative_to(ROOT)} is written")
+
+
+if __name__ == "__main__":
+    main()
