@@ -112,8 +112,8 @@ def _settings() -> str:
         "`[tool.gamebear]` in the `pyproject.toml` beside `dodo.py`, else the default. "
         "[The API](api.md#settings) has an example.\n\n"
         + _table(["doit variable, key in `pyproject.toml`", "environment", "default", "meaning"], rows)
-        + "\nWhat belongs to SSH is read from `~/.ssh/config`, the agent and `known_hosts`; what belongs to a builder,\n"
-        "there in `~/.config/gamebear/builder.json`.\n"
+        + "\nWhat belongs to SSH is read from `~/.ssh/config`, the agent and `known_hosts`; what belongs to\n"
+        "a builder, there in `~/.config/gamebear/builder.json`.\n"
     )
 
 
