@@ -67,6 +67,11 @@ class Building:
         with self.watch.running(), history.noted(self.note):
             order = self._run()
         record = self.note("done")
+        if self.chosen.provenance:
+            from . import provenance
+
+            url = self.chosen.builder_for(self.plan.arch or self.chosen.arch)
+            provenance.write(self.task, self.plan, record, builder_of_this_run(url))
         if self.had != "fetched":
             notice(record.line())
         values: dict[str, Any] = {"digest": order.job.digest}  # the rest is in its record; doit reads this each time

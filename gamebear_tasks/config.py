@@ -35,6 +35,7 @@ class Settings:
         patience: seconds for which a lost connection is tried again before a run gives up on its builder.
         interrupt: what Ctrl-C does to what runs on the builder: `cancel` or `detach`.
         time_limit: seconds after which the builder ends a job that does not say so itself; 0 for never.
+        provenance: whether every build writes beside each artifact where it comes from.
     """
 
     builder: str = "local:"
@@ -44,6 +45,7 @@ class Settings:
     patience: float = 600.0
     interrupt: str = "cancel"
     time_limit: float = 86400.0
+    provenance: bool = False
 
     @property
     def builders(self) -> tuple[str, ...]:
@@ -229,6 +231,19 @@ def seconds(name: str, value: object, where: str) -> float:
     return count
 
 
+def _truth(name: str, value: object, where: str) -> bool:
+    """Return a truth value, which may come as a text; raises SettingsError."""
+    if isinstance(value, bool):
+        return value
+    said = value.lower() if isinstance(value, str) else ""
+    if said not in TRUTHS:
+        raise SettingsError(f"The setting {name} is {value!r} (from {where}).", "It may be true or false.")
+    return TRUTHS[said]
+
+
+TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
 def _one_of(*choices: str) -> Callable[[str, object, str], str]:
     def check(name: str, value: object, where: str) -> str:
         if value not in choices:
@@ -246,5 +261,6 @@ _CHECKS: dict[str, Callable[[str, object, str], object]] = {
     "base": _one_of("auto", "registry", "bootstrap"),
     "interrupt": _one_of("cancel", "detach"),
     "patience": seconds,
+    "provenance": _truth,
     "time_limit": seconds,
 }

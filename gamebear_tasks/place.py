@@ -39,6 +39,11 @@ class _Part:
     output: Output
 
 
+def statement_of(target: Path) -> Path:
+    """Return where the statement of where a target comes from is, or would be."""
+    return target.with_name(f"{target.name}.intoto.json")
+
+
 def part_pattern(target: Path) -> str:
     """Return the glob, in the target's folder, of what a broken-off download of it leaves."""
     return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
@@ -200,6 +205,9 @@ def _rename(parts: list[_Part]) -> None:
             with contextlib.suppress(OSError):
                 part.target.unlink()
         raise
+    for part in parts:
+        with contextlib.suppress(OSError):
+            statement_of(part.target).unlink()  # it is about what was there before
     for folder in {part.target.parent for part in parts}:
         sync_folder(folder)
     for part in parts:

@@ -331,11 +331,11 @@ def _called(program: Path | Function) -> str:
 
 
 def remove_targets(task: Any, dryrun: bool) -> None:
-    """Remove a task's targets, and what broken-off downloads left of them; a `clean` action."""
-    from .place import part_pattern
+    """Remove a task's targets, their provenance, and what broken-off downloads left of them; a `clean` action."""
+    from .place import part_pattern, statement_of
 
     for target in map(Path, task.targets):
-        for path in (target, *target.parent.glob(part_pattern(target))):
+        for path in (target, statement_of(target), *target.parent.glob(part_pattern(target))):
             if path.is_file() or path.is_symlink():
                 print(f"{task.name} - removing file '{printable(str(path))}'")
                 if not dryrun:

@@ -89,6 +89,12 @@ SETTINGS = [
         "It may be cancel or detach.",
     ),
     Row(
+        "used another word for yes",
+        "provenance=please",
+        "The setting provenance is 'please' (from the doit variable provenance).",
+        "It may be true or false.",
+    ),
+    Row(
         "gave words for seconds",
         "patience=a while",
         "The setting patience is 'a while' (from the doit variable patience).",
@@ -210,7 +216,7 @@ PYPROJECT = [
         "misspelt a setting",
         "bulider = 'local:'",
         "[tool.gamebear] in pyproject.toml sets 'bulider', which is no setting.",
-        "There are: arch, base, builder, interrupt, patience, sources, time_limit.",
+        "There are: arch, base, builder, interrupt, patience, provenance, sources, time_limit.",
     ),
     Row(
         "gave an unknown architecture a builder",

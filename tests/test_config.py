@@ -25,6 +25,7 @@ OTHER = {
     "patience": ("1", "2.5", 3, 600.0),
     "interrupt": ("detach", "cancel", "detach", "cancel"),
     "time_limit": ("0", "60", 61.5, 86400.0),
+    "provenance": ("true", "0", True, False),
 }
 """For each setting: a doit variable, an environment variable, a value in pyproject.toml, and the default."""
 
@@ -46,6 +47,8 @@ def value(name: str) -> object:
 
 
 def as_set(name: str, given: object) -> object:
+    if name == "provenance":
+        return str(given).lower() in ("1", "true")
     return float(str(given)) if name in ("patience", "time_limit") else given
 
 

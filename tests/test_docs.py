@@ -332,6 +332,8 @@ def test_every_setting_is_described_with_its_default(document: Path) -> None:
 
 
 def _default(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

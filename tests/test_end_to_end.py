@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from packageurl import PackageURL
 from project import Project, wait_for
 from sshd import Account, Sshd
+from statements import by_role, packages, read_statement
 
 RUN_IT = """
 import subprocess
@@ -88,6 +91,23 @@ def test_an_emulated_package_image_is_made_with_the_builders_own_apt(umtprd: Pat
     assert "Installing into debian:bookworm for armhf: gcc libc6-dev make pkgconf" in log
     assert "Using the image's own apt" not in log
     assert "is not installed" not in log and "E: " not in log
+
+
+def test_what_an_artifact_was_built_from_and_in_is_told_in_a_form_that_others_know(
+    umtprd: Path, gamebear: Project
+) -> None:
+    assert gamebear.doit("provenance", "umtprd").ok().out == "build/umtprd.intoto.json\n"
+    provenance = read_statement(umtprd)
+    debian = json.loads((gamebear.folder / "gamebear.lock").read_text())["debian"]["umtp-responder"]
+    source = by_role(provenance, "source")["umtp"]
+    assert source.digest["sha256"] == debian["files"][next(name for name in debian["files"] if name.endswith(".dsc"))]
+    assert PackageURL.from_string(source.uri).version == debian["version"]
+    (image,) = by_role(provenance, "package image").values()
+    (base,) = by_role(provenance, "base image").values()
+    assert (base.annotations["had"], image.annotations["base-id"]) == ("bootstrap", base.digest["sha256"])
+    found = packages(provenance)
+    assert found["gcc"].qualifiers == found["dpkg"].qualifiers == {"arch": "armhf"}
+    assert found["base-files"].version and found["tzdata"].qualifiers == {"arch": "all"}
 
 
 def test_one_edited_buildscript_rebuilds_one_task(umtprd: Path, gamebear: Project) -> None:

@@ -343,6 +343,20 @@ class Several(Protocol):
         ...
 
 
+@runtime_checkable
+class Traced(Protocol):
+    """What a builder may have besides: it tells what a result was built in."""
+
+    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
+        """Return what a result was built in, as JSON to be read by `materials.Materials.of_document`.
+
+        Args:
+            digest: the job, which is done.
+            attempt: which run of it.
+        """
+        ...
+
+
 def shown(url: str) -> str:
     """Return a builder's URL as messages may repeat it: with … for what may hold a password."""
     match = re.match(r"([^:]*:(?://)?)(.*)@(.*)\Z", url, re.DOTALL)

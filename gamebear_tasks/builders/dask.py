@@ -199,6 +199,13 @@ class DaskBuilder:
         except WorkerGone:
             return ()
 
+    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
+        """Return what a result was built in, on the worker that has it."""
+        place = self._find(digest)
+        if place is None:
+            raise BuilderError(f"No worker of {self.url} has job {digest[:12]} any more.", "Have it built again.")
+        return place[1].materials(digest, attempt)
+
     def discard(self, digest: str, attempt: str) -> None:
         """Have the worker check a result, and forget it if it is damaged."""
         place = self._find(digest)

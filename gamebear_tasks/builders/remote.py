@@ -325,6 +325,10 @@ class RunnerBuilder:
             raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
         return ()
 
+    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
+        """Return what a result was built in."""
+        return self._ask({"op": "materials", "digest": digest, "attempt": attempt})
+
     def discard(self, digest: str, attempt: str) -> None:
         """Have the builder check a result, and forget it if it is damaged."""
         with self._changed:

@@ -37,7 +37,7 @@ from .buildah import Buildah, BuildahError, facts
 from .containers import Container
 from .files import RunnerError, read_json, write_json
 from .images import Image, ImageNotFoundError, packages_image
-from .job import CommandError, Job, begin
+from .job import MATERIALS, CommandError, Job, begin
 from .phases import note
 
 KILLED = 128 + signal.SIGKILL
@@ -188,6 +188,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
             _execute_in(job, root, folder, document, result)
     finally:
         result.update(began=job.phases.began, phases=job.phases.spans)
+        with contextlib.suppress(OSError):
+            write_json(folder / MATERIALS, {"complete": not job.images, "images": job.images}, sync=False)
 
 
 def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], result: dict[str, Any]) -> None:

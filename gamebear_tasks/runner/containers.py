@@ -98,6 +98,7 @@ class Container:
         else:
             identity = image.id if isinstance(image, Image) else resolve(str(image))
             job.buildah.note_use(identity)
+            job.note_image(identity, used=True, name=called(image) if isinstance(image, Image) else str(image))
         for mount in mounts or ():
             command += ["--volume", _volume(mount)]
         self._image = identity

@@ -243,6 +243,8 @@ def packages_image(
     image = image_of(identity, f"{called(base) if isinstance(base, Image) else base} with {' '.join(wanted)}".rstrip())
     if rebuild != "never":
         notes = image.inspect().get("ImageAnnotations") or {}
+        if wanted:
+            job.note_image(identity, notes=notes)
         base_id = notes.get("gamebear.base-id", identity) if wanted else identity
         job.policies.append(policy_of(str(base), base_id, wanted, job.arch, notes, max_age_days))
     return image

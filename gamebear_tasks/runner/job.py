@@ -20,6 +20,9 @@ RUN_TAKES_SETTINGS = (1, 22)
 CONFIG_TAKES_VARIABLES = (1, 28)
 """The first release that is known to have values from its environment for `buildah config --env NAME`; 1.19 has not."""
 
+MATERIALS = "materials.json"
+"""The file in the job's folder with what it was built in, see `materials`."""
+
 PHASES = {"commit": "commit", "from": "container", "rm": "container"}
 """What buildah's time is for, by its command; all else is the build."""
 
@@ -70,8 +73,15 @@ class Job:
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
         self.phases = Phases(tell=tell)
+        self.images: dict[str, dict[str, Any]] = {}
+        """What is known of the images that were used, by their ids, see `materials`."""
         self.policies: list[dict[str, Any]] = []
         """What the result's validity hangs on, see `policy`."""
+
+    def note_image(self, identity: str, **known: Any) -> None:
+        """Note something about an image that is used: see `materials`."""
+        if identity not in self.committed:
+            self.images.setdefault(identity, {}).update(known)
 
     def run_takes_settings(self) -> bool:
         """Say whether environment and working directory can be had for one command only."""

@@ -1,4 +1,4 @@
-"""The runner's command line: `serve` for a client, `supervise` and `build` for a job."""
+"""The runner's command line: `serve` for a client; `supervise`, `build` and `materials` for a job."""
 
 from __future__ import annotations
 
@@ -25,5 +25,9 @@ def main(argv: Sequence[str]) -> int:
         from . import build
 
         return build.main(*rest)
+    if command == "materials":
+        from . import materials
+
+        return materials.main(*rest)
     print(f"the runner has no command {command!r}", file=sys.stderr)
     return 2

@@ -266,7 +266,7 @@ def _installed(
     try:
         buildah("from", "--name", container, part.identity)
         rootfs = Rootfs(buildah("mount", container).rstrip("\n"))
-        before = _versions(rootfs, folder)
+        before = _versions(installed(rootfs, folder))
         try:
             apt = Apt(folder / "apt", buildah.root / POOL, rootfs, buildah.environment)
             _update(apt.update)
@@ -285,7 +285,8 @@ def _installed(
             _install(buildah, facts, container, apt, plan, base, arch)
             _mark_automatic(rootfs, folder, apt, plan, packages)
             trim(apt.pool)
-        after = _versions(rootfs, folder)
+        now = installed(rootfs, folder)
+        after = _versions(now)
         own = {name.partition(":")[0] for name in after if after[name] != before.get(name)}
         notes = {
             **notes,
@@ -293,6 +294,7 @@ def _installed(
             "gamebear.added": " ".join(sorted(part.added | own)),
             "gamebear.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "gamebear.installed": " ".join(f"{name}={after[name]}" for name in sorted(after)),
+            "gamebear.all": " ".join(package.name for package in now if package.arch == "all"),
         }
         options = [word for key, value in notes.items() for word in ("--annotation", f"{key}={value}")]
         buildah("config", *options, container)
@@ -365,20 +367,48 @@ def _network(facts: Facts) -> list[str]:
     return [] if facts.isolation == "chroot" else ["--network", "host"]
 
 
-def _versions(rootfs: Rootfs, folder: Path) -> dict[str, str]:
-    """Return the version of each package that is installed, by the name that dpkg shows it under."""
+@dataclass(frozen=True)
+class Installed:
+    """A package that is installed.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        arch: its own architecture, `all` for one that has none.
+        shown: the name that dpkg shows it under: with the architecture where there may be several.
+    """
+
+    name: str
+    version: str
+    arch: str
+    shown: str
+
+
+def installed(rootfs: Rootfs, folder: Path) -> list[Installed]:
+    """Return the packages that a container's dpkg knows as installed, by their names.
+
+    Args:
+        rootfs: the container's files.
+        folder: where to put a file aside.
+    """
     aside = folder / "status"
     try:
         rootfs.copy_out("/var/lib/dpkg/status", aside)
     except FileNotFoundError:
-        return {}
-    versions = {}
+        return []
+    found = []
     for stanza in aside.read_text("utf-8", "replace").split("\n\n"):
         fields = dict(re.findall(r"^(Package|Status|Architecture|Multi-Arch|Version): (.*)$", stanza, re.MULTILINE))
         if fields.get("Status", "").endswith(" installed"):
-            several = f":{fields['Architecture']}" if fields.get("Multi-Arch") == "same" else ""
-            versions[fields["Package"] + several] = fields["Version"]
-    return versions
+            name, arch = fields["Package"], fields.get("Architecture", "")
+            several = f":{arch}" if fields.get("Multi-Arch") == "same" else ""
+            found.append(Installed(name, fields["Version"], arch, name + several))
+    return sorted(found, key=lambda package: package.shown)
+
+
+def _versions(packages: Iterable[Installed]) -> dict[str, str]:
+    """Return the version of each package by the name that dpkg shows it under."""
+    return {package.shown: package.version for package in packages}
 
 
 def _update(update: Callable[..., tuple[int, str]]) -> None:

@@ -124,6 +124,8 @@ class Session:
             return self._run(**header)
         if operation == "list":
             return self._list(**header), None
+        if operation == "materials":
+            return self._materials(**header), None
         raise RunnerError(f"The runner does not know the operation {operation!r}.", NOT_OURS)
 
     def _hello(self) -> Reply:
@@ -447,6 +449,12 @@ class Session:
         from .listing import listing  # seldom needed
 
         return listing(self.store, int(skip), int(limit), str(prefix))
+
+    def _materials(self, digest: str, attempt: str) -> Reply:
+        """Say what a result was built in; see `materials`."""
+        from .materials import materials  # seldom needed
+
+        return materials(self.store, digest, attempt)
 
     def _prune(self, older: float | None, size: int | None, keep: int | None, images: bool) -> Reply:
         """Remove what a policy says, for as long as a client may wait for an answer; `more`: ask again for the rest.

@@ -5,6 +5,7 @@
     jobs/<digest>/job.json      the canonical text; its SHA-256 is the digest
                   order.json    what this attempt needs besides: the blobs of the sources, the time limit; and who asked
                   images        the ids of the images that were used, one a line
+                  materials.json  what is known of them, see `materials`
                   lock          held (flock) by the supervisor for as long as it lives
                   state.json    see `State`; written aside, synced, renamed
                   log           bytes, only ever appended to within one attempt
@@ -249,7 +250,7 @@ class StoredJob:
         after_lost = self.mark.exists()
         self.mark.touch()
         sync_folder(self.mark.parent)
-        for pattern in ("cancel-*", "seen-*", ".*.tmp", "images", "phase"):
+        for pattern in ("cancel-*", "seen-*", ".*.tmp", "images", "phase", "materials.json"):
             for left in self.folder.glob(pattern):
                 left.unlink(missing_ok=True)
         for old in self.folder.glob("out-*"):

@@ -1,0 +1,161 @@
+"""Where an artifact comes from: statements beside it, read back by libraries that know the formats."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from packageurl import PackageURL
+from project import Project
+from statements import by_role, packages, read_statement
+
+from gamebear_tasks.builders.materials import Materials
+from gamebear_tasks.provenance import _git_uri, debian_purl, public
+from gamebear_tasks.runner.buildah import facts, outside
+
+DODO = """
+from gamebear_tasks import artifact
+
+def task_pair():
+    return artifact("x.py", outputs=["build/one", "build/two"], inputs={"word": "in/word"}, args={"n": 3})
+
+def task_never():
+    return artifact("x.py", outputs=["build/never"])
+
+def task_plain():
+    return {"actions": None}
+"""
+
+SCRIPT = """
+#| arg: n: int
+import helping
+with Container("gamebear-mini:1") as c:
+    c.run(["true"])
+    c.commit()
+for name in ("one", "two"):
+    open(name, "w").write(open("word").read() * n)
+"""
+
+STATUS = """\
+Package: libc6
+Status: install ok installed
+Architecture: amd64
+Multi-Arch: same
+Version: 2.36-9+deb12u1
+
+Package: tzdata
+Status: install ok installed
+Architecture: all
+Version: 1:2024a-0
+
+Package: gone
+Status: deinstall ok config-files
+Architecture: amd64
+Version: 1
+"""
+
+
+@pytest.fixture
+def pair(project: Project, tmp_path: Path) -> Project:
+    """A project whose one task has two outputs, built in a container of a small image."""
+    storage = tmp_path / "storage.conf"
+    storage.write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/storage"\nrunroot = "{tmp_path}/run-storage"\n'
+    )
+    project.environment["CONTAINERS_STORAGE_CONF"] = str(storage)
+    project.write("dodo.py", DODO)
+    project.write("x.py", SCRIPT)
+    project.write("helping.py", "")
+    project.write("in/word", "word")
+    tree = tmp_path / "tree"
+    tiny.fill(tree, ["sh", "true"])
+    (tree / "var/lib/dpkg").mkdir(parents=True)
+    (tree / "var/lib/dpkg/status").write_text(STATUS)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "CONTAINERS_STORAGE_CONF"):
+            patch.setenv(name, project.environment[name])
+        known = facts(project.store)
+        outside(project.store, known, "from", "--name", "make", "scratch")
+        outside(project.store, known, "copy", "make", str(tree), "/")
+        outside(project.store, known, "commit", "--rm", "make", "gamebear-mini:1")
+    return project
+
+
+def test_every_build_says_where_its_artifacts_come_from_where_that_is_set(pair: Project) -> None:
+    pair.doit("pair", "provenance=true").ok()
+    files = [pair.folder / "build" / name for name in ("one", "two")]
+    for file in files:
+        provenance = read_statement(file)
+        for role, name, path in (("script", "x.py", "x.py"), ("module", "helping.py", "helping.py")):
+            digest = hashlib.sha256((pair.folder / path).read_bytes()).hexdigest()
+            assert by_role(provenance, role)[name].digest["sha256"] == digest
+        assert by_role(provenance, "input")["word"].digest["sha256"] == hashlib.sha256(b"word").hexdigest()
+        (image,) = by_role(provenance, "image").values()
+        assert image.name == "gamebear-mini:1" and len(image.digest["sha256"]) == 64
+        assert packages(provenance) == {
+            "libc6": PackageURL("deb", "debian", "libc6", "2.36-9+deb12u1", {"arch": "amd64"}),
+            "tzdata": PackageURL("deb", "debian", "tzdata", "1:2024a-0", {"arch": "all"}),
+        }
+        declared = provenance.build_definition.external_parameters
+        assert declared["args"]["n"] == 3 and declared["program"]["name"] == "x.py"
+        details = provenance.run_details
+        assert details.builder.id.startswith("local://")
+        assert 0 <= details.metadata.finished_on.seconds - details.metadata.started_on.seconds < 600
+    shutil.rmtree(pair.store)
+    files[0].with_name("one.intoto.json").unlink()
+    assert pair.doit("provenance").ok().out.split() == ["build/one.intoto.json", "build/two.intoto.json"]
+    read_statement(files[0])  # without the builder
+    pair.doit("clean", "pair").ok()
+    assert [path.name for path in (pair.folder / "build").iterdir()] == ["logs"]
+
+
+def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_else(pair: Project) -> None:
+    pair.doit("provenance", "never").failed("never is not up to date", "Run doit never first")
+    pair.doit("provenance", "plain").failed("plain is not made by artifact()")
+    pair.doit("provenance", "nobody").failed("There is no task 'nobody'")
+    pair.doit("pair").ok()
+    assert not list(pair.folder.glob("build/*.intoto.json"))
+    pair.doit("provenance").ok()
+    before = read_statement(pair.folder / "build/one")
+    assert "libc6" in packages(before)
+    (pair.folder / "build/one").write_text("changed")
+    pair.doit("provenance", "pair").failed(
+        "build/one is not the file that pair made", "doit clean pair, then doit pair"
+    )
+    pair.write("in/word", "another")
+    pair.doit("provenance", "pair").failed("pair is not up to date")
+    pair.doit("pair").ok()
+    assert not list(pair.folder.glob("build/*.intoto.json")), "what was said is about other files"
+    for path in pair.store.glob("jobs/*/state.json"):
+        path.unlink()
+    pair.doit("provenance").failed("The builder no longer has the result of job", "doit clean TASK, then doit TASK")
+
+
+def test_nothing_secret_of_a_url_is_told() -> None:
+    assert public("https://me:secret@example.com/a.tar.gz?token=secret#secret") == "https://example.com/a.tar.gz"
+    assert public("https://token@example.com/a.git") == "https://example.com/a.git"
+    assert public("ssh://git:secret@example.com:22/a.git") == "ssh://git@example.com:22/a.git"
+
+
+def test_repositories_and_packages_have_the_names_that_others_know_them_by() -> None:
+    assert _git_uri("https://example.com/a.git") == "git+https://example.com/a.git"
+    assert _git_uri("git@example.com:b/a.git") == "git+ssh://git@example.com/b/a.git"
+    assert _git_uri("/srv/a.git") == "git+file:///srv/a.git"
+    for name, version, arch in (("libstdc++6", "1:2~rc1-3+deb12u1", "armhf"), ("a", "1", "")):
+        known = PackageURL("deb", "debian", name, version, {"arch": arch} if arch else {})
+        assert debian_purl(name, version, arch) == known.to_string()
+
+
+def test_what_a_builder_says_that_it_built_in_is_bounded() -> None:
+    good = {"id": "a" * 64, "packages": [["gcc", "1", "all"], ["\x1b[2J", "1", ""], ["short"], 5], "names": 7}
+    said = {"images": [good, {"id": "../x"}, 5] + [good] * 99, "begun": float("nan"), "ended": "never", "host": ["x"]}
+    materials = Materials.of_document(json.loads(json.dumps(said)))
+    assert (materials.begun, materials.ended, materials.host) == (0.0, 0.0, "")
+    assert len(materials.images) == 18
+    first = materials.images[0]
+    gcc, odd = first.packages
+    assert gcc.name == "gcc" and odd.name.isprintable()
