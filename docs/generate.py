@@ -103,6 +103,7 @@ def _settings() -> str:
     told = _attributes(inspect.getdoc(Settings) or "")
     for item in dataclasses.fields(Settings):
         value = f"{item.default:g}" if isinstance(item.default, float) else item.default
+        value = str(value).lower() if isinstance(value, bool) else value
         default = DEFAULTS.get(item.name, f"`{value}`")
         variable = f"GAMEBEAR_{item.name.upper()}"
         rows.append([f"`{item.name}`", f"`{variable}`", default, _sentence(told[item.name])])

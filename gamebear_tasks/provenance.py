@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import platform
 import re
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import tasklog
 from .builders import Builder, Traced
@@ -28,10 +30,23 @@ from .report import notice
 from .runner.files import read_json, sha256_of, write_bytes
 from .timing import Made, Record
 
+if TYPE_CHECKING:  # few projects have images
+    from .image.recipe import Recipe
+
+if TYPE_CHECKING:
+    pass
+
 BUILD_TYPE = "urn:x-gamebear-tasks:job:v1"
-"""What says how the rest is to be read: docs/reference/provenance.md."""
+"""What says how the rest of a job's statement is to be read: docs/reference/provenance.md."""
 
 Json = dict[str, Any]
+
+
+IMAGE_TYPE = "urn:x-gamebear-tasks:image:v1"
+"""The same of an image that `sd_image()` bakes."""
+
+CLOCK = 2.0
+"""Seconds that a file's time may be off: some file systems keep two only."""
 
 
 def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]:
@@ -53,33 +68,96 @@ def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]
             notice(f"{task}: the image {image.name or image.id[:12]} is no longer there to say what is installed in it")
     definition = _definition(plan, record, materials)
     details = _details(record, materials)
-    written = []
-    for made in record.outputs:
-        path = statement_of(Path(made.path))
-        statement = {
-            "_type": "https://in-toto.io/Statement/v1",
-            "subject": [{"name": Path(made.path).name, "digest": {"sha256": made.sha256}}],
-            "predicateType": "https://slsa.dev/provenance/v1",
-            "predicate": {"buildDefinition": definition, "runDetails": details},
-        }
-        try:
-            write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=0o644)
-        except OSError as error:
-            raise JobError(
-                f"{path} cannot be written: {error.strerror}.", "Make room, or see whose folder it is."
-            ) from error
-        written.append(path)
-    return written
+    return [_write(made.path, made.sha256, definition, details) for made in record.outputs]
+
+
+def write_image(recipe: Recipe, record: Record) -> Path:
+    """Write the statement of an image that was baked, and return where it is.
+
+    Args:
+        recipe: what it was baked from, which must be as it was.
+        record: how that went, well.
+
+    Raises:
+        JobError: the image is not the one that was baked, or the statement cannot be written.
+    """
+    (made,) = record.outputs
+    try:
+        about = recipe.output.stat()
+        if about.st_size != made.size or not -CLOCK < about.st_mtime - record.begun < record.seconds + CLOCK:
+            raise _changed(record, made)
+        digest = sha256_of(recipe.output)
+        files = [_resource(str(path), sha256=sha256_of(path), role=role) for path, role in _parts(recipe)]
+    except OSError as error:
+        what = f"{error.filename} cannot be read: {error.strerror}."
+        raise JobError(what, f"Run doit {record.task} again.") from error
+    user = recipe.user
+    if not isinstance(recipe.base, Path):
+        known = _resource(recipe.base.url.rpartition("/")[2], sha256=recipe.base.sha256, role="base")
+        files.insert(0, {**known, "uri": public(recipe.base.url)})
+    definition = {
+        "buildType": IMAGE_TYPE,
+        "externalParameters": {
+            "base": str(recipe.base) if isinstance(recipe.base, Path) else public(recipe.base.url),
+            "contents": [{"path": str(item.path), "destination": item.destination} for item in recipe.contents],
+            "config": list(recipe.config),
+            "cmdline": list(recipe.cmdline),
+            "enable": list(recipe.enable),
+            "hostname": recipe.hostname,
+            "arch": recipe.arch,
+            "user": user.name if user else "",
+        },
+        "internalParameters": {"recipe": record.digest},
+        "resolvedDependencies": files,
+    }
+    here = Materials(
+        begun=record.begun,
+        ended=record.begun + record.seconds,
+        host=platform.node(),
+        python=platform.python_version(),
+    )
+    return _write(made.path, digest, definition, _details(replace(record, builder="local:"), here))
+
+
+def _parts(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """Give the files that an image is made of, and what each is."""
+    if isinstance(recipe.base, Path):
+        yield recipe.base, "base"
+    for item in recipe.contents:
+        yield item.path, type(item).__name__.lower()
+    for path in recipe.user.key_files if recipe.user else ():
+        yield path, "key"
+
+
+def _write(target: str, sha256: str, definition: Json, details: Json) -> Path:
+    """Write the statement of a target and return where it is; raises JobError."""
+    path = statement_of(Path(target))
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": Path(target).name, "digest": {"sha256": sha256}}],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {"buildDefinition": definition, "runDetails": details},
+    }
+    try:
+        write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=0o644)
+    except OSError as error:
+        hint = "Make room, or see whose folder it is."
+        raise JobError(f"{path} cannot be written: {error.strerror}.", hint) from error
+    return path
 
 
 def check(record: Record) -> None:
     """See that the targets are what was built; raises JobError."""
     for made in record.outputs:
         if _sha256(made) != made.sha256:
-            raise JobError(
-                f"{made.path} is not the file that {record.task} made: it was changed since, or is gone.",
-                f"Have it made again: doit clean {record.task}, then doit {record.task}.",
-            )
+            raise _changed(record, made)
+
+
+def _changed(record: Record, made: Made) -> JobError:
+    return JobError(
+        f"{made.path} is not the file that {record.task} made: it was changed since, or is gone.",
+        f"Have it made again: doit clean {record.task}, then doit {record.task}.",
+    )
 
 
 def _sha256(made: Made) -> str:
@@ -226,7 +304,7 @@ def _details(record: Record, materials: Materials) -> Json:
             "version": {name: text for name, text in version.items() if text},
         },
         "metadata": {
-            "invocationId": f"{record.digest}/{record.attempt}",
+            "invocationId": f"{record.digest}/{record.attempt}".rstrip("/"),
             **{name: _timestamp(seconds) for name, seconds in times.items() if seconds},
         },
         "byproducts": logs,

@@ -20,6 +20,7 @@ import pytest
 from baking import bake, baked, refused
 from card import BOOT, MIB, SYSTEM, Card, make_base, pack, unpacked
 from project import Project, wait_for
+from statements import by_role, read_statement
 
 from gamebear_tasks import archive, file, history, sd_image, tar, timing, user
 from gamebear_tasks.errors import ImageError
@@ -648,6 +649,26 @@ def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch
     assert (record.state, record.failure[:34]) == ("failed", "The image has no unit nothing.serv")
     monkeypatch.chdir(project.folder)
     assert [[entry.record.state for entry in run.entries] for run in history.runs()] == [["failed"], ["done"]]
+
+
+def test_where_an_image_comes_from_is_told_like_that_of_an_artifact(project: Project) -> None:
+    project.doit("provenance=true").ok()
+    image = project.folder / "build" / "card.img"
+    first = read_statement(image)
+    for role, path in (("base", "base.img"), ("file", "thing"), ("key", "key.pub")):
+        digest = hashlib.sha256((project.folder / path).read_bytes()).hexdigest()
+        assert [(name, each.digest["sha256"]) for name, each in by_role(first, role).items()] == [(path, digest)]
+    statement = image.with_name("card.img.intoto.json")
+    statement.unlink()
+    assert project.doit("provenance").ok().out == "build/card.img.intoto.json\n"
+    assert read_statement(image) == first
+    assert HASH not in statement.read_text()
+    os.utime(image, (1, 1))
+    project.doit("provenance").failed("build/card.img is not the file that image made")
+    project.write("key.pub", f"{KEY}er\n")
+    project.doit("provenance", "image").failed("image is not up to date")
+    project.doit().ok()
+    assert not statement.exists()
 
 
 def test_no_secret_is_in_what_doit_shows_or_keeps(project: Project) -> None:

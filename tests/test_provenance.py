@@ -115,7 +115,7 @@ def test_every_build_says_where_its_artifacts_come_from_where_that_is_set(pair: 
 
 def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_else(pair: Project) -> None:
     pair.doit("provenance", "never").failed("never is not up to date", "Run doit never first")
-    pair.doit("provenance", "plain").failed("plain is not made by artifact()")
+    pair.doit("provenance", "plain").failed("plain is made by neither artifact() nor sd_image()")
     pair.doit("provenance", "nobody").failed("There is no task 'nobody'")
     pair.doit("pair").ok()
     assert not list(pair.folder.glob("build/*.intoto.json"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +29,51 @@ The setting provenance=true has every build write them."""
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """Write the statements; return the exit status."""
-        from ..action import Build
-
         for name in args:
             if name not in self.tasks:
                 raise SettingsError(f"There is no task {name!r}.", "`doit list --all` shows those there are.")
         status = 0
         for name in args or self.tasks:
-            builds = [action for action in self.tasks[name].actions if isinstance(action, Build)]
             try:
-                if args and not builds:
-                    raise JobError(f"{name} is not made by artifact().", "Only what a builder builds has provenance.")
-                for build in builds:
-                    for path in _written(name, build.plan, bool(args)):
-                        print(printable(str(path)))
+                written = list(_written(name, self.tasks[name].actions, bool(args)))
+                if args and not written:
+                    raise JobError(
+                        f"{name} is made by neither artifact() nor sd_image().",
+                        "Nothing is known of where it comes from.",
+                    )
+                for path in written:
+                    print(printable(str(path)))
             except GamebearError as error:  # the others may well have theirs
                 print(f"ERROR: {printable(str(error))}", file=sys.stderr)
                 status = FAILED
         return status
 
 
-def _written(name: str, plan: Any, named: bool) -> list[Path]:
-    """Write the statements of a task; none of one that nobody named and that was never built."""
+def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
+    """Write the statements of a task and give where they are; none of one that nobody named and that never ran."""
     from .. import provenance, tasklog
+    from ..action import Build
     from ..building import builder_of_this_run
     from ..config import settings
+    from ..image.recipe import Recipe
     from ..timing import Record
 
     record = Record.read(tasklog.path_of(name).with_suffix(".json"))
-    chosen = settings()
     if record is None and not named:
-        return []
-    if record is None or record.state != "done" or plan.order(chosen).job.digest != record.digest:
-        raise JobError(f"{name} is not up to date: what would be said of it is not so.", f"Run doit {name} first.")
-    provenance.check(record)
-    url = record.builder if "…" not in record.builder else chosen.builder_for(plan.arch or chosen.arch)
-    return provenance.write(name, plan, record, builder_of_this_run(url))
+        return
+    stale = JobError(f"{name} is not up to date: what would be said of it is not so.", f"Run doit {name} first.")
+    for action in actions:
+        recipe = next((each for each in getattr(action, "args", None) or () if isinstance(each, Recipe)), None)
+        if isinstance(action, Build):
+            chosen = settings()
+            if record is None or record.state != "done" or action.plan.order(chosen).job.digest != record.digest:
+                raise stale
+            provenance.check(record)
+            url = record.builder if "…" not in record.builder else chosen.builder_for(action.plan.arch or chosen.arch)
+            yield from provenance.write(name, action.plan, record, builder_of_this_run(url))
+        elif recipe is not None:
+            from ..image.bake import job_of  # slow to load
+
+            if record is None or record.state != "done" or record.job != job_of(recipe):
+                raise stale
+            yield provenance.write_image(recipe, record)

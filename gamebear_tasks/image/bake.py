@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -12,9 +13,11 @@ from pathlib import Path
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 
 from .. import history, reasons, tasklog, timing
+from ..config import settings
 from ..errors import GamebearError, ImageError
 from ..interrupt import terminated_as_interrupted
 from ..job import Json
+from ..place import statement_of
 from ..report import notice, printable, size
 from ..runner.files import CHUNK, sync_folder
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
@@ -72,19 +75,20 @@ class Baking:
             target = self.recipe.output
             absent = reasons.missing([str(target)])
             before = _stamps(self.recipe)
-            self._job = {
-                "image": self.recipe.identity(),
-                "files": {path: [inode, size, changed] for path, inode, size, changed in before},
-            }
+            self._job = job_of(self.recipe)
             last = timing.Record.read(tasklog.path_of(self.task).with_suffix(".json"))
             self.why = reasons.reasons_to_bake(self._job, last, absent)
             _bake(self.recipe, before)
-            self.note("done")
+            record = self.note("done")
+        if settings().provenance:
+            from ..provenance import write_image
 
-    def note(self, state: str, failure: str = "") -> None:
-        """Keep how the task went, once."""
+            write_image(self.recipe, record)
+
+    def note(self, state: str, failure: str = "") -> timing.Record:
+        """Keep how the task went, once, and return it."""
         if self._record is not None:
-            return
+            return self._record
         target = self.recipe.output
         made = timing.Made(target.name, str(target), target.stat().st_size, "") if state == "done" else None
         self._record = replace(
@@ -95,6 +99,13 @@ class Baking:
             job=self._job,
         )
         history.keep(self._record, None)
+        return self._record
+
+
+def job_of(recipe: Recipe) -> dict[str, Json]:
+    """Return what an image's record has as its job: what tells whether it would be baked from the same."""
+    files = {path: [inode, size, changed] for path, inode, size, changed in _stamps(recipe)}
+    return {"image": recipe.identity(), "files": files}
 
 
 def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
@@ -122,6 +133,8 @@ def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
             with done.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(done, target)
+            with contextlib.suppress(OSError):
+                statement_of(target).unlink()  # it is about what was there before
             sync_folder(target.parent)
 
 

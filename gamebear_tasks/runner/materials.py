@@ -36,7 +36,7 @@ IMAGES = 20
 """The most images of a job that are told of."""
 
 PACKAGES = 20_000
-"""The most packages of an image that are told of."""
+"""The most packages that are told of."""
 
 SECONDS = 50.0
 """Seconds for which what is missing is looked for; below what a client waits for an answer."""
@@ -125,12 +125,15 @@ def main(digest: str) -> int:
     buildah = Buildah(store.root, facts(store.root), f"{stored.container_prefix}materials-")
     found: dict[str, Any] = {}
     waiting = list(images.items())
+    left = PACKAGES
     with buildah.looking_for_image():
         while waiting and len(found) < IMAGES:
             identity, image = waiting.pop(0)
             if identity in found or not is_sha256(identity):
                 continue
             found[identity] = image = _looked_up(buildah, identity, image)
+            del image["packages"][left:]
+            left -= len(image["packages"])
             base = image["notes"].get("gamebear.base-id")
             if base is not None:
                 waiting.append((base, {"name": image["notes"].get("gamebear.base", "")}))
@@ -158,7 +161,7 @@ def _looked_up(buildah: Buildah, identity: str, image: Mapping[str, Any]) -> dic
     ours = _is_ours(described.get("names", ())) or bool(notes)
     told = NOTES if ours else NOTES[2:]  # what an image of a script's own has of its base's notes is no longer true
     described["notes"] = {name: str(origin[name])[:500] for name in told if name in origin}
-    described["packages"] = packages[:PACKAGES]
+    described["packages"] = [[word[:500] for word in package] for package in packages]
     return described
 
 
