@@ -1,0 +1,73 @@
+"""The Tab key in real shells: what doit's own completion offers of our commands, their options, and tasks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from project import Project
+
+COMMANDS = sorted(entry.name for entry in entry_points(group="doit.COMMAND") if "gamebear_tasks." in entry.value)
+
+BASH = """
+. /usr/share/bash-completion/bash_completion
+. ./completion
+complete_() {
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+    _doit
+    echo "$*: ${COMPREPLY[*]}"
+}
+"""
+
+ZSH = r"""
+zmodload zsh/zpty
+zpty shell "zsh -f -i"
+zpty -w shell "autoload -Uz compinit; compinit -u -D; . ./completion; compdef _doit doit; LISTMAX=1000; echo RE''ADY"
+zpty -r -m shell before '*READY*'
+zpty -w -n shell $'doit COMMAND --\t\t'
+for try in {1..200}; do
+    zpty -r -t shell more && shown+=$more || sleep 0.05
+    [[ $shown == *--seek-file* ]] && break
+done
+print -r -- "$shown"
+zpty -d shell
+"""
+
+
+@pytest.fixture
+def at_the_prompt(project: Project) -> Project:
+    """A project with two artifacts, whose doit is in the PATH."""
+    project.write("hello.py", "")
+    project.write("dodo.py", "from gamebear_tasks import artifact\n\n")
+    for name in ("hello", "help_page"):
+        with (project.folder / "dodo.py").open("a") as file:
+            file.write(f"def task_{name}():\n    return artifact('hello.py', outputs=['build/{name}'])\n")
+    project.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return project
+
+
+def shell(project: Project, program: str, script: str) -> str:
+    script = f"doit tabcompletion --shell {program} > completion\n{script}"
+    done = subprocess.run(
+        [program, "-c", script], cwd=project.folder, env=project.environment, capture_output=True, text=True, timeout=60
+    )
+    assert not done.stderr
+    return done.stdout
+
+
+def test_bash_offers_our_commands_and_tasks_where_they_make_sense(at_the_prompt: Project) -> None:
+    asked = "".join(f"complete_ doit {name[:-1]}\ncomplete_ doit {name} hel\n" for name in COMMANDS)
+    said = shell(at_the_prompt, "bash", BASH + asked + "complete_ doit hel\n").splitlines()
+    for name in COMMANDS:
+        assert name in next(line for line in said if line.startswith(f"doit {name[:-1]}: ")).split()[2:]
+    assert "doit jobs hel: hello help_page" in said
+    assert "doit hel: help hello help_page" in said
+
+
+def test_zsh_offers_the_options_of_our_commands_with_what_they_do(at_the_prompt: Project) -> None:
+    said = shell(at_the_prompt, "zsh", ZSH.replace("COMMAND", "jobs"))
+    assert "--lines" in said and "list them as JSON" in said
