@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Collection
@@ -38,6 +39,20 @@ def notice_once(url: str, texts: Collection[str]) -> None:
 def printable(text: str) -> str:
     """Return a text without what a terminal would act on."""
     return "".join(char if char.isprintable() or char in "\n\t" else UNPRINTABLE for char in text)
+
+
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+"""What a terminal takes for a command (ECMA-48): control sequences, operating system commands, other escapes."""
+
+
+def line_of(text: str) -> str:
+    """Return a line of a log as a terminal would show it in the end, without colours."""
+    text = text.rstrip("\r")
+    if "\r" in text:
+        text = text.rpartition("\r")[2]
+    if "\x1b" in text:
+        text = _SEQUENCE.sub("", text)
+    return text if text.isprintable() else printable(text.expandtabs().replace("\n", " "))
 
 
 def size(count: int) -> str:

@@ -136,7 +136,7 @@ class Record:
         totals = self.totals()
         totals.pop("load", None)  # it was before
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in totals.items() if seconds >= 0.05)
-        text = f"{self.task}: {self.had} in {_duration(self.seconds)} on {self.builder}"
+        text = f"{self.task}: {self.had} in {duration(self.seconds)} on {self.builder}"
         return f"{text} ({spent})" if spent else text
 
     def document(self) -> dict[str, Any]:
@@ -209,7 +209,8 @@ def _seconds_of(begun: str) -> float:
     return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{rest or 0}")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a length of time for people to read."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

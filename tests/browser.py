@@ -1,0 +1,118 @@
+"""A real browser without a window, driven through a pipe (Chrome DevTools Protocol)."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PROGRAM = "chromium-headless-shell"
+
+
+class Browser:
+    """A browser with one page.
+
+    Attributes:
+        requests: the addresses that the page asked for.
+        complaints: what was said on its console, and what it was refused.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self._numbers = itertools.count(1)
+        self._session = ""
+
+    def __enter__(self) -> Browser:
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        ours, theirs = os.pipe(), os.pipe()  # to it, from it
+        self._write, self._read = os.fdopen(ours[1], "wb", buffering=0), os.fdopen(theirs[0], "rb")
+        os.set_inheritable(ours[0], True)
+        os.set_inheritable(theirs[1], True)
+        arguments = [
+            PROGRAM,
+            "--remote-debugging-pipe",
+            "--no-sandbox",  # the tests are root in a container
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--force-color-profile=srgb",
+            f"--user-data-dir={self._profile.name}",
+            "about:blank",
+        ]
+        shell = f'exec "$@" 3<&{ours[0]} 4>&{theirs[1]}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", shell, "browser", *arguments],
+            pass_fds=[ours[0], theirs[1]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(ours[0])
+        os.close(theirs[1])
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log", "Runtime"):
+            self.ask(f"{domain}.enable")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._write.close()
+        self._read.close()
+        self._profile.cleanup()
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Return the answer to a command of the protocol."""
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        self._write.write(json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def open(self, page: Path, width: int, height: int = 900, dark: bool = False) -> None:
+        """Show a page, in a window of a width, as a person has it who likes dark or light pages."""
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.ask("Emulation.setEmulatedMedia", features=[scheme])
+        self.ask("Page.navigate", url=page.resolve().as_uri())
+        while self._next().get("method") != "Page.loadEventFired":
+            pass
+
+    def value(self, script: str) -> Any:
+        """Return what an expression in JavaScript comes to."""
+        answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def picture(self, path: Path, whole: bool = False) -> None:
+        """Write what is seen, or the whole page, as PNG."""
+        answer = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def _next(self) -> dict[str, Any]:
+        data = bytearray()
+        while (byte := self._read.read(1)) != b"\0":
+            assert byte, "the browser is gone"
+            data += byte
+        message: dict[str, Any] = json.loads(data)
+        said = message.get("params", {})
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(said["request"]["url"])
+        elif message.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+            self.complaints.append(json.dumps(said))
+        return message
