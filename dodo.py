@@ -11,7 +11,6 @@ from gamebear_tasks import (
     git,
     sd_image,
     tar,
-    task_builder,
     task_lock,
     task_prune,
     task_sources,
@@ -78,4 +77,4 @@ def task_image():
     )
 
 
-__all__ = ["task_builder", "task_lock", "task_prune", "task_sources"]
+__all__ = ["task_lock", "task_prune", "task_sources"]

@@ -42,7 +42,7 @@ CALLS: dict[str, Callable[..., object]] = {
 }
 """What can be called, by its name in the reference."""
 
-TASKS = {"lock": "doit lock -u", "sources": "doit sources", "builder": "doit builder", "prune": "doit prune --older 30"}
+TASKS = {"lock": "doit lock -u", "sources": "doit sources", "prune": "doit prune --older 30"}
 """Our tasks that a person runs by name, and an example of each."""
 
 DEFAULTS = {"arch": "this machine's", "sources": "the first"}
@@ -135,7 +135,7 @@ def _commands() -> str:
                 f"{_prose(command.doc_description)}" + _options(command.cmd_options)
             )
     parts.append(
-        "# Tasks\n\nA `dodo.py` that imports `task_lock`, `task_sources`, `task_builder` or `task_prune` has these. "
+        "# Tasks\n\nA `dodo.py` that imports `task_lock`, `task_sources` or `task_prune` has these. "
         "[The API](api.md#tasks) says more.\n"
     )
     for name, example in TASKS.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import GamebearError
 from .sources import archive, debian, either, git
 from .tasks import artifact
-from .tools import task_builder, task_lock, task_prune, task_sources
+from .tools import task_lock, task_prune, task_sources
 
 if TYPE_CHECKING:
     from .image import file, sd_image, tar, user
@@ -22,7 +22,6 @@ __all__ = [
     "git",
     "sd_image",
     "tar",
-    "task_builder",
     "task_lock",
     "task_prune",
     "task_sources",

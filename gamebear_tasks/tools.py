@@ -1,4 +1,4 @@
-"""Tasks that a `dodo.py` imports beside its own: pins, sources, the builder, its store."""
+"""Tasks that a `dodo.py` imports beside its own: pins, sources, the builder's store."""
 
 from __future__ import annotations
 
@@ -70,23 +70,6 @@ def _fetch_sources() -> TaskError | None:
             yield f"{source}: {size(source.fetch(sources_folder(), lock).stat().st_size)}"
 
     return _told(fetch)
-
-
-def task_builder() -> Task:
-    """connect to the builder and say what it is"""
-    return {"actions": [(_describe_builder,)], "uptodate": [only_when_named], "verbosity": 2}
-
-
-def _describe_builder() -> TaskError | None:
-    from .building import builder_of_this_run
-
-    def describe() -> Iterator[str]:
-        for url in settings().builders:
-            yield f"{url}"
-            for name, value in builder_of_this_run(url).describe().items():
-                yield f"  {name}: {size(value) if name == 'free' and isinstance(value, int) else value}"
-
-    return _told(describe)
 
 
 def task_prune() -> Task:

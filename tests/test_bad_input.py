@@ -13,7 +13,7 @@ from project import Project, Run
 
 import gamebear_tasks  # noqa: F401 - for the table's arguments
 
-IMPORTS = "import gamebear_tasks\nfrom gamebear_tasks import archive, artifact, either, git, task_builder, task_lock\n"
+IMPORTS = "import gamebear_tasks\nfrom gamebear_tasks import archive, artifact, either, git, task_lock\n"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from gamebear_tasks.runner import costs
 from gamebear_tasks.runner.buildah import Facts, boot
 
 DODO = """
-from gamebear_tasks import artifact, task_builder
+from gamebear_tasks import artifact
 
 def task_x():
     return artifact("x.py", outputs=["build/x"])
@@ -70,7 +70,8 @@ def test_it_is_said_once_and_again_when_it_is_so_again(mine: Project) -> None:
     assert "gamebear: on local:" not in built(mine)
     set_driver(mine, "vfs")
     assert built(mine, "-n", "2").count(VFS) == 1
-    assert "  driver: vfs" in mine.doit("builder").ok().out
+    said = " ".join(mine.doit("doctor").out.split())
+    assert "! storage the image store uses the vfs driver" in said
 
 
 def test_where_nothing_can_be_noted_it_is_said_in_each_run(mine: Project) -> None:

@@ -32,7 +32,7 @@ from gamebear_tasks.errors import BuilderError, BuilderLost, SettingsError
 from gamebear_tasks.job import Job
 
 DODO = """
-from gamebear_tasks import artifact, task_builder, task_prune
+from gamebear_tasks import artifact, task_prune
 
 DOIT_CONFIG = {"default_tasks": ["x"]}
 
@@ -246,11 +246,13 @@ def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path:
     assert begun(second) == 1
 
 
-def test_the_builder_task_says_what_each_worker_is(shelf: Cluster, tmp_path: Path) -> None:
+def test_the_doctor_looks_at_each_worker(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write("x.py", "")
-    run = project.doit("builder").ok()
-    assert run.out.count("buildah") == 2 and "i386 0 of 1 busy" in run.out, run.text
+    run = project.doit("doctor", "--json")
+    _, *workers = json.loads(run.out)["places"]
+    assert len(workers) == 2 and all(place["place"].startswith(f"{shelf.url} tcp://") for place in workers), run.text
+    assert all("buildah" in [finding["name"] for finding in place["findings"]] for place in workers)
 
 
 def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
@@ -444,10 +446,10 @@ def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
         project.write("x.py", "open('x', 'w').write('safe')")
         project.doit(**tls).ok()
         assert (project.folder / "build/x").read_text() == "safe"
-        project.doit("builder").failed("names no certificates", "CA_FILE")
+        project.doit("doctor").failed("names no certificates", "CA_FILE")
         other = settings_of_tls(tmp_path / "other")
-        project.doit("builder", **other).failed("do not trust each other")
-        project.doit("builder", f"builder=dask://127.0.0.1:{cluster.port}", **tls).failed("dask+tls://")
+        project.doit("doctor", **other).failed("do not trust each other")
+        project.doit("doctor", f"builder=dask://127.0.0.1:{cluster.port}", **tls).failed("dask+tls://")
     finally:
         cluster.close()
 

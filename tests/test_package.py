@@ -15,7 +15,7 @@ from wheels import pip
 pytest_plugins = ("wheels",)
 
 DODO = '''
-from gamebear_tasks import archive, artifact, debian, either, git, task_builder, task_lock, task_sources
+from gamebear_tasks import archive, artifact, debian, either, git, task_lock, task_sources
 
 def task_hello():
     """says hello"""
@@ -75,7 +75,7 @@ def test_the_wheel_brings_its_builders_and_its_license(wheel: Path) -> None:
 def test_a_dodo_file_elsewhere_imports_the_installed_package(elsewhere: Project) -> None:
     assert where(elsewhere).is_relative_to(elsewhere.folder / "venv")
     listed = elsewhere.doit("list").ok().out.split("\n")
-    assert [line.split()[0] for line in listed if line] == ["builder", "hello", "lock", "sources", "tree"]
+    assert [line.split()[0] for line in listed if line] == ["hello", "lock", "sources", "tree"]
 
 
 def where(project: Project) -> Path:

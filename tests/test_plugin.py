@@ -25,7 +25,7 @@ DOCUMENT = ROOT / "docs" / "how-to" / "own-builder.md"
 EXAMPLE = ROOT / "docs" / "examples" / "user-builder"
 
 DODO = """
-from gamebear_tasks import artifact, task_builder, task_prune
+from gamebear_tasks import artifact, task_prune
 
 def task_x():
     return artifact("x.py", inputs=["in/word"], outputs=["build/x"])
@@ -133,8 +133,8 @@ def test_a_url_without_a_name_is_refused(mine: Project) -> None:
 
 
 def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
-    said = mine.doit(f"builder=user:{account.name}", "builder").ok().out
-    assert f"user:{account.name}" in said and f"store: {account.home}/.cache/gamebear/v1" in said
+    said = mine.doit("doctor", f"builder=user:{account.name}").ok().out
+    assert f"user:{account.name} is ready" in said and f"{account.home}/.cache/gamebear/v1" in said
 
 
 # entry points
@@ -253,6 +253,11 @@ def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
     mine.doit("prune", "--size", "1").failed("removes by age only.")
     assert "1 job removed" in mine.doit("prune", "--older", "1").ok().out
     assert list(spool.iterdir()) == []
+
+
+def test_the_doctor_shows_what_it_says_of_itself(mine: Project, spool: Path) -> None:
+    said = " ".join(mine.doit("doctor").ok().out.split())
+    assert "of a kind that cannot be examined further" in said and f"spool {spool}" in said
 
 
 def test_a_spool_that_is_not_there_is_an_error(mine: Project) -> None:

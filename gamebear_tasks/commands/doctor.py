@@ -37,9 +37,9 @@ class Doctor(ProjectCommand):
     doc_description = (
         "Looks at each builder that is set (builder=ssh://pi@buildpi, without a dodo.py too) and at this machine:"
         " reachable, host key, log-in, Python, buildah, user namespaces, storage, disk, architectures, base image,"
-        " slots, jobs, sizes. Each trouble has its remedy.\n"
+        " slots, jobs, sizes. Each trouble has its remedy.\n\n"
         "Nothing is changed without --fix, which installs what is missing as root, and shows each command as it is run;"
-        " sudo asks for a password at the terminal where it has to.\n"
+        " sudo asks for a password at the terminal where it has to.\n\n"
         "Exit status: 0 all are ready, 1 there is trouble, 2 a builder could not be asked."
     )
 

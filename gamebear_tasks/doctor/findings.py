@@ -95,9 +95,9 @@ def stopped(error: BuilderError | SettingsError, by_ssh: bool) -> list[Finding]:
     elif isinstance(error, BuilderLost):
         failed = "reachable"
     else:
-        failed = "runner"
-    before = STAGES[: STAGES.index(failed)] if failed in STAGES else STAGES[:3]
-    found = [Finding(stage, OK, "yes") for stage in before if by_ssh]
+        failed = "connection"
+    before = STAGES[: STAGES.index(failed)] if failed in STAGES and by_ssh else ()
+    found = [Finding(stage, OK, "yes") for stage in before]
     packages = ("python3",) if failed == "python" and "3.9" not in error.message else ()
     return [*found, Finding(failed, TROUBLE, error.message, error.hint, packages)]
 

@@ -64,7 +64,7 @@ def status_of(places: Sequence[Place]) -> int:
 
 
 def as_json(places: Sequence[Place]) -> str:
-    """Return all of it for a script; the fields are described in docs/reference/commands.md."""
+    """Return all of it for a script; the fields are described in docs/how-to/fresh-pi.md."""
     return json.dumps(
         {
             "version": VERSION,
