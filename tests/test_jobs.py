@@ -7,24 +7,57 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from project import Project, wait_for
+from project import Project, Run, wait_for
 from remote import Remote, known
 from sshd import Sshd
+from warm import Warm
 
 from gamebear_tasks.builders.remote import _entry
 from gamebear_tasks.runner.listing import listing
 from gamebear_tasks.runner.store import Store
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """A doit that starts at once."""
+    made = Warm()
+    yield made
+    made.close()
+
+
+class Laptop(Project):
+    """A laptop whose `doit jobs` starts at once."""
+
+    warm: Warm
+
+    def jobs(self, *arguments: str) -> Run:
+        return self.warm.doit(self.folder, self.environment, "jobs", *arguments)
+
+    def listed(self, *options: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.jobs("--json", *options).ok().out)
+        return found
+
+
 @pytest.fixture
-def other(tmp_path: Path, remote: Remote, home: Path, server: Sshd) -> Project:
+def other(tmp_path: Path, remote: Remote, home: Path, server: Sshd, warm: Warm) -> Laptop:
     """A laptop without a project, from which the same builder is reached."""
     own = known(home, tmp_path / "other-home", remote.proxy.port, server)
-    return Project(tmp_path / "elsewhere", home=own, **remote.settings)
+    laptop = Laptop(tmp_path / "elsewhere", home=own, **remote.settings)
+    laptop.warm = warm
+    return laptop
+
+
+@pytest.fixture
+def mine(project: Project, warm: Warm) -> Laptop:
+    """A laptop with a project, which it builds itself."""
+    laptop = Laptop(project.folder, project.home)
+    laptop.warm = warm
+    return laptop
 
 
 def begun(remote: Remote, after: str = "print('end')") -> subprocess.Popen[bytes]:
@@ -35,50 +68,45 @@ def begun(remote: Remote, after: str = "print('end')") -> subprocess.Popen[bytes
     return client
 
 
-def listed(laptop: Project, *options: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(laptop.doit("jobs", "--json", *options).ok().out)
-    return found
-
-
 def said(laptop: Project) -> str:
     return (laptop.folder / "doit.out").read_text()
 
 
-def test_a_job_is_listed_and_followed_to_its_end_from_another_laptop(remote: Remote, other: Project) -> None:
+def test_a_job_is_listed_and_followed_to_its_end_from_another_laptop(remote: Remote, other: Laptop) -> None:
     client = begun(remote)
-    first = listed(other)[0]
+    first = other.listed()[0]
     assert (first["state"], first["program"], first["outputs"]) == ("running", "x.py", ["x"])
     assert "@" in first["by"] and first["waiting"] == [first["by"]]
-    line = other.doit("jobs").ok().out.splitlines()[2].split()
+    line = other.jobs().ok().out.splitlines()[2].split()
     assert line[:5] == [first["digest"][: first["digits"]], "running", "x.py", "->", "x,"]
     follower = other.start("jobs", "follow", line[0])
     wait_for(lambda: "begin red\n" in said(other))
     remote.go()
     assert (client.wait(), follower.wait()) == (0, 0)
     assert "\nend\n" in said(other) and "is done" in said(other)
-    again = other.doit("jobs", "follow", line[0], "--lines", "1").ok()
+    again = other.jobs("follow", line[0], "--lines", "1").ok()
     assert again.out == "end\n"
-    entry = listed(other)[0]
+    entry = other.listed()[0]
     assert (entry["digest"], entry["state"], entry["size"]) == (first["digest"], "done", 4)
 
 
 def test_a_job_is_cancelled_from_another_laptop_even_where_somebody_waits_if_told_so(
-    remote: Remote, other: Project
+    remote: Remote, other: Laptop
 ) -> None:
     client = begun(remote)
-    entry = listed(other)[0]
+    entry = other.listed()[0]
     name = entry["digest"][:12]
-    other.doit("jobs", "cancel", name).failed(f"others wait for it: {entry['by']}. --force cancels it all the same")
-    assert "was cancelled" in other.doit("jobs", "cancel", name, "--force").ok().err
+    other.jobs("cancel", name).failed(f"others wait for it: {entry['by']}. --force cancels it all the same")
+    assert "was cancelled" in other.jobs("cancel", name, "--force").ok().err
     assert client.wait() != 0
     assert "x.py was cancelled on" in remote.said()
-    other.doit("jobs", "cancel", name).failed("does not run: it is cancelled")
+    other.jobs("cancel", name).failed("does not run: it is cancelled")
     remote.assert_nothing_is_left()
 
 
-def test_whoever_follows_does_not_count(remote: Remote, other: Project) -> None:
+def test_whoever_follows_does_not_count(remote: Remote, other: Laptop) -> None:
     client = begun(remote, after="raise SystemExit('the job failed')")
-    digest = listed(other)[0]["digest"]
+    digest = other.listed()[0]["digest"]
     for stop in (True, False):
         follower = other.start("jobs", "follow", digest)
         wait_for(lambda: "begin" in said(other))
@@ -86,7 +114,7 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Project) -> None:
             follower.send_signal(signal.SIGINT)
             assert follower.wait() == 130
             assert "goes on; `doit jobs cancel" in said(other)
-    assert len(listed(other)[0]["waiting"]) == 1
+    assert len(other.listed()[0]["waiting"]) == 1
     client.kill()
     client.wait()
     remote.go()
@@ -98,29 +126,29 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Project) -> None:
     assert remote.builds == 2
 
 
-def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(project: Project) -> None:
-    project.write(
+def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) -> None:
+    mine.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n\n\ndef task_made():\n"
         "    return artifact('x.py', outputs=['build/x'])\n\n\ndef task_other():\n    return {'actions': None}\n",
     )
-    project.write("x.py", "print('says so')\nopen('x', 'w').close()\n")
-    project.doit("made").ok()
-    project.write("x.py", "print('edited meanwhile')\n")
-    assert project.doit("jobs", "follow", "made").ok().out == "says so\n"
-    project.doit("jobs", "follow", "other").failed("There is no job of the task 'other' on local:")
-    project.doit("jobs", "cancel", "nobody").failed("No job on local: begins with 'nobody', and no task has that name")
-    project.doit("jobs", "follow").failed("Say `doit jobs`, `doit jobs follow ID` or `doit jobs cancel ID`")
-    (entry,) = listed(project)
+    mine.write("x.py", "print('says so')\nopen('x', 'w').close()\n")
+    mine.doit("made").ok()
+    mine.write("x.py", "print('edited meanwhile')\n")
+    assert mine.jobs("follow", "made").ok().out == "says so\n"
+    mine.jobs("follow", "other").failed("There is no job of the task 'other' on local:")
+    mine.jobs("cancel", "nobody").failed("No job on local: begins with 'nobody', and no task has that name")
+    mine.jobs("follow").failed("Say `doit jobs`, `doit jobs follow ID` or `doit jobs cancel ID`")
+    (entry,) = mine.listed()
     alike = f"{entry['digest'][:10]}{'0' * 54}"
-    (project.store / "jobs" / alike).mkdir()
-    (project.store / "jobs" / alike / "state.json").write_text("damaged")
-    project.doit("jobs", "follow", entry["digest"][:10]).failed("2 jobs begin with", "Give more digits")
-    assert project.doit("jobs", "follow", entry["digest"][: listed(project)[0]["digits"]]).ok()
+    (mine.store / "jobs" / alike).mkdir()
+    (mine.store / "jobs" / alike / "state.json").write_text("damaged")
+    mine.jobs("follow", entry["digest"][:10]).failed("2 jobs begin with", "Give more digits")
+    assert mine.jobs("follow", entry["digest"][: mine.listed()[0]["digits"]]).ok()
 
 
-def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(project: Project) -> None:
-    store = Store(project.store)
+def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(mine: Laptop) -> None:
+    store = Store(mine.store)
     store.root.parent.mkdir(parents=True)
     store.prepare()
     digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(1000)]
@@ -136,11 +164,11 @@ def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(proje
     (store.live / digests[3]).touch()
     page = listing(store, 0, 20, "")
     assert [job["digest"] for job in page["jobs"]] == digests[:-21:-1] and page["total"] == 1000
-    everything = listed(project, "--all")
+    everything = mine.listed("--all")
     assert {entry["digest"] for entry in everything} == set(digests)
     assert sum(entry["state"] == "lost" for entry in everything) == 40
     assert len({entry["digest"][: entry["digits"]] for entry in everything}) == 1000
-    assert "980 more; --all lists them" in project.doit("jobs").ok().out
+    assert "980 more; --all lists them" in mine.jobs().ok().out
 
 
 def test_what_a_builder_lists_is_bounded_and_printable() -> None:
