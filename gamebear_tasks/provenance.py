@@ -341,7 +341,10 @@ def public(url: str) -> str:
     """Return a URL without what may be secret: user and password but for SSH's user, query and fragment."""
     if "://" not in url:
         return url
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # brackets around what is no address
+        return url.partition("://")[0] + "://"
     place = parts.netloc.rpartition("@")[2]
     if parts.scheme in ("ssh", "git+ssh", "ssh+git") and "@" in parts.netloc:
         place = f"{parts.netloc.rpartition('@')[0].partition(':')[0]}@{place}"

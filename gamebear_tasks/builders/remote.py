@@ -317,7 +317,8 @@ class RunnerBuilder:
 
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
         """End a job, unless others wait for it; return who does."""
-        reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client, "force": force})
+        named = {"op": "cancel", "digest": digest, "attempt": attempt}
+        reply = self._ask({**named, "client": self.client, "who": _who(), "force": force})
         others = reply.get("others")
         if isinstance(others, list) and others:
             return tuple(_line(who) for who in others[:WAITING])

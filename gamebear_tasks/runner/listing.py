@@ -24,6 +24,10 @@ NAMES = 8
 """The most outputs of a job that are named."""
 
 
+CLIENTS = 20
+"""The most who are said to wait for a job."""
+
+
 def listing(store: Store, skip: int, limit: int, prefix: str) -> dict[str, Any]:
     """Return a page of the store's jobs.
 
@@ -81,7 +85,6 @@ def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict
     state = state or stored.state()
     name = "lost" if state["state"] == "absent" else state["state"]  # what is damaged is built again, too
     attempt = str(state.get("attempt", ""))
-    order = _mapping(read_json(stored.folder / "order.json"))
     since = _number(state.get("since")) or stamp(stored.folder / "state.json")
     begun = stamp(stored.folder / "order.json")
     outputs = _mapping(state.get("outputs"))
@@ -93,8 +96,8 @@ def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict
         "used": max(0.0, now - stored.last_use()),
         "size": sum(about["size"] for about in outputs.values()),
         "log": size_of(stored.log),
-        "by": str(order.get("who") or "")[:200],
-        "waiting": [] if name in FINAL else stored.other_clients("", COMPANY),
+        "by": stored.begun_by(),
+        "waiting": [] if name in FINAL else stored.other_clients("", COMPANY)[:CLIENTS],
         **_what(stored.folder / "job.json"),
     }
     if name in FINAL and 0 < begun <= since:

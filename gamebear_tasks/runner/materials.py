@@ -25,12 +25,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .buildah import Buildah, BuildahError, environment, facts, namespace
+from .buildah import Buildah, BuildahError, environment, facts, namespace, remove_containers
 from .files import RunnerError, is_sha256, read_json, write_json
 from .job import MATERIALS
 from .packages import NAME, Installed, installed
 from .rootfs import Rootfs
 from .store import Store, StoredJob, stamp
+from .wire import MAX_HEADER, NOT_OURS
 
 IMAGES = 20
 """The most images of a job that are told of."""
@@ -51,7 +52,7 @@ def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
     Returns:
         `images`: `id`, `name`, `used`, `gone` (it was removed before anybody asked), `names`, `manifest`, `notes` and
         `packages` of each, as far as known. `begun` and `ended`, in seconds since 1970 by this builder's clock.
-        `host`, `machine`, `python`, `buildah`, `isolation` and `by`: where, with what and for whom.
+        `host`, `machine`, `python`, `buildah` and `isolation`: where, and with what.
 
     Raises:
         RunnerError: the result is not here any more.
@@ -66,7 +67,7 @@ def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
     known = facts(store.root)
     images = _images(stored)
     if images is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             subprocess.run(
                 [
                     *namespace(known),
@@ -84,18 +85,21 @@ def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
                 timeout=SECONDS,
                 check=False,
             )
+        except subprocess.TimeoutExpired:
+            remove_containers(store.root, known, _prefix(stored))
         images = _images(stored)
     if images is None:
         raise RunnerError(
             f"What job {digest[:12]} was built in cannot be looked up on the builder.",
             "See there whether `buildah images` works; then ask again.",
         )
-    order = read_json(stored.folder / "order.json")
+    listed = [{"id": identity, **image} for identity, image in list(images.items())[:IMAGES]]
+    if len(json.dumps(listed)) > MAX_HEADER // 2:
+        raise RunnerError(f"What job {digest[:12]} was built in makes no sense: it is too much.", NOT_OURS)
     return {
-        "images": [{"id": identity, **image} for identity, image in list(images.items())[:IMAGES]],
+        "images": listed,
         "begun": stamp(stored.folder / "order.json"),
         "ended": state.get("since"),
-        "by": str(order.get("who") or "") if isinstance(order, dict) else "",
         "host": platform.node(),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -112,6 +116,10 @@ def _images(stored: StoredJob) -> dict[str, Any] | None:
     return {identity: image for identity, image in known["images"].items() if isinstance(image, dict)}
 
 
+def _prefix(stored: StoredJob) -> str:
+    return f"{stored.container_prefix}materials-"
+
+
 def main(digest: str) -> int:
     """Look up what is not known yet of a job's images, inside the namespace; return the exit status."""
     store = Store()
@@ -122,7 +130,7 @@ def main(digest: str) -> int:
     if not images:  # an earlier release built it
         with contextlib.suppress(OSError):
             images = {line: {"used": True} for line in (stored.folder / "images").read_text().splitlines()}
-    buildah = Buildah(store.root, facts(store.root), f"{stored.container_prefix}materials-")
+    buildah = Buildah(store.root, facts(store.root), _prefix(stored))
     found: dict[str, Any] = {}
     waiting = list(images.items())
     left = PACKAGES

@@ -387,7 +387,7 @@ class Session:
 
         return {"size": size}, send
 
-    def _cancel(self, digest: str, attempt: str, client: str, force: bool = False) -> Reply:
+    def _cancel(self, digest: str, attempt: str, client: str, force: bool = False, who: str = "") -> Reply:
         """Stop an attempt, unless another client waits for the same job; wait a while until it has ended.
 
         Args:
@@ -395,6 +395,7 @@ class Session:
             attempt: which; empty for whichever is queued or running.
             client: who asks.
             force: stop it all the same; whoever waits then still has to be told.
+            who: whom people know the client as, where it does not wait for the job itself; whoever began it is told.
 
         Returns:
             `others`, who waits for the job and keeps it from being stopped, and `state`: `running` where it has not
@@ -422,7 +423,7 @@ class Session:
         if current != wanted:
             return {"state": "lost" if current else "absent", "others": []}  # another attempt took its place
         state = stored.state()
-        if state["state"] == "cancelled" and not others:
+        if state["state"] == "cancelled" and not others and who in ("", stored.begun_by()):
             stored.note_seen(wanted)
         return {"state": "running" if state["state"] == "queued" else state["state"], "others": []}
 

@@ -261,6 +261,11 @@ class StoredJob:
         self.write_state({"state": "queued", "attempt": attempt})
         return attempt
 
+    def begun_by(self) -> str:
+        """Return whom people know the client as that began the attempt; empty where it did not say."""
+        order = read_json(self.folder / "order.json")
+        return str(order.get("who") or "")[:WHO] if isinstance(order, dict) else ""
+
     def outputs(self, attempt: str) -> Path:
         """Return the folder of an attempt's outputs."""
         if not is_file_name(attempt):
