@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import threading
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import history, interrupt, tasklog, timing
-from .builders import Builder, Order, Sink, Status, open_builder, shown
+from .builders import Builder, Keeper, Order, Sink, Status, open_builder, shown
 from .config import settings
 from .errors import JobError
 from .interrupt import Interest, end_what_is_left
@@ -231,9 +232,21 @@ class Building:
         return JobError(
             f"{self.plan.name}, built by {builder.url}, failed. {message}"
             + (f"\nThe last lines of its log:{tail}" if tail else "")
-            + f"\nThe whole log is {log.path}.",
+            + f"\nThe whole log is {log.path}."
+            + (f"\n{step}" if (step := self._next_step(builder, status)) else ""),
             "Run doit again when it is mended.",
         )
+
+    def _next_step(self, builder: Builder, status: Status) -> str:
+        """Return how to look into the container of a job that failed, where it had one and the builder knows how."""
+        if not isinstance(builder, Keeper) or status.failure is None:
+            return ""
+        task = shlex.quote(self.task)
+        if status.failure.kept:
+            return f"The container is kept: `doit shell {task}` opens a shell in it."
+        if status.failure.containers:
+            return f"To look into its container: `doit {task} keep_failed=yes` builds again, then `doit shell {task}`."
+        return ""
 
 
 _builders: dict[tuple[int, str], Builder] = {}

@@ -36,6 +36,7 @@ class Settings:
         interrupt: what Ctrl-C does to what runs on the builder: `cancel` or `detach`.
         time_limit: seconds after which the builder ends a job that does not say so itself; 0 for never.
         provenance: whether every build writes beside each artifact where it comes from.
+        keep_failed: whether the containers of a job that fails are kept, for `doit shell`.
     """
 
     builder: str = "local:"
@@ -46,6 +47,7 @@ class Settings:
     interrupt: str = "cancel"
     time_limit: float = 86400.0
     provenance: bool = False
+    keep_failed: bool = False
 
     @property
     def builders(self) -> tuple[str, ...]:
@@ -260,6 +262,7 @@ _CHECKS: dict[str, Callable[[str, object, str], object]] = {
     "builder": _builder,
     "base": _one_of("auto", "registry", "bootstrap"),
     "interrupt": _one_of("cancel", "detach"),
+    "keep_failed": _truth,
     "patience": seconds,
     "provenance": _truth,
     "time_limit": seconds,

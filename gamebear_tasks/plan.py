@@ -96,6 +96,7 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             fetch_trees=lambda: self._fetch_trees(lock),
             time_limit=chosen.time_limit if self.time_limit is None else self.time_limit,
             base=chosen.base,
+            keep_failed=chosen.keep_failed,
             python=None if isinstance(self.program, Path) else python_version(),
         )
 

@@ -26,6 +26,7 @@ OTHER = {
     "interrupt": ("detach", "cancel", "detach", "cancel"),
     "time_limit": ("0", "60", 61.5, 86400.0),
     "provenance": ("true", "0", True, False),
+    "keep_failed": ("true", "0", True, False),
 }
 """For each setting: a doit variable, an environment variable, a value in pyproject.toml, and the default."""
 
@@ -47,7 +48,7 @@ def value(name: str) -> object:
 
 
 def as_set(name: str, given: object) -> object:
-    if name == "provenance":
+    if name in ("provenance", "keep_failed"):
         return str(given).lower() in ("1", "true")
     return float(str(given)) if name in ("patience", "time_limit") else given
 

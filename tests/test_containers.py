@@ -437,6 +437,8 @@ def test_a_failed_command_is_one_paragraph_and_no_traceback(builder: Builder) ->
         "message": "script.py, line 2: `sh -c 'exit 3'` failed with status 3 in a container of tiny.",
         "command": ["sh", "-c", "exit 3"],
         "status": 3,
+        "where": "a container of tiny",
+        "containers": True,
     }
     assert "Traceback" not in outcome.log
     assert builder.containers() == []

@@ -19,6 +19,7 @@ from typing import Any
 import dask
 import distributed
 import pytest
+import tiny
 from cluster import Cluster, settings_of_tls
 from distributed.protocol import Serialize, ToPickle
 from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
@@ -638,3 +639,15 @@ def test_what_is_no_message_is_refused(frames: bytes) -> None:
             builder.describe()
         builder.close()
         thread.join()
+
+
+def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path, GAMEBEAR_KEEP_FAILED="yes")
+    tree = tmp_path / "tree"
+    tiny.fill(tree, ("sh", "cat"))
+    project.write("x.py", f"c = Container('scratch')\nc.copy_in({str(tree)!r}, '/')\nc.run(['sh', '-c', 'exit 3'])\n")
+    project.doit("x").failed("failed with status 3", "The container is kept: `doit shell x` opens a shell in it.")
+    run = project.doit("shell", "x", "--", "sh", "-c", "cat /etc/passwd; exit 7")
+    assert (run.status, run.out) == (7, (tree / "etc/passwd").read_text())
+    project.doit("x", GAMEBEAR_KEEP_FAILED="no").failed("failed with status 3")
+    project.doit("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("No container of x is kept on dask://")

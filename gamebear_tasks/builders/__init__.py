@@ -30,6 +30,7 @@ class Order:
         time_limit: seconds after which the builder ends the job; 0 for none.
         base: where Debian's base images come from: `auto`, `registry` or `bootstrap`.
         python: `major.minor` of the Python that a pickled function needs, None for a buildscript.
+        keep_failed: if it fails, have its containers kept (see `Keeper`).
     """
 
     job: Job
@@ -38,6 +39,7 @@ class Order:
     time_limit: float = 0.0
     base: str = "auto"
     python: str | None = None
+    keep_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,20 @@ class Failure:
     Attributes:
         kind: what failed: `script`, `command`, `output`, `image`, `arch`, `time`, `blob`, `store`, `killed`, …
         message: a paragraph for a person, the way out included.
+        command: words of the command that failed, where one did.
+        status: its exit status, negative for a signal.
+        where: the container or image that it was about.
+        containers: whether the job had containers.
+        kept: whether they are kept (see `Keeper`).
     """
 
     kind: str
     message: str
+    command: tuple[str, ...] = ()
+    status: int | None = None
+    where: str = ""
+    containers: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,6 +262,58 @@ class Builder(Protocol):
 
     def close(self) -> None:
         """Close connections; nothing that runs on the builder minds. Never raises."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeptContainer:
+    """A container that is kept of a failed job.
+
+    Attributes:
+        image: what it was made from.
+        command: words of the last command in it; empty where there was none.
+        status: how that ended; None where it was ended with the job.
+    """
+
+    image: str
+    command: tuple[str, ...]
+    status: int | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a failed job.
+
+    Attributes:
+        containers: in the order in which they were made.
+        last: the number of the one in which something happened last, from 0.
+        age: seconds since it failed.
+    """
+
+    containers: tuple[KeptContainer, ...]
+    last: int
+    age: float
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """What a builder may have besides: it keeps the containers of failed jobs where `Order.keep_failed` asks for it."""
+
+    def kept(self, digest: str) -> Kept | None:
+        """Say what is kept of a job's last attempt; None where nothing is."""
+        ...
+
+    def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
+        """Run a command in a kept container as `Terminal.run_program` does on the builder.
+
+        It runs where and as what the container's last command ran, with its mounts and variables; the container stays
+        as long as it runs.
+
+        Args:
+            digest: the job.
+            container: its number, from 0.
+            words: the command; none for a shell.
+        """
         ...
 
 

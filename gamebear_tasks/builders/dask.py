@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import BuilderError, BuilderLost, SettingsError
 from ..report import notice, size
 from ..runner.arch import ARCHITECTURES
-from . import Builder, JobEntry, Order, Pruned, Sink, Status, shown
+from . import Builder, JobEntry, Kept, Order, Pruned, Sink, Status, shown
 from .channel import Connection
 from .remote import PATIENCE, RunnerBuilder
 from .session import words_of
@@ -216,6 +216,23 @@ class DaskBuilder:
             runner.discard(digest, attempt)
         except WorkerGone:
             self._forget(worker)  # and its result with it
+
+    def kept(self, digest: str) -> Kept | None:
+        """Say which containers the worker keeps that has built a job."""
+        runner = self._builder_of(digest)
+        return None if runner is None else runner.kept(digest)
+
+    def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
+        """Run a command in a kept container, on the worker that has it."""
+        runner = self._builder_of(digest)
+        if runner is None:
+            raise WorkerGone(f"The worker of {self.url} that kept the container has gone.", "Start it again.")
+        return runner.enter(digest, container, words)
+
+    def _builder_of(self, digest: str) -> RunnerBuilder | None:
+        """Return the worker that has a job, None where it is not there now."""
+        worker = self._places.get(digest) or self._ask("where", digest=digest).get("worker")
+        return self._runner(_address(worker, self.url)) if worker else None
 
     def prune(
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False

@@ -28,7 +28,7 @@ from ..runner import wire
 from ..runner.files import is_file_name, is_sha256, sha256_of
 from ..runner.phases import LIMIT as SPANS
 from ..timing import BUILDER, Phase, phase
-from . import Failure, JobEntry, Order, Output, Pruned, Sink, Status
+from . import Failure, JobEntry, Kept, KeptContainer, Order, Output, Pruned, Sink, Status
 from .bundle import bundle
 from .channel import Connection
 from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Session, Take, words_of
@@ -71,6 +71,11 @@ CROWD = 9999
 
 NOT_OURS = "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner."
 """What to do about answers that our runner does not give."""
+WORDS = 1000
+"""The most words of a command that failed."""
+
+KEPT = 100
+"""The most containers that are kept of one job."""
 
 NOTICES = 10
 """The most that a builder may say of itself at once."""
@@ -170,6 +175,7 @@ class RunnerBuilder:
                     "python": order.python,
                     "again": again,
                     "who": _who(),
+                    "keep": order.keep_failed,
                     "wait": 0.0 if self._others_wait() else SOON,
                 },
                 start,
@@ -406,6 +412,22 @@ class RunnerBuilder:
         if status is None:
             raise BuilderLost(f"What was run on {self.place} has ended in a way that is not known.")
         return status
+
+    def kept(self, digest: str) -> Kept | None:
+        """Say which containers are kept of a failed job."""
+        reply = self._ask({"op": "kept", "digest": digest})
+        found = reply.get("containers")
+        containers = [_container_in(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
+        last, age = reply.get("last"), reply.get("age")
+        if not containers:
+            return None
+        if not isinstance(last, int) or not 0 <= last < len(containers) or not isinstance(age, float) or not age >= 0:
+            raise BuilderError(f"{self.place} describes what it keeps in a way that makes no sense.", NONSENSE)
+        return Kept(tuple(containers), last, min(age, YEAR))
+
+    def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
+        """Run a command in a container that is kept of a failed job with our terminal; return its exit status."""
+        return self._attended({"op": "enter", "digest": digest, "container": container, "words": list(words)})
 
     def _attended(self, header: Mapping[str, Any]) -> int:
         """Have a program started that takes over its session, and sit before it until it has ended."""
@@ -695,7 +717,15 @@ class RunnerBuilder:
         failure = None
         if state == "failed":
             about = _mapping(reply.get("failure"))
-            failure = Failure(words_of(about.get("kind", "")), words_of(about.get("message", "It failed.")))
+            failure = Failure(
+                words_of(about.get("kind", "")),
+                words_of(about.get("message", "It failed.")),
+                _command_in(about.get("command")),
+                _status_in(about.get("status")),
+                words_of(about.get("where", ""))[:400],
+                about.get("containers") is True,
+                about.get("kept") is True,
+            )
         valid = reply.get("valid")
         if valid is not None and not (type(valid) in (int, float) and valid >= 0):
             raise BuilderError(
@@ -792,6 +822,22 @@ def _phases_in(reply: Mapping[str, Any]) -> Iterator[Phase]:
             continue
         if all(type(number) in (int, float) and 0 <= number < YEAR for number in span[1:]):  # and so no NaN
             yield Phase(span[0], float(span[1]), float(span[2]))
+
+
+def _command_in(value: object) -> tuple[str, ...]:
+    """Return the words of a command, as they may be shown."""
+    return tuple(words_of(word) for word in value[:WORDS]) if isinstance(value, list) else ()
+
+
+def _status_in(value: object) -> int | None:
+    return value if type(value) is int and abs(value) < 1 << 16 else None
+
+
+def _container_in(about: object) -> KeptContainer:
+    about = _mapping(about)
+    return KeptContainer(
+        words_of(about.get("image", ""))[:400], _command_in(about.get("command")), _status_in(about.get("status"))
+    )
 
 
 def _is_name(value: object) -> TypeGuard[str]:

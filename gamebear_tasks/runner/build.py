@@ -6,8 +6,9 @@ leaves behind. The child runs the buildscript or the function in the working dir
     result.json     {"ok": true} with "policies" (see `policy`) and, where the script returned an image, "image" (id and
                     names, in one text), or
                     {"ok": false, "kind": …, "message": …} with "command" and "status" where a command failed.
-                    "containers_left" is there where containers could not be removed. "phases" is where the time went
-                    (see `phases`), counted from "began" by the monotonic clock.
+                    "containers" is there where there were any when it failed, "containers_left" where some are left:
+                    they could not be removed, or are to be kept (see `kept`). "phases" is where the time went (see
+                    `phases`), counted from "began" by the monotonic clock.
 
 Kinds of failure: `script` (an exception, a syntax error, a wrong argument), `command`, `image`, `output`, `runner`.
 """
@@ -38,6 +39,7 @@ from .containers import Container
 from .files import RunnerError, read_json, write_json
 from .images import Image, ImageNotFoundError, packages_image
 from .job import MATERIALS, CommandError, Job, begin
+from .kept import KEEP_VARIABLE, Notes
 from .phases import note
 
 KILLED = 128 + signal.SIGKILL
@@ -181,7 +183,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     known = facts(root)
     prefix = f"gamebear-{digest[:16]}-"
     buildah = Buildah(root, known, prefix, folder / "images")
-    job = Job(buildah, known, str(document["arch"]), prefix, partial(note, folder))
+    notes = Notes(folder / "kept.json", attempt) if (attempt := os.environ.get(KEEP_VARIABLE)) else None
+    job = Job(buildah, known, str(document["arch"]), prefix, partial(note, folder), notes)
     begin(job)
     try:
         with job.phases.phase("build"):
@@ -195,6 +198,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
 def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], result: dict[str, Any]) -> None:
     work = Path.cwd()
     returned: object = None
+    went_well = False
     try:
         try:
             returned = _call(root, folder, document)
@@ -212,10 +216,17 @@ def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], re
         _check_outputs(document)
         if job.policies:
             result["policies"] = job.policies
+        went_well = True
     finally:
+        if job.had_containers and not went_well:
+            result["containers"] = True
         try:
             with job.phases.phase("container"):
-                job.close(returned.id if isinstance(returned, Image) else "")
+                if went_well or job.notes is None:
+                    job.close(returned.id if isinstance(returned, Image) else "")
+                elif job.had_containers:
+                    job.let_go()
+                    result["containers_left"] = sorted([*job.open, *job.finished])
         except BuildahError as error:
             print(f"gamebear: {error}", file=sys.stderr)
             result["containers_left"] = sorted(job.open)
@@ -349,7 +360,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
         return _result("script", f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}{line}")
     if isinstance(error, CommandError):
         command = [os.fsdecode(word) for word in error.cmd]
-        return _result("command", f"{where}{error}.", command=command, status=error.returncode)
+        return _result("command", f"{where}{error}.", command=command, status=error.returncode, where=error.where)
     if isinstance(error, RunnerError):
         return _result(error.kind, f"{where}{error}")
     if isinstance(error, ImageNotFoundError):

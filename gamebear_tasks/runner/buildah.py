@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -276,8 +276,8 @@ class Buildah:
         return status, tail.decode("utf-8", "replace")
 
 
-def remove_containers(root: Path, facts: Facts, prefix: str) -> None:
-    """Remove every container whose name starts with `prefix`; to be called from outside the namespace.
+def remove_containers(root: Path, facts: Facts, prefix: str, but: Collection[str] = ()) -> None:
+    """Remove every container whose name starts with `prefix`, but some; to be called from outside the namespace.
 
     Raises:
         BuildahError: one of them stays.
@@ -292,7 +292,7 @@ def remove_containers(root: Path, facts: Facts, prefix: str) -> None:
     except ValueError:
         raise BuildahError(["containers", "--all", "--json"], status, "its output is not JSON") from None
     for container in listed:
-        if container["containername"].startswith(prefix):
+        if container["containername"].startswith(prefix) and container["containername"] not in but:
             args = ["rm", container["id"]]
             status, _, stderr = _captured([*before, "buildah", *store, *args], env)
             if status and "not known" not in stderr:

@@ -107,6 +107,9 @@ class Container:
         self._where = f"a container of {called(image) if isinstance(image, Image) else image}"
         run_buildah(self._where, *command, "--name", self.name, identity)
         job.open[self.name] = self._let_go
+        job.had_containers = True
+        if job.notes is not None:
+            job.notes.made(self.name, called(image) if isinstance(image, Image) else str(image))
 
     @property
     def name(self) -> str:
@@ -132,14 +135,19 @@ class Container:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._let_go()
+        self._check_there()
         try:
-            self._buildah("rm", self.name)
+            self._job.remove(self.name, self._where)
         except CommandError as failed:
             if error is None:
                 raise
             print(f"gamebear: {failed}", file=sys.stderr)  # what went wrong first matters more
         else:
             self._job.open.pop(self.name, None)
+
+    def _check_there(self) -> None:
+        if self.name not in self._job.open:
+            raise ValueError(f"the container {self.name} is removed: its with-block is over")
 
     def _let_go(self) -> None:
         self.ccache = False
@@ -148,8 +156,7 @@ class Container:
         self._rootfs = self._path = None
 
     def _buildah(self, *args: str, variables: Mapping[str, str] | None = None) -> str:
-        if self.name not in self._job.open:
-            raise ValueError(f"the container {self.name} is removed: its with-block is over")
+        self._check_there()
         return run_buildah(self._where, *args, variables=variables)
 
     # settings
@@ -341,8 +348,7 @@ class Container:
             CommandError: it failed.
         """
         words = _command(cmd, shell)
-        if self.name not in self._job.open:
-            raise ValueError(f"the container {self.name} is removed: its with-block is over")
+        self._check_there()
         further = {key: str(value) for key, value in (env or {}).items()}
         folder = None if pwd is None else self._absolute(os.fspath(pwd))
         with contextlib.ExitStack() as stack:
@@ -374,6 +380,8 @@ class Container:
                 stdin.seek(0)
             sys.stdout.flush()
             sys.stderr.flush()
+            if self._job.notes is not None:
+                self._job.notes.begun(self.name, words, options)
             out, printed = _sink(stdout, 1)
             err, complained = _sink(stderr, 2)
             in_order = stderr == subprocess.STDOUT or (stdout is stderr is None and os.path.sameopenfile(1, 2))
@@ -385,6 +393,8 @@ class Container:
                 out=out,
                 err=None if in_order else err,
             )
+        if self._job.notes is not None:
+            self._job.notes.ended(self.name, status)
         texts = [
             data if data is None else bytes(data) if text is False else data.decode("utf-8", "backslashreplace")
             for data in (printed, complained)

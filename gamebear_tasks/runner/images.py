@@ -127,7 +127,11 @@ class Image:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.tags():
             return
+        job = current()
+        if job.notes is not None and error is not None:
+            return  # what is kept may have been made from it; it goes as any that nobody uses
         try:
+            job.remove_finished()
             run_buildah(f"image {self.id[:12]}", "rmi", self.id)
         except CommandError as failed:
             if error is None:

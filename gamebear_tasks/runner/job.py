@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .buildah import Buildah, BuildahError, Facts, last_lines
+from .kept import FINISHED, Notes
 from .phases import Phases
 
 RUN_TAKES_SETTINGS = (1, 22)
@@ -60,16 +61,27 @@ class Job:
         arch: Debian's name of the architecture that images are to have.
         prefix: what the names of the containers begin with.
         tell: called with each phase as it begins.
+        notes: where its containers are noted if they are to be kept should it fail; else None.
     """
 
     def __init__(
-        self, buildah: Buildah, facts: Facts, arch: str, prefix: str, tell: Callable[[str], None] | None = None
+        self,
+        buildah: Buildah,
+        facts: Facts,
+        arch: str,
+        prefix: str,
+        tell: Callable[[str], None] | None = None,
+        notes: Notes | None = None,
     ) -> None:
+        self.notes = notes
+        self.finished: list[str] = []
+        """The containers whose with-block is over and that are still there, in case the job fails."""
         self.buildah = buildah
         self.facts = facts
         self.arch = arch
         self.prefix = prefix
         self.count = 0
+        self.had_containers = False
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
         self.phases = Phases(tell=tell)
@@ -95,6 +107,38 @@ class Job:
     def _version(self) -> tuple[int, ...]:
         return tuple(int(number) for number in re.findall(r"\d+", self.facts.version)[:2])
 
+    def remove(self, container: str, where: str) -> None:
+        """Remove a container whose with-block is over: at once, or some time later where it is noted.
+
+        Args:
+            container: its name.
+            where: what it is called in messages.
+
+        Raises:
+            CommandError: buildah failed.
+        """
+        if self.notes is None:
+            run_buildah(where, "rm", container)
+            return
+        self.finished.append(container)
+        while len(self.finished) > FINISHED:
+            self._remove(self.finished.pop(0))
+
+    def remove_finished(self) -> None:
+        """Remove the containers whose with-block is over, for they have images that are to go."""
+        while self.finished:
+            self._remove(self.finished.pop(0))
+
+    def _remove(self, container: str) -> None:
+        run_buildah(f"container {container}", "rm", container)
+        if self.notes is not None:
+            self.notes.removed(container)
+
+    def let_go(self) -> None:
+        """Let go of the containers' files, and leave the containers."""
+        for let_go in self.open.values():
+            let_go()
+
     def close(self, keep: str = "") -> None:
         """Remove the containers that are left, and the images that were committed and then neither named nor returned.
 
@@ -104,16 +148,19 @@ class Job:
         Raises:
             BuildahError: a container stays.
         """
-        for let_go in self.open.values():
-            let_go()
-        if self.open:
-            self.buildah("rm", *self.open)
-            self.open.clear()
-        left = [identity for identity in self.committed if identity != keep]
+        self.let_go()
+        left = [*self.open, *self.finished]
         if left:
+            self.buildah("rm", *left)
+            self.open.clear()
+            self.finished.clear()
+        if self.notes is not None:
+            self.notes.removed(*left)
+        images = [identity for identity in self.committed if identity != keep]
+        if images:
             with contextlib.suppress(BuildahError):
                 named = {entry["id"] for entry in self.buildah.images() if entry["names"]}
-                for identity in reversed(left):
+                for identity in reversed(images):
                     if identity not in named:
                         with contextlib.suppress(BuildahError):
                             self.buildah("rmi", identity)

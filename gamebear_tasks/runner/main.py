@@ -1,4 +1,4 @@
-"""The runner's command line: `serve` for a client; `supervise`, `build` and `materials` for a job."""
+"""The runner's command line: `serve` for a client; `supervise`, `build`, `materials` and `enter` for a job."""
 
 from __future__ import annotations
 
@@ -29,5 +29,9 @@ def main(argv: Sequence[str]) -> int:
         from . import materials
 
         return materials.main(*rest)
+    if command == "enter":
+        from . import kept
+
+        return kept.main(*rest)
     print(f"the runner has no command {command!r}", file=sys.stderr)
     return 2

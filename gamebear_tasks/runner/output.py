@@ -51,6 +51,12 @@ exec "$@" >"$f/out" 2>"$f/err"
 # What buildah says of a command that failed, and the script is told anyway.
 _NOISE = re.compile(rb"(?m)^(?:subprocess exited with status \d+|Error: exit status \d+|exit status \d+)\n?")
 
+
+def without_noise(said: bytes) -> bytes:
+    """Return what buildah says without what it says of the command's status, which is told anyway."""
+    return _NOISE.sub(b"", said.replace(b"\r\n", b"\n"))
+
+
 _NOTHING = ("/bin/sh", "-c", ":")
 
 _PIECE = 1 << 16

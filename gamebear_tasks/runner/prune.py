@@ -45,8 +45,8 @@ class Policy:
 
     Attributes:
         older: what was not used for so many seconds; None: age is no reason.
-        size: so much that jobs, blobs and compiler caches take no more than this, in bytes; the least recently used
-            go first.
+        size: so much that jobs, blobs and compiler caches take no more than this, in bytes; failed jobs whose
+            containers are kept go first, then the least recently used.
         keep: all but the last so many results of each target (architecture, program and outputs).
         images: also images of ours that no job that stays has used, and nobody for `older` seconds.
     """
@@ -190,6 +190,9 @@ class Prune:
                 ):
                     self._busy.add(job.digest)
                     return False
+                if not job.release_kept():
+                    self.pruned.left.append(f"Somebody has a shell open in a container of job {job.digest[:12]}.")
+                    return False
                 if job.mark.exists():
                     clean_up(job)
                 if job.mark.exists():
@@ -249,7 +252,7 @@ class Prune:
         for path in _entries(self.store.root / "ccache"):
             entries.append(_Entry(stamp(path), _allocated(path), path))
         total = sum(entry.size for entry in entries)
-        for entry in sorted(entries, key=lambda entry: entry.last_use):
+        for entry in sorted(entries, key=lambda entry: (entry.job is None or not entry.job.is_kept(), entry.last_use)):
             if total <= self.policy.size:
                 return
             self._go_on()

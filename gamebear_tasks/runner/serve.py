@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from . import wire
 from .files import CHUNK, RunnerError, is_file_name, read_json, sync_folder, write_all, write_bytes
@@ -27,6 +27,9 @@ from .receive import Body, have, put, size_so_far, take_blob, use
 from .slots import line
 from .store import COMPANY, FINAL, WHO, Lock, State, Store, StoredJob, hold_runner, size_of, storage_failure
 from .wire import NOT_OURS, Reply
+
+if TYPE_CHECKING:
+    from .terminal import Attended
 
 IDLE_LIMIT = 3600.0
 """Seconds without a request after which a session ends: its client is gone, whatever TCP says."""
@@ -122,6 +125,10 @@ class Session:
             return self._examine(**header), None
         if operation == "run":
             return self._run(**header)
+        if operation == "kept":
+            return self._kept(**header), None
+        if operation == "enter":
+            return self._enter(**header)
         if operation == "list":
             return self._list(**header), None
         if operation == "materials":
@@ -180,6 +187,7 @@ class Session:
         python: str | None = None,
         again: bool = False,
         who: str = "",
+        keep: bool = False,
     ) -> Reply:
         """Take a job: start it, join it where it runs already, or say what it still lacks.
 
@@ -196,6 +204,7 @@ class Session:
             python: the version (major.minor) that a pickled function needs.
             again: start anew even if the last attempt failed and nobody has seen it.
             who: whom people know the client as.
+            keep: if it fails, leave its containers to be looked at.
 
         Returns:
             `state` and `attempt`, or `missing` (SHA-256 and bytes already here of each) and `trees_wanted`. `valid`:
@@ -238,8 +247,14 @@ class Session:
             ]
             if missing or trees is None:
                 return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
+            if not stored.release_kept():
+                raise RunnerError(
+                    "Somebody has a shell open in a container that the last attempt of this very job has left.",
+                    "Leave that shell (doit shell), then run doit again.",
+                )
             write_bytes(stored.folder / "job.json", text)
-            attempt = stored.begin_attempt({"trees": trees, "time_limit": time_limit, "base": base, "who": who})
+            order = {"trees": trees, "time_limit": time_limit, "base": base, "who": who, "keep": keep}
+            attempt = stored.begin_attempt(order)
             self._start_supervisor(stored, attempt, lock)
             return {"state": "queued", "attempt": attempt, "started": True, "expired": expired}
         finally:
@@ -477,31 +492,26 @@ class Session:
 
     # with a terminal
 
+    def _kept(self, digest: str) -> Reply:
+        """Say which containers are kept of a job."""
+        from .kept import listed
+
+        return listed(self.store.job(digest))
+
     def _run(self, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
-        """Start a program of this machine's, as whom we are here; the session is its input and output from then on.
+        """Start a program of this machine's, see `terminal`."""
+        from .terminal import started
 
-        Args:
-            words: its command line.
-            terminal: the client's, see `terminal`; None where it has none.
-        """
-        return self._attended(words, dict(os.environ), Path.home(), terminal)
+        return self._attended(started(words, dict(os.environ), Path.home(), terminal))
 
-    def _attended(
-        self,
-        words: list[str],
-        environment: dict[str, str],
-        folder: Path,
-        terminal: dict[str, Any] | None,
-        within: bool = False,
-    ) -> Answer:
-        from .terminal import Attended
+    def _enter(self, digest: str, container: int, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
+        """Start a command in a container that is kept of a job, see `kept`."""
+        from .kept import entered
 
-        if not words or not all(isinstance(word, str) for word in words):
-            raise RunnerError("A program to run is a list of words.", NOT_OURS)
-        try:
-            program = Attended(words, environment, folder, terminal, within)
-        except OSError as error:
-            raise RunnerError(f"{words[0]} cannot be started: {error.strerror}.", "Install it there.") from error
+        return self._attended(entered(self.store.job(digest), container, words, terminal))
+
+    def _attended(self, program: Attended) -> Answer:
+        """Answer that a program runs; from then on the session is its input and output, and ends with it."""
 
         def attend(reply: Reply) -> None:
             _write(wire.encode(reply))

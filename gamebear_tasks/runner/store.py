@@ -14,6 +14,7 @@
                   clients/<id>  touched while that client follows the job; who it is
                   work/         the program's folder while it runs
                   out-<attempt>/<name>  the outputs
+    kept/<digest>               there as long as what a failed job left is kept, see `kept`; locked by who looks at it
     live/<digest>               there from before a job starts until it has been cleaned up after
     slots/<n>                   locked by the job that has the slot
     images/                     locks; <id>.used is touched when an image is used, in-use.lock is shared meanwhile
@@ -59,8 +60,8 @@ CLOCK_STEP = 5.0
 State = dict[str, Any]
 """A job's state: `state` (queued, running, done, failed, cancelled, lost), `attempt`, `since` (seconds since 1970),
 `phases` (name, start and seconds of each, see `phases`), and when done `outputs` by name (`size` in bytes, `sha256`,
-`executable`), when failed
-`failure` (`kind`, `message`, and `command` and `status` where a command failed)."""
+`executable`), when failed `failure`: `kind`, `message`, `command`, `status` and `where` where a command failed,
+`containers` where there were any, `kept` where they are kept."""
 
 
 def cache_home() -> Path:
@@ -151,6 +152,7 @@ class Store:
         self.blobs = self.root / "blobs"
         self.jobs = self.root / "jobs"
         self.live = self.root / "live"
+        self.kept = self.root / "kept"
         self.slots = self.root / "slots"
         self.images = self.root / "images"
         self.tmp = self.root / "tmp"
@@ -163,7 +165,7 @@ class Store:
         for folder in (self.root.parent, self.root):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
-        for folder in (self.blobs, self.jobs, self.live, self.slots, self.images, self.tmp, self.trash):
+        for folder in (self.blobs, self.jobs, self.live, self.kept, self.slots, self.images, self.tmp, self.trash):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def blob(self, sha256: str) -> Path:
@@ -189,6 +191,7 @@ class StoredJob:
         self.log = self.folder / "log"
         self.work = self.folder / "work"
         self.mark = store.live / digest
+        self.kept = store.kept / digest
 
     @property
     def container_prefix(self) -> str:
@@ -265,6 +268,40 @@ class StoredJob:
         """Return whom people know the client as that began the attempt; empty where it did not say."""
         order = read_json(self.folder / "order.json")
         return str(order.get("who") or "")[:WHO] if isinstance(order, dict) else ""
+
+    def is_kept(self) -> bool:
+        """Say whether what the last attempt left is kept (see `kept`)."""
+        return self.kept.exists() and not self.mark.exists()
+
+    @contextlib.contextmanager
+    def held_kept(self) -> Iterator[bool]:
+        """Keep what is kept from being removed for the block; give whether it is there."""
+        try:
+            fd = os.open(self.kept, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)  # who removes it holds it for a moment
+            os.utime(fd)
+            yield self.is_kept()
+        finally:
+            os.close(fd)
+
+    def release_kept(self) -> bool:
+        """Have what is kept cleaned up after as any attempt is; say whether nobody looks at it, without which it stays.
+
+        The caller holds the job's lock. Raises OSError.
+        """
+        if not self.kept.exists():
+            return True
+        with Lock.opened(self.kept) as lock:
+            if not lock.acquire():
+                return False
+            self.mark.touch()
+            sync_folder(self.mark.parent)
+            self.kept.unlink(missing_ok=True)
+        return True
 
     def outputs(self, attempt: str) -> Path:
         """Return the folder of an attempt's outputs."""

@@ -17,11 +17,12 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import slots, work
+from . import kept, slots, work
 from .buildah import environment, facts, namespace, remove_containers, remove_tree
 from .costs import keep_notices
 from .files import CHUNK, RunnerError, is_sha256, read_json, sync_folder
@@ -56,8 +57,12 @@ class Supervisor:
         self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.phases = Phases(tell=partial(note, stored.folder))
         self.policies: list[dict[str, Any]] = []
-        self.tidy = True
-        """No build of ours has been started that has not removed its containers."""
+        order = read_json(stored.folder / "order.json")
+        order = order if isinstance(order, dict) else {}
+        self.keeps = bool(order.get("keep"))
+        """What a failed build leaves is to be kept."""
+        self.tidy = not order.get("after_lost")
+        """There are no containers: neither of an earlier attempt nor of a build of ours that has not removed them."""
 
     def run(self) -> None:
         """Build the job and write how it ended; never raises for what the job does."""
@@ -68,6 +73,7 @@ class Supervisor:
                 self._write_state("running")
                 with self.phases.phase("prepare"):
                     clean_up_after_lost_jobs(self.store, but=self.stored.digest)
+                    kept.trim(self.store)
                 self._check_stop()
                 outputs = self._build()
             final: dict[str, Any] = {"state": "done", "outputs": outputs, "policies": self.policies}
@@ -82,7 +88,7 @@ class Supervisor:
             final = {"state": "failed", "failure": {"kind": StoreError.kind, "message": str(storage_failure(error))}}
         if final["state"] == "failed":
             self.say(final["failure"]["message"])
-        self._clean_up()
+        self._clean_up(final)
         self._write_final_state(**final)
 
     def say(self, text: str) -> None:
@@ -135,6 +141,7 @@ class Supervisor:
                     f"See {self.stored.folder}, and with `buildah containers` the containers"
                     f" {self.stored.container_prefix}….",
                 )
+            self.tidy = True
             if self.stored.work.exists():
                 remove_tree(self.store.root, known, self.stored.work)
             work.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
@@ -171,7 +178,11 @@ class Supervisor:
             stdout=self.log,
             stderr=self.log,
             cwd=self.stored.work,
-            env={**environment(self.store.root, known), "GAMEBEAR_BASE": base},
+            env={
+                **environment(self.store.root, known),
+                "GAMEBEAR_BASE": base,
+                kept.KEEP_VARIABLE: self.attempt if self.keeps else "",
+            },
             start_new_session=True,
         )
         try:
@@ -187,7 +198,7 @@ class Supervisor:
             self.policies = result.get("policies") or []
             return
         if isinstance(result, dict) and not result.get("ok"):
-            failure = {key: result[key] for key in ("command", "status") if key in result}
+            failure = {key: result[key] for key in ("command", "status", "where", "containers") if key in result}
             self._check_room(str(result.get("message", "")), failure)
             raise JobFailed(str(result.get("kind", "script")), str(result.get("message", "It failed.")), **failure)
         self._check_room("", {})
@@ -276,8 +287,17 @@ class Supervisor:
         sync_folder(folder)
         return outputs
 
-    def _clean_up(self) -> None:
-        clean_up(self.stored, containers=not self.tidy)
+    def _clean_up(self, final: dict[str, Any]) -> None:
+        """Remove what the attempt has left, or have it kept, which its failure then says."""
+        failure = final.get("failure", {})
+        names = kept.noted(self.stored, self.attempt) if self.keeps and failure else {}
+        if not names or failure["kind"] == StoreError.kind:  # a full disk needs the room
+            clean_up(self.stored, containers=not self.tidy)
+        elif remove_leftovers(self.stored, containers=not self.tidy, but=names):
+            with contextlib.suppress(OSError):
+                kept.keep(self.stored)
+                failure["kept"] = True
+                kept.trim(self.store)
         with contextlib.suppress(OSError):
             os.fsync(self.log)
         os.close(self.log)
@@ -303,27 +323,36 @@ def clean_up(stored: StoredJob, containers: bool = True) -> None:
     """
     if remove_leftovers(stored, containers):
         with contextlib.suppress(OSError):
+            stored.kept.unlink(missing_ok=True)
             stored.mark.unlink()
 
 
-def remove_leftovers(stored: StoredJob, containers: bool = True) -> bool:
-    """Remove what a build may have left: containers, the program's folder; say whether nothing stayed."""
+def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection[str] = ()) -> bool:
+    """Remove what a build may have left: containers, the program's folder; say whether nothing stayed.
+
+    Args:
+        stored: the job.
+        containers: whether there may be any.
+        but: containers that are to stay, and the folder, to which their mounts lead, with them.
+    """
     root = stored.store.root
     gone = True
     try:
         if containers:
-            remove_containers(root, facts(root), stored.container_prefix)
+            remove_containers(root, facts(root), stored.container_prefix, but)
     except (RunnerError, OSError):
         gone = False
-    shutil.rmtree(stored.work, ignore_errors=True)
-    with contextlib.suppress(RunnerError, OSError):
-        if stored.work.exists():  # files of a container's other users are in the way
-            remove_tree(root, facts(root), stored.work)
-    names = ("source.tar", "function.pickle", "cloudpickle.zip", "result.json", "phase")
+    names = ["source.tar", "function.pickle", "cloudpickle.zip", "result.json", "phase"]
+    if not but:
+        names.append("kept.json")
+        shutil.rmtree(stored.work, ignore_errors=True)
+        with contextlib.suppress(RunnerError, OSError):
+            if stored.work.exists():  # files of a container's other users are in the way
+                remove_tree(root, facts(root), stored.work)
     for path in (*(stored.folder / name for name in names), *stored.folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
             path.unlink()
-    return gone and not stored.work.exists()
+    return gone and (bool(but) or not stored.work.exists())
 
 
 def clean_up_after_lost_jobs(store: Store, but: str) -> None:

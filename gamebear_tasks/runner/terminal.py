@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import RunnerError
+
 INPUT, END, WINDOW = b"i", b"e", b"w"
 OUTPUT, ERRORS, STATUS = b"o", b"x", b"s"
 
@@ -260,6 +262,29 @@ class Attended:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE)
                 return
+
+
+def started(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    terminal: Mapping[str, Any] | None,
+    within: bool = False,
+) -> Attended:
+    """Return a program that has been started; its parameters are those of `Attended`.
+
+    Raises:
+        RunnerError: it cannot be started.
+    """
+    if not words or not all(isinstance(word, str) for word in words):
+        raise RunnerError("There is no program to run.", "Name one, with its arguments.")
+    try:
+        return Attended(words, environment, folder, terminal, within)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RunnerError(
+            f"{words[0]} cannot be started: {why}.", "See that it is installed there, and in the PATH."
+        ) from error
 
 
 def term_of(terminal: Mapping[str, Any]) -> str:

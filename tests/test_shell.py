@@ -1,0 +1,266 @@
+"""Failed jobs whose containers are kept, and shells in them: on this machine as root, over SSH as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from keyboard import Keyboard
+from project import Project, Run, assert_nothing_is_left, wait_for
+from remote import Remote
+from sshd import Account, Sshd
+
+from gamebear_tasks.runner.kept import AGE, MOST, trim
+from gamebear_tasks.runner.store import Store
+
+DODO = """
+from gamebear_tasks import artifact
+from gamebear_tasks.tools import task_prune
+
+def task_x():
+    return artifact("x.py", outputs=["build/x"])
+
+def task_other():
+    for name in "abcd":
+        yield {"name": name, **artifact("other.py", outputs=[f"build/{name}"], args={"name": name})}
+"""
+
+SCRIPT = """
+import os
+os.mkdir("shared")
+with open("shared/note", "w") as file:
+    print("in the job's folder", file=file)
+with Container("scratch", mounts=[("shared", "/job")]) as first:
+    first.copy_in(TREE, "/")
+    first.run(["true"])
+with Container("scratch") as c:
+    c.copy_in(TREE, "/")
+    c.workdir = "/tmp"
+    c.environ["GREETING"] = "hi there"
+    c.run(["sh", "-c", "echo 'half done' > half; chown 1000 half"])
+    print("the last line", flush=True)
+    c.run(["sh", "-c", "test -e mended"], env={"FOR": "this one"}, user="pi", volumes=[("shared", "/mnt", "ro")])
+    open("x", "w").close()
+"""
+
+PROGRAMS = ("sh", "bash", "cat", "chown", "env", "id", "ls", "pwd", "sleep", "stty", "test", "true")
+
+
+class Place:
+    """A project, and the store of its builder."""
+
+    def __init__(self, project: Project, store: Path, tree: Path) -> None:
+        self.project = project
+        self.store = store
+        self.failed: set[str] = set()
+        project.write("dodo.py", DODO)
+        project.write("x.py", SCRIPT.replace("TREE", repr(str(tree))))
+        project.write("other.py", "#| arg: name: str\nc = Container('scratch')\nraise ValueError(name)\n")
+
+    def fail(self, *words: str) -> Run:
+        run = self.project.doit(*(words or ("x", "keep_failed=yes"))).failed("failed")
+        self.failed.update(path.name for path in (self.store / "jobs").iterdir())
+        return run
+
+    def shell(self, *words: str, size: tuple[int, int] = (24, 80)) -> Keyboard:
+        return Keyboard(self.project.command("shell", *words), self.project.folder, self.project.environment, size)
+
+    @property
+    def kept(self) -> list[Path]:
+        return list((self.store / "kept").iterdir())
+
+    @property
+    def containers(self) -> int:
+        """How many containers of the jobs that have failed the builder's image store has."""
+        is_ours = self.store == self.project.store
+        default = Path("/var/lib") if is_ours else self.store.parents[2] / ".local" / "share"
+        tops = (self.store, default / "containers")
+        listings = [top / "storage" / "overlay-containers" / "containers.json" for top in tops]
+        text = "".join(path.read_text() for path in listings if path.exists())
+        return sum(text.count(f'"gamebear-{digest[:16]}-') for digest in self.failed)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the containers, which the builder's account can read."""
+    tree = tmp_path_factory.mktemp("tree") / "files"
+    tiny.fill(tree, PROGRAMS)
+    for folder in (tree, *tree.parents):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    tree.chmod(0o755)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def here(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A builder on this machine, as root."""
+    folder = tmp_path_factory.mktemp("here")
+    project = Project(folder / "project", home=folder / "home")
+    place = Place(project, project.store, tree)
+    yield place
+    for mark in place.kept:  # root's containers are in a store that other tests use too
+        os.utime(mark, (1, 1))
+    trim(Store(place.store))
+    assert place.containers == 0
+
+
+@pytest.fixture(scope="module")
+def there(tree: Path, server: Sshd, home: Path, account: Account, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A builder behind sshd, as an ordinary user."""
+    project = Project(tmp_path_factory.mktemp("there"), home=home, GAMEBEAR_BUILDER=server.url)
+    return Place(project, account.home / ".cache" / "gamebear" / "v1", tree)
+
+
+@pytest.fixture(params=["here", "there"])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Each of them."""
+    place: Place = request.getfixturevalue(request.param)
+    return place
+
+
+def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
+    said = place.fail().text
+    assert "`sh -c 'test -e mended'` failed with status 1 in a container of scratch" in said
+    assert "the last line" in said and "The whole log is build/logs/x.log." in said
+    assert "The container is kept: `doit shell x` opens a shell in it." in said
+    with place.shell("x", size=(31, 97)) as keyboard:
+        keyboard.see("this is container 2 of the 2 that x has left .* failed with status 1")
+        keyboard.see(r"[$#] ")
+        keyboard.type("pwd; id -u; stty size; echo $TERM, $GREETING, $FOR; cat half /mnt/note\r")
+        keyboard.see("/tmp\r\n1000\r\n31 97\r\nxterm-256color, hi there, this one\r\nhalf done\r\nin the job's folder")
+        keyboard.resize(50, 120)
+        keyboard.type("sleep 0.4; stty size\r")
+        keyboard.see("\n50 120\r\n")
+        keyboard.type("sh -c 'echo begun; exec sleep 1000'; echo status $?\r")
+        keyboard.see("begun\r\n")
+        keyboard.type("\x03")
+        keyboard.see(r"[$#] ")
+        keyboard.type("\x1b[A\x1b[A\x1b[A\x1b[A")
+        keyboard.see("sh -c 'test -e mended'")
+        keyboard.type("\r")
+        keyboard.type("echo said $?; exit 7\r")
+        keyboard.see("said 1")
+        assert keyboard.end() == 7
+        assert keyboard.is_as_before
+        assert "exit status" not in keyboard.text
+
+
+def test_one_command_is_run_instead_and_its_status_passed(place: Place) -> None:
+    run = place.project.doit("shell", "x", "--", "sh", "-c", 'echo "$1"; id -u; exit 5', "sh", "CFLAGS=-O2")
+    assert (run.status, run.out) == (5, "CFLAGS=-O2\n1000\n")
+    data = os.urandom(1 << 20)
+    done = subprocess.run(
+        place.project.command("shell", "x", "--", "cat"),
+        cwd=place.project.folder,
+        env=place.project.environment,
+        input=data,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == data
+    assert done.stderr == b""
+    assert place.project.doit("shell", "-c", "1", "x", "--", "cat", "/job/note").ok().out == "in the job's folder\n"
+
+
+def test_what_cannot_be_entered_is_said(here: Place) -> None:
+    shell = ("shell",)
+    here.project.doit(*shell, "-c", "3", "x").failed("x has left 2 containers, and there is no container 3.")
+    here.project.doit(*shell, "y").failed("There is no task y. Those that do: x, other:a, other:b")
+    here.project.doit(*shell).failed("doit shell does not say which task's container.")
+    here.project.doit(*shell, "x", "--").failed("There is no command behind --.")
+    here.project.doit(*shell, "other:a").failed(
+        "No container of other:a is kept on", "`doit other:a keep_failed=yes` has it kept if the task fails"
+    )
+
+
+def test_an_open_shell_keeps_its_container(there: Place) -> None:
+    with there.shell("x") as keyboard:
+        keyboard.see(r"[$#] ")
+        there.project.doit("x").failed("Somebody has a shell open in a container", "Leave that shell")
+        state = next(path for path in (there.store / "jobs").glob("*/kept.json")).with_name("state.json")
+        for path in (state, state.with_name("clients"), state.with_name("job.json")):
+            os.utime(path, (1, 1))
+        said = there.project.doit("prune", "--older", "0.5").ok().out
+        assert "Somebody has a shell open in a container of job" in said
+        keyboard.type("echo still here; exit\r")
+        keyboard.see("still here\r\n")
+        assert keyboard.end() == 0
+    for path in (state, state.with_name("clients"), state.with_name("job.json")):
+        os.utime(path, (1, 1))
+    assert "1 job" in there.project.doit("prune", "--older", "0.5").ok().out
+    assert there.kept == [] and there.containers == 0
+    there.project.doit("shell", "x").failed("No container of x is kept")
+
+
+def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
+    there.fail()
+    assert len(there.kept) == 1 and there.containers == 2
+    said = there.fail("x").text
+    assert "To look into its container: `doit x keep_failed=yes` builds again, then `doit shell x`." in said
+    assert there.kept == [] and there.containers == 0
+    assert_nothing_is_left(there.project, there.store)
+
+
+def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
+    here.fail("-c", "other", "keep_failed=yes")
+    assert len(here.kept) == MOST == here.containers
+    for path in here.kept:
+        old = time.time() - AGE - 60
+        os.utime(path, (old, old))
+    here.fail("x")
+    assert here.kept == [] and here.containers == 0
+    assert_nothing_is_left(here.project, here.store)
+
+
+def test_a_build_that_took_too_long_leaves_its_container_too(here: Place) -> None:
+    here.project.write("dodo.py", DODO.replace('["build/x"]', '["build/x"], time_limit=2'))
+    script = (here.project.folder / "x.py").read_text()
+    here.project.write("x.py", script.replace("test -e mended", "sleep 1000"))
+    assert "took longer than its time limit" in here.fail().text
+    run = here.project.doit("shell", "x", "--", "sh", "-c", "pwd; cat half").ok()
+    assert run.out == "/tmp\nhalf done\n"
+    here.project.write("x.py", script)
+    run = here.project.doit("shell", "x", "--", "true").ok()
+    assert "what x is built from has changed since it failed" in run.err
+    here.project.write("dodo.py", DODO)
+
+
+def test_an_output_that_is_missing_leaves_the_last_containers(here: Place) -> None:
+    script = (here.project.folder / "x.py").read_text()
+    here.project.write("x.py", "with Container('scratch') as c:\n    c.copy_in('x.py', '/left')\n")
+    assert "doit shell x" in here.fail().text
+    with here.shell("x") as keyboard:
+        keyboard.see("made from scratch, in which nothing was run")
+        assert keyboard.end() != 0  # there is no program in it, not even a shell
+    here.project.write("x.py", script)
+
+
+def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote, account: Account, tree: Path) -> None:
+    place = Place(remote.project, remote.store, tree)
+    place.project.write("x.py", (place.project.folder / "x.py").read_text() + "# by way of a proxy\n")
+    place.fail()
+    with place.shell("x") as keyboard:
+        keyboard.see(r"[$#] ")
+        keyboard.type("sh -c 'echo begun; exec sleep 1000'\r")
+        keyboard.see("begun\r\n")
+        remote.proxy.cut()
+        assert keyboard.end() == 2
+        assert "ERROR: " in keyboard.text and "is gone" in keyboard.text
+        assert keyboard.is_as_before
+    wait_for(lambda: b"sleep\x001000" not in b"".join(_command_lines(account)))
+    assert place.project.doit("shell", "x", "--", "cat", "half").ok().out == "half done\n"
+    place.fail("x")
+
+
+def _command_lines(account: Account) -> Iterator[bytes]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if account.uid <= process.stat().st_uid:
+                yield (process / "cmdline").read_bytes()
+        except OSError:
+            pass
