@@ -17,7 +17,7 @@ from gamebear_tasks import (
     user,
 )
 
-DOIT_CONFIG = {"default_tasks": ["umtprd", "usbgx", "gt"]}
+DOIT_CONFIG = {"default_tasks": ["umtprd", "usbgx", "gt"], "reporter": "live"}
 
 UMTP = either(
     git=git("https://github.com/viveris/uMTP-Responder.git", rev="52c38a4a756b30efecc6470b5e4d4f22f9187a45"),

@@ -18,6 +18,7 @@ from .errors import JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
+from .progress.telling import Telling
 from .reasons import ASKED, missing, reasons
 from .report import notice, notice_once, printable, size
 from .tasklog import TaskLog
@@ -48,7 +49,8 @@ class Building:
         self.plan = plan
         self.task = task
         self.out = out
-        self.watch = timing.Stopwatch()
+        self.telling = Telling(task)
+        self.watch = timing.Stopwatch(self.telling)
         self.chosen = settings()
         self.had = "built"
         self.valid: dict[str, float] | None = None
@@ -73,7 +75,8 @@ class Building:
 
             url = self.chosen.builder_for(self.plan.arch or self.chosen.arch)
             provenance.write(self.task, self.plan, record, builder_of_this_run(url))
-        if self.had != "fetched":
+        self.telling.ended(record)
+        if self.had != "fetched" and not self.telling.is_heard:
             notice(record.line())
         values: dict[str, Any] = {"digest": order.job.digest}  # the rest is in its record; doit reads this each time
         if self.valid is not None:
@@ -90,8 +93,10 @@ class Building:
         absent = missing(self.plan.targets.values())
         with timing.phase("hash"):
             self._order = order = self.plan.order(self.chosen)
-        self.why = reasons(self.plan, order.job, timing.Record.read(log.with_suffix(".json")), absent)
-        with TaskLog(log, self.out) as kept:
+        last = timing.Record.read(log.with_suffix(".json"))
+        self.why = reasons(self.plan, order.job, last, absent)
+        self.telling.begins(self._url, last)
+        with self.telling.shown(self.out) as out, TaskLog(log, out, self.telling.last_line) as kept:
             self._have_built(builder, order, kept)
         return order
 
@@ -139,11 +144,11 @@ class Building:
                     expired = f"on the builder, {printable(status.expired)}"
                     self.why = (*(reason for reason in self.why if reason != ASKED), expired)
                 if status.joined and status.state == "done":
-                    notice(f"{name} was built on {builder.url} before; fetching")
+                    self.telling.remark(f"{name} was built on {builder.url} before; fetching")
                     if not log.offset:
                         log.hide()
                 elif status.joined and not status.is_final:
-                    notice(f"{name} is being built on {builder.url} already; following")
+                    self.telling.remark(f"{name} is being built on {builder.url} already; following")
                 self._status = status
                 self._status = status = self._follow(builder, order, status, log)
                 notice_once(builder.url, status.notices)
@@ -176,6 +181,7 @@ class Building:
         """Follow a job to its end, within bounds: a builder may say for ever that it runs, or talk without end."""
         since: float | None = None
         while True:
+            self.telling.builds(status)
             status, data = builder.follow(order.job.digest, status.attempt, log.offset)
             log.write(data)
             if status.is_final and not data:
@@ -213,6 +219,7 @@ class Building:
             with timing.phase("fetch"):
                 builder.fetch(order.job.digest, status.attempt, name, offset, target, limit)
 
+        timing.expected(sum(output.size for output in status.outputs.values()))
         with timing.phase("place"):
             place(self._targets(), status.outputs, fetch)
 

@@ -84,6 +84,9 @@ class Interest:
 _waiting: dict[int, Interest] = {}
 _waiting_lock = threading.Lock()
 
+told = threading.Event()
+"""Set when it has been said that the run was interrupted."""
+
 ending = threading.Event()
 """Set when the process ends, and with it what its threads wait for."""
 
@@ -134,7 +137,8 @@ def say_so_without_a_traceback() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             end_what_is_left()  # at exit it may be too late: Python 3.12 starts no thread then
-            notice("interrupted")
+            if not told.is_set():
+                notice("interrupted")
         else:
             before(kind, error, trace)
 

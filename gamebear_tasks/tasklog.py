@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 from .errors import JobError
-from .report import notice, printable, size
+from .report import line_of, notice, size
 from .runner.files import read_json
 
 LOGS = Path("build") / "logs"
@@ -39,15 +40,33 @@ def _note_of(path: Path) -> Path:
     return path.with_name(f".{path.stem}.json")
 
 
+class Out(Protocol):
+    """Where a log is shown: a stream, or who shows it in lines."""
+
+    def write(self, text: str, /) -> object:
+        """Show a text."""
+        ...
+
+    def flush(self) -> object:
+        """Show it now."""
+        ...
+
+
 class TaskLog:
     """A task's log: kept in a file, shown as it comes.
 
     Beside the file there is a note of which attempt of which job it holds, so that a later run goes on where this one
     was interrupted.
+
+    Args:
+        path: the file.
+        out: where all of it is shown; None for nowhere.
+        tell: called with what comes, where that is of interest.
     """
 
-    def __init__(self, path: Path, out: TextIO | None) -> None:
+    def __init__(self, path: Path, out: Out | None, tell: Callable[[str], None] | None = None) -> None:
         self.path = path
+        self._tell = tell
         self._note = _note_of(path)
         self._out = out
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -84,7 +103,7 @@ class TaskLog:
 
     def hide(self) -> None:
         """Show nothing of what comes: it is an old log."""
-        self._out = None
+        self._out = self._tell = None
 
     def write(self, data: bytes) -> None:
         """Keep and show what came."""
@@ -96,9 +115,13 @@ class TaskLog:
             notice(f"{self.path} is full with the log's first {size(LIMIT)}; the rest is only shown")
         self._last = (self._last + data)[-_LAST:]
         self.offset += len(data)
+        if self._out is None and self._tell is None:
+            return
+        text = self._decoder.decode(data)
+        if self._tell is not None:
+            self._tell(text)
         if self._out is not None:
             encoding = getattr(self._out, "encoding", None) or "utf-8"
-            text = self._decoder.decode(data)
             self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._out.flush()
 
@@ -120,4 +143,4 @@ class TaskLog:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST))
                 data = file.read()
         lines = data.decode("utf-8", "replace").splitlines()[-count:]
-        return [printable(line)[:400] for line in lines]
+        return [line_of(line)[:400] for line in lines]

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .history import doit_process
 from .job import Json
@@ -220,10 +220,32 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class Stopwatch:
-    """Takes the time of a task, and counts what goes to the builder and comes back."""
+class Listener(Protocol):
+    """Who is told at once what a stopwatch notices."""
 
-    def __init__(self) -> None:
+    def phase(self, name: str) -> None:
+        """A phase has begun, or goes on; empty: none."""
+        ...
+
+    def moved(self, up: int, down: int) -> None:
+        """So many bytes have gone to the builder by now, and come from it."""
+        ...
+
+    def expects(self, up: int, down: int, count: int) -> None:
+        """The same, and how many more are about to."""
+        ...
+
+
+class Stopwatch:
+    """Takes the time of a task, and counts what goes to the builder and comes back.
+
+    Args:
+        listener: who is told at once.
+    """
+
+    def __init__(self, listener: Listener | None = None) -> None:
+        self._listener = listener
+        self._phase = ""
         self.begun = time.time()
         self.up = 0
         self.down = 0
@@ -242,6 +264,35 @@ class Stopwatch:
             yield
         finally:
             _running.reset(token)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Take the time of a block as a phase."""
+        outer = self._phase
+        self._enter(name)
+        try:
+            with self._phases.phase(name):
+                yield
+        finally:
+            self._enter(outer)
+
+    def _enter(self, name: str) -> None:
+        self._phase = name
+        if self._listener is not None:
+            self._listener.moved(self.up, self.down)
+            self._listener.phase(name)
+
+    def count(self, up: int = 0, down: int = 0) -> None:
+        """Count bytes that went to the builder and came from it."""
+        self.up += up
+        self.down += down
+        if self._listener is not None:
+            self._listener.moved(self.up, self.down)
+
+    def expect(self, count: int) -> None:
+        """Let it be known how many bytes are about to go or come."""
+        if self._listener is not None:
+            self._listener.expects(self.up, self.down, count)
 
     def elapsed(self) -> float:
         """Return the seconds since the task was begun."""
@@ -277,20 +328,26 @@ def phase(name: str) -> Iterator[None]:
     if watch is None:
         yield
         return
-    with watch._phases.phase(name):
+    with watch.phase(name):
         yield
 
 
 def sent(count: int) -> None:
     """Count bytes that went to the builder for the task that this thread works for."""
     if watch := _running.get():
-        watch.up += count
+        watch.count(up=count)
 
 
 def received(count: int) -> None:
     """Count bytes that came from the builder for the task that this thread works for."""
     if watch := _running.get():
-        watch.down += count
+        watch.count(down=count)
+
+
+def expected(count: int) -> None:
+    """Say how many bytes are about to go or come for the task that this thread works for."""
+    if watch := _running.get():
+        watch.expect(count)
 
 
 _loaded = False

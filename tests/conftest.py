@@ -30,6 +30,7 @@ NEEDED = {
     "sshd": "openssh-server",
     "sudo": "sudo",
     "systemctl": "systemd",
+    "tmux": "tmux",
     "update-binfmts": "binfmt-support",
     "qemu-arm-static": "qemu-user-static",
     "xz": "xz-utils",

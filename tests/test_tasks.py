@@ -427,6 +427,8 @@ NEEDED = {
     "interrupt",
     "job",
     "plan",
+    "progress",
+    "progress.reporter",
     "report",
     "runner",
     "runner.arch",

@@ -27,7 +27,7 @@ from ..report import notice
 from ..runner import wire
 from ..runner.files import is_file_name, is_sha256, sha256_of
 from ..runner.phases import LIMIT as SPANS
-from ..timing import BUILDER, Phase, phase
+from ..timing import BUILDER, Phase, expected, phase
 from . import Failure, JobEntry, Kept, KeptContainer, Order, Output, Pruned, Sink, Status
 from .bundle import bundle
 from .channel import Connection
@@ -468,6 +468,7 @@ class RunnerBuilder:
             raise BuilderError(f"{self.place} does not say what it lacks.", NOT_OURS)
         batch: list[tuple[str, bytes]] = []
         room = BATCH
+        expected(_length_of(missing, files))
         for item in missing:
             sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
             path = files.get(sha256) if isinstance(sha256, str) else None
@@ -800,6 +801,17 @@ def _files_of(job: Job) -> Iterable[File]:
         yield File(job.identity)
     yield from job.modules.values()
     yield from job.inputs.values()
+
+
+def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
+    """Return how many bytes a builder lacks of files, by what it says; what makes no sense is not counted."""
+    length = 0
+    for item in missing:
+        sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
+        path = files.get(sha256) if isinstance(sha256, str) else None
+        if path is not None and type(have) is int:
+            length += max(0, path.stat().st_size - have)
+    return length
 
 
 def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) -> list[tuple[str, bytes]]:

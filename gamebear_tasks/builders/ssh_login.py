@@ -24,6 +24,7 @@ from paramiko.agent import AgentKey, AgentSSH
 from paramiko.pkey import PKey, PublicBlob
 
 from ..errors import BuilderLost, LogInError
+from ..progress import telling
 from . import ssh_hosts
 from .ssh_config import Host
 from .ssh_transport import Login, Transport
@@ -393,12 +394,15 @@ def _secret(prompt: str, may_ask: bool, keep: bool = True) -> str | None:
     with _asking:
         if keep and prompt in _secrets:
             return _secrets[prompt]
-        if not may_ask or not _has_terminal():
+        if not may_ask:
             return None
-        try:
-            answer = getpass.getpass(prompt)
-        except (EOFError, OSError):
-            answer = None
+        with telling.terminal():
+            if not _has_terminal():
+                return None
+            try:
+                answer = getpass.getpass(prompt)
+            except (EOFError, OSError):
+                answer = None
         if keep:
             _secrets[prompt] = answer
         return answer
@@ -411,7 +415,8 @@ def _forget(prompt: str) -> None:
 
 def _has_terminal() -> bool:
     """Say whether a person sits at the terminal and this process is in its foreground."""
-    if not sys.__stderr__ or not sys.__stderr__.isatty():
+    is_seen = sys.__stderr__ is not None and sys.__stderr__.isatty()
+    if not is_seen and not telling.is_elsewhere():
         return False
     try:
         terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)

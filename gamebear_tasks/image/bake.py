@@ -18,6 +18,7 @@ from ..errors import GamebearError, ImageError
 from ..interrupt import terminated_as_interrupted
 from ..job import Json
 from ..place import statement_of
+from ..progress.telling import Telling
 from ..report import notice, printable, size
 from ..runner.files import CHUNK, sync_folder
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
@@ -64,7 +65,8 @@ class Baking:
     def __init__(self, recipe: Recipe, task: str) -> None:
         self.recipe = recipe
         self.task = task
-        self.watch = timing.Stopwatch()
+        self.telling = Telling(task)
+        self.watch = timing.Stopwatch(self.telling)
         self.why: tuple[str, ...] = ()
         self._job: dict[str, Json] = {}
         self._record: timing.Record | None = None
@@ -78,8 +80,10 @@ class Baking:
             self._job = job_of(self.recipe)
             last = timing.Record.read(tasklog.path_of(self.task).with_suffix(".json"))
             self.why = reasons.reasons_to_bake(self._job, last, absent)
+            self.telling.begins("", last)
             _bake(self.recipe, before)
             record = self.note("done")
+        self.telling.ended(record)
         if settings().provenance:
             from ..provenance import write_image
 

@@ -1,0 +1,186 @@
+"""doit's reporter `live`: `doit -r live`, or `DOIT_CONFIG = {"reporter": "live"}`.
+
+doit loads it for every run, whichever reporter is chosen: what it needs to show something is imported when there is
+something to show.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from doit.exceptions import UnmetDependency
+from doit.reporter import ConsoleReporter
+from doit.runner import MRunner, MThreadRunner
+
+from .. import interrupt
+
+if TYPE_CHECKING:
+    from doit.exceptions import BaseFail
+
+    from .live import Live
+    from .plain import Plain
+
+
+class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
+    """A live view on a terminal; plain lines, each with its task, in files, pipes, CI and on dumb terminals."""
+
+    desc = "live view on a terminal, plain lines elsewhere"
+
+    def __init__(self, outstream: TextIO, options: Mapping[str, Any]) -> None:
+        super().__init__(outstream, options)
+        self._tasks: Mapping[str, Any] = {}
+        self._selected: Sequence[str] = ()
+        self._processes = False
+        self._whole = False
+        self._is_live = _is_live(outstream)
+        self._skipped: dict[str, int] = {}
+        self._view: Live | Plain | None = None
+        self._lock = threading.Lock()
+
+    def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
+        """Note what there is to do, and how doit does it."""
+        self._tasks, self._selected = tasks, selected_tasks
+        runner = sys._getframe(1).f_locals.get("self")  # doit tells a reporter nothing of its options
+        self._processes = isinstance(runner, MRunner) and not isinstance(runner, MThreadRunner)
+        stream = getattr(runner, "stream", None)
+        self._whole = bool(getattr(stream, "force_global", False)) and getattr(stream, "verbosity", 0) == 2
+
+    def get_status(self, task: Any) -> None:
+        """Be there before doit starts processes, as they are to find us."""
+        if self._processes:
+            self._seen()
+
+    def execute_task(self, task: Any) -> None:
+        """Show that a task runs."""
+        if _is_shown(task):
+            self._seen().start(task.name, task.title(), self._is_alone(task))
+
+    def add_success(self, task: Any) -> None:
+        """Show that a task has ended well."""
+        if _is_shown(task):
+            self._end(task, "done")
+
+    def add_failure(self, task: Any, fail: BaseFail) -> None:
+        """Show that a task has failed, and why; all of it, and once."""
+        if not fail.report:
+            return
+        if isinstance(fail, UnmetDependency):
+            self._end(task, "not run", f"It needs {fail.message}.")
+        else:
+            self._end(task, "failed", self._words_of(task, fail))
+
+    def skip_uptodate(self, task: Any) -> None:
+        """Count a task that is up to date; name it where that was asked for, or lines cost nothing."""
+        if _is_shown(task):
+            self._skip("up to date", "" if self._is_live and not self._whole else f"-- {task.title()}")
+
+    def skip_ignore(self, task: Any) -> None:
+        """Name a task that is ignored."""
+        self._skip("ignored", f"!! {task.title()}")
+
+    def complete_run(self) -> None:
+        """Show how it went."""
+        kind = sys.exc_info()[0]
+        is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if is_interrupted and self._view is not None:
+            self._wait_for_the_interrupted()
+        view, self._view = self._view, None
+        if view is not None:
+            view.close(is_interrupted)
+            if is_interrupted:
+                interrupt.told.set()
+        if self._is_live and self._skipped and (view is None or view.board.is_idle):
+            self.write(", ".join(f"{count:,} {how}" for how, count in self._skipped.items()) + "\n")
+        if self.runtime_errors:
+            self.write("Execution aborted.\n" + "\n".join(self.runtime_errors) + "\n")
+
+    def _seen(self) -> Live | Plain:
+        """Return what shows the run, from now on."""
+        with self._lock:
+            if self._view is None:
+                self._view = self._begun()
+            return self._view
+
+    def _begun(self) -> Live | Plain:
+        from .board import Board
+
+        names = self._wanted()
+        board = Board(len(names))
+        for how, count in self._skipped.items():
+            board.counts[how] += count
+        if not self._is_live:
+            from .plain import Plain
+
+            return Plain(self.outstream, board, self._processes)
+        from .live import Live
+
+        return Live(self.outstream, board, names, self._whole, self._processes)
+
+    def _wanted(self) -> list[str]:
+        """Return the names of the tasks that doit has to see to."""
+        todo = list(reversed(self._selected))
+        found: dict[str, None] = {}
+        while todo:
+            name = todo.pop()
+            task = self._tasks.get(name)
+            if task is None or name in found:
+                continue
+            found[name] = None
+            todo += [*task.task_dep, *task.setup_tasks, *task.calc_dep]
+        return [name for name in found if _is_shown(self._tasks[name])]
+
+    def _end(self, task: Any, how: str, text: str = "") -> None:
+        self._seen().end(task.name, how, text, task.executed and self._is_alone(task))
+
+    def _skip(self, how: str, line: str) -> None:
+        self._skipped[how] = self._skipped.get(how, 0) + 1
+        if self._view is not None:
+            self._view.skip(how, line)
+        elif line:
+            self.write(f"{line}\n")
+
+    def _is_alone(self, task: Any) -> bool:
+        """Whether a task has the terminal for itself: doit gives it what it writes to, and nothing else runs."""
+        return task.io.capture is False and not self._processes
+
+    def _words_of(self, task: Any, fail: BaseFail) -> str:
+        """Return what there is to say of a failure, with what the task has written, where that was not shown."""
+        words: list[str] = [fail.get_msg().rstrip()]
+        if not task.executed:
+            return words[0]
+        show_err = task.verbosity < 1 or self.failure_verbosity > 0
+        show_out = task.verbosity < 2 or self.failure_verbosity == 2
+        for name, wanted in (("err", show_err), ("out", show_out)):
+            text = "".join(getattr(action, name) for action in task.actions if getattr(action, name))
+            if wanted and text.strip():
+                words += [f"  | {line}" for line in text.rstrip().splitlines()]
+        return "\n".join(words)
+
+    def _wait_for_the_interrupted(self) -> None:
+        """Wait for what an interruption ends, while that can still be shown: doit waits for it later."""
+        if self._processes:
+            for process in multiprocessing.active_children():
+                process.join()
+        interrupt.end_what_is_left()
+
+
+def _is_shown(task: Any) -> bool:
+    """Whether there is anything to show of a task: not of groups, nor of hidden ones, as doit has it."""
+    return bool(task.actions) and not task.name.startswith("_")
+
+
+def _is_live(stream: Any) -> bool:
+    """Whether a stream is a terminal on which lines can be painted, and a person looks at it."""
+    from doit.action import PythonAction
+
+    if os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("CI", "") not in ("", "0", "false"):
+        return False
+    try:
+        return os.isatty(stream.fileno()) and not PythonAction.pm_pdb
+    except (AttributeError, OSError, ValueError):
+        return False

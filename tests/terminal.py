@@ -1,0 +1,109 @@
+"""A terminal with a person's programs in it: tmux, whose screen is what is looked at."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from project import Project, wait_for
+
+
+class Terminal:
+    """A shell in a project's folder, in a terminal.
+
+    Args:
+        folder: where tmux has its socket.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = folder / "tmux"
+
+    def tmux(self, *words: str) -> str:
+        """Have tmux do something."""
+        command = ["tmux", "-S", str(self._socket), "-f", "/dev/null", *words]
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+
+    def type(self, *keys: str) -> None:
+        """Press keys, by tmux's names, or type a text."""
+        self.tmux("send-keys", *keys)
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Give the terminal another size."""
+        self.tmux("resize-window", "-x", str(columns), "-y", str(rows))
+
+    @property
+    def rows(self) -> list[str]:
+        """What is on the screen, without what is empty below."""
+        return self.screen.rstrip("\n").split("\n")
+
+    @property
+    def screen(self) -> str:
+        """What is on the screen."""
+        return self.tmux("capture-pane", "-p").rstrip("\n") + "\n"
+
+    @property
+    def everything(self) -> str:
+        """The screen and what has gone up from it, lines that were wrapped being whole."""
+        return self.tmux("capture-pane", "-p", "-J", "-S", "-").rstrip("\n")
+
+    @property
+    def coloured(self) -> str:
+        """The screen with its colours, as a terminal is told them."""
+        return self.tmux("capture-pane", "-p", "-e")
+
+    @property
+    def has_cursor(self) -> bool:
+        """Whether the cursor is to be seen."""
+        return self.tmux("display-message", "-p", "#{cursor_flag}").strip() == "1"
+
+    def shows(self, *words: str, seconds: float = 20.0) -> str:
+        """Wait until all of some words are on the screen; return it."""
+        return self._wait(lambda: self.screen, words, seconds)
+
+    def showed(self, *words: str, seconds: float = 20.0) -> str:
+        """Wait until all of some words are on the screen or have gone up from it; return all of it."""
+        return self._wait(lambda: self.everything, words, seconds)
+
+    def _wait(self, look: Callable[[], str], words: tuple[str, ...], seconds: float) -> str:
+        seen = ""
+
+        def is_there() -> bool:
+            nonlocal seen
+            seen = look()
+            return all(word in seen for word in words)
+
+        try:
+            wait_for(is_there, seconds)
+        except AssertionError:
+            raise AssertionError(f"not all of {words} in:\n{seen}") from None
+        return seen
+
+
+@contextmanager
+def terminal(project: Project, columns: int = 80, rows: int = 24, **environment: str) -> Iterator[Terminal]:
+    """Give a terminal with a shell in a project's folder, in which `doit` is the project's."""
+    with tempfile.TemporaryDirectory(prefix="tmux-") as name:
+        made = Terminal(Path(name))
+        path = project.folder.parent / "doit"
+        path.write_text(f'#!/bin/sh\nexec {shlex.join(project.command())} "$@"\n')
+        path.chmod(0o755)
+        wanted = {**project.environment, "PATH": f"{path.parent}:{os.environ['PATH']}", "PS1": "$ ", **environment}
+        for variable in ("CI", "NO_COLOR", "FORCE_COLOR", "COLORTERM", "TERM"):
+            wanted.setdefault(variable, "")
+        cleared = [f"-u{variable}" for variable, value in wanted.items() if not value or variable == "TERM"]
+        given = [f"{variable}={value}" for variable, value in wanted.items() if value and variable != "TERM"]
+        own = [f"TERM={environment['TERM']}"] if "TERM" in environment else ["TERM=screen-256color"]
+        shell = shlex.join(["env", *cleared, *given, *own, "sh"])
+        made.tmux(
+            *("new-session", "-d", "-x", str(columns), "-y", str(rows), "-c", str(project.folder), shell),
+        )
+        try:
+            made.shows("$")
+            yield made
+        finally:
+            made.tmux("kill-server")

@@ -1,0 +1,218 @@
+"""What a person sees of a run, in a real terminal (tmux) and without one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from project import Project
+from terminal import terminal
+
+HEAD = 'from gamebear_tasks import artifact\nDOIT_CONFIG = {"reporter": "live"}\n'
+
+JOB = HEAD + "def task_a(): return artifact('a.py', outputs=['build/a'])\n"
+
+JOBS = JOB + "def task_b(): return artifact('b.py', outputs=['build/b'])\n"
+
+GATE = "while [ ! -e go ]; do sleep 0.02; done"
+
+
+def gated(project: Project, name: str, before: str = "", after: str = "") -> None:
+    """Write a buildscript that waits for the file `go` in the project's folder."""
+    gate = str(project.folder / "go")
+    wait = f"import os, time\nwhile not os.path.exists({gate!r}): time.sleep(0.02)\n"
+    project.write(f"{name}.py", f"{before}\n{wait}{after}\nopen({name!r}, 'w').write('made')\n")
+
+
+def go(project: Project) -> None:
+    (project.folder / "go").touch()
+
+
+def commands(project: Project, **actions: str) -> None:
+    """Write a dodo.py whose tasks are shell commands."""
+    tasks = (f"def task_{name}(): return dict(actions=[{text!r}], verbosity=2)\n" for name, text in actions.items())
+    project.write("dodo.py", HEAD + "".join(tasks))
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project, kind: str) -> None:
+    project.write("dodo.py", JOBS + "def task_c(): return {'actions': ['echo from c'], 'verbosity': 2}\n")
+    project.write(str(project.home / ".config/gamebear/builder.json"), '{"slots": 1}')
+    gated(project, "a", "print('\\033[31mcc\\033[0m -c a.c', flush=True)")
+    gated(project, "b", "print('cc -c b.c', flush=True)")
+    with terminal(project, 80, 12) as seen:
+        seen.type(f"clear; doit -n 2 -P {kind} a b c", "Enter")
+        screen = seen.shows("building", "queued", "cc -c", "next", "[0/3]")
+        assert re.search(r"^. [ab]  building +[0-9.]+ s  cc -c [ab]\.c$", screen, re.M), screen
+        assert re.search(r"^◦ [ab]  queued +[0-9.]+ s  next$", screen, re.M), screen
+        assert "1 running · 1 queued" in screen and not seen.has_cursor
+        seen.resize(24, 12)
+        rows = seen.shows("building", "[0/3] ", "…\n").rstrip("\n").split("\n")
+        assert [len(row) for row in rows] == [23, 23, 23], "one row for each task, and one for all"
+        seen.resize(90, 12)
+        assert seen.shows("[0/3] ", "cc -c").count("building") == 1
+        go(project)
+        said = seen.showed(" 1 done in").split("\n")
+        assert "from c" in said
+        for name in "ab":
+            assert (
+                len([line for line in said if re.match(rf"[✓↓] {name}  (built|fetched) +[0-9.]+ s  ↑ ", line)]) == 1
+            ), said
+        assert not [row for row in seen.rows if row.startswith((*"⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏◦", "["))], said
+        assert re.search(r"^✓ c  done ", "\n".join(said), re.M)
+        assert seen.has_cursor
+        seen.type("clear; doit clean; doit", "Enter")
+        assert re.search(r"^↓ a  fetched ", seen.shows("2 fetched, 1 done in"), re.M)
+        seen.type("clear; doit -v 2 a b", "Enter")
+        assert seen.shows("up to date\n").count("-- ") == 2
+
+
+def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Project) -> None:
+    project.write("dodo.py", JOB)
+    gated(project, "a", "print('begin', flush=True)")
+    with terminal(project, NO_COLOR="1") as seen:
+        seen.type("clear; doit a", "Enter")
+        seen.shows("building", "begin")
+        assert not re.search(r"\x1b\[([0-9;]*;)?(3|4|9)[0-7]m", seen.coloured), "no colour, but live"
+        seen.type("C-c")
+        said = seen.shows("interrupted after", "$")
+        assert re.search(
+            r"gamebear: ending a\.py on local: .*\n✗ interrupted after [0-9.]+ s: 1 not finished\n", said
+        ), said
+        assert said.count("interrupted") == 1 and "Traceback" not in said and "building" not in said
+        assert seen.has_cursor
+        seen.type("echo $((40 + 2))", "Enter")
+        seen.shows("$ echo $((40 + 2))\n42\n")
+
+
+def test_a_failure_is_told_once_with_the_end_of_its_log(project: Project) -> None:
+    tasks = "def task_c(): return {'actions': ['echo captured; echo shown >&2; exit 3']}\n"
+    project.write("dodo.py", JOB + tasks)
+    project.write("a.py", "print('about to fail')\nraise SystemExit('it broke')")
+    with terminal(project, 100, 30) as seen:
+        seen.type("clear; doit -c a c", "Enter")
+        said = seen.shows("2 failed in", "failed: a, c")
+        for word in (
+            "about to fail",
+            "it broke",
+            "  | captured",
+            "shown\n",
+            "returned 3",
+            "✗ a  failed",
+            "✗ c  failed",
+        ):
+            assert said.count(word) == 1, f"{word} in {said}"
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project: Project, kind: str) -> None:
+    project.write("dodo.py", JOBS)
+    project.write(str(project.home / ".config/gamebear/builder.json"), '{"slots": 2}')
+    for name in "ab":
+        body = (
+            f"import sys\nfor n in range(300): sys.stdout.write('{name} '); sys.stdout.write('{name}{name}{name}\\n')"
+        )
+        project.write(f"{name}.py", f"{body}\nopen({name!r}, 'w').write('made')\n")
+    run = project.doit("-n", "2", "-P", kind).ok()
+    logs = [line for line in run.out.splitlines() if " | " in line]
+    assert sorted(logs) == ["a | a aaa"] * 300 + ["b | b bbb"] * 300
+    assert re.search(r"^a: built in .* on local: \(", run.out, re.M), run.out
+    assert re.search(r"^2 built in .* up, .* down$", run.out.splitlines()[-1]), run.out
+    with terminal(project) as seen:
+        seen.type(f"clear; rm -r build ~/.cache/gamebear/v1/jobs; doit -n 2 -P {kind} -v 2", "Enter")
+        said = seen.showed("2 built in").split("\n")
+        logs = [line for line in said if " │ " in line]
+        assert sorted(logs) == ["a │ a aaa"] * 300 + ["b │ b bbb"] * 300
+
+
+def test_more_than_fits_is_counted_and_what_others_write_is_kept(project: Project) -> None:
+    names = [f"t{number}" for number in range(8)]
+    commands(project, **dict.fromkeys(names, f"echo from $$; {GATE}"))
+    with terminal(project, 60, 6) as seen:
+        seen.type("clear; doit -n 8", "Enter")
+        seen.shows("+ 5 more", "[0/8]", "8 running")
+        go(project)
+        said = seen.showed("8 done in")
+        assert len(re.findall("^from [0-9]+$", said, re.M)) == 8
+        assert len(re.findall("^✓ t[0-9]  done ", said, re.M)) == 8
+
+
+def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        HEAD + "def task_x(): return {'actions': ['[ -t 1 ] && read answer && echo \"<$answer>\"'],"
+        " 'io': {'capture': False}, 'verbosity': 2}",
+    )
+    with terminal(project) as seen:
+        seen.type("clear; doit", "Enter")
+        seen.type("forty-two", "Enter")
+        assert re.search(r"<forty-two>\n✓ x  done ", seen.shows("1 done in"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("CI", "true")])
+def test_dumb_terminals_and_ci_get_plain_lines(project: Project, name: str, value: str) -> None:
+    commands(project, x="echo hello")
+    with terminal(project, 80, 24, **{name: value}) as seen:
+        seen.type("clear; doit", "Enter")
+        assert re.search(r"^\.  x\nhello\nx: done in [0-9.]+ s\n1 done in ", seen.shows("1 done in"), re.M)
+
+
+def test_a_file_gets_plain_lines(project: Project) -> None:
+    commands(project, x="echo hello")
+    run = project.doit("-o", "said").ok()
+    assert run.out == "hello\n"
+    assert re.match(r"\.  x\nx: done in [0-9.]+ s\n1 done in ", (project.folder / "said").read_text())
+
+
+def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        HEAD + "import atexit, sys\n"
+        "slow = {'rich', 'gamebear_tasks.progress.board', 'gamebear_tasks.progress.telling'}\n"
+        "atexit.register(lambda: print('loaded', sorted(slow & sys.modules.keys())))\n"
+        "def task_x():\n    for n in range(2000):\n"
+        "        yield {'name': str(n), 'actions': ['true'], 'uptodate': [True], 'file_dep': ['dodo.py']}\n",
+    )
+    with terminal(project) as seen:
+        seen.type("clear; doit -r zero; clear; doit", "Enter")
+        assert "2,000 up to date\nloaded []\n$" in seen.shows("2,000 up to date\n", "loaded", "\n$")
+
+
+def test_a_view_that_breaks_leaves_the_builds_alone(project: Project) -> None:
+    commands(project, x="echo from x", y="echo from y")
+    project.write("rich/__init__.py", "raise ImportError('broken')")
+    with terminal(project) as seen:
+        seen.type("clear; doit -n 2; doit list", "Enter")
+        said = seen.shows("the live view has ended (ImportError: broken)", "\ny", "from x", "from y")
+        assert "Traceback" not in said and seen.has_cursor
+
+
+def test_the_other_reporters_are_as_they_were(project: Project) -> None:
+    project.write("dodo.py", JOBS)
+    for name in "ab":
+        project.write(f"{name}.py", f"print('log of {name}')\nopen({name!r}, 'w').write('made')\n")
+    run = project.doit("-r", "console").ok()
+    assert run.out == ".  a\nlog of a\n.  b\nlog of b\n"
+    assert re.search("^gamebear: a: built in ", run.err, re.M)
+    assert project.doit("-r", "console").ok().text == "-- a\n-- b\n"
+    tasks = json.loads(project.doit("-r", "json").ok().out)["tasks"]
+    assert [task["result"] for task in tasks] == ["up-to-date"] * 2
+    assert project.doit("list").ok().out.split() == ["a", "b"]
+
+
+def test_expected_time_and_transfers_are_shown(project: Project, tmp_path: Path) -> None:
+    project.write("dodo.py", JOB)
+    gated(project, "a")
+    go(project)
+    project.doit("a").ok()
+    record = json.loads((project.folder / "build/logs/a.json").read_text())
+    (project.folder / "build/logs/a.json").write_text(json.dumps({**record, "seconds": 310.2}))
+    (project.folder / "go").unlink()
+    gated(project, "a", "# changed")
+    with terminal(project) as seen:
+        seen.type("clear; doit a", "Enter")
+        assert re.search(r"a  building +[0-9.]+ s of ~5:10", seen.shows("building", "of ~5:10", "left"))
+        go(project)
+        seen.shows("1 built in")
