@@ -57,6 +57,10 @@ class PythonError(BuilderError):
     """The builder lets us in, and has no Python that runs the runner."""
 
 
+class StoreError(BuilderError):
+    """The builder lets us in and has Python, and no place to keep anything: a full disk, a home that is not ours."""
+
+
 class JobError(GamebearError):
     """A job ran and failed, was cancelled, or its result cannot be used."""
 

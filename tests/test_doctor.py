@@ -6,12 +6,16 @@ import copy
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from debian import ENTER, PATH
 from keyboard import Keyboard
 from project import Project, Run
 from sshd import Account, Sshd, client_home, new_account
@@ -21,6 +25,8 @@ from gamebear_tasks.builders.remote import checked
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.doctor.findings import NOTE, OK, TROUBLE, Finding, judge
 from gamebear_tasks.doctor.mending import Done, Step, mend, steps_for
+from gamebear_tasks.runner import examine
+from gamebear_tasks.runner.store import Store
 
 CONTAINED = """
 with Container("scratch") as c:
@@ -127,6 +133,44 @@ def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Accoun
     assert has_ids(fresh)
 
 
+@pytest.fixture
+def debian(tmp_path: Path) -> Iterator[Sshd]:
+    """The least that Debian installs, no Python and no buildah, and an account that may use sudo, which we log in to."""
+    root = tmp_path / "debian"
+    subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "--include=sudo", "bookworm", root], check=True)
+    shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    entered = ["unshare", "--mount", "--propagation", "private", "sh", "-c", ENTER, "enter", str(root), "--"]
+    subprocess.run([*entered, f"PATH={PATH}", "useradd", "--create-home", "pi"], check=True)
+    (root / "etc/sudoers.d/pi").write_text("pi ALL=(ALL) NOPASSWD: ALL\n")
+    as_pi = ["runuser", "-u", "pi", "--", "env", "HOME=/home/pi", "sh", "-c", 'cd; exec sh -c "$1"', "sh"]
+    log_in = tmp_path / "log-in"
+    log_in.write_text(f'#!/bin/sh\nexec {shlex.join([*entered, f"PATH={PATH}", *as_pi])} "$SSH_ORIGINAL_COMMAND"\n')
+    log_in.chmod(0o755)
+    try:
+        with Sshd(
+            tmp_path / "sshd", Account("root", 0, Path("/root")), ForceCommand=log_in, PermitRootLogin="yes"
+        ) as running:
+            yield running
+    finally:
+        subprocess.run(["rm", "-rf", "--one-file-system", root], check=False)
+
+
+@pytest.mark.slow
+def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project", home=client_home(tmp_path, debian), GAMEBEAR_BUILDER=debian.url)
+    assert "has no python3" in " ".join(project.doit("doctor").out.split())
+    fixed = project.doit("doctor", "--fix", "--json").ok()
+    mended = [each["command"] for each in json.loads(fixed.out)["places"][1]["mended"]]
+    assert [command.rpartition("=300 ")[2] for command in mended if " install " in command] == [
+        "python3",
+        "buildah uidmap mmdebstrap",
+    ]
+    assert "Setting up buildah" in fixed.err
+    project.write("dodo.py", DODO)
+    project.write("x.py", CONTAINED)
+    project.doit("x").ok()
+
+
 # builders that cannot be asked
 
 
@@ -164,6 +208,34 @@ def test_a_builder_without_python_gets_the_package(tmp_path: Path, fresh: Accoun
     assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python"]
     assert found["python"]["packages"] == ["python3"]
     assert found["python"]["remedy"] == "On the builder: sudo apt install python3"
+
+
+def test_a_builder_without_a_place_for_its_store_is_told(tmp_path: Path, fresh: Account) -> None:
+    command = 'XDG_CACHE_HOME=/proc/nowhere; export XDG_CACHE_HOME; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
+    with Sshd(tmp_path / "sshd", fresh, ForceCommand=command) as server:
+        project = Project(tmp_path / "project", home=client_home(tmp_path, server))
+        run = project.doit("doctor", "--json", f"builder={server.url}")
+    found = findings(run)
+    assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python", "store"]
+    assert "/proc/nowhere" in found["store"]["what"] and found["store"]["state"] == "trouble"
+
+
+def test_an_account_without_a_shell_is_told_so(tmp_path: Path, fresh: Account) -> None:
+    with Sshd(tmp_path / "sshd", fresh, ForceCommand="/usr/sbin/nologin") as server:
+        project = Project(tmp_path / "project", home=client_home(tmp_path, server))
+        run = project.doit("doctor", "--json", f"builder={server.url}")
+    found = findings(run)
+    assert run.status == 2 and list(found) == ["reachable", "host key", "log-in"]
+    assert "chsh --shell /bin/sh" in found["log-in"]["remedy"]
+
+
+def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(examine, "examine", lambda *_: {"seen": go.wait(30)})
+    looking = examine.Examination(Store(tmp_path), [], "auto")
+    assert looking.answer(0.01) == {"more": True}
+    go.set()
+    assert looking.answer(30)["seen"] is True
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,7 @@ class RunnerBuilder:
                     f"{self.place} has not found out in {EXAMINATION:g} seconds what it can do.",
                     "See what it is busy with (top, dmesg), then run doit doctor again.",
                 )
+            time.sleep(SHORT)  # it should have waited
         about: dict[str, Any] = checked(said)
         clock = about.pop("time", None)
         about["ahead"] = clock - heard if type(clock) in (int, float) else None

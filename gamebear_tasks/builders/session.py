@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuilderError, BuilderLost, PythonError
+from ..errors import BuilderError, BuilderLost, LogInError, PythonError, StoreError
 from ..report import printable, size
 from ..runner import wire
 from ..timing import received, sent
@@ -73,8 +73,8 @@ class Session:
             )
         if word == "failed":
             reply, _ = self._message() or ({}, 0)
-            raise BuilderError(f"On {self._place}: {words_of(reply.get('error'))}", words_of(reply.get("hint", "")))
-        raise BuilderError(
+            raise StoreError(f"On {self._place}: {words_of(reply.get('error'))}", words_of(reply.get("hint", "")))
+        raise StoreError(
             f"The runner cannot be put on {self._place}: {words_of(word[7:])}.",
             "See that its disk has room and that ~/.cache there can be written to.",
         )
@@ -104,10 +104,10 @@ class Session:
             return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
         if "python3" in (said or "python3") and (status == 127 or "not found" in said):
             return PythonError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
-        hint = "See that a shell there can run python3."
+        what = f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}."
         if "currently not available" in said:  # nologin(8)
-            hint = "The account has no shell to run programs with. On the builder: sudo chsh --shell /bin/sh ACCOUNT"
-        return BuilderError(f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}.", hint)
+            return LogInError(what, "The account has no shell. On the builder: sudo chsh --shell /bin/sh ACCOUNT")
+        return BuilderError(what, "See that a shell there can run python3.")
 
     def ask(self, header: Mapping[str, Any], body: Body | None, sink: Take | None, limit: int) -> dict[str, Any]:
         """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BuilderError, BuilderLost, HostKeyError, LogInError, PythonError, SettingsError
+from ..errors import BuilderError, BuilderLost, HostKeyError, LogInError, PythonError, SettingsError, StoreError
 from ..report import size
 from ..runner.costs import FEW_INODES, LITTLE_ROOM
 
@@ -15,7 +15,7 @@ OK = "ok"
 NOTE = "note"
 TROUBLE = "trouble"
 
-STAGES = ("reachable", "host key", "log-in", "python")
+STAGES = ("reachable", "host key", "log-in", "python", "store")
 """How far one gets with a builder, in order; what comes after these is asked of the runner."""
 
 LITTLE_MEMORY = 900 << 20
@@ -86,7 +86,9 @@ class Finding:
 
 def stopped(error: BuilderError | SettingsError, by_ssh: bool) -> list[Finding]:
     """Return the findings about a builder that cannot be asked: how far we got, and what stopped us there."""
-    if isinstance(error, PythonError):
+    if isinstance(error, StoreError):
+        failed = "store"
+    elif isinstance(error, PythonError):
         failed = "python"
     elif isinstance(error, LogInError):
         failed = "log-in"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..builders import Builder, Examined, Several, open_builder
 from ..config import Settings
-from ..errors import BuilderError, PythonError, SettingsError
+from ..errors import BuilderError, PythonError, SettingsError, StoreError
 from ..report import size
 from . import here
 from .findings import OK, Finding, judge, stopped
@@ -54,7 +54,7 @@ class Patient:
                 return Place(self.name, True, tuple(judge(facts, self.arches, base)), facts)
             return Place(self.name, True, tuple(_described(self.builder.describe())))
         except (BuilderError, SettingsError) as error:
-            return Place(self.name, isinstance(error, PythonError), tuple(stopped(error, self.by_ssh)))
+            return Place(self.name, isinstance(error, PythonError | StoreError), tuple(stopped(error, self.by_ssh)))
 
 
 def _described(said: Mapping[str, object]) -> list[Finding]:
@@ -81,14 +81,41 @@ def visit(settings: Settings, uses: Collection[str], say: Say | None, tell: Say)
         patients = [patient for url in settings.builders for patient in _patients(url, settings, opened)]
         for patient in patients:
             tell(f"looking at {patient.name}")
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = list(pool.map(lambda patient: patient.examined(settings.base), patients))
+        found = _side_by_side([lambda patient=patient: patient.examined(settings.base) for patient in patients])  # type: ignore[misc]
         if say is not None:  # one after the other, for each may have to ask for a password
             found = [
                 _mended(patient, place, lambda patient=patient: patient.examined(settings.base), say)  # type: ignore[misc]
                 for patient, place in zip(patients, found, strict=True)
             ]
         return places + found
+
+
+def _side_by_side(looks: Sequence[Callable[[], Place]]) -> list[Place]:
+    """Take several looks at once, and return what was seen; Ctrl-C waits for none of them."""
+    found: list[Place | BaseException | None] = [None] * len(looks)
+    left = iter(enumerate(looks))
+    taking = threading.Lock()
+
+    def go_on() -> None:
+        while True:
+            with taking:
+                number, look = next(left, (-1, None))
+            if look is None:
+                return
+            try:
+                found[number] = look()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                found[number] = error
+
+    threads = [threading.Thread(target=go_on, daemon=True) for _ in range(min(AT_ONCE, len(looks)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for place in found:
+        if isinstance(place, BaseException):
+            raise place
+    return [place for place in found if isinstance(place, Place)]
 
 
 def _here(uses: Collection[str], by_ssh: bool, say: Say | None, opened: contextlib.ExitStack) -> Place:
