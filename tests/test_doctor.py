@@ -135,7 +135,7 @@ def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Accoun
 
 @pytest.fixture
 def debian(tmp_path: Path) -> Iterator[Sshd]:
-    """The least that Debian installs, no Python and no buildah, and an account that may use sudo, which we log in to."""
+    """The least that Debian installs: no Python, no buildah, and an account that may use sudo, which we log in to."""
     root = tmp_path / "debian"
     subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "--include=sudo", "bookworm", root], check=True)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
