@@ -10,7 +10,7 @@ import pytest
 from project import Project
 
 from gamebear_tasks import history
-from gamebear_tasks.history import Run
+from gamebear_tasks.runs import Run, last_runs
 from gamebear_tasks.timing import Record
 
 DODO = """
@@ -38,7 +38,7 @@ def lay(project: Project) -> None:
 
 def runs_of(project: Project, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     monkeypatch.chdir(project.folder)
-    return history.runs()
+    return last_runs()
 
 
 def told(run: Run) -> dict[str, tuple[str, str]]:
@@ -98,23 +98,23 @@ def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch
         (path,) = Path(history.RUNS).glob(f"{number + 1}-*")
         os.utime(path, (number, number))
     sizes = [path.stat().st_size for path in Path(history.RUNS).iterdir()]
-    assert len(sizes) == len(history.runs()) < 20 and 280_000 < sum(sizes) <= 300_000 + max(sizes)
+    assert len(sizes) == len(last_runs()) < 20 and 280_000 < sum(sizes) <= 300_000 + max(sizes)
     monkeypatch.setattr(history, "MOST", 1 << 20)
     monkeypatch.setattr(history, "ENOUGH", 50_000)
     monkeypatch.setattr(history, "doit_process", lambda: (1, 99))
     for number in range(5):
         history.keep(record(f"t{number}", "failed"), log)
-    run = next(run for run in history.runs() if len(run.entries) > 1)
+    run = next(run for run in last_runs() if len(run.entries) > 1)
     assert [bool(entry.log) for entry in run.entries] == [True, True, True, False, False]
     for number in range(100, 130):
         monkeypatch.setattr(history, "doit_process", lambda number=number: (1, number + 1))
         history.keep(record("one"), None)
-    assert len(history.runs()) == history.KEPT
+    assert len(last_runs()) == history.KEPT
 
 
 def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert history.runs() == []
+    assert last_runs() == []
     lines = [
         {"version": 1, "begun": 1e9 - 3},
         {"record": record("one").document()},
@@ -127,6 +127,6 @@ def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, monkeypatch: pytes
     folder.mkdir(parents=True)
     (folder / "1-1.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"record": {"tas')
     (folder / "2-2.jsonl").write_bytes(b"\xff\0")
-    (run,) = history.runs()
+    (run,) = last_runs()
     assert (run.begun, run.seconds, run.asked, run.up_to_date) == (1e9 - 3, 4.0, ("four",), ("four",))
     assert [entry.record.task for entry in run.entries] == ["one"]

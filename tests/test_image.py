@@ -22,10 +22,11 @@ from card import BOOT, MIB, SYSTEM, Card, make_base, pack, unpacked
 from project import Project, wait_for
 from statements import by_role, read_statement
 
-from gamebear_tasks import archive, file, history, sd_image, tar, timing, user
+from gamebear_tasks import archive, file, sd_image, tar, timing, user
 from gamebear_tasks.errors import ImageError
 from gamebear_tasks.image.program import check_installed
 from gamebear_tasks.image.workshop import workshop
+from gamebear_tasks.runs import last_runs
 from gamebear_tasks.timing import Record
 
 HASH = "$6$saltsalt$" + "h" * 86
@@ -648,7 +649,7 @@ def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch
     assert record.why == ("what it declares changed: its settings, names or modes", "key.pub changed")
     assert (record.state, record.failure[:34]) == ("failed", "The image has no unit nothing.serv")
     monkeypatch.chdir(project.folder)
-    assert [[entry.record.state for entry in run.entries] for run in history.runs()] == [["failed"], ["done"]]
+    assert [[entry.record.state for entry in run.entries] for run in last_runs()] == [["failed"], ["done"]]
 
 
 def test_where_an_image_comes_from_is_told_like_that_of_an_artifact(project: Project) -> None:

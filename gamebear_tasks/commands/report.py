@@ -35,13 +35,13 @@ fetched or up to date and why, sizes, and the end of each log."""
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """Write it."""
-        from .. import history
         from ..page.layout import page
         from ..runner.files import write_bytes
+        from ..runs import last_runs
 
         if args:
             raise SettingsError(f"doit report takes no argument, and got {args[0]!r}.", "Say doit report.")
-        text = page(history.runs(), Path.cwd().name or "/", time.time())
+        text = page(last_runs(), Path.cwd().name or "/", time.time())
         try:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(PAGE, text.encode(), mode=0o644)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..history import Entry, Run
+from ..runs import Entry, Run
 from ..timing import Made, Record
 
 KINDS: Mapping[str, tuple[str, ...]] = {

@@ -8,8 +8,8 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..history import Run
 from ..report import line_of, size
+from ..runs import Run
 from ..tasklog import LOGS, path_of
 from ..timing import BUILDER, Phase, duration
 from . import facts
@@ -22,7 +22,7 @@ TASKS = 200
 NAMES = 400
 """How many tasks that were up to date are named for a run."""
 
-LINES = 20
+LINES = 12
 """How many of the last lines of a log are shown with what failed."""
 
 ROOM = 4 << 20
@@ -117,7 +117,7 @@ class Page:
     def _run(self, run: Run, tasks: list[Told], number: int) -> Html:
         name = f"run-{number + 1}"
         up, down = facts.totals(told.record for told in tasks)
-        sums = [f"{duration(run.seconds)}", f"{size(up)} sent", f"{size(down)} fetched"]
+        sums = [f"{duration(run.seconds)}", f"{size(up)} sent", f"{size(down)} received"]
         asked = element("span", "doit ", " ".join(run.asked), class_="asked") if run.asked else None
         badges = [
             joined(_badge(way, f"{count} {way}"), " ") for way, count in facts.counts(run).items()
@@ -299,7 +299,7 @@ def _made(told: Told) -> Html:
     if len(record.outputs) > 20:
         parts.append(f"and {len(record.outputs) - 20} more outputs")
     if record.builder:
-        parts.append(joined(f"{size(record.up)} sent, {size(record.down)} fetched, on ", _where(record.builder)))
+        parts.append(joined(f"{size(record.up)} sent, {size(record.down)} received, on ", _where(record.builder)))
     return element("ul", *(element("li", part) for part in parts), class_="facts")
 
 
