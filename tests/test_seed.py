@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import subprocess
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from project import ROOT, Project
-from upstreams import free_port
+from upstreams import stand_ins
 
 POSTS = sorted(ROOT.parent.glob("shared/seed/*.txt"))
 """The post, where the checkout has it beside itself: it is its author's, and not part of this project."""
@@ -81,37 +78,6 @@ with Container(image) as c:
 open("tag", "w").write(tag)
 """
 
-UPSTREAMS = {
-    "viveris/uMTP-Responder.git": {
-        "Makefile": 'umtprd: umtprd.c\n\tcc $(subst ",,$(CFLAGS)) -o $@ $<\n',
-        "umtprd.c": "#ifndef USE_SYSLOG\n#error it is not set\n#endif\nint main(void) { return 0; }\n",
-    },
-    "libusbgx/libusbgx.git": {
-        "configure.ac": (
-            "AC_INIT([usbgx], [1])\nAC_CONFIG_MACRO_DIRS([m4])\nAM_INIT_AUTOMAKE([foreign])\nLT_INIT\n"
-            "AC_PROG_CC\nAC_CONFIG_FILES([Makefile])\nAC_OUTPUT\n"
-        ),
-        "Makefile.am": (
-            "ACLOCAL_AMFLAGS = -I m4\nlib_LTLIBRARIES = libusbgx.la\nlibusbgx_la_SOURCES = usbgx.c\n"
-            "include_HEADERS = usbgx.h\n"
-        ),
-        "m4/.keep": "",
-        "usbgx.c": '#include "usbgx.h"\nint usbgx(void) { return 7; }\n',
-        "usbgx.h": "int usbgx(void);\n",
-    },
-    "kopasiak/gt.git": {
-        "source/CMakeLists.txt": (
-            "cmake_minimum_required(VERSION 3.5)\nproject(gt C)\nadd_executable(gt gt.c)\n"
-            "target_include_directories(gt PRIVATE /usr/local/include)\n"
-            "target_link_libraries(gt /usr/local/lib/libusbgx.so)\n"
-            "install(TARGETS gt DESTINATION bin)\n"
-            "install(FILES gt.1 DESTINATION usr/share/man/man1)\n"
-        ),
-        "source/gt.c": "#include <usbgx.h>\nint main(void) { return usbgx(); }\n",
-        "source/gt.1": ".TH gt 1\n",
-    },
-}
-
 DODO = """
 from gamebear_tasks import artifact
 
@@ -126,28 +92,10 @@ def task_seed():
 
 
 @pytest.fixture
-def upstreams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def upstreams(tmp_path: Path) -> Iterator[int]:
     """Serve the stand-ins by git's own daemon; give its port."""
-    for name, files in UPSTREAMS.items():
-        folder = tmp_path / "srv" / name
-        for path, text in files.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(text)
-        for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
-            who = ["-c", "user.name=A U Thor", "-c", "user.email=author@example.com"]
-            subprocess.run(["git", *who, *command], cwd=folder, check=True)
-    port = free_port()
-    process = subprocess.Popen(
-        ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={tmp_path / 'srv'}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    time.sleep(0.2)
-    yield port
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 15)
-    process.wait()
+    with stand_ins(tmp_path / "srv") as (port, _):
+        yield port
 
 
 def the_script_in_the_post() -> str:

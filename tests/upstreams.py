@@ -79,22 +79,82 @@ def daemon(tmp_path: Path, git_settings: Path) -> Iterator[Callable[[str], str]]
     """A git daemon that serves the repositories below srv, known to the user's git under another URL."""
     srv = tmp_path / "srv"
     srv.mkdir(exist_ok=True)
+    with served(srv) as port:
+        with git_settings.open("a") as settings:
+            settings.write(f'[url "git://127.0.0.1:{port}/"]\ninsteadOf = https://git.example/\n')
+        yield lambda name: f"https://git.example/{name}"
+
+
+STAND_INS = {
+    "viveris/uMTP-Responder.git": {
+        "Makefile": 'umtprd: umtprd.c\n\tcc $(subst ",,$(CFLAGS)) -o $@ $<\n',
+        "umtprd.c": "#ifndef USE_SYSLOG\n#error it is not set\n#endif\nint main(void) { return 0; }\n",
+    },
+    "libusbgx/libusbgx.git": {
+        "configure.ac": (
+            "AC_INIT([usbgx], [1])\nAC_CONFIG_MACRO_DIRS([m4])\nAM_INIT_AUTOMAKE([foreign])\nLT_INIT\n"
+            "AC_PROG_CC\nAC_CONFIG_FILES([Makefile])\nAC_OUTPUT\n"
+        ),
+        "Makefile.am": (
+            "ACLOCAL_AMFLAGS = -I m4\nlib_LTLIBRARIES = libusbgx.la\nlibusbgx_la_SOURCES = usbgx.c\n"
+            "include_HEADERS = usbgx.h\n"
+        ),
+        "m4/.keep": "",
+        "usbgx.c": '#include "usbgx.h"\nint usbgx(void) { return 7; }\n',
+        "usbgx.h": "int usbgx(void);\n",
+    },
+    "kopasiak/gt.git": {
+        "source/CMakeLists.txt": (
+            "cmake_minimum_required(VERSION 3.5)\nproject(gt C)\nadd_executable(gt gt.c)\n"
+            "target_include_directories(gt PRIVATE /usr/local/include)\n"
+            "target_link_libraries(gt /usr/local/lib/libusbgx.so)\n"
+            "install(TARGETS gt DESTINATION bin)\n"
+            "install(FILES gt.1 DESTINATION usr/share/man/man1)\n"
+        ),
+        "source/gt.c": "#include <usbgx.h>\nint main(void) { return usbgx(); }\n",
+        "source/gt.1": ".TH gt 1\n",
+    },
+}
+"""Upstreams that are built as this project's are, in seconds: their files by the repository's path on GitHub."""
+
+
+@contextlib.contextmanager
+def stand_ins(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Serve `STAND_INS` by git's own daemon; gives its port, and each one's commit by its path."""
+    commits = {}
+    for name, files in STAND_INS.items():
+        for path, text in files.items():
+            (folder / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / path).write_text(text)
+        who = ("-c", "user.name=A U Thor", "-c", "user.email=author@example.com")
+        call_git(folder / name, "init", "--quiet")
+        call_git(folder / name, "add", "--all")
+        call_git(folder / name, *who, "commit", "--quiet", "--message", "all")
+        commits[name] = call_git(folder / name, "rev-parse", "HEAD")
+    with served(folder) as port:
+        yield port, commits
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[int]:
+    """Serve the repositories below a folder by a git daemon; gives its port."""
     port = free_port()
     process = subprocess.Popen(
-        ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={srv}", srv],
+        ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={folder}", folder],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    with git_settings.open("a") as settings:
-        settings.write(f'[url "git://127.0.0.1:{port}/"]\ninsteadOf = https://git.example/\n')
     for _ in range(500):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             break
         time.sleep(0.01)
-    yield lambda name: f"https://git.example/{name}"
-    os.killpg(process.pid, 15)
-    process.wait()
+    try:
+        yield port
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 15)
+        process.wait()
 
 
 def free_port() -> int:
