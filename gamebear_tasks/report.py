@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -14,8 +15,8 @@ _lock = threading.Lock()
 
 
 def notice(text: str) -> None:
-    """Write a line of our own to standard error; lines of several threads never mix."""
-    with _lock:
+    """Write a line of our own to standard error, if that takes it; lines of several threads never mix."""
+    with _lock, contextlib.suppress(OSError, ValueError):
         stream = sys.__stderr__
         if stream is not None:
             print(f"gamebear: {text}", file=stream, flush=True)

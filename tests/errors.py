@@ -216,7 +216,7 @@ PYPROJECT = [
         "misspelt a setting",
         "bulider = 'local:'",
         "[tool.gamebear] in pyproject.toml sets 'bulider', which is no setting.",
-        "There are: arch, base, builder, interrupt, patience, provenance, sources, time_limit.",
+        "There are: arch, base, builder, interrupt, keep_failed, patience, provenance, sources, time_limit.",
     ),
     Row(
         "gave an unknown architecture a builder",
@@ -880,6 +880,75 @@ DOIT = [
         "gamebear.lock has version 2; this gamebear-tasks knows version 1 only.",
         "Upgrade gamebear-tasks.",
         '{"version": 2}',
+    ),
+    Row(
+        "asked to follow no job",
+        "artifact('x.py', outputs=['x']) → doit jobs follow",
+        "doit jobs does not know what to do with 'follow'.",
+        "Say `doit jobs`, `doit jobs follow ID` or `doit jobs cancel ID`.",
+    ),
+    Row(
+        "named a job that there is not",
+        "artifact('x.py', outputs=['x']) → doit jobs follow nosuch",
+        "No job on local: begins with 'nosuch', and no task has that name.",
+        "`doit jobs` lists those there are.",
+    ),
+    Row(
+        "cancelled a task that never ran",
+        "artifact('x.py', outputs=['x']) → doit jobs cancel x",
+        "There is no job of the task 'x' on local:.",
+        "`doit jobs` lists those there are.",
+    ),
+    Row(
+        "opened a shell in no task",
+        "artifact('x.py', outputs=['x']) → doit shell",
+        "doit shell does not say which task's container.",
+        "Say doit shell [--container N] TASK, or doit shell TASK -- COMMAND.",
+    ),
+    Row(
+        "opened a shell in a task that there is not",
+        "artifact('x.py', outputs=['x']) → doit shell y",
+        "There is no task y.",
+        "Those that build on one: x.",
+    ),
+    Row(
+        "opened a shell where nothing is kept",
+        "artifact('x.py', outputs=['x']) → doit shell x",
+        "No container of x is kept on local:.",
+        (
+            "`doit x keep_failed=yes` has it kept if the task fails (what the last 3 failed jobs left, for 7 days), "
+            "then `doit shell x` opens a shell in it."
+        ),
+    ),
+    Row(
+        "gave the report an argument",
+        "artifact('x.py', outputs=['x']) → doit report x",
+        "doit report takes no argument, and got 'x'.",
+        "Say doit report.",
+    ),
+    Row(
+        "asked for the provenance of no task",
+        "artifact('x.py', outputs=['x']) → doit provenance y",
+        "There is no task 'y'.",
+        "`doit list --all` shows those there are.",
+    ),
+    Row(
+        "asked for the provenance of what is not built",
+        "artifact('x.py', outputs=['x']) → doit provenance x",
+        "x is not up to date: what would be said of it is not so.",
+        "Run doit x first.",
+    ),
+    Row(
+        "named a builder as the doctor's argument",
+        "artifact('x.py', outputs=['x']) → doit doctor ssh://pi@buildpi",
+        "doit doctor takes no 'ssh://pi@buildpi'.",
+        "Name another builder with builder=URL, such as ssh://pi@buildpi.",
+    ),
+    Row(
+        "wanted failures kept perhaps",
+        "artifact('x.py', outputs=['x']) → doit x keep_failed=maybe",
+        "The setting keep_failed is 'maybe' (from the doit variable keep_failed).",
+        "It may be true or false.",
     ),
 ]
 """A task in dodo.py, and the command."""

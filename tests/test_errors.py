@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import threading
@@ -167,6 +168,23 @@ def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row
     assert done.returncode != 0 and not OUR_FRAMES.search(said), said
     said = said_by_doit(said).replace(str(tmp_path / "home"), "~")
     assert said == f"{row.says} {row.do}"
+
+
+@pytest.mark.parametrize("into", ["> /dev/full", ">&-", ">&- 2>&-", "2> /dev/full", "2>&1 | true"])
+def test_a_build_goes_on_where_nothing_can_be_shown(folder: Path, tmp_path: Path, into: str) -> None:
+    project = Project(folder, home=tmp_path.parent / "shown")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n\n"
+        "def task_x():\n    return artifact('x.py', inputs=['in'], outputs=['build/x'])\n",
+    )
+    command = f"set -o pipefail; {shlex.join(project.command('-r', 'live'))} {into}"
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=project.environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not OUR_FRAMES.search(done.stdout + done.stderr), done.stderr
+    assert (folder / "build" / "x").exists()
+    assert ("nothing more can be shown here (No space left on device); builds go on" in done.stderr) == (
+        into == "> /dev/full"
+    )
 
 
 @pytest.fixture(scope="module")

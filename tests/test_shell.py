@@ -170,7 +170,7 @@ def test_one_command_is_run_instead_and_its_status_passed(place: Place) -> None:
 def test_what_cannot_be_entered_is_said(here: Place) -> None:
     shell = ("shell",)
     here.project.doit(*shell, "-c", "3", "x").failed("x has left 2 containers, and there is no container 3.")
-    here.project.doit(*shell, "y").failed("There is no task y. Those that do: x, other:a, other:b")
+    here.project.doit(*shell, "y").failed("There is no task y. Those that build on one: x, other:a, other:b")
     here.project.doit(*shell).failed("doit shell does not say which task's container.")
     here.project.doit(*shell, "x", "--").failed("There is no command behind --.")
     here.project.doit(*shell, "other:a").failed(

@@ -76,7 +76,7 @@ and when the job goes (`doit prune`); never while a shell is open in it.
                     return action.plan
         named = f"The task {task} builds nothing on a builder" if found is not None else f"There is no task {task}"
         having = [name for name, each in self.tasks.items() if any(isinstance(one, Build) for one in each.actions)]
-        raise SettingsError(f"{named}.", f"Those that do: {', '.join(having) or 'none'}.")
+        raise SettingsError(f"{named}.", f"Those that build on one: {', '.join(having) or 'none'}.")
 
     def _find(self, builder: Keeper, url: str, task: str, plan: Plan) -> tuple[str, Kept]:
         """Return the job of a task's last failure, and what is kept of it; also where its files are others by now."""

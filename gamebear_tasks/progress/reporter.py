@@ -6,6 +6,7 @@ something to show.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,7 @@ from doit.reporter import ConsoleReporter
 from doit.runner import MRunner, MThreadRunner
 
 from .. import interrupt
+from ..report import notice
 
 if TYPE_CHECKING:
     from doit.exceptions import BaseFail
@@ -26,18 +28,53 @@ if TYPE_CHECKING:
     from .plain import Plain
 
 
+class Output:
+    """A stream that is written to as long as that works: builds go on without, and it is said once.
+
+    Args:
+        stream: the stream; None where standard output was closed before we began.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write a text, if somebody takes it."""
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._lose(self._stream, error)
+
+    def flush(self) -> None:
+        """Do nothing: what is written is out."""
+
+    def _lose(self, stream: TextIO, error: Exception) -> None:
+        self._stream = None
+        with contextlib.suppress(OSError, ValueError):  # Python writes what is left at its end, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not isinstance(error, BrokenPipeError):  # whoever read it has enough
+            why = error.strerror if isinstance(error, OSError) else error
+            notice(f"nothing more can be shown here ({why}); builds go on, and their logs are in build/logs")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     """A live view on a terminal; plain lines, each with its task, in files, pipes, CI and on dumb terminals."""
 
     desc = "live view on a terminal, plain lines elsewhere"
 
-    def __init__(self, outstream: TextIO, options: Mapping[str, Any]) -> None:
-        super().__init__(outstream, options)
+    def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
+        is_live = outstream is not None and _is_live(outstream)
+        super().__init__(outstream if is_live else Output(outstream), options)
         self._tasks: Mapping[str, Any] = {}
         self._selected: Sequence[str] = ()
         self._processes = False
         self._whole = False
-        self._is_live = _is_live(outstream)
+        self._is_live = is_live
         self._skipped: dict[str, int] = {}
         self._view: Live | Plain | None = None
         self._lock = threading.Lock()
