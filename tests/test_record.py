@@ -41,6 +41,16 @@ def record_of(project: Project, task: str = "x") -> Record:
     return record
 
 
+def assert_it_says_what_came_of_what(record: Record) -> None:
+    both = hashlib.sha256(b"x").hexdigest(), hashlib.sha256(b"y").hexdigest()
+    assert record.outputs == (Made("x", "build/x", 1, both[0]), Made("y", "build/y", 1, both[1]))
+    assert record.attempt and not record.failure
+    assert record.job["args"] == {"level": 1}
+    assert record.job["inputs"] == {"in put.txt": {"sha256": hashlib.sha256(b"1").hexdigest()}}
+    text = json.dumps(record.job, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == record.digest
+
+
 def test_a_record_says_why_the_task_was_run(project: Project) -> None:
     lay(project)
 
@@ -49,6 +59,7 @@ def test_a_record_says_why_the_task_was_run(project: Project) -> None:
         return list(record_of(project).why)
 
     assert why() == ["never built here before"]
+    assert_it_says_what_came_of_what(record_of(project))
     assert why("-a") == ["asked for (doit -a, doit forget, or an uptodate of its own): its job is as it was"]
     (project.folder / "build/y").unlink()
     assert why() == ["build/y was missing"]
@@ -73,19 +84,6 @@ def test_a_record_says_why_the_task_was_run(project: Project) -> None:
     assert why() == ["build/z was missing", "its last build failed", "x.py changed", "the module common.py is new"]
 
 
-def test_a_record_says_what_came_of_the_task_and_from_what(project: Project) -> None:
-    lay(project)
-    project.doit().ok()
-    record = record_of(project)
-    both = hashlib.sha256(b"x").hexdigest(), hashlib.sha256(b"y").hexdigest()
-    assert record.outputs == (Made("x", "build/x", 1, both[0]), Made("y", "build/y", 1, both[1]))
-    assert record.attempt and not record.failure
-    assert record.job["args"] == {"level": 1}
-    assert record.job["inputs"] == {"in put.txt": {"sha256": hashlib.sha256(b"1").hexdigest()}}
-    text = json.dumps(record.job, sort_keys=True, separators=(",", ":"))
-    assert hashlib.sha256(text.encode()).hexdigest() == record.digest
-
-
 @pytest.mark.parametrize("mode", [(), ("-n", "2", "-P", "thread"), ("-n", "2", "-P", "process")])
 def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None:
     lay(project)
@@ -107,7 +105,7 @@ def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None
 
 def test_what_does_not_come_to_a_builder_is_an_error_in_the_record(project: Project) -> None:
     lay(project)
-    project.doit("builder=ssh://127.0.0.1:1").failed()
+    project.doit("builder=ssh://127.0.0.1:1", "patience=0").failed()
     record = record_of(project)
     assert (record.state, record.builder) == ("error", "ssh://127.0.0.1:1")
     assert "127.0.0.1" in record.failure
