@@ -151,7 +151,7 @@ class Hostile:
         after = {path: data for path, data in contents(outside).items() if not path.name.startswith(mine)}
         changed = {path for path, data in after.items() if before.get(path) != data}
         logs = self.project.folder / "build" / "logs"
-        assert {path for path in changed if path.parent != logs} <= {self.target}
+        assert {path for path in changed if logs not in path.parents} <= {self.target}
         assert {path.name for path in changed if path.parent == logs} <= LOGS
         assert all(path in after for path in before if not path.name.startswith(mine))
         assert not self.target.exists() or self.target.read_bytes() == DATA
