@@ -209,6 +209,7 @@ def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
 def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
     here.fail("-c", "other", "keep_failed=yes")
     assert len(here.kept) == MOST == here.containers
+    assert here.project.doit("jobs").ok().out.count("failed, kept") == MOST
     for path in here.kept:
         old = time.time() - AGE - 60
         os.utime(path, (old, old))

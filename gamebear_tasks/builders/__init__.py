@@ -155,6 +155,7 @@ class JobEntry:
         age: seconds since it came to its state.
         took: seconds from its begin to its end.
         used: seconds since somebody asked for it.
+        kept: it failed, and its containers are kept.
         size: bytes of its outputs.
         log: bytes of its log.
         by: who had it built, as `user@host`; empty where that is not known.
@@ -174,6 +175,7 @@ class JobEntry:
     age: float = 0.0
     took: float | None = None
     used: float = 0.0
+    kept: bool = False
     size: int = 0
     log: int = 0
     by: str = ""

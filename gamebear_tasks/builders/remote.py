@@ -893,6 +893,7 @@ def _entry(item: object) -> JobEntry | None:
         age=_seconds(said.get("age")) or 0.0,
         took=_seconds(said.get("took")),
         used=_seconds(said.get("used")) or 0.0,
+        kept=said.get("kept") is True,
         size=_count(said.get("size")),
         log=_count(said.get("log")),
         by=_line(said.get("by", "")),

@@ -289,6 +289,8 @@ def _row(entry: JobEntry) -> tuple[str, ...]:
     state = entry.state
     if entry.place is not None:
         state = f"queued, {_nth(entry.place)} in line"
+    if entry.kept:
+        state += ", kept"
     took = entry.took if entry.is_final else entry.age
     people = _people([entry.by, *(who for who in entry.waiting if who != entry.by)] if entry.by else entry.waiting)
     return (

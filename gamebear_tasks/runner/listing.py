@@ -41,8 +41,9 @@ def listing(store: Store, skip: int, limit: int, prefix: str) -> dict[str, Any]:
         `jobs`, and `total`: how many there are. Each job has `digest`; `digits`, how many of these no other has;
         `state` and `attempt`; `place` in the line, counted from 1, where it is queued and that is known; `age`, seconds
         since it came to this state; `took`, seconds from its begin to its end; `used`, seconds since somebody asked for
-        it; `size` in bytes of its outputs; `log`, bytes of it; `by`, who had it built; `waiting`, who waits for it now;
-        `arch`, `program`, `outputs` (names) and `more` (how many are not named), as far as that can be read.
+        it; `kept`, whether it failed and its containers are kept; `size` in bytes of its outputs; `log`, bytes of it;
+        `by`, who had it built; `waiting`, who waits for it now; `arch`, `program`, `outputs` (names) and `more` (how
+        many are not named), as far as that can be read.
     """
     digests = sorted(entry.name for entry in os.scandir(store.jobs) if is_sha256(entry.name))
     digits = _digits(digests)
@@ -94,6 +95,7 @@ def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict
         "attempt": attempt,
         "age": max(0.0, now - since),
         "used": max(0.0, now - stored.last_use()),
+        "kept": name == "failed" and stored.kept.exists(),
         "size": sum(about["size"] for about in outputs.values()),
         "log": size_of(stored.log),
         "by": stored.begun_by(),
