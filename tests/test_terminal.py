@@ -112,6 +112,11 @@ def test_being_told_to_end_leaves_the_terminal_as_it_was(place: tuple[str, Proje
         assert not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]
 
 
+def test_what_a_program_leaves_behind_does_not_keep_its_terminal(place: tuple[str, Project]) -> None:
+    with sit_down(place, "sh", "-c", "trap '' HUP; (while echo more; do :; done) & echo begun; exit 4") as keyboard:
+        assert keyboard.end() == 4
+
+
 def test_a_lost_connection_is_told_and_leaves_the_terminal_as_it_was(remote: Remote) -> None:
     url = remote.project.environment["GAMEBEAR_BUILDER"]
     with sit_down((url, remote.project), "sh", "-c", "echo begun; exec sleep 1000") as keyboard:

@@ -19,21 +19,28 @@ from ..tasklog import path_of
 from ..timing import Record
 from .command import ProjectCommand
 
+LINE = 2000
+"""The most of a command that is shown, in characters."""
+
 
 class Shell(ProjectCommand):
     """Opens a shell, or runs one command, in a container that was kept."""
 
     name = "shell"
     doc_purpose = "open a shell in the container in which a task failed"
-    doc_usage = "TASK [-- COMMAND …]"
+    doc_usage = "TASK [-- COMMAND ...]"
     doc_description = f"""
-The container is there if the task was run with `keep_failed=yes` and failed. The shell runs on the builder, where and
-as whom the command ran that failed, with the same files, mounts and variables; in bash, one press of the up arrow has
-that command. Behind `--`, a COMMAND is run instead of a shell, and its exit status is this command's; without a
-terminal here, it reads and writes what this command does.
+The container is there if the task was run with
+`keep_failed=yes` and failed. The shell runs on the builder,
+where and as whom the command ran that failed, with the same
+files, mounts and variables; in bash, one press of the up arrow
+has that command. Behind `--`, a COMMAND is run instead of a
+shell, and its exit status is this command's; without a terminal
+here, it reads and writes what this command does.
 
-A builder keeps what the last {MOST} failed jobs left, for {AGE / 86400:g} days. It goes when the task is built again,
-and when the job goes (`doit prune`); never while a shell is open in it.
+A builder keeps what the last {MOST} failed jobs left, for
+{AGE / 86400:g} days. It goes when the task is built again, and when the job
+goes (`doit prune`); never while a shell is open in it.
 """
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
@@ -64,7 +71,7 @@ and when the job goes (`doit prune`); never while a shell is open in it.
                 f"{task} has left {_count(len(kept.containers))}, and there is no container {options['container']}.",
                 f"Say --container with a number from 1 to {len(kept.containers)}, before the task's name.",
             )
-        if not words:
+        if not words and sys.stdin.isatty():
             _say_where(task, url, kept, number)
         return builder.enter(digest, number, words)
 
@@ -128,7 +135,7 @@ def _say_where(task: str, url: str, kept: Kept, number: int) -> None:
     which = f"container {number + 1} of the {len(kept.containers)}" if len(kept.containers) > 1 else "the container"
     notice(f"this is {which} that {task} has left on {shown(url)}, {_about(container)}")
     if container.command:
-        line = printable(shlex.join(container.command))
+        line = printable(shlex.join(container.command))[:LINE]
         notice(f"to run its last command again, press the up arrow in bash, or say: {line}")
     for other, each in enumerate(kept.containers):
         if other != number:
@@ -140,7 +147,7 @@ def _about(container: KeptContainer) -> str:
     if not container.command:
         return f"{made}, in which nothing was run"
     line = printable(shlex.join(container.command))
-    shown_line = " ".join(line.split())
+    shown_line = " ".join(line[:LINE].split())
     shown_line = f"{shown_line[:100]}…" if len(shown_line) > 100 else shown_line
     if container.status is None:
         return f"{made}, in which `{shown_line}` was ended"

@@ -42,8 +42,8 @@ LONGEST = 1 << 20
 HELD = 256 << 10
 """Bytes in each direction that are held for a side which takes nothing; then the other side waits."""
 
-GRACE = 2.0
-"""Seconds between telling a program that its terminal is gone and killing it."""
+GRACE = 1.0
+"""Seconds between telling a program that its terminal is gone and killing it; below what `local:` gives a runner."""
 
 _HEAD = struct.Struct(">cI")
 _PIECE = 64 << 10
@@ -173,9 +173,10 @@ class Attended:
                     for kind, piece in frames.feed(data):
                         self._take(kind, piece)
                 self._feed()
-            for fd in list(self._outputs):  # what it left behind may keep the other end open: its own end counts
-                while self._read(fd):
-                    pass
+            for fd in list(self._outputs):
+                left = LONGEST  # what it left behind may go on printing: its own end counts
+                while left > 0 and (count := self._read(fd)):
+                    left -= count
             status = self._process.returncode
             self._to_client += frame(STATUS, STATUSES.pack(status if status >= 0 else 128 - status))
             os.set_blocking(target, True)
@@ -204,12 +205,12 @@ class Attended:
                 poll.register(fd, events)
         return dict(poll.poll())
 
-    def _read(self, fd: int) -> bool:
-        """Take some of what the program prints; say whether there was any."""
+    def _read(self, fd: int) -> int:
+        """Take some of what the program prints; return how many bytes."""
         try:
             data = os.read(fd, _PIECE)
         except BlockingIOError:
-            return False
+            return 0
         except OSError:  # so a terminal ends (EIO)
             data = b""
         if data:
@@ -219,7 +220,7 @@ class Attended:
                 select.select([], [], [], 0.02)
         else:
             del self._outputs[fd]
-        return bool(data)
+        return len(data)
 
     def _write(self, target: int) -> None:
         with contextlib.suppress(BlockingIOError):
