@@ -76,7 +76,7 @@ class Keyboard:
     def see(self, pattern: str, seconds: float = 30.0) -> str:
         """Wait until something is seen that was not looked at yet; return all up to it, and look at the rest later."""
         until = time.monotonic() + seconds
-        while not (found := re.search(pattern.encode(), self._seen)):
+        while not (found := re.search(pattern.encode(), self._seen, re.DOTALL)):
             assert time.monotonic() < until, f"{pattern!r} is not to be seen: {self._seen.decode(errors='replace')}"
             self._read(0.1)
         text = self._seen[: found.end()]

@@ -54,12 +54,11 @@ def test_a_shell_on_the_builder_is_as_one_here(place: tuple[str, Project]) -> No
         keyboard.type("echo $TERM; stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all three\r")
         keyboard.see("xterm-256color\r\n31 97\r\n/dev/pts/.*\r\nall three\r\n")
         keyboard.resize(50, 120)
-        keyboard.type("sleep 0.3; stty size\r")
-        keyboard.see("\n50 120\r\n")
-        keyboard.type("trap 'echo not me' INT; sh -c 'echo begun; exec sleep 1000'; echo status $?\r")
+        keyboard.type("until [ \"$(stty size)\" = '50 120' ]; do sleep 0.05; done; echo at last\r")
+        keyboard.see("at last\r\n.*at last\r\n")
+        keyboard.type("sh -c 'echo begun; exec sleep 1000'\r")
         keyboard.see("begun\r\n")
         keyboard.type("\x03")
-        keyboard.see("not me\r\n")
         keyboard.type("exit 7\r")
         assert keyboard.end() == 7
         assert keyboard.is_as_before
