@@ -37,12 +37,13 @@ class Signs:
     up: str = "↑"
     down: str = "↓"
     bar: str = "━"
+    rest: str = "─"
     left: str = "│"
     more: str = "…"
     between: str = " · "
 
 
-ASCII = Signs("-\\|/", "o", "+", "=", "x", "up", "down", "#", "|", "...", ", ")
+ASCII = Signs("-\\|/", "o", "+", "=", "x", "up", "down", "#", ".", "|", "...", ", ")
 
 
 def width_of_names(names: Sequence[str], columns: int) -> int:
@@ -51,8 +52,20 @@ def width_of_names(names: Sequence[str], columns: int) -> int:
     return min(longest, max(NAMES, columns // 4), max(6, columns // 3))
 
 
-def running_line(task: Running, now: float, columns: int, names: int, frame: int, signs: Signs) -> Text:
-    """Return the line of a task that runs, no wider than `columns`."""
+def running_lines(
+    tasks: Sequence[Running], now: float, columns: int, names: int, frame: int, signs: Signs
+) -> list[Text]:
+    """Return the lines of tasks that run, none wider than `columns`."""
+    before = max((len(_before(task)) for task in tasks), default=0)
+    return [_running_line(task, now, columns, names, before, frame, signs) for task in tasks]
+
+
+def _before(task: Running) -> str:
+    """Return how long a task took the last time."""
+    return f" of ~{duration(task.expected)}" if task.expected else ""
+
+
+def _running_line(task: Running, now: float, columns: int, names: int, before: int, frame: int, signs: Signs) -> Text:
     waits = not task.phase and task.there == "queue"
     line = Text(no_wrap=True)
     line.append(signs.waits if waits else signs.spinner[frame % len(signs.spinner)], "dim" if waits else "cyan")
@@ -69,9 +82,8 @@ def running_line(task: Running, now: float, columns: int, names: int, frame: int
     line.append_text(_fitted(task.name, names, "bold", signs))
     line.append(f"  {task.doing:<10}", "dim" if waits else "blue")
     line.append(f" {spent:>7}")
-    if task.expected:
-        late = elapsed > 1.2 * task.expected + 5
-        line.append(f" of ~{duration(task.expected)}", "yellow" if late else "dim")
+    late = bool(task.expected) and elapsed > 1.2 * (task.expected or 0) + 5
+    line.append(f"{_before(task):<{before}}", "yellow" if late else "dim")
     line.append("  ")
     if waits and task.ahead is not None:
         line.append(f"{task.ahead} before it" if task.ahead else "next", "dim")
@@ -87,7 +99,7 @@ def _append_transfer(line: Text, task: Running, now: float, columns: int, signs:
     if task.goal and columns >= ROOMY:
         full = BAR * moved // task.goal
         line.append(signs.bar * full, "cyan")
-        line.append(signs.bar * (BAR - full) if signs is not ASCII else "." * (BAR - full), "bright_black")
+        line.append(signs.rest * (BAR - full), "dim")
         line.append(" ")
     line.append(size(moved))
     if task.goal:

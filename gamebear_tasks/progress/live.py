@@ -266,10 +266,8 @@ class Live:
         running.sort(key=lambda task: not task.phase and task.there == "queue")
         room = rows - 1
         hidden = len(running) - room + 1 if len(running) > room else 0
-        block = [
-            lines.running_line(task, now, columns, names, frame, signs)
-            for task in (running[: max(room - 1, 0)] if hidden else running)
-        ]
+        seen = running[: max(room - 1, 0)] if hidden else running
+        block = lines.running_lines(seen, now, columns, names, frame, signs)
         if hidden and room > 0:
             block.append(lines.more_line(hidden, columns, signs))
         block.append(lines.status_line(self.board, now, columns, signs))
@@ -298,17 +296,22 @@ class Live:
         """Have the terminal given back before a signal ends or stops us."""
         if threading.current_thread() is not threading.main_thread():
             return {}
+        own = os.getpid()
 
         def end(number: int, frame: types.FrameType | None) -> None:
-            with contextlib.suppress(OSError):
-                os.write(self._terminal, b"\x1b[?25h")
+            if os.getpid() == own:  # not a process of `doit -n`
+                self._give_back()
+                if self._hearing is not None:
+                    self._hearing.close()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
         def stop(number: int, frame: types.FrameType | None) -> None:
-            self._leave(True)
+            if os.getpid() == own:
+                self._leave(True)
             os.kill(os.getpid(), signal.SIGSTOP)
-            self._leave(False)  # somebody lets us go on
+            if os.getpid() == own:
+                self._leave(False)  # somebody lets us go on
 
         taken: dict[int, Any] = {}
         for number, action in ((signal.SIGTERM, end), (signal.SIGHUP, end), (signal.SIGTSTP, stop)):
