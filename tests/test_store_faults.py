@@ -259,7 +259,7 @@ def test_after_a_reboot_the_job_is_built_again_and_what_it_left_is_gone(tmp_path
     job.abandon()
     assert job.state["state"] == "running"
     known = known_facts(job.store)
-    container = f"gamebear-{job.stored.name[:16]}-1"
+    container = f"{job.store.job(job.stored.name).container_prefix}1"
     buildah.outside(job.store.root, known, "from", "--name", container, "scratch")
     other_boot = job.store.root / "run" / "11111111-2222-3333-4444-555555555555"
     (other_boot / "containers").mkdir(parents=True)
@@ -276,7 +276,7 @@ def test_after_a_reboot_the_job_is_built_again_and_what_it_left_is_gone(tmp_path
 def test_what_a_lost_job_left_is_removed_by_the_next_job(tmp_path: Path, home: Path) -> None:
     lost = Job(tmp_path / "lost", home, WAIT)
     lost.abandon()
-    container = f"gamebear-{lost.stored.name[:16]}-7"
+    container = f"{lost.store.job(lost.stored.name).container_prefix}7"
     known = known_facts(lost.store)
     buildah.outside(lost.store.root, known, "from", "--name", container, "scratch")
     (lost.store.live / "no digest").touch()  # such as an NFS server leaves
@@ -288,6 +288,12 @@ def test_what_a_lost_job_left_is_removed_by_the_next_job(tmp_path: Path, home: P
     job.assert_nothing_is_left()
     assert lost.state["state"] == "lost"
     assert container not in buildah.outside(lost.store.root, known, "containers", "--all", "--json")
+
+
+def test_a_job_in_another_store_of_the_same_account_has_containers_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("one")
+    one, link, other = (Store(tmp_path / name).job("a" * 64).container_prefix for name in ("one", "link", "other"))
+    assert one == link != other
 
 
 def test_no_lock_of_the_supervisor_is_inherited_by_what_it_starts(tmp_path: Path, home: Path) -> None:

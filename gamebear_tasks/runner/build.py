@@ -41,6 +41,7 @@ from .images import Image, ImageNotFoundError, packages_image
 from .job import MATERIALS, CommandError, Job, begin
 from .kept import KEEP_VARIABLE, Notes
 from .phases import note
+from .store import Store
 
 KILLED = 128 + signal.SIGKILL
 """The exit status of a build whose supervisor is gone."""
@@ -181,7 +182,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
         raise RunnerError(f"The description of job {digest[:12]} is not beside its folder.", "Run doit again.")
     root = folder.parent.parent
     known = facts(root)
-    prefix = f"gamebear-{digest[:16]}-"
+    prefix = Store(root).job(digest).container_prefix
     buildah = Buildah(root, known, prefix, folder / "images")
     notes = Notes(folder / "kept.json", attempt) if (attempt := os.environ.get(KEEP_VARIABLE)) else None
     job = Job(buildah, known, str(document["arch"]), prefix, partial(note, folder), notes)

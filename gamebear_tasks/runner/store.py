@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -195,8 +196,9 @@ class StoredJob:
 
     @property
     def container_prefix(self) -> str:
-        """What the names of this job's containers begin with."""
-        return f"gamebear-{self.digest[:16]}-"
+        """What the names of this job's containers begin with; another store may have the job, and its images here."""
+        store = hashlib.sha256(os.fsencode(os.path.realpath(self.store.root))).hexdigest()
+        return f"gamebear-{store[:8]}-{self.digest[:16]}-"
 
     def document(self) -> dict[str, Any]:
         """Return the job's JSON; raises ValueError when what is stored is not what the digest names."""
