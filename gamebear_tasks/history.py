@@ -126,6 +126,8 @@ def _add(path: str, line: dict[str, Any], log: Path | None = None) -> None:
         if not have:
             write_all(fd, json.dumps({"version": VERSION, "begun": _begun()}).encode() + b"\n")
             _forget_old(path)
+        elif os.pread(fd, 1, have - 1) != b"\n":  # whoever wrote it was killed
+            write_all(fd, b"\n")
         if log is not None and have < ENOUGH:
             line["log"] = _end_of(log, END if line["record"]["state"] == "done" else END_OF_FAILED)
         write_all(fd, json.dumps(line).encode() + b"\n")

@@ -131,3 +131,7 @@ def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, monkeypatch: pytes
     (run,) = last_runs()
     assert (run.begun, run.seconds, run.asked, run.up_to_date) == (1e9 - 3, 4.0, ("four",), ("four",))
     assert [entry.record.task for entry in run.entries] == ["one"]
+    monkeypatch.setattr(history, "doit_process", lambda: (1, 1))
+    history.keep(record("five"), None)
+    (run,) = last_runs()
+    assert [entry.record.task for entry in run.entries] == ["one", "five"], "a part of a line takes no other along"
