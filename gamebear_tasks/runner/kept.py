@@ -89,6 +89,17 @@ class Notes:
             write_json(self._path, self._written, sync=False)
 
 
+# With chroot isolation buildah says of a command that has failed that it has, and says it into the container's own
+# terminal. So the command ends well there, and how it ended is told by way of a file that both sides see.
+_TELLING = """\
+f=$1
+shift
+trap : INT QUIT
+"$@"
+s=$?
+{ echo $s >"$f"; } 2>/dev/null || exit $s
+"""
+
 # in the store
 
 
@@ -217,16 +228,25 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
         # Bash runs it before its first prompt: so the command that failed is one arrow key away.
         line = shlex.quote(shlex.join(about["command"]))
         options += ["--env", f"PROMPT_COMMAND=unset PROMPT_COMMAND; history -s -- {line}"]
-    # The container's program has a terminal of its own; what comes here is buildah's.
-    process = subprocess.Popen(
-        buildah.command("run", *options, name, "--", *(command or SHELL)),
-        env=environment(store.root, known),
-        stderr=subprocess.PIPE,
-    )
-    _, said = process.communicate()
-    sys.stdout.flush()
-    os.write(2, output.without_noise(said))
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+    words = command or SHELL
+    with contextlib.ExitStack() as stack:
+        told = None
+        if known.isolation == "chroot" and os.access(output.SHARED, os.W_OK):
+            told = stack.enter_context(output.file_for_all(name))
+            words = ("/bin/sh", "-c", _TELLING, "sh", str(told), *words)
+        # The container's program has a terminal of its own; what comes here is buildah's.
+        process = subprocess.Popen(
+            buildah.command("run", *options, name, "--", *words),
+            env=environment(store.root, known),
+            stderr=subprocess.PIPE,
+        )
+        _, said = process.communicate()
+        os.write(2, output.without_noise(said))
+        status = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        if told is not None and not status:
+            with contextlib.suppress(OSError, ValueError):
+                status = int(told.read_text()[:4]) & 0xFF
+        return status
 
 
 def _without_what_is_gone(options: list[str]) -> list[str]:

@@ -208,6 +208,20 @@ def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
         shutil.rmtree(top, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def file_for_all(prefix: str) -> Iterator[Path]:
+    """Give an empty file in `SHARED` that every user of a container can write to who is told its name."""
+    top = Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED))
+    try:
+        top.chmod(0o711)
+        path = top / secrets.token_hex(16)
+        path.touch()
+        path.chmod(0o666)
+        yield path
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
+
+
 def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
     """Give what comes to its sinks until a process has ended and nothing of it is left; return its exit status.
 
