@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import Project, wait_for
+from remote import known
+from sshd import Sshd
 from terminal import terminal
 
 HEAD = 'from gamebear_tasks import artifact\nDOIT_CONFIG = {"reporter": "live"}\n'
@@ -149,6 +152,27 @@ def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
         seen.type("clear; doit", "Enter")
         seen.type("forty-two", "Enter")
         assert re.search(r"<forty-two>\n✓ x  done ", seen.shows("1 done in"))
+
+
+def test_a_question_has_the_terminal_for_itself(tmp_path: Path, server: Sshd, home: Path) -> None:
+    own = known(home, tmp_path / "home", server.port, server)
+    key = own / ".ssh" / "id_ed25519"
+    subprocess.run(
+        ["ssh-keygen", "-q", "-p", "-P", "", "-N", "open sesame", "-f", key], check=True, capture_output=True
+    )
+    project = Project(tmp_path / "project", own, GAMEBEAR_BUILDER=server.url)
+    project.write("dodo.py", JOB)
+    project.write("a.py", "open('a', 'w').write('made')")
+    with terminal(project, 200) as seen:
+        for command, words in (("doit -n 2", "built"), ("rm build/a; doit", "fetched")):
+            seen.type("clear", "Enter")
+            wait_for(lambda: "Passphrase" not in seen.screen)
+            seen.type(command, "Enter")
+            assert seen.shows("Passphrase for").split("\n")[-2].startswith("Passphrase for"), (
+                "nothing is painted over it"
+            )
+            seen.type("open sesame", "Enter")
+            assert "sesame" not in seen.shows(f"1 {words} in")
 
 
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("CI", "true")])
