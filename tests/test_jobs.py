@@ -17,7 +17,9 @@ from remote import Remote, known
 from sshd import Sshd
 from warm import Warm
 
+from gamebear_tasks.builders.local import open_builder
 from gamebear_tasks.builders.remote import _entry
+from gamebear_tasks.errors import BuilderError
 from gamebear_tasks.runner.listing import listing
 from gamebear_tasks.runner.store import Store
 
@@ -145,6 +147,40 @@ def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) 
     (mine.store / "jobs" / alike / "state.json").write_text("damaged")
     mine.jobs("follow", entry["digest"][:10]).failed("2 jobs begin with", "Give more digits")
     assert mine.jobs("follow", entry["digest"][: mine.listed()[0]["digits"]]).ok()
+
+
+def test_a_builder_that_is_away_hides_no_job_of_another(mine: Laptop) -> None:
+    mine.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n\n\ndef task_made():\n    return artifact('x.py', outputs=['build/x'])\n",
+    )
+    mine.write("x.py", "print('says so')\nopen('x', 'w').close()\n")
+    mine.doit().ok()
+    (entry,) = mine.listed()
+    both = "builder=riscv64=ssh://pi@127.0.0.1:1,amd64=local:,arm64=local:"
+    for name in (entry["digest"][:8], "made"):
+        run = mine.jobs("follow", name, both, "patience=0").ok()
+        assert run.out == "says so\n" and "ERROR: The builder ssh://pi@127.0.0.1:1 " in run.err
+    run = mine.jobs(both, "patience=0").failed("ERROR: The builder ssh://pi@127.0.0.1:1 ")
+    assert run.status == 2 and entry["digest"][:8] in run.out
+
+
+def test_what_has_ended_meanwhile_is_not_said_to_be_cancelled(mine: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(mine.home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    mine.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n\n\ndef task_made():\n    return artifact('x.py', outputs=['build/x'])\n",
+    )
+    mine.write("x.py", "open('x', 'w').close()\n")
+    mine.doit().ok()
+    (entry,) = mine.listed()
+    builder = open_builder("local:")
+    with pytest.raises(BuilderError, match="has not cancelled the job, which had ended before: it is done"):
+        builder.end(entry["digest"], entry["attempt"], force=True)
+    with pytest.raises(BuilderError, match="it is lost, or begun again"):
+        builder.end(entry["digest"], "other", force=True)
+    builder.close()
 
 
 def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(mine: Laptop) -> None:

@@ -194,10 +194,9 @@ class DaskBuilder:
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
         """End a job, unless others wait for it; return who does."""
         place = self._find(digest)
-        try:
-            return () if place is None else place[1].end(digest, attempt, force)
-        except WorkerGone:
-            return ()
+        if place is None:
+            raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `doit jobs`.")
+        return place[1].end(digest, attempt, force)
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
         """Return what a result was built in, on the worker that has it."""

@@ -311,7 +311,9 @@ class RunnerBuilder:
             reply = self._ask({"op": "list", "skip": skip, "limit": most, "prefix": prefix})
             listed = reply.get("jobs")
             page = [_entry(item) for item in listed[:PAGE]] if isinstance(listed, list) else []
-            found.update((entry.digest, entry) for entry in page if entry is not None and entry.digest not in found)
+            for entry in page:
+                if entry is not None and entry.digest.startswith(prefix):
+                    found.setdefault(entry.digest, entry)
             total = _count(reply.get("total"))
             skip += len(page)
             if not page or skip >= min(total, JOBS if limit is None else limit):
@@ -328,8 +330,15 @@ class RunnerBuilder:
         others = reply.get("others")
         if isinstance(others, list) and others:
             return tuple(_line(who) for who in others[:WAITING])
-        if reply.get("state") == "running":
+        state = reply.get("state")
+        if state == "running":
             raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
+        if state != "cancelled":
+            how = "done" if state == "done" else "failed" if state == "failed" else "lost, or begun again"
+            raise BuilderError(
+                f"{self.place} has not cancelled the job, which had ended before: it is {how}.",
+                "`doit jobs` lists first what runs.",
+            )
         return ()
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:

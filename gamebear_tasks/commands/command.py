@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,16 +50,28 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
 
     def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> int:
         """Enter the project and run; return the exit status."""
+        if sys.stdout is None:  # it is closed: nobody wants to read it
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             self._enter_project(opt_values)
-            return self.run(opt_values, pos_args)
+            status = self.run(opt_values, pos_args)
+            sys.stdout.flush()
+            return status
         except GamebearError as error:
             print(f"ERROR: {printable(str(error))}", file=sys.stderr)
             return FAILED
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:  # whoever read it has enough, as `head` has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
+            return FAILED
+        except OSError as error:
+            what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
+            hint = "See that the disk has room, and that what is read and written is there and yours."
+            print(f"ERROR: {printable(what)}. {hint}", file=sys.stderr)
+            _drop_output()
             return FAILED
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
@@ -86,3 +100,11 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         """Have `self.tasks`, where there is a `dodo.py`; raises InvalidDodoFile."""
         if self._is_in_project and not self.tasks:
             self.tasks = {task.name: task for task in self.loader.load_tasks(cmd=self, pos_args=[])}
+
+
+def _drop_output() -> None:
+    """Let nothing be written any more to our standard output, which takes nothing; not at the end either."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

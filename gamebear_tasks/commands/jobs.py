@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..builders import Builder, JobEntry, Listed
+from ..builders import Builder, JobEntry, Listed, shown
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
 from ..report import notice, printable, size
-from .command import ProjectCommand
+from .command import FAILED, ProjectCommand
 
 SHOWN = 20
 """How many jobs of a builder are shown without `--all`."""
@@ -51,7 +51,7 @@ class Found:
     @property
     def name(self) -> str:
         """What to call the job in messages."""
-        return f"{self.entry.digest[: self.entry.digits]} ({_what(self.entry)}) on {self.builder.url}"
+        return f"{self.entry.digest[: self.entry.digits]} ({_what(self.entry)}) on {shown(self.builder.url)}"
 
 
 class Jobs(ProjectCommand):
@@ -127,10 +127,10 @@ the name of a task of this project."""
         status = 0
         for url in settings().builders:
             try:
-                lists.append((url, *_listed(_opened(url)).jobs(limit)))
+                lists.append((shown(url), *_listed(_opened(url)).jobs(limit)))
             except BuilderError as error:  # the others may be there
                 print(f"ERROR: {printable(str(error))}", file=sys.stderr)
-                status = 2
+                status = FAILED
         if options["json"]:
             import json
 
@@ -151,7 +151,7 @@ the name of a task of this project."""
         """Return the job that a person means; raises GamebearError."""
         builders = [_opened(url) for url in settings().builders]
         if re.fullmatch(f"[0-9a-f]{{{FEWEST},64}}", name):
-            found = [Found(builder, entry) for builder in builders for entry in _listed(builder).jobs(SHOWN, name)[0]]
+            found = _having(name, builders)
             running = [job for job in found if not job.entry.is_final]
             if len({job.entry.digest for job in found}) == 1:  # several builders may have had it
                 return (running or found)[0]
@@ -160,10 +160,10 @@ the name of a task of this project."""
                 raise SettingsError(f"{len(found)} jobs begin with {name}: {some}.", "Give more digits.")
         self.load_tasks()
         for digest in self._digests(name):
-            found = [Found(builder, entry) for builder in builders for entry in _listed(builder).jobs(1, digest)[0]]
+            found = _having(digest, builders)
             if found:
                 return next((job for job in found if not job.entry.is_final), found[0])
-        urls = " or ".join(builder.url for builder in builders)
+        urls = " or ".join(shown(builder.url) for builder in builders)
         if name in self.tasks:
             raise SettingsError(
                 f"There is no job of the task {name!r} on {urls}.", "`doit jobs` lists those there are."
@@ -202,6 +202,24 @@ def _listed(builder: Builder) -> Listed:
     raise BuilderError(
         f"{builder.url} cannot list its jobs.", "The package that its builder comes from does not do that."
     )
+
+
+def _having(prefix: str, builders: list[Builder]) -> list[Found]:
+    """Return the jobs whose digests begin so; a builder that cannot be asked is told of, and left out from then on.
+
+    Raises:
+        BuilderError: none can be asked.
+    """
+    found = []
+    for builder in [*builders]:
+        try:
+            found += [Found(builder, entry) for entry in _listed(builder).jobs(SHOWN, prefix)[0]]
+        except BuilderError as error:  # the others may have it
+            if len(builders) == 1:
+                raise
+            print(f"ERROR: {printable(str(error))}", file=sys.stderr)
+            builders.remove(builder)
+    return found
 
 
 def _follow(job: Found, lines: int) -> int:

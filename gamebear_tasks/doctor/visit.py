@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..builders import Builder, Examined, Several, open_builder
+from ..builders import Builder, Examined, Several, open_builder, shown
 from ..config import Settings
 from ..errors import BuilderError, PythonError, SettingsError, StoreError
 from ..report import size
@@ -133,27 +133,28 @@ def _here(uses: Collection[str], by_ssh: bool, say: Say | None, opened: contextl
 def _patients(url: str, settings: Settings, opened: contextlib.ExitStack) -> list[Patient]:
     """Return what there is to be asked behind a URL: one builder, or several."""
     arches = settings.architectures_of(url)
+    name = shown(url)
     try:
         builder = open_builder(url)
         opened.callback(builder.close)
         builder.patience = min(PATIENCE, settings.patience)
         if not isinstance(builder, Several):
-            return [Patient(url, builder, arches, url.startswith("ssh:"))]
+            return [Patient(name, builder, arches, url.startswith("ssh:"))]
         members = builder.members()
     except (BuilderError, SettingsError) as error:
-        return [Patient(url, error, arches)]
+        return [Patient(name, error, arches)]
     if not members:
         nobody = BuilderError("It has no worker.", "Start one: docs/how-to/many-builders.md says how.")
-        return [Patient(url, nobody, arches)]
+        return [Patient(name, nobody, arches)]
     return [
         Patient(
-            f"{url} {name}",
+            f"{name} {worker}",
             BuilderError(f"It cannot be used: {member.rstrip('.')}.", "See what its own log says.")
             if isinstance(member, str)
             else member,
             arches,
         )
-        for name, member in members.items()
+        for worker, member in members.items()
     ]
 
 
