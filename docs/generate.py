@@ -145,6 +145,15 @@ def _commands() -> str:
             f"## doit {name}\n\n{_capital(function.__doc__ or '')}.\n\n```text\n{example}\n```\n"
             + _options(task.get("params", ()))
         )
+    for entry in entry_points(group="doit.REPORTER"):
+        if entry.value.startswith("gamebear_tasks."):
+            reporter = entry.load()
+            parts.append(
+                f"# Reporters\n\n## The reporter {entry.name}\n\n{_prose(inspect.getdoc(reporter) or '')}\n"
+                f"`doit -r {entry.name}`, or in `dodo.py`:\n\n"
+                f'```python\nDOIT_CONFIG = {{"reporter": "{entry.name}"}}\n```\n\n'
+                "doit's other reporters work as ever.\n"
+            )
     return "\n".join(parts)
 
 
