@@ -72,6 +72,8 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
+    project.doit("report").failed("There is no dodo.py here", "doit report -f FOLDER/dodo.py")
+    assert not (project.folder / "build").exists()
     project.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n"

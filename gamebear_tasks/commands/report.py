@@ -41,6 +41,11 @@ fetched or up to date and why, sizes, and the end of each log."""
 
         if args:
             raise SettingsError(f"doit report takes no argument, and got {args[0]!r}.", "Say doit report.")
+        if not self._is_in_project:
+            raise SettingsError(
+                "There is no dodo.py here, so no runs to tell of.",
+                "Go to the project's folder, or name it: doit report -f FOLDER/dodo.py.",
+            )
         text = page(last_runs(), Path.cwd().name or "/", time.time())
         try:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
