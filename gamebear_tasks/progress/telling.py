@@ -189,8 +189,10 @@ class Telling:
 
     def begins(self, builder: str, last: Record | None) -> None:
         """Tell where it is built, and how long that took the last time."""
-        took = last.seconds if last and last.state == "done" and last.had in ("built", "baked") else None
-        self.tell(builder=builder, expected=took)
+        if self.is_heard:
+            from . import expected
+
+            self.tell(builder=builder, expected=expected.seconds(self.task, builder, last))
 
     def builds(self, status: Status) -> None:
         """Tell what the builder says of the job."""
