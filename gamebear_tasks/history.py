@@ -160,12 +160,17 @@ def _end_of(log: Path, most: int) -> dict[str, Any]:
 def _forget_old(newest: str) -> None:
     """Remove the oldest runs, until as many are left as are kept."""
     kept = [os.stat(newest)]
-    others = [(entry.stat(), entry.path) for entry in os.scandir(RUNS) if entry.path != newest]
+    others = []
+    for entry in os.scandir(RUNS):
+        if entry.name.endswith(".jsonl") and entry.path != newest:
+            with contextlib.suppress(FileNotFoundError):  # another doit forgets it at this moment
+                others.append((entry.stat(), entry.path))
     for about, path in sorted(others, key=lambda other: other[0].st_mtime_ns, reverse=True):
         if len(kept) < KEPT and sum(each.st_size for each in kept) + about.st_size <= MOST:
             kept.append(about)
         else:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def _asked(tasks: Iterable[str]) -> list[str]:

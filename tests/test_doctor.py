@@ -284,7 +284,8 @@ def test_packages_are_installed_in_one_go() -> None:
     ]
     update, install, ids = steps_for(found)
     assert update.may_fail and update.command.startswith("apt-get update")
-    assert install.command.endswith(" buildah fuse-overlayfs") and install.why == "buildah, storage"
+    assert install.command.endswith(" buildah fuse-overlayfs") and "--no-remove" in install.command
+    assert install.why == "buildah, storage"
     assert ids == Step("usermod pi", "subuids")
 
 
@@ -357,6 +358,7 @@ def test_a_builder_that_has_all_is_well() -> None:
             TROUBLE,
             "sudo usermod --add-subuids 165536-231071 --add-subgids 165536-231071 pi",
         ),
+        ({"user": "pi; reboot", "subordinate/uids": 0, **NO_CONTAINERS}, "subuids", TROUBLE, "165536-231071 ACCOUNT"),
         (
             {"namespaces/works": False, "namespaces/settings": {"user.max_user_namespaces": 0}, **NO_CONTAINERS},
             "user namespaces",

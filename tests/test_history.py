@@ -107,6 +107,7 @@ def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch
         history.keep(record(f"t{number}", "failed"), log)
     run = next(run for run in last_runs() if len(run.entries) > 1)
     assert [bool(entry.log) for entry in run.entries] == [True, True, True, False, False]
+    Path(history.RUNS, "somebody's").mkdir()
     for number in range(100, 130):
         monkeypatch.setattr(history, "doit_process", lambda number=number: (1, number + 1))
         history.keep(record("one"), None)

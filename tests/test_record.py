@@ -128,3 +128,5 @@ def test_a_record_reads_as_it_was_written_and_a_damaged_one_is_none(tmp_path: Pa
         assert Record.of_document(damaged) is None
     path.write_bytes(path.read_bytes()[:99])
     assert Record.read(path) is None
+    path.write_text("[" * 200_000)
+    assert Record.read(path) is None

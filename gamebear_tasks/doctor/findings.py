@@ -324,7 +324,7 @@ def _rootless(facts: _Facts, user: str, works: bool) -> Iterator[Finding]:
         # What root is to run is made of nothing that a builder might have thought up.
         is_plain = re.fullmatch(r"[A-Za-z_][\w.-]{0,31}", user, re.ASCII) and first < MOST_IDS
         ids_range = f"{first}-{first + 65535}"
-        command = f"usermod --add-subuids {ids_range} --add-subgids {ids_range} {user}"
+        command = f"usermod --add-subuids {ids_range} --add-subgids {ids_range} {user if is_plain else 'ACCOUNT'}"
         yield Finding(
             "subuids",
             TROUBLE,
@@ -358,7 +358,7 @@ def _namespaces(facts: _Facts, spaces: _Facts) -> Finding:
         TROUBLE,
         f"forbidden by {', '.join(f'{name}={value}' for name, (value, _) in wrong.items())}{said}",
         f"Allow them for every account, in {SYSCTL_FILE}: {', '.join(lines)}; then sudo sysctl --system",
-        commands=(f"printf '{printed}' > {SYSCTL_FILE}", f"sysctl -p {SYSCTL_FILE}"),
+        commands=(f"printf '{printed}' >> {SYSCTL_FILE}", f"sysctl -p {SYSCTL_FILE}"),
     )
 
 

@@ -60,7 +60,7 @@ def steps_for(findings: Iterable[Finding]) -> list[Step]:
     steps = []
     if packages:
         names = dict.fromkeys(name for names in packages.values() for name in names)
-        install = "DEBIAN_FRONTEND=noninteractive apt-get install --yes --option DPkg::Lock::Timeout=300"
+        install = "DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-remove --option DPkg::Lock::Timeout=300"
         steps.append(Step("apt-get update --option Acquire::Retries=3", "which packages there are", may_fail=True))
         steps.append(Step(f"{install} {' '.join(map(shlex.quote, packages))}", ", ".join(names)))
     return steps + [Step(command, why) for command, why in commands.items()]

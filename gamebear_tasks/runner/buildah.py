@@ -635,7 +635,7 @@ def subordinate_ids(user: str) -> tuple[int, int]:
 def subordinate_ranges(path: str) -> list[tuple[str, int, int]]:
     """Return the ranges in a file like /etc/subuid: whose, the first id, how many; see subuid(5)."""
     try:
-        lines = [line.split(":") for line in Path(path).read_text().splitlines()]
+        lines = [line.split(":") for line in Path(path).read_text(errors="replace").splitlines()]
     except OSError:
         return []
     return [(words[0], int(words[1]), int(words[2])) for words in lines if len(words) == 3 and _are_digits(words[1:])]

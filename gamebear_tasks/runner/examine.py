@@ -165,7 +165,7 @@ def _own_architecture() -> Said:
 def _system() -> Said:
     about = {}
     with contextlib.suppress(OSError):
-        for line in Path("/etc/os-release").read_text().splitlines():  # os-release(5)
+        for line in Path("/etc/os-release").read_text(errors="replace").splitlines():  # os-release(5)
             key, _, value = line.partition("=")
             about[key] = value.strip("\"'")
     model = ""
@@ -267,7 +267,9 @@ def _kills_user_processes() -> bool:
     parts = {path.name: path for folder in folders for path in Path(folder, "logind.conf.d").glob("*.conf")}
     for path in [Path("/etc/systemd/logind.conf"), *(parts[name] for name in sorted(parts))]:
         with contextlib.suppress(OSError):
-            for value in re.findall(r"^\s*KillUserProcesses\s*=\s*(\w+)", path.read_text(), re.MULTILINE):
+            for value in re.findall(
+                r"^\s*KillUserProcesses\s*=\s*(\w+)", path.read_text(errors="replace"), re.MULTILINE
+            ):
                 kills = value.lower() in ("yes", "true", "on", "1")
     return kills
 

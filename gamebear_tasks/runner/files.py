@@ -150,5 +150,5 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; None where there is none or where it is damaged."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the latter: a million brackets
         return None

@@ -51,7 +51,7 @@ def own_release() -> tuple[str, str]:
     """Return the builder's distribution (`debian`, `raspbian` or empty) and its release's code name."""
     values: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/etc/os-release").read_text().splitlines():
+        for line in Path("/etc/os-release").read_text(errors="replace").splitlines():
             key, _, value = line.partition("=")
             values[key] = value.strip("\"'")
     distribution = values.get("ID", "")
