@@ -98,8 +98,6 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     for link in read.links:
         assert (path.parent / urllib.parse.unquote(link)).is_file(), link
     project.doit("report", "x").failed("takes no argument")
-    (project.folder / "dodo.py").unlink()
-    project.doit("report").failed("Could not find dodo file")
 
 
 def test_times_and_sizes_are_compared_with_the_time_before() -> None:

@@ -33,8 +33,6 @@ fetched or up to date and why, sizes, and the end of each log."""
         },
     )
 
-    needs_tasks = True  # elsewhere there are no runs, and no folder to write to
-
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """Write it."""
         from ..page.layout import page
