@@ -73,7 +73,7 @@ class Keyboard:
         """Change the window's size."""
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
-    def see(self, pattern: str, seconds: float = 30.0) -> str:
+    def see(self, pattern: str, seconds: float = 90.0) -> str:
         """Wait until something is seen that was not looked at yet; return all up to it, and look at the rest later."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern.encode(), self._seen, re.DOTALL)):
@@ -83,7 +83,7 @@ class Keyboard:
         self._seen = self._seen[found.end() :]
         return text.decode("utf-8", "replace")
 
-    def end(self, seconds: float = 30.0) -> int:
+    def end(self, seconds: float = 90.0) -> int:
         """Wait until the program has ended; return its exit status."""
         until = time.monotonic() + seconds
         while self.process.poll() is None:

@@ -29,7 +29,7 @@ zpty shell "zsh -f -i"
 zpty -w shell "autoload -Uz compinit; compinit -u -D; . ./completion; compdef _doit doit; LISTMAX=1000; echo RE''ADY"
 zpty -r -m shell before '*READY*'
 zpty -w -n shell $'doit COMMAND --\t\t'
-for try in {1..200}; do
+for try in {1..1000}; do
     zpty -r -t shell more && shown+=$more || sleep 0.05
     [[ $shown == *--seek-file* ]] && break
 done

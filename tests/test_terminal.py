@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from keyboard import Keyboard
-from project import OUR_FRAMES, Project
+from project import OUR_FRAMES, Project, wait_for
 from remote import Remote
 from sshd import Sshd
 
@@ -102,13 +102,21 @@ def test_what_cannot_be_started_is_said(place: tuple[str, Project]) -> None:
         assert keyboard.is_as_before
 
 
+def lives(number: int) -> bool:
+    """Say whether there is a process, and not only what is left of one."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_being_told_to_end_leaves_the_terminal_as_it_was(place: tuple[str, Project]) -> None:
     with sit_down(place, "sh", "-c", "echo $$; exec sleep 1000") as keyboard:
         number = int(keyboard.see(r"\d+\r\n"))
         keyboard.process.send_signal(signal.SIGTERM)
         assert keyboard.end() == 128 + signal.SIGTERM
         assert keyboard.is_as_before
-        assert not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]
+        wait_for(lambda: not lives(number))
 
 
 def test_what_a_program_leaves_behind_does_not_keep_its_terminal(place: tuple[str, Project]) -> None:
