@@ -153,9 +153,9 @@ def failure_lines(text: str, columns: int) -> list[Text]:
     return lines
 
 
-def log_line(task: str, line: str, names: int, colour: str, signs: Signs) -> Text:
-    """Return a line of a task's log, with its task."""
-    return Text.assemble(_fitted(task, names, colour, signs), (f" {signs.left} ", "dim"), line)
+def log_prefix(task: str, names: int, colour: str, signs: Signs) -> Text:
+    """Return what is before the lines of a task's log: its task."""
+    return Text.assemble(_fitted(task, names, colour, signs), (f" {signs.left} ", "dim"))
 
 
 def status_line(board: Board, now: float, columns: int, signs: Signs) -> Text:

@@ -6,6 +6,7 @@ the processes of `doit -n` tell. If it fails, the terminal is given back, and th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -79,6 +80,7 @@ class Live:
             with contextlib.suppress(OSError):
                 self._hearing = Hearing(whole)
         listen(self)
+        atexit.register(self._close_at_exit, os.getpid())
         self._signals = self._take_signals()
 
     # what doit tells
@@ -124,6 +126,11 @@ class Live:
             self._pass_on(0.0)
             if self._hearing is not None:
                 self._hearing.close()
+
+    def _close_at_exit(self, pid: int) -> None:
+        """Give the terminal back where doit ends without saying so."""
+        if pid == os.getpid():
+            self.close(False)
 
     # what builds tell
 
@@ -249,6 +256,7 @@ class Live:
         ended, self._ending = self._ending, []
         self._above += [self.board.end(*end) for end in ended]
         above: list[Text | str] = []
+        prefixes: dict[str, str] = {}
         for item in self._above:
             if isinstance(item, str):
                 above.append(item)
@@ -256,8 +264,11 @@ class Live:
                 above.append(lines.outcome_line(item, columns, names, signs))
                 above += lines.failure_lines(item.text, columns)
             else:
-                colour = COLOURS[self._names.index(item[0]) % len(COLOURS)] if item[0] in self._names else ""
-                above.append(lines.log_line(*item, names, colour, signs))
+                task, line = item
+                if task not in prefixes:
+                    colour = COLOURS[self._names.index(task) % len(COLOURS)] if task in self._names else ""
+                    prefixes[task] = screen.drawn(lines.log_prefix(task, names, colour, signs))
+                above.append(prefixes[task] + line)
         if last and not self.board.is_idle:
             above += lines.summary_lines(self.board, now, columns, signs, self._interrupted)
         if last:

@@ -68,7 +68,7 @@ class Screen:
     def paint(self, above: Sequence[Text | str], block: Sequence[Text]) -> None:
         """Show lines for good, and below them ours, which replace the ones before; raises OSError."""
         size = self.size()
-        lines = [self._drawn(line) for line in block][: size[1]]
+        lines = [self.drawn(line) for line in block][: size[1]]
         if not above and lines == self._painted and size == self._size:
             return
         out = [BEGIN, HIDE]
@@ -78,7 +78,7 @@ class Screen:
         fresh = bool(above) or size != self._size
         if fresh:
             out.append(BELOW)
-        out += [f"{line if isinstance(line, str) else self._drawn(line)}\r\n" for line in above]
+        out += [f"{line if isinstance(line, str) else self.drawn(line)}\r\n" for line in above]
         out.append(CUT)
         known = [] if fresh else self._painted
         for number, line in enumerate(lines):
@@ -97,7 +97,8 @@ class Screen:
         """Take our lines away; raises OSError."""
         self.paint((), ())
 
-    def _drawn(self, line: Text) -> str:
+    def drawn(self, line: Text) -> str:
+        """Return a line as this terminal is told it."""
         with self._console.capture() as drawn:
             self._console.print(line, soft_wrap=True, end="")
         return drawn.get()
