@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # rich is loaded by the thread that paints
 PAUSE = 0.125
 """Seconds between two paintings."""
 
-PENDING = 1 << 20
+PENDING = 4 << 20
 """Characters of logs that may wait to be shown; who brings more waits too."""
 
 GRACE = 5.0
