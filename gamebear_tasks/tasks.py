@@ -315,9 +315,12 @@ def _checked_args(args: object, program: Path | Function) -> bytes:
         if not isinstance(args, Mapping):
             raise TypeError(f"{args!r} is no dict")
         return canonical_json(args)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:  # of the last two each Python has its own words
+        why = str(error) if isinstance(error, TypeError) else "one holds itself"
+        if isinstance(error, ValueError):
+            why = "a number is infinite, or none"
         raise SettingsError(
-            f"The args of artifact({_called(program)}) are not plain JSON: {error}.",
+            f"The args of artifact({_called(program)}) are not plain JSON: {why}.",
             "Give a dict of numbers, texts, lists and dicts.",
         ) from error
 

@@ -34,6 +34,7 @@ NEEDED = {
     "update-binfmts": "binfmt-support",
     "qemu-arm-static": "qemu-user-static",
     "xz": "xz-utils",
+    "zsh": "zsh",
     "zstd": "zstd",
 }
 """Debian's package for each program that the tests need."""

@@ -399,13 +399,13 @@ DODO = [
     Row(
         "gave args what is no number",
         "artifact('x.py', outputs=['x'], args={'a': float('nan')})",
-        "The args of artifact('x.py') are not plain JSON: Out of range float values are not JSON compliant.",
+        "The args of artifact('x.py') are not plain JSON: a number is infinite, or none.",
         "Give a dict of numbers, texts, lists and dicts.",
     ),
     Row(
         "gave args that hold themselves",
         "artifact('x.py', outputs=['x'], args=LOOP)",
-        "The args of artifact('x.py') are not plain JSON: maximum recursion depth exceeded in comparison.",
+        "The args of artifact('x.py') are not plain JSON: one holds itself.",
         "Give a dict of numbers, texts, lists and dicts.",
     ),
     Row(
