@@ -339,7 +339,7 @@ def remove_targets(task: Any, dryrun: bool) -> None:
 
     for target in map(Path, task.targets):
         for path in (target, statement_of(target), *target.parent.glob(part_pattern(target))):
-            if path.is_file() or path.is_symlink():
+            if os.path.isfile(path) or os.path.islink(path):  # which too long a name is not
                 print(f"{task.name} - removing file '{printable(str(path))}'")
                 if not dryrun:
                     path.unlink(missing_ok=True)
