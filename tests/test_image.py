@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from baking import bake, baked, refused
@@ -256,7 +257,10 @@ def web(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     server.server_close()
 
 
-def test_a_base_from_the_web_is_downloaded_once(web: tuple[str, list[str]], thing: Path, tmp_path: Path) -> None:
+def test_a_base_from_the_web_is_downloaded_once(
+    web: tuple[str, list[str]], thing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     url, asked = web
     sha256 = hashlib.sha256((tmp_path / "web" / "base.img.xz").read_bytes()).hexdigest()
     source = archive(url, sha256=sha256)
@@ -264,7 +268,7 @@ def test_a_base_from_the_web_is_downloaded_once(web: tuple[str, list[str]], thin
     assert not asked, "not when dodo.py is loaded"
     for _ in range(2):
         function, given = task["actions"][0]
-        assert function(*given) is None
+        assert function(*given, task=SimpleNamespace(name="image")) is None
     assert asked == ["/base.img.xz"]
     assert Card(tmp_path / "out.img")["opt/thing"].content == b"a thing\n"
     assert [path.name for path in (tmp_path / "cache" / "gamebear-tasks" / "sources").glob("[!.]*")] == [
@@ -273,7 +277,7 @@ def test_a_base_from_the_web_is_downloaded_once(web: tuple[str, list[str]], thin
     wrong = archive(url, sha256="0" * 64)
     task = sd_image(wrong, output=tmp_path / "no.img", arch="armhf")
     function, given = task["actions"][0]
-    assert "is not what was asked for" in function(*given).message
+    assert "is not what was asked for" in function(*given, task=SimpleNamespace(name="image")).message
 
 
 # room
