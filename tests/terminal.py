@@ -25,8 +25,9 @@ class Terminal:
 
     def tmux(self, *words: str) -> str:
         """Have tmux do something."""
-        command = ["tmux", "-S", str(self._socket), "-f", "/dev/null", *words]
-        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+        command = ["tmux", "-u", "-S", str(self._socket), "-f", "/dev/null", *words]
+        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=environment).stdout
 
     def type(self, *keys: str) -> None:
         """Press keys, by tmux's names, or type a text."""
@@ -92,9 +93,15 @@ def terminal(project: Project, columns: int = 80, rows: int = 24, **environment:
         path = project.folder.parent / "doit"
         path.write_text(f'#!/bin/sh\nexec {shlex.join(project.command())} "$@"\n')
         path.chmod(0o755)
-        wanted = {**project.environment, "PATH": f"{path.parent}:{os.environ['PATH']}", "PS1": "$ ", **environment}
+        wanted = {
+            **project.environment,
+            "PATH": f"{path.parent}:{os.environ['PATH']}",
+            "PS1": "$ ",
+            "LC_ALL": "C.UTF-8",
+        }
+        wanted.update(environment)
         for variable in ("CI", "NO_COLOR", "FORCE_COLOR", "COLORTERM", "TERM"):
-            wanted.setdefault(variable, "")
+            wanted[variable] = environment.get(variable, "")  # and not what the tests themselves run in
         cleared = [f"-u{variable}" for variable, value in wanted.items() if not value or variable == "TERM"]
         given = [f"{variable}={value}" for variable, value in wanted.items() if value and variable != "TERM"]
         own = [f"TERM={environment['TERM']}"] if "TERM" in environment else ["TERM=screen-256color"]
