@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .process import doit_process
+
 if TYPE_CHECKING:
     from .timing import Record
 
@@ -52,18 +54,6 @@ NAMES = 10_000
 
 up_to_date: list[str] = []
 """The tasks whose `uptodate` found them so; doit may have run them all the same, because of a file."""
-
-
-def doit_process() -> tuple[int, int]:
-    """Return the number of doit's own process, and when it was started: clock ticks since boot, 0 if not known."""
-    multiprocessing = sys.modules.get("multiprocessing.process")  # of `doit -n`
-    parent = multiprocessing.parent_process() if multiprocessing else None
-    pid = parent.pid if parent else os.getpid()
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return pid, int(file.read().rpartition(b")")[2].split()[19])  # proc_pid_stat(5): starttime
-    except (OSError, ValueError, IndexError):
-        return pid, 0
 
 
 def _file_of_this_run() -> str:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import platform
 import re
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,7 @@ from .runner.files import read_json, sha256_of, write_bytes
 from .timing import Made, Record
 
 if TYPE_CHECKING:  # few projects have images
-    from .image.recipe import Recipe
+    pass
 
 if TYPE_CHECKING:
     pass
@@ -67,69 +65,11 @@ def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]
         if image.gone and not image.packages:
             notice(f"{task}: the image {image.name or image.id[:12]} is no longer there to say what is installed in it")
     definition = _definition(plan, record, materials)
-    details = _details(record, materials)
-    return [_write(made.path, made.sha256, definition, details) for made in record.outputs]
+    run = details(record, materials)
+    return [write_statement(made.path, made.sha256, definition, run) for made in record.outputs]
 
 
-def write_image(recipe: Recipe, record: Record) -> Path:
-    """Write the statement of an image that was baked, and return where it is.
-
-    Args:
-        recipe: what it was baked from, which must be as it was.
-        record: how that went, well.
-
-    Raises:
-        JobError: the image is not the one that was baked, or the statement cannot be written.
-    """
-    (made,) = record.outputs
-    try:
-        about = recipe.output.stat()
-        if about.st_size != made.size or not -CLOCK < about.st_mtime - record.begun < record.seconds + CLOCK:
-            raise _changed(record, made)
-        digest = sha256_of(recipe.output)
-        files = [_resource(str(path), sha256=sha256_of(path), role=role) for path, role in _parts(recipe)]
-    except OSError as error:
-        what = f"{error.filename} cannot be read: {error.strerror}."
-        raise JobError(what, f"Run doit {record.task} again.") from error
-    user = recipe.user
-    if not isinstance(recipe.base, Path):
-        known = _resource(recipe.base.url.rpartition("/")[2], sha256=recipe.base.sha256, role="base")
-        files.insert(0, {**known, "uri": public(recipe.base.url)})
-    definition = {
-        "buildType": IMAGE_TYPE,
-        "externalParameters": {
-            "base": str(recipe.base) if isinstance(recipe.base, Path) else public(recipe.base.url),
-            "contents": [{"path": str(item.path), "destination": item.destination} for item in recipe.contents],
-            "config": list(recipe.config),
-            "cmdline": list(recipe.cmdline),
-            "enable": list(recipe.enable),
-            "hostname": recipe.hostname,
-            "arch": recipe.arch,
-            "user": user.name if user else "",
-        },
-        "internalParameters": {"recipe": record.digest},
-        "resolvedDependencies": files,
-    }
-    here = Materials(
-        begun=record.begun,
-        ended=record.begun + record.seconds,
-        host=platform.node(),
-        python=platform.python_version(),
-    )
-    return _write(made.path, digest, definition, _details(replace(record, builder="local:"), here))
-
-
-def _parts(recipe: Recipe) -> Iterator[tuple[Path, str]]:
-    """Give the files that an image is made of, and what each is."""
-    if isinstance(recipe.base, Path):
-        yield recipe.base, "base"
-    for item in recipe.contents:
-        yield item.path, type(item).__name__.lower()
-    for path in recipe.user.key_files if recipe.user else ():
-        yield path, "key"
-
-
-def _write(target: str, sha256: str, definition: Json, details: Json) -> Path:
+def write_statement(target: str, sha256: str, definition: Json, details: Json) -> Path:
     """Write the statement of a target and return where it is; raises JobError."""
     path = statement_of(Path(target))
     statement = {
@@ -150,10 +90,11 @@ def check(record: Record) -> None:
     """See that the targets are what was built; raises JobError."""
     for made in record.outputs:
         if _sha256(made) != made.sha256:
-            raise _changed(record, made)
+            raise changed(record, made)
 
 
-def _changed(record: Record, made: Made) -> JobError:
+def changed(record: Record, made: Made) -> JobError:
+    """Return the error of an artifact that is not what its record says."""
     return JobError(
         f"{made.path} is not the file that {record.task} made: it was changed since, or is gone.",
         f"Have it made again: doit clean {record.task}, then doit {record.task}.",
@@ -217,11 +158,11 @@ def _definition(plan: Plan, record: Record, materials: Materials) -> Json:
 def _files(plan: Plan, job: Mapping[str, Any], kind: str) -> Iterator[Json]:
     program = _mapping(job.get(kind))
     where = {} if kind == "function" else {"path": str(plan.program)}
-    yield _resource(str(program.get("name")), sha256=program.get("sha256"), role=kind, **where)
+    yield resource(str(program.get("name")), sha256=program.get("sha256"), role=kind, **where)
     for name, file in _mapping(job.get("modules")).items():
-        yield _resource(name, sha256=file["sha256"], role="module")
+        yield resource(name, sha256=file["sha256"], role="module")
     for name, file in _mapping(job.get("inputs")).items():
-        yield _resource(name, sha256=file["sha256"], role="input", path=str(plan.inputs.get(name, "")))
+        yield resource(name, sha256=file["sha256"], role="input", path=str(plan.inputs.get(name, "")))
 
 
 def _declared(source: object) -> Json:
@@ -241,13 +182,13 @@ def _sources(plan: Plan, job: Mapping[str, Any]) -> Iterator[Json]:
         url = public(str(getattr(plan.sources.get(name), "url", "")))
         if "git" in identity:
             commit = str(identity["git"])
-            described = {**_resource(name, role="source"), "digest": {"gitCommit": commit}}
+            described = {**resource(name, role="source"), "digest": {"gitCommit": commit}}
             yield {**described, "uri": f"{_git_uri(url)}@{commit}"}
         elif "archive" in identity:
-            yield {**_resource(name, sha256=identity["archive"], role="source"), "uri": url}
+            yield {**resource(name, sha256=identity["archive"], role="source"), "uri": url}
         elif "debian" in identity:
             purl = debian_purl(str(identity["debian"]), str(identity["version"]), "source")
-            yield {**_resource(name, sha256=identity["dsc"], role="source", digestOf="the .dsc"), "uri": purl}
+            yield {**resource(name, sha256=identity["dsc"], role="source", digestOf="the .dsc"), "uri": purl}
 
 
 def _git_uri(url: str) -> str:
@@ -265,7 +206,7 @@ def _image(image: UsedImage) -> Json:
     about["manifest"] = image.manifest
     about["had"] = _had(image)
     role = "package image" if about["base-id"] else "image" if image.used else "base image"
-    return _resource(image.name or image.id[:12], sha256=image.id, role=role, **about)
+    return resource(image.name or image.id[:12], sha256=image.id, role=role, **about)
 
 
 def _had(image: UsedImage) -> str:
@@ -286,16 +227,17 @@ def _packages(materials: Materials) -> Iterator[Json]:
             purl = debian_purl(package.name, package.version, package.arch, vendor[0] if vendor else "debian")
             if purl not in seen:
                 seen.add(purl)
-                yield {**_resource(package.name, role="package", image=image.id), "uri": purl}
+                yield {**resource(package.name, role="package", image=image.id), "uri": purl}
 
 
-def _details(record: Record, materials: Materials) -> Json:
+def details(record: Record, materials: Materials) -> Json:
+    """Return a statement's `runDetails`: by whom it was built, and when."""
     log = tasklog.path_of(record.task)
     builder = record.builder
     version = {"gamebear-tasks": _own_version(), "buildah": materials.buildah, "python": materials.python}
     times = {"startedOn": materials.begun, "finishedOn": materials.ended}
     try:
-        logs = [_resource("log", sha256=sha256_of(log))]
+        logs = [resource("log", sha256=sha256_of(log))]
     except OSError:
         logs = []
     return {
@@ -318,7 +260,7 @@ def _own_version() -> str:
         return ""
 
 
-def _resource(name: str, sha256: object = None, **annotations: str) -> Json:
+def resource(name: str, sha256: object = None, **annotations: str) -> Json:
     """Return in-toto's ResourceDescriptor."""
     about = {key: value for key, value in annotations.items() if value}
     return {

@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from .history import doit_process
 from .job import Json
+from .process import doit_process
 from .runner.files import read_json, write_bytes
 from .runner.phases import Phases
 

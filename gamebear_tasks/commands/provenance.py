@@ -72,8 +72,9 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
             url = record.builder if "…" not in record.builder else chosen.builder_for(action.plan.arch or chosen.arch)
             yield from provenance.write(name, action.plan, record, builder_of_this_run(url))
         elif recipe is not None:
+            from ..image import statement
             from ..image.bake import job_of  # slow to load
 
             if record is None or record.state != "done" or record.job != job_of(recipe):
                 raise stale
-            yield provenance.write_image(recipe, record)
+            yield statement.write(recipe, record)

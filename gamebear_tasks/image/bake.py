@@ -85,9 +85,9 @@ class Baking:
             record = self.note("done")
         self.telling.ended(record)
         if settings().provenance:
-            from ..provenance import write_image
+            from . import statement
 
-            write_image(self.recipe, record)
+            statement.write(self.recipe, record)
 
     def note(self, state: str, failure: str = "") -> timing.Record:
         """Keep how the task went, once, and return it."""

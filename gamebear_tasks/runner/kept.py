@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from . import output
 from .buildah import Buildah, environment, facts, namespace
 from .files import RunnerError, is_sha256, read_json, sync_folder, write_json
+from .leftovers import clean_up
 from .store import Lock, Store, StoredJob, stamp
 
 if TYPE_CHECKING:
@@ -122,8 +123,6 @@ def keep(stored: StoredJob) -> None:
 
 def trim(store: Store) -> None:
     """Remove what is kept of more than the last few failed jobs, or for too long; not while somebody looks at it."""
-    from .supervise import clean_up  # which needs us
-
     with contextlib.suppress(OSError):
         marks = sorted(store.kept.iterdir(), key=stamp, reverse=True)
         for number, mark in enumerate(marks):

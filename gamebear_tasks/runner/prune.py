@@ -23,8 +23,8 @@ from typing import Any
 from .apt import POOL, trim
 from .buildah import IMAGES_IN_USE, BuildahError, Facts, facts, outside, remove_tree
 from .files import RunnerError, is_sha256, locked
+from .leftovers import clean_up, clean_up_after_lost_jobs
 from .store import Lock, Store, StoredJob, stamp
-from .supervise import clean_up, clean_up_after_lost_jobs
 
 RECENT = 60.0
 """Seconds after its last use for which a job is left alone: somebody may be about to fetch its outputs."""

@@ -17,17 +17,17 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import kept, slots, work
-from .buildah import environment, facts, namespace, remove_containers, remove_tree
+from .buildah import environment, facts, namespace, remove_tree
 from .costs import keep_notices
-from .files import CHUNK, RunnerError, is_sha256, read_json, sync_folder
+from .files import CHUNK, RunnerError, read_json, sync_folder
+from .leftovers import clean_up, clean_up_after_lost_jobs, remove_leftovers
 from .phases import Phases, note
-from .store import FINAL, Store, StoredJob, StoreError, hold_runner, storage_failure
+from .store import Store, StoredJob, StoreError, hold_runner, storage_failure
 from .work import JobFailed
 
 LOG_LIMIT = 1 << 30
@@ -314,72 +314,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
             return
-
-
-def clean_up(stored: StoredJob, containers: bool = True) -> None:
-    """Remove what a build may have left, and if all of it is gone, the mark which says that there may be something.
-
-    The caller holds the job's lock.
-    """
-    if remove_leftovers(stored, containers):
-        with contextlib.suppress(OSError):
-            stored.kept.unlink(missing_ok=True)
-            stored.mark.unlink()
-
-
-def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection[str] = ()) -> bool:
-    """Remove what a build may have left: containers, the program's folder; say whether nothing stayed.
-
-    Args:
-        stored: the job.
-        containers: whether there may be any.
-        but: containers that are to stay, and the folder, to which their mounts lead, with them.
-    """
-    root = stored.store.root
-    gone = True
-    try:
-        if containers:
-            remove_containers(root, facts(root), stored.container_prefix, but)
-    except (RunnerError, OSError):
-        gone = False
-    names = ["source.tar", "function.pickle", "cloudpickle.zip", "result.json", "phase"]
-    if not but:
-        names.append("kept.json")
-        shutil.rmtree(stored.work, ignore_errors=True)
-        with contextlib.suppress(RunnerError, OSError):
-            if stored.work.exists():  # files of a container's other users are in the way
-                remove_tree(root, facts(root), stored.work)
-    for path in (*(stored.folder / name for name in names), *stored.folder.glob(".*.tmp")):
-        with contextlib.suppress(OSError):
-            path.unlink()
-    return gone and (bool(but) or not stored.work.exists())
-
-
-def clean_up_after_lost_jobs(store: Store, but: str) -> None:
-    """Clean up after jobs whose supervisor died, and say in their state that they are lost."""
-    with contextlib.suppress(OSError):
-        for mark in list(store.live.iterdir()):
-            if mark.name != but and is_sha256(mark.name):
-                with contextlib.suppress(OSError):  # somebody else may be removing the same
-                    _clean_up_if_lost(store.job(mark.name))
-        for path in store.trash.iterdir():  # of a prune that was killed
-            with contextlib.suppress(OSError, RunnerError):
-                remove_tree(store.root, facts(store.root), path)
-
-
-def _clean_up_if_lost(stored: StoredJob) -> None:
-    if not stored.folder.is_dir():
-        stored.mark.unlink()
-        return
-    lock = stored.lock()
-    try:
-        if lock.acquire() and lock.is_current() and stored.mark.exists():
-            state = stored.written_state()
-            clean_up(stored)
-            if state["state"] not in (*FINAL, "absent"):
-                stored.write_state({**state, "state": "lost"})
-    finally:
-        lock.release()
 
 
 def main(digest: str, attempt: str, lock_fd: int, alive_fd: int) -> int:

@@ -1,0 +1,18 @@
+"""Which process is doit's own, whichever of its children asks. Loaded with every `dodo.py`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def doit_process() -> tuple[int, int]:
+    """Return the number of doit's own process, and when it was started: clock ticks since boot, 0 if not known."""
+    multiprocessing = sys.modules.get("multiprocessing.process")  # of `doit -n`
+    parent = multiprocessing.parent_process() if multiprocessing else None
+    pid = parent.pid if parent else os.getpid()
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return pid, int(file.read().rpartition(b")")[2].split()[19])  # proc_pid_stat(5): starttime
+    except (OSError, ValueError, IndexError):
+        return pid, 0
