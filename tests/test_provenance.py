@@ -119,8 +119,11 @@ def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_e
     pair.doit("provenance", "nobody").failed("There is no task 'nobody'")
     pair.doit("pair").ok()
     assert not list(pair.folder.glob("build/*.intoto.json"))
+    (noted,) = pair.store.glob("jobs/*/materials.json")
+    noted.write_text(json.dumps({**json.loads(noted.read_text()), "by": {"buildah": "1.0"}}))
     pair.doit("provenance").ok()
     before = read_statement(pair.folder / "build/one")
+    assert before.run_details.builder.version["buildah"] == "1.0", "the builder has another one since"
     assert "libc6" in packages(before)
     (pair.folder / "build/one").write_text("changed")
     pair.doit("provenance", "pair").failed(

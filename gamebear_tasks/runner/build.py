@@ -38,7 +38,7 @@ from .buildah import Buildah, BuildahError, facts
 from .containers import Container
 from .files import RunnerError, read_json, write_json
 from .images import Image, ImageNotFoundError, packages_image
-from .job import MATERIALS, CommandError, Job, begin
+from .job import MATERIALS, CommandError, Job, begin, programs
 from .kept import KEEP_VARIABLE, Notes
 from .phases import note
 from .store import Store
@@ -193,7 +193,8 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     finally:
         result.update(began=job.phases.began, phases=job.phases.spans)
         with contextlib.suppress(OSError):
-            write_json(folder / MATERIALS, {"complete": not job.images, "images": job.images}, sync=False)
+            noted = {"complete": not job.images, "images": job.images, "by": programs(job.facts)}
+            write_json(folder / MATERIALS, noted, sync=False)
 
 
 def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], result: dict[str, Any]) -> None:

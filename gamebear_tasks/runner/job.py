@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 import shlex
 import signal
@@ -50,6 +51,11 @@ class CommandError(subprocess.CalledProcessError):
         how = f"was ended by {signal.Signals(number).name}" if killed else f"failed with status {self.returncode}"
         said = last_lines(self.stderr) if isinstance(self.stderr, str) else ""
         return f"`{shlex.join(self.cmd)}` {how}{self.where and f' in {self.where}'}{said and f': {said}'}"
+
+
+def programs(known: Facts) -> dict[str, str]:
+    """Return what builds here now, which may be another release when somebody asks."""
+    return {"python": platform.python_version(), "buildah": known.version, "isolation": known.isolation}
 
 
 class Job:

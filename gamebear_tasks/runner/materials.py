@@ -3,7 +3,8 @@
 A build notes what it knows at no cost. What is missing (an image's origin, what is installed in a base) is looked up
 when somebody first asks, while the image is there, and kept with the result::
 
-    materials.json  {"complete": true, "images": {"<id>": {
+    materials.json  {"complete": true, "by": {"python": "3.11.2", "buildah": "1.28.2", "isolation": "rootless"},
+                     "images": {"<id>": {
                         "name": "debian:bookworm", "notes": {"<annotation>": "<value>"}, "used": true, "gone": false,
                         "names": ["localhost/gamebear-base:…"], "manifest": "sha256:…",
                         "packages": [["gcc", "4:12.2.0-3", "armhf"], …]}}}
@@ -27,7 +28,7 @@ from typing import Any
 
 from .buildah import Buildah, BuildahError, environment, facts, namespace, remove_containers
 from .files import RunnerError, is_sha256, read_json, write_json
-from .job import MATERIALS
+from .job import MATERIALS, programs
 from .packages import NAME, Installed, installed
 from .rootfs import Rootfs
 from .store import Store, StoredJob, stamp
@@ -102,10 +103,16 @@ def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
         "ended": state.get("since"),
         "host": platform.node(),
         "machine": platform.machine(),
-        "python": platform.python_version(),
-        "buildah": known.version,
-        "isolation": known.isolation,
+        **programs(known),
+        **_noted_programs(stored),
     }
+
+
+def _noted_programs(stored: StoredJob) -> dict[str, str]:
+    """Return what `programs` was for a job; nothing where an earlier release built it."""
+    known = read_json(stored.folder / MATERIALS)
+    noted = known.get("by") if isinstance(known, dict) else None
+    return noted if isinstance(noted, dict) else {}
 
 
 def _images(stored: StoredJob) -> dict[str, Any] | None:
@@ -145,7 +152,7 @@ def main(digest: str) -> int:
             base = image["notes"].get("gamebear.base-id")
             if base is not None:
                 waiting.append((base, {"name": image["notes"].get("gamebear.base", "")}))
-    write_json(stored.folder / MATERIALS, {"complete": True, "images": found})
+    write_json(stored.folder / MATERIALS, {"complete": True, "images": found, "by": _noted_programs(stored)})
     return 0
 
 
