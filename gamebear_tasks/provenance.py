@@ -16,7 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import tasklog
 from .builders import Builder, Traced
@@ -28,17 +28,10 @@ from .report import notice
 from .runner.files import read_json, sha256_of, write_bytes
 from .timing import Made, Record
 
-if TYPE_CHECKING:  # few projects have images
-    pass
-
-if TYPE_CHECKING:
-    pass
-
 BUILD_TYPE = "urn:x-gamebear-tasks:job:v1"
 """What says how the rest of a job's statement is to be read: docs/reference/provenance.md."""
 
 Json = dict[str, Any]
-
 
 IMAGE_TYPE = "urn:x-gamebear-tasks:image:v1"
 """The same of an image that `sd_image()` bakes."""

@@ -71,6 +71,7 @@ CROWD = 9999
 
 NOT_OURS = "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner."
 """What to do about answers that our runner does not give."""
+
 WORDS = 1000
 """The most words of a command that failed."""
 

@@ -23,7 +23,6 @@ SHORTEST = 8
 NAMES = 8
 """The most outputs of a job that are named."""
 
-
 CLIENTS = 20
 """The most who are said to wait for a job."""
 
