@@ -21,7 +21,7 @@ from project import Project, Run
 from sshd import Account, Sshd, client_home, new_account
 
 from gamebear_tasks.builders.local import open_builder
-from gamebear_tasks.builders.remote import checked
+from gamebear_tasks.builders.replies import checked
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.doctor.findings import NOTE, OK, TROUBLE, Finding, judge
 from gamebear_tasks.doctor.mending import Done, Step, mend, steps_for

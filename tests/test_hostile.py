@@ -15,7 +15,7 @@ import pytest
 from project import Project, Run
 
 from gamebear_tasks import action, building, plan, tasklog, timing
-from gamebear_tasks.builders import local, remote, session
+from gamebear_tasks.builders import local, remote, replies, session
 
 MIB = 1 << 20
 
@@ -291,8 +291,8 @@ def fetch(request):
 def test_a_result_is_not_believed_to_hold_for_centuries(hostile: Hostile, valid: str) -> None:
     hostile.says(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")
     hostile.doit().ok()
-    assert remote.VALID == 10 * 365 * 86400
-    assert f'"seconds": {remote.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
+    assert replies.VALID == 10 * 365 * 86400
+    assert f'"seconds": {replies.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
 
 
 def test_what_a_builder_says_of_itself_is_a_few_lines_without_tricks(hostile: Hostile) -> None:

@@ -18,7 +18,7 @@ from sshd import Sshd
 from warm import Warm
 
 from gamebear_tasks.builders.local import open_builder
-from gamebear_tasks.builders.remote import _entry
+from gamebear_tasks.builders.replies import entry as _entry
 from gamebear_tasks.errors import BuilderError
 from gamebear_tasks.runner.listing import listing
 from gamebear_tasks.runner.store import Store

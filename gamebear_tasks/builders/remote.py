@@ -14,21 +14,18 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SourceError
 from ..job import File, Job
 from ..report import notice
-from ..runner import wire
-from ..runner.files import is_file_name, is_sha256, sha256_of
-from ..runner.phases import LIMIT as SPANS
-from ..timing import BUILDER, Phase, expected, phase
-from . import Failure, JobEntry, Kept, KeptContainer, Order, Output, Pruned, Sink, Status
+from ..runner.files import sha256_of
+from ..timing import expected, phase
+from . import JobEntry, Kept, Order, Pruned, Sink, Status, replies
 from .bundle import bundle
 from .channel import Connection
 from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Session, Take, words_of
@@ -66,49 +63,22 @@ CROWD_PATIENCE = 30.0
 BUSY_PATIENCE = 10.0
 """Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
 
-CROWD = 9999
-"""The most jobs that are believed to wait for a builder."""
-
 NOT_OURS = "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner."
 """What to do about answers that our runner does not give."""
 
-WORDS = 1000
-"""The most words of a command that failed."""
-
 KEPT = 100
 """The most containers that are kept of one job."""
-
-NOTICES = 10
-"""The most that a builder may say of itself at once."""
-
-VALID = 10 * 365 * 86400.0
-"""Seconds beyond which no result is believed to hold."""
-
-CENTURY = 100 * 366 * 86400.0
-"""Seconds; nothing on a builder is older."""
-
-STATES = ("queued", "running", "done", "failed", "cancelled", "lost")
-"""Of a job."""
 
 PAGE = 500
 """How many jobs are asked for at once; of all that there are, `JOBS` are looked at."""
 
 JOBS = 100_000
 
-WAITING = 20
-"""The most who are said to wait for a job."""
-
-YEAR = 366 * 86400.0
-"""Seconds; no job takes longer."""
-
 EXAMINATION = 300.0
 """Seconds for which a builder may find out what it can do; the first time, a Pi with a slow card takes a minute."""
 
 SILENT_SCRIPT = 900.0
 """Seconds for which a script may print nothing: packages are unpacked slowly on a memory card."""
-
-MOST_FACTS = 100
-"""The most that a builder may say of itself of one kind."""
 
 TRIES = 8
 """How often a request may break off without any progress before that is the builder's fault and not the network's."""
@@ -184,7 +154,7 @@ class RunnerBuilder:
                 limit=CHUNK * 4,
             )
             if reply.get("state") != "absent":
-                status = self._status(job, reply, joined=not reply.get("started"))
+                status = replies.status(self.place, reply, joined=not reply.get("started"))
                 self._log_of(job.digest, status, reply, bytes(end), 0)
                 return status
             if reply.get("trees_wanted"):
@@ -233,7 +203,7 @@ class RunnerBuilder:
         )
         if reply.get("attempt") != attempt:
             return Status("lost", attempt), b""
-        status = self._status(None, reply)
+        status = replies.status(self.place, reply)
         log = self._log_of(digest, status, reply, bytes(body), offset) if client else bytes(body)
         if not log and not status.is_final and time.monotonic() - asked < SHORT:
             time.sleep(SHORT)  # it should have waited for news
@@ -311,11 +281,11 @@ class RunnerBuilder:
             most = PAGE if limit is None else min(PAGE, limit - skip)
             reply = self._ask({"op": "list", "skip": skip, "limit": most, "prefix": prefix})
             listed = reply.get("jobs")
-            page = [_entry(item) for item in listed[:PAGE]] if isinstance(listed, list) else []
+            page = [replies.entry(item) for item in listed[:PAGE]] if isinstance(listed, list) else []
             for entry in page:
                 if entry is not None and entry.digest.startswith(prefix):
                     found.setdefault(entry.digest, entry)
-            total = _count(reply.get("total"))
+            total = replies.count(reply.get("total"))
             skip += len(page)
             if not page or skip >= min(total, JOBS if limit is None else limit):
                 return list(found.values()), max(total, len(found))
@@ -330,7 +300,7 @@ class RunnerBuilder:
         reply = self._ask({**named, "client": self.client, "who": _who(), "force": force})
         others = reply.get("others")
         if isinstance(others, list) and others:
-            return tuple(_line(who) for who in others[:WAITING])
+            return tuple(replies.line(who) for who in others[: replies.WAITING])
         state = reply.get("state")
         if state == "running":
             raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
@@ -376,7 +346,7 @@ class RunnerBuilder:
     def describe(self) -> Mapping[str, Any]:
         """Say what the builder is."""
         said = self._ask({"op": "hello"})
-        return {words_of(name): value if _is_size(value) else words_of(value) for name, value in said.items()}
+        return {words_of(name): value if replies.is_size(value) else words_of(value) for name, value in said.items()}
 
     def run_program(self, words: Sequence[str]) -> int:
         """Run a program on the builder with our terminal; return its exit status."""
@@ -397,7 +367,7 @@ class RunnerBuilder:
                     "See what it is busy with (top, dmesg), then run doit doctor again.",
                 )
             time.sleep(SHORT)  # it should have waited
-        about: dict[str, Any] = checked(said)
+        about: dict[str, Any] = replies.checked(said)
         clock = about.pop("time", None)
         about["ahead"] = clock - heard if type(clock) in (int, float) else None
         connection = self._connection
@@ -428,13 +398,13 @@ class RunnerBuilder:
         """Say which containers are kept of a failed job."""
         reply = self._ask({"op": "kept", "digest": digest})
         found = reply.get("containers")
-        containers = [_container_in(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
+        containers = [replies.kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
         last, age = reply.get("last"), reply.get("age")
         if not containers:
             return None
         if not isinstance(last, int) or not 0 <= last < len(containers) or not isinstance(age, float) or not age >= 0:
             raise BuilderError(f"{self.place} describes what it keeps in a way that makes no sense.", NONSENSE)
-        return Kept(tuple(containers), last, min(age, YEAR))
+        return Kept(tuple(containers), last, min(age, replies.YEAR))
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
         """Run a command in a container that is kept of a failed job with our terminal; return its exit status."""
@@ -707,55 +677,6 @@ class RunnerBuilder:
             self._forget(connection)
             raise
 
-    # what is said
-
-    def _status(self, job: Job | None, reply: Mapping[str, Any], joined: bool = False) -> Status:
-        """Read a status out of a reply; nothing in it is believed that it does not have to be."""
-        state = reply.get("state")
-        attempt = reply.get("attempt")
-        if state not in STATES or not _is_name(attempt):
-            raise BuilderError(
-                f"{self.place} answers something that makes no sense (state {words_of(state)}).", NONSENSE
-            )
-        outputs = {}
-        for name, about in _mapping(reply.get("outputs")).items():
-            about = _mapping(about)
-            length, sha256 = about.get("size"), about.get("sha256")
-            if type(length) is not int or not 0 <= length <= wire.MAX_BODY or not _is_digest(sha256):
-                raise BuilderError(
-                    f"{self.place} describes the output {name[:100]!r} in a way that makes no sense.", NONSENSE
-                )
-            outputs[name] = Output(length, sha256, about.get("executable") is True)
-        failure = None
-        if state == "failed":
-            about = _mapping(reply.get("failure"))
-            failure = Failure(
-                words_of(about.get("kind", "")),
-                words_of(about.get("message", "It failed.")),
-                _command_in(about.get("command")),
-                _status_in(about.get("status")),
-                words_of(about.get("where", ""))[:400],
-                about.get("containers") is True,
-                about.get("kept") is True,
-            )
-        valid = reply.get("valid")
-        if valid is not None and not (type(valid) in (int, float) and valid >= 0):
-            raise BuilderError(
-                f"{self.place} answers something that makes no sense (valid {words_of(valid)[:100]}).", NONSENSE
-            )
-        return Status(
-            state,
-            attempt,
-            joined,
-            outputs,
-            failure,
-            tuple(_phases_in(reply)),
-            None if valid is None else float(min(valid, VALID)),
-            words_of(reply.get("expired", ""))[:400],
-            _notices(reply.get("notices")),
-            *_now(reply.get("now")),
-        )
-
 
 @dataclass(frozen=True)
 class _End:
@@ -794,19 +715,6 @@ class _Setbacks:
         time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
 
 
-def checked(value: Any, depth: int = 5) -> Any:
-    """Return what a builder says of itself with nothing in it that is not bounded or that a terminal would act on."""
-    if isinstance(value, dict) and depth:
-        return {words_of(name)[:100]: checked(item, depth - 1) for name, item in islice(value.items(), MOST_FACTS)}
-    if isinstance(value, list) and depth:
-        return [checked(item, depth - 1) for item in value[:MOST_FACTS]]
-    if isinstance(value, str):
-        return words_of(value)
-    if isinstance(value, float):
-        return value if abs(value) < float(1 << 63) else None  # NaN is not less than anything
-    return value if value is None or _is_size(value) else None
-
-
 def _files_of(job: Job) -> Iterable[File]:
     if not job.is_function:
         yield File(job.identity)
@@ -837,95 +745,6 @@ def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) ->
     return small
 
 
-def _phases_in(reply: Mapping[str, Any]) -> Iterator[Phase]:
-    """Give what makes sense of where a builder says that the time went."""
-    spans = reply.get("phases")
-    for span in spans[: 2 * SPANS] if isinstance(spans, list) else ():
-        if not isinstance(span, list) or len(span) != 3 or span[0] not in BUILDER:
-            continue
-        if all(type(number) in (int, float) and 0 <= number < YEAR for number in span[1:]):  # and so no NaN
-            yield Phase(span[0], float(span[1]), float(span[2]))
-
-
-def _command_in(value: object) -> tuple[str, ...]:
-    """Return the words of a command, as they may be shown."""
-    return tuple(words_of(word) for word in value[:WORDS]) if isinstance(value, list) else ()
-
-
-def _status_in(value: object) -> int | None:
-    return value if type(value) is int and abs(value) < 1 << 16 else None
-
-
-def _container_in(about: object) -> KeptContainer:
-    about = _mapping(about)
-    return KeptContainer(
-        words_of(about.get("image", ""))[:400], _command_in(about.get("command")), _status_in(about.get("status"))
-    )
-
-
-def _is_name(value: object) -> TypeGuard[str]:
-    return is_file_name(value)
-
-
-def _is_digest(value: object) -> TypeGuard[str]:
-    return is_sha256(value)
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, int) and 0 <= value < 1 << 63)
-
-
-def _now(value: object) -> tuple[str, int | None]:
-    """Return the phase that a job is in, empty where the builder says none, and how many jobs are before it."""
-    phase, ahead = value if isinstance(value, list) and len(value) == 2 else ("", None)
-    if phase not in BUILDER:
-        return "", None
-    return phase, ahead if type(ahead) is int and 0 <= ahead <= CROWD else None
-
-
-def _entry(item: object) -> JobEntry | None:
-    """Return what a builder says of one of its jobs; None where it makes no sense."""
-    said = _mapping(item)
-    digest, state, attempt = said.get("digest"), said.get("state"), said.get("attempt")
-    if not _is_digest(digest) or state not in STATES or not (_is_name(attempt) or attempt == ""):
-        return None
-    outputs, waiting = said.get("outputs"), said.get("waiting")
-    return JobEntry(
-        digest,
-        min(max(_count(said.get("digits")), 8), len(digest)),
-        state,
-        attempt,
-        program=_line(said.get("program", "")),
-        outputs=tuple(map(_line, outputs[:WAITING])) if isinstance(outputs, list) else (),
-        more=_count(said.get("more")),
-        arch=_line(said.get("arch", ""))[:20],
-        place=_count(said.get("place")) or None,
-        age=_seconds(said.get("age")) or 0.0,
-        took=_seconds(said.get("took")),
-        used=_seconds(said.get("used")) or 0.0,
-        kept=said.get("kept") is True,
-        size=_count(said.get("size")),
-        log=_count(said.get("log")),
-        by=_line(said.get("by", "")),
-        waiting=tuple(map(_line, waiting[:WAITING])) if isinstance(waiting, list) else (),
-    )
-
-
-def _line(value: object) -> str:
-    """Return a builder's words as a part of a line."""
-    return " ".join(words_of(value)[:200].split())
-
-
-def _count(value: object) -> int:
-    return value if type(value) is int and 0 <= value < 1 << 63 else 0
-
-
-def _seconds(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < CENTURY:  # and so no NaN
-        return float(value)
-    return None
-
-
 @cache
 def _who() -> str:
     """Return what people may recognise this client by."""
@@ -934,13 +753,3 @@ def _who() -> str:
     except (KeyError, OSError):  # an account without a name
         user = str(os.getuid())
     return f"{user}@{platform.node()}"
-
-
-def _notices(value: object) -> tuple[str, ...]:
-    """Return what a builder has to say of itself, a line each and no more than a screen has."""
-    given = value[:NOTICES] if isinstance(value, list) else []
-    return tuple(" ".join(words_of(text)[:500].split()) for text in given if isinstance(text, str))
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
