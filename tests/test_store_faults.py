@@ -725,9 +725,15 @@ def test_cancel_says_truthfully_that_a_job_has_not_ended(queued: StoredJob, monk
     monkeypatch.setattr(serve, "CANCEL_SECONDS", 0.1)
     session = serve.Session(queued.store)
     with queued.lock():
-        assert session._cancel(queued.digest, "a1", "me") == {"state": "running", "others": 0}
-    assert session._cancel(queued.digest, "a0", "me") == {"state": "lost", "others": 0}
-    assert session._cancel("b" * 64, "a1", "me") == {"state": "absent", "others": 0}
+        assert session._cancel(queued.digest, "a1", "me") == {"state": "running", "others": []}
+    assert session._cancel(queued.digest, "a0", "me") == {"state": "lost", "others": []}
+    assert session._cancel("b" * 64, "a1", "me") == {"state": "absent", "others": []}
+
+
+def test_what_has_ended_is_nobody_s_to_cancel_though_others_waited_a_moment_ago(queued: StoredJob) -> None:
+    queued.write_state({"state": "done", "attempt": "a1", "outputs": {}})
+    queued.touch_client("somebody")
+    assert serve.Session(queued.store)._cancel(queued.digest, "a1", "me") == {"state": "done", "others": []}
 
 
 def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,7 +750,7 @@ def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, m
 
     supervisor = threading.Thread(target=obey)
     supervisor.start()
-    assert serve.Session(queued.store)._cancel(queued.digest, "", "me") == {"state": "cancelled", "others": 0}
+    assert serve.Session(queued.store)._cancel(queued.digest, "", "me") == {"state": "cancelled", "others": []}
     supervisor.join()
     assert queued.was_seen("a2")
 

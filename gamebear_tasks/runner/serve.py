@@ -419,8 +419,8 @@ class Session:
         stored = self.store.job(digest)
         stored.forget_client(client)
         others = stored.other_clients(client, COMPANY)
-        if others and not force:
-            return {"state": stored.state()["state"], "others": others}
+        if others and not force and (state := stored.state())["state"] in ("queued", "running"):
+            return {"state": state["state"], "others": others}
         asked = ""
         until = time.monotonic() + CANCEL_SECONDS
         while True:
