@@ -8,11 +8,15 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 PROGRAM = "chromium-headless-shell"
+
+PATIENCE = 120.0
+"""Seconds after which a browser is ended, and who waits for it sees that it is gone."""
 
 
 class Browser:
@@ -53,6 +57,8 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self._timer = threading.Timer(PATIENCE, self._process.kill)
+        self._timer.start()
         os.close(ours[0])
         os.close(theirs[1])
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -64,6 +70,7 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._timer.cancel()
         self._process.kill()
         self._process.wait()
         self._write.close()
