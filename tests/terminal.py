@@ -62,11 +62,11 @@ class Terminal:
         """Whether the cursor is to be seen."""
         return self.tmux("display-message", "-p", "#{cursor_flag}").strip() == "1"
 
-    def shows(self, *words: str, seconds: float = 20.0) -> str:
+    def shows(self, *words: str, seconds: float = 90.0) -> str:
         """Wait until all of some words are on the screen; return it."""
         return self._wait(lambda: self.screen, words, seconds)
 
-    def showed(self, *words: str, seconds: float = 20.0) -> str:
+    def showed(self, *words: str, seconds: float = 90.0) -> str:
         """Wait until all of some words are on the screen or have gone up from it; return all of it."""
         return self._wait(lambda: self.everything, words, seconds)
 
