@@ -130,6 +130,17 @@ def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project:
         assert sorted(logs) == ["a │ a aaa"] * 300 + ["b │ b bbb"] * 300
 
 
+def test_a_log_that_is_no_text_is_shown_to_its_end(project: Project) -> None:
+    project.write("dodo.py", JOB)
+    project.write(
+        "a.py",
+        "import sys\nsys.stdout.buffer.write(bytes(1_000_000) + b'\\nthe end\\n')\nopen('a', 'w').write('made')\n",
+    )
+    run = project.doit("-n", "2").ok()
+    assert "\na | the end\n" in run.out
+    assert re.search("^a: built in ", run.out, re.M)
+
+
 def test_more_than_fits_is_counted_and_what_others_write_is_kept(project: Project) -> None:
     names = [f"t{number}" for number in range(8)]
     commands(project, **dict.fromkeys(names, f"echo from $$; {GATE}"))
@@ -196,8 +207,9 @@ def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(pr
         HEAD + "import atexit, sys\n"
         "slow = {'rich', 'gamebear_tasks.progress.board', 'gamebear_tasks.progress.telling'}\n"
         "atexit.register(lambda: print('loaded', sorted(slow & sys.modules.keys())))\n"
+        "def nothing(): pass\n"
         "def task_x():\n    for n in range(2000):\n"
-        "        yield {'name': str(n), 'actions': ['true'], 'uptodate': [True], 'file_dep': ['dodo.py']}\n",
+        "        yield {'name': str(n), 'actions': [nothing], 'uptodate': [True], 'file_dep': ['dodo.py']}\n",
     )
     with terminal(project) as seen:
         seen.type("clear; doit -r zero; clear; doit", "Enter")

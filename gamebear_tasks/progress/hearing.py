@@ -17,8 +17,9 @@ from .telling import VARIABLE, Event
 PATH_LIMIT = 100
 """The most bytes that a socket's name may have: 104 on macOS, 108 on Linux."""
 
-EVENT_LIMIT = 1 << 20
-"""The most bytes of an event; whoever sends more is not listened to any longer."""
+EVENT_LIMIT = 4 << 20
+"""The most bytes of an event; whoever sends more is not listened to any longer. A piece of a log has up to 256 KiB, and
+what is no text in it is six times as long in JSON."""
 
 
 class Hearing:

@@ -98,19 +98,22 @@ class Plain:
         return f"{self.board.summary()} in {spent}, {size(self.board.up)} up, {size(self.board.down)} down"
 
     def _run(self, hearing: Hearing) -> None:
-        with contextlib.suppress(Exception), selectors.DefaultSelector() as selector:  # builds go on without us
-            hearing.join(selector, self.hear)
-            while True:
-                with self._lock:
-                    ending, self._ending = self._ending, []
-                last = self._closing
-                while ready := selector.select(0.0 if last or ending else PAUSE):
-                    for key, _ in ready:
-                        key.data()
-                with self._lock:
-                    self._show(ending)
-                if last:
-                    return
+        try:
+            with contextlib.suppress(Exception), selectors.DefaultSelector() as selector:  # builds go on without us
+                hearing.join(selector, self.hear)
+                while True:
+                    with self._lock:
+                        ending, self._ending = self._ending, []
+                    last = self._closing
+                    while ready := selector.select(0.0 if last or ending else PAUSE):
+                        for key, _ in ready:
+                            key.data()
+                    with self._lock:
+                        self._show(ending)
+                    if last:
+                        return
+        finally:
+            hearing.deafen()  # or who tells lines would wait for us
 
     def _end_all(self) -> None:
         ended, self._ending = self._ending, []

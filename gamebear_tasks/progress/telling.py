@@ -44,7 +44,7 @@ UNSENT = 64 << 10
 LONG = 8 << 10
 """Characters after which a line without an end is shown."""
 
-ANSWER = 2.0
+ANSWER = 10.0
 """Seconds that the view may take to leave the terminal to a question."""
 
 Event = Mapping[str, Any]
