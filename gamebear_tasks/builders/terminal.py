@@ -161,7 +161,8 @@ def _raw() -> Iterator[None]:
         tty.setraw(0, termios.TCSADRAIN)
         yield
     finally:
-        termios.tcsetattr(0, termios.TCSANOW, before)
+        with contextlib.suppress(termios.error):  # its window was closed
+            termios.tcsetattr(0, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager

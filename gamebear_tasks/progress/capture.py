@@ -58,12 +58,6 @@ class Capture:
             self.rest = ""
         return lines
 
-    def close(self) -> None:
-        """Give back what was taken; what was written and not yet read is lost."""
-        self.pause()
-        for fd in (self.reader, self._writer, *self._ours.values()):
-            os.close(fd)
-
 
 def still(text: str) -> str:
     """Return a line that somebody wrote to the terminal, coloured as it was, but unable to move about on it."""
