@@ -63,7 +63,7 @@ goes (`doit prune`); never while a shell is open in it.
         url = chosen.builder_for(plan.arch or chosen.arch)
         builder = builder_of_this_run(url)
         if not isinstance(builder, Keeper):
-            raise BuilderError(f"The builder {shown(url)} keeps no containers.", "local: and ssh:// do.")
+            raise BuilderError(f"The builder {shown(url)} keeps no containers.", "local:, ssh:// and dask:// do.")
         digest, kept = self._find(builder, url, task, plan)
         number = options["container"] - 1 if options["container"] else kept.last
         if not 0 <= number < len(kept.containers):
