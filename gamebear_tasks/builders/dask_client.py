@@ -220,6 +220,8 @@ class Link:
                     opening = Stream.open(self.address, self._args, self._client)
                     self._stream = self.loop.wait_for(opening, 3 * GREETING)
                 except (BuilderLost, TimeoutError) as error:
+                    if self._given_up is not None:  # it was closed meanwhile, and that may be why
+                        raise self._given_up from None
                     said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} says nothing.")
                     left = start + (patience if self._met else min(patience, FIRST_PATIENCE)) - time.monotonic()
                     if left <= 0:
