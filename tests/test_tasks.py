@@ -427,6 +427,7 @@ NEEDED = {
     "interrupt",
     "job",
     "plan",
+    "process",
     "progress",
     "progress.reporter",
     "report",
