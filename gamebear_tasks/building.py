@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from . import history, interrupt, tasklog, timing
 from .builders import Builder, Keeper, Order, Sink, Status, open_builder, shown
-from .config import settings
+from .config import settings, typed_settings
 from .errors import JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
@@ -248,7 +248,7 @@ class Building:
         """Return how to look into the container of a job that failed, where it had one and the builder knows how."""
         if not isinstance(builder, Keeper) or status.failure is None:
             return ""
-        task = shlex.quote(self.task)
+        task = shlex.join([self.task, *typed_settings()])
         if status.failure.kept:
             return f"The container is kept: `doit shell {task}` opens a shell in it."
         if status.failure.containers:

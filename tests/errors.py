@@ -936,7 +936,8 @@ DOIT = [
         "asked for the provenance of what is not built",
         "artifact('x.py', outputs=['x']) → doit provenance x",
         "x is not up to date: what would be said of it is not so.",
-        "Run doit x first.",
+        "Run doit x first; settings of the command line that it was built with, such as sources=debian, have to be said"
+        " here too.",
     ),
     Row(
         "named a builder as the doctor's argument",

@@ -267,12 +267,17 @@ def test_this_machine_is_looked_at_for_what_the_project_uses(project: Project, t
 
 def test_mending_stops_where_a_step_fails_and_says_which() -> None:
     builder = open_builder("local:")
-    steps = [Step("false", "a", may_fail=True), Step("echo one", "b"), Step("exit 3", "c"), Step("echo never", "d")]
+    steps = [
+        Step("false", "a", may_fail=True),
+        Step(r"printf '5%%\r99%%\rone\r\n'", "b"),
+        Step("exit 3", "c"),
+        Step("echo never", "d"),
+    ]
     lines: list[str] = []
     done = mend(builder, steps, lines.append)
     builder.close()
     assert done == [Done(steps[0], True), Done(steps[1], True), Done(steps[2], False), Done(steps[3], None)]
-    assert lines == ["$ false    # a", "$ echo one    # b", "one", "$ exit 3    # c"]
+    assert lines == ["$ false    # a", r"$ printf '5%%\r99%%\rone\r\n'    # b", "one", "$ exit 3    # c"]
 
 
 def test_packages_are_installed_in_one_go() -> None:

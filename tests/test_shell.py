@@ -201,8 +201,9 @@ def test_an_open_shell_keeps_its_container(there: Place) -> None:
 def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
     there.fail()
     assert len(there.kept) == 1 and there.containers == 2
-    said = there.fail("x").text
-    assert "To look into its container: `doit x keep_failed=yes` builds again, then `doit shell x`." in said
+    said = there.fail("x", "base=auto").text
+    again = "`doit x base=auto keep_failed=yes` builds again, then `doit shell x base=auto`"
+    assert f"To look into its container: {again}." in said
     assert there.kept == [] and there.containers == 0
     assert_nothing_is_left(there.project, there.store)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,14 +55,18 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
     from .. import provenance, tasklog
     from ..action import Build
     from ..building import builder_of_this_run
-    from ..config import settings
+    from ..config import settings, typed_settings
     from ..image.recipe import Recipe
     from ..timing import Record
 
     record = Record.read(tasklog.path_of(name).with_suffix(".json"))
     if record is None and not named:
         return
-    stale = JobError(f"{name} is not up to date: what would be said of it is not so.", f"Run doit {name} first.")
+    stale = JobError(
+        f"{name} is not up to date: what would be said of it is not so.",
+        f"Run {shlex.join(['doit', name, *typed_settings()])} first; settings of the command line that it was built"
+        " with, such as sources=debian, have to be said here too.",
+    )
     for action in actions:
         recipe = next((each for each in getattr(action, "args", None) or () if isinstance(each, Recipe)), None)
         if isinstance(action, Build):

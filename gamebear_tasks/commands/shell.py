@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..action import Build
 from ..builders import Keeper, Kept, KeptContainer, shown
 from ..building import builder_of_this_run
-from ..config import settings
+from ..config import settings, typed_settings
 from ..errors import BuilderError, GamebearError, JobError, SettingsError
 from ..plan import Plan
 from ..report import notice, printable
@@ -99,11 +99,14 @@ goes (`doit prune`); never while a shell is open in it.
             kept = builder.kept(digest)
             if kept is not None:
                 if digest != now:
-                    notice(f"what {task} is built from has changed since it failed; this is its container of then")
+                    notice(
+                        f"what {task} is built from has changed since it failed, or was set otherwise on the command"
+                        " line (such as sources=debian); this is its container of then"
+                    )
                 return digest, kept
         if not now and not last and why is not None:
             raise why
-        quoted = shlex.quote(task)
+        quoted = shlex.join([task, *typed_settings()])
         raise JobError(
             f"No container of {task} is kept on {shown(url)}.",
             f"`doit {quoted} keep_failed=yes` has it kept if the task fails (what the last {MOST} failed jobs left, for"

@@ -125,7 +125,8 @@ def _executed(builder: Examined, text: str, out: Callable[[str], object]) -> int
         *lines, rest = bytes(left).split(b"\n")
         left[:] = rest[-4096:]
         for line in lines:
-            out(printable(line.decode("utf-8", "replace").rstrip("\r")))
+            shown = line.rstrip(b"\r").rpartition(b"\r")[2]  # as on a terminal, of what counts up in its place the end
+            out(printable(shown.decode("utf-8", "replace")))
 
     status = builder.execute(text, take)
     if left:
