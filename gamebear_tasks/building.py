@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from . import history, interrupt, tasklog, timing
 from .builders import Builder, Keeper, Order, Sink, Status, open_builder, shown
-from .config import settings, typed_settings
+from .config import settings, variables_of_this_run
 from .errors import JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
@@ -254,6 +254,16 @@ class Building:
         if status.failure.containers:
             return f"To look into its container: `doit {task} keep_failed=yes` builds again, then `doit shell {task}`."
         return ""
+
+
+def typed_settings() -> tuple[str, ...]:
+    """Return those settings of doit's command line, as they are typed there, without which no other finds the same job.
+
+    A dodo.py's own variables are not repeated: they may be secret.
+    """
+    typed = variables_of_this_run() or {}
+    names = [name for name in ("builder", "arch", "sources", "base") if name in typed]
+    return tuple(f"{name}={shown(typed[name]) if name == 'builder' else typed[name]}" for name in names)
 
 
 _builders: dict[tuple[int, str], Builder] = {}

@@ -106,7 +106,7 @@ def settings_of_this_run() -> Settings:
         SettingsError: as `settings`.
     """
     global _of_this_run
-    variables = _variables()
+    variables = variables_of_this_run()
     if variables is None:
         return settings()
     if _of_this_run is None or _of_this_run[0] is not variables:
@@ -118,19 +118,7 @@ def settings_of_this_run() -> Settings:
 _of_this_run: tuple[Mapping[str, str], Settings] | None = None
 
 
-def typed_settings() -> tuple[str, ...]:
-    """Return those settings of doit's command line, as they are typed there, without which no other finds the same job.
-
-    A dodo.py's own variables are not repeated: they may be secret.
-    """
-    from .builders import shown
-
-    variables = _variables() or {}
-    names = [name for name in ("builder", "arch", "sources", "base") if name in variables]
-    return tuple(f"{name}={shown(variables[name]) if name == 'builder' else variables[name]}" for name in names)
-
-
-def _variables() -> Mapping[str, str] | None:
+def variables_of_this_run() -> Mapping[str, str] | None:
     """Return the variables of doit's command line, another object in every run; None outside of one."""
     return getattr(doit_cmd, "_CMDLINE_VARS", None)  # `get_var` gives one by its name only
 

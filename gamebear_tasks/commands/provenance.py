@@ -54,8 +54,8 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
     """Write the statements of a task and give where they are; none of one that nobody named and that never ran."""
     from .. import provenance, tasklog
     from ..action import Build
-    from ..building import builder_of_this_run
-    from ..config import settings, typed_settings
+    from ..building import builder_of_this_run, typed_settings
+    from ..config import settings
     from ..image.recipe import Recipe
     from ..timing import Record
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from ..action import Build
 from ..builders import Keeper, Kept, KeptContainer, shown
-from ..building import builder_of_this_run
-from ..config import settings, typed_settings
+from ..building import builder_of_this_run, typed_settings
+from ..config import settings
 from ..errors import BuilderError, GamebearError, JobError, SettingsError
 from ..plan import Plan
 from ..report import notice, printable
