@@ -46,13 +46,17 @@ _SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\
 """What a terminal takes for a command (ECMA-48): control sequences, operating system commands, other escapes."""
 
 
+def without_escapes(text: str) -> str:
+    """Return a text without a terminal's commands: colours, positions, titles."""
+    return _SEQUENCE.sub("", text) if "\x1b" in text else text
+
+
 def line_of(text: str) -> str:
     """Return a line of a log as a terminal would show it in the end, without colours."""
     text = text.rstrip("\r")
     if "\r" in text:
         text = text.rpartition("\r")[2]
-    if "\x1b" in text:
-        text = _SEQUENCE.sub("", text)
+    text = without_escapes(text)
     return text if text.isprintable() else printable(text.expandtabs().replace("\n", " "))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..builders import Builder, JobEntry, Listed, shown
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
-from ..report import notice, printable, size
+from ..report import notice, printable, size, without_escapes
 from .command import FAILED, ProjectCommand
 
 SHOWN = 20
@@ -26,9 +26,6 @@ TAIL = 256 << 10
 
 FEWEST = 4
 """The fewest digits that name a job."""
-
-ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|[@-Z\\-_])")
-"""What a program says to a terminal and not to a person (ECMA-48): colours, positions, titles."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +291,7 @@ class _Printer:
 
     def _print(self, text: str) -> None:
         if text:
-            text = ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+            text = without_escapes(text).replace("\r\n", "\n").replace("\r", "\n")
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()

@@ -189,11 +189,20 @@ def _through_fifos(
 
 
 @contextlib.contextmanager
-def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
-    """Give a folder with the FIFOs `out`, `err` and `begun`, which only root of the container can open."""
+def _passable_folder(prefix: str) -> Iterator[Path]:
+    """Give a folder in `SHARED` through which every user can pass who is told a name in it, and remove it."""
     top = Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED))
     try:
         top.chmod(0o711)
+        yield top
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
+    """Give a folder with the FIFOs `out`, `err` and `begun`, which only root of the container can open."""
+    with _passable_folder(prefix) as top:
         folder = top / secrets.token_hex(8)
         folder.mkdir()
         folder.chmod(0o711)
@@ -204,22 +213,16 @@ def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
         else:
             os.mkfifo(folder / "err", 0o600)
         yield folder
-    finally:
-        shutil.rmtree(top, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def file_for_all(prefix: str) -> Iterator[Path]:
     """Give an empty file in `SHARED` that every user of a container can write to who is told its name."""
-    top = Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED))
-    try:
-        top.chmod(0o711)
+    with _passable_folder(prefix) as top:
         path = top / secrets.token_hex(16)
         path.touch()
         path.chmod(0o666)
         yield path
-    finally:
-        shutil.rmtree(top, ignore_errors=True)
 
 
 def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
