@@ -21,6 +21,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -596,7 +597,7 @@ def test_a_client_of_the_future_does_not_keep_ctrl_c_from_ending_the_job(tmp_pat
     job.assert_nothing_is_left()
 
 
-def test_slots_are_given_in_the_order_of_arrival_when_the_clock_is_put_back(
+def test_slots_are_given_in_the_order_of_arrival_whoever_died_in_line_or_put_the_clock_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path / "v1")
@@ -605,10 +606,14 @@ def test_slots_are_given_in_the_order_of_arrival_when_the_clock_is_put_back(
     monkeypatch.setattr(time, "time_ns", lambda: next(clock))
     monkeypatch.setattr(time, "time", lambda: next(clock) / 1e9)
     monkeypatch.setattr(slots, "slot_count", lambda: 1)
+    dead = [store.slots / "wait-99999999999999999999-dead", store.slots / ".wait-dead"]
+    for path in dead:
+        path.touch()
     order: list[str] = []
+    said: list[str] = []
 
     def work(name: str) -> None:
-        with slots.wait_for_one(store, name, lambda: None, lambda text: None):
+        with slots.wait_for_one(store, name, lambda: None, said.append):
             order.append(name)
 
     threads = []
@@ -616,21 +621,34 @@ def test_slots_are_given_in_the_order_of_arrival_when_the_clock_is_put_back(
         for name in ("c", "b", "a"):
             threads.append(threading.Thread(target=work, args=(name,)))
             threads[-1].start()
-            wait_for(lambda: len(list(store.slots.glob("wait-*"))) == len(threads))
+            wait_for(lambda: len(slots.line(store)) == len(threads))
     for thread in threads:
         thread.join(20)
     assert order == ["c", "b", "a"]
+    assert said == ["waiting for a free slot on the builder"] * 3
     assert list(store.slots.glob("*wait-*")) == []
 
 
-def test_a_waiter_that_died_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_those_who_come_at_once_do_not_wait_for_each_other_while_there_are_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(tmp_path / "v1")
     store.prepare()
-    dead = [store.slots / "wait-99999999999999999999-dead", store.slots / ".wait-dead"]
-    for path in dead:
-        path.touch()
-    with slots.wait_for_one(store, "me", lambda: None, lambda text: None):
-        assert not any(path.exists() for path in dead)
+    monkeypatch.setattr(slots, "slot_count", lambda: 8)
+    said: list[str] = []
+    together = threading.Barrier(8)
+
+    def take(name: str) -> Lock:
+        together.wait()
+        return slots.wait_for_one(store, name, lambda: None, said.append)
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as threads:
+            held = list(threads.map(take, "abcdefgh"))
+        assert len({lock.path for lock in held}) == 8
+        for lock in held:
+            lock.release()
+    assert said == []
 
 
 # 15: a build that hangs, or says nothing

@@ -25,18 +25,22 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
         check_stop: called while waiting; what it raises ends the wait.
         say: tells a person that there is something to wait for.
     """
-    with _ticket(store.slots, name) as ticket:
-        said = False
+    check_stop()
+    with locked(store.slots / "line"):
+        waiting = _those_who_wait(store.slots)
+        slot = None if waiting else _free_slot(store.slots, slot_count())
+        if slot is not None:
+            return slot
+        ticket = _ticket(store.slots, name, waiting)
+    with ticket:
         try:
-            while True:
-                check_stop()
-                slot = _free_slot(store.slots, slot_count()) if _is_first_in_line(store.slots, ticket) else None
-                if slot is not None:
-                    return slot
-                if not said:
-                    say("waiting for a free slot on the builder")
-                    said = True
+            say("waiting for a free slot on the builder")
+            while slot is None:
                 time.sleep(0.1)
+                check_stop()
+                if _is_first_in_line(store.slots, ticket):
+                    slot = _free_slot(store.slots, slot_count())
+            return slot
         finally:
             with contextlib.suppress(OSError):
                 ticket.path.unlink()
@@ -44,25 +48,28 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
 
 def line(store: Store) -> list[str]:
     """Return the names of those who wait for a slot, first who is next."""
-    waiting = [path for path in sorted(store.slots.glob("wait-*")) if not _is_dead(path)]
-    return [path.name.split("-", 2)[2] for path in waiting]
+    return [path.name.split("-", 2)[2] for path in _those_who_wait(store.slots)]
 
 
-def _ticket(folder: Path, name: str) -> Lock:
+def _those_who_wait(folder: Path) -> list[Path]:
+    """Return the tickets of those who wait, first who is next; those of the dead are removed."""
+    return [ticket for ticket in sorted(folder.glob("wait-*")) if not _is_dead(ticket)]
+
+
+def _ticket(folder: Path, name: str, waiting: list[Path]) -> Lock:
     """Return a place at the end of the line, held for as long as we live; its file is there only once it is held.
 
     The line is counted and not timed: clocks are put back, and those of small machines begin anywhere.
     """
-    with locked(folder / "line"):
-        for other in [*folder.glob("wait-*"), *folder.glob(".wait-*")]:
-            _is_dead(other)
-        numbers = (re.match(r"wait-([0-9]+)-", other.name) for other in folder.iterdir())
-        number = max((int(match[1]) for match in numbers if match), default=0) + 1
-        aside = folder / f".wait-{name}"
-        ticket = Lock(aside)
-        ticket.acquire()
-        ticket.path = folder / f"wait-{number:020d}-{name}"
-        os.rename(aside, ticket.path)
+    for other in folder.glob(".wait-*"):
+        _is_dead(other)
+    numbers = (re.match(r"wait-([0-9]+)-", other.name) for other in waiting)
+    number = max((int(match[1]) for match in numbers if match), default=0) + 1
+    aside = folder / f".wait-{name}"
+    ticket = Lock(aside)
+    ticket.acquire()
+    ticket.path = folder / f"wait-{number:020d}-{name}"
+    os.rename(aside, ticket.path)
     return ticket
 
 
