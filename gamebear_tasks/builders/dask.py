@@ -25,7 +25,8 @@ from ..report import notice, size
 from ..runner.arch import ARCHITECTURES
 from . import Builder, JobEntry, Kept, Order, Pruned, Sink, Status, shown
 from .channel import Connection
-from .remote import PATIENCE, RunnerBuilder
+from .pool import PATIENCE
+from .remote import RunnerBuilder
 from .session import words_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ..errors import BuilderError, BuilderLost
 from ..report import notice
 from .dask_comm import PLUGIN, PROTOCOL, DaskConnection, Loop, closed, connect, connection_args, read, write
 from .dask_scheduler import SchedulerPart
-from .remote import FIRST_PATIENCE
+from .pool import FIRST_PATIENCE
 from .session import SILENCE, words_of
 
 GREETING = 30.0

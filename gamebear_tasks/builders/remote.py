@@ -1,7 +1,6 @@
 """A builder that runs our runner, wherever a connection can start a program: what `local:` and `ssh:` share.
 
-A few sessions with runners are kept open, each for one request at a time and borrowed by whoever has one. Every request
-may be repeated, so a broken connection is mended here: connect again, ask again.
+Every request may be repeated: what broke off is asked again, over whatever session is to be had then.
 """
 
 from __future__ import annotations
@@ -11,33 +10,27 @@ import getpass
 import os
 import platform
 import random
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, SourceError
+from ..errors import BuilderError, BuilderLost, SourceError
 from ..job import File, Job
-from ..report import notice
 from ..runner.files import sha256_of
-from ..timing import expected, phase
+from ..timing import expected
 from . import JobEntry, Kept, Order, Pruned, Sink, Status, replies
-from .bundle import bundle
 from .channel import Connection
-from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Session, Take, words_of
+from .pool import SessionPool
+from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Take, words_of
 
 INLINE = 16 << 10
 """Bytes of small files that travel with the first request, on the chance that the builder lacks them."""
 
 BATCH = 4 << 20
 """Bytes of small files in one request."""
-
-SESSIONS = 6
-"""The most sessions with one builder: below the ten that sshd allows a connection by default (`MaxSessions`)."""
 
 FOLLOW = 20.0
 """Seconds for which a builder holds back its answer while there is no news."""
@@ -50,18 +43,6 @@ ENDS = 16
 
 SHORT = 0.2
 """Seconds within which no runner answers that it has no news."""
-
-PATIENCE = 600.0
-"""Seconds for which a lost connection is tried again, unless whoever opened the builder says otherwise."""
-
-FIRST_PATIENCE = 3.0
-"""Seconds for which the first connection of a run is tried again."""
-
-CROWD_PATIENCE = 30.0
-"""The same where the builder is there, and only takes no further connection at this moment (`MaxStartups`)."""
-
-BUSY_PATIENCE = 10.0
-"""Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
 
 NOT_OURS = "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner."
 """What to do about answers that our runner does not give."""
@@ -97,23 +78,18 @@ class RunnerBuilder:
         self.url = url
         self.place = place
         self.client = os.urandom(8).hex()
-        self.patience = PATIENCE
-        self._connect_to = connect
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._changed = threading.Condition()
-        self._connecting = threading.Lock()
-        self._connection: Connection | None = None
-        self._idle: list[Session] = []
-        self._open = 0
-        self._queue: deque[object] = deque()
-        self._limit = SESSIONS
-        self._met = False
-        self._given_up: BuilderError | None = None
+        self._sessions = SessionPool(place, connect)
         self._ends: dict[tuple[str, str], _End] = {}
         self._now: dict[tuple[str, str], object] = {}
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a lost connection is tried again."""
+        return self._sessions.patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._sessions.patience = seconds
 
     # what a builder does
 
@@ -147,7 +123,7 @@ class RunnerBuilder:
                     "again": again,
                     "who": _who(),
                     "keep": order.keep_failed,
-                    "wait": 0.0 if self._others_wait() else SOON,
+                    "wait": 0.0 if self._sessions.are_scarce else SOON,
                 },
                 start,
                 end.extend,
@@ -194,7 +170,7 @@ class RunnerBuilder:
                 "attempt": attempt,
                 "client": client,
                 "offset": offset,
-                "wait": 0.5 if self._others_wait() else FOLLOW,
+                "wait": 0.5 if self._sessions.are_scarce else FOLLOW,
                 "now": self._now.get((digest, attempt)),
             },
             start,
@@ -208,11 +184,6 @@ class RunnerBuilder:
         if not log and not status.is_final and time.monotonic() - asked < SHORT:
             time.sleep(SHORT)  # it should have waited for news
         return status, log
-
-    def _others_wait(self) -> bool:
-        """Whether a request that is held back would keep others from a session."""
-        with self._changed:
-            return bool(self._queue) or self._open + (not self._idle) >= self._limit
 
     def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
         """Return the log's part of an answer's body; keep what else it says of a job's end for whoever asks next."""
@@ -234,10 +205,9 @@ class RunnerBuilder:
                 break
             contents[name] = body[start : start + length]
             start += length
-        with self._changed:
-            self._ends[digest, status.attempt] = _End(replace(status, joined=False, expired=""), offset, log, contents)
-            while len(self._ends) > ENDS:
-                del self._ends[next(iter(self._ends))]
+        self._ends[digest, status.attempt] = _End(replace(status, joined=False, expired=""), offset, log, contents)
+        for oldest in list(self._ends)[:-ENDS]:
+            self._ends.pop(oldest, None)
         return log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
@@ -318,14 +288,13 @@ class RunnerBuilder:
 
     def discard(self, digest: str, attempt: str) -> None:
         """Have the builder check a result, and forget it if it is damaged."""
-        with self._changed:
-            self._ends.pop((digest, attempt), None)
+        self._ends.pop((digest, attempt), None)
         self._ask({"op": "discard", "digest": digest, "attempt": attempt})
 
     @property
     def has_given_up(self) -> bool:
         """Whether the builder is held to be out of reach for the rest of this run."""
-        return self._given_up is not None
+        return self._sessions.given_up is not None
 
     def prune(
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
@@ -370,20 +339,16 @@ class RunnerBuilder:
         about: dict[str, Any] = replies.checked(said)
         clock = about.pop("time", None)
         about["ahead"] = clock - heard if type(clock) in (int, float) else None
-        connection = self._connection
-        about["connection"] = dict(getattr(connection, "described", {}))
+        about["connection"] = self._sessions.described
         return about
 
     def execute(self, script: str, out: Callable[[bytes], object]) -> int:
         """Run a script on the builder, without a runner; return its exit status."""
-        with self._changed:
-            idle, self._idle = self._idle, []  # one may be all that it allows
-            self._open -= len(idle)
-            self._changed.notify_all()
-        for session in idle:
-            session.close()
+        self._sessions.close_idle()  # one may be all that it allows
         packed = base64.b64encode(script.encode()).decode()
-        channel = self._connected().start(f"exec sh -c 'eval \"$(echo {packed} | base64 -d)\" 2>&1 < /dev/null'")
+        channel = self._sessions.connection().start(
+            f"exec sh -c 'eval \"$(echo {packed} | base64 -d)\" 2>&1 < /dev/null'"
+        )
         try:
             while data := channel.receive(CHUNK, SILENT_SCRIPT):
                 out(data)
@@ -414,7 +379,7 @@ class RunnerBuilder:
         """Have a program started that takes over its session, and sit before it until it has ended."""
         from .terminal import attend
 
-        session = self._borrow()
+        session = self._sessions.borrow()
         broken = False
         try:
             return attend(session, header, self.place)
@@ -422,20 +387,11 @@ class RunnerBuilder:
             broken = True
             raise
         finally:
-            self._drop(session, broken)
+            self._sessions.drop(session, broken)
 
     def close(self) -> None:
         """Close the connection."""
-        if self._pid != os.getpid():
-            return  # it is our parent's
-        with self._changed:
-            connection, self._connection = self._connection, None
-            idle, self._idle = self._idle, []
-            self._open -= len(idle)
-        for session in idle:
-            session.close()
-        if connection is not None:
-            connection.close()
+        self._sessions.close()
 
     # files
 
@@ -520,162 +476,21 @@ class RunnerBuilder:
     def _ask_once(
         self, header: Mapping[str, Any], body: Body | None = None, sink: Take | None = None, limit: int = 0
     ) -> dict[str, Any]:
-        session = self._borrow()
+        session = self._sessions.borrow()
         try:
             reply = session.ask(header, body, sink, limit)
         except BuilderLost as error:
-            self._drop(session, broken=True)
+            self._sessions.drop(session, broken=True)
             if session.channel_says:
                 raise BuilderLost(f"{error.message} {session.channel_says}", error.hint) from error
             raise
         except BaseException:
-            self._drop(session, broken=False)  # in the middle of an answer: of no use to anybody else
+            self._sessions.drop(session, broken=False)  # in the middle of an answer: of no use to anybody else
             raise
-        self._give_back(session)
+        self._sessions.give_back(session)
         if "error" in reply:
             raise BuilderError(f"On {self.place}: {words_of(reply['error'])}", words_of(reply.get("hint", "")))
         return reply
-
-    # sessions
-
-    def _borrow(self) -> Session:
-        if self._pid != os.getpid():
-            self._reset()  # a fork of the process that connected: the connection is the parent's
-        until = time.monotonic() + BUSY_PATIENCE
-        while True:
-            with self._changed:
-                self._wait_in_line()
-                if self._given_up is not None:
-                    raise self._given_up
-                if self._idle:
-                    return self._idle.pop()
-                self._open += 1
-            try:
-                with phase("connect"):
-                    return self._start_session(self._connected())
-            except BuilderBusy:
-                with self._changed:
-                    self._open -= 1
-                    alone = self._open < 1
-                    if not alone:
-                        self._limit = self._open
-                if alone:
-                    if time.monotonic() > until:
-                        raise
-                    time.sleep(0.1)
-            except BaseException:
-                with self._changed:
-                    self._open -= 1
-                    self._changed.notify_all()
-                raise
-
-    def _wait_in_line(self) -> None:
-        """Wait until there is a session to be had, first come first served; the caller holds `_changed`.
-
-        In line, because whoever gives a session back and asks again at once would have it again before one that waits
-        wakes up: a follower would keep out what ends the job that it follows.
-        """
-        turn = object()
-        self._queue.append(turn)
-        try:
-            while self._queue[0] is not turn or (not self._idle and self._open >= self._limit):
-                self._changed.wait(1.0)
-        finally:
-            self._queue.remove(turn)
-            self._changed.notify_all()
-
-    def _give_back(self, session: Session) -> None:
-        with self._changed:
-            if session.connection is self._connection:
-                self._idle.append(session)
-                self._changed.notify_all()
-                return
-            self._open -= 1
-            self._changed.notify_all()
-        session.close()
-
-    def _drop(self, session: Session, broken: bool) -> None:
-        """Close a session; where it broke, see whether its connection did."""
-        session.close()
-        with self._changed:
-            self._open -= 1
-            self._changed.notify_all()
-        if broken:
-            self._forget(session.connection, close=not session.connection.is_alive)
-
-    def _forget(self, connection: Connection, close: bool = True) -> None:
-        """Close a connection that broke, once, for all who use it.
-
-        Args:
-            connection: the one.
-            close: whether it did break; otherwise only the sessions are closed that nobody uses, which may be no better
-                than the one that has ended, and those in use go on.
-        """
-        with self._changed:
-            if connection is not self._connection:
-                return
-            if close:
-                self._connection = None
-            stale, self._idle = self._idle, []
-            self._open -= len(stale)
-            self._changed.notify_all()
-        for session in stale:
-            session.close()
-        if close:
-            connection.close()
-
-    def _connected(self) -> Connection:
-        """Return the connection; open it again where it was lost, for as long as we have patience."""
-        with self._connecting:
-            if self._connection is not None:
-                return self._connection
-            if self._given_up is not None:
-                raise self._given_up
-            start = time.monotonic()
-            pause = 0.5
-            while True:
-                try:
-                    connection = self._connect_to()
-                except BuilderLost as error:
-                    patience = self.patience
-                    if not self._met:
-                        first = CROWD_PATIENCE if isinstance(error, BuilderCrowded) else FIRST_PATIENCE
-                        patience = min(first, patience)
-                    left = start + patience - time.monotonic()
-                    if left <= 0:
-                        raise self._give_up(error) from error
-                    if self._met and pause == 0.5:
-                        notice(f"lost the connection to {self.place}; trying again for {patience:g} seconds")
-                    # Not all at the same moment: several processes may have lost it, or wait to be let in.
-                    time.sleep(min(pause * random.uniform(0.5, 1.0), max(left, 0.05)))
-                    pause = min(pause * 2, 15.0)
-                except BuilderError as error:
-                    self._given_up = error
-                    raise
-                else:
-                    if self._met:
-                        notice(f"connected to {self.place} again")
-                    self._met = True
-                    with self._changed:
-                        self._connection = connection
-                        self._limit = SESSIONS
-                    return connection
-
-    def _give_up(self, error: BuilderLost) -> BuilderLost:
-        if self._met:
-            error = BuilderLost(
-                f"{self.place} has been out of reach for {self.patience:g} seconds: {error.message}",
-                "What it is building goes on; run doit again when it is back, and it is found by its name.",
-            )
-        self._given_up = error
-        return error
-
-    def _start_session(self, connection: Connection) -> Session:
-        try:
-            return Session(connection, connection.start(bundle().command), self.place)
-        except BuilderLost:
-            self._forget(connection)
-            raise
 
 
 @dataclass(frozen=True)
