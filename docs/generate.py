@@ -114,7 +114,10 @@ def _settings() -> str:
         "[The API](api.md#settings) has an example.\n\n"
         + _table(["doit variable, key in `pyproject.toml`", "environment", "default", "meaning"], rows)
         + "\nWhat belongs to SSH is read from `~/.ssh/config`, the agent and `known_hosts`; what belongs to\n"
-        "a builder, there in `~/.config/gamebear/builder.json`.\n"
+        "a builder, there in `~/.config/gamebear/builder.json`: "
+        '`{"slots": 2}` is how many jobs run at once, and all\n'
+        "that it may say. Without it that is one for every four processors and each GiB of memory, "
+        "whichever are fewer, at least one.\n"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from gamebear_tasks.runner import costs
+from gamebear_tasks.runner import builder_json, costs, slots
 from gamebear_tasks.runner.buildah import Facts, boot
 
 DODO = """
@@ -89,7 +89,52 @@ def test_a_card_that_is_slow_is_told_with_the_way_out(mine: Project) -> None:
     assert "have the store on a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in said
 
 
+def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mine: Project) -> None:
+    path = mine.write(str(mine.home / ".config/gamebear/builder.json"), '{"slots": 2,}')
+    said = f"{path} is not JSON and is not heeded"
+    assert built(mine).count(f"gamebear: on local: {said}") == 1
+    assert (mine.folder / "build" / "logs" / "x.log").read_text().count(said) == 1
+    assert said not in built(mine), "that was said before"
+    run = mine.doit("doctor", "--json", "builder=local:")
+    found = {finding["name"]: finding for finding in json.loads(run.out)["places"][1]["findings"]}
+    assert found["builder.json"]["state"] == "note" and said in found["builder.json"]["what"]
+    assert found["builder.json"]["remedy"] == 'Have all of it say {"slots": 2}, say, or remove it.'
+
+
 # on the builder
+
+
+@pytest.mark.parametrize(
+    ("text", "heeded", "words"),
+    [
+        ("{}", None, ""),
+        ('{"slots": 2}', 2, ""),
+        ('{"slots": "two"}', None, 'are "two", which is not heeded'),
+        ('{"slots": 0}', None, "are 0, which is not heeded"),
+        ('{"slots": true}', None, "are true, which is not heeded"),
+        ('{"slots": 2, "slot\\n": 3}', 2, 'also says "slot\\n", which means nothing'),
+        ("[2]", None, "is not an object of JSON"),
+        ("", None, "is not JSON"),
+        ("[" * 100_000, None, "is not JSON"),
+    ],
+)
+def test_what_a_builder_json_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, heeded: int | None, words: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    default = slots.slot_count()
+    (tmp_path / "gamebear").mkdir()
+    (tmp_path / "gamebear" / "builder.json").write_text(text)
+    said = builder_json.read()
+    assert said.slots == heeded and slots.slot_count() == (heeded or default)
+    assert words in said.wrong and bool(said.wrong) == bool(said.remedy) == bool(words)
+    assert "\n" not in said.wrong
+
+
+def test_a_builder_json_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "gamebear" / "builder.json").mkdir(parents=True)
+    assert "cannot be read and is not heeded (Is a directory)" in builder_json.read().wrong
 
 
 @pytest.fixture

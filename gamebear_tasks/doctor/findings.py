@@ -267,7 +267,11 @@ def _disk(facts: _Facts) -> Iterator[Finding]:
 def _cost(name: str, text: str) -> Finding:
     """Return what a builder says that costs it much; its remedy stands behind the first colon."""
     what, _, remedy = text.partition(": ")
-    return Finding(name, NOTE, what, f"{remedy[:1].upper()}{remedy[1:]}.")
+    return Finding(name, NOTE, what, _sentence(remedy))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _install(facts: _Facts, *packages: str) -> tuple[str, tuple[str, ...]]:
@@ -444,6 +448,9 @@ def _store(facts: _Facts) -> Iterator[Finding]:
         f"{slots} {'job' if slots == 1 else 'jobs'} at once; {jobs.count('running')} running,"
         f" {jobs.count('queued')} waiting",
     )
+    settings = facts.part("settings")
+    if wrong := settings.text("wrong"):
+        yield Finding("builder.json", NOTE, wrong, _sentence(settings.text("remedy")))
     sizes = facts.part("sizes")
     words = [f"{name} {size(sizes.count(name)) if name in sizes else 'not measured'}" for name, _ in sizes.parts()]
     yield Finding("store", OK, f"{kept} {'job' if kept == 1 else 'jobs'} kept; {', '.join(words)}")

@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+from . import builder_json
 from .buildah import Facts, boot
 from .files import read_json, write_json
 from .store import Store
@@ -40,6 +41,9 @@ def notices(root: Path, known: Facts) -> dict[str, str]:
         known: what the builder can do.
     """
     found = {}
+    said = builder_json.read()
+    if said.wrong:
+        found["builder.json"] = f"{said.wrong}: {said.remedy}"
     if known.driver == "vfs":
         found["storage"] = (
             "the image store uses the vfs driver, which copies the whole base image for every container: install"

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import mirrors
+from . import builder_json, mirrors
 from .bases import debian_suite, meaning
 from .bootstrap import tag_of
 from .buildah import (
@@ -119,6 +119,7 @@ def examine(store: Store, arches: Sequence[str], base: str) -> Said:
         "kills": _kills_user_processes(),
         "disk": _disk(store.root),
         "jobs": _jobs(store),
+        "settings": _settings(),
         "own": _own_architecture(),
     }
     known: Facts | None = None
@@ -294,6 +295,12 @@ def _jobs(store: Store) -> Said:
         "queued": states.count("queued"),
         "kept": sum(1 for _ in store.jobs.iterdir()),
     }
+
+
+def _settings() -> Said:
+    """Return what of the builder's own settings is not heeded."""
+    said = builder_json.read()
+    return {"wrong": said.wrong, "remedy": said.remedy}
 
 
 def _sizes(root: Path, known: Facts | None) -> dict[str, int | None]:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .files import locked, read_json
+from . import builder_json
+from .files import locked
 from .store import Lock, Store
 
 SLOTS_VARIABLE = "GAMEBEAR_SLOTS"
@@ -78,18 +79,12 @@ def slot_count() -> int:
 
     That is: what there is enough of for each of them, and at least one. A compiler takes a few hundred MiB.
     A Dask worker says it in the environment instead, by its resources.
-
-    `builder.json` is in `$XDG_CONFIG_HOME/gamebear` (by default `~/.config/gamebear`): what belongs to the builder is
-    said on the builder.
     """
     said = os.environ.get(SLOTS_VARIABLE, "")
     if re.fullmatch("[1-9][0-9]{0,5}", said):
         return int(said)
-    home = os.environ.get("XDG_CONFIG_HOME", "")
-    folder = Path(home) if home.startswith("/") else Path.home() / ".config"
-    settings = read_json(folder / "gamebear" / "builder.json")
-    count = settings.get("slots") if isinstance(settings, dict) else None
-    if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+    count = builder_json.read().slots
+    if count is not None:
         return count
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min((os.cpu_count() or 1) // 4, memory >> 30))

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import kept, slots, work
+from . import builder_json, kept, slots, work
 from .buildah import environment, facts, namespace, remove_tree
 from .costs import keep_notices
 from .files import CHUNK, RunnerError, read_json, sync_folder
@@ -67,6 +67,9 @@ class Supervisor:
     def run(self) -> None:
         """Build the job and write how it ended; never raises for what the job does."""
         try:
+            said = builder_json.read()
+            if said.wrong:
+                self.say(f"on this builder {said.wrong}: {said.remedy}")
             with self.phases.phase("queue"):
                 slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
             with slot:
