@@ -1,7 +1,8 @@
 """The builder `ssh://`: one SSH connection, made as `ssh` itself would make it, with many channels.
 
 Paramiko is imported when the first connection is opened, and not before. The parts: `ssh_config` reads where a URL
-leads to, `ssh_hosts` tells whether the server is the right one, `ssh_login` gets us in, `ssh_transport` mends paramiko.
+leads to, `ssh_hosts` tells whether the server is the right one, `ssh_login` gets us in, `ssh_transport` and
+`ssh_packets` mend paramiko.
 """
 
 from __future__ import annotations
