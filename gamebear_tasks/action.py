@@ -10,7 +10,7 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from .errors import GamebearError, JobError
 from .interrupt import say_so_without_a_traceback, terminated_as_interrupted
 from .plan import Plan
-from .report import printable
+from .report import in_line
 
 
 class Build(BaseAction):  # type: ignore[misc]  # doit has no types
@@ -46,11 +46,11 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
                 self.result = self.values["digest"]
                 return None
         except JobError as error:
-            return TaskFailed(printable(str(error)))
+            return TaskFailed(str(error))
         except GamebearError as error:
-            return TaskError(printable(str(error)))
+            return TaskError(str(error))
         except OSError as error:
             what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
             return TaskError(
-                printable(f"{what}. See that it is there and yours, and that the disk has room; then run doit again.")
+                in_line(f"{what}. See that it is there and yours, and that the disk has room; then run doit again.")
             )

@@ -20,7 +20,7 @@ from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
 from .progress.telling import Telling
 from .reasons import ASKED, missing, reasons
-from .report import notice, notice_once, printable, size
+from .report import in_line, notice, notice_once, printable, size
 from .tasklog import TaskLog
 
 TAIL = 15
@@ -141,7 +141,7 @@ class Building:
                 log.begin(digest, status.attempt)
                 if status.expired:
                     notice(f"{name} is built again on {builder.url}, as {status.expired}")
-                    expired = f"on the builder, {printable(status.expired)}"
+                    expired = f"on the builder, {in_line(status.expired)}"
                     self.why = (*(reason for reason in self.why if reason != ASKED), expired)
                 if status.joined and status.state == "done":
                     self.telling.remark(f"{name} was built on {builder.url} before; fetching")
@@ -235,13 +235,16 @@ class Building:
             return JobError(f"{self.plan.name} was cancelled on {builder.url}.", "Run doit again to build it.")
         message = status.failure.message if status.failure else "It failed."
         lines = [] if log.is_shown else log.last_lines(TAIL)
-        tail = "".join(f"\n  | {line}" for line in lines if not line.startswith(OWN_LINES))
+        tail = [f"  | {line}" for line in lines if not line.startswith(OWN_LINES)]
+        step = self._next_step(builder, status)
         return JobError(
-            f"{self.plan.name}, built by {builder.url}, failed. {message}"
-            + (f"\nThe last lines of its log:{tail}" if tail else "")
-            + f"\nThe whole log is {log.path}."
-            + (f"\n{step}" if (step := self._next_step(builder, status)) else ""),
+            f"{self.plan.name}, built by {builder.url}, failed. {message}",
             "Run doit again when it is mended.",
+            [
+                *(["The last lines of its log:", *tail] if tail else []),
+                f"The whole log is {log.path}.",
+                *([step] if step else []),
+            ],
         )
 
     def _next_step(self, builder: Builder, status: Status) -> str:

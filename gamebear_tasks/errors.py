@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from doit.exceptions import InvalidDodoFile
+
+from .report import in_line
 
 
 class GamebearError(Exception):
@@ -11,12 +15,14 @@ class GamebearError(Exception):
     Args:
         message: what failed, and where (which builder, which source, which file).
         hint: what to do now; a sentence or two.
+
+    Both become one line, whatever the names in them hold.
     """
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = in_line(message)
+        self.hint = in_line(hint)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
@@ -62,7 +68,20 @@ class StoreError(BuilderError):
 
 
 class JobError(GamebearError):
-    """A job ran and failed, was cancelled, or its result cannot be used."""
+    """A job ran and failed, was cancelled, or its result cannot be used.
+
+    Args:
+        message: what failed, and where.
+        hint: what to do now.
+        lines: what is told in lines of their own between the two, such as the end of a log.
+    """
+
+    def __init__(self, message: str, hint: str, lines: Sequence[str] = ()) -> None:
+        super().__init__(message, hint)
+        self.lines = tuple(map(in_line, lines))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, ["\n".join([self.message, *self.lines]), self.hint]))
 
 
 class ImageError(GamebearError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from .job import Job, Json
 from .plan import Plan
-from .report import printable
+from .report import in_line
 from .timing import Record
 
 MOST = 8
@@ -68,7 +68,7 @@ def _against(
         found.append("the package images that it was built with had grown too old")
     if not found:
         found.append(ASKED if last.job else "the record of its last build does not say from what it was built")
-    return tuple(printable(reason)[:400] for reason in _bounded(found))
+    return tuple(in_line(reason)[:400] for reason in _bounded(found))
 
 
 def missing(paths: Iterable[str]) -> list[str]:

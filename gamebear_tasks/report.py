@@ -19,7 +19,7 @@ def notice(text: str) -> None:
     with _lock, contextlib.suppress(OSError, ValueError):
         stream = sys.__stderr__
         if stream is not None:
-            print(f"gamebear: {text}", file=stream, flush=True)
+            print(f"gamebear: {in_line(text)}", file=stream, flush=True)
 
 
 def notice_once(url: str, texts: Collection[str]) -> None:
@@ -38,8 +38,16 @@ def notice_once(url: str, texts: Collection[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text without what a terminal would act on."""
+    """Return a text of several lines without what a terminal would act on."""
     return "".join(char if char.isprintable() or char in "\n\t" else UNPRINTABLE for char in text)
+
+
+_SPACES = dict.fromkeys(map(ord, "\t\n\v\f\r"), " ")
+
+
+def in_line(text: str) -> str:
+    """Return a text as a part of a line: with a space for a line break, and without what a terminal would act on."""
+    return text if text.isprintable() else printable(text.translate(_SPACES))
 
 
 _SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
@@ -57,7 +65,7 @@ def line_of(text: str) -> str:
     if "\r" in text:
         text = text.rpartition("\r")[2]
     text = without_escapes(text)
-    return text if text.isprintable() else printable(text.expandtabs().replace("\n", " "))
+    return text if text.isprintable() else in_line(text.expandtabs())
 
 
 def size(count: int) -> str:

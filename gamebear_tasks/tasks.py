@@ -20,7 +20,7 @@ from .history import up_to_date
 from .imports import local_modules
 from .job import FORMAT, Json, canonical_json
 from .plan import NONE, Plan, check_choice, declare, read_lock
-from .report import printable
+from .report import in_line
 from .runner.files import is_file_name
 from .sources import LOCK_FILE
 
@@ -340,6 +340,6 @@ def remove_targets(task: Any, dryrun: bool) -> None:
     for target in map(Path, task.targets):
         for path in (target, statement_of(target), *target.parent.glob(part_pattern(target))):
             if os.path.isfile(path) or os.path.islink(path):  # which too long a name is not
-                print(f"{task.name} - removing file '{printable(str(path))}'")
+                print(in_line(f"{task.name} - removing file '{path}'"))
                 if not dryrun:
                     path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from doit.exceptions import TaskError
 from .config import settings
 from .errors import GamebearError, SettingsError
 from .plan import declared, read_lock
-from .report import printable, size
+from .report import in_line, size
 from .tasks import LOCK, Task
 
 DAY = 86400.0
@@ -144,7 +144,7 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
             went = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts if count)
             yield f"On {url} {went or 'nothing'} removed, {size(pruned.freed)} freed"
             for reason in pruned.left:
-                yield f"  {printable(reason)}"
+                yield f"  {reason}"
 
     return _told(prune)
 
@@ -165,7 +165,7 @@ def _told(work: Callable[[], Iterable[str]]) -> TaskError | None:
     """Print the lines that some work gives; where it fails, return the paragraph that says why."""
     try:
         for line in work():
-            print(line)
+            print(in_line(line))
     except GamebearError as error:
-        return TaskError(printable(str(error)))
+        return TaskError(str(error))
     return None

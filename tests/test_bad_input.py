@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from project import Project, Run
+from terminal import terminal
 
 import gamebear_tasks  # noqa: F401 - for the table's arguments
 
@@ -131,6 +132,25 @@ def test_an_odd_name_in_an_error_is_told_so_that_a_terminal_can_show_it(project:
     (project.folder / odd).rmdir()
     project.write("x.py", "pass")
     project.doit("x", LC_ALL="C.UTF-8").failed("its output", "is not in its working directory")
+
+
+def test_names_that_would_break_a_line_do_not(project: Project) -> None:
+    odd = "two\nlines\x1b[31m\r"
+    project.write(
+        "dodo.py",
+        f"{IMPORTS}ODD = {odd!r}\nDOIT_CONFIG = {{'reporter': 'live'}}\n"
+        "def task_x():\n"
+        "    yield {'basename': ODD, **artifact('x.py', inputs=['in'], outputs=[f'build/{ODD}/x'])}\n"
+        "    yield {'basename': f'bad {ODD}', **artifact('x.py', inputs=[], outputs=[f'build/{ODD}/y'])}\n",
+    )
+    said = [project.doit(*words).text for words in ([], [odd], ["shell", odd], ["jobs"], ["provenance"])]
+    assert "two lines" in said[0] and "two lines" in said[2]
+    assert "removing file 'build/two lines" in project.doit("clean").ok().out
+    with terminal(project, 100, 30) as seen:
+        seen.type("clear; doit -n 2", "Enter")
+        said.append(seen.showed("failed: bad two lines"))
+    for text in said:
+        assert not re.search(r"^ *lines", text, re.MULTILINE) and "\x1b" not in text and "\r" not in text, text
 
 
 def test_a_folder_and_a_home_with_odd_names_work(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from doit.cmd_base import Command
 from doit.cmdparse import CmdOption
 
 from ..errors import GamebearError
-from ..report import printable
+from ..report import in_line
 
 FAILED = 2
 """The exit status of a command that could not do what it was asked: doit's of a task that could not run."""
@@ -60,7 +60,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             sys.stdout.flush()
             return status
         except GamebearError as error:
-            print(f"ERROR: {printable(str(error))}", file=sys.stderr)
+            print(f"ERROR: {error}", file=sys.stderr)
             return FAILED
         except KeyboardInterrupt:
             return INTERRUPTED
@@ -70,7 +70,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
             hint = "See that the disk has room, and that what is read and written is there and yours."
-            print(f"ERROR: {printable(what)}. {hint}", file=sys.stderr)
+            print(f"ERROR: {in_line(what)}. {hint}", file=sys.stderr)
             _drop_output()
             return FAILED
 

@@ -126,7 +126,7 @@ the name of a task of this project."""
             try:
                 lists.append((shown(url), *_listed(_opened(url)).jobs(limit)))
             except BuilderError as error:  # the others may be there
-                print(f"ERROR: {printable(str(error))}", file=sys.stderr)
+                print(f"ERROR: {error}", file=sys.stderr)
                 status = FAILED
         if options["json"]:
             import json
@@ -166,9 +166,7 @@ the name of a task of this project."""
                 f"There is no job of the task {name!r} on {urls}.", "`doit jobs` lists those there are."
             )
         tasks = ", and no task has that name" if self.tasks else ""
-        raise SettingsError(
-            f"No job on {urls} begins with {printable(name)!r}{tasks}.", "`doit jobs` lists those there are."
-        )
+        raise SettingsError(f"No job on {urls} begins with {name!r}{tasks}.", "`doit jobs` lists those there are.")
 
     def _digests(self, name: str) -> list[str]:
         """Return the digests that a task's job has: as its files are now, and as doit last had it built from here."""
@@ -214,7 +212,7 @@ def _having(prefix: str, builders: list[Builder]) -> list[Found]:
         except BuilderError as error:  # the others may have it
             if len(builders) == 1:
                 raise
-            print(f"ERROR: {printable(str(error))}", file=sys.stderr)
+            print(f"ERROR: {error}", file=sys.stderr)
             builders.remove(builder)
     return found
 
@@ -248,7 +246,7 @@ def _follow(job: Found, lines: int) -> int:
             notice(f"{job.name} goes on; `doit jobs cancel {entry.digest[: entry.digits]}` ends it")
         raise
     printer.end()
-    said = f": {printable(status.failure.message)}" if status.failure else ""
+    said = f": {status.failure.message}" if status.failure else ""
     how = {"cancelled": "was cancelled", "lost": "was lost: the builder restarted, or the job was begun again"}
     notice(f"{job.name} {how.get(status.state) or ('is done' if status.state == 'done' else status.state)}{said}")
     return 0 if status.state == "done" else 1

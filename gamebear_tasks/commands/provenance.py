@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GamebearError, JobError, SettingsError
-from ..report import printable
+from ..report import in_line
 from .command import FAILED, ProjectCommand
 
 
@@ -43,9 +43,9 @@ The setting provenance=true has every build write them."""
                         "Nothing is known of where it comes from.",
                     )
                 for path in written:
-                    print(printable(str(path)))
+                    print(in_line(str(path)))
             except GamebearError as error:  # the others may well have theirs
-                print(f"ERROR: {printable(str(error))}", file=sys.stderr)
+                print(f"ERROR: {error}", file=sys.stderr)
                 status = FAILED
         return status
 

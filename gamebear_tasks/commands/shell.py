@@ -13,7 +13,7 @@ from ..building import builder_of_this_run, typed_settings
 from ..config import settings
 from ..errors import BuilderError, GamebearError, JobError, SettingsError
 from ..plan import Plan
-from ..report import notice, printable
+from ..report import notice
 from ..runner.kept import AGE, MOST
 from ..tasklog import path_of
 from ..timing import Record
@@ -138,18 +138,26 @@ def _say_where(task: str, url: str, kept: Kept, number: int) -> None:
     which = f"container {number + 1} of the {len(kept.containers)}" if len(kept.containers) > 1 else "the container"
     notice(f"this is {which} that {task} has left on {shown(url)}, {_about(container)}")
     if container.command:
-        line = printable(shlex.join(container.command))[:LINE]
+        line = " ".join(map(_typed, container.command))[:LINE]
         notice(f"to run its last command again, press the up arrow in bash, or say: {line}")
     for other, each in enumerate(kept.containers):
         if other != number:
             notice(f"with --container {other + 1} it is one {_about(each)}")
 
 
+def _typed(word: str) -> str:
+    """Return a word as it is typed into a shell, on one line."""
+    if "\n" not in word and "\t" not in word:
+        return shlex.quote(word)
+    escapes = {"\\": r"\\", "'": r"\'", "\n": r"\n", "\t": r"\t"}
+    return f"$'{''.join(escapes.get(char, char) for char in word)}'"
+
+
 def _about(container: KeptContainer) -> str:
-    made = f"made from {' '.join(printable(container.image).split())}"
+    made = f"made from {' '.join(container.image.split())}"
     if not container.command:
         return f"{made}, in which nothing was run"
-    line = printable(shlex.join(container.command))
+    line = shlex.join(container.command)
     shown_line = " ".join(line[:LINE].split())
     shown_line = f"{shown_line[:100]}…" if len(shown_line) > 100 else shown_line
     if container.status is None:

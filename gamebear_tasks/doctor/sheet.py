@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
-from ..report import printable
+from ..report import in_line
 from .findings import NOTE, OK, TROUBLE, Finding
 from .mending import Done
 
@@ -116,7 +116,7 @@ class Sheet:
         """Print all that was found."""
         column = max((len(finding.name) for place in places for finding in place.findings), default=0)
         for place in places:
-            self.line(self._coloured("1", printable(place.name)))
+            self.line(self._coloured("1", in_line(place.name)))
             for finding in place.findings:
                 for line in self._finding(finding, min(column, self._width // 3)):
                     self.line(line)
@@ -129,7 +129,7 @@ class Sheet:
         sign = self._coloured(COLOURS[finding.state], self._signs[finding.state])
         indent = " " * (column + 6)
         what = self._wrapped(finding.what, indent)
-        yield f"  {sign} {printable(finding.name):{column}}  {what[0].strip()}"
+        yield f"  {sign} {in_line(finding.name):{column}}  {what[0].strip()}"
         yield from what[1:]
         if finding.remedy:
             first, *rest = self._wrapped(finding.remedy, f"{indent}{' ' * len(self._arrow)} ")
@@ -138,7 +138,7 @@ class Sheet:
 
     def _wrapped(self, text: str, indent: str) -> list[str]:
         return textwrap.wrap(
-            printable(text),
+            in_line(text),
             self._width,
             initial_indent=indent,
             subsequent_indent=indent,

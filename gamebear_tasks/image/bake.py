@@ -19,7 +19,7 @@ from ..interrupt import terminated_as_interrupted
 from ..job import Json
 from ..place import statement_of
 from ..progress.telling import Telling
-from ..report import notice, printable, size
+from ..report import in_line, notice, printable, size
 from ..runner.files import CHUNK, sync_folder
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
 from .disk import Disk, Partition
@@ -43,14 +43,14 @@ def bake(recipe: Recipe, task: str) -> BaseFail | None:
         with terminated_as_interrupted():
             Baking(recipe, task).run()
     except ImageError as error:
-        return TaskFailed(printable(str(error)))
+        return TaskFailed(str(error))
     except GamebearError as error:
-        return TaskError(printable(str(error)))
+        return TaskError(str(error))
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "Make room there" if full else "See that the file or folder is there and yours"
-        return TaskError(printable(f"{recipe.output} cannot be baked: {what}. {hint}, then run doit again."))
+        return TaskError(in_line(f"{recipe.output} cannot be baked: {what}. {hint}, then run doit again."))
     return None
 
 

@@ -9,7 +9,7 @@ from textwrap import wrap
 from rich.cells import cell_len
 from rich.text import Text
 
-from ..report import line_of, printable, size
+from ..report import in_line, line_of, printable, size
 from .board import Board, Outcome, Running, duration
 
 BAR = 16
@@ -204,7 +204,7 @@ def summary_lines(board: Board, now: float, columns: int, signs: Signs, interrup
     if board.up + board.down > 1 << 10 and columns >= NARROW:
         line.append(f"  {signs.up} {size(board.up)}  {signs.down} {size(board.down)}", "dim")
     if board.failed and board.done > 1:
-        return [line, Text(f"  failed: {', '.join(board.failed)}", "red")]
+        return [line, Text(in_line(f"  failed: {', '.join(board.failed)}"), "red")]
     return [line]
 
 
@@ -224,7 +224,7 @@ def _clock(seconds: float) -> str:
 
 def _fitted(name: str, columns: int, style: str, signs: Signs) -> Text:
     """Return a name in just so many columns."""
-    text = _cut(Text(printable(name), style, no_wrap=True), columns, signs)
+    text = _cut(Text(in_line(name), style, no_wrap=True), columns, signs)
     text.pad_right(max(0, columns - text.cell_len))
     return text
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from ..report import printable, size
+from ..report import in_line, printable, size
 from .board import Board, duration
 from .hearing import Hearing
 from .telling import Event, listen
@@ -72,7 +72,7 @@ class Plain:
         with self._lock:
             self.board.take(event)
             for line in event.get("lines", ()):
-                self._write(f"{printable(event['task'])} | {line}")
+                self._write(f"{event['task']} | {line}")
 
     def leave_terminal(self, leave: bool) -> None:
         """Do nothing: lines are in nobody's way."""
@@ -123,11 +123,11 @@ class Plain:
         for name, how, text in ended:
             outcome = self.board.end(name, how, text)
             line = outcome.line or f"{name}: {outcome.how} in {duration(outcome.seconds)}"
-            self._write(printable(line))
+            self._write(line)
             for part in printable(text.rstrip()).splitlines():
                 self._write(f"  {part}" if part else "")
 
     def _write(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))
+        self._stream.write(f"{in_line(line)}\n".encode(encoding, "backslashreplace").decode(encoding))
         self._stream.flush()

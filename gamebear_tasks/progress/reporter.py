@@ -19,7 +19,7 @@ from doit.reporter import ConsoleReporter
 from doit.runner import MRunner, MThreadRunner
 
 from .. import interrupt
-from ..report import notice
+from ..report import in_line, notice, without_escapes
 
 if TYPE_CHECKING:
     from doit.exceptions import BaseFail
@@ -95,7 +95,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def execute_task(self, task: Any) -> None:
         """Show that a task runs."""
         if _is_shown(task):
-            self._seen().start(task.name, task.title(), self._is_alone(task))
+            self._seen().start(task.name, _title(task), self._is_alone(task))
 
     def add_success(self, task: Any) -> None:
         """Show that a task has ended well."""
@@ -114,11 +114,11 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def skip_uptodate(self, task: Any) -> None:
         """Count a task that is up to date; name it where that was asked for, or lines cost nothing."""
         if _is_shown(task):
-            self._skip("up to date", "" if self._is_live and not self._whole else f"-- {task.title()}")
+            self._skip("up to date", "" if self._is_live and not self._whole else f"-- {_title(task)}")
 
     def skip_ignore(self, task: Any) -> None:
         """Name a task that is ignored."""
-        self._skip("ignored", f"!! {task.title()}")
+        self._skip("ignored", f"!! {_title(task)}")
 
     def complete_run(self) -> None:
         """Show how it went."""
@@ -209,6 +209,10 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
 def _is_shown(task: Any) -> bool:
     """Whether there is anything to show of a task: not of groups, nor of hidden ones, as doit has it."""
     return bool(task.actions) and not task.name.startswith("_")
+
+
+def _title(task: Any) -> str:
+    return in_line(without_escapes(task.title()))
 
 
 def _is_live(stream: Any) -> bool:

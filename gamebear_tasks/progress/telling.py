@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..report import line_of, notice
+from ..report import in_line, line_of, notice
 
 if TYPE_CHECKING:  # those who build have them
     from ..builders import Status
@@ -202,7 +202,7 @@ class Telling:
     def remark(self, text: str) -> None:
         """Tell what only is of interest as long as the task runs."""
         if self.is_heard and not self.wants_lines:
-            self.tell(line=text)
+            self.tell(line=in_line(text))
         else:
             notice(text)
 
