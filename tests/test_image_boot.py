@@ -1,6 +1,8 @@
-"""The whole way: the artifacts built for armhf, a base made, the image baked, and booted.
+"""The whole way: the artifacts built for armhf, a base made, the image baked, and booted. A quarter of an hour.
 
-It fetches from GitHub, or from wherever the `insteadOf` of a file named by GIT_CONFIG_GLOBAL leads.
+    pytest -m slow tests/test_image_boot.py
+
+It fetches from GitHub, or from wherever git's `insteadOf` leads, and needs `apt install qemu-system-arm`.
 """
 
 from __future__ import annotations
@@ -8,11 +10,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from card import Card
-from project import Project
+from project import ROOT, Project
+
+from gamebear_tasks.report import size
+from gamebear_tasks.timing import Record
 
 pytestmark = pytest.mark.slow
 
@@ -55,10 +62,34 @@ def task_reporting():
 """
 
 
+LONGEST = 1800.0
+"""Seconds that an emulated machine is given to boot, say what is in it, and go off."""
+
+
 @pytest.fixture(scope="module")
-def project(emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def needed() -> None:
+    """Say in a paragraph what the test needs and is not here, before it builds for minutes."""
+    if not shutil.which("qemu-system-arm"):
+        pytest.fail("The baked image boots in QEMU, which is not here: apt install qemu-system-arm.", pytrace=False)
+    for url in re.findall(r'^\w+ = git\("(https://[^"]+)"', (ROOT / "dodo.py").read_text(), re.MULTILINE):
+        asked = subprocess.run(
+            ["git", "ls-remote", "--quiet", url, "HEAD"], capture_output=True, text=True, check=False
+        )
+        if asked.returncode != 0:
+            site = "/".join(url.split("/")[:3])
+            pytest.fail(
+                f"This test builds what is at {url}, and git cannot read it: {' '.join(asked.stderr.split())}. With"
+                f" clones of it and of the others that dodo.py has from there, this one in"
+                f" /MIRROR/{url.removeprefix(f'{site}/')}, only Debian's packages come from the network:"
+                f" GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=url./MIRROR/.insteadOf GIT_CONFIG_VALUE_0={site}/"
+                f" pytest -m slow tests/test_image_boot.py",
+                pytrace=False,
+            )
+
+
+@pytest.fixture(scope="module")
+def project(needed: None, emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Our own project, with an image that also says on the console what is in it."""
-    assert shutil.which("qemu-system-arm"), "apt install qemu-system-arm"
     project = Project(
         tmp_path_factory.mktemp("gamebear") / "project",
         home=tmp_path_factory.mktemp("home"),
@@ -74,29 +105,64 @@ def project(emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Projec
     return project
 
 
-def test_the_baked_image_boots_and_has_the_artifacts_in_place(project: Project) -> None:
+def test_the_baked_image_boots_and_has_the_artifacts_in_place(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = project.folder / "build"
+    begun = time.monotonic()
     project.doit("image", "reporting", timeout=7200).ok()
+    built = time.monotonic() - begun
     assert project.doit("image", "reporting").ok().ran == []
-    card = Card(project.folder / "build" / "gamebear.img.xz")
+    card = Card(build / "gamebear.img.xz")
     card.check()
     boot = card.boot()
     assert b"dtoverlay=dwc2" in boot["config.txt"]
-    console = booted(project.folder / "build" / "reporting.img", project.folder)
-    said = console[console.index("BEGIN") : console.index("END")]
+    console, booting = booted(build / "reporting.img", project.folder)
+    found = re.search("^BEGIN\n(.*)^END\n", console, re.MULTILINE | re.DOTALL)
+    assert found, f"the machine did not say what is in it:\n{console[-4000:]}"
+    said = found[1]
     assert "host: gamebear" in said
     assert "gt: 0" in said and re.search(r"usage:.*gt", said, re.IGNORECASE), said
     assert "uMTP Responder" in said
     assert "/usr/local/bin/umtprd 755 root" in said
     assert "modules-load=dwc2" in said and "dtoverlay=dwc2" in said
+    with capsys.disabled():
+        print(f"\n{figures(build, built, booting)}")
 
 
-def booted(image: Path, folder: Path) -> str:
-    """Boot an image with its own kernel, until it is off again; return what its console said."""
+def figures(build: Path, built: float, booting: float) -> str:
+    """Return how long everything took, and how large the images are."""
+    begun = time.monotonic()
+    shutil.copyfile(build / "reporting.img", build / "copy.img")
+    copying = time.monotonic() - begun
+    records = {name: Record.read(build / "logs" / f"{name}.json") for name in ("image", "reporting")}
+    seconds = {name: {phase.name: 0.0 for phase in record.phases} for name, record in records.items() if record}
+    for name, record in records.items():
+        for phase in record.phases if record else ():
+            seconds[name][phase.name] += phase.seconds
+    bakings = "; ".join(
+        f"{name} baked in {sum(parts.values()):.1f} s"
+        f" (unpack {parts['unpack']:.1f}, compress {parts.get('compress', 0):.1f})"
+        for name, parts in seconds.items()
+    )
+    image, packed = ((build / name).stat().st_size for name in ("reporting.img", "gamebear.img.xz"))
+    return (
+        f"all made in {built:.0f} s; {bakings}; copied once in {copying:.1f} s; {size(image)}, {size(packed)} as xz;"
+        f" up after {booting:.0f} s"
+    )
+
+
+def booted(image: Path, folder: Path) -> tuple[str, float]:
+    """Boot an image with its own kernel, until it is off again.
+
+    Returns:
+        What its console said, with plain line ends, and the seconds until it said what is in it.
+    """
     boot = Card(image).boot()
     for name in ("vmlinuz", "initrd.img"):
         (folder / name).write_bytes(boot[name])
     words = boot["cmdline.txt"].decode().split()
-    done = subprocess.run(
+    machine = subprocess.Popen(
         [
             "qemu-system-arm",
             "-machine", "virt",
@@ -115,7 +181,20 @@ def booted(image: Path, folder: Path) -> str:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=1800,
-        check=False,
     )  # fmt: skip
-    return done.stdout.decode("utf-8", "replace")
+    begun = time.monotonic()
+    up = 0.0
+    lines = []
+    patience = threading.Timer(LONGEST, machine.kill)
+    patience.start()
+    try:
+        assert machine.stdout
+        for line in machine.stdout:
+            lines.append(line.decode("utf-8", "replace").replace("\r", ""))
+            if lines[-1] == "BEGIN\n":
+                up = time.monotonic() - begun
+    finally:
+        patience.cancel()
+        machine.kill()
+        machine.wait()
+    return "".join(lines), up
