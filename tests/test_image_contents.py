@@ -343,10 +343,17 @@ def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_a_tar_that_ends_too_early_is_refused(base: Path, tmp_path: Path, mode: Mode) -> None:
-    packed = Packed(tmp_path / "half.tar", mode).add("opt/x", data=os.urandom(100_000)).done()
-    packed.write_bytes(packed.read_bytes()[:50_000])
-    refused(base, tmp_path / "out.img", "half.tar cannot be unpacked", contents=[tar(packed)])
+def test_a_tar_that_ends_too_early_or_is_damaged_is_refused(base: Path, tmp_path: Path, mode: Mode) -> None:
+    packed = Packed(tmp_path / "bad.tar", mode).add("opt/x", data=b"1" * 512).add("opt/y", data=b"2").done()
+    data = packed.read_bytes()
+    cuts = (1024, 1300, 2048) if mode == "w" else (len(data) // 2, len(data) - 4)
+    damages = [data[:cut] for cut in cuts]
+    # A name in its second header; what the content's check sum is, or that itself.
+    at = {"w": 1025, "w:gz": len(data) - 6, "w:bz2": len(data) - 4, "w:xz": len(data) - 40}[mode]
+    damages.append(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    for damage in damages:
+        packed.write_bytes(damage)
+        refused(base, tmp_path / "out.img", "bad.tar cannot be unpacked", contents=[tar(packed)])
 
 
 def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:

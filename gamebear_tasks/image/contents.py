@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import ImageError
+from ..runner.files import CHUNK
 from . import elf
 from .base import write_sparse
 from .recipe import File, Tar
@@ -114,6 +115,24 @@ def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
                 entry = _entry(archive, member, tree, arch, origin)
             entries[name] = entry
             tree.add(f"{item.destination}/{name}", entry)
+        _read_to_the_end(archive)
+
+
+def _read_to_the_end(archive: tarfile.TarFile) -> None:
+    """See that all members were read, and the check sums that compressed files end with.
+
+    `tarfile` takes a damaged header, and a part of one, for the end of the tar.
+
+    Raises:
+        TarError: it has no end, which is a block of zeros; and those of decompression.
+    """
+    assert archive.fileobj
+    archive.fileobj.seek(archive.offset)
+    end = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if end != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"its end is missing, and at byte {archive.offset} there is no member either")
+    while archive.fileobj.read(CHUNK):
+        pass
 
 
 @contextlib.contextmanager
