@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +61,16 @@ def test_a_base_may_be_compressed(base: Path, thing: Path, tmp_path: Path, suffi
     assert (tmp_path / "out.img").read_bytes() == (tmp_path / "same.img").read_bytes()
 
 
-@pytest.mark.parametrize("label", ["dos", "gpt"])
-@pytest.mark.parametrize("size", [{}, {"size": "100M"}])
+@pytest.mark.parametrize(
+    ("label", "size"),
+    [
+        ("dos", {}),
+        ("gpt", {}),
+        ("dos", {"size": "100M"}),
+        ("gpt", {"size": "100M"}),
+        ("gpt\ntable-length: 256", {"size": "100M"}),
+    ],
+)
 def test_the_base_may_have_either_kind_of_table_and_grow(
     tmp_path: Path, thing: Path, label: str, size: dict[str, str]
 ) -> None:
@@ -72,7 +81,7 @@ def test_the_base_may_have_either_kind_of_table_and_grow(
     assert len(card.data) == (100 * MIB if size else len(before.data))
     without_sizes = [re.sub(r"size= *\d+|last-lba: \d+", "", found.table) for found in (before, card)]
     assert without_sizes[0] == without_sizes[1], "ids, types and starts are as they were"
-    tail = 33 * 512 if label == "gpt" else 0
+    tail = {"dos": 0, "gpt": 33 * 512}.get(label, 65 * 512)
     if size:
         assert sum(card.parts[-1]) == 100 * MIB - tail
     subprocess.run(["sfdisk", "--verify", tmp_path / "out.img"], check=True, env={"PATH": "/usr/sbin:/sbin"})
@@ -196,6 +205,7 @@ def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> N
     [
         (lambda data: data[: 30 * MIB], "ends before its partition 2 does"),
         (lambda data: bytes(MIB) + data[MIB:], "has no partition table"),
+        (lambda data: b"BZh91AY&SY" * 1000, "plain or compressed with xz, zstd, gzip or zip"),
         (lambda data: data[: 17 * MIB] + bytes(MIB) + data[18 * MIB :], "has 0 ext4 and 1 FAT file systems"),
         (lambda data: b"", "has no partition table"),
     ],
@@ -216,8 +226,6 @@ def test_a_compressed_base_that_ends_too_early_is_refused(base: Path, tmp_path: 
 
 
 def test_a_zip_file_with_damaged_lzma_in_it_is_refused(tmp_path: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "bad.zip", "w", zipfile.ZIP_LZMA) as bad:
         bad.writestr("a.img", os.urandom(1000))
     data = (tmp_path / "bad.zip").read_bytes()
@@ -226,12 +234,17 @@ def test_a_zip_file_with_damaged_lzma_in_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_zip_file_has_one_image(tmp_path: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as two:
         two.writestr("a.img", b"")
         two.writestr("b.img", b"")
     refused(tmp_path / "two.zip", tmp_path / "out.img", "should hold one image, and holds a.img, b.img")
+
+
+def test_a_zip_file_of_macos_has_one_image_too(base: Path, tmp_path: Path) -> None:
+    pack(tmp_path / "mac.zip", base.read_bytes())
+    with zipfile.ZipFile(tmp_path / "mac.zip", "a") as archive:
+        archive.writestr("__MACOSX/._card.img", b"where it was downloaded from")
+    bake(tmp_path / "mac.zip", tmp_path / "out.img")
 
 
 @pytest.fixture
@@ -359,6 +372,28 @@ def test_a_root_that_is_not_last_does_not_grow(tmp_path: Path, thing: Path) -> N
         "cannot grow: another one comes after it",
         contents=[file(big(tmp_path / "big", 40), "/opt/")],
     )
+
+
+def test_a_root_in_an_extended_partition_does_not_grow(tmp_path: Path, thing: Path) -> None:
+    small = make_base(tmp_path / "base.img", boot=None)
+    table = f"label: dos\nstart={16 * 2048}, size={25 * 2048}, type=f\nstart={17 * 2048}, size={24 * 2048}, type=83\n"
+    command = ["sfdisk", "--quiet", "--wipe=never", str(small)]
+    subprocess.run(command, input=table, text=True, check=True, env={"PATH": "/usr/sbin:/sbin"})
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")])
+    assert Card(tmp_path / "out.img")["opt/thing"].content == b"a thing\n"
+    refused(small, tmp_path / "no.img", "cannot grow: it is a logical one, inside an extended one", size="60M")
+
+
+def test_what_is_free_behind_the_root_is_used_before_the_image_grows(tmp_path: Path) -> None:
+    small = make_base(tmp_path / "base.img")
+    os.truncate(small, 90 * MIB)
+    content = big(tmp_path / "big", 40)
+    for size in ({}, {"size": "90M"}):
+        bake(small, tmp_path / "out.img", contents=[file(content, "/opt/")], **size)
+        card = Card(tmp_path / "out.img")
+        assert (len(card.data), sum(card.parts[-1])) == (90 * MIB, 90 * MIB)
+        assert card["opt/big"].content == content.read_bytes()
+        card.check()
 
 
 def test_a_full_disk_is_one_paragraph_and_nothing_is_left(base: Path, tmp_path: Path) -> None:

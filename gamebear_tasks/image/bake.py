@@ -308,23 +308,25 @@ def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
 
 def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, name: str) -> Disk:
     """Grow the root file system as far as is asked for or needed; raises ImageError before anything is put in."""
-    have = wanted = image.stat().st_size
-    if recipe.size is not None:
-        if recipe.size < have:
-            raise ImageError(
-                f"{recipe.output} is to have {size(recipe.size)}, and its base {name} has {size(have)} already.",
-                "Give a larger size; a base is not shrunk.",
-            )
-        wanted = recipe.size
+    have = image.stat().st_size
+    if recipe.size is not None and recipe.size < have:
+        raise ImageError(
+            f"{recipe.output} is to have {size(recipe.size)}, and its base {name} has {size(have)} already.",
+            "Give a larger size; a base is not shrunk.",
+        )
+    wanted = recipe.size or 0
+    about = ext4.superblock(image, card.root)
+    # What a base has free behind its root, and behind what the file system takes of its partition, comes first.
+    is_filled = bool(card.fixed) or disk.grown(card, have).root.size < about.blocks * about.block + disk.ALIGNED
     for _ in range(TRIES):
-        if wanted > have:
-            if not card.is_root_last:
+        if wanted > have or (wanted == have and not is_filled):
+            if card.fixed:
                 raise ImageError(
-                    f"The root partition of {name} cannot grow: another one comes after it.",
+                    f"The root partition of {name} cannot grow: {card.fixed}.",
                     "Put less in, or use a base whose root is the last.",
                 )
             card = _grow(image, card, wanted, now)
-            have = wanted
+            have, is_filled = wanted, True
         about = ext4.superblock(image, card.root)
         blocks, inodes = writer.room(tree, about.block)
         blocks += -(-recipe.free // about.block)
@@ -342,5 +344,5 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
             )
         # What is added takes something for itself: tables of inodes, and what is kept for root.
         more = max(missing * 9 // 8, groups * about.blocks_per_group)
-        wanted = max(disk.size_for(card, (about.blocks + more) * about.block), have + disk.ALIGNED)
+        wanted = max(disk.size_for(card, (about.blocks + more) * about.block), have + is_filled * disk.ALIGNED)
     raise ImageError(f"The root file system of {recipe.output} does not get larger.", "Say size=, or use another base.")

@@ -80,9 +80,11 @@ def _reader(path: Path, kind: str) -> Iterator[Readable]:
                 yield plain
             return
         with zipfile.ZipFile(path) as archive:
-            images = [name for name in archive.namelist() if name.lower().endswith((".img", ".raw"))]
+            # What macOS keeps of a file besides its content has its name, too.
+            names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+            images = [name for name in names if name.lower().endswith((".img", ".raw"))]
             if len(images) != 1:
-                found = ", ".join(images or archive.namelist())[:200] or "nothing"
+                found = ", ".join(images or names)[:200] or "nothing"
                 raise ImageError(f"{path} should hold one image, and holds {found}.", "Unpack the right one yourself.")
             with archive.open(images[0]) as plain:
                 yield plain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ImageError
@@ -12,8 +12,14 @@ from .program import run
 ALIGNED = 4 << 20
 """Bytes that a grown image is a multiple of: an SD card erases that much at once, and Raspberry Pi OS does it so."""
 
-GPT_END = 33
-"""Sectors that the second copy of a GPT takes at the end (UEFI specification, 5.3)."""
+GPT_ENTRIES = 128
+"""How many partitions a GPT has room for where nobody said otherwise."""
+
+GPT_ENTRY = 128
+"""Bytes that it keeps of each; it is kept twice, the second time at the end (UEFI specification, 5.3)."""
+
+LOGICAL = 5
+"""The number of an MBR's first partition that is inside another one."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,18 @@ class Disk:
     Attributes:
         label: `dos` (MBR) or `gpt`.
         sector: bytes of a sector.
+        tail: bytes that the table takes at the end of the image.
         boot: the FAT partition; None where there is none.
         root: the ext4 partition.
-        is_root_last: nothing comes after the root partition, so it can grow.
+        fixed: why the root partition cannot grow; empty where it can.
     """
 
     label: str
     sector: int
+    tail: int
     boot: Partition | None
     root: Partition
-    is_root_last: bool
+    fixed: str
 
 
 def read(image: Path, name: str) -> Disk:
@@ -60,7 +68,13 @@ def read(image: Path, name: str) -> Disk:
     Raises:
         ImageError: it has no partition table, or not one ext4 file system and at most one FAT.
     """
-    said = run(["sfdisk", "--json", image.name], folder=image.parent, now=0, what=f"{name} has no partition table")
+    said = run(
+        ["sfdisk", "--json", image.name],
+        folder=image.parent,
+        now=0,
+        what=f"{name} has no partition table",
+        hint="It must be the image of a whole card, plain or compressed with xz, zstd, gzip or zip.",
+    )
     table = json.JSONDecoder().raw_decode(said, said.index("{"))[0]["partitiontable"]  # warnings may be around it
     sector = int(table.get("sectorsize", 512))
     size = image.stat().st_size
@@ -86,24 +100,26 @@ def read(image: Path, name: str) -> Disk:
             "It must have one ext4, the root, and one FAT to boot from, as Raspberry Pi OS has.",
         )
     root = roots[0]
-    return Disk(table["label"], sector, fats[0] if fats else None, root, root.start + root.size == max(ends))
+    label = table["label"]
+    fixed = "another one comes after it" if root.start + root.size < max(ends) else ""
+    if label == "dos" and root.number >= LOGICAL:
+        fixed = "it is a logical one, inside an extended one"
+    tail = 0
+    if label == "gpt":
+        entries = int(table.get("table-length", GPT_ENTRIES)) * GPT_ENTRY
+        tail = sector + -(-entries // sector) * sector
+    return Disk(label, sector, tail, fats[0] if fats else None, root, fixed)
 
 
 def grown(disk: Disk, image_size: int) -> Disk:
     """Return what is in an image of so many bytes whose root partition, the last, goes on to its end."""
-    root = Partition(disk.root.number, disk.root.start, _root_size(disk, image_size))
-    return Disk(disk.label, disk.sector, disk.boot, root, True)
-
-
-def _root_size(disk: Disk, image_size: int) -> int:
-    tail = GPT_END * disk.sector if disk.label == "gpt" else 0
-    return (image_size - tail - disk.root.start) // disk.sector * disk.sector
+    size = (image_size - disk.tail - disk.root.start) // disk.sector * disk.sector
+    return replace(disk, root=replace(disk.root, size=size))
 
 
 def size_for(disk: Disk, root_size: int) -> int:
     """Return the bytes of an image whose root partition has so many at least."""
-    tail = GPT_END * disk.sector if disk.label == "gpt" else 0
-    return -(-(disk.root.start + root_size + tail) // ALIGNED) * ALIGNED
+    return -(-(disk.root.start + root_size + disk.tail) // ALIGNED) * ALIGNED
 
 
 def write(image: Path, disk: Disk, now: int) -> None:

@@ -71,6 +71,7 @@ def run(
     what: str,
     stdin: bytes = b"",
     allowed: Collection[int] = (0,),
+    hint: str = "",
 ) -> str:
     """Run a program and return what it wrote, its errors among it.
 
@@ -81,6 +82,7 @@ def run(
         what: what could not be done if it fails; begins the error.
         stdin: what it reads.
         allowed: the statuses that are no failure.
+        hint: what to do if it fails.
 
     Raises:
         ImageError: it failed.
@@ -96,20 +98,21 @@ def run(
     )
     said = done.stdout.decode("utf-8", "replace")
     if done.returncode not in allowed:
-        raise failure(what, argv[0], said or f"it ended with status {done.returncode}")
+        raise failure(what, argv[0], said or f"it ended with status {done.returncode}", hint)
     return said
 
 
-def failure(what: str, program: str, said: str) -> ImageError:
+def failure(what: str, program: str, said: str, hint: str = "") -> ImageError:
     """Return the error for a program that failed.
 
     Args:
         what: what could not be done.
         program: its name.
         said: what it said; its last lines are shown.
+        hint: what to do, where that is not the same as ever.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    hint = "See that the base and what goes in are whole, then run doit again."
+    hint = hint or "See that the base and what goes in are whole, then run doit again."
     if "no space left" in said.lower():
         hint = "Make room where the image is to be, then run doit again."
     return ImageError(f"{what}: {program} says: {' / '.join(lines[-4:])[:600].rstrip('.')}.", hint)
