@@ -61,12 +61,14 @@ def _stem(target: Path) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Refuse a path where no file can be made; raises JobError."""
+    """Refuse a path where no file can be made, before hours are spent on what is to be there; raises JobError."""
     if path.is_dir():
         raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
-    for folder in path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise JobError(f"{path} cannot be made: you may not write to {folder}.", f"See whose it is: ls -ld {folder}.")
 
 
 def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
@@ -252,7 +254,7 @@ def _reason(error: OSError) -> str:
 def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "Make room, then run doit again: it is fetched, not built."
-    return ""
+    return "See that it is there and yours; then run doit again: it is fetched, not built."
 
 
 def _glob_escaped(text: str) -> str:

@@ -958,14 +958,14 @@ PERMISSIONS = [
     Row(
         "may not write to build/",
         "chmod 555 build",
-        "build/logs: Permission denied.",
-        "See that it is there and yours, and that the disk has room; then run doit again.",
+        "build/x cannot be made: you may not write to build.",
+        "See whose it is: ls -ld build.",
     ),
     Row(
         "may not write to build/logs/",
         "mkdir build/logs && chmod 555 build/logs",
-        "build/logs/x.log: Permission denied.",
-        "See that it is there and yours, and that the disk has room; then run doit again.",
+        "build/logs/x.log cannot be made: you may not write to build/logs.",
+        "See whose it is: ls -ld build/logs.",
     ),
     Row(
         "may not read the buildscript",

@@ -136,6 +136,14 @@ def test_an_artifact_for_which_there_is_no_room_is_refused_before_it_is_fetched(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"\(/sys/made\)\. See that it is there and yours; then run doit again"):
+        place({"x": Path("/sys/made/x")}, {"x": output(b"")}, fetch)
+    (tmp_path / "build").symlink_to("nowhere")
+    with pytest.raises(JobError, match="build is a file, and should be a folder"):
+        place({"x": tmp_path / "build" / "x"}, {"x": output(b"")}, fetch)
+
+
 def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "umtprd").mkdir()
     with pytest.raises(JobError, match="is a folder"):
