@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -60,14 +61,25 @@ class Place:
         self.project = project
         self.store = store
         self.failed: set[str] = set()
+        self._left = Path()
         project.write("dodo.py", DODO)
-        project.write("x.py", SCRIPT.replace("TREE", repr(str(tree))))
+        self.script = SCRIPT.replace("TREE", repr(str(tree)))
+        project.write("x.py", self.script)
         project.write("other.py", "#| arg: name: str\nc = Container('scratch')\nraise ValueError(name)\n")
 
     def fail(self, *words: str) -> Run:
         run = self.project.doit(*(words or ("x", "keep_failed=yes"))).failed("failed")
         self.failed.update(path.name for path in (self.store / "jobs").iterdir())
         return run
+
+    def has_left(self) -> Path:
+        """Have x fail, unless what it has left then is still kept; return its job's folder."""
+        self.project.write("x.py", self.script)
+        if not self._left.is_file():
+            self.fail()
+            record = json.loads((self.project.folder / "build/logs/x.json").read_text())
+            self._left = self.store / "kept" / record["digest"]
+        return self.store / "jobs" / self._left.name
 
     def shell(self, *words: str, size: tuple[int, int] = (24, 80)) -> Keyboard:
         return Keyboard(self.project.command("shell", *words), self.project.folder, self.project.environment, size)
@@ -153,6 +165,7 @@ def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
 
 
 def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
+    there.has_left()
     run = there.project.doit("shell", "x", "--", "sh", "-c", 'echo "$1"; id -u; exit 5', "sh", "CFLAGS=-O2")
     assert (run.status, run.out) == (5, "CFLAGS=-O2\n1000\n")
     data = os.urandom(1 << 20)
@@ -170,6 +183,7 @@ def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
 
 
 def test_what_cannot_be_entered_is_said(here: Place) -> None:
+    here.has_left()
     shell = ("shell",)
     here.project.doit(*shell, "-c", "3", "x").failed("x has left 2 containers, and there is no container 3.")
     here.project.doit(*shell, "y").failed("There is no task y. Those that build on one: x, other:a, other:b")
@@ -181,19 +195,19 @@ def test_what_cannot_be_entered_is_said(here: Place) -> None:
 
 
 def test_an_open_shell_keeps_its_container(there: Place) -> None:
+    job = there.has_left()
     with there.shell("x") as keyboard:
         keyboard.see(r"[$#] ")
         there.project.doit("x").failed("Somebody has a shell open in a container", "Leave that shell")
-        state = next(path for path in (there.store / "jobs").glob("*/kept.json")).with_name("state.json")
-        for path in (state, state.with_name("clients"), state.with_name("job.json")):
-            os.utime(path, (1, 1))
+        for name in ("state.json", "clients", "job.json"):
+            os.utime(job / name, (1, 1))
         said = there.project.doit("prune", "--older", "0.5").ok().out
         assert "Somebody has a shell open in a container of job" in said
         keyboard.type("echo still here; exit\r")
         keyboard.see("still here\r\n")
         assert keyboard.end() == 0
-    for path in (state, state.with_name("clients"), state.with_name("job.json")):
-        os.utime(path, (1, 1))
+    for name in ("state.json", "clients", "job.json"):
+        os.utime(job / name, (1, 1))
     assert "1 job" in there.project.doit("prune", "--older", "0.5").ok().out
     assert there.kept == [] and there.containers == 0
     there.project.doit("shell", "x").failed("No container of x is kept")
@@ -222,8 +236,7 @@ def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
 
 
 def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
-    script = (here.project.folder / "x.py").read_text()
-    here.project.write("x.py", script.replace("test -e mended", "echo begun; exec sleep 1000"))
+    here.project.write("x.py", here.script.replace("test -e mended", "echo begun; exec sleep 1000"))
     with here.project.start("x", "keep_failed=yes") as doit:
         wait_for(lambda: "\nbegun\n" in (here.project.folder / "doit.out").read_text(), 60)
         for number in processes(here.store, "build"):
@@ -233,43 +246,44 @@ def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
     here.failed.update(path.name for path in (here.store / "jobs").iterdir())
     run = here.project.doit("shell", "x", "--", "sh", "-c", "pwd; cat half").ok()
     assert run.out == "/tmp\nhalf done\n"
-    here.project.write("x.py", f"{script}# mended\n")
+    here.project.write("x.py", f"{here.script}# mended\n")
     run = here.project.doit("shell", "x", "--", "true").ok()
     assert "what x is built from has changed since it failed" in run.err
-    here.project.write("x.py", script)
+    here.project.write("x.py", here.script)
 
 
 def test_an_output_that_is_missing_leaves_the_last_containers(here: Place) -> None:
-    script = (here.project.folder / "x.py").read_text()
     here.project.write("x.py", "with Container('scratch') as c:\n    c.copy_in('x.py', '/left')\n")
     assert "doit shell x" in here.fail().text
     with here.shell("x") as keyboard:
         keyboard.see("made from scratch, in which nothing was run")
         assert keyboard.end() != 0  # there is no program in it, not even a shell
-    here.project.write("x.py", script)
+    here.project.write("x.py", here.script)
 
 
-def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote, account: Account, tree: Path) -> None:
+def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote, tree: Path) -> None:
     place = Place(remote.project, remote.store, tree)
-    place.project.write("x.py", (place.project.folder / "x.py").read_text() + "# by way of a proxy\n")
+    place.project.write("x.py", f"{place.script}# by way of a proxy\n")
+    seconds = 1000 + os.getpid()  # which nobody else sleeps for
     place.fail()
     with place.shell("x") as keyboard:
         keyboard.see(r"[$#] ")
-        keyboard.type("sh -c 'echo begun; exec sleep 1000'\r")
+        keyboard.type(f"sh -c 'echo begun; exec sleep {seconds}'\r")
         keyboard.see("begun\r\n")
+        wait_for(lambda: is_running("sleep", str(seconds)))
         remote.proxy.cut()
         assert keyboard.end() == 2
         assert "ERROR: " in keyboard.text and "is gone" in keyboard.text
         assert keyboard.is_as_before
-    wait_for(lambda: b"sleep\x001000" not in b"".join(_command_lines(account)))
+    wait_for(lambda: not is_running("sleep", str(seconds)))
     assert place.project.doit("shell", "x", "--", "cat", "half").ok().out == "half done\n"
     place.fail("x")
 
 
-def _command_lines(account: Account) -> Iterator[bytes]:
+def is_running(*words: str) -> bool:
+    """Say whether there is a process with this command line, whoever it belongs to."""
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if account.uid <= process.stat().st_uid:
-                yield (process / "cmdline").read_bytes()
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes() == "".join(f"{word}\0" for word in words).encode():
+                return True
+    return False
