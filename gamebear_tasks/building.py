@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from . import history, interrupt, tasklog, timing
 from .builders import Builder, Keeper, Order, Sink, Status, open_builder, shown
 from .config import settings, variables_of_this_run
-from .errors import JobError
+from .errors import NONSENSE, JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
@@ -212,7 +212,7 @@ class Building:
             raise JobError(
                 f"{builder.url} has outputs other than those of {self.plan.name}:"
                 f" {repr(sorted(status.outputs))[:400]}.",
-                "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner.",
+                NONSENSE,
             )
 
         def fetch(name: str, offset: int, target: Sink, limit: int) -> None:

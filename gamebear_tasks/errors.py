@@ -8,6 +8,12 @@ from doit.exceptions import InvalidDodoFile
 
 from .report import in_line
 
+NONSENSE = (
+    "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it;"
+    " it is sent anew."
+)
+"""What to do about answers that our runner does not give."""
+
 
 class GamebearError(Exception):
     """Something failed in a way that a person can act on.

@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 from .job import Json
 from .process import doit_process
+from .report import duration
 from .runner.files import read_json, write_bytes
 from .runner.phases import Phases
 
@@ -207,17 +208,6 @@ def _seconds_of(begun: str) -> float:
     """Return a time of a record in seconds since 1970; raises ValueError."""
     whole, _, rest = begun.removesuffix("Z").partition(".")
     return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{rest or 0}")
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time for people to read."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class Listener(Protocol):

@@ -232,7 +232,7 @@ def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: s
     hostile.refused(
         f"def follow(request): send(**result({about}))",
         "this machine describes the output 'x' in a way that makes no sense.",
-        "See on the builder what runs there",
+        "see on the builder what runs there",
     )
 
 

@@ -12,6 +12,10 @@ import pytest
 from project import Project, wait_for
 
 from gamebear_tasks import timing
+from gamebear_tasks.progress import lines
+from gamebear_tasks.progress.board import Board
+from gamebear_tasks.report import age, duration
+from gamebear_tasks.report import clock as clock_of
 from gamebear_tasks.runner import phases
 from gamebear_tasks.runner.phases import LIMIT, Phases
 from gamebear_tasks.timing import Phase, Record, Stopwatch
@@ -59,6 +63,28 @@ def test_a_phase_that_fails_is_noted_as_well(clock: Clock) -> None:
         raise ValueError
     clock.now += 5
     assert spent.spans == [("commit", 0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sentence", "column", "ago"),
+    [
+        (0.04, "0.0 s", "0.0 s", "0 s"),
+        (9.94, "9.9 s", "9.9 s", "10 s"),
+        (59.4, "59 s", "59 s", "59 s"),
+        (90.0, "1 min 30 s", "1:30", "90 s"),
+        (3599.6, "1 h 0 min", "1:00:00", "59 min"),
+        (7384.0, "2 h 3 min", "2:03:04", "2 h"),
+        (200_000.0, "55 h 33 min", "55:33:20", "2 d"),
+    ],
+)
+def test_a_time_has_one_form_in_sentences_and_a_shorter_one_in_columns(
+    seconds: float, sentence: str, column: str, ago: str
+) -> None:
+    assert (duration(seconds), clock_of(seconds), age(seconds)) == (sentence, column, ago)
+    board = Board(1)
+    (line,) = lines.summary_lines(board, board.begun + seconds, 80, lines.ASCII, interrupted=False)
+    assert line.plain.endswith(f" in {sentence}")
+    assert f" {column} " in f"{lines.status_line(board, board.begun + seconds, 80, lines.ASCII).plain} "
 
 
 def test_what_goes_on_is_one_span_and_what_takes_no_time_none(clock: Clock) -> None:

@@ -17,14 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuilderError, BuilderLost, SourceError
+from ..errors import NONSENSE, BuilderError, BuilderLost, SourceError
 from ..job import File, Job
 from ..runner.files import sha256_of
 from ..timing import expected
 from . import JobEntry, Kept, Order, Pruned, Sink, Status, replies
 from .channel import Connection
 from .pool import SessionPool
-from .session import CHUNK, NONSENSE, Body, Bytes, FileFrom, Take, words_of
+from .session import CHUNK, Body, Bytes, FileFrom, Take, words_of
 
 INLINE = 16 << 10
 """Bytes of small files that travel with the first request, on the chance that the builder lacks them."""
@@ -43,9 +43,6 @@ ENDS = 16
 
 SHORT = 0.2
 """Seconds within which no runner answers that it has no news."""
-
-NOT_OURS = "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner."
-"""What to do about answers that our runner does not give."""
 
 KEPT = 100
 """The most containers that are kept of one job."""
@@ -402,7 +399,7 @@ class RunnerBuilder:
             The last of the small ones, which go with the next request.
         """
         if not isinstance(missing, list):
-            raise BuilderError(f"{self.place} does not say what it lacks.", NOT_OURS)
+            raise BuilderError(f"{self.place} does not say what it lacks.", NONSENSE)
         batch: list[tuple[str, bytes]] = []
         room = BATCH
         expected(_length_of(missing, files))
@@ -410,7 +407,7 @@ class RunnerBuilder:
             sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
             path = files.get(sha256) if isinstance(sha256, str) else None
             if path is None or not isinstance(sha256, str) or not isinstance(have, int):
-                raise BuilderError(f"{self.place} asks for a file that the job does not have.", NOT_OURS)
+                raise BuilderError(f"{self.place} asks for a file that the job does not have.", NONSENSE)
             length = path.stat().st_size
             if length > CHUNK:
                 self._upload_large(sha256, path, length, have)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, TypeGuard
 
-from ..errors import BuilderError
+from ..errors import NONSENSE, BuilderError
 from ..runner import wire
 from ..runner.files import is_file_name, is_sha256
 from ..runner.phases import LIMIT as SPANS
 from ..timing import BUILDER, Phase
 from . import Failure, JobEntry, KeptContainer, Output, Status
-from .session import NONSENSE, words_of
+from .session import words_of
 
 CROWD = 9999
 """The most jobs that are believed to wait for a builder."""

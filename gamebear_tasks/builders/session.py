@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BuilderError, BuilderLost, LogInError, PythonError, StoreError
+from ..errors import NONSENSE, BuilderError, BuilderLost, LogInError, PythonError, StoreError
 from ..report import printable, size
 from ..runner import wire
 from ..timing import received, sent
@@ -21,8 +21,6 @@ SILENCE = 60.0
 
 QUIET = 1e6
 """Seconds for which a program with a terminal may print nothing: a week and more."""
-
-NONSENSE = "See on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it; it is sent anew."
 
 Take = Callable[[bytes], object]
 """What is given an answer's body, piece by piece."""
@@ -142,7 +140,7 @@ class Session:
         if size_there > limit:
             raise BuilderError(
                 f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept.",
-                "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner.",
+                NONSENSE,
             )
         while size_there:
             data = self._some(min(size_there, CHUNK))

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-from ..errors import BuilderError, BuilderLost
+from ..errors import NONSENSE, BuilderError, BuilderLost
 from ..runner.files import write_all
 from ..runner.terminal import END, ERRORS, INPUT, OUTPUT, SIZES, STATUS, STATUSES, WINDOW, FrameError, Frames, frame
-from .session import NONSENSE, Session, words_of
+from .session import Session, words_of
 
 PIECE = 64 << 10
 """The most bytes of input in one frame."""

@@ -15,7 +15,7 @@ from typing import Any
 from ..builders import Builder, JobEntry, Listed, shown
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
-from ..report import notice, printable, size, without_escapes
+from ..report import age, duration, notice, printable, size, without_escapes
 from .command import FAILED, ProjectCommand
 
 SHOWN = 20
@@ -311,9 +311,9 @@ def _row(entry: JobEntry) -> tuple[str, ...]:
         f"{state} at {entry.where}" if entry.where else state,
         _what(entry),
         people or "?",
-        _span(took) if took is not None else "-",
+        duration(took) if took is not None else "-",
         size(entry.size) if entry.state == "done" else "-",
-        f"{_span(entry.used)} ago",
+        f"{age(entry.used)} ago",
     )
 
 
@@ -345,11 +345,3 @@ def _people(names: Sequence[str]) -> str:
 def _nth(place: int) -> str:
     ending = "th" if place % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
     return f"{place}{ending}"
-
-
-def _span(seconds: float) -> str:
-    """Return a time in its largest unit."""
-    for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * unit:
-            return f"{seconds // unit:.0f} {name}"
-    return f"{seconds:.0f} s"

@@ -211,14 +211,3 @@ class Board:
         if self.total > self.done:
             parts.append(f"{self.total - self.done:,} not finished")
         return ", ".join(parts) or "nothing to do"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people who watch it pass."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,8 +9,8 @@ from textwrap import wrap
 from rich.cells import cell_len
 from rich.text import Text
 
-from ..report import in_line, line_of, printable, size
-from .board import Board, Outcome, Running, duration
+from ..report import clock, duration, in_line, line_of, printable, size
+from .board import Board, Outcome, Running
 
 BAR = 16
 """Columns of a transfer's bar."""
@@ -62,7 +62,7 @@ def running_lines(
 
 def _before(task: Running) -> str:
     """Return how long a task took the last time."""
-    return f" of ~{duration(task.expected)}" if task.expected else ""
+    return f" of ~{clock(task.expected)}" if task.expected else ""
 
 
 def _running_line(task: Running, now: float, columns: int, names: int, before: int, frame: int, signs: Signs) -> Text:
@@ -71,7 +71,7 @@ def _running_line(task: Running, now: float, columns: int, names: int, before: i
     line.append(signs.waits if waits else signs.spinner[frame % len(signs.spinner)], "dim" if waits else "cyan")
     line.append(" ")
     elapsed = now - task.begun
-    spent = _clock(elapsed)
+    spent = clock(elapsed)
     if columns < NARROW:
         room = columns - 2 - 1 - len(spent)
         line.append_text(_fitted(task.name, min(room, max(names, room - 12)), "bold", signs))
@@ -108,7 +108,7 @@ def _append_transfer(line: Text, task: Running, now: float, columns: int, signs:
     if rate > 1 << 10:
         line.append(f"  {size(round(rate))}/s", "cyan")
         if task.goal and (left := (task.goal - moved) / rate) > 2:
-            line.append(f"  ~{duration(left)} left", "dim")
+            line.append(f"  ~{clock(left)} left", "dim")
 
 
 def outcome_line(outcome: Outcome, columns: int, names: int, signs: Signs) -> Text:
@@ -121,7 +121,7 @@ def outcome_line(outcome: Outcome, columns: int, names: int, signs: Signs) -> Te
         "bold red" if failed else "cyan" if fetched else "green",
     )
     line.append(" ")
-    spent = _clock(outcome.seconds)
+    spent = clock(outcome.seconds)
     if columns < NARROW:
         line.append_text(_fitted(outcome.name, min(names, columns - 3 - len(spent)), "bold", signs))
         line.append(f" {outcome.how}"[: max(0, columns - cell_len(line.plain) - 1 - len(spent))])
@@ -163,7 +163,7 @@ def status_line(board: Board, now: float, columns: int, signs: Signs) -> Text:
     waiting = sum(not task.phase and task.there == "queue" for task in board.running.values())
     line = Text(no_wrap=True)
     line.append(f"[{board.done}/{board.total}]", "bold")
-    line.append(f" {_clock(now - board.begun)}")
+    line.append(f" {clock(now - board.begun)}")
     words = [f"{len(board.running) - waiting} running"] if len(board.running) > waiting else []
     words += [f"{waiting} queued"] if waiting else []
     words += [f"{board.counts[how]:,} {how}" for how in ("up to date",) if board.counts[how]]
@@ -174,7 +174,7 @@ def status_line(board: Board, now: float, columns: int, signs: Signs) -> Text:
         line.append(f"{len(board.failed)} failed", "bold red")
     left = _left(board, now)
     if left is not None:
-        line.append(f"{signs.between}~{duration(left)} left", "dim")
+        line.append(f"{signs.between}~{clock(left)} left", "dim")
     return _cut(line, columns, signs)
 
 
@@ -216,10 +216,6 @@ def part_line(text: str, columns: int, signs: Signs) -> Text:
 def more_line(count: int, columns: int, signs: Signs) -> Text:
     """Return the line that stands for tasks which have no room."""
     return _cut(Text(f"{signs.more} + {count} more", "dim", no_wrap=True), columns, signs)
-
-
-def _clock(seconds: float) -> str:
-    return duration(max(0.0, seconds))
 
 
 def _fitted(name: str, columns: int, style: str, signs: Signs) -> Text:

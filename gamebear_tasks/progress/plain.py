@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from ..report import in_line, printable, size
-from .board import Board, duration
+from ..report import duration, in_line, printable, size
+from .board import Board
 from .hearing import Hearing
 from .telling import Event, listen
 
