@@ -942,7 +942,7 @@ DOIT = [
     Row(
         "named a builder as the doctor's argument",
         "artifact('x.py', outputs=['x']) → doit doctor ssh://pi@buildpi",
-        "doit doctor takes no 'ssh://pi@buildpi'.",
+        "doit doctor knows no task 'ssh://pi@buildpi'.",
         "Name another builder with builder=URL, such as ssh://pi@buildpi.",
     ),
     Row(

@@ -241,7 +241,7 @@ def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["local:"], "doit doctor takes no 'local:'. Name another builder with builder=URL"),
+        (["local:"], "doit doctor knows no task 'local:'. Name another builder with builder=URL"),
         (["builder=moon:x"], "No installed builder has the scheme 'moon'"),
     ],
 )
@@ -252,17 +252,47 @@ def test_what_makes_no_sense_is_told(project: Project, arguments: list[str], sai
 # this machine
 
 
-def test_this_machine_is_looked_at_for_what_the_project_uses(project: Project, tmp_path: Path) -> None:
-    project.write("dodo.py", "from gamebear_tasks import git, sd_image\n")
-    run = project.doit("doctor", "--json", "builder=ssh://pi@127.0.0.1:1", "patience=0", PATH=str(tmp_path))
+NEEDS = """
+from gamebear_tasks import artifact, debian, either, git, sd_image
+
+DOIT_CONFIG = {"default_tasks": ["all"]}
+UP = either(git=git("https://nowhere.invalid/up.git", rev="0" * 40), debian=debian("up"))
+
+def task_x():
+    return artifact("x.py", sources={"up": UP}, outputs=["build/x"])
+
+def task_all():
+    return {"actions": ["true"], "file_dep": ["build/x"]}
+
+def task_card():
+    return sd_image("base.img", output="card.img")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "git", "debian", "image"),
+    [
+        ([], "trouble", None, "note"),
+        (["sources=debian"], None, "trouble", "note"),
+        (["card"], "note", None, "trouble"),
+        (["all", "card.img"], "trouble", None, "trouble"),
+    ],
+)
+def test_this_machine_is_looked_at_for_what_the_tasks_need(
+    project: Project, tmp_path: Path, arguments: list[str], git: str | None, debian: str | None, image: str
+) -> None:
+    project.write("dodo.py", NEEDS)
+    project.write("x.py", "")
+    away = ["builder=ssh://pi@127.0.0.1:1", "patience=0"]
+    run = project.doit("doctor", "--json", *arguments, *away, PATH=str(tmp_path))
     here = {finding["name"]: finding for finding in json.loads(run.out)["places"][0]["findings"]}
-    assert {name: finding["state"] for name, finding in here.items()} == {
-        "python": "ok",
-        "git": "trouble",
-        "image tools": "trouble",
-        "keys": "note",
+    states = {"git": git, "dpkg-source": debian, "image tools": image}
+    assert {name: finding["state"] for name, finding in here.items() if name not in ("python", "keys")} == {
+        name: state for name, state in states.items() if state
     }
     assert "mcopy" in here["image tools"]["what"] and "mtools" in here["image tools"]["remedy"]
+    assert "needed by the task card" in here["image tools"]["what"] and "xz" not in here["image tools"]["what"]
+    assert ("not asked for" in here["image tools"]["what"]) == (image == "note")
 
 
 def test_mending_stops_where_a_step_fails_and_says_which() -> None:

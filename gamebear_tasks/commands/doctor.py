@@ -6,10 +6,13 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..report import notice
 from .command import ProjectCommand
+
+if TYPE_CHECKING:
+    from ..doctor.needs import Need
 
 OPTIONS = (
     {
@@ -33,11 +36,13 @@ class Doctor(ProjectCommand):
     """Looks at this machine and at each builder of the settings."""
 
     doc_purpose = "say of each builder whether it is ready, what it lacks and how to mend it"
-    doc_usage = "[builder=URL] [arch=ARCH]"
+    doc_usage = "[TASK ...] [builder=URL] [arch=ARCH]"
     doc_description = (
         "Looks at each builder that is set (builder=ssh://pi@buildpi, without a dodo.py too) and at this machine:"
         " reachable, host key, log-in, Python, buildah, user namespaces, storage, disk, architectures, base image,"
         " slots, jobs, sizes. Each trouble has its remedy.\n\n"
+        "Of this machine, what the project's tasks need: what is missing is trouble where one of the TASKs needs it (by"
+        " default those that doit alone runs), or one that these depend on, else a note.\n\n"
         "Nothing is changed without --fix, which installs what is missing as root, and shows each command as it is run;"
         " sudo asks for a password at the terminal where it has to.\n\n"
         "Exit status: 0 all are ready, 1 there is trouble, 2 a builder could not be asked."
@@ -50,30 +55,44 @@ class Doctor(ProjectCommand):
         from ..config import settings
         from ..doctor.sheet import Sheet, as_json, status_of
         from ..doctor.visit import visit
-        from ..errors import SettingsError
 
-        if args:
-            raise SettingsError(
-                f"doit doctor takes no {args[0]!r}.", "Name another builder with builder=URL, such as ssh://pi@buildpi."
-            )
+        needs = self._needs(args)
         sheet = Sheet(sys.stdout, is_mending=options["fix"])
         stream = Sheet(sys.stderr, is_mending=True) if options["json"] else sheet
         tell = notice if sys.stderr.isatty() else lambda _: None
         with _output_aside(options["json"]):
-            places = visit(settings(), self._uses(), stream.line if options["fix"] else None, tell)
+            places = visit(settings(), needs, stream.line if options["fix"] else None, tell)
         if options["json"]:
             print(as_json(places))
         else:
             sheet.show(places)
         return status_of(places)
 
-    def _uses(self) -> set[str]:
-        """Return the names of ours that `dodo.py` has imported."""
-        import gamebear_tasks
+    def _needs(self, args: Sequence[str]) -> list[Need]:
+        """Return what the project's tasks need of this machine.
 
-        namespace: Mapping[str, Any] = getattr(self.loader, "namespace", None) or {}
-        ours = {name for name in gamebear_tasks.__all__ if name in namespace}
-        return {name for name in ours if getattr(gamebear_tasks, name) is namespace[name]}
+        Raises:
+            SettingsError: there is no task of one of the names.
+            InvalidDodoFile: dodo.py is broken; doit shows it.
+        """
+        from doit.control import TaskControl
+        from doit.exceptions import InvalidCommand
+
+        from ..doctor.needs import needs
+        from ..errors import SettingsError
+        from ..selection import with_dependencies
+
+        self.load_tasks()
+        config = {**self.config_vals, **(self.loader.load_doit_config() if self._is_in_project else {})}
+        control = TaskControl([*self.tasks.values()])
+        try:
+            control.process(list(args) or config.get("default_tasks"))
+        except InvalidCommand as error:
+            raise SettingsError(
+                f"doit doctor knows no task {error.not_found or args[0]!r}.",
+                "Name another builder with builder=URL, such as ssh://pi@buildpi.",
+            ) from error
+        return needs(self.tasks, with_dependencies(control.tasks, control.selected_tasks))
 
 
 @contextlib.contextmanager

@@ -6,32 +6,29 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..image.program import PACKAGES, environment
+from ..image.program import environment
 from .findings import NOTE, OK, TROUBLE, Finding
+from .needs import Need
+
+MOST_NAMED = 5
+"""How many tasks are named that need the same."""
 
 AGENT_SECONDS = 5.0
 """How long the agent may take to say which keys it has."""
 
 
-def findings(uses: Collection[str], by_ssh: bool) -> list[Finding]:
+def findings(needs: Sequence[Need], by_ssh: bool) -> list[Finding]:
     """Return what is well here and what is not.
 
     Args:
-        uses: names of ours that `dodo.py` uses, such as `git` and `sd_image`.
+        needs: what the project's tasks need of this machine.
         by_ssh: whether a builder is reached by SSH.
     """
-    found = [Finding("python", OK, _versions())]
-    if {"git", "either"} & set(uses):
-        found.append(_program("git", "git", TROUBLE if "git" in uses else NOTE, "sources are fetched with it"))
-    if {"debian", "either"} & set(uses):
-        state = TROUBLE if "debian" in uses and "either" not in uses else NOTE
-        found.append(_program("dpkg-source", "dpkg-dev", state, "Debian's source packages are unpacked with it"))
-    if "sd_image" in uses:
-        found.append(_image_tools())
+    found = [Finding("python", OK, _versions()), *map(_programs, needs)]
     if by_ssh:
         found += _keys()
     return found
@@ -53,20 +50,20 @@ def _install(*packages: str) -> tuple[str, tuple[str, ...]]:
     return f"Install what Debian calls {' and '.join(packages)}.", ()
 
 
-def _program(name: str, package: str, state: str, why: str) -> Finding:
-    path = shutil.which(name)
-    if path is not None:
-        return Finding(name, OK, path)
-    return Finding(name, state, f"it is not installed; {why}", *_install(package))
-
-
-def _image_tools() -> Finding:
+def _programs(need: Need) -> Finding:
     path = environment()["PATH"]
-    missing = sorted(name for name in PACKAGES if not shutil.which(name, path=path))
+    found = {name: shutil.which(name, path=path) for name in need.packages}
+    missing = sorted(name for name, where in found.items() if where is None)
     if not missing:
-        return Finding("image tools", OK, "all there")
-    packages = sorted({PACKAGES[name] for name in missing})
-    return Finding("image tools", TROUBLE, f"{', '.join(missing)} are not installed", *_install(*packages))
+        return Finding(need.name, OK, "all there" if len(found) > 1 else "".join(filter(None, found.values())))
+    more = len(need.tasks) - MOST_NAMED
+    names = ", ".join(need.tasks[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    one = len(need.tasks) == 1
+    what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed, and needed by"
+    what += f" the {'task' if one else 'tasks'} {names}"
+    what += "" if need.is_asked_for else f", which {'is' if one else 'are'} not asked for"
+    packages = sorted({need.packages[name] for name in missing})
+    return Finding(need.name, TROUBLE if need.is_asked_for else NOTE, what, *_install(*packages))
 
 
 def _keys() -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..builders import Builder, Examined, Several, open_builder, shown
@@ -14,6 +14,7 @@ from ..report import size
 from . import here
 from .findings import OK, Finding, judge, stopped
 from .mending import Done, mend, steps_for
+from .needs import Need
 from .sheet import Place
 
 AT_ONCE = 8
@@ -66,18 +67,18 @@ def _described(said: Mapping[str, object]) -> list[Finding]:
     return [Finding("reachable", OK, "yes; it is of a kind that cannot be examined further"), *found]
 
 
-def visit(settings: Settings, uses: Collection[str], say: Say | None, tell: Say) -> list[Place]:
+def visit(settings: Settings, needs: Sequence[Need], say: Say | None, tell: Say) -> list[Place]:
     """Look at this machine and at each builder of the settings.
 
     Args:
         settings: of the run.
-        uses: names of ours that `dodo.py` uses.
+        needs: what the project's tasks need of this machine.
         say: is given the lines of what is done to mend; None: nothing is mended.
         tell: is given a line about what is going on.
     """
     by_ssh = any(url.startswith("ssh:") for url in settings.builders)
     with contextlib.ExitStack() as opened:
-        places = [_here(uses, by_ssh, say, opened)]
+        places = [_here(needs, by_ssh, say, opened)]
         patients = [patient for url in settings.builders for patient in _patients(url, settings, opened)]
         for patient in patients:
             tell(f"looking at {patient.name}")
@@ -118,9 +119,9 @@ def _side_by_side(looks: Sequence[Callable[[], Place]]) -> list[Place]:
     return [place for place in found if isinstance(place, Place)]
 
 
-def _here(uses: Collection[str], by_ssh: bool, say: Say | None, opened: contextlib.ExitStack) -> Place:
+def _here(needs: Sequence[Need], by_ssh: bool, say: Say | None, opened: contextlib.ExitStack) -> Place:
     def examined() -> Place:
-        return Place("here", True, tuple(here.findings(uses, by_ssh)))
+        return Place("here", True, tuple(here.findings(needs, by_ssh)))
 
     place = examined()
     if say is None or not steps_for(place.findings):

@@ -113,9 +113,8 @@ def job_of(recipe: Recipe) -> dict[str, Json]:
 
 
 def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
-    check_installed(["debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "mdir", "mmd"])
+    check_installed(recipe.programs)
     suffix = SUFFIXES[recipe.output.suffix]
-    check_installed([suffix] if suffix else [])
     target = recipe.output
     if target.is_dir():
         raise ImageError(f"{target} is a folder, and should become a file.", "Move it out of the way.")

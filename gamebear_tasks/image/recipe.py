@@ -22,6 +22,9 @@ FORMAT = 1
 SUFFIXES = {".img": "", ".xz": "xz", ".zst": "zstd"}
 """What compresses a target, by the end of its name."""
 
+PROGRAMS = ("debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "mdir", "mmd")
+"""What every image is baked with."""
+
 LARGEST = 2**50
 """Bytes of no card that there will be."""
 
@@ -126,6 +129,13 @@ class Recipe:
         """Every file of this machine that goes into the image, the base included."""
         base = [self.base] if isinstance(self.base, Path) else []
         return [*base, *(item.path for item in self.contents), *(self.user.key_files if self.user else ())]
+
+    @property
+    def programs(self) -> list[str]:
+        """The programs that it is baked with; those that unpack the base as its suffix has it."""
+        base = self.base if isinstance(self.base, Path) else Path(self.base.url)
+        packing = (SUFFIXES.get(path.suffix, "") for path in (self.output, base))
+        return [*PROGRAMS, *dict.fromkeys(filter(None, packing))]
 
     def identity(self) -> str:
         """Return a hash over all that is in it, but for the files' content; no secret can be read from it."""

@@ -160,16 +160,9 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
 
     def _wanted(self) -> list[str]:
         """Return the names of the tasks that doit has to see to."""
-        todo = list(reversed(self._selected))
-        found: dict[str, None] = {}
-        while todo:
-            name = todo.pop()
-            task = self._tasks.get(name)
-            if task is None or name in found:
-                continue
-            found[name] = None
-            todo += [*task.task_dep, *task.setup_tasks, *task.calc_dep]
-        return [name for name in found if _is_shown(self._tasks[name])]
+        from ..selection import with_dependencies
+
+        return [name for name in with_dependencies(self._tasks, self._selected) if _is_shown(self._tasks[name])]
 
     def _end(self, task: Any, how: str, text: str = "") -> None:
         self._seen().end(task.name, how, text, task.executed and self._is_alone(task))
