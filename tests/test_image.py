@@ -26,6 +26,7 @@ from statements import by_role, read_statement
 
 from gamebear_tasks import archive, file, sd_image, tar, timing, user
 from gamebear_tasks.errors import ImageError
+from gamebear_tasks.image.bootconfig import with_lines, with_words
 from gamebear_tasks.image.program import check_installed
 from gamebear_tasks.image.workshop import workshop
 from gamebear_tasks.runs import last_runs
@@ -428,6 +429,28 @@ def test_lines_and_words_for_the_boot_loader_and_the_kernel(base: Path, tmp_path
     assert boot["cmdline.txt"] == b"console=tty1 root=LABEL=root rootwait modules-load=dwc2 quiet\n"
     bake(tmp_path / "one.img", tmp_path / "two.img", **settings)
     assert Card(tmp_path / "two.img").boot() == boot, "nothing goes in twice"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "becomes"),
+    [
+        ("[HDMI:1]\na=1", ["[pi4]", "b=2"], "[HDMI:1]\na=1\n[all]\n[pi4]\nb=2\n[all]\n"),
+        ("", ["[pi4]", "[HDMI:0]", "b=2", "[all]", "c=3"], "[pi4]\n[HDMI:0]\nb=2\n[all]\nc=3\n"),
+        ("[HDMI:0]\n[PI4]\nb=2\n", ["[pi3]", "[pi4]", "[HDMI:0]", "b=2"], None),
+        ("[tryboot]\r\na=1\r\n[pi4]\r\n", ["[0x1f]", "[pi4]", "a=1"],
+         "[tryboot]\r\na=1\r\n[pi4]\r\n[all]\n[0x1f]\n[pi4]\na=1\n[all]\n"),
+    ],
+)  # fmt: skip
+def test_headings_of_config_txt_join_as_the_firmware_joins_them(
+    text: str, wanted: list[str], becomes: str | None
+) -> None:
+    assert with_lines(text, wanted) == (text if becomes is None else becomes)
+
+
+def test_a_word_for_the_kernel_may_have_spaces_in_quotes() -> None:
+    word = 'dyndbg="file a.c +p; file b.c +p"'
+    assert with_words("quiet", [word, "quiet"]) == f"quiet {word}\n"
+    assert with_words(f"quiet {word}\n", [f"{word} file"]) == f"quiet {word} file\n"
 
 
 def test_a_base_without_cmdline_would_not_boot_with_a_new_one(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class Recipe:
         output: where the baked one goes; its suffix says how it is compressed.
         arch: Debian's name of the architecture.
         contents: what goes in; of two that have one name the later one stays.
-        config: lines of config.txt, with the headings of sections among them.
+        config: lines of config.txt, with headings among them.
         cmdline: words of cmdline.txt.
         enable: names of units.
         hostname: empty to keep the base's.

@@ -50,7 +50,7 @@ def sd_image(
         base: the image to begin with, plain or compressed (xz, zstd, gzip, zip): a file, or an `archive()` of the web.
         output: the target; `.img`, or `.img.xz` or `.img.zst` to compress it.
         contents: what goes in, each a `file()` or a `tar()`; of two with one name the later one stays.
-        config: lines of config.txt; a heading such as `[pi4]` among them begins a section.
+        config: lines of config.txt; a heading such as `[pi4]` among them filters those after it, until `[all]`.
         cmdline: words of cmdline.txt.
         enable: names of units to enable.
         hostname: the host name; by default the base's.
