@@ -7,6 +7,7 @@ import http.server
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -498,16 +499,24 @@ def test_units_are_enabled_as_systemctl_does(base: Path, tmp_path: Path) -> None
 def test_systemctl_itself_agrees(tmp_path: Path) -> None:
     """The same units, enabled by systemctl, and by us."""
     root = tmp_path / "root"
-    units = {name: text for name, text in SYSTEM.items() if name.startswith("usr/lib/systemd") and "static" not in name}
+    units = {
+        **{name: text for name, text in SYSTEM.items() if name.startswith("usr/lib/systemd") and "static" not in name},
+        "etc/systemd/system/one@only.service": "[Install]\nWantedBy=multi-user.target\nAlso=gone.service ssh.service\n",
+        "usr/lib/systemd/system/plain.service": "[Service]\nExecStart=true\n",
+        "usr/lib/systemd/system/plain.service.d/10-a.conf": "[Install]\nWantedBy=never.target\n",
+        "etc/systemd/system/plain.service.d/10-a.conf": "[Install]\nWantedBy=a.target\n",
+        "etc/systemd/system/plain.service.d/20-b.conf": "[Install]\nWantedBy=b.target\n[Service]\nWantedBy=no.target\n",
+    }
     for name, text in units.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    names = ["ssh.service", "getty@tty5.service"]
+    names = ["ssh.service", "getty@tty5.service", "one@only.service", "plain.service"]
     subprocess.run(["systemctl", f"--root={root}", "enable", *names], check=True, capture_output=True)
     theirs = {str(path.relative_to(root)): os.readlink(path) for path in root.rglob("*") if path.is_symlink()}
-    bake(make_base(tmp_path / "base.img"), tmp_path / "out.img", enable=names)
+    bake(make_base(tmp_path / "base.img", system={**SYSTEM, **units}), tmp_path / "out.img", enable=names)
     found = Card(tmp_path / "out.img").files()
-    assert {name: found[name].content.decode() for name in theirs} == theirs
+    ours = {name for name, seen in found.items() if name.startswith("etc/systemd/") and stat.S_ISLNK(seen.mode)}
+    assert {name: found[name].content.decode() for name in ours - {"etc/systemd/system/masked.service"}} == theirs
 
 
 @pytest.mark.parametrize(
@@ -517,10 +526,13 @@ def test_systemctl_itself_agrees(tmp_path: Path) -> None:
         ("static.service", "says in no [Install] section"),
         ("masked.service", "is masked or empty"),
         ("../x.service", "is no unit's name"),
+        ("astray.service", "The [Install] section of astray.service has '../../passwd', which names no unit"),
     ],
 )
 def test_a_unit_that_cannot_be_enabled_is_named(base: Path, tmp_path: Path, unit: str, said: str) -> None:
-    refused(base, tmp_path / "out.img", said, enable=[unit])
+    astray = tmp_path / "astray.service"
+    astray.write_text("[Install]\nAlias=../../passwd\n")
+    refused(base, tmp_path / "out.img", said, contents=[file(astray, "/etc/systemd/system/")], enable=[unit])
 
 
 def test_the_image_has_a_host_name_and_a_user_who_may_log_in(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 
 from ..errors import ImageError
 from .tree import Tree
@@ -40,7 +41,7 @@ def _enable(tree: Tree, unit: str, seen: set[str]) -> None:
     if not UNIT.fullmatch(unit):
         raise ImageError(f"{unit!r} is no unit's name.", "Say it as systemctl does: umtprd.service.")
     name, instance = _template(unit)
-    path = next((f"{folder}/{name}" for folder in FOLDERS if _mode(tree, f"{folder}/{name}")), "")
+    path = _path(tree, unit) or _path(tree, name)
     if not path:
         raise ImageError(
             f"The image has no unit {unit}, so it cannot be enabled.",
@@ -49,7 +50,7 @@ def _enable(tree: Tree, unit: str, seen: set[str]) -> None:
     text = tree.read(path)
     if not text:
         raise ImageError(f"The unit {unit} is masked or empty, so it cannot be enabled.", f"See {path} in the image.")
-    install = _install(text.decode("utf-8", "replace"))
+    install = _install(text.decode("utf-8", "replace"), *_drop_ins(tree, dict.fromkeys((name, unit))))
     if not instance and "@." in name:
         instance = " ".join(install.get("DefaultInstance", ()))
         if not instance:
@@ -63,18 +64,34 @@ def _enable(tree: Tree, unit: str, seen: set[str]) -> None:
         )
     origin = f"enable {unit}"
     for how, by in wanted:
-        by = _expanded(by, unit, instance)
+        by = _named(by, unit, instance, path)
         tree.symlink(f"{FOLDERS[0]}/{by}.{WANTED[how]}/{unit}", path, origin)
     for alias in install.get("Alias", ()):
-        alias = _expanded(alias, unit, instance)
+        alias = _named(alias, unit, instance, path)
         if alias != unit:
             tree.symlink(f"{FOLDERS[0]}/{alias}", path, origin)
     for other in install.get("Also", ()):
-        _enable(tree, _expanded(other, unit, instance), seen)
+        other = _named(other, unit, instance, path)
+        if _path(tree, other) or _path(tree, _template(other)[0]):  # others come with other packages
+            _enable(tree, other, seen)
 
 
-def _mode(tree: Tree, path: str) -> int:
-    return tree.mode(tree.resolve(path, path, last=False))
+def _path(tree: Tree, name: str) -> str:
+    """Return where the file of a unit is; empty where it is nowhere."""
+    paths = (f"{folder}/{name}" for folder in FOLDERS)
+    return next((path for path in paths if tree.mode(tree.resolve(path, path, last=False))), "")
+
+
+def _drop_ins(tree: Tree, names: Iterable[str]) -> Iterator[str]:
+    """Yield what adds to units from the folders beside them; of two files with one name the first folder's holds."""
+    paths: dict[str, str] = {}
+    for name in names:
+        for folder in (f"{folder}/{name}.d" for folder in FOLDERS):
+            for file in tree.names(folder):
+                if file.endswith(".conf"):
+                    paths.setdefault(file, f"{folder}/{file}")
+    for _, path in sorted(paths.items()):
+        yield (tree.read(path) or b"").decode("utf-8", "replace")
 
 
 def _template(unit: str) -> tuple[str, str]:
@@ -83,18 +100,25 @@ def _template(unit: str) -> tuple[str, str]:
     return (f"{match[1]}{match[3]}", match[2]) if match else (unit, "")
 
 
-def _expanded(text: str, unit: str, instance: str) -> str:
-    """Put a unit's names in for the specifiers that stand in an [Install] section."""
+def _named(text: str, unit: str, instance: str, path: str) -> str:
+    """Return the unit that an [Install] section names, with the names of its own for the specifiers in it.
+
+    Raises:
+        ImageError: it is no unit's name.
+    """
     full = unit.rpartition(".")[0]
     values = {"%i": instance, "%I": instance, "%n": unit, "%N": full, "%p": full.partition("@")[0], "%%": "%"}
-    return re.sub(r"%.", lambda match: values.get(match[0], match[0]), text)
+    name = re.sub(r"%.", lambda match: values.get(match[0], match[0]), text)
+    if not UNIT.fullmatch(name):
+        raise ImageError(f"The [Install] section of {unit} has {text!r}, which names no unit.", f"Mend {path}.")
+    return name
 
 
-def _install(text: str) -> dict[str, list[str]]:
-    """Return what the [Install] section says: words by key; an empty value forgets those before."""
+def _install(*texts: str) -> dict[str, list[str]]:
+    """Return what the [Install] sections of texts say: words by key; an empty value forgets those before."""
     found: dict[str, list[str]] = {}
     section = ""
-    for line in re.sub(r"\\\n", " ", text).splitlines():
+    for line in re.sub(r"\\\n", " ", "\n[]\n".join(texts)).splitlines():
         line = line.strip()
         if line.startswith("["):
             section = line
