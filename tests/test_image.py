@@ -34,7 +34,7 @@ from gamebear_tasks.runs import last_runs
 from gamebear_tasks.timing import Record
 
 HASH = "$6$saltsalt$" + "h" * 86
-KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5 me@here"
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5LCBidXQgYXMgbG9uZyEh me@here"
 
 
 @pytest.fixture(scope="session")
@@ -625,6 +625,45 @@ def test_raspberry_pi_os_is_told_of_the_user_in_its_own_way(tmp_path: Path) -> N
     assert card.boot()["userconf.txt"].decode() == f"bear:{HASH}\n"
     assert card["home/pi/.ssh/authorized_keys"].owner == (1000, 1000), "the first boot moves it with the home"
     assert b"bear" not in card["etc/passwd"].content
+    home = [file(tmp_path / "base.img", "/home/bear/")]
+    refused(small, tmp_path / "no.img", "cannot move /home/pi to /home/bear", contents=home, user=user("bear"))
+
+
+def test_what_contents_bring_into_a_home_is_in_a_home_of_the_users(tmp_path: Path, thing: Path, base: Path) -> None:
+    contents = [file(thing, "/home/bear/.config/app/"), file(thing, "/home/bear/.profile", owner=1000, group=1000)]
+    bake(base, tmp_path / "out.img", contents=contents, user=user("bear"))
+    found = Card(tmp_path / "out.img").files()
+    for path, mode in (("", 0o40700), ("/.config", 0o40755), ("/.config/app", 0o40755)):
+        assert (found[f"home/bear{path}"].mode, found[f"home/bear{path}"].owner) == (mode, (1000, 1000)), path
+    assert found["home/bear/.profile"].content == b"a thing\n", "a file that is there is not replaced"
+    with tarfile.open(tmp_path / "home.tar", "w") as packed:
+        member = tarfile.TarInfo("home/bear/")
+        member.type, member.uid, member.mode = tarfile.DIRTYPE, 7, 0o711
+        packed.addfile(member)
+    bake(base, tmp_path / "tar.img", contents=[*contents, tar(tmp_path / "home.tar")], user=user("bear"))
+    seen = Card(tmp_path / "tar.img")["home/bear"]
+    assert (seen.mode, seen.owner) == (0o40711, (7, 0)), "a tar says itself"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        (KEY, True),
+        (f'restrict,command="x y" {KEY}', True),
+        (KEY.replace(" ", "\t", 1).replace(" ", "  ", 1), True),
+        (KEY.replace("bG9uZyEh", ""), False),
+        (KEY.replace("ed25519 ", "rsa "), False),
+        (f"x{KEY}", False),
+    ],
+)
+def test_a_public_key_is_whole(base: Path, tmp_path: Path, text: str, is_one: bool) -> None:
+    (tmp_path / "key.pub").write_bytes(f"\ufeff{text}\r\n".encode())
+    failure = baked(base, tmp_path / "out.img", user=user("bear", authorized_keys=[tmp_path / "key.pub"]))
+    if not is_one:
+        assert failure is not None and "holds no public SSH keys" in failure.message
+        return
+    assert user("bear", authorized_keys=[f"{text}\n"]).authorized_keys == (text,)
+    assert Card(tmp_path / "out.img")["home/bear/.ssh/authorized_keys"].content.decode() == f"{text}\n"
 
 
 @pytest.mark.parametrize("name", ["id_ed25519", "empty"])

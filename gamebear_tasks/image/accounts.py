@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import ImageError
 from .fat import Fat
-from .recipe import KEY, User
+from .recipe import User, is_public_key
 from .tree import Tree
 
 FIRST_UID = 1000
@@ -105,6 +105,12 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
         boot.add("userconf.txt", tree.entry(line.encode(), origin, 0o600))
         row = row or passwd.row(str(FIRST_UID), 2)
     name = row[0] if row else user.name
+    if row and name != user.name and tree.exists(f"/home/{user.name}"):
+        raise ImageError(
+            f"{origin}: at its first boot the image calls {name} so, and cannot move {row[5]} to /home/{user.name},"
+            f" which is there.",
+            f"Put what is to be in that home into {row[5]}.",
+        )
     if row is None:
         row = _new_user(tree, passwd, user, origin)
     elif row[1] != "x":  # else the password would be here, or there would be none
@@ -112,8 +118,10 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
         passwd.save(origin)
     _set_password(tree, name, user.password, origin)
     _join(tree, name, user.groups, origin)
+    owner = int(row[2]), int(row[3])
+    if tree.give(row[5], owner, 0o700):
+        _copy_skeleton(tree, "/etc/skel", row[5], owner, origin)
     if keys:
-        owner = int(row[2]), int(row[3])
         tree.folder(row[5], origin, 0o700, owner)
         tree.folder(f"{row[5]}/.ssh", origin, 0o700, owner)
         path = f"{row[5]}/.ssh/authorized_keys"
@@ -157,10 +165,13 @@ def _copy_skeleton(tree: Tree, source: str, target: str, owner: tuple[int, int],
         return
     for name in tree.names(source):
         path, copy = f"{source}/{name}", f"{target}/{name}"
+        there = tree.mode(tree.resolve(copy, origin, last=False))
         mode = tree.mode(tree.resolve(path, origin, last=False))
         if stat.S_ISDIR(mode):
             tree.folder(copy, origin, stat.S_IMODE(mode), owner)
             _copy_skeleton(tree, path, copy, owner, origin)
+        elif there:
+            continue
         elif stat.S_ISLNK(mode):
             tree.symlink(copy, tree.link(tree.resolve(path, origin, last=False)), origin, owner)
         elif stat.S_ISREG(mode):
@@ -211,7 +222,7 @@ def public_keys(user: User) -> list[str]:
             found.append(key)
             continue
         lines = [line.strip() for line in _text(key).splitlines() if line.strip() and not line.startswith("#")]
-        if not lines or not all(KEY.search(line) for line in lines):
+        if not lines or not all(is_public_key(line) for line in lines):
             raise ImageError(f"{key} holds no public SSH keys.", "Give the .pub file; the other one is your secret.")
         found += lines
     return list(dict.fromkeys(found))
@@ -219,6 +230,6 @@ def public_keys(user: User) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes()[: 1 << 20].decode("utf-8", "surrogateescape")
+        return path.read_bytes()[: 1 << 20].decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}.", "It should be a public SSH key.") from error

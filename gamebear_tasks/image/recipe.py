@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -28,8 +29,11 @@ PROGRAMS = ("debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "md
 LARGEST = 2**50
 """Bytes of no card that there will be."""
 
-KEY = re.compile(r"(ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]{16,}( [^\n]*)?")
-"""A public SSH key as a line of `authorized_keys`, see sshd(8)."""
+KEY = re.compile(r"(?<![^ \t])((?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+)[ \t]+([A-Za-z0-9+/]{16,}={0,2})(?![^ \t])")
+"""A public SSH key in a line of `authorized_keys`, between options and a comment, see sshd(8)."""
+
+LENGTH = 4
+"""Bytes of the length of a text in it."""
 
 HASH = re.compile(r"\$[a-z0-9]{1,8}\$[A-Za-z0-9./$=,]{16,}|[!*]")
 """A password as shadow(5) has it, see crypt(5)."""
@@ -228,13 +232,32 @@ def user(
 
 
 def _key(key: object, where: str) -> str | Path:
-    if isinstance(key, str) and KEY.fullmatch(key.strip()):
+    if isinstance(key, str) and "\n" not in key.strip() and is_public_key(key.strip()):
         return key.strip()
-    if isinstance(key, str) and ("PRIVATE KEY" in key or "\n" in key):
+    if isinstance(key, str) and ("PRIVATE KEY" in key or "\n" in key or KEY.search(key)):
         raise SettingsError(
             f"{where}: a key in authorized_keys= is no public SSH key.", "Give the line of a .pub file."
         )
     return _path(Path(os.path.expanduser(key)) if isinstance(key, str | PurePath) else key, f"{where}: authorized_keys")
+
+
+def is_public_key(line: str) -> bool:
+    """Say whether a line of `authorized_keys` has a public key, whole (RFC 4253, 6.6: texts, each after its length)."""
+    for kind, text in KEY.findall(line):
+        try:
+            data = base64.b64decode(text)
+        except ValueError:
+            continue
+        parts = []
+        while len(data) >= LENGTH:
+            length = int.from_bytes(data[:LENGTH], "big")
+            parts.append(data[LENGTH : LENGTH + length])
+            if len(parts[-1]) < length:
+                break
+            data = data[LENGTH + length :]
+        if not data and len(parts) > 1 and parts[0] == kind.encode():
+            return True
+    return False
 
 
 def _path(path: object, where: str) -> Path:

@@ -73,6 +73,7 @@ class Tree:
         self.staging = staging
         self._inodes: dict[str, Inode | None] = {"": Inode(ROOT_INODE, stat.S_IFDIR | 0o755, 0, 0, 0)}
         self._targets: dict[int, str] = {}
+        self._implied: set[str] = set()  # folders that go in because something in them does
         self._staged = 0
         self._mount = ""
         self._add_there: Callable[[str, Entry], None]
@@ -181,6 +182,7 @@ class Tree:
         for above in _above(name):
             if not self.mode(above):
                 self.added[above] = Entry(stat.S_IFDIR | 0o755, entry.origin, mtime=self.now, atime=self.now)
+                self._implied.add(above)
         mode = self.mode(name)
         if mode and entry.is_folder != stat.S_ISDIR(mode):
             kinds = ("a folder", "something else") if entry.is_folder else ("no folder", "a folder")
@@ -190,6 +192,7 @@ class Tree:
             )
         self.added.pop(name, None)
         self.added[name] = entry
+        self._implied.discard(name)
         return name
 
     def entry(self, data: bytes, origin: str, mode: int, owner: tuple[int, int] = (0, 0)) -> Entry:
@@ -248,6 +251,25 @@ class Tree:
         """Make a folder; one that is there stays as it is."""
         if not self.is_folder(path):
             self.add(path, Entry(stat.S_IFDIR | mode, origin, *owner, mtime=self.now, atime=self.now))
+
+    def give(self, path: str, owner: tuple[int, int], mode: int) -> bool:
+        """Give somebody a folder and those below it, but for what the base or contents describe.
+
+        Args:
+            path: the folder.
+            owner: user and group.
+            mode: of the folder itself.
+
+        Returns:
+            Whether that was for us to say, too.
+        """
+        top = self.resolve(path, path)
+        for name in self._implied:
+            if name == top or name.startswith(f"{top}/"):
+                there = self.added[name]
+                kept = stat.S_IFDIR | mode if name == top else there.mode
+                self.added[name] = replace(there, mode=kept, uid=owner[0], gid=owner[1])
+        return top in self._implied
 
     def symlink(self, path: str, target: str, origin: str, owner: tuple[int, int] = (0, 0)) -> None:
         """Make a symbolic link; no change where there is that link already."""
