@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeAlias
 from .builders import Output, Sink
 from .errors import JobError
 from .report import size
-from .runner.files import CHUNK, sha256, sync_folder
+from .runner.files import CHUNK, opened_alone, sha256, sync_folder
 
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -118,14 +118,7 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
 @contextlib.contextmanager
 def _opened(part: _Part) -> Iterator[BinaryIO]:
     """Open a part for us alone, keeping what is in it; raises OSError."""
-    while True:
-        fd = os.open(part.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(part.path)):
-                break
-        os.close(fd)  # another doit has made a target of it while we waited
-    with open(fd, "r+b", buffering=0) as file:
+    with opened_alone(part.path) as fd, open(fd, "r+b", buffering=0, closefd=False) as file:
         try:
             yield file
         except BaseException:

@@ -129,8 +129,6 @@ def facts(root: Path) -> Facts:
                 found = _from_json(known["facts"])
                 return dataclasses.replace(found, emulated=emulated(found.arch))
         found = _probe(root)
-        for left in root.glob(".facts.json.*.tmp"):  # of one that was killed
-            left.unlink(missing_ok=True)
         files.write_json(root / "facts.json", {"key": key, "facts": dataclasses.asdict(found)})
         _forget_other_boots(root, found)
         return found
@@ -157,6 +155,11 @@ def environment(root: Path, facts: Facts) -> dict[str, str]:
     env["BUILDAH_ISOLATION"] = facts.isolation
     env[FACTS_VARIABLE] = json.dumps(dataclasses.asdict(facts))
     return env
+
+
+def stay_with(facts: Facts) -> None:
+    """Have this process go by what it knows, whatever is changed meanwhile: its containers are where that says."""
+    os.environ[FACTS_VARIABLE] = json.dumps(dataclasses.asdict(facts))
 
 
 class Buildah:

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,13 +78,14 @@ def sync_folder(folder: os.PathLike[str] | str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it. Raises OSError.
+def opened_alone(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[int]:
+    """Open a file, made where there is none, and hold it for the length of the block, waiting for it; raises OSError.
 
-    Who holds it alone may remove the file at the end of the block: others that wait for it then take a new one.
+    Whoever held it may have renamed or removed it by then: what is given is what is at the path. A holder's death frees
+    it.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -97,10 +97,20 @@ def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]
             raise
         os.close(fd)
     try:
-        yield
+        yield fd
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile
         os.close(fd)
+
+
+@contextlib.contextmanager
+def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]:
+    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it. Raises OSError.
+
+    Who holds it alone may remove the file at the end of the block: others that wait for it then take a new one.
+    """
+    with opened_alone(path, shared):
+        yield
 
 
 @contextlib.contextmanager
@@ -108,21 +118,23 @@ def written_aside(path: Path, mode: int = 0o600, sync: bool = True) -> Iterator[
     """Give a temporary file in the same folder that becomes `path` when the block ends well.
 
     It is synced before it is renamed, the folder after; when the block raises, nothing of it is left and `path` is
-    as it was. Without `sync`, a power cut may leave the old one, an empty one or none.
+    as it was. Without `sync`, a power cut may leave the old one, an empty one or none. What a writer that was killed
+    has left is used by the next one.
     """
-    fd, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            yield file
-            file.flush()
-            os.fchmod(file.fileno(), mode)
+    aside = path.with_name(f".{os.fsencode(path.name)[:100].decode('utf-8', 'ignore')}.tmp")
+    with opened_alone(aside) as fd:
+        try:
+            os.ftruncate(fd, 0)
+            with open(fd, "wb", closefd=False) as file:
+                yield file
+            os.fchmod(fd, mode)
             if sync:
-                os.fsync(file.fileno())
-        os.rename(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+                os.fsync(fd)
+            os.rename(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            raise
     if sync:
         sync_folder(path.parent)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import builder_json, kept, slots, work
-from .buildah import environment, facts, namespace, remove_tree
+from .buildah import Facts, environment, facts, namespace, remove_tree, stay_with
 from .costs import keep_notices
 from .files import CHUNK, RunnerError, read_json, sync_folder
 from .leftovers import clean_up, clean_up_after_lost_jobs, remove_leftovers
@@ -125,6 +125,7 @@ class Supervisor:
         deadline = time.monotonic() + limit if limit > 0 else None
         with self.phases.phase("prepare"):
             known = facts(self.store.root)
+            stay_with(known)
             keep_notices(self.store, known)
         self._check_stop()
         arch = str(job["arch"])
@@ -148,7 +149,7 @@ class Supervisor:
             if self.stored.work.exists():
                 remove_tree(self.store.root, known, self.stored.work)
             work.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
-        self._run_program(deadline, limit, str(order.get("base", "auto")))
+        self._run_program(known, deadline, limit, str(order.get("base", "auto")))
         with self.phases.phase("keep"):
             return self._keep_outputs(job["outputs"])
 
@@ -166,9 +167,8 @@ class Supervisor:
 
     # the program
 
-    def _run_program(self, deadline: float | None, limit: float, base: str) -> None:
+    def _run_program(self, known: Facts, deadline: float | None, limit: float, base: str) -> None:
         """Run the build in its namespace until it ends, is cancelled, or its time is up."""
-        known = facts(self.store.root)
         result_path = self.stored.folder / "result.json"
         with contextlib.suppress(FileNotFoundError):
             result_path.unlink()
