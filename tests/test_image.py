@@ -168,17 +168,22 @@ def test_an_image_without_a_boot_file_system_is_baked_too(tmp_path: Path, thing:
         ("-b", "1024"),
         ("-b", "4096", "-O", "^has_journal"),
         ("-O", "^extent,^64bit,^metadata_csum,^flex_bg,^huge_file"),
+        ("-O", "quota,inline_data"),
     ],
     ids=" ".join,
 )
 def test_older_and_other_kinds_of_root_file_systems(tmp_path: Path, thing: Path, options: tuple[str, ...]) -> None:
     small = make_base(tmp_path / "base.img", options=options)
-    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")], size="80M")
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")], size="80M", hostname="bear")
     env = {"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
-    dumped = subprocess.run(
-        ["debugfs", "-R", "cat /opt/thing", f"{tmp_path / 'out.img'}?offset={17 * MIB}"], capture_output=True, env=env
-    )
-    assert dumped.stdout == b"a thing\n"
+    for name, content in (
+        ("/opt/thing", b"a thing\n"),
+        ("/etc/hosts", b"127.0.0.1\tlocalhost\n127.0.1.1\tbear\n::1\tip6-localhost\n"),
+    ):
+        dumped = subprocess.run(
+            ["debugfs", "-R", f"cat {name}", f"{tmp_path / 'out.img'}?offset={17 * MIB}"], capture_output=True, env=env
+        )
+        assert dumped.stdout.rstrip(b"\0") == content, "debugfs has zeros after what is kept in an inode"
 
 
 def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thing: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -217,7 +218,7 @@ def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path
         Packed(tmp_path / "some.tar")
         .add("boot/firmware/", tarfile.DIRTYPE)
         .add("boot/firmware/Overlays/NEW.dtbo", data=b"1" * 70_000, mtime=1)
-        .add("boot/firmware/deep/er/a b.txt", data=b"2")
+        .add("boot/firmware/deep/er/a b.txt", data=b"2", mtime=5 * 10**9)
         .add("boot/firmware/CONFIG.TXT", data=b"# mine\n")
         .done()
     )
@@ -230,7 +231,19 @@ def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path
     assert boot["overlays/some.tar"] == boot["some.tar"] == packed.read_bytes(), "a folder there is seen as one"
     assert boot["config.txt"] == b"# mine\ndtoverlay=dwc2\n"
     assert not any(name.startswith("boot/firmware/") for name in card.files())
+    listed = subprocess.run(
+        ["mdir", "-i", f"{tmp_path / 'out.img'}@@1M", "::/deep/er"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "2107-12-31" in listed, "FAT has no later time"
     card.check()
+
+
+def test_an_inode_without_room_for_later_times_has_the_last_one(tmp_path: Path) -> None:
+    packed = Packed(tmp_path / "some.tar").add("opt/x", mtime=2**31).add("opt/y", mtime=-5).done()
+    bake(make_base(tmp_path / "base.img", options=("-I", "128")), tmp_path / "out.img", contents=[tar(packed)])
+    for name, time in (("x", "0x7fffffff"), ("y", "0xfffffffb")):
+        command = ["/usr/sbin/debugfs", "-R", f"stat /opt/{name}", f"{tmp_path / 'out.img'}?offset={17 << 20}"]
+        assert f"mtime: {time} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 ODD_NAMES = ("opt/caf\udce9", 'opt/"quoted"', "opt/<12>", "opt/-w", "opt/# x", "opt/a\\b", "opt/ ", "opt/\t", "!x")
@@ -303,10 +316,14 @@ def test_what_is_for_a_device_of_its_own_is_no_foreign_program(base: Path, tmp_p
         ("boot/firmware/x", tarfile.SYMTYPE, {"linkname": "y"}, "it has no links or devices"),
         ("boot/firmware", tarfile.REGTYPE, {}, "/boot/firmware is no folder, and a folder in the image"),
         ("boot/firmware/a:b", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
+        ("boot/firmware/caf\udce9/x", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
+        ("boot/firmware/abcdefg~1", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
+        ("boot/firmware/aux", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.acl.access": "user::rw-"}}, "has an access control list"),
         ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}posix_acl_access": "x"}}, "has an access control list"),
         ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}nfs4_acl": "x"}}, "has the attribute 'system.nfs4_acl'"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.odd": "x"}}, "has the attribute 'odd'"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.user.big": "x" * 5000}}, "than ext4 keeps of a file"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"size": str(2**44 + 1)}}, "has 17592186044417 bytes, more than"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "1e999999999"}}, "has the time 1e999999999"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "99999999999"}}, "has the time 99999999999"),

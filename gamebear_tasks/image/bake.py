@@ -178,7 +178,7 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
     with timing.phase("grow"):
         card = _make_room(recipe, image, card, tree, now, name)
     with timing.phase("write"), ext4.Debugfs(image, card.root, now, write=True) as session:
-        leaves = writer.write(session, tree, ext4.superblock(image, card.root).inode)
+        leaves = writer.write(session, tree, ext4.superblock(image, card.root))
     if leaves:
         with timing.phase("check"):
             ext4.mend(image, card.root, now, str(recipe.output))

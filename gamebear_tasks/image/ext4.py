@@ -41,6 +41,7 @@ class Superblock:
         inodes_per_group: how many inodes come with a group.
         inode: bytes of an inode.
         time: when it was last written, mounted or checked, in seconds since 1970.
+        has_quotas: it counts what each user has.
     """
 
     block: int
@@ -51,6 +52,7 @@ class Superblock:
     inodes_per_group: int
     inode: int
     time: int
+    has_quotas: bool
 
 
 def superblock(image: Path, root: Partition) -> Superblock:
@@ -78,6 +80,7 @@ def superblock(image: Path, root: Partition) -> Superblock:
         inodes_per_group=number(0x28),
         inode=int.from_bytes(data[0x58:0x5A], "little"),
         time=max(number(0x2C), number(0x30), number(0x40), 1),
+        has_quotas=bool(number(0x64) & 0x100),
     )
 
 
@@ -276,7 +279,7 @@ class Reader:
         dumped = self._folder / "dumped"
         dumped.unlink(missing_ok=True)
         self._session.do([b"dump <%d> dumped" % inode.number])
-        return dumped.read_bytes()
+        return dumped.read_bytes()[: inode.size]  # debugfs has zeros after what is kept in an inode
 
     def target(self, inode: Inode) -> str:
         """Return where a symbolic link leads."""

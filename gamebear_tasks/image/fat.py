@@ -14,8 +14,14 @@ from .tree import Entry
 YEAR_1980 = 315532800
 """Seconds from 1970 to where FAT's time begins."""
 
-FORBIDDEN = re.compile(r'[\0-\x1f"*:<>?\\|\[\]]|[. ](/|$)')
-"""What no name on a FAT has (Microsoft, FAT specification, section 7), or what mtools would take for a pattern."""
+YEAR_2108 = 4354819200
+"""Seconds from 1970 to where it ends."""
+
+FORBIDDEN = re.compile(
+    r"""[^ -~]|["*:<>?\\|\[\]]|[. ](/|$)|~[0-9]|[^/]{256}|(^|/)(con|prn|aux|nul|com[1-4]|lpt[1-4])(/|$)""",
+    re.IGNORECASE,
+)
+"""What no name on a FAT has (Microsoft, FAT specification, section 7), or mtools would write as another one."""
 
 
 class Fat:
@@ -63,7 +69,7 @@ class Fat:
         if FORBIDDEN.search(name):
             raise ImageError(
                 f"{entry.origin}: {name!r} can be no name on the boot file system, which is FAT.",
-                'Give it another, without \\ : * ? " < > | and dots or spaces at its end.',
+                "Give it another, of ASCII, without \\ : * ? \" < > | ~1, dots or spaces at its end, and no device's.",
             )
         there = self._there.get(name.lower())
         if there is not None and there.endswith("/") != entry.is_folder:
@@ -120,7 +126,7 @@ class Fat:
                     self._run(["mmd", "-i", self.path.name, f"::/{name}"], what)
                 continue
             staged = self.path.parent / entry.staged
-            time = max(entry.mtime // 10**9, YEAR_1980)
+            time = min(max(entry.mtime // 10**9, YEAR_1980), YEAR_2108 - 2)
             os.utime(staged, (time, time))
             self._run(["mcopy", "-i", self.path.name, "-o", "-m", staged.name, f"::/{name}"], what)
         self._run(

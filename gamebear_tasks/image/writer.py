@@ -7,11 +7,14 @@ import stat
 from collections.abc import Iterable
 
 from ..errors import ImageError
-from .ext4 import Debugfs, quoted
+from .ext4 import Debugfs, Superblock, quoted
 from .tree import Entry, Tree
 
 FAST_LINK = 60
 """Bytes from which on a link's target takes a block."""
+
+SMALLEST = 128
+"""Bytes of an inode that keeps no parts of seconds, and no time after 2038."""
 
 DEVICE = 65535
 """The largest major or minor number that debugfs can write."""
@@ -45,22 +48,22 @@ def room(tree: Tree, block: int) -> tuple[int, int]:
     return blocks + sum(2 * size // block + 1 for size in names.values()), inodes
 
 
-def write(session: Debugfs, tree: Tree, inode_size: int) -> bool:
+def write(session: Debugfs, tree: Tree, about: Superblock) -> bool:
     """Put a tree's entries in.
 
     Args:
         session: with debugfs, for writing; it runs in the folder where contents are staged.
         tree: what goes in.
-        inode_size: bytes of an inode: the smallest ones keep no parts of seconds.
+        about: what the file system says of itself.
 
     Returns:
-        Whether e2fsck has to free what debugfs has left: the attributes of files that went.
+        Whether e2fsck has to mend what debugfs has left: the attributes of files that went, and users' quotas.
 
     Raises:
         ImageError: debugfs could not.
     """
-    _check(tree)
-    leaves = _leaves_attributes(session, tree)
+    _check(tree, about)
+    leaves = about.has_quotas or _leaves_attributes(session, tree)
     session.do(_in_folders(tree, _removals(tree)))
     session.do(_in_folders(tree, _folders(tree)))
     names: dict[int, list[str]] = {}
@@ -78,7 +81,7 @@ def write(session: Debugfs, tree: Tree, inode_size: int) -> bool:
         _in_folders(
             tree,
             (
-                (name, _description(name, tree.added[name], len(names.get(id(tree.added[name]), "1")), inode_size))
+                (name, _description(name, tree.added[name], len(names.get(id(tree.added[name]), "1")), about.inode))
                 for name in described
             ),
         )
@@ -87,7 +90,7 @@ def write(session: Debugfs, tree: Tree, inode_size: int) -> bool:
     return leaves
 
 
-def _check(tree: Tree) -> None:
+def _check(tree: Tree, about: Superblock) -> None:
     """Refuse what debugfs cannot write."""
     for name, entry in tree.added.items():
         if any(char in text for text in (name, entry.target) for char in "\r\n\0"):
@@ -104,6 +107,11 @@ def _check(tree: Tree) -> None:
             raise ImageError(
                 f"{entry.origin}: the link {name!r} leads nowhere, or to too long a name.",
                 "Make it lead to a name of 1 to 4095 bytes, or leave it out.",
+            )
+        if sum(map(len, entry.xattrs.values())) > about.block + about.inode:
+            raise ImageError(
+                f"{entry.origin} has more extended attributes than ext4 keeps of a file: they go into one block.",
+                "Pack it without.",
             )
         if not all(0 <= number <= DEVICE for number in entry.device):
             raise ImageError(
@@ -189,9 +197,11 @@ def _description(name: str, entry: Entry, links: int, inode_size: int) -> list[b
         fields.append((b"links_count", b"%d" % links))
     for kind, time in ((b"mtime", entry.mtime), (b"atime", entry.atime)):
         seconds, nanoseconds = divmod(time, 10**9)
+        if inode_size == SMALLEST:
+            seconds = min(seconds, 2**31 - 1)  # as Linux has it there
         low = seconds & 0xFFFFFFFF
         fields.append((kind, b"@%d" % low))
-        if inode_size > 128:
+        if inode_size > SMALLEST:
             # Two bits more of the seconds, whose lower 32 are signed, and the rest (ext4's i_mtime_extra).
             epoch = ((seconds - (low - 2**32 if low >= 2**31 else low)) >> 32) & 3
             fields.append((kind + b"_extra", b"%d" % (nanoseconds << 2 | epoch)))
