@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from . import history, interrupt, tasklog, timing
 from .builders import Builder, Keeper, Order, Sink, Status, open_builder, shown
+from .builders.rounds import WORTH, Rounds
 from .config import settings, variables_of_this_run
 from .errors import NONSENSE, JobError
 from .interrupt import Interest, end_what_is_left
@@ -180,6 +181,7 @@ class Building:
     def _follow(self, builder: Builder, order: Order, status: Status, log: TaskLog) -> Status:
         """Follow a job to its end, within bounds: a builder may say for ever that it runs, or talk without end."""
         since: float | None = None
+        rounds = Rounds(f"The lines of the log of {self.plan.name} on {builder.url}")
         while True:
             self.telling.builds(status)
             status, data = builder.follow(order.job.digest, status.attempt, log.offset)
@@ -190,7 +192,11 @@ class Building:
                 since = time.monotonic()
             if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
                 raise self._overdue(builder, order)
-            if status.state != "running" and log.offset > 2 * tasklog.LIMIT:  # what runs is bounded by its time
+            if status.state == "running":
+                continue  # what runs is bounded by its time
+            if data:
+                rounds.another(len(data) >= WORTH)
+            if log.offset > 2 * tasklog.LIMIT:
                 raise JobError(
                     f"The log of {self.plan.name} on {builder.url} goes on after {size(log.offset)}, and no job may"
                     " write so much.",

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from project import Project, Run
 
 from gamebear_tasks import action, building, plan, tasklog, timing
-from gamebear_tasks.builders import local, remote, replies, session
+from gamebear_tasks.builders import local, remote, replies, rounds, session
+from gamebear_tasks.builders.remote import RunnerBuilder
+from gamebear_tasks.commands import jobs
+from gamebear_tasks.errors import GamebearError
 
 MIB = 1 << 20
 
@@ -123,14 +128,9 @@ class Hostile:
 
     def build(self) -> str:
         """Build by doit's action, which is quicker; return what it says of a failure."""
-        with self._checked(), pytest.MonkeyPatch.context() as patch:
+        with self._checked(), self._patched() as patch:
             patch.chdir(self.project.folder)
-            patch.setenv("PATH", self.project.environment["PATH"])
             patch.setattr(building, "_builders", {})
-            patch.setattr(tasklog, "LIMIT", 2 * MIB)
-            patch.setattr(local, "CLOSING", 0.3)
-            patch.setattr(remote, "TRIES", 1)
-            patch.setattr(session, "SILENCE", self.silence)
             made = plan.Plan(program=Path("x.py"), targets={"x": "build/x"})
             failure = action.Build(made).execute(None)
             for builder in building._builders.values():
@@ -138,6 +138,30 @@ class Hostile:
         said = str(failure.get_msg()) if failure else ""
         assert "\x1b" not in said and "\x07" not in said
         return said
+
+    def ask(self, question: Callable[[RunnerBuilder], object]) -> str:
+        """Ask it something; return what is said of its answer."""
+        with self._checked(), self._patched():
+            builder = local.open_builder("local:")
+            try:
+                question(builder)
+            except GamebearError as error:
+                return str(error)
+            finally:
+                builder.close()
+        return ""
+
+    @contextlib.contextmanager
+    def _patched(self) -> Iterator[pytest.MonkeyPatch]:
+        """Have this builder on this machine, and less patience than usual."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", self.project.environment["PATH"])
+            patch.setattr(tasklog, "LIMIT", 2 * MIB)
+            patch.setattr(local, "CLOSING", 0.3)
+            patch.setattr(remote, "TRIES", 1)
+            patch.setattr(rounds, "ROUNDS", 20)
+            patch.setattr(session, "SILENCE", self.silence)
+            yield patch
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
@@ -382,6 +406,39 @@ def test_phases_that_make_no_sense_are_passed_over(hostile: Hostile) -> None:
 def test_a_header_as_long_as_may_be_takes_no_memory_to_speak_of(hostile: Hostile) -> None:
     hostile.says("""def follow(request): text(json.dumps(result())[:-1] + ', "x": [' + '0,' * 2_000_000 + '0]}')""")
     hostile.doit().ok()
+
+
+JOB: dict[str, Any] = {"digest": "ab" * 32, "state": "done", "attempt": "a1", "log": 100}
+
+NO_END = "come in small pieces, without an end."
+
+
+def test_a_builder_that_has_always_a_little_more_is_not_asked_for_ever(hostile: Hostile) -> None:
+    hostile.says(f"""
+def follow(request): send(b"x", **result())
+def prune(request): send(jobs=1, more=True)
+def list(request): send(total=10**9, jobs=[{{**{JOB}, "digest": "%064x" % request["skip"]}}])
+""")
+    assert hostile.build().startswith(f"The lines of the log of x.py on local: {NO_END}")
+    assert hostile.asked.count("follow") == 21
+    assert NO_END in hostile.ask(lambda builder: builder.jobs())
+    assert hostile.asked.count("list") == 21
+    assert NO_END in hostile.ask(lambda builder: builder.prune())
+    entry = replies.entry(JOB)
+    assert entry is not None
+    for lines in (-1, 10):
+        assert NO_END in hostile.ask(lambda builder: jobs._follow(jobs.Found(builder, entry), lines))  # noqa: B023
+
+
+def test_a_builder_that_breaks_off_after_each_little_piece_is_not_asked_for_ever(hostile: Hostile) -> None:
+    hostile.says("""
+def fetch(request):
+    text(json.dumps({"body": 10**9 - request["offset"]}), b"x" * 5000)
+    sys.exit()
+""")
+    sink = io.BytesIO()
+    assert NO_END in hostile.ask(lambda builder: builder.fetch(JOB["digest"], "a1", "x", 0, sink, 10**9))
+    assert hostile.asked.count("fetch") == 21 and len(sink.getvalue()) == 21 * 5000
 
 
 def test_words_of_a_builder_do_nothing_to_the_terminal(hostile: Hostile) -> None:

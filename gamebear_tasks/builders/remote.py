@@ -24,6 +24,7 @@ from ..timing import expected
 from . import JobEntry, Kept, Order, Pruned, Sink, Status, replies
 from .channel import Connection
 from .pool import SessionPool
+from .rounds import Rounds
 from .session import CHUNK, Body, Bytes, FileFrom, Take, words_of
 
 INLINE = 16 << 10
@@ -215,6 +216,7 @@ class RunnerBuilder:
             target.write(content[offset:])
             return
         setbacks = _Setbacks(self)
+        rounds = Rounds(f"The bytes of {name} on {self.place}")
         got = 0
 
         def take(data: bytes) -> None:
@@ -225,11 +227,13 @@ class RunnerBuilder:
 
         while True:
             header = {"op": "fetch", "digest": digest, "attempt": attempt, "name": name, "offset": offset + got}
+            before = got
             try:
                 self._ask_once(header, None, take, limit - got)
                 return
             except BuilderLost as error:
                 setbacks.another(error)
+                rounds.another(got - before >= CHUNK)
 
     def cancel(self, digest: str, attempt: str) -> bool:
         """End a job, unless somebody else waits for it too."""
@@ -244,11 +248,12 @@ class RunnerBuilder:
         """Return the jobs, first those that run or wait, then the newest; and how many there are."""
         found: dict[str, JobEntry] = {}
         skip = 0
+        rounds = Rounds(f"The jobs of {self.place}")
         while True:
             most = PAGE if limit is None else min(PAGE, limit - skip)
             reply = self._ask({"op": "list", "skip": skip, "limit": most, "prefix": prefix})
             listed = reply.get("jobs")
-            page = [replies.entry(item) for item in listed[:PAGE]] if isinstance(listed, list) else []
+            page = [replies.entry(item) for item in listed[:most]] if isinstance(listed, list) else []
             for entry in page:
                 if entry is not None and entry.digest.startswith(prefix):
                     found.setdefault(entry.digest, entry)
@@ -256,6 +261,7 @@ class RunnerBuilder:
             skip += len(page)
             if not page or skip >= min(total, JOBS if limit is None else limit):
                 return list(found.values()), max(total, len(found))
+            rounds.another(len(page) == most)
 
     def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
         """Wait a while for news of a job, without counting as somebody who waits for it."""
@@ -298,6 +304,7 @@ class RunnerBuilder:
     ) -> Pruned:
         """Remove what is kept on the builder and no longer used."""
         counts = dict.fromkeys(("jobs", "blobs", "images", "others", "freed"), 0)
+        rounds = Rounds(f"The things that {self.place} has pruned")
         while True:
             reply = self._ask({"op": "prune", "older": older, "size": size, "keep": keep, "images": images})
             before = dict(counts)
@@ -306,6 +313,7 @@ class RunnerBuilder:
                 counts[name] += count if isinstance(count, int) else 0
             if not reply.get("more") or counts == before:
                 break
+            rounds.another()
         left = reply.get("left")
         return Pruned(**counts, left=tuple(map(words_of, left)) if isinstance(left, list) else ())
 
@@ -426,6 +434,7 @@ class RunnerBuilder:
 
     def _upload_large(self, sha256: str, path: Path, length: int, have: int) -> None:
         setbacks = _Setbacks(self)
+        rounds = Rounds(f"The bytes of {path} that {self.place} takes")
         damaged = 0
         while True:
             if not 0 <= have <= length:
@@ -440,6 +449,7 @@ class RunnerBuilder:
                     setbacks.count = 0
                 else:
                     setbacks.another(error)
+                rounds.another(have - before >= CHUNK)
                 continue
             got = reply.get("have")
             if got == length:

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..builders import Builder, JobEntry, Listed, shown
+from ..builders.rounds import WORTH, Rounds
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
 from ..report import age, duration, notice, printable, size, without_escapes
+from ..tasklog import LIMIT, noted
 from .command import FAILED, ProjectCommand
 
 SHOWN = 20
@@ -171,7 +173,6 @@ the name of a task of this project."""
     def _digests(self, name: str) -> list[str]:
         """Return the digests that a task's job has: as its files are now, and as doit last had it built from here."""
         from ..action import Build
-        from ..tasklog import noted
 
         task = self.tasks.get(name)
         if task is None:
@@ -223,6 +224,7 @@ def _follow(job: Found, lines: int) -> int:
     offset = max(0, entry.log - TAIL) if lines >= 0 else 0
     skip = entry.log if lines >= 0 else 0
     printer = _Printer()
+    rounds = Rounds(f"The lines of the log of {job.name}")
     try:
         if skip:
             begin = bytearray()
@@ -231,6 +233,7 @@ def _follow(job: Found, lines: int) -> int:
                 if not data:
                     break
                 begin += data
+                rounds.another(len(data) >= WORTH)
             offset += len(begin)
             kept = bytes(begin).splitlines(keepends=True)
             printer.write(b"".join(kept[len(kept) - lines :] if lines else []))
@@ -240,6 +243,8 @@ def _follow(job: Found, lines: int) -> int:
             offset += len(data)
             if status.is_final and not data:
                 break
+            if status.state != "running" and data:
+                rounds.another(len(data) >= WORTH and offset <= 2 * LIMIT)
     except KeyboardInterrupt:
         printer.end()
         if not entry.is_final:
