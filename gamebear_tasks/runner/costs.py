@@ -98,9 +98,9 @@ def sync_seconds(root: Path) -> float:
 
 
 def _sync_once(folder: Path) -> float:
-    path = folder / f"sync-{secrets.token_hex(8)}"
+    path = folder / "sync"  # always the same, so that one who was killed leaves no more than the next removes
     try:
-        with path.open("xb") as file:
+        with path.open("wb") as file:
             file.write(secrets.token_bytes(4096))
             file.flush()
             start = time.monotonic()
