@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import JobError
-from .report import line_of, notice, size
+from .report import line_of, notice, printable, size, without_escapes
 from .runner.files import read_json
 
 LOGS = Path("build") / "logs"
@@ -18,6 +18,9 @@ LOGS = Path("build") / "logs"
 
 LIMIT = 1 << 30
 """Bytes of a log that are kept; what comes after them is only shown."""
+
+LONG = 8 << 10
+"""Characters after which a line without an end is shown."""
 
 _LAST = 16384
 """Bytes of the log's end in which its last lines are looked for."""
@@ -50,6 +53,49 @@ class Out(Protocol):
     def flush(self) -> object:
         """Show it now."""
         ...
+
+
+class Harmless:
+    """Shows a log's text as it comes, without what a terminal would act on: it is a builder's, which may be anybody's.
+
+    Args:
+        out: where.
+    """
+
+    def __init__(self, out: Out) -> None:
+        self.encoding = getattr(out, "encoding", None) or "utf-8"
+        self._out = out
+        self._rest = ""
+        self._is_ended = True
+
+    def write(self, text: str) -> object:
+        """Show a text; a line with an escape in it when it is whole, or long."""
+        text = self._rest + text
+        end = text.rfind("\n") + 1
+        whole = len(text) - ("\x1b" not in text[end:] and text.endswith("\r"))  # a line feed may follow
+        if "\x1b" in text[end:]:
+            whole = end if len(text) - end < LONG else len(text)
+        self._rest = text[whole:]
+        self._show(text[:whole])
+        return None
+
+    def flush(self) -> object:
+        """Show it now."""
+        return self._out.flush()
+
+    def close(self) -> None:
+        """Show what is left, and end its line."""
+        self._show(self._rest)
+        self._rest = ""
+        if not self._is_ended:
+            self._show("\n")
+        self.flush()
+
+    def _show(self, text: str) -> None:
+        text = printable(without_escapes(text).replace("\r\n", "\n").replace("\r", "\n"))
+        if text:
+            self._is_ended = text.endswith("\n")
+            self._out.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
 
 
 class TaskLog:
@@ -121,8 +167,7 @@ class TaskLog:
         if self._tell is not None:
             self._tell(text)
         if self._out is not None:
-            encoding = getattr(self._out, "encoding", None) or "utf-8"
-            self._out.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._out.write(text)
             self._out.flush()
 
     def _keep(self, data: memoryview) -> None:

@@ -459,6 +459,28 @@ def follow(request):
     hostile.refused(f"def greet(): raw(b'gamebear-runner: python ' + ({evil})[:99].encode() + b'\\n')", "evil")
 
 
+LOG = b"\x1b]0;evil\x07\x1b[2J\x1b[31mred\x1b[0m\r\n1%\r99%\r\n\x9b2Jend \x1b"
+
+SEEN = "red\n1%\n99%\n\N{REPLACEMENT CHARACTER}2Jend \N{REPLACEMENT CHARACTER}\n"
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+@pytest.mark.parametrize("words", [("run", "-v", "2", "-r", "console"), ("jobs", "follow", "ab" * 32)])
+def test_a_log_does_nothing_to_the_terminal_whoever_shows_it(
+    hostile: Hostile, piece: int, words: tuple[str, ...]
+) -> None:
+    hostile.says(f"""
+def submit(request): send(state="running", attempt="a1", started=True)
+def list(request): send(total=1, jobs=[{JOB}])
+def follow(request):
+    log = {LOG!r}[request["offset"]:][:{piece}]
+    send(log, **(result() if request["offset"] + {piece} > len({LOG!r}) else dict(state="running", attempt="a1")))
+""")
+    assert SEEN in hostile.doit(*words).ok().out
+    if words[0] == "run":
+        assert (hostile.project.folder / "build/logs/x.log").read_bytes() == LOG, "what is kept is as it came"
+
+
 # waiting
 
 

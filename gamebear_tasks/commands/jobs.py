@@ -16,8 +16,8 @@ from ..builders import Builder, JobEntry, Listed, shown
 from ..builders.rounds import WORTH, Rounds
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
-from ..report import age, duration, notice, printable, size, without_escapes
-from ..tasklog import LIMIT, noted
+from ..report import age, duration, notice, size
+from ..tasklog import LIMIT, Harmless, noted
 from .command import FAILED, ProjectCommand
 
 SHOWN = 20
@@ -223,7 +223,8 @@ def _follow(job: Found, lines: int) -> int:
     entry = job.entry
     offset = max(0, entry.log - TAIL) if lines >= 0 else 0
     skip = entry.log if lines >= 0 else 0
-    printer = _Printer()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out = Harmless(sys.stdout)
     rounds = Rounds(f"The lines of the log of {job.name}")
     try:
         if skip:
@@ -236,21 +237,22 @@ def _follow(job: Found, lines: int) -> int:
                 rounds.another(len(data) >= WORTH)
             offset += len(begin)
             kept = bytes(begin).splitlines(keepends=True)
-            printer.write(b"".join(kept[len(kept) - lines :] if lines else []))
+            out.write(decoder.decode(b"".join(kept[len(kept) - lines :] if lines else [])))
         while True:
             status, data = job.listed.watch(entry.digest, entry.attempt, offset)
-            printer.write(data)
+            out.write(decoder.decode(data))
+            out.flush()
             offset += len(data)
             if status.is_final and not data:
                 break
             if status.state != "running" and data:
                 rounds.another(len(data) >= WORTH and offset <= 2 * LIMIT)
     except KeyboardInterrupt:
-        printer.end()
+        out.close()
         if not entry.is_final:
             notice(f"{job.name} goes on; `doit jobs cancel {entry.digest[: entry.digits]}` ends it")
         raise
-    printer.end()
+    out.close()
     said = f": {status.failure.message}" if status.failure else ""
     how = {"cancelled": "was cancelled", "lost": "was lost: the builder restarted, or the job was begun again"}
     notice(f"{job.name} {how.get(status.state) or ('is done' if status.state == 'done' else status.state)}{said}")
@@ -269,35 +271,6 @@ def _cancel(job: Found, force: bool) -> int:
         )
     notice(f"{job.name} was cancelled")
     return 0
-
-
-class _Printer:
-    """Prints a log as it comes, whole lines where they are not too long, without what a terminal would act on."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
-
-    def write(self, data: bytes) -> None:
-        text = self._rest + self._decoder.decode(data)
-        end = max(text.rfind("\n"), text.rfind("\r")) + 1
-        if len(text) - end > TAIL:
-            end = len(text)
-        self._print(text[:end])
-        self._rest = text[end:]
-
-    def end(self) -> None:
-        """Print what is left."""
-        if self._rest:
-            self._print(f"{self._rest}\n")
-            self._rest = ""
-
-    def _print(self, text: str) -> None:
-        if text:
-            text = without_escapes(text).replace("\r\n", "\n").replace("\r", "\n")
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
 
 
 HEAD = ("ID", "STATE", "WHAT", "BY", "TIME", "SIZE", "LAST USE")

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..report import in_line, line_of, notice
+from ..tasklog import LONG, Harmless
 
 if TYPE_CHECKING:  # those who build have them
     from ..builders import Status
@@ -40,9 +41,6 @@ OFTEN = 0.1
 
 UNSENT = 64 << 10
 """Bytes of events that may wait for a view which does not listen; what comes then is not told."""
-
-LONG = 8 << 10
-"""Characters after which a line without an end is shown."""
 
 ANSWER = 10.0
 """Seconds that the view may take to leave the terminal to a question."""
@@ -213,10 +211,14 @@ class Telling:
         Args:
             out: where it is without a view; None for nowhere.
         """
-        lines = _Lines(self) if self.wants_lines and out is not None else None
-        yield lines if self.is_heard else out
-        if lines is not None:
-            lines.close()
+        lines: _Lines | Harmless | None = None
+        if out is not None and (self.wants_lines or not self.is_heard):
+            lines = _Lines(self) if self.is_heard else Harmless(out)
+        try:
+            yield lines
+        finally:
+            if lines is not None:
+                lines.close()
 
     def last_line(self, text: str) -> None:
         """Tell the last line of what has come of a log."""
