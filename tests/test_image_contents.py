@@ -246,6 +246,16 @@ def test_an_inode_without_room_for_later_times_has_the_last_one(tmp_path: Path) 
         assert f"mtime: {time} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def test_a_boot_file_system_has_room_for_what_replaces_as_much(tmp_path: Path) -> None:
+    small = make_base(tmp_path / "base.img", boot={"Kernel.img": "k" * 15_000_000})
+    kernel = tmp_path / "kernel.img"
+    kernel.write_bytes(os.urandom(15_001_000))
+    bake(small, tmp_path / "out.img", contents=[file(kernel, "/boot/firmware/")])
+    card = Card(tmp_path / "out.img")
+    assert [content == kernel.read_bytes() for content in card.boot().values()] == [True]
+    card.check()
+
+
 ODD_NAMES = ("opt/caf\udce9", 'opt/"quoted"', "opt/<12>", "opt/-w", "opt/# x", "opt/a\\b", "opt/ ", "opt/\t", "!x")
 
 

@@ -83,10 +83,10 @@ def _put_file(item: File, tree: Tree, arch: str) -> None:
 
 def _stage(source: IO[bytes], target: Path, arch: str, name: str) -> int:
     """Copy a content to where it is staged, and return its size; raises ImageError where it is a foreign program."""
-    with target.open("wb") as out:
+    with target.open("w+b") as out:
         write_sparse(source, out)
-    with target.open("rb") as file:
-        other = elf.architecture(file.read(64))
+        out.seek(0)
+        other = elf.architecture(out.read(64))
     if other and other != arch:
         raise ImageError(
             f"{name} is a program for {other}, and the image is for {arch}.",

@@ -108,11 +108,20 @@ class Fat:
         """See that there is room; raises ImageError."""
         needed = sum(-(-max(entry.size, 1) // self._cluster) + 1 for entry in self._added.values())
         if self._added and needed > self._free:
+            needed -= self._replaced()
+        if self._added and needed > self._free:
             raise ImageError(
                 f"The boot file system of {name} is full: {needed * self._cluster} bytes go in, and"
                 f" {self._free * self._cluster} are free.",
                 "It cannot grow; put less there.",
             )
+
+    def _replaced(self) -> int:
+        """Return how many clusters the files have that others take the place of: mcopy frees them first."""
+        said = self._run(["mdu", "-i", self.path.name, "-a", "::"], "The boot file system cannot be read")
+        added = {name.lower() for name, entry in self._added.items() if not entry.is_folder}
+        taken = (line.removeprefix("::/").rpartition(" ") for line in said.splitlines())
+        return sum(int(clusters) for name, _, clusters in taken if name.lower() in added)
 
     def write(self) -> None:
         """Put everything in, and check the whole; raises ImageError."""

@@ -18,6 +18,7 @@ PACKAGES = {
     "fsck.fat": "dosfstools",
     "mcopy": "mtools",
     "mdir": "mtools",
+    "mdu": "mtools",
     "mmd": "mtools",
     "xz": "xz-utils",
     "zstd": "zstd",
