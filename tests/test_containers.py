@@ -49,7 +49,7 @@ class Builder:
         self.root = root
         found = facts(root)
         own = ("--root", str(root / "storage"), "--runroot", str(root / "runroot"), "--storage-driver", found.driver)
-        self.facts: Facts = found if found.storage[:1] == ("--root",) else dataclasses.replace(found, storage=own)
+        self.facts: Facts = found if found.storage[:1] == ("--root",) else found._replace(storage=own)
         self.count = 0
 
     def buildah(self, *args: str) -> str:
@@ -322,7 +322,7 @@ def test_settings_hold_for_commands_and_for_the_image(builder: Builder) -> None:
 
 
 def test_an_older_buildah_gets_the_same_settings(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "facts", dataclasses.replace(builder.facts, version="1.19.6"))
+    monkeypatch.setattr(builder, "facts", builder.facts._replace(version="1.19.6"))
     outcome = builder.run(
         "with Container('tiny') as c:\n"
         "    c.environ['A'] = '$1'\n"
@@ -578,7 +578,7 @@ def test_what_a_build_leaves_running_ends_with_it(builder: Builder) -> None:
 def test_a_build_without_a_pid_namespace_ends_as_completely(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.getuid():
         pytest.skip("without a PID namespace, `buildah unshare` is between us and the build")
-    monkeypatch.setattr(builder, "facts", dataclasses.replace(builder.facts, pid_namespace=False))
+    monkeypatch.setattr(builder, "facts", builder.facts._replace(pid_namespace=False))
     try:
         test_what_a_build_leaves_running_ends_with_it(builder)
         test_all_ends_when_the_supervisor_is_gone(builder)

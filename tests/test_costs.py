@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import time
@@ -168,7 +167,7 @@ def test_a_disk_that_is_nearly_full_is_told(mounted: Callable[[str], Path], opti
 
 
 def test_a_builder_without_namespaces_is_told(mounted: Callable[[str], Path]) -> None:
-    (found,) = costs.notices(mounted("size=2G"), dataclasses.replace(GOOD, pid_namespace=False)).values()
+    (found,) = costs.notices(mounted("size=2G"), GOOD._replace(pid_namespace=False)).values()
     assert "no PID namespace to be had" in found and "--privileged" in found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -291,7 +290,7 @@ def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
 
 def test_facts_survive_their_file() -> None:
     known = elsewhere(emulated=("armhf",))
-    assert buildah._from_json(json.loads(json.dumps(dataclasses.asdict(known)))) == known
+    assert buildah._from_json(json.loads(json.dumps(known._asdict()))) == known
 
 
 def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,9 @@ changed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import getpass
 import json
 import os
-import platform
 import re
 import select
 import shlex
@@ -21,13 +19,12 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from . import files, output
 from .arch import ARCHITECTURES
-from .emulation import PROBE_SECONDS, emulated
+from .emulation import PROBE_SECONDS, emulated, handlers
 from .files import RunnerError, locked
 
 REASON = 400
@@ -84,8 +81,7 @@ class ImageError(RunnerError):
     kind = "image"
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):  # a dataclass takes as long to import as all else that a supervisor needs of ours
     """What this builder can do.
 
     Attributes:
@@ -122,16 +118,25 @@ def facts(root: Path) -> Facts:
         return _from_json(json.loads(os.environ[FACTS_VARIABLE]))
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(root / "facts.lock"):
-        key = _key(root)
+        key, foreign = _key(root), handlers()
         known = files.read_json(root / "facts.json")
         if isinstance(known, dict) and known.get("key") == key:
             with contextlib.suppress(KeyError, TypeError):
                 found = _from_json(known["facts"])
-                return dataclasses.replace(found, emulated=emulated(found.arch))
+                if foreign is not None and foreign == known.get("handlers"):
+                    return found
+                found = found._replace(emulated=emulated(found.arch))
+                if foreign is not None:
+                    _remember(root, key, foreign, found)
+                return found
         found = _probe(root)
-        files.write_json(root / "facts.json", {"key": key, "facts": dataclasses.asdict(found)})
+        _remember(root, key, foreign, found)
         _forget_other_boots(root, found)
         return found
+
+
+def _remember(root: Path, key: dict[str, Any], foreign: list[str] | None, found: Facts) -> None:
+    files.write_json(root / "facts.json", {"key": key, "handlers": foreign, "facts": found._asdict()})
 
 
 def namespace(facts: Facts) -> list[str]:
@@ -153,13 +158,13 @@ def environment(root: Path, facts: Facts) -> dict[str, str]:
     """Return the whole environment for what runs on this builder: no secrets, TMPDIR in the store."""
     env = _environment(root, facts.rootless)
     env["BUILDAH_ISOLATION"] = facts.isolation
-    env[FACTS_VARIABLE] = json.dumps(dataclasses.asdict(facts))
+    env[FACTS_VARIABLE] = json.dumps(facts._asdict())
     return env
 
 
 def stay_with(facts: Facts) -> None:
     """Have this process go by what it knows, whatever is changed meanwhile: its containers are where that says."""
-    os.environ[FACTS_VARIABLE] = json.dumps(dataclasses.asdict(facts))
+    os.environ[FACTS_VARIABLE] = json.dumps(facts._asdict())
 
 
 class Buildah:
@@ -487,7 +492,7 @@ def _key(root: Path) -> dict[str, Any]:
         "recipe": RECIPE,
         "root": str(root),
         "boot": boot(),
-        "kernel": platform.release(),
+        "kernel": os.uname().release,
         "uid": os.geteuid(),
         "home": str(Path("~").expanduser()),
         "variables": {name: value for name, value in os.environ.items() if name.startswith(chosen)},
@@ -534,9 +539,7 @@ def _probe(root: Path) -> Facts:
     for driver, storage in _stores(root, rootless, env):
         for pid_namespace in (True, False):
             for isolation in ("rootless", "chroot") if rootless else ("oci", "chroot"):
-                tried = dataclasses.replace(
-                    found, storage=storage, driver=driver, isolation=isolation, pid_namespace=pid_namespace
-                )
+                tried = found._replace(storage=storage, driver=driver, isolation=isolation, pid_namespace=pid_namespace)
                 failure = _try(root, tried)
                 if not failure:
                     return tried
@@ -652,5 +655,5 @@ def _debian_arch(env: dict[str, str]) -> str:
     status, stdout, _ = _captured(["dpkg", "--print-architecture"], env, timeout=PROBE_SECONDS)
     if not status and stdout.strip():
         return stdout.strip()
-    machine = platform.machine()
+    machine = os.uname().machine
     return ARCHITECTURES.get(machine, machine)

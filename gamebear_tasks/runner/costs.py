@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import time
 from pathlib import Path
@@ -101,7 +100,7 @@ def _sync_once(folder: Path) -> float:
     path = folder / "sync"  # always the same, so that one who was killed leaves no more than the next removes
     try:
         with path.open("wb") as file:
-            file.write(secrets.token_bytes(4096))
+            file.write(os.urandom(4096))
             file.flush()
             start = time.monotonic()
             os.fsync(file.fileno())

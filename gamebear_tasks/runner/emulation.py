@@ -8,6 +8,9 @@ import struct
 import subprocess
 from pathlib import Path
 
+HANDLERS = Path("/proc/sys/fs/binfmt_misc")
+"""Where the kernel shows its handlers of foreign programs (binfmt-misc.rst)."""
+
 PROBE_SECONDS = 120.0
 """How long one step of finding out what a builder can do may take; a Pi with a slow card takes a few seconds."""
 
@@ -34,6 +37,18 @@ def emulated(arch: str) -> tuple[str, ...]:
     if "armhf" in (*names, arch):
         names.append("armel")
     return tuple(sorted(set(names) - {arch}))
+
+
+def handlers() -> list[str] | None:
+    """Return what runs other architectures' programs here, as the kernel describes it; None where that is not shown.
+
+    As long as it stays the same, so does what is `emulated`: whatever else that hangs on is the kernel and the CPU.
+    """
+    try:
+        found = [path for path in HANDLERS.iterdir() if path.name != "register"]
+        return sorted(f"{path.name}: {path.read_text('utf-8', 'replace')}" for path in found)
+    except OSError:  # binfmt_misc is not mounted, as in some containers; the kernel may have handlers all the same
+        return None
 
 
 def _program(arch: str) -> bytes:
@@ -80,7 +95,7 @@ def _runs(arch: str) -> bool:
 def _reaches_containers(arch: str) -> bool:
     handler = {"armhf": "arm", "arm64": "aarch64", "amd64": "x86_64", "ppc64el": "ppc64le"}.get(arch, arch)
     try:
-        text = Path(f"/proc/sys/fs/binfmt_misc/qemu-{handler}").read_text()
+        text = (HANDLERS / f"qemu-{handler}").read_text()
     except OSError:
         return True
     flags = re.search(r"^flags: *(\w*)$", text, re.MULTILINE)

@@ -11,11 +11,9 @@ import contextlib
 import fcntl
 import os
 import re
-import secrets
 import select
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -191,7 +189,8 @@ def _through_fifos(
 @contextlib.contextmanager
 def _passable_folder(prefix: str) -> Iterator[Path]:
     """Give a folder in `SHARED` through which every user can pass who is told a name in it, and remove it."""
-    top = Path(tempfile.mkdtemp(prefix=prefix, dir=SHARED))
+    top = SHARED / f"{prefix}{os.urandom(8).hex()}"
+    top.mkdir(0o700)
     try:
         top.chmod(0o711)
         yield top
@@ -203,7 +202,7 @@ def _passable_folder(prefix: str) -> Iterator[Path]:
 def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
     """Give a folder with the FIFOs `out`, `err` and `begun`, which only root of the container can open."""
     with _passable_folder(prefix) as top:
-        folder = top / secrets.token_hex(8)
+        folder = top / os.urandom(8).hex()
         folder.mkdir()
         folder.chmod(0o711)
         os.mkfifo(folder / "begun", 0o600)
@@ -219,7 +218,7 @@ def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
 def file_for_all(prefix: str) -> Iterator[Path]:
     """Give an empty file in `SHARED` that every user of a container can write to who is told its name."""
     with _passable_folder(prefix) as top:
-        path = top / secrets.token_hex(16)
+        path = top / os.urandom(16).hex()
         path.touch()
         path.chmod(0o666)
         yield path

@@ -12,7 +12,6 @@ A result's state has `policies`, a list with one object for each package image t
 
 from __future__ import annotations
 
-import calendar
 import math
 import re
 import time
@@ -80,6 +79,8 @@ def why_expired(state: Mapping[str, Any], meaning: Callable[[str, str], str]) ->
 
 def _made_at(annotations: Mapping[str, str]) -> float:
     """Return when a package image was made, in seconds since 1970; 0 where it does not say."""
+    import calendar  # slow to load, and a session of a client's has no need of it
+
     try:
         return float(calendar.timegm(time.strptime(annotations.get("gamebear.created", ""), "%Y-%m-%dT%H:%M:%SZ")))
     except ValueError:

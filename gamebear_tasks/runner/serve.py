@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import platform
 import select
 import shutil
 import subprocess
@@ -137,6 +136,8 @@ class Session:
 
     def _hello(self) -> Reply:
         """Say what this builder is, without touching buildah."""
+        import platform  # slow to load, and seldom needed
+
         return {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -234,6 +235,8 @@ class Session:
                 return state
             own_python = "{}.{}".format(*sys.version_info[:2])
             if python is not None and python != own_python:
+                import platform
+
                 raise RunnerError(
                     f"The function was pickled by Python {python}, and the builder's python3 is"
                     f" {platform.python_version()}: neither reads the other's functions.",

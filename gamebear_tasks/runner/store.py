@@ -31,7 +31,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -251,7 +250,7 @@ class StoredJob:
 
         The state comes last: until it is there, the job is what it was, and less whatever was removed here.
         """
-        attempt = secrets.token_hex(8)
+        attempt = os.urandom(8).hex()
         after_lost = self.mark.exists()
         self.mark.touch()
         sync_folder(self.mark.parent)

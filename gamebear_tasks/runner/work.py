@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .files import CHUNK, RunnerError, is_file_name, is_relative_path, is_sha256, sha256_of, write_all
 from .store import StoredJob
+
+if TYPE_CHECKING:  # slow to load, and many jobs have no source
+    import tarfile
 
 BROKEN_SOURCE = "No source of ours has one: remove it from gamebear-tasks/sources of your cache, then run doit again."
 """What to do about a tar that our sources do not make."""
@@ -76,19 +78,23 @@ def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_s
         if not is_file_name(name):
             raise JobFailed("job", f"{name!r} cannot be the name of a source.")
         _lay(stored, check_stop, _tree(trees, name), stored.folder, "source.tar", False)
-        path = stored.folder / "source.tar"
-        folder = stored.work / name
-        folder.mkdir()
-        try:
-            with tarfile.open(path) as tar:
-                unpack(tar, folder, check_stop)
-        except (tarfile.TarError, EOFError) as error:
-            raise JobFailed(
-                "source",
-                f"The archive of the source {name} cannot be unpacked: {error}.",
-                "Fetch the source anew on the machine that runs doit, then run doit again.",
-            ) from error
-        path.unlink()
+        _unpack_source(stored.folder / "source.tar", stored.work / name, name, check_stop)
+
+
+def _unpack_source(path: Path, folder: Path, name: str, check_stop: Callable[[], None]) -> None:
+    import tarfile
+
+    folder.mkdir()
+    try:
+        with tarfile.open(path) as tar:
+            unpack(tar, folder, check_stop)
+    except (tarfile.TarError, EOFError) as error:
+        raise JobFailed(
+            "source",
+            f"The archive of the source {name} cannot be unpacked: {error}.",
+            "Fetch the source anew on the machine that runs doit, then run doit again.",
+        ) from error
+    path.unlink()
 
 
 def _tree(trees: dict[str, str], name: str) -> str:
