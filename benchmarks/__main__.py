@@ -48,8 +48,8 @@ def main() -> int:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {known}")
     if os.geteuid():
         parser.error("it makes users, an sshd and mounts: run it as root, on a machine of its own")
-    for name in list(os.environ):
-        if name.startswith(("GAMEBEAR_", "XDG_", "SSH_")):
+    for name in list(os.environ):  # PYTHON…: with PYTHONDONTWRITEBYTECODE, a checkout is compiled anew by every run
+        if name.startswith(("GAMEBEAR_", "PYTHON", "SSH_", "XDG_")):
             del os.environ[name]
     RESULTS.mkdir(exist_ok=True)
     failed = 0
