@@ -298,8 +298,10 @@ class Container:
 
         The cache belongs to the container's root, as whom alone it can be written.
         """
-        whom = self.user if user is None else str(user)
-        if self._ccache is None or whom not in ("", "0", "root", "0:0", "root:root"):
+        if self._ccache is None:
+            return []
+        whom = self.user if user is None else str(user)  # what buildah may have to be asked for
+        if whom not in ("", "0", "root", "0:0", "root:root"):
             return []
         further.update(self._ccache.environment(further.get("PATH") or self.environ.get("PATH", "")))
         self._ccache_was_mounted = True
