@@ -22,6 +22,7 @@ import pytest
 import tiny
 
 from gamebear_tasks.runner.buildah import Buildah, Facts, environment, facts, namespace, remove_tree
+from gamebear_tasks.runner.supervise import GO
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = ("sh", "cat", "env", "id", "ls", "mkdir", "pwd", "sleep", "true", "false")
@@ -107,10 +108,13 @@ class Builder:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                cwd=folder / "work",
+                cwd=folder,
                 env=environment(self.root, self.facts),
                 start_new_session=True,
             )
+        assert process.stdin is not None
+        process.stdin.write(GO)
+        process.stdin.flush()
         return process, folder
 
     def run(self, script: str | bytes, outputs: tuple[str, ...] = (), **more: Any) -> Outcome:

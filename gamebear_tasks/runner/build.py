@@ -61,12 +61,15 @@ class OutputError(RunnerError):
 
 
 def main(digest: str) -> int:
-    """Build a job; the working directory is the job's, standard input the pipe to its supervisor.
+    """Build a job when its supervisor says so; the working directory is the job's, standard input the pipe to it.
 
     Returns:
         0 when it is built, else 1, or 128 plus the number of the signal that ended the child.
     """
     supervisor = os.dup(0)
+    if not os.read(supervisor, 1):
+        _end(KILLED)
+    os.chdir("work")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)

@@ -39,6 +39,9 @@ LOG_TAIL = 16 << 10
 NO_ROOM = 1 << 20
 """Free bytes below which a build that failed is taken to have failed because of that."""
 
+GO = b"\n"
+"""What a build is told when its folder is there."""
+
 GRACE = 5.0
 """Seconds between asking a build to end and killing it."""
 
@@ -148,10 +151,19 @@ class Supervisor:
             self.tidy = True
             if self.stored.work.exists():
                 remove_tree(self.store.root, known, self.stored.work)
-            work.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
-        self._run_program(known, deadline, limit, str(order.get("base", "auto")))
+            process = self._start_program(known, str(order.get("base", "auto")))
+            try:
+                work.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
+            except BaseException:
+                stop(process)
+                raise
+        self._run_program(process, deadline, limit)
         with self.phases.phase("keep"):
             return self._keep_outputs(job["outputs"])
+
+    @property
+    def _result(self) -> Path:
+        return self.stored.folder / "result.json"
 
     def _document(self) -> dict[str, Any]:
         try:
@@ -167,20 +179,17 @@ class Supervisor:
 
     # the program
 
-    def _run_program(self, known: Facts, deadline: float | None, limit: float, base: str) -> None:
-        """Run the build in its namespace until it ends, is cancelled, or its time is up."""
-        result_path = self.stored.folder / "result.json"
+    def _start_program(self, known: Facts, base: str) -> subprocess.Popen[bytes]:
+        """Start the build in its namespace, which takes a while: it waits to be told that its folder is there."""
         with contextlib.suppress(FileNotFoundError):
-            result_path.unlink()
+            self._result.unlink()
         runner = Path(__file__).resolve().parent.parent
-        self.tidy = False
-        started = time.monotonic()
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
             stdin=subprocess.PIPE,  # its end tells the build that we are gone
             stdout=self.log,
             stderr=self.log,
-            cwd=self.stored.work,
+            cwd=self.stored.folder,
             env={
                 **environment(self.store.root, known),
                 "GAMEBEAR_BASE": base,
@@ -188,13 +197,22 @@ class Supervisor:
             },
             start_new_session=True,
         )
+
+    def _run_program(self, process: subprocess.Popen[bytes], deadline: float | None, limit: float) -> None:
+        """Have the build run until it ends, is cancelled, or its time is up."""
+        assert process.stdin is not None
+        self.tidy = False
+        started = time.monotonic()
         try:
+            with contextlib.suppress(BrokenPipeError):  # it has failed to start, which its status tells
+                process.stdin.write(GO)
+                process.stdin.flush()
             status = self._wait(process, deadline, limit)
         except BaseException:
             stop(process)
             self.phases.add("build", started, time.monotonic())
             raise
-        result = read_json(result_path)
+        result = read_json(self._result)
         self._note_phases(result, started)
         self.tidy = isinstance(result, dict) and not result.get("containers_left")
         if isinstance(result, dict) and result.get("ok") and status == 0:
