@@ -224,13 +224,29 @@ def test_a_setting_that_is_misspelt_is_an_error_with_a_hint(builder: Builder) ->
     assert outcome.log == "red\n"
 
 
-def test_values_of_variables_are_in_no_command_line(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = builder.root / "spy"
-    folder.mkdir()
-    spy = folder / "buildah"
-    spy.write_text(f'#!/bin/sh\necho "$@" >> {folder}/lines\nexec {shutil.which("buildah")} "$@"\n')
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that gets the command line of each buildah that is run."""
+    path = tmp_path / "lines"
+    spy = tmp_path / "bin" / "buildah"
+    spy.parent.mkdir()
+    spy.write_text(f'#!/bin/sh\necho "$@" >> {path}\nexec {shutil.which("buildah")} "$@"\n')
     spy.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
+    return path
+
+
+def test_a_command_in_a_container_asks_no_more_of_buildah_than_it_needs(builder: Builder, lines: Path) -> None:
+    script = "with Container('tiny') as c:\n    c.run(['true'])\n"
+    builder.run(script)  # what the image is for is known from now on
+    lines.unlink()
+    assert builder.run(script).status == 0
+    own = " ".join(builder.facts.storage)
+    asked = [line.removeprefix(own).split()[0] for line in lines.read_text().splitlines() if line.startswith(own)]
+    assert asked == ["images", "from", "run", "rm"], lines.read_text()
+
+
+def test_values_of_variables_are_in_no_command_line(builder: Builder, lines: Path) -> None:
     outcome = builder.run(
         "import subprocess\n"
         "def seen(c, **more):\n"
@@ -249,9 +265,9 @@ def test_values_of_variables_are_in_no_command_line(builder: Builder, monkeypatc
         "secret-4 seen$$; secret-4 seen$$; secret-3 seen$$",
         "['GREETING=hi', 'HTTPS_PROXY=seen$$', 'TOKEN=secret-3']",
     ]
-    lines = (folder / "lines").read_text()
-    assert "--env TOKEN" in lines and "HTTPS_PROXY=" in lines
-    assert "secret" not in lines
+    asked = lines.read_text()
+    assert "--env TOKEN" in asked and "HTTPS_PROXY=" in asked
+    assert "secret" not in asked
 
 
 def test_a_file_built_in_a_container_comes_out(builder: Builder) -> None:

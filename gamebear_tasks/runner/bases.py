@@ -7,18 +7,20 @@ made on the builder instead, from its own apt mirror, checked against Debian's k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from .bootstrap import bootstrap, tag_of
 from .buildah import Buildah, BuildahError, Facts, ImageError, last_lines, streamed
-from .files import RunnerError, locked
+from .files import RunnerError, locked, read_json
 from .mirrors import RELEASES, STABLE, own_release
 
 POLICY_VARIABLE = "GAMEBEAR_BASE"
@@ -73,17 +75,17 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     wanted = _named_architecture(name) or arch
     suite = debian_suite(name)
     places = _places(name, wanted, suite if policy != "registry" else "")
-    found = _local(buildah, places, wanted, arch)
+    folder = buildah.root / "images"
+    found = _local(buildah, places, wanted, arch, folder)
     if found:
         return found
     if is_local_only(name):
         raise ImageError(f"No image {name} for {wanted} is on the builder.", "It is a local name: build it first.")
     check_runs(facts, wanted)
-    folder = buildah.root / "images"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = f"{suite}-{wanted}" if suite else hashlib.sha256(f"{qualified(name)} {wanted}".encode()).hexdigest()
     with locked(folder / f"base-{key}.lock"):
-        found = _local(buildah, places, wanted, arch)
+        found = _local(buildah, places, wanted, arch, folder)
         if found:
             return found
         failures: list[str] = []
@@ -225,22 +227,34 @@ def _pulled_tag(name: str, arch: str) -> str:
     return f"gamebear-base:pulled-{hashlib.sha256(f'{qualified(name)} {arch}'.encode()).hexdigest()[:32]}"
 
 
-def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str) -> str:
-    """Return the id of the first local image under one of the names that is of the wanted architecture."""
+def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str, notes: Path | None = None) -> str:
+    """Return the id of the first local image under one of the names that is of the wanted architecture.
+
+    What is found is going to be used where `notes` is given: the folder with the notes of which images are. What an
+    image is for is kept there, too, for it stays the same as long as its id does, and to ask buildah takes a while.
+    """
     named = {place: identity for identity, places in _names(buildah).items() for place in places}
     for place in places:
         identity = named.get(place)
-        if identity:
+        if not identity:
+            continue
+        note = notes / f"{identity}.used" if notes else None
+        known = read_json(note) if note else None
+        if not isinstance(known, list) or len(known) != 3:
             inspected = json.loads(buildah("inspect", "--type", "image", identity))
-            if (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION) == job:
-                return identity
-            if _fits(inspected, wanted):
-                return identity
+            made_for = (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
+            known = [made_for, *architecture(inspected)]
+        made_for, found, variant = known
+        if made_for == job or _fits(found, variant, wanted):
+            if note:
+                with contextlib.suppress(OSError):
+                    note.write_text(json.dumps(known))
+            return identity
     return ""
 
 
-def _fits(inspected: dict[str, Any], arch: str) -> bool:
-    found, variant = architecture(inspected)
+def _fits(found: str, variant: str, arch: str) -> bool:
+    """Say whether an image of an OCI architecture and variant is for one that Debian has a name of."""
     wanted, _ = PLATFORMS.get(arch, (arch, ""))
     if arch == "armhf":
         return found == wanted and variant != "v5"
@@ -269,7 +283,7 @@ def _pull(buildah: Buildah, name: str, arch: str) -> str:
     identity = identity or {n: i for i, names in _names(buildah).items() for n in names}.get(qualified(name), "")
     if not identity:
         raise BuildahError(command, 0, "it was pulled, but is not in the store")
-    if not _fits(json.loads(buildah("inspect", "--type", "image", identity)), arch):
+    if not _fits(*architecture(json.loads(buildah("inspect", "--type", "image", identity))), arch):
         raise BuildahError(command, 0, f"the registry's image is not for {arch}")
     buildah("tag", identity, _pulled_tag(name, arch))
     return identity
