@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MOST_SLOTS = 999_999
 """More jobs at once than any builder runs."""
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(NamedTuple):  # as `Facts`
     """What is said of a builder.
 
     Attributes:
