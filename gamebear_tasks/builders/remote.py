@@ -161,6 +161,7 @@ class RunnerBuilder:
             return []
 
         asked = time.monotonic()
+        known = self._now.get((digest, attempt))
         reply = self._ask(
             {
                 "op": "follow",
@@ -169,7 +170,7 @@ class RunnerBuilder:
                 "client": client,
                 "offset": offset,
                 "wait": 0.5 if self._sessions.are_scarce else FOLLOW,
-                "now": self._now.get((digest, attempt)),
+                "now": known,
             },
             start,
             body.extend,
@@ -179,8 +180,9 @@ class RunnerBuilder:
             return Status("lost", attempt), b""
         status = replies.status(self.place, reply)
         log = self._log_of(digest, status, reply, bytes(body), offset) if client else bytes(body)
-        if not log and not status.is_final and time.monotonic() - asked < SHORT:
-            time.sleep(SHORT)  # it should have waited for news
+        has_news = log or status.is_final or self._now.get((digest, attempt)) != known
+        if not has_news and time.monotonic() - asked < SHORT:
+            time.sleep(SHORT)  # it should have waited for some
         return status, log
 
     def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
