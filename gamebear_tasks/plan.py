@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import JobError
+from .imports import SETTLED
 from .sources import LOCK_FILE
 
 if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
@@ -157,14 +159,26 @@ _locks: dict[tuple[int, int, int, int], Lock] = {}
 
 
 def _hashed(path: Path) -> tuple[str, bool]:
-    """Return a file's SHA-256 and whether it is executable."""
+    """Return a file's SHA-256 and whether it is executable; what is as it was is not read again."""
     from .runner.files import sha256
 
     try:
-        with path.open("rb", buffering=0) as file:
-            return sha256(file), bool(os.fstat(file.fileno()).st_mode & 0o100)
+        with path.open("rb", buffering=0) as file:  # on NFS, what is opened is as it is on the server
+            about = os.fstat(file.fileno())
+            version = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+            digest = _digests.get(version)
+            if digest is None:
+                is_settled = abs(time.time() - about.st_ctime) > SETTLED
+                digest = sha256(file)
+                if is_settled:
+                    _digests[version] = digest
+            return digest, bool(about.st_mode & 0o100)
     except OSError as error:
         raise JobError(
             f"{path} cannot be read: {error.strerror}.",
             "A job needs all of its files: mend its path or its permissions.",
         ) from error
+
+
+_digests: dict[tuple[int, ...], str] = {}
+"""The SHA-256 of files whose last change is long enough ago that another would show in their times."""
