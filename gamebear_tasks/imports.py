@@ -258,4 +258,4 @@ def _keep(place: str) -> None:
         return
     files = {path: known for path, known in _files.items() if _new.get(path, True)}
     with contextlib.suppress(OSError):
-        write_json(Path(place), {"python": _python(), "files": files})
+        write_json(Path(place), {"python": _python(), "files": files}, sync=False)

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 from .job import Json
 from .process import doit_process
 from .report import duration
-from .runner.files import read_json, write_bytes
+from .runner.files import read_json, written_aside
 from .runner.phases import Phases
 
 VERSION = 1
@@ -164,8 +164,9 @@ class Record:
         }
 
     def write(self, path: Path) -> None:
-        """Write the record; raises OSError."""
-        write_bytes(path, json.dumps(self.document(), indent=1).encode() + b"\n", mode=0o644)
+        """Write the record, which nothing depends on after a power cut; raises OSError."""
+        with written_aside(path, mode=0o644, sync=False) as file:
+            file.write(json.dumps(self.document(), indent=1).encode() + b"\n")
 
     @classmethod
     def of_document(cls, document: Any) -> Record | None:
