@@ -195,6 +195,23 @@ def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thi
     Card(tmp_path / "out.img").check()
 
 
+def test_what_a_running_base_had_in_its_journal_is_in_the_image(tmp_path: Path, thing: Path) -> None:
+    small = make_base(tmp_path / "base.img")
+    data = small.read_bytes()
+    (tmp_path / "root").write_bytes(data[17 * MIB :])
+    said = subprocess.run(
+        ["/usr/sbin/debugfs", "-R", "blocks /etc/hostname", "root"], cwd=tmp_path, capture_output=True, check=True
+    ).stdout
+    (tmp_path / "block").write_bytes(b"late\n".ljust(1024, b"\0"))
+    commands = b"journal_open\njournal_write -b %s block\njournal_close\n" % said.strip()
+    subprocess.run(["/usr/sbin/debugfs", "-w", "-f", "-", "root"], cwd=tmp_path, input=commands, check=True)
+    small.write_bytes(data[: 17 * MIB] + (tmp_path / "root").read_bytes())
+    bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")], size="80M")
+    card = Card(tmp_path / "out.img")
+    assert (card["etc/hostname"].content, card["opt/thing"].content) == (b"late\n", b"a thing\n")
+    card.check()
+
+
 def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     data = bytearray(small.read_bytes())

@@ -158,7 +158,7 @@ def copy_sparse(source: Path, out: IO[bytes]) -> None:
 
 
 def copy_part(source: Path, start: int, size: int, target: Path, at: int) -> None:
-    """Copy a part of a file into another, which has a hole there; holes stay holes.
+    """Copy a part of a file into another, which has a hole there, or the same holes; holes stay holes.
 
     Args:
         source: the file.

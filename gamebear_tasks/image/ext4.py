@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import struct
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ImageError
 from ..runner.files import CHUNK
+from .base import copy_part
 from .disk import Partition
 from .program import environment, failure, run
 
@@ -42,6 +44,7 @@ class Superblock:
         inode: bytes of an inode.
         time: when it was last written, mounted or checked, in seconds since 1970.
         has_quotas: it counts what each user has.
+        has_journal_to_play: it was not unmounted.
     """
 
     block: int
@@ -53,6 +56,7 @@ class Superblock:
     inode: int
     time: int
     has_quotas: bool
+    has_journal_to_play: bool
 
 
 def superblock(image: Path, root: Partition) -> Superblock:
@@ -81,6 +85,7 @@ def superblock(image: Path, root: Partition) -> Superblock:
         inode=int.from_bytes(data[0x58:0x5A], "little"),
         time=max(number(0x2C), number(0x30), number(0x40), 1),
         has_quotas=bool(number(0x64) & 0x100),
+        has_journal_to_play=bool(number(0x60) & 0x4),
     )
 
 
@@ -90,6 +95,16 @@ def mend(image: Path, root: Partition, now: int, name: str) -> None:
     Raises:
         ImageError: it is damaged beyond that.
     """
+    if root.start and superblock(image, root).has_journal_to_play:
+        # Once e2fsck has done that, it looks for the file system where the file begins.
+        alone = image.parent / "root"
+        alone.touch()
+        copy_part(image, root.start, root.size, alone, 0)
+        os.truncate(alone, root.size)
+        mend(alone, replace(root, start=0), now, name)
+        copy_part(alone, 0, root.size, image, root.start)
+        alone.unlink()
+        return
     run(
         ["e2fsck", "-f", "-p", _at(image, root)],
         folder=image.parent,
