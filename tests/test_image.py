@@ -224,6 +224,14 @@ def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> N
     refused(small, tmp_path / "out.img", "The root file system of the base is damaged: its superblock makes no sense")
 
 
+def test_a_root_file_system_that_goes_on_behind_its_partition_is_not_baked_on(base: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.img"
+    shutil.copy(base, bad)
+    command = ["sfdisk", "--quiet", "--partno=2", str(bad)]
+    subprocess.run(command, input=b",20000", check=True, env={"PATH": "/usr/sbin:/sbin"})
+    refused(bad, tmp_path / "out.img", "bad.img is larger than its partition, number 2")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

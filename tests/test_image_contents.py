@@ -385,7 +385,8 @@ def test_a_tar_that_ends_too_early_or_is_damaged_is_refused(base: Path, tmp_path
 
 def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_bytes(b"hello" * 1000)
-    refused(base, tmp_path / "out.img", "no.tar cannot be unpacked", contents=[tar(tmp_path / "no.tar")])
+    said = "no.tar cannot be unpacked: it does not begin as one. It must be a whole tar file"
+    refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "no.tar")])
 
 
 # whatever a tar holds

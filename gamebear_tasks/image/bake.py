@@ -166,7 +166,13 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
         name: what a person calls the base.
     """
     card = disk.read(image, name)
-    now = ext4.superblock(image, card.root).time
+    about = ext4.superblock(image, card.root)
+    now = about.time
+    if about.blocks * about.block > card.root.size:
+        raise ImageError(
+            f"The root file system of {name} is larger than its partition, number {card.root.number}.",
+            "Mend the base: let the partition be as large, or copy it again, whole.",
+        )
     with timing.phase("check"):
         ext4.mend(image, card.root, now, name)
     boot = _boot_of(image, card, now, name)

@@ -141,8 +141,11 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
         with tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape") as archive:
             yield archive
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+        said = " ".join(str(error).split())
+        if said.startswith("file could not be opened"):  # and what each way of decompression says
+            said = "it does not begin as one"
         raise ImageError(
-            f"{path} cannot be unpacked: {' '.join(str(error).split())}.",
+            f"{path} cannot be unpacked: {said}.",
             "It must be a whole tar file (plain, gzip, bzip2, xz).",
         ) from error
     except OSError as error:
