@@ -19,7 +19,7 @@ YEAR_2108 = 4354819200
 
 FORBIDDEN = re.compile(
     r"""[^ -~]|["*:<>?\\|\[\]]|[. ](/|$)|~[0-9]|[^/]{256}|(^|/)(con|prn|aux|nul|com[1-4]|lpt[1-4])(/|$)""",
-    re.IGNORECASE,
+    re.ASCII | re.IGNORECASE,
 )
 """What no name on a FAT has (Microsoft, FAT specification, section 7), or mtools would write as another one."""
 
