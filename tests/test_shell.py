@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from project import Project, Run, assert_nothing_is_left, processes, wait_for
 from remote import Remote
 from sshd import Account, Sshd
 
-from gamebear_tasks.runner.kept import AGE, MOST, trim
+from gamebear_tasks.runner.kept import AGE, MOST, keep, trim
 from gamebear_tasks.runner.store import Store
 
 DODO = """
@@ -233,6 +234,35 @@ def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
     here.fail("x")
     assert here.kept == [] and here.containers == 0
     assert_nothing_is_left(here.project, here.store)
+
+
+def test_who_opens_a_shell_while_its_container_is_replaced_holds_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    job = store.job("ab" * 32)
+    job.folder.mkdir()
+
+    def fail() -> None:
+        assert job.release_kept()
+        job.mark.touch()
+        keep(job)
+
+    lock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        monkeypatch.undo()
+        fail()
+        lock(fd, operation)
+
+    fail()
+    monkeypatch.setattr(fcntl, "flock", late)
+    with job.held_kept() as held:
+        assert held and not job.release_kept() and job.kept.exists()
+    assert job.release_kept() and not job.kept.exists()
+    with job.held_kept() as held:
+        assert not held
 
 
 def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:

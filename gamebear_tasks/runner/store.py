@@ -109,10 +109,7 @@ class Lock:
 
     def is_current(self) -> bool:
         """Say whether the file is still at its path; a folder that is pruned takes its lock away with it."""
-        try:
-            return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
-        except FileNotFoundError:
-            return False
+        return _is_at(self.fd, self.path)
 
     def _flock(self, operation: int) -> bool:
         try:
@@ -278,17 +275,21 @@ class StoredJob:
     @contextlib.contextmanager
     def held_kept(self) -> Iterator[bool]:
         """Keep what is kept from being removed for the block; give whether it is there."""
-        try:
-            fd = os.open(self.kept, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            yield False
-            return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)  # who removes it holds it for a moment
-            os.utime(fd)
-            yield self.is_kept()
-        finally:
-            os.close(fd)
+        while True:
+            try:
+                fd = os.open(self.kept, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                yield False
+                return
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH)  # who removes it holds it for a moment
+                if not _is_at(fd, self.kept):
+                    continue  # that is of an attempt before this one
+                os.utime(fd)
+                yield self.is_kept()
+                return
+            finally:
+                os.close(fd)
 
     def release_kept(self) -> bool:
         """Have what is kept cleaned up after as any attempt is; say whether nobody looks at it, without which it stays.
@@ -434,6 +435,14 @@ def hold_runner() -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(folder)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Say whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def stamp(path: Path) -> float:
