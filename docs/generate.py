@@ -126,7 +126,8 @@ def _commands() -> str:
     parts.append(
         f"# Commands\n\n{MADE}\n"
         "What this package adds to [doit's own commands](https://pydoit.org/cmd-run.html). `doit help COMMAND` and\n"
-        "`doit help TASK` show the same.\n"
+        "`doit help TASK` show the same. A command whose output nobody reads any more (`doit jobs | head`) ends with\n"
+        "status 141, as shells have it; builds go on.\n"
     )
     ours = sorted(entry_points(group="doit.COMMAND"), key=lambda entry: entry.name)
     for entry in ours:

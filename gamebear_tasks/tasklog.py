@@ -79,9 +79,9 @@ class Harmless:
         self._show(text[:whole])
         return None
 
-    def flush(self) -> object:
+    def flush(self) -> None:
         """Show it now."""
-        return self._out.flush()
+        self._out.flush()
 
     def close(self) -> None:
         """Show what is left, and end its line."""
@@ -167,8 +167,11 @@ class TaskLog:
         if self._tell is not None:
             self._tell(text)
         if self._out is not None:
-            self._out.write(text)
-            self._out.flush()
+            try:
+                self._out.write(text)
+                self._out.flush()
+            except OSError:  # nobody reads it any more, say; the build goes on
+                self._out = None
 
     def _keep(self, data: memoryview) -> None:
         try:

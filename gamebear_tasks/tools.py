@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -165,7 +166,8 @@ def _told(work: Callable[[], Iterable[str]]) -> TaskError | None:
     """Print the lines that some work gives; where it fails, return the paragraph that says why."""
     try:
         for line in work():
-            print(in_line(line))
+            with contextlib.suppress(OSError):  # whoever read it has enough; what is done is done whole
+                print(in_line(line))
     except GamebearError as error:
         return TaskError(str(error))
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
@@ -13,10 +12,13 @@ from doit.cmd_base import Command
 from doit.cmdparse import CmdOption
 
 from ..errors import GamebearError
-from ..report import in_line
+from ..report import complain, drop, in_line
 
 FAILED = 2
 """The exit status of a command that could not do what it was asked: doit's of a task that could not run."""
+
+UNREAD = 141
+"""The exit status of a command whose output nobody reads any more, as shells have it (SIGPIPE)."""
 
 INTERRUPTED = 130
 """The exit status of a command that was ended with Ctrl-C, as shells have it."""
@@ -55,23 +57,24 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            self._enter_project(opt_values)
-            status = self.run(opt_values, pos_args)
+            try:
+                self._enter_project(opt_values)
+                status = self.run(opt_values, pos_args)
+            except GamebearError as error:
+                complain(error)
+                status = FAILED
             sys.stdout.flush()
             return status
-        except GamebearError as error:
-            print(f"ERROR: {error}", file=sys.stderr)
-            return FAILED
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:  # whoever read it has enough, as `head` has
-            _drop_output()
-            return FAILED
+            drop(sys.stdout)
+            return UNREAD
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
             hint = "See that the disk has room, and that what is read and written is there and yours."
-            print(f"ERROR: {in_line(what)}. {hint}", file=sys.stderr)
-            _drop_output()
+            complain(f"{in_line(what)}. {hint}")
+            drop(sys.stdout)
             return FAILED
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
@@ -100,11 +103,3 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         """Have `self.tasks`, where there is a `dodo.py`; raises InvalidDodoFile."""
         if self._is_in_project and not self.tasks:
             self.tasks = {task.name: task for task in self.loader.load_tasks(cmd=self, pos_args=[])}
-
-
-def _drop_output() -> None:
-    """Let nothing be written any more to our standard output, which takes nothing; not at the end either."""
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from ..builders import Builder, JobEntry, Listed, shown
 from ..builders.rounds import WORTH, Rounds
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
-from ..report import age, duration, notice, size
+from ..report import age, complain, duration, notice, size
 from ..tasklog import LIMIT, Harmless, noted
 from .command import FAILED, ProjectCommand
 
@@ -128,7 +128,7 @@ the name of a task of this project."""
             try:
                 lists.append((shown(url), *_listed(_opened(url)).jobs(limit)))
             except BuilderError as error:  # the others may be there
-                print(f"ERROR: {error}", file=sys.stderr)
+                complain(error)
                 status = FAILED
         if options["json"]:
             import json
@@ -213,7 +213,7 @@ def _having(prefix: str, builders: list[Builder]) -> list[Found]:
         except BuilderError as error:  # the others may have it
             if len(builders) == 1:
                 raise
-            print(f"ERROR: {error}", file=sys.stderr)
+            complain(error)
             builders.remove(builder)
     return found
 

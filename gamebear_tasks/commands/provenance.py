@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import GamebearError, JobError, SettingsError
-from ..report import in_line
+from ..report import complain, in_line
 from .command import FAILED, ProjectCommand
 
 
@@ -45,7 +44,7 @@ The setting provenance=true has every build write them."""
                 for path in written:
                     print(in_line(str(path)))
             except GamebearError as error:  # the others may well have theirs
-                print(f"ERROR: {error}", file=sys.stderr)
+                complain(error)
                 status = FAILED
         return status
 

@@ -6,7 +6,6 @@ something to show.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import sys
@@ -19,7 +18,7 @@ from doit.reporter import ConsoleReporter
 from doit.runner import MRunner, MThreadRunner
 
 from .. import interrupt
-from ..report import in_line, notice, without_escapes
+from ..report import drop, in_line, notice, without_escapes
 
 if TYPE_CHECKING:
     from doit.exceptions import BaseFail
@@ -52,8 +51,7 @@ class Output:
 
     def _lose(self, stream: TextIO, error: Exception) -> None:
         self._stream = None
-        with contextlib.suppress(OSError, ValueError):  # Python writes what is left at its end, and would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        drop(stream)
         if not isinstance(error, BrokenPipeError):  # whoever read it has enough
             why = error.strerror if isinstance(error, OSError) else error
             notice(f"nothing more can be shown here ({why}); builds go on, and their logs are in build/logs")

@@ -218,7 +218,8 @@ class Telling:
             yield lines
         finally:
             if lines is not None:
-                lines.close()
+                with contextlib.suppress(OSError):
+                    lines.close()
 
     def last_line(self, text: str) -> None:
         """Tell the last line of what has come of a log."""
