@@ -169,13 +169,15 @@ class SSHConnection:
                 f"{self.place} is behind more than {_MOST_JUMPS} jump hosts.",
                 f"See whether ProxyJump goes round in a circle in ~/.ssh/config, at {address.host}.",
             )
-        loading = threading.Thread(target=_load_paramiko, daemon=True)
+        loading = threading.Thread(target=_load_paramiko)
         loading.start()  # while `ssh -G` reads the configuration, and the host answers
-        host = ssh_config.read(address)
-        jumps = host.jumps if jumps is None else jumps
-        place = self.place if not depth else f"{self.place}: its jump host {address.host}"
-        dial = _Dial(host, place) if not (jumps or host.proxy_command) else None
-        loading.join()
+        try:
+            host = ssh_config.read(address)
+            jumps = host.jumps if jumps is None else jumps
+            place = self.place if not depth else f"{self.place}: its jump host {address.host}"
+            dial = _Dial(host, place) if not (jumps or host.proxy_command) else None
+        finally:
+            loading.join()  # and not be in the midst of it when Python ends
         from . import ssh_login
         from .ssh_transport import Transport
 
