@@ -228,7 +228,16 @@ class Bytes(Body):
         self._pieces = pieces
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._pieces)
+        gathered: list[bytes] = []
+        length = 0
+        for piece in self._pieces:  # each that is given costs a packet, on both sides
+            gathered.append(piece)
+            length += len(piece)
+            if length >= CHUNK:
+                yield b"".join(gathered)
+                gathered, length = [], 0
+        if gathered:
+            yield b"".join(gathered)
 
 
 class FileFrom(Body):

@@ -20,6 +20,9 @@ from .wire import NOT_OURS, Reply
 SILENCE = 300.0
 """Seconds for which a client may be silent in the middle of a request."""
 
+AHEAD = 64 << 10
+"""Bytes that are read at once where there are many small files."""
+
 TAKE_OVER = 20.0
 """Seconds for which a file that another session is receiving is waited for; below what a client waits for an answer."""
 
@@ -29,19 +32,32 @@ class Body:
 
     def __init__(self, size: int) -> None:
         self.left = size
+        self._ahead = memoryview(b"")
+        """What is read of that already."""
 
     def read(self, size: int, is_wanted: Callable[[], bool] | None = None) -> bytes:
         """Return some of it; end the session where the client is silent, at once if somebody wants its place."""
         if not self.left:
             return b""
+        if not self._ahead:
+            data = self._receive(min(max(size, AHEAD), self.left), is_wanted)
+            if len(data) <= size:
+                self.left -= len(data)
+                return data
+            self._ahead = memoryview(data)
+        data = bytes(self._ahead[:size])
+        self._ahead = self._ahead[size:]
+        self.left -= len(data)
+        return data
+
+    def _receive(self, size: int, is_wanted: Callable[[], bool] | None) -> bytes:
         until = time.monotonic() + SILENCE
         while not select.select([0], [], [], 1.0)[0]:
             if time.monotonic() > until or (is_wanted is not None and is_wanted()):
                 raise SystemExit(0)
-        data = os.read(0, min(size, self.left))
+        data = os.read(0, size)
         if not data:
             raise SystemExit(0)  # the client is gone in the middle of a request
-        self.left -= len(data)
         return data
 
     def read_all(self, size: int) -> bytes:
