@@ -383,6 +383,14 @@ def test_a_tar_that_ends_too_early_or_is_damaged_is_refused(base: Path, tmp_path
         refused(base, tmp_path / "out.img", "bad.tar cannot be unpacked", contents=[tar(packed)])
 
 
+def test_a_header_of_a_size_that_there_is_not_is_refused(base: Path, tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 2**70
+    (tmp_path / "bad.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    said = "bad.tar cannot be unpacked: a header makes no sense"
+    refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "bad.tar")])
+
+
 def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_bytes(b"hello" * 1000)
     said = "no.tar cannot be unpacked: it does not begin as one. It must be a whole tar file"

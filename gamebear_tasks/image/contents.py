@@ -98,7 +98,7 @@ def _stage(source: IO[bytes], target: Path, arch: str, name: str) -> int:
 def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
     entries: dict[str, Entry] = {}  # hard links lead to what had a name when they were packed
     with _opened(item.path) as archive:
-        for member in archive:
+        for member in _members(archive):
             name = _name(member.name, item.path)
             if not name:
                 continue  # the folder that was packed: it says nothing about the one that it goes over
@@ -116,6 +116,20 @@ def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
             entries[name] = entry
             tree.add(f"{item.destination}/{name}", entry)
         _read_to_the_end(archive)
+
+
+@contextlib.contextmanager
+def _reading_headers() -> Iterator[None]:
+    """While the block runs `tarfile` reads headers: what it falls over in them is a TarError, too."""
+    try:
+        yield
+    except (ArithmeticError, ValueError, MemoryError) as error:
+        raise tarfile.ReadError(f"a header makes no sense ({type(error).__name__})") from error
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    with _reading_headers():
+        yield from archive
 
 
 def _read_to_the_end(archive: tarfile.TarFile) -> None:
@@ -138,7 +152,9 @@ def _read_to_the_end(archive: tarfile.TarFile) -> None:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape") as archive:
+        with contextlib.ExitStack() as stack:
+            with _reading_headers():
+                archive = stack.enter_context(tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape"))
             yield archive
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         said = " ".join(str(error).split())
