@@ -256,6 +256,13 @@ def test_a_boot_file_system_has_room_for_what_replaces_as_much(tmp_path: Path) -
     card.check()
 
 
+def test_the_topmost_folder_of_a_boot_file_system_holds_so_many_names(base: Path, tmp_path: Path) -> None:
+    many = Packed(tmp_path / "many.tar")
+    for number in range(30):
+        many.add(f"boot/firmware/{number}{'-' * 240}")
+    refused(base, tmp_path / "out.img", "No directory slots", "a few hundred names", contents=[tar(many.done())])
+
+
 ODD_NAMES = ("opt/caf\udce9", 'opt/"quoted"', "opt/<12>", "opt/-w", "opt/# x", "opt/a\\b", "opt/ ", "opt/\t", "!x")
 
 

@@ -52,8 +52,8 @@ class Fat:
             if line.startswith("::/"):
                 self._there[line[3:].rstrip("/").lower()] = line[3:]
 
-    def _run(self, argv: list[str], what: str, allowed: tuple[int, ...] = (0,)) -> str:
-        return run(argv, folder=self.path.parent, now=self._now, what=what, allowed=allowed)
+    def _run(self, argv: list[str], what: str, allowed: tuple[int, ...] = (0,), hint: str = "") -> str:
+        return run(argv, folder=self.path.parent, now=self._now, what=what, allowed=allowed, hint=hint)
 
     def add(self, name: str, entry: Entry) -> None:
         """Put a file or a folder in. It has no owner, mode or attributes there.
@@ -137,7 +137,8 @@ class Fat:
             staged = self.path.parent / entry.staged
             time = min(max(entry.mtime // 10**9, YEAR_1980), YEAR_2108 - 2)
             os.utime(staged, (time, time))
-            self._run(["mcopy", "-i", self.path.name, "-o", "-m", staged.name, f"::/{name}"], what)
+            hint = "Put less there: the topmost folder of a FAT16 holds a few hundred names, of long ones fewer."
+            self._run(["mcopy", "-i", self.path.name, "-o", "-m", staged.name, f"::/{name}"], what, hint=hint)
         self._run(
             ["fsck.fat", "-n", self.path.name],
             "The baked boot file system is not in order, which is a fault of gamebear-tasks",
