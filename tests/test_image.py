@@ -873,8 +873,10 @@ def test_loading_a_dodo_and_an_up_to_date_image_run_nothing(project: Project) ->
     assert project.doit(PATH="/nonexistent").ok().ran == []
 
 
-@pytest.mark.parametrize("signal", ["KILL", "INT"])
-def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(project: Project, signal: str) -> None:
+@pytest.mark.parametrize(("signal", "options"), [("KILL", ()), ("INT", ()), ("INT", ("-n2", "-P", "thread"))])
+def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
+    project: Project, signal: str, options: tuple[str, ...]
+) -> None:
     slow = project.folder / "bin"
     slow.mkdir()
     (slow / "resize2fs").write_text('#!/bin/sh\ntouch "$OLDPWD/../reached" ../../reached\nexec sleep 60\n')
@@ -882,8 +884,8 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
     project.write("dodo.py", DODO.format(password=HASH, more='free="90M",'))
     environment = {**project.environment, "PATH": f"{slow}:{os.environ['PATH']}"}
     process = subprocess.Popen(
-        project.command(), cwd=project.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        project.command(*options), cwd=project.folder, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     wait_for(lambda: (project.folder / "reached").exists())
     os.killpg(process.pid, 9 if signal == "KILL" else 2)

@@ -15,7 +15,7 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from .. import history, reasons, tasklog, timing
 from ..config import settings
 from ..errors import GamebearError, ImageError
-from ..interrupt import terminated_as_interrupted
+from ..interrupt import ending, terminated_as_interrupted
 from ..job import Json
 from ..place import statement_of
 from ..progress.telling import Telling
@@ -93,6 +93,8 @@ class Baking:
         """Keep how the task went, once, and return it."""
         if self._record is not None:
             return self._record
+        if state != "done" and ending.is_set():
+            state, failure = "interrupted", ""  # what it worked in is gone before its thread is
         target = self.recipe.output
         made = timing.Made(target.name, str(target), target.stat().st_size, "") if state == "done" else None
         self._record = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -10,6 +11,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+TRIES = 3
+"""How often a folder is removed in which somebody may still write."""
+
+_open: set[Path] = set()
+
+
+def _remove_open() -> None:
+    """Remove what threads still work in: those of `doit -P thread` die with the process, and clear nothing away."""
+    for folder in tuple(_open):
+        for _ in range(TRIES):  # a thread may write another file meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+atexit.register(_remove_open)
 
 
 @contextlib.contextmanager
@@ -25,12 +41,14 @@ def workshop(target: Path) -> Iterator[Path]:
         if folder.exists():
             break
         os.close(fd)  # likewise
+    _open.add(folder)
     try:
         remove_workshops(target)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(fd)
+        _open.discard(folder)
 
 
 def _prefix(target: Path) -> str:
