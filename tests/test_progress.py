@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from keyboard import Keyboard
 from project import Project, wait_for
 from remote import known
 from sshd import Sshd
@@ -163,6 +164,20 @@ def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
         seen.type("clear; doit", "Enter")
         seen.type("forty-two", "Enter")
         assert re.search(r"<forty-two>\n✓ x  done ", seen.shows("1 done in"))
+
+
+@pytest.mark.parametrize("how", [(), ("-n", "2")])
+def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tuple[str, ...]) -> None:
+    less = "from gamebear_tasks.progress import live, telling\ntelling.STOPPED, live.PENDING = 0.3, 1 << 16\n"
+    project.write("dodo.py", JOBS + less)
+    for name in "ab":
+        project.write(f"{name}.py", f"print('{name * 99}\\n' * 20_000, flush=True)\nopen({name!r}, 'w').close()\n")
+    with Keyboard(project.command("-v", "2", *how), project.folder, project.environment) as keyboard:
+        wait_for(lambda: all((project.folder / "build" / name).exists() for name in "ab"))
+        assert keyboard.end() == 0
+    words = r"\(\d[\d,]* lines are not shown, as the terminal took nothing for a while: build/logs has them\)"
+    assert re.search(words, keyboard.text) and re.search(r"2 built\S* in", keyboard.text)
+    assert (project.folder / "build/logs/a.log").read_text().count("a" * 99) == 20_000
 
 
 def test_a_question_has_the_terminal_for_itself(tmp_path: Path, server: Sshd, home: Path) -> None:

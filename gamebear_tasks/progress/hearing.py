@@ -26,13 +26,13 @@ class Hearing:
     """A socket for events, announced in the environment.
 
     Args:
-        whole: whether whole logs are wanted.
+        wants: what of the logs: `last`, their last lines; `whole`, all lines, while they can be shown; `every` line.
 
     Raises:
         OSError: there can be none; then the processes show what they do as they would without us.
     """
 
-    def __init__(self, whole: bool) -> None:
+    def __init__(self, wants: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="gamebear-"))
         if len(os.fsencode(self._folder)) > PATH_LIMIT - 2:
             self._folder.rmdir()
@@ -42,7 +42,7 @@ class Hearing:
         self._socket.listen(64)
         self._socket.setblocking(False)
         self._heard: dict[socket.socket, bytes] = {}
-        os.environ[VARIABLE] = f"{os.getpid()} {'whole' if whole else 'last'} {self._folder / 's'}"
+        os.environ[VARIABLE] = f"{os.getpid()} {wants} {self._folder / 's'}"
 
     def join(self, selector: selectors.BaseSelector, take: Callable[[Event], None]) -> None:
         """Have a selector call us when there is something to hear; `take` gets each event."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..report import notice
+from . import telling
 from .board import Board, Outcome
 from .capture import Capture, still
 from .hearing import Hearing
@@ -33,7 +34,7 @@ PAUSE = 0.125
 """Seconds between two paintings."""
 
 PENDING = 4 << 20
-"""Characters of logs that may wait to be shown; who brings more waits too."""
+"""Characters of logs that may wait to be shown; who brings more waits too, for as long as the terminal takes any."""
 
 GRACE = 5.0
 """Seconds that the last painting may take."""
@@ -66,6 +67,7 @@ class Live:
         self._painting = threading.RLock()  # a signal may come while the main thread has it
         self._above: list[Item] = []
         self._pending = 0
+        self._left_out = 0
         self._ending: list[tuple[str, str, str]] = []
         self._away = 0
         self._screen: Screen | None = None
@@ -78,7 +80,7 @@ class Live:
         self._hearing: Hearing | None = None
         if processes:
             with contextlib.suppress(OSError):
-                self._hearing = Hearing(whole)
+                self._hearing = Hearing("whole" if whole else "last")
         listen(self)
         atexit.register(self._close_at_exit, os.getpid())
         self._signals = self._take_signals()
@@ -137,10 +139,28 @@ class Live:
     def hear(self, event: Event) -> None:
         """Take an event of this process."""
         with self._changed:
-            self._take(event)
-            if "lines" in event:
-                while self._pending > PENDING and not self._broken and not self._closing:
-                    self._changed.wait(1.0)
+            if "lines" in event and not self._has_room():
+                self._left_out += len(event["lines"])
+            else:
+                self._take(event)
+
+    def _has_room(self) -> bool:
+        """Wait until another line may wait to be shown; not where the terminal takes nothing (Ctrl-S, background).
+
+        The caller holds `_changed`.
+        """
+        taken, until = self._taken, 0.0
+        while self._pending > PENDING and not self._broken and not self._closing:
+            if self._taken != taken or not (self._left_out or until):
+                taken, until = self._taken, time.monotonic() + telling.STOPPED
+            if time.monotonic() >= until:
+                return False
+            self._changed.wait(0.2)
+        return True
+
+    @property
+    def _taken(self) -> int:
+        return self._screen.taken if self._screen is not None else 0
 
     def _take(self, event: Event) -> None:
         if "asking" in event:
@@ -241,7 +261,7 @@ class Live:
                 return
             with self._changed:
                 above, block = self._picture(screen, frame, last)
-                self._above, self._pending = [], 0
+                self._above, self._pending, self._left_out = [], 0, 0
                 self._changed.notify_all()
             screen.paint(above, block)
 
@@ -269,6 +289,8 @@ class Live:
                     colour = COLOURS[self._names.index(task) % len(COLOURS)] if task in self._names else ""
                     prefixes[task] = screen.drawn(lines.log_prefix(task, names, colour, signs))
                 above.append(prefixes[task] + line)
+        if self._left_out:
+            above.append(telling.left_out(self._left_out))
         if last and not self.board.is_idle:
             above += lines.summary_lines(self.board, now, columns, signs, self._interrupted)
         if last:

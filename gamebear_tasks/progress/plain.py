@@ -39,7 +39,7 @@ class Plain:
         self._hearing: Hearing | None = None
         if processes:
             with contextlib.suppress(OSError):
-                self._hearing = Hearing(whole=True)
+                self._hearing = Hearing("every")
         listen(self)
 
     def start(self, name: str, title: str, alone: bool) -> None:

@@ -35,6 +35,10 @@ BELOW = f"{REST}\x1b[C\x1b[J\r"
 """Clear from a line's begin to the end; in two steps, for tmux would keep a whole screen that is cleared in one."""
 
 
+PIECE = 4 << 10
+"""Bytes told at once: so it is seen whether a slow terminal takes anything."""
+
+
 class Screen:
     """The end of a terminal.
 
@@ -56,6 +60,8 @@ class Screen:
         )
         self._painted: list[str] = []
         self._size = (0, 0)
+        self.taken = 0
+        """How much the terminal has taken of what it was told, in bytes."""
 
     def size(self) -> tuple[int, int]:
         """Return the columns and lines that there are for us: the last column stays empty, so that nothing wraps."""
@@ -106,4 +112,6 @@ class Screen:
     def _write(self, text: str) -> None:
         data = text.encode(self._encoding, "replace")
         while data:
-            data = data[os.write(self._fd, data) :]
+            count = os.write(self._fd, data[:PIECE])
+            self.taken += count
+            data = data[count:]

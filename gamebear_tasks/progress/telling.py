@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # those who build have them
     from ..timing import Record
 
 VARIABLE = "GAMEBEAR_PROGRESS"
-"""The environment variable that tells the processes of `doit -n`: the pid of their parent, whether it wants whole logs
-(`whole` or `last`), and its socket."""
+"""The environment variable that tells the processes of `doit -n`: the pid of their parent, what it wants of the
+logs (see `Hearing`), and its socket."""
 
 OFTEN = 0.1
 """Seconds between two events that say how many bytes have moved."""
@@ -42,10 +42,18 @@ OFTEN = 0.1
 UNSENT = 64 << 10
 """Bytes of events that may wait for a view which does not listen; what comes then is not told."""
 
+STOPPED = 5.0
+"""Seconds for which a view may take nothing of a log before lines of it are left out, so that the build goes on."""
+
 ANSWER = 10.0
 """Seconds that the view may take to leave the terminal to a question."""
 
 Event = Mapping[str, Any]
+
+
+def left_out(count: int) -> str:
+    """Return what is shown instead of lines."""
+    return f"({count:,} lines are not shown, as the terminal took nothing for a while: build/logs has them)"
 
 
 class Audience(Protocol):
@@ -93,33 +101,53 @@ def _parent() -> Audience | None:
         return None
     how, _, path = rest.partition(" ")
     with contextlib.suppress(OSError):
-        return _Wire(path, how == "whole")
+        return _Wire(path, how)
     return None
 
 
 class _Wire:
     """The way to the process that shows what this one does."""
 
-    def __init__(self, path: str, whole: bool) -> None:
+    def __init__(self, path: str, wants: str) -> None:
         import socket
 
-        self.whole = whole
+        self.whole = wants != "last"
+        self._patience = None if wants == "every" else STOPPED
         self._lock = threading.Lock()
         self._unsent = b""
+        self._is_stuck = False
+        self._left_out = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(ANSWER)
         self._socket.connect(path)
 
     def hear(self, event: Event) -> None:
-        """Send an event: whole lines as print would, the end of a task within a moment, all else at once or not."""
-        waits = None if "lines" in event else 1.0 if "had" in event or "asking" in event else 0.0
-        with self._lock, contextlib.suppress(OSError):
+        """Send an event: lines as long as any are taken, the end of a task within a moment, all else at once or not."""
+        is_log = "lines" in event
+        waits = self._patience if is_log else 1.0 if "had" in event or "asking" in event else 0.0
+        with self._lock:
+            if self._is_stuck:
+                self._is_stuck = not self._send_on(0.0)
+                if self._is_stuck and is_log:
+                    self._left_out += len(event["lines"])
+                    return
             if waits == 0.0 and len(self._unsent) > UNSENT:
                 return
+            if self._left_out and (is_log or "had" in event):
+                event = {**event, "lines": [left_out(self._left_out), *event.get("lines", ())]}
+                self._left_out = 0
             self._unsent += json.dumps(event).encode() + b"\n"
+            self._is_stuck = not self._send_on(waits) and (self._is_stuck or is_log)
+
+    def _send_on(self, waits: float | None) -> bool:
+        """Send what is left to be sent; say whether all of it went, with pauses of `waits` seconds (None: any)."""
+        try:
             self._socket.settimeout(waits)
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        except OSError:
+            return False
+        return True
 
     def leave_terminal(self, leave: bool) -> None:
         self.hear({"asking": leave})
