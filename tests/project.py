@@ -100,6 +100,7 @@ def assert_nothing_is_left(project: Project, store: Path | None = None) -> None:
     assert list((store / "jobs").glob("*/work")) == []
     assert list((store / "tmp").glob("*.part")) == []
     assert list((store / "tmp").glob("*.wanted")) == []
+    assert [path.name for pattern in ("buildah*", "[0-9a-f]" * 16) for path in (store / "tmp").glob(pattern)] == []
     assert list((store / "slots").glob("wait-*")) == []
     assert [path.name for path in (project.folder / "build").glob(".*.part")] == []
 

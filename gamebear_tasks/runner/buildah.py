@@ -437,7 +437,8 @@ def _environment(root: Path, rootless: bool) -> dict[str, str]:
     env["PATH"] = search_path()
     env["LC_ALL"] = "C.UTF-8"
     env["DEBIAN_FRONTEND"] = "noninteractive"
-    env["TMPDIR"] = str(_folder(root / "tmp"))
+    given = os.environ.get("TMPDIR", "")  # a job's own, which goes with it
+    env["TMPDIR"] = str(_folder(Path(given) if Path(given).parent == root / "tmp" else root / "tmp"))
     if rootless or os.geteuid():
         # The session's own folder goes away when its last connection closes; a build outlives that.
         session = env.get("XDG_RUNTIME_DIR")

@@ -37,6 +37,9 @@ def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection
             remove_containers(root, facts(root), stored.container_prefix, but)
     except (RunnerError, OSError):
         gone = False
+    with contextlib.suppress(RunnerError, OSError):
+        if stored.scratch.exists():
+            remove_tree(root, facts(root), stored.scratch)
     names = ["source.tar", "function.pickle", "cloudpickle.zip", "result.json", "phase"]
     if not but:
         names.append("kept.json")
@@ -47,7 +50,7 @@ def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection
     for path in (*(stored.folder / name for name in names), *stored.folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
             path.unlink()
-    return gone and (bool(but) or not stored.work.exists())
+    return gone and not stored.scratch.exists() and (bool(but) or not stored.work.exists())
 
 
 def clean_up_after_lost_jobs(store: Store, but: str) -> None:

@@ -21,7 +21,8 @@
                                 it may hold what the image is for: architecture of its job, OCI's, and the variant
     notices.json                what costs this builder much, see `costs`
     trash/                      what is pruned is renamed to here, and then removed
-    storage/, run/, venvs/, ccache/<key>/, tmp/, runner/<sha256>/
+    storage/, run/, venvs/, ccache/<key>/, runner/<sha256>/
+    tmp/                        parts of files; <digest's beginning>/ is a job's own and goes with what else it left
 """
 
 from __future__ import annotations
@@ -84,6 +85,11 @@ def storage_failure(error: OSError) -> StoreError:
         return StoreError(
             f"The builder's disk is full ({where}).",
             "Make room there (doit prune --older 30 removes what was not used for 30 days), then run doit again.",
+        )
+    if error.errno == errno.ENOENT:
+        return StoreError(
+            f"Something of the builder's store is gone while it is used ({error.filename or where}).",
+            "Has somebody removed it? Then run doit again: what is missing is made anew.",
         )
     if error.errno == errno.EROFS:
         return StoreError(f"The builder's disk has become read-only ({where}).", "It may be failing: see dmesg there.")
@@ -188,6 +194,7 @@ class StoredJob:
         self.folder = store.jobs / digest
         self.log = self.folder / "log"
         self.work = self.folder / "work"
+        self.scratch = store.tmp / digest[:16]
         self.mark = store.live / digest
         self.kept = store.kept / digest
 

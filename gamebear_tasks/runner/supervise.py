@@ -184,6 +184,7 @@ class Supervisor:
         with contextlib.suppress(FileNotFoundError):
             self._result.unlink()
         runner = Path(__file__).resolve().parent.parent
+        self.stored.scratch.mkdir(mode=0o700, exist_ok=True)
         return subprocess.Popen(
             [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
             stdin=subprocess.PIPE,  # its end tells the build that we are gone
@@ -192,6 +193,7 @@ class Supervisor:
             cwd=self.stored.folder,
             env={
                 **environment(self.store.root, known),
+                "TMPDIR": str(self.stored.scratch),
                 "GAMEBEAR_BASE": base,
                 kept.KEEP_VARIABLE: self.attempt if self.keeps else "",
             },
