@@ -204,9 +204,11 @@ def test_an_open_shell_keeps_its_container(there: Place) -> None:
             os.utime(job / name, (1, 1))
         said = there.project.doit("prune", "--older", "0.5").ok().out
         assert "Somebody has a shell open in a container of job" in said
-        keyboard.type("echo still here; exit\r")
+        assert there.project.doit("shell", "x", "--", "sh", "-c", "echo beside").ok().out == "beside\n"
+        keyboard.type("echo still here; exit 6\r")
         keyboard.see("still here\r\n")
-        assert keyboard.end() == 0
+        assert keyboard.end() == 6
+        assert "panic" not in keyboard.text
     for name in ("state.json", "clients", "job.json"):
         os.utime(job / name, (1, 1))
     assert "1 job" in there.project.doit("prune", "--older", "0.5").ok().out

@@ -185,7 +185,9 @@ def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: M
     runner = str(Path(__file__).resolve().parent.parent)
     command = [*namespace(known), sys.executable, "-I", "-S", runner, "enter", stored.digest, str(number), *words]
     stored.touch()
-    return started(command, environment(root, known), stored.work, terminal, within=True)
+    stored.scratch.mkdir(mode=0o700, exist_ok=True)
+    env = {**environment(root, known), "TMPDIR": str(stored.scratch)}
+    return started(command, env, stored.work, terminal, within=True)
 
 
 def main(digest: str, number: str, *command: str) -> int:
@@ -240,8 +242,9 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
             stderr=subprocess.PIPE,
         )
         _, said = process.communicate()
+        said, status = output.without_panic(said, process.returncode)
         os.write(2, output.without_noise(said))
-        status = process.returncode if process.returncode >= 0 else 128 - process.returncode
+        status = status if status >= 0 else 128 - status
         if told is not None and not status:
             with contextlib.suppress(OSError, ValueError):
                 status = int(told.read_text()[:4]) & 0xFF
