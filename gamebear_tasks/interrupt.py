@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -72,13 +73,17 @@ class Interest:
         try:
             ended = self._builder.cancel(self._digest, self.attempt)
         except KeyboardInterrupt:
-            notice(f"{self._name} may still run on {self._builder.url}; run doit again and it is found")
+            self.leave()
             raise
         except (GamebearError, RuntimeError) as error:
             notice(f"{self._name} may still run on {self._builder.url}: {error}")
         else:
             if not ended:
                 notice(f"{self._name} goes on on {self._builder.url}: somebody else waits for it too")
+
+    def leave(self) -> None:
+        """Say that the job is left as it is."""
+        notice(f"{self._name} may still run on {self._builder.url}; run doit again and it is found")
 
 
 _waiting: dict[int, Interest] = {}
@@ -100,9 +105,14 @@ def end_what_is_left() -> None:
     with _waiting_lock:
         left = list(_waiting.values())
         _waiting.clear()
-    with contextlib.suppress(KeyboardInterrupt):
-        for interest in left:
+    while left:
+        interest = left.pop()
+        try:
             interest.stop()
+        except KeyboardInterrupt:
+            for other in left:
+                other.leave()
+            return
 
 
 @contextlib.contextmanager
@@ -121,10 +131,38 @@ def terminated_as_interrupted() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, interrupt), signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        with _heard_by_this_thread():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
+
+
+@contextlib.contextmanager
+def _heard_by_this_thread() -> Iterator[None]:
+    """Let the first signal end what this thread waits for.
+
+    Of two that come at one moment, as Ctrl-C and doit's SIGTERM do, another thread may take both (signal(7): any one
+    of a process may); this one would then go on waiting, and hear of them when that is over.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    me = threading.get_ident()
+
+    def pass_on() -> None:
+        if os.read(reader, 1):
+            signal.pthread_kill(me, signal.SIGTERM)
+
+    thread = threading.Thread(target=pass_on, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
 
 
 def say_so_without_a_traceback() -> None:

@@ -87,6 +87,14 @@ def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Pr
         ), said
         assert said.count("interrupted") == 1 and "Traceback" not in said and "building" not in said
         assert seen.has_cursor
+        seen.type("clear; doit -n 2 a", "Enter")
+        seen.shows("building", "begin")
+        seen.type("C-c")
+        seen.shows("ending a.py")
+        seen.type("C-c")
+        said = seen.shows("interrupted after", "$")
+        assert "✗ interrupted after" in said and "✓" not in said and said.count("interrupted") == 1
+        go(project)
         seen.type("echo $((40 + 2))", "Enter")
         seen.shows("$ echo $((40 + 2))\n42\n")
 

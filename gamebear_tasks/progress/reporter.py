@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from .live import Live
     from .plain import Plain
 
+LAST_WORDS = 1.0
+"""Seconds that each process of `doit -n` has to say what it leaves, when Ctrl-C was pressed twice."""
+
 
 class Output:
     """A stream that is written to as long as that works: builds go on without, and it is said once.
@@ -122,13 +125,15 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         """Show how it went."""
         kind = sys.exc_info()[0]
         is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        if is_interrupted and self._view is not None:
-            self._wait_for_the_interrupted()
-        view, self._view = self._view, None
-        if view is not None:
-            view.close(is_interrupted)
-            if is_interrupted:
-                interrupt.told.set()
+        try:
+            if is_interrupted and self._view is not None:
+                self._wait_for_the_interrupted()
+        finally:  # a second interruption leaves the wait
+            view, self._view = self._view, None
+            if view is not None:
+                view.close(is_interrupted)
+                if is_interrupted:
+                    interrupt.told.set()
         if self._is_live and self._skipped and (view is None or view.board.is_idle):
             self.write(", ".join(f"{count:,} {how}" for how, count in self._skipped.items()) + "\n")
         if self.runtime_errors:
@@ -192,8 +197,13 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def _wait_for_the_interrupted(self) -> None:
         """Wait for what an interruption ends, while that can still be shown: doit waits for it later."""
         if self._processes:
-            for process in multiprocessing.active_children():
-                process.join()
+            try:
+                for process in multiprocessing.active_children():
+                    process.join()
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.join(LAST_WORDS)
+                raise
         interrupt.end_what_is_left()
 
 
