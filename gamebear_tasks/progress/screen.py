@@ -20,7 +20,7 @@ BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"
 """Around what a terminal is to show at once, if it knows that (synchronized output)."""
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
-"""Hide and show the cursor."""
+"""Hide and show the cursor: it is hidden only while it moves, for whoever is killed cannot show it again."""
 
 CUT, WRAP = "\x1b[?7l", "\x1b[?7h"
 """Cut what is longer than a line, or wrap it: a terminal may be narrower by now than it has told us."""
@@ -95,7 +95,7 @@ class Screen:
             out.append(("\r\n" if lines else "") + BELOW + ("\x1b[A" if lines else ""))
         if len(lines) > 1:
             out.append(f"\x1b[{len(lines) - 1}A")
-        out.append("\r" + WRAP + (SAVE if lines else SHOW) + END)
+        out.append("\r" + WRAP + (SAVE if lines else "") + SHOW + END)
         self._painted, self._size = lines, size
         self._write("".join(out))
 
