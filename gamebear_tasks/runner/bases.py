@@ -104,7 +104,7 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
         hint += ", or can bootstrap Debian (sudo apt install mmdebstrap, and an apt mirror)"
     raise ImageError(
         f"The base image {name} for {wanted} cannot be had. Tried: the builder's own store: not there; "
-        f"{'; '.join(failures)}.",
+        f"{'; '.join(failures).rstrip('.')}.",
         f"{hint}, or put the image there by hand: {shlex.join(buildah.command('pull', qualified(name)))}",
     )
 
