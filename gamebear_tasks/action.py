@@ -10,7 +10,7 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from .errors import GamebearError, JobError
 from .interrupt import say_so_without_a_traceback, terminated_as_interrupted
 from .plan import Plan
-from .report import in_line
+from .wording import in_line
 
 
 class Build(BaseAction):  # type: ignore[misc]  # doit has no types

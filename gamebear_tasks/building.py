@@ -21,8 +21,9 @@ from .place import Mismatch, check_place, place
 from .plan import Plan, check_choice
 from .progress.telling import Telling
 from .reasons import ASKED, missing, reasons
-from .report import in_line, notice, notice_once, printable, size
+from .report import notice, notice_once
 from .tasklog import TaskLog
+from .wording import in_line, printable, size
 
 TAIL = 15
 """How many of the log's last lines a failure shows, where the log itself was not shown."""

@@ -15,8 +15,8 @@ from typing import BinaryIO, TypeAlias
 
 from .builders import Output, Sink
 from .errors import JobError
-from .report import size
 from .runner.files import CHUNK, opened_alone, sha256, sync_folder
+from .wording import size
 
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)

@@ -9,8 +9,8 @@ from typing import Any
 
 from .job import Job, Json
 from .plan import Plan
-from .report import in_line
 from .timing import Record
+from .wording import in_line
 
 MOST = 8
 """How many reasons of a kind are told one by one."""

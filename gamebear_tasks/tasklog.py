@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import JobError
-from .report import line_of, notice, printable, size, without_escapes
+from .report import notice
 from .runner.files import read_json
+from .wording import line_of, printable, size, without_escapes
 
 LOGS = Path("build") / "logs"
 """Where the log of each task's last build is kept, below the folder of `dodo.py`."""

@@ -20,9 +20,9 @@ from .history import up_to_date
 from .imports import local_modules
 from .job import FORMAT, Json, canonical_json
 from .plan import NONE, Plan, check_choice, declare, read_lock
-from .report import in_line
 from .runner.files import is_file_name
 from .sources import LOCK_FILE
+from .wording import in_line
 
 if TYPE_CHECKING:  # imported where there are functions or sources
     from .functions import Function

@@ -32,9 +32,9 @@ from typing import Any, Protocol
 
 from .job import Json
 from .process import doit_process
-from .report import duration
 from .runner.files import read_json, written_aside
 from .runner.phases import Phases
+from .wording import duration
 
 VERSION = 1
 """Of the record."""

@@ -12,8 +12,8 @@ from doit.exceptions import TaskError
 from .config import settings
 from .errors import GamebearError, SettingsError
 from .plan import declared, read_lock
-from .report import in_line, size
 from .tasks import LOCK, Task
+from .wording import in_line, size
 
 DAY = 86400.0
 """Seconds."""

@@ -18,8 +18,8 @@ import pytest
 from card import Card
 from project import ROOT, Project
 
-from gamebear_tasks.report import size
 from gamebear_tasks.timing import Record
+from gamebear_tasks.wording import size
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ from project import Project, wait_for
 from gamebear_tasks import timing
 from gamebear_tasks.progress import lines
 from gamebear_tasks.progress.board import Board
-from gamebear_tasks.report import age, duration
-from gamebear_tasks.report import clock as clock_of
 from gamebear_tasks.runner import phases
 from gamebear_tasks.runner.phases import LIMIT, Phases
 from gamebear_tasks.timing import Phase, Record, Stopwatch
+from gamebear_tasks.wording import age, duration
+from gamebear_tasks.wording import clock as clock_of
 
 DODO = "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['build/x'])\n"
 

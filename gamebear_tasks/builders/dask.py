@@ -21,8 +21,9 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import BuilderError, BuilderLost, SettingsError
-from ..report import notice, size
+from ..report import notice
 from ..runner.arch import ARCHITECTURES
+from ..wording import size
 from . import Builder, JobEntry, Kept, Order, Pruned, Sink, Status, shown
 from .channel import Connection
 from .pool import PATIENCE

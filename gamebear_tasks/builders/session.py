@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NONSENSE, BuilderError, BuilderLost, LogInError, PythonError, StoreError
-from ..report import printable, size
 from ..runner import wire
 from ..timing import received, sent
+from ..wording import printable, size
 from .bundle import bundle
 from .channel import Channel, Connection
 

@@ -12,7 +12,8 @@ from doit.cmd_base import Command
 from doit.cmdparse import CmdOption
 
 from ..errors import GamebearError
-from ..report import complain, drop, in_line
+from ..report import complain, drop
+from ..wording import in_line
 
 FAILED = 2
 """The exit status of a command that could not do what it was asked: doit's of a task that could not run."""

@@ -16,8 +16,9 @@ from ..builders import Builder, JobEntry, Listed, shown
 from ..builders.rounds import WORTH, Rounds
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
-from ..report import age, complain, duration, notice, size
+from ..report import complain, notice
 from ..tasklog import LIMIT, Harmless, noted
+from ..wording import age, duration, size
 from .command import FAILED, ProjectCommand
 
 SHOWN = 20

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GamebearError, JobError, SettingsError
-from ..report import complain, in_line
+from ..report import complain
+from ..wording import in_line
 from .command import FAILED, ProjectCommand
 
 

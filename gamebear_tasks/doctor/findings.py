@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BuilderError, BuilderLost, HostKeyError, LogInError, PythonError, SettingsError, StoreError
-from ..report import size
 from ..runner.costs import FEW_INODES, LITTLE_ROOM
+from ..wording import size
 
 OK = "ok"
 NOTE = "note"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..builders import Examined, Terminal
 from ..errors import BuilderError
-from ..report import printable
+from ..wording import printable
 from .findings import Finding
 
 FIRST = 100

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
-from ..report import in_line
+from ..wording import in_line
 from .findings import NOTE, OK, TROUBLE, Finding
 from .mending import Done
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ..builders import Builder, Examined, Several, open_builder, shown
 from ..config import Settings
 from ..errors import BuilderError, PythonError, SettingsError, StoreError
-from ..report import size
+from ..wording import size
 from . import here
 from .findings import OK, Finding, judge, stopped
 from .mending import Done, mend, steps_for

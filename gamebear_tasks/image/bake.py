@@ -19,8 +19,9 @@ from ..interrupt import ending, terminated_as_interrupted
 from ..job import Json
 from ..place import statement_of
 from ..progress.telling import Telling
-from ..report import in_line, notice, printable, size
+from ..report import notice
 from ..runner.files import CHUNK, sync_folder
+from ..wording import in_line, printable, size
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
 from .disk import Disk, Partition
 from .fat import Fat

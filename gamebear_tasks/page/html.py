@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from ..report import printable
+from ..wording import printable
 
 VOID = {"meta", "br", "hr"}
 """Elements that have no content."""

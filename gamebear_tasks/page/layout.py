@@ -8,10 +8,10 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report import duration, line_of, size
 from ..runs import Run
 from ..tasklog import LOGS, path_of
 from ..timing import BUILDER, Phase
+from ..wording import duration, line_of, size
 from . import facts
 from .facts import Told
 from .html import Html, element, joined

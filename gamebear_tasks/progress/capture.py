@@ -11,7 +11,7 @@ import os
 import re
 import sys
 
-from ..report import printable
+from ..wording import printable
 
 _MOVES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-Z\\^-~])")
 """What a terminal takes for a command, but for colours."""

@@ -9,7 +9,7 @@ from textwrap import wrap
 from rich.cells import cell_len
 from rich.text import Text
 
-from ..report import clock, duration, in_line, line_of, printable, size
+from ..wording import clock, duration, in_line, line_of, printable, size
 from .board import Board, Outcome, Running
 
 BAR = 16

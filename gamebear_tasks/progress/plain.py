@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from ..report import duration, in_line, printable, size
+from ..wording import duration, in_line, printable, size
 from .board import Board
 from .hearing import Hearing
 from .telling import Event, listen

@@ -18,7 +18,8 @@ from doit.reporter import ConsoleReporter
 from doit.runner import MRunner, MThreadRunner
 
 from .. import interrupt
-from ..report import drop, in_line, notice, without_escapes
+from ..report import drop, notice
+from ..wording import in_line, without_escapes
 
 if TYPE_CHECKING:
     from doit.exceptions import BaseFail

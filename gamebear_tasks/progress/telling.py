@@ -24,8 +24,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..report import in_line, line_of, notice
+from ..report import notice
 from ..tasklog import LONG, Harmless
+from ..wording import in_line, line_of
 
 if TYPE_CHECKING:  # those who build have them
     from ..builders import Status
