@@ -437,6 +437,7 @@ NEEDED = {
     "sources",
     "tasklog",
     "tasks",
+    "wording",
 }
 """What a dodo.py with artifacts loads of us."""
 
