@@ -52,15 +52,22 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"The tests need more of Debian: apt-get install {' '.join(missing)}")
 
 
+OTHERS = ("GAMEBEAR_", "XDG_", "SSH_", "DASK_")
+"""How the variables begin that set what the tests try."""
+
+SHOWN = {"CI", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "COLUMNS", "LINES", "TERM", "TMUX"}
+"""The variables by which programs decide how to show something: those of whatever runs the tests are not of a person's
+terminal."""
+
 SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the person's own settings, store and caches out of the tests, and the tests out of them."""
+    """Keep what the person or CI has set out of the tests, with stores and caches, and the tests out of them."""
     patch = pytest.MonkeyPatch()
     for name in list(os.environ):
-        if name.startswith(("GAMEBEAR_", "XDG_", "SSH_")):
+        if name in SHOWN or name.startswith(OTHERS):
             patch.delenv(name)
     patch.setenv("HOME", str(tmp_path_factory.mktemp("nobody")))
     yield

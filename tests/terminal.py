@@ -99,13 +99,8 @@ def terminal(project: Project, columns: int = 80, rows: int = 24, **environment:
             "PS1": "$ ",
             "LC_ALL": "C.UTF-8",
         }
-        wanted.update(environment)
-        for variable in ("CI", "NO_COLOR", "FORCE_COLOR", "COLORTERM", "TERM"):
-            wanted[variable] = environment.get(variable, "")  # and not what the tests themselves run in
-        cleared = [f"-u{variable}" for variable, value in wanted.items() if not value or variable == "TERM"]
-        given = [f"{variable}={value}" for variable, value in wanted.items() if value and variable != "TERM"]
-        own = [f"TERM={environment['TERM']}"] if "TERM" in environment else ["TERM=screen-256color"]
-        shell = shlex.join(["env", *cleared, *given, *own, "sh"])
+        wanted.update({"TERM": "screen-256color", **environment})
+        shell = shlex.join(["env", *(f"{variable}={value}" for variable, value in wanted.items()), "sh"])
         made.tmux(
             *("new-session", "-d", "-x", str(columns), "-y", str(rows), "-c", str(project.folder), shell),
         )
