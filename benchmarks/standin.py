@@ -19,8 +19,9 @@ sys.path.insert(0, str(HERE))
 os.environ["GAMEBEAR_FACTS"] = (HERE / "facts.json").read_text()
 
 from gamebear_runner import build  # noqa: E402
-from gamebear_runner.buildah import Buildah, facts  # noqa: E402
+from gamebear_runner.buildah import Buildah  # noqa: E402
 from gamebear_runner.job import Job, begin  # noqa: E402
+from gamebear_runner.probe import facts  # noqa: E402
 
 script = Path(sys.argv[1]).resolve()
 root = Path.home() / ".cache" / "buildahscript-py"

@@ -42,6 +42,7 @@ NEEDED = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say at once what the machine lacks, rather than once per test."""
+    os.umask(0o022)  # what root puts into an account's home is for the account to read
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have children ignore it
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
     if os.geteuid() != 0:

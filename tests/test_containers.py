@@ -21,7 +21,9 @@ import cloudpickle
 import pytest
 import tiny
 
-from gamebear_tasks.runner.buildah import Buildah, Facts, environment, facts, namespace, remove_tree
+from gamebear_tasks.runner.buildah import Buildah, remove_tree
+from gamebear_tasks.runner.facts import Facts, environment, namespace
+from gamebear_tasks.runner.probe import facts
 from gamebear_tasks.runner.supervise import GO
 
 REPOSITORY = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import pytest
 from project import Project
 
 from gamebear_tasks.runner import builder_json, costs, slots
-from gamebear_tasks.runner.buildah import Facts, boot
+from gamebear_tasks.runner.facts import Facts, boot
 
 DODO = """
 from gamebear_tasks import artifact

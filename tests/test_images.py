@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from gamebear_tasks.runner import bases, buildah, emulation, mirrors, packages
+from gamebear_tasks.runner import bases, buildah, emulation, mirrors, packages, probe, programs
 from gamebear_tasks.runner.bases import debian_suite, is_local_only, qualified
-from gamebear_tasks.runner.buildah import Facts, ImageError
+from gamebear_tasks.runner.buildah import ImageError
+from gamebear_tasks.runner.facts import Facts, environment, from_json, namespace
 from gamebear_tasks.runner.files import RunnerError
 from gamebear_tasks.runner.mirrors import Archive, archives
 
@@ -24,7 +25,8 @@ PRELUDE = """
 import json, os, sys, time
 from pathlib import Path
 from runner import bases, packages
-from runner.buildah import Buildah, facts
+from runner.buildah import Buildah
+from runner.probe import facts
 from runner.files import RunnerError
 root = Path(sys.argv[1])
 found = facts(root)
@@ -42,12 +44,12 @@ class Builder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.facts = buildah.facts(root)
-        self.environment = buildah.environment(root, self.facts)
+        self.facts = probe.facts(root)
+        self.environment = environment(root, self.facts)
         self.environment["PYTHONPATH"] = str(Path(buildah.__file__).parents[1])  # as the runner travels: alone
 
     def command(self, code: str) -> list[str]:
-        return [*buildah.namespace(self.facts), sys.executable, "-c", PRELUDE + code, str(self.root)]
+        return [*namespace(self.facts), sys.executable, "-c", PRELUDE + code, str(self.root)]
 
     def inside(self, code: str) -> Any:
         """Run code inside the namespace; return what it prints last, as JSON."""
@@ -82,13 +84,13 @@ def elsewhere(arch: str = "amd64", emulated: tuple[str, ...] = ()) -> Facts:
 def test_the_builder_is_probed_once_for_all_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[Path] = []
 
-    def probe(root: Path) -> Facts:
+    def slowly(root: Path) -> Facts:
         probed.append(root)
         time.sleep(0.3)
         return elsewhere()
 
-    monkeypatch.setattr(buildah, "_probe", probe)
-    threads = [threading.Thread(target=buildah.facts, args=[tmp_path]) for _ in range(4)]
+    monkeypatch.setattr(probe, "_probe", slowly)
+    threads = [threading.Thread(target=probe.facts, args=[tmp_path]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -132,19 +134,19 @@ def test_a_folder_of_another_user_of_the_namespace_is_removed(builder: Builder) 
 
 def test_a_builder_without_buildah_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(buildah, "SYSTEM_FOLDERS", ())
+    monkeypatch.setattr(programs, "SYSTEM_FOLDERS", ())
     with pytest.raises(RunnerError, match=r"has no buildah.*sudo apt install buildah"):
-        buildah.facts(tmp_path / "v1")
+        probe.facts(tmp_path / "v1")
 
 
 def test_secrets_of_the_environment_stay_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_TOKEN", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    assert "secret" not in buildah.environment(tmp_path, elsewhere()).values()
+    assert "secret" not in environment(tmp_path, elsewhere()).values()
 
 
 def test_a_program_of_the_own_architecture_runs() -> None:
-    arch = buildah._debian_arch(dict(os.environ))
+    arch = probe._debian_arch(dict(os.environ))
     assert emulation._runs(arch)
     assert arch not in emulation.emulated(arch)
 
@@ -290,7 +292,7 @@ def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
 
 def test_facts_survive_their_file() -> None:
     known = elsewhere(emulated=("armhf",))
-    assert buildah._from_json(json.loads(json.dumps(known._asdict()))) == known
+    assert from_json(json.loads(json.dumps(known._asdict()))) == known
 
 
 def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:

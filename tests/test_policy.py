@@ -15,7 +15,8 @@ import tiny
 from project import Project
 
 from gamebear_tasks.runner import policy
-from gamebear_tasks.runner.buildah import facts, outside
+from gamebear_tasks.runner.buildah import outside
+from gamebear_tasks.runner.probe import facts
 
 DAY = 86400
 

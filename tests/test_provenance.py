@@ -15,7 +15,8 @@ from statements import by_role, packages, read_statement
 
 from gamebear_tasks.builders.materials import Materials
 from gamebear_tasks.provenance import _git_uri, debian_purl, public
-from gamebear_tasks.runner.buildah import facts, outside
+from gamebear_tasks.runner.buildah import outside
+from gamebear_tasks.runner.probe import facts
 
 DODO = """
 from gamebear_tasks import artifact

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 from project import Project, Run, measured
 
-from gamebear_tasks.runner import buildah, mirrors, serve, slots, supervise, wire, work
+from gamebear_tasks.runner import buildah, facts, mirrors, serve, slots, supervise, wire, work
 from gamebear_tasks.runner.files import sha256
 from gamebear_tasks.runner.store import Lock, Store, StoredJob
 
@@ -192,9 +192,9 @@ class Job:
             assert len(list(job.glob("out-*"))) <= 1, f"outputs of more than one attempt are in {job}"
 
 
-def known_facts(store: Store) -> buildah.Facts:
+def known_facts(store: Store) -> facts.Facts:
     """Return what the builder has found out about itself; our own environment would give something else."""
-    return buildah._from_json(json.loads((store.root / "facts.json").read_bytes())["facts"])
+    return facts.from_json(json.loads((store.root / "facts.json").read_bytes())["facts"])
 
 
 def processes() -> Iterator[tuple[int, list[bytes]]]:
@@ -799,13 +799,13 @@ def test_a_job_that_was_stopped_while_the_builder_was_looked_at_does_not_begin(
     queued: StoredJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = supervise.Supervisor(queued, "a1")
-    known = buildah.Facts("1", True, (), "overlay", "oci", True, "amd64", ())
+    known = facts.Facts("1", True, (), "overlay", "oci", True, "amd64", ())
 
-    def facts(root: Path) -> buildah.Facts:
+    def found(root: Path) -> facts.Facts:
         queued.ask_to_stop("a1")
         return known
 
-    monkeypatch.setattr(supervise, "facts", facts)
+    monkeypatch.setattr(supervise, "facts", found)
     monkeypatch.setattr(supervisor, "_document", lambda: {"arch": "amd64"})
     monkeypatch.setattr(supervisor, "_order", lambda: {"trees": {}})
     with pytest.raises(supervise.Cancelled):

@@ -26,7 +26,7 @@ from ..runner.arch import ARCHITECTURES
 from ..wording import size
 from . import Builder, JobEntry, Kept, Order, Pruned, Sink, Status, shown
 from .channel import Connection
-from .pool import PATIENCE
+from .reconnecting import PATIENCE
 from .remote import RunnerBuilder
 from .session import words_of
 

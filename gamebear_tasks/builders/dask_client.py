@@ -6,8 +6,6 @@ import asyncio
 import itertools
 import os
 import pickle
-import random
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +16,7 @@ from ..errors import BuilderError, BuilderLost
 from ..report import notice
 from .dask_comm import PLUGIN, PROTOCOL, DaskConnection, Loop, closed, connect, connection_args, read, write
 from .dask_scheduler import SchedulerPart
-from .pool import FIRST_PATIENCE
+from .reconnecting import Reconnecting
 from .session import SILENCE, words_of
 
 GREETING = 30.0
@@ -104,12 +102,12 @@ class Stream:
         except BuilderError as error:
             self.lost = error
         except asyncio.CancelledError:
-            self.lost = BuilderLost("The connection to Dask was closed.")
+            self.lost = BuilderLost(_CLOSED)
         finally:
             self._comm.abort()
             for waiting in self._answers.values():
                 if not waiting.done():
-                    waiting.set_exception(self.lost or BuilderLost("The connection to Dask was closed."))
+                    waiting.set_exception(self.lost or BuilderLost(_CLOSED))
 
     async def ask(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask, and wait for the answer; raises BuilderLost."""
@@ -144,10 +142,7 @@ class Link:
         self._args = connection_args(address)
         self.loop = Loop()
         self._client = os.urandom(8).hex()
-        self._stream: Stream | None = None
-        self._connecting = threading.Lock()
-        self._met = False
-        self._given_up: BuilderError | None = None
+        self._stream = Reconnecting(url, self._connect)
         self._relayed: set[str] = set()
 
     def ask(self, ask: str, patience: float, **more: Any) -> Mapping[str, Any]:
@@ -206,69 +201,36 @@ class Link:
         return True
 
     def _connected(self, patience: float) -> Stream:
-        if not self._connecting.acquire(timeout=min(max(patience, CONNECTING), threading.TIMEOUT_MAX)):
-            raise BuilderLost(f"{self.url} is out of reach.", "Run doit again when it is back.")
-        try:
-            if self._stream is not None and self._stream.lost is None:
-                return self._stream
-            start = time.monotonic()
-            pause = 0.25
-            while True:
-                if self._given_up is not None:
-                    raise self._given_up
-                try:
-                    opening = Stream.open(self.address, self._args, self._client)
-                    self._stream = self.loop.wait_for(opening, 3 * GREETING)
-                except (BuilderLost, TimeoutError) as error:
-                    if self._given_up is not None:  # it was closed meanwhile, and that may be why
-                        raise self._given_up from None
-                    said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} says nothing.")
-                    left = start + (patience if self._met else min(patience, FIRST_PATIENCE)) - time.monotonic()
-                    if left <= 0:
-                        raise self._give_up(said, patience) from error
-                    if self._met and pause == 0.25 and patience:
-                        notice(f"lost the connection to {self.url}; trying again for {patience:g} seconds")
-                    time.sleep(min(pause * random.uniform(0.5, 1.0), max(left, 0.05)))
-                    pause = min(pause * 2, 5.0)
-                except BuilderError as error:
-                    self._given_up = error
-                    raise
-                else:
-                    if self._met and pause > 0.25:
-                        notice(f"connected to {self.url} again")
-                    self._met = True
-                    return self._stream
-        finally:
-            self._connecting.release()
+        if (stream := self._stream.open) is not None and stream.lost is not None:
+            self._stream.drop(stream)
+        return self._stream.get(patience or None, max(patience, CONNECTING))
 
-    def _give_up(self, error: BuilderLost, patience: float) -> BuilderLost:
-        if not self._met:
-            error = BuilderLost(
-                f"The scheduler of {self.url} is out of reach: {error.message}",
+    def _connect(self) -> Stream:
+        try:
+            return self.loop.wait_for(Stream.open(self.address, self._args, self._client), 3 * GREETING)
+        except (BuilderLost, TimeoutError) as error:
+            said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} says nothing.")
+            if self._stream.met:
+                raise said from error
+            raise BuilderLost(
+                f"The scheduler of {self.url} is out of reach: {said.message}",
                 "See that it runs (dask scheduler) and that its port is open to this machine.",
-            )
-        elif patience:
-            error = BuilderLost(
-                f"{self.url} has been out of reach for {patience:g} seconds: {error.message}",
-                "What it is building goes on; run doit again when it is back, and it is found by its name.",
-            )
-        else:
-            return error
-        self._given_up = error
-        return error
+            ) from error
 
     def _forget(self, stream: Stream) -> None:
-        stream.lost = stream.lost or BuilderLost("The connection to Dask was closed.")  # `_connected` opens another
+        stream.lost = stream.lost or BuilderLost(_CLOSED)  # `_connected` has another opened
         self.loop.begin(_closed(stream))
 
     def close(self) -> None:
         """Close the connection. Never raises."""
-        self._given_up = BuilderLost("The connection to Dask was closed.")  # for who is connecting at this moment
+        self._stream.given_up = BuilderLost(_CLOSED)  # for who is connecting at this moment
         self.loop.close()
 
 
 async def _closed(stream: Stream) -> None:
     stream.close()
 
+
+_CLOSED = "The connection to Dask was closed."
 
 _SEE = "See the scheduler's dashboard (port 8787), or its log."

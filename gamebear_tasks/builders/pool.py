@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost
-from ..report import notice
+from ..errors import BuilderBusy, BuilderError, BuilderLost
 from ..timing import phase
 from .bundle import bundle
 from .channel import Connection
+from .reconnecting import PATIENCE, Reconnecting
 from .session import Session
 
 SESSIONS = 6
 """The most sessions with one builder: below the ten that sshd allows a connection by default (`MaxSessions`)."""
-
-PATIENCE = 600.0
-"""Seconds for which a lost connection is tried again, unless whoever opened the builder says otherwise."""
-
-FIRST_PATIENCE = 3.0
-"""Seconds for which the first connection of a run is tried again."""
-
-CROWD_PATIENCE = 30.0
-"""The same where the builder is there, and only takes no further connection at this moment (`MaxStartups`)."""
 
 BUSY_PATIENCE = 10.0
 """Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
@@ -51,15 +41,11 @@ class SessionPool:
     def _reset(self) -> None:
         self._pid = os.getpid()
         self._changed = threading.Condition()
-        self._connecting = threading.Lock()
-        self._connection: Connection | None = None
+        self._connection = Reconnecting(self._place, self._connect)
         self._idle: list[Session] = []
         self._open = 0
         self._queue: deque[object] = deque()
         self._limit = SESSIONS
-        self._met = False
-        self.given_up: BuilderError | None = None
-        """Why the builder is held to be out of reach for the rest of this run."""
 
     def _leave_to_parent(self) -> None:
         if self._pid != os.getpid():
@@ -73,9 +59,14 @@ class SessionPool:
             return bool(self._queue) or self._open + (not self._idle) >= self._limit
 
     @property
+    def given_up(self) -> BuilderError | None:
+        """Why the builder is held to be out of reach for the rest of this run."""
+        return self._connection.given_up
+
+    @property
     def described(self) -> Mapping[str, str]:
         """What the connection says of itself."""
-        return dict(getattr(self._connection, "described", {}))
+        return dict(getattr(self._connection.open, "described", {}))
 
     def borrow(self) -> Session:
         """Return a session, for one request; whoever has it gives it back, or drops it.
@@ -131,7 +122,7 @@ class SessionPool:
     def give_back(self, session: Session) -> None:
         """Return a session that has answered."""
         with self._changed:
-            if session.connection is self._connection:
+            if session.connection is self._connection.open:
                 self._idle.append(session)
                 self._changed.notify_all()
                 return
@@ -161,9 +152,8 @@ class SessionPool:
         if self._pid != os.getpid():
             return
         self.close_idle()
-        with self._changed:
-            connection, self._connection = self._connection, None
-        if connection is not None:
+        connection = self._connection.open
+        if connection is not None and self._connection.drop(connection):
             connection.close()
 
     def _take_idle(self) -> list[Session]:
@@ -182,10 +172,10 @@ class SessionPool:
                 than the one that has ended, and those in use go on.
         """
         with self._changed:
-            if connection is not self._connection:
+            if not (self._connection.drop(connection) if close else self._connection.open is connection):
                 return
             if close:
-                self._connection = None
+                self._limit = SESSIONS
             stale = self._take_idle()
         for session in stale:
             session.close()
@@ -195,49 +185,7 @@ class SessionPool:
     def connection(self) -> Connection:
         """Return the connection; open it again where it was lost, for as long as we have patience."""
         self._leave_to_parent()
-        with self._connecting:
-            if self._connection is not None:
-                return self._connection
-            if self.given_up is not None:
-                raise self.given_up
-            start = time.monotonic()
-            pause = 0.5
-            while True:
-                try:
-                    connection = self._connect()
-                except BuilderLost as error:
-                    patience = self.patience
-                    if not self._met:
-                        first = CROWD_PATIENCE if isinstance(error, BuilderCrowded) else FIRST_PATIENCE
-                        patience = min(first, patience)
-                    left = start + patience - time.monotonic()
-                    if left <= 0:
-                        raise self._give_up(error) from error
-                    if self._met and pause == 0.5:
-                        notice(f"lost the connection to {self._place}; trying again for {patience:g} seconds")
-                    # Not all at the same moment: several processes may have lost it, or wait to be let in.
-                    time.sleep(min(pause * random.uniform(0.5, 1.0), max(left, 0.05)))
-                    pause = min(pause * 2, 15.0)
-                except BuilderError as error:
-                    self.given_up = error
-                    raise
-                else:
-                    if self._met:
-                        notice(f"connected to {self._place} again")
-                    self._met = True
-                    with self._changed:
-                        self._connection = connection
-                        self._limit = SESSIONS
-                    return connection
-
-    def _give_up(self, error: BuilderLost) -> BuilderLost:
-        if self._met:
-            error = BuilderLost(
-                f"{self._place} has been out of reach for {self.patience:g} seconds: {error.message}",
-                "What it is building goes on; run doit again when it is back, and it is found by its name.",
-            )
-        self.given_up = error
-        return error
+        return self._connection.get(self.patience)
 
     def _start_session(self, connection: Connection) -> Session:
         try:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .buildah import last_lines, streamed
 from .files import RunnerError, is_file_name, is_sha256, sha256_of
 from .mirrors import stanzas
+from .programs import last_lines, streamed
 from .rootfs import Rootfs
 
 POOL = "debs"

@@ -19,9 +19,11 @@ from typing import Any
 
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from .bootstrap import bootstrap, tag_of
-from .buildah import Buildah, BuildahError, Facts, ImageError, last_lines, streamed
+from .buildah import Buildah, BuildahError, ImageError
+from .facts import Facts
 from .files import RunnerError, locked, read_json
 from .mirrors import RELEASES, STABLE, own_release
+from .programs import last_lines, streamed
 
 POLICY_VARIABLE = "GAMEBEAR_BASE"
 """`auto` (local, registry, bootstrap), `registry` (no bootstrap) or `bootstrap` (no registry)."""

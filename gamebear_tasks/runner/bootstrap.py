@@ -9,8 +9,9 @@ import uuid
 from pathlib import Path
 
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
-from .buildah import Buildah, BuildahError, ImageError, last_lines, streamed
+from .buildah import Buildah, BuildahError, ImageError
 from .mirrors import Archive, distribution_for, extra_archives, keyrings_for, main_archive
+from .programs import last_lines, streamed
 
 
 def tag_of(suite: str, arch: str) -> str:

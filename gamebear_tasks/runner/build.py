@@ -34,13 +34,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, cast
 
 from . import language
-from .buildah import Buildah, BuildahError, facts
+from .buildah import Buildah, BuildahError
 from .containers import Container
 from .files import RunnerError, read_json, write_json
 from .images import Image, ImageNotFoundError, packages_image
 from .job import MATERIALS, CommandError, Job, begin, programs
 from .kept import KEEP_VARIABLE, Notes
 from .phases import note
+from .probe import facts
 from .store import Store
 
 KILLED = 128 + signal.SIGKILL

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from . import builder_json
-from .buildah import Facts, boot
+from .facts import Facts, boot
 from .files import read_json, write_json
 from .store import Store
 

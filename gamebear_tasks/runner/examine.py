@@ -23,23 +23,13 @@ from typing import Any
 from . import builder_json, mirrors
 from .bases import debian_suite, meaning
 from .bootstrap import tag_of
-from .buildah import (
-    ENOUGH_IDS,
-    SUBORDINATE_IDS,
-    Facts,
-    ImageError,
-    environment,
-    facts,
-    last_lines,
-    namespace,
-    outside,
-    search_path,
-    subordinate_ids,
-    subordinate_ranges,
-)
+from .buildah import ImageError, outside
 from .costs import notices
 from .emulation import emulated
+from .facts import Facts, environment, namespace
 from .files import RunnerError
+from .probe import ENOUGH_IDS, SUBORDINATE_IDS, facts, subordinate_ids, subordinate_ranges
+from .programs import last_lines, search_path
 from .slots import slot_count
 from .store import Store, storage_failure
 

@@ -11,9 +11,11 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .buildah import Buildah, BuildahError, Facts, last_lines
+from .buildah import Buildah, BuildahError
+from .facts import Facts
 from .kept import FINISHED, Notes
 from .phases import Phases
+from .programs import last_lines
 
 RUN_TAKES_SETTINGS = (1, 22)
 """The first release whose `buildah run` has `--env` and `--workingdir`."""

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import output
-from .buildah import Buildah, environment, facts, namespace
+from .buildah import Buildah
+from .facts import environment, namespace
 from .files import RunnerError, is_sha256, read_json, sync_folder, write_json
 from .leftovers import clean_up
+from .probe import facts
 from .store import Lock, Store, StoredJob, stamp
 
 if TYPE_CHECKING:

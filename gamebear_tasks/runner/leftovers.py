@@ -6,8 +6,9 @@ import contextlib
 import shutil
 from collections.abc import Collection
 
-from .buildah import facts, remove_containers, remove_tree
+from .buildah import remove_containers, remove_tree
 from .files import RunnerError, is_sha256
+from .probe import facts
 from .store import FINAL, Store, StoredJob
 
 

@@ -26,10 +26,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .buildah import Buildah, BuildahError, environment, facts, namespace, remove_containers
+from .buildah import Buildah, BuildahError, remove_containers
+from .facts import environment, namespace
 from .files import RunnerError, is_sha256, read_json, write_json
 from .job import MATERIALS, programs
 from .packages import NAME, Installed, installed
+from .probe import facts
 from .rootfs import Rootfs
 from .store import Store, StoredJob, stamp
 from .wire import MAX_HEADER, NOT_OURS

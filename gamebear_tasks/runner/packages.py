@@ -23,8 +23,10 @@ from pathlib import Path
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .arch import ARCHITECTURE_ANNOTATION
 from .bases import check_runs, resolve
-from .buildah import Buildah, BuildahError, Facts, ImageError, last_lines
+from .buildah import Buildah, BuildahError, ImageError
+from .facts import Facts
 from .files import locked
+from .programs import last_lines
 from .rootfs import Rootfs
 
 RECIPE = 2

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from .apt import POOL, trim
-from .buildah import IMAGES_IN_USE, BuildahError, Facts, facts, outside, remove_tree
+from .buildah import IMAGES_IN_USE, BuildahError, outside, remove_tree
+from .facts import Facts
 from .files import RunnerError, is_sha256, locked
 from .leftovers import clean_up, clean_up_after_lost_jobs
+from .probe import facts
 from .store import Lock, Store, StoredJob, stamp
 
 RECENT = 60.0

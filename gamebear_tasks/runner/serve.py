@@ -301,7 +301,8 @@ class Session:
     def _meaning(self, name: str, arch: str, base: str, until: float) -> str:
         """Return the id of the image that a name means on this builder now; empty where that cannot be told soon."""
         from .bases import meaning  # slow to load, and seldom needed
-        from .buildah import facts, outside
+        from .buildah import outside
+        from .probe import facts
 
         def ask(*words: str) -> str:
             return outside(self.store.root, known, *words, timeout=max(0.1, until - time.monotonic()))

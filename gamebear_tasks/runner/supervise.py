@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from . import builder_json, kept, slots, work
-from .buildah import Facts, environment, facts, namespace, remove_tree, stay_with
+from .buildah import remove_tree
 from .costs import keep_notices
+from .facts import Facts, environment, namespace, stay_with
 from .files import CHUNK, RunnerError, read_json, sync_folder
 from .leftovers import clean_up, clean_up_after_lost_jobs, remove_leftovers
 from .phases import Phases, note
+from .probe import facts
 from .store import Store, StoredJob, StoreError, hold_runner, storage_failure
 from .work import JobFailed
 
