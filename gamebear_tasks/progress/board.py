@@ -55,6 +55,7 @@ class Running:
         start: both together when the transfer began that goes on.
         goal: how many bytes that transfer has; 0: not known.
         line: the log's last.
+        tells: its build has told something.
         had: how it was had, where that is known already.
         seconds: how long it took; negative as long as that is not known.
         line_at_end: how it went, in a line.
@@ -72,6 +73,7 @@ class Running:
     start: int = 0
     goal: int = 0
     line: str = ""
+    tells: bool = False
     had: str = ""
     seconds: float = -1.0
     line_at_end: str = ""
@@ -103,6 +105,7 @@ class Running:
 
     def take(self, event: Event) -> None:
         """Note what was told."""
+        self.tells = True
         begins = not self.goal and event.get("phase", self.phase) != self.phase
         if begins or "goal" in event:
             self.start = event.get("up", self.up) + event.get("down", self.down)

@@ -273,7 +273,8 @@ class Live:
         columns, rows = screen.size()
         signs = screen.signs
         names = lines.width_of_names(self._names, columns)
-        ended, self._ending = self._ending, []
+        ended = [end for end in self._ending if last or not self._is_to_come(*end)]
+        self._ending = [end for end in self._ending if end not in ended]
         self._above += [self.board.end(*end) for end in ended]
         above: list[Text | str] = []
         prefixes: dict[str, str] = {}
@@ -307,6 +308,11 @@ class Live:
         if self._capture.rest:
             block.insert(0, lines.part_line(self._capture.rest, columns, signs))
         return above, block
+
+    def _is_to_come(self, name: str, how: str, _: str) -> bool:
+        """Whether a process has yet to tell how its task was had: it could not while the terminal took nothing."""
+        task = self.board.running.get(name)
+        return self._hearing is not None and how == "done" and task is not None and task.tells and not task.had
 
     # the terminal
 

@@ -47,7 +47,8 @@ STOPPED = 5.0
 """Seconds for which a view may take nothing of a log before lines of it are left out, so that the build goes on."""
 
 ANSWER = 10.0
-"""Seconds that the view may take to leave the terminal to a question."""
+"""Seconds that the view may take to leave the terminal to a question, or to take anything of what a process that ends
+has not told yet."""
 
 Event = Mapping[str, Any]
 
@@ -111,21 +112,29 @@ class _Wire:
 
     def __init__(self, path: str, wants: str) -> None:
         import socket
+        from multiprocessing import util
 
         self.whole = wants != "last"
         self._patience = None if wants == "every" else STOPPED
         self._lock = threading.Lock()
         self._unsent = b""
+        self._sender: threading.Thread | None = None
         self._is_stuck = False
         self._left_out = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(ANSWER)
         self._socket.connect(path)
+        util.Finalize(self, self._finish, exitpriority=0)
 
     def hear(self, event: Event) -> None:
-        """Send an event: lines as long as any are taken, the end of a task within a moment, all else at once or not."""
+        """Send an event: lines as long as any are taken, the end of a task now or later, all else at once or not."""
         is_log = "lines" in event
-        waits = self._patience if is_log else 1.0 if "had" in event or "asking" in event else 0.0
+        is_end = "had" in event
+        waits: float | None = 0.0
+        if is_log or (is_end and self._patience is None):
+            waits = self._patience
+        elif is_end or "asking" in event:
+            waits = 1.0
         with self._lock:
             if self._is_stuck:
                 self._is_stuck = not self._send_on(0.0)
@@ -134,11 +143,14 @@ class _Wire:
                     return
             if waits == 0.0 and len(self._unsent) > UNSENT:
                 return
-            if self._left_out and (is_log or "had" in event):
+            if self._left_out and (is_log or is_end):
                 event = {**event, "lines": [left_out(self._left_out), *event.get("lines", ())]}
                 self._left_out = 0
             self._unsent += json.dumps(event).encode() + b"\n"
             self._is_stuck = not self._send_on(waits) and (self._is_stuck or is_log)
+            if is_end and self._unsent and self._sender is None:
+                self._sender = threading.Thread(target=self._send_later, name="telling", daemon=True)
+                self._sender.start()
 
     def _send_on(self, waits: float | None) -> bool:
         """Send what is left to be sent; say whether all of it went, with pauses of `waits` seconds (None: any)."""
@@ -146,9 +158,25 @@ class _Wire:
             self._socket.settimeout(waits)
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
-        except OSError:
+        except (BlockingIOError, TimeoutError):
             return False
+        except OSError:  # nobody listens any more
+            self._unsent = b""
         return True
+
+    def _send_later(self) -> None:
+        """Send how a task has ended when the view takes it: nothing may be told for long after that."""
+        while True:
+            time.sleep(OFTEN)
+            with self._lock:
+                if self._send_on(0.0):
+                    self._is_stuck, self._sender = False, None
+                    return
+
+    def _finish(self) -> None:
+        """Send what is left before the process ends."""
+        with contextlib.suppress(KeyboardInterrupt), self._lock:
+            self._send_on(ANSWER)
 
     def leave_terminal(self, leave: bool) -> None:
         self.hear({"asking": leave})
