@@ -96,6 +96,16 @@ ending = threading.Event()
 """Set when the process ends, and with it what its threads wait for."""
 
 
+def check_not_interrupted(status: int) -> None:
+    """Raise KeyboardInterrupt where Ctrl-C has ended a program of ours, which may hear of it before doit does.
+
+    Args:
+        status: how the program ended, as `subprocess` has it.
+    """
+    if status == -signal.SIGINT:
+        raise KeyboardInterrupt
+
+
 def end_what_is_left() -> None:
     """Before the process ends, end what its threads still wait for: doit's threads die with it.
 

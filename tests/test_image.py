@@ -879,7 +879,7 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
 ) -> None:
     slow = project.folder / "bin"
     slow.mkdir()
-    (slow / "resize2fs").write_text('#!/bin/sh\ntouch "$OLDPWD/../reached" ../../reached\nexec sleep 60\n')
+    (slow / "resize2fs").write_text(f"#!/bin/sh\ntouch '{project.folder}/reached'\nexec sleep 60\n")
     (slow / "resize2fs").chmod(0o755)
     project.write("dodo.py", DODO.format(password=HASH, more='free="90M",'))
     environment = {**project.environment, "PATH": f"{slow}:{os.environ['PATH']}"}
@@ -899,6 +899,16 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
         assert (record.state, record.outputs) == ("interrupted", ())
     project.doit().ok()
     assert {path.name for path in (project.folder / "build").iterdir()} == {"card.img", "logs"}
+
+
+def test_a_program_that_hears_of_ctrl_c_before_doit_does_has_not_failed(project: Project) -> None:
+    impatient = project.write("bin/resize2fs", "#!/bin/sh\nkill -INT $$\n")
+    impatient.chmod(0o755)
+    project.write("dodo.py", DODO.format(password=HASH, more='free="90M",'))
+    run = project.doit("-n2", "-P", "thread", PATH=f"{impatient.parent}:{os.environ['PATH']}")
+    assert run.status != 0 and "Traceback" not in run.text, run.text
+    assert record_of(project).state == "interrupted"
+    assert [path.name for path in (project.folder / "build").iterdir()] == ["logs"]
 
 
 def test_what_changes_while_it_is_baked_is_not_placed(project: Project) -> None:

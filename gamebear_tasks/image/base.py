@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from ..errors import ImageError
+from ..interrupt import check_not_interrupted
 from ..runner.files import CHUNK
 from ..sources.from_archive import Archive
 from .program import check_installed, environment, failure
@@ -118,6 +119,7 @@ def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
             process.kill()
             raise
         said = process.stderr.read().decode("utf-8", "replace")
+    check_not_interrupted(process.returncode)
     if process.returncode != 0:
         raise failure(f"{path} cannot be unpacked", command[0], said)
 

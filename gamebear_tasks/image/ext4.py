@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ImageError
+from ..interrupt import check_not_interrupted
 from ..runner.files import CHUNK
 from .base import copy_part
 from .disk import Partition
@@ -209,13 +210,13 @@ class Debugfs:
             self._process.stdin.write(batch)
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise self._failed(self._rest + self._process.stdout.read()) from None
+            raise self._ended(self._rest + self._process.stdout.read()) from None
         answers = []
         for marker in markers:
             while marker not in self._rest:
                 data = self._process.stdout.read1(CHUNK)  # type: ignore[attr-defined]  # it is buffered
                 if not data:
-                    raise self._failed(self._rest)
+                    raise self._ended(self._rest)
                 self._rest += data
             answer, _, self._rest = self._rest.partition(marker)
             answers.append(answer)
@@ -232,6 +233,10 @@ class Debugfs:
                 said = answer.decode("utf-8", "replace")
                 name = command.decode("utf-8", "replace")[:200]
                 raise failure(f"The root file system cannot be written ({name})", "debugfs", said)
+
+    def _ended(self, said: bytes) -> ImageError:
+        check_not_interrupted(self._process.wait())
+        return self._failed(said)
 
     def _failed(self, said: bytes) -> ImageError:
         what = "written" if self._write else "read"

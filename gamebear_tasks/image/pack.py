@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from ..interrupt import check_not_interrupted
 from .program import environment, failure
 
 
@@ -31,5 +32,6 @@ def pack(image: Path, target: Path, program: str) -> None:
         done = subprocess.run(
             [program, *options], stdin=plain, stdout=out, stderr=subprocess.PIPE, check=False, env=environment()
         )
+    check_not_interrupted(done.returncode)
     if done.returncode != 0:
         raise failure("The image cannot be compressed", program, done.stderr.decode("utf-8", "replace"))

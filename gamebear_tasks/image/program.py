@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import ImageError
+from ..interrupt import check_not_interrupted
 
 PACKAGES = {
     "debugfs": "e2fsprogs",
@@ -87,6 +88,7 @@ def run(
 
     Raises:
         ImageError: it failed.
+        KeyboardInterrupt: Ctrl-C has ended it.
     """
     done = subprocess.run(
         argv,
@@ -98,6 +100,7 @@ def run(
         env=environment(now),
     )
     said = done.stdout.decode("utf-8", "replace")
+    check_not_interrupted(done.returncode)
     if done.returncode not in allowed:
         raise failure(what, argv[0], said or f"it ended with status {done.returncode}", hint)
     return said

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import SourceError
+from ..interrupt import check_not_interrupted
 
 INSTALL = {
     "git": "Install git (Debian: `apt install git`; macOS: `xcode-select --install`).",
@@ -61,6 +62,7 @@ def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd
     Raises:
         ProgramError: it ended with another status than 0.
         SourceError: it is not installed.
+        KeyboardInterrupt: Ctrl-C has ended it.
     """
     program = str(argv[0])
     try:
@@ -74,6 +76,7 @@ def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd
         )
     except FileNotFoundError as error:
         raise SourceError(f"The program {program} is not installed here.", INSTALL.get(program, "")) from error
+    check_not_interrupted(done.returncode)
     if done.returncode != 0:
         raise ProgramError(program, done.returncode, done.stderr.decode(errors="replace"))
     return done.stdout
