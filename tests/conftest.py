@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"The tests need more of Debian: apt-get install {' '.join(missing)}")
 
 
-OTHERS = ("GAMEBEAR_", "XDG_", "SSH_", "DASK_")
+OTHERS = ("GAMEBEAR_", "XDG_", "SSH_", "DASK_", "PYTHON")
 """How the variables begin that set what the tests try."""
 
 SHOWN = {"CI", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "COLUMNS", "LINES", "TERM", "TMUX"}
@@ -71,6 +71,7 @@ def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> It
         if name in SHOWN or name.startswith(OTHERS):
             patch.delenv(name)
     patch.setenv("HOME", str(tmp_path_factory.mktemp("nobody")))
+    patch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # bytecode is of any file as long that was written in the same second
     yield
     patch.undo()
 

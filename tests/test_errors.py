@@ -125,7 +125,7 @@ def said_by_doit(text: str) -> str:
 
 @pytest.mark.parametrize("row", DOIT, ids=ids)
 def test_a_run_that_cannot_be(folder: Path, tmp_path: Path, warm: Warm, row: Row) -> None:
-    project = Project(folder, home=tmp_path / "home", PYTHONDONTWRITEBYTECODE="1")
+    project = Project(folder, home=tmp_path / "home")
     task, _, command = row.what.rpartition(" → doit ")
     project.write(
         "dodo.py",

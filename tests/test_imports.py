@@ -213,7 +213,7 @@ def test_the_modules_are_there_when_the_script_runs(tmp_path: Path, tmp_path_fac
         "dodo.py",
         "from gamebear_tasks import artifact\ndef task_x(): return artifact('scripts/x.py', outputs=['build/x'])",
     )
-    project.doit().ok()
+    project.doit(PYTHONDONTWRITEBYTECODE="").ok()
     assert (project.folder / "build/x").read_text() == "-O2"
     assert not list((project.folder / "scripts").rglob("__pycache__")), "the client only reads them"
 
