@@ -999,7 +999,7 @@ PERMISSIONS = [
     ),
     Row(
         "have no programs in your PATH",
-        "PATH=/nowhere",
+        "PATH=/proc/nowhere",
         "sh cannot be started: No such file or directory.",
         "See that it is in your PATH.",
     ),
@@ -1209,8 +1209,8 @@ SCRIPTS = [
     ),
     Row(
         "wrote outside of its folder",
-        "open('/nowhere/x', 'w')",
-        "x.py, line 1: FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/x'",
+        "open('/proc/nowhere/x', 'w')",
+        "x.py, line 1: FileNotFoundError: [Errno 2] No such file or directory: '/proc/nowhere/x'",
         "",
     ),
     Row(

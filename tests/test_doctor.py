@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from debian import ENTER, PATH
 from keyboard import Keyboard
-from project import Project, Run
+from project import Project, Run, wait_for
 from sshd import Account, Sshd, client_home, new_account
 
 from gamebear_tasks.builders.local import open_builder
@@ -60,10 +60,15 @@ def fresh() -> Iterator[Account]:
             rules.unlink()
 
 
+IN_USE = 8
+"""How usermod ends where a process of the account still runs: that of a log-in which is just over, say."""
+
+
 def take_ids(account: Account) -> None:
     """Take its subordinate ids from an account."""
     every = "1-4000000000"
-    subprocess.run(["usermod", "--del-subuids", every, "--del-subgids", every, account.name], check=True)
+    command = ["usermod", "--del-subuids", every, "--del-subgids", every, account.name]
+    wait_for(lambda: subprocess.run(command, check=False).returncode != IN_USE)
     assert not has_ids(account)
 
 
@@ -200,7 +205,7 @@ def test_a_builder_that_is_not_there_is_told_in_a_terminal_of_forty_columns(proj
 
 
 def test_a_builder_without_python_gets_the_package(tmp_path: Path, fresh: Account) -> None:
-    command = 'PATH=/nowhere; export PATH; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
+    command = 'PATH=/proc/nowhere; export PATH; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
     with Sshd(tmp_path / "sshd", fresh, ForceCommand=command) as server:
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
         run = project.doit("doctor", "--json", f"builder={server.url}")

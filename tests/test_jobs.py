@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from project import Project, Run, wait_for
 from remote import Remote, known
-from sshd import Sshd
+from sshd import Account, Sshd
+from test_network import sessions_of
 from warm import Warm
 
 from gamebear_tasks.builders.local import open_builder
@@ -106,8 +107,10 @@ def test_a_job_is_cancelled_from_another_laptop_even_where_somebody_waits_if_tol
     remote.assert_nothing_is_left()
 
 
-def test_whoever_follows_does_not_count(remote: Remote, other: Laptop) -> None:
+def test_whoever_follows_does_not_count(remote: Remote, other: Laptop, account: Account) -> None:
+    before = sessions_of(account)
     client = begun(remote, after="raise SystemExit('the job failed')")
+    served = set(sessions_of(account)).difference(before)
     digest = other.listed()[0]["digest"]
     for stop in (True, False):
         follower = other.start("jobs", "follow", digest)
@@ -119,6 +122,7 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Laptop) -> None:
     assert len(other.listed()[0]["waiting"]) == 1
     client.kill()
     client.wait()
+    wait_for(lambda: not served.intersection(sessions_of(account)))  # the builder has noticed
     remote.go()
     assert follower.wait() == 1
     assert "the job failed" in said(other)

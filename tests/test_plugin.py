@@ -213,7 +213,7 @@ def test_its_killed_client_finds_the_job_again(mine: Project, spool: Path) -> No
 
 
 def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
-    mine.write("x.py", SLOW.format(go="/nowhere"))
+    mine.write("x.py", SLOW.format(go="/proc/nowhere"))
     client = mine.start("x")
     wait_for(lambda: b"begin" in (mine.folder / "doit.out").read_bytes())
     client.send_signal(signal.SIGINT)
@@ -261,4 +261,4 @@ def test_the_doctor_shows_what_it_says_of_itself(mine: Project, spool: Path) -> 
 
 
 def test_a_spool_that_is_not_there_is_an_error(mine: Project) -> None:
-    mine.doit("x", "builder=spool:/nowhere").failed("/nowhere is no folder to leave jobs in.")
+    mine.doit("x", "builder=spool:/proc/nowhere").failed("/proc/nowhere is no folder to leave jobs in.")

@@ -656,7 +656,7 @@ def test_those_who_come_at_once_do_not_wait_for_each_other_while_there_are_slots
 
 
 def test_a_build_that_will_not_end_is_ended_with_all_that_it_has_started(tmp_path: Path, home: Path) -> None:
-    mark = f"10{os.getpid()}"
+    mark = f"1{os.getpid():09}"  # which nothing else has in its command line
     body = f"""
 import signal, subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -96,9 +96,9 @@ def test_a_signal_that_ends_the_program_shows_in_the_status(place: tuple[str, Pr
 
 
 def test_what_cannot_be_started_is_said(place: tuple[str, Project]) -> None:
-    with sit_down(place, "/nowhere/at-all") as keyboard:
+    with sit_down(place, "/proc/nowhere/at-all") as keyboard:
         assert keyboard.end() == 1
-        assert "/nowhere/at-all cannot be started: No such file or directory." in keyboard.text
+        assert "/proc/nowhere/at-all cannot be started: No such file or directory." in keyboard.text
         assert keyboard.is_as_before
 
 
