@@ -261,6 +261,28 @@ def test_what_is_no_package_never_reaches_apt(package: str) -> None:
         packages.packages_image(None, elsewhere(), "debian", [package], arch="amd64")  # type: ignore[arg-type]
 
 
+def test_a_disk_too_small_for_a_bootstrap_is_told_as_that_and_nothing_else_is_tried(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fills = tmp_path / "mmdebstrap"  # the real one needs ten seconds until it gives up
+    fills.write_text('#!/bin/sh\nfor last; do test -d "$last" && dd if=/dev/zero of="$last/x"; done\nexit 25\n')
+    fills.chmod(0o755)
+    disk = builder.root.parent / "default"  # of a root's images, see `builder`
+    monkeypatch.setitem(builder.environment, "GAMEBEAR_BASE", "bootstrap")
+    monkeypatch.setitem(builder.environment, "PATH", f"{tmp_path}:{builder.environment['PATH']}")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", disk], check=True)
+    try:
+        said, left = builder.inside(
+            "said = failure(bases.resolve, buildah, found, 'debian:bookworm', found.arch)\n"
+            "print(json.dumps([said, buildah('containers', '--quiet')]))"
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    arch = builder.facts.arch
+    assert said == f"There was no room to bootstrap debian bookworm for {arch}. It takes 500 MB while it is made."
+    assert not left
+
+
 @pytest.mark.slow
 def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
     builder.environment["GAMEBEAR_BASE"] = "bootstrap"

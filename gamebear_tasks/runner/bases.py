@@ -19,9 +19,9 @@ from typing import Any
 
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from .bootstrap import bootstrap, tag_of
-from .buildah import Buildah, BuildahError, ImageError
+from .buildah import Buildah, BuildahError, ImageError, NoRoomError
 from .facts import Facts
-from .files import RunnerError, locked, read_json
+from .files import RunnerError, locked, read_json, tells_of_full_disk
 from .mirrors import RELEASES, STABLE, own_release
 from .programs import last_lines, streamed
 
@@ -95,10 +95,14 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
             try:
                 return _pull(buildah, name, wanted)
             except BuildahError as error:
+                if tells_of_full_disk(error.stderr):
+                    raise NoRoomError(f"There was no room for the base image {name} for {wanted}.", "") from error
                 failures.append(f"the registry: {last_lines(error.stderr, 1).removeprefix('Error: ')}")
         if policy != "registry" and suite:
             try:
                 return bootstrap(buildah, suite, wanted)
+            except NoRoomError:
+                raise
             except ImageError as error:
                 failures.append(f"a bootstrap: {error}")
     hint = "See that the builder reaches the registry"

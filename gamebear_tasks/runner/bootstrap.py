@@ -9,7 +9,8 @@ import uuid
 from pathlib import Path
 
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
-from .buildah import Buildah, BuildahError, ImageError
+from .buildah import Buildah, BuildahError, ImageError, NoRoomError
+from .files import tells_of_full_disk
 from .mirrors import Archive, distribution_for, extra_archives, keyrings_for, main_archive
 from .programs import last_lines, streamed
 
@@ -20,7 +21,11 @@ def tag_of(suite: str, arch: str) -> str:
 
 
 def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
-    """Install Debian's minimal system into a new image and return the image's id; raises ImageError."""
+    """Install Debian's minimal system into a new image and return the image's id.
+
+    Raises:
+        ImageError: it cannot be had; where that is for want of room, a NoRoomError.
+    """
     distribution = distribution_for(arch)
     tools = [tool for tool in ("mmdebstrap", "debootstrap") if shutil.which(tool, path=buildah.environment["PATH"])]
     if not tools:
@@ -44,6 +49,8 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
                 status, said = _debootstrap(buildah, tree, main, keyrings[0], arch)
             else:
                 status, said = 1, "debootstrap needs a keyring in one file"
+            if status and tells_of_full_disk(said):
+                raise _no_room(distribution, suite, arch)
             if status:
                 errors = "\n".join(line for line in said.splitlines() if line.startswith("E: "))
                 failures.append(f"{tool} ended with status {status}: {last_lines(errors or said, 2)}")
@@ -52,6 +59,8 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
             buildah("umount", container)
             identity = _commit(buildah, container, main, distribution, arch)
         except (BuildahError, OSError) as error:
+            if tells_of_full_disk(str(error)):
+                raise _no_room(distribution, suite, arch) from error
             failures.append(str(error))
             continue
         finally:
@@ -61,6 +70,12 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
         return identity
     raise ImageError(
         "; ".join(failures), f"See that the builder reaches {main.uri} and that it has {main.suite} for {arch}."
+    )
+
+
+def _no_room(distribution: str, suite: str, arch: str) -> NoRoomError:
+    return NoRoomError(
+        f"There was no room to bootstrap {distribution} {suite} for {arch}.", "It takes 500 MB while it is made."
     )
 
 

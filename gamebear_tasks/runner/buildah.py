@@ -49,6 +49,10 @@ class ImageError(RunnerError):
     kind = "image"
 
 
+class NoRoomError(ImageError):
+    """An image cannot be had because the disk is full; that another way to it is tried would not help."""
+
+
 class Buildah:
     """Buildah with this builder's store and isolation, to be used inside the namespace.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -46,6 +47,11 @@ def sha256_of(path: os.PathLike[str] | str) -> str:
     """Return the SHA-256 of a file's content, in lower-case hex; raises OSError."""
     with open(path, "rb", buffering=0) as file:
         return sha256(file)
+
+
+def tells_of_full_disk(text: str) -> bool:
+    """Say whether what a program says is that there was no room: all have the words of strerror(3), Go's a small n."""
+    return os.strerror(errno.ENOSPC).casefold() in text.casefold()
 
 
 def is_sha256(text: object) -> bool:

@@ -23,9 +23,9 @@ from pathlib import Path
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .arch import ARCHITECTURE_ANNOTATION
 from .bases import check_runs, resolve
-from .buildah import Buildah, BuildahError, ImageError
+from .buildah import Buildah, BuildahError, ImageError, NoRoomError
 from .facts import Facts
-from .files import locked
+from .files import locked, tells_of_full_disk
 from .programs import last_lines
 from .rootfs import Rootfs
 
@@ -420,6 +420,8 @@ def _update(update: Callable[..., tuple[int, str]]) -> None:
         status, said = update(*(["--option=APT::Update::Error-Mode=any"] if pause is not None else []))
         if not status:
             return
+        if tells_of_full_disk(said):
+            raise NoRoomError("There was no room for the package lists.", "")
         if pause is not None:
             print(f"The package lists could not be fetched; again in {pause:.0f} s", flush=True)
             time.sleep(pause)
@@ -442,6 +444,8 @@ def _installation_error(base: str, arch: str, status: int, said: str, program: s
             f"{base} has no package {', '.join(sorted(set(missing)))} for {arch}.",
             "See how it is called in the base's release: https://packages.debian.org",
         )
+    if tells_of_full_disk(said):
+        return NoRoomError(f"There was no room to install the packages into {base} for {arch}.", "")
     return ImageError(
         f"The packages could not be installed into {base} for {arch} ({program}: status {status}): {_reasons(said)}",
         "The log above has the details.",

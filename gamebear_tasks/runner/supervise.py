@@ -25,7 +25,7 @@ from . import builder_json, kept, slots, work
 from .buildah import remove_tree
 from .costs import keep_notices
 from .facts import Facts, environment, namespace, stay_with
-from .files import CHUNK, RunnerError, read_json, sync_folder
+from .files import CHUNK, RunnerError, read_json, sync_folder, tells_of_full_disk
 from .leftovers import clean_up, clean_up_after_lost_jobs, remove_leftovers
 from .phases import Phases, note
 from .probe import facts
@@ -252,9 +252,8 @@ class Supervisor:
         with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
             tail = log.read().decode("utf-8", "replace")
-        full = os.strerror(errno.ENOSPC)
-        if full in said or full in tail or shutil.disk_usage(self.store.root).free < NO_ROOM:
-            error = storage_failure(OSError(errno.ENOSPC, full))
+        if tells_of_full_disk(said + tail) or shutil.disk_usage(self.store.root).free < NO_ROOM:
+            error = storage_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             message = f"{error.message} {said}".rstrip()
             raise JobFailed(error.kind, message if message.endswith(".") else f"{message}.", error.hint, **failure)
 
