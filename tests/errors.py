@@ -998,6 +998,18 @@ PERMISSIONS = [
         "See that its disk has room and that ~/.cache there can be written to.",
     ),
     Row(
+        "may not write to the project's folder",
+        "chmod 555 .",
+        "doit's database .doit.db cannot be opened: Permission denied.",
+        "See whose it is, and its folder: ls -ld . .doit.db*",
+    ),
+    Row(
+        "have another file for doit's database",
+        "echo hello > .doit.db",
+        "doit's database .doit.db cannot be opened: it is damaged, or another Python's.",
+        "Remove it: rm -r .doit.db*; doit then finds on the builder what was built.",
+    ),
+    Row(
         "have no programs in your PATH",
         "PATH=/proc/nowhere",
         "sh cannot be started: No such file or directory.",

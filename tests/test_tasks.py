@@ -421,6 +421,7 @@ HEAVY = {
 NEEDED = {
     "action",
     "config",
+    "database",
     "errors",
     "history",
     "imports",
