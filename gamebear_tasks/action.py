@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 
-from .errors import GamebearError, JobError
+from .errors import GamebearError, JobError, remedy
 from .interrupt import say_so_without_a_traceback, terminated_as_interrupted
 from .plan import Plan
 from .wording import in_line
@@ -51,6 +51,5 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             return TaskError(str(error))
         except OSError as error:
             what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
-            return TaskError(
-                in_line(f"{what}. See that it is there and yours, and that the disk has room; then run doit again.")
-            )
+            hint = "See that it is there and yours, and that the disk has room; then run doit again."
+            return TaskError(in_line(f"{what}. {remedy(error) or hint}"))

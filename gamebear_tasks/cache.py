@@ -34,7 +34,9 @@ def sources_folder() -> Path:
 def _folder() -> Path:
     from platformdirs import user_cache_path
 
-    return user_cache_path("gamebear-tasks", appauthor=False)
+    path = user_cache_path("gamebear-tasks", appauthor=False)
+    # A relative XDG_CACHE_HOME is to be ignored (XDG Base Directory Specification), which platformdirs does not.
+    return path if path.is_absolute() else Path.home() / ".cache" / path.name
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ def settings() -> Settings:
     Raises:
         SettingsError: a setting is not what it may be; it says where it was set.
     """
+    _check_home(os.environ.get("HOME"))
     project = _project_settings(Path.cwd() / "pyproject.toml")
     values: dict[str, Any] = {}
     for item in fields(Settings):
@@ -131,6 +132,14 @@ def _warn_of_near_misses(variables: Iterable[str]) -> None:
 
         if meant := difflib.get_close_matches(name.lower(), known, 1, NEAR):
             notice(f"the variable {name}= is no setting; was {meant[0]}= meant?")
+
+
+def _check_home(home: str | None) -> None:
+    """Refuse a home folder that would be another one in each folder that a program works in."""
+    if home is not None and not os.path.isabs(home):
+        raise SettingsError(
+            f"HOME is {home!r}, which is no whole path.", "Set it to your home folder, such as HOME=/home/you."
+        )
 
 
 def _look_up(name: str, project: dict[str, Any]) -> tuple[object, str]:

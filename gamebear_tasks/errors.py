@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from doit.exceptions import InvalidDodoFile
@@ -13,6 +14,27 @@ NONSENSE = (
     " it is sent anew."
 )
 """What to do about answers that our runner does not give."""
+
+
+_REMEDIES = {
+    errno.EMFILE: "Let doit open more files: ulimit -n 1024",
+    errno.ENFILE: "All of this machine's programs have too many files open: end some.",
+    errno.ENOMEM: "No memory is left here: end some programs, or allow more (ulimit -v).",
+}
+"""What to do where this machine's limits are the reason, whatever could not be done."""
+
+
+DEEP = 9
+"""How many causes of an error, each of the one before, are looked at."""
+
+
+def remedy(error: BaseException | None) -> str:
+    """Return what to do about a limit of this machine that an error came of; empty where it came of something else."""
+    for _ in range(DEEP):  # an error that is raised again may be its own cause
+        if error is None or isinstance(error, OSError):
+            break
+        error = error.__cause__
+    return _REMEDIES.get(error.errno or 0, "") if isinstance(error, OSError) else ""
 
 
 class GamebearError(Exception):
@@ -28,7 +50,12 @@ class GamebearError(Exception):
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint)
         self.message = in_line(message)
-        self.hint = in_line(hint)
+        self._hint = in_line(hint)
+
+    @property
+    def hint(self) -> str:
+        """What to do now."""
+        return remedy(self.__cause__) or self._hint
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message

@@ -1010,6 +1010,18 @@ PERMISSIONS = [
         "Remove it: rm -r .doit.db*; doit then finds on the builder what was built.",
     ),
     Row(
+        "have a part of a path for a home",
+        "HOME=home",
+        "HOME is 'home', which is no whole path.",
+        "Set it to your home folder, such as HOME=/home/you.",
+    ),
+    Row(
+        "may open a few files only",
+        "ulimit -n 10",
+        "sh cannot be started: Too many open files.",
+        "Let doit open more files: ulimit -n 1024",
+    ),
+    Row(
         "have no programs in your PATH",
         "PATH=/proc/nowhere",
         "sh cannot be started: No such file or directory.",

@@ -152,12 +152,15 @@ def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row
         "def task_x():\n    return artifact('x.py', inputs=['in'], outputs=['build/x'])\n",
     )
     variables = {}
-    if row.what.startswith("PATH="):
-        variables["PATH"] = row.what[5:]
+    within: list[str] = []
+    if setting := re.fullmatch(r"([A-Z]+)=(.*)", row.what):
+        variables[setting[1]] = setting[2]
+    elif row.what.startswith("ulimit "):
+        within = ["sh", "-c", f'{row.what}; exec "$@"', "sh"]
     else:
         subprocess.run(["sh", "-e", "-c", row.what], cwd=folder, check=True)
     done = subprocess.run(
-        [str(shutil.which("setpriv")), *WITHOUT_RIGHTS, "--", *project.command("x")],
+        [str(shutil.which("setpriv")), *WITHOUT_RIGHTS, "--", *within, *project.command("x")],
         cwd=folder,
         env={**project.environment, **variables},
         capture_output=True,

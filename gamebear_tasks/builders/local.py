@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -115,9 +116,10 @@ class ProcessConnection:
             return ProcessChannel([*self._prefix, "sh", "-c", command])
         except OSError as error:
             command = " ".join([*self._prefix, "sh"])
-            raise BuilderError(
-                f"{command} cannot be started: {error.strerror}.", "See that it is in your PATH."
-            ) from error
+            hint = "See that it is in your PATH."
+            if error.errno == errno.EAGAIN:
+                hint = "Too many programs of yours run here: end some, or allow more (ulimit -u)."
+            raise BuilderError(f"{command} cannot be started: {error.strerror}.", hint) from error
 
     def close(self) -> None:
         """There is nothing to close but the channels."""

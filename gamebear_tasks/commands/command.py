@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from doit.cmd_base import Command
 from doit.cmdparse import CmdOption
 
-from ..errors import GamebearError
+from ..errors import GamebearError, remedy
 from ..report import complain, drop
 from ..wording import in_line
 
@@ -73,7 +73,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             return UNREAD
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
-            hint = "See that the disk has room, and that what is read and written is there and yours."
+            hint = remedy(error) or "See that the disk has room, and that what is read and written is there and yours."
             complain(f"{in_line(what)}. {hint}")
             drop(sys.stdout)
             return FAILED

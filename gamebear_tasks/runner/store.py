@@ -86,6 +86,8 @@ def storage_failure(error: OSError) -> StoreError:
             f"The builder's disk is full ({where}).",
             "Make room there (doit prune --older 30 removes what was not used for 30 days), then run doit again.",
         )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return StoreError(f"The builder lets us open too few files: {error}.", "Allow more there: ulimit -n 1024")
     if error.errno == errno.ENOENT:
         return StoreError(
             f"Something of the builder's store is gone while it is used ({error.filename or where}).",
