@@ -15,12 +15,9 @@ from typing import BinaryIO, TypeAlias
 
 from .builders import Output, Sink
 from .errors import JobError
+from .process import UMASK
 from .runner.files import CHUNK, opened_alone, sha256, sync_folder
 from .wording import size
-
-_UMASK = os.umask(0o077)
-os.umask(_UMASK)
-
 
 Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
 """Gives an output, by name, from an offset on, to a sink; a limit of bytes at the most. Raises BuilderError."""
@@ -237,7 +234,7 @@ def _set_mode(target: Path, output: Output) -> None:
 
 
 def _mode(output: Output) -> int:
-    return (0o777 if output.executable else 0o666) & ~_UMASK
+    return (0o777 if output.executable else 0o666) & ~UMASK
 
 
 def _reason(error: OSError) -> str:

@@ -1,9 +1,16 @@
-"""Which process is doit's own, whichever of its children asks. Loaded with every `dodo.py`."""
+"""Which process is doit's own, whichever of its children asks; whom its files are for. Loaded with every `dodo.py`."""
 
 from __future__ import annotations
 
 import os
 import sys
+
+UMASK = os.umask(0o077)
+os.umask(UMASK)
+"""The permissions that files which we make are not to have, see umask(2); asked for before there are threads."""
+
+FILE_MODE = 0o666 & ~UMASK
+"""The permissions of a file of ours that is no program."""
 
 
 def doit_process() -> tuple[int, int]:

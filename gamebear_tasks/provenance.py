@@ -24,6 +24,7 @@ from .builders.materials import Materials, UsedImage
 from .errors import BuilderError, JobError
 from .place import statement_of
 from .plan import Plan
+from .process import FILE_MODE
 from .report import notice
 from .runner.files import read_json, sha256_of, write_bytes
 from .timing import Made, Record
@@ -72,7 +73,7 @@ def write_statement(target: str, sha256: str, definition: Json, details: Json) -
         "predicate": {"buildDefinition": definition, "runDetails": details},
     }
     try:
-        write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=0o644)
+        write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=FILE_MODE)
     except OSError as error:
         hint = "Make room, or see whose folder it is."
         raise JobError(f"{path} cannot be written: {error.strerror}.", hint) from error

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .job import Json
-from .process import doit_process
+from .process import FILE_MODE, doit_process
 from .runner.files import read_json, written_aside
 from .runner.phases import Phases
 from .wording import duration
@@ -165,7 +165,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write the record, which nothing depends on after a power cut; raises OSError."""
-        with written_aside(path, mode=0o644, sync=False) as file:
+        with written_aside(path, mode=FILE_MODE, sync=False) as file:
             file.write(json.dumps(self.document(), indent=1).encode() + b"\n")
 
     @classmethod

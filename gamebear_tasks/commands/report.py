@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JobError, SettingsError
+from ..process import FILE_MODE
 from .command import ProjectCommand
 
 PAGE = Path("build") / "report.html"
@@ -49,7 +50,7 @@ fetched or up to date and why, sizes, and the end of each log."""
         text = page(last_runs(), Path.cwd().name or "/", time.time())
         try:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(PAGE, text.encode(), mode=0o644)
+            write_bytes(PAGE, text.encode(), mode=FILE_MODE)
         except OSError as error:
             raise JobError(f"{PAGE} cannot be written: {error.strerror}.", "Make room for it, or move it.") from error
         print(PAGE)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from ..process import FILE_MODE
 from ..runner.files import is_file_name, is_sha256, write_bytes
 
 VERSION = 1
@@ -111,7 +112,7 @@ class Lock:
         }
         text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         try:
-            write_bytes(path, text.encode(), mode=0o644)
+            write_bytes(path, text.encode(), mode=FILE_MODE)
         except OSError as error:
             raise SourceError(
                 f"{path} cannot be written: {error.strerror}.", "Is there space, and is it yours?"
