@@ -150,7 +150,7 @@ def _commands() -> str:
             + _options(task.get("params", ()))
         )
     for entry in entry_points(group="doit.REPORTER"):
-        if entry.value.startswith("gamebear_tasks."):
+        if entry.value.startswith("gamebear_tasks.") and entry.name != "console":  # which is doit's
             reporter = entry.load()
             parts.append(
                 f"# Reporters\n\n## The reporter {entry.name}\n\n{_prose(inspect.getdoc(reporter) or '')}\n"

@@ -74,7 +74,11 @@ def test_output_that_nobody_reads_is_no_traceback(built: Project, words: str, st
 
 @pytest.mark.parametrize(
     ("into", "status", "said"),
-    [(">&-", 0, ""), ("> /dev/full", 2, "ERROR: No space left on device. See that the disk has room")],
+    [
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("> /dev/full", 2, "ERROR: No space left on device. See that the disk has room"),
+    ],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_nobody_takes_is_no_traceback(

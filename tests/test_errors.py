@@ -173,21 +173,35 @@ def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row
     assert said == f"{row.says} {row.do}"
 
 
-@pytest.mark.parametrize("into", ["> /dev/full", ">&-", ">&- 2>&-", "2> /dev/full", "2>&1 | true"])
-def test_a_build_goes_on_where_nothing_can_be_shown(folder: Path, tmp_path: Path, into: str) -> None:
+@pytest.mark.parametrize("into", ["> /dev/full", ">&-", "<&- >&- 2>&-", "2> /dev/full", "2>&1 | true"])
+@pytest.mark.parametrize("reporter", ["live", "console"])
+def test_a_build_goes_on_where_nothing_can_be_shown(folder: Path, tmp_path: Path, reporter: str, into: str) -> None:
     project = Project(folder, home=tmp_path.parent / "shown")
     project.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n\n"
         "def task_x():\n    return artifact('x.py', inputs=['in'], outputs=['build/x'])\n",
     )
-    command = f"set -o pipefail; {shlex.join(project.command('-r', 'live'))} {into}"
+    command = f"set -o pipefail; {shlex.join(project.command('-r', reporter))} {into}"
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=project.environment, capture_output=True, text=True)
     assert done.returncode == 0 and not OUR_FRAMES.search(done.stdout + done.stderr), done.stderr
     assert (folder / "build" / "x").exists()
     assert ("nothing more can be shown here (No space left on device); builds go on" in done.stderr) == (
         into == "> /dev/full"
     )
+
+
+def test_nobody_may_read_what_a_person_keeps_from_them(folder: Path, tmp_path: Path) -> None:
+    project = Project(folder, home=tmp_path.parent / "shown", GAMEBEAR_PROVENANCE="yes")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n\n"
+        "def task_x():\n    return artifact('x.py', inputs=['in'], outputs=['build/x'])\n",
+    )
+    command = f"umask 077; {shlex.join(project.command('x'))} && {shlex.join(project.command('report'))}"
+    subprocess.run(["sh", "-c", command], cwd=folder, env=project.environment, check=True, capture_output=True)
+    made = [path for path in (folder / "build").rglob("*") if path.name != "file"]
+    assert len(made) > 4 and not [path for path in made if path.stat().st_mode & 0o077]
 
 
 @pytest.fixture(scope="module")

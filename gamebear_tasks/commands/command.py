@@ -53,8 +53,9 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
 
     def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> int:
         """Enter the project and run; return the exit status."""
-        if sys.stdout is None:  # it is closed: nobody wants to read it
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # it is closed: there is nothing to read, or nobody who would
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:

@@ -1,4 +1,4 @@
-"""doit's reporter `live`: `doit -r live`, or `DOIT_CONFIG = {"reporter": "live"}`.
+"""doit's reporter `live`: `doit -r live`, or `DOIT_CONFIG = {"reporter": "live"}`; and its own, made to last.
 
 doit loads it for every run, whichever reporter is chosen: what it needs to show something is imported when there is
 something to show.
@@ -62,6 +62,18 @@ class Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class Console(ConsoleReporter):  # type: ignore[misc]  # doit has no types
+    """doit's `console`, its default, which goes on without where nothing can be shown.
+
+    Of reporters with one name, doit takes that of an entry point.
+    """
+
+    desc = ConsoleReporter.desc
+
+    def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
+        super().__init__(Output(outstream), options)
 
 
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
