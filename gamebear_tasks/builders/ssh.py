@@ -169,7 +169,7 @@ class SSHConnection:
                 f"{self.place} is behind more than {_MOST_JUMPS} jump hosts.",
                 f"See whether ProxyJump goes round in a circle in ~/.ssh/config, at {address.host}.",
             )
-        loading = threading.Thread(target=_load_paramiko)
+        loading = threading.Thread(target=_load_paramiko_ahead)
         loading.start()  # while `ssh -G` reads the configuration, and the host answers
         try:
             host = ssh_config.read(address)
@@ -426,6 +426,12 @@ class _Dial(threading.Thread):
             raise self._outcome
         assert self._outcome is not None
         return self._outcome
+
+
+def _load_paramiko_ahead() -> None:
+    """Import paramiko while something else is waited for; where that fails, who needs it says why."""
+    with contextlib.suppress(ImportError, OSError, MemoryError):
+        _load_paramiko()
 
 
 def _load_paramiko() -> None:
