@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Say at once what the machine lacks, rather than once per test."""
     os.umask(0o022)  # what root puts into an account's home is for the account to read
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have children ignore it
+    if not entry_points(group="doit.BACKEND", name="dbm"):
+        raise pytest.UsageError("What doit finds of this checkout is an older one's: pip install -e '.[test]'")
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
     if os.geteuid() != 0:
         raise pytest.UsageError(
