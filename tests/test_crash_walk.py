@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from project import OUR_FRAMES, Project, Run
-from test_store_faults import processes, wait_for
+from project import OUR_FRAMES, Project, Run, wait_for
+from test_store_faults import processes
 
 from gamebear_tasks.runner.store import Store
 

@@ -238,7 +238,7 @@ def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path:
     wait_for(lambda: "has no free slot for amd64 now" in said(second), 60)
     assert begun(second) == 0
     queued.send_signal(signal.SIGINT)  # a job that waits for its slot is let go at once
-    assert queued.wait(30) != 0
+    assert queued.wait(60) != 0
     assert not OUR_FRAMES.search(said(second)), said(second)
     (first.folder / "go").touch()
     assert running.wait(60) == 0, said(first)

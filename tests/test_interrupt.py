@@ -14,7 +14,7 @@ from remote import MAKES_BIG, MIB, Remote, big_input
 def interrupted(client: subprocess.Popen[bytes], remote: Remote) -> str:
     """Press Ctrl-C, wait for the end, and return what was said."""
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     said = remote.said()
     assert not OUR_FRAMES.search(said.partition("KeyboardInterrupt")[0]), said
     return said

@@ -149,7 +149,7 @@ def test_after_the_limit_it_says_that_the_build_goes_on_and_the_next_doit_finds_
     wait_for(lambda: "begin" in remote.said())
     remote.proxy.refuse()
     remote.proxy.cut()
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     said = " ".join(remote.said().split())
     assert f"{remote.project.environment['GAMEBEAR_BUILDER']} cannot be reached" in said
     assert "has been out of reach for 2 seconds" in said

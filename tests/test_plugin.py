@@ -217,7 +217,7 @@ def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
     client = mine.start("x")
     wait_for(lambda: b"begin" in (mine.folder / "doit.out").read_bytes())
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     wait_for(lambda: list(spool.glob("*/end.json")))
 
 

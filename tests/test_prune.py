@@ -15,9 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from project import ROOT, Project
+from project import ROOT, Project, wait_for
 from sshd import Account
-from test_store_faults import WAIT, Job, wait_for
+from test_store_faults import WAIT, Job
 
 from gamebear_tasks.runner import files, serve
 from gamebear_tasks.runner import prune as pruning

@@ -143,7 +143,7 @@ def test_ctrl_c_ends_the_job_on_the_builder(counted: Project) -> None:
     client = counted.start()
     wait_for(lambda: builds(counted) == 1)
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     assert not (counted.folder / "build" / "x").exists()
     assert "ending x.py" in (counted.folder / "doit.out").read_text()
     assert_nothing_is_left(counted)
@@ -154,7 +154,7 @@ def test_ctrl_c_ends_the_jobs_of_a_parallel_run(counted: Project, mode: str) -> 
     client = counted.start("-n", "2", "-P", mode)
     wait_for(lambda: builds(counted) == 1)
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     assert_nothing_is_left(counted)
 
 
@@ -162,7 +162,7 @@ def test_ctrl_c_detaches_where_that_is_set(counted: Project) -> None:
     client = counted.start("interrupt=detach")
     wait_for(lambda: builds(counted) == 1)
     client.send_signal(signal.SIGINT)
-    client.wait(30)
+    client.wait(60)
     assert len(supervisors(counted)) == 1
     go(counted)
     counted.doit().ok()

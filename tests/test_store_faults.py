@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from project import Project, Run, measured
+from project import Project, Run, measured, wait_for
 
 from gamebear_tasks.runner import buildah, facts, mirrors, serve, slots, supervise, wire, work
 from gamebear_tasks.runner.files import sha256
@@ -202,13 +202,6 @@ def processes() -> Iterator[tuple[int, list[bytes]]]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             yield int(entry.name), (entry / "cmdline").read_bytes().split(b"\0")
-
-
-def wait_for(what: object, seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():  # type: ignore[operator]
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +394,7 @@ def test_a_full_disk_does_not_keep_a_job_from_being_stopped(
     (job.store.root / "facts.json").unlink()  # what works there has changed meanwhile, and cannot be written down
     fill(ballast, but=0)
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     assert "may still run" not in job.said
     job.assert_nothing_is_left()
     assert job.state["state"] == "cancelled"
@@ -593,7 +586,7 @@ def test_a_client_of_the_future_does_not_keep_ctrl_c_from_ending_the_job(tmp_pat
     later = time.time() + 7200
     os.utime(stranger, (later, later))
     client.send_signal(signal.SIGINT)
-    assert client.wait(30) != 0
+    assert client.wait(60) != 0
     assert "somebody else waits" not in job.said
     job.assert_nothing_is_left()
 
