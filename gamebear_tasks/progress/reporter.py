@@ -18,6 +18,7 @@ from doit.reporter import ConsoleReporter
 from doit.runner import MRunner, MThreadRunner
 
 from .. import interrupt
+from ..errors import SettingsError
 from ..report import drop, notice
 from ..wording import in_line, without_escapes
 
@@ -75,6 +76,10 @@ class Console(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
         super().__init__(Output(outstream), options)
 
+    def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
+        """See whether doit can do it the way it is to; raises SettingsError."""
+        _starts_processes(sys._getframe(1).f_locals.get("self"))
+
 
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     """A live view on a terminal; plain lines, each with its task, in files, pipes, CI and on dumb terminals."""
@@ -94,10 +99,10 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         self._lock = threading.Lock()
 
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
-        """Note what there is to do, and how doit does it."""
+        """Note what there is to do, and how doit does it; raises SettingsError where it cannot."""
         self._tasks, self._selected = tasks, selected_tasks
         runner = sys._getframe(1).f_locals.get("self")  # doit tells a reporter nothing of its options
-        self._processes = isinstance(runner, MRunner) and not isinstance(runner, MThreadRunner)
+        self._processes = _starts_processes(runner)
         stream = getattr(runner, "stream", None)
         self._whole = bool(getattr(stream, "force_global", False)) and getattr(stream, "verbosity", 0) == 2
 
@@ -218,6 +223,23 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
                     process.join(LAST_WORDS)
                 raise
         interrupt.end_what_is_left()
+
+
+def _starts_processes(runner: object) -> bool:
+    """Say whether a runner of doit's has tasks done in processes of their own.
+
+    Raises:
+        SettingsError: these could not speak with it: what they share is in /dev/shm (sem_overview(7)).
+    """
+    if not isinstance(runner, MRunner) or isinstance(runner, MThreadRunner):
+        return False
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise SettingsError(
+            f"doit -n cannot start processes here: {error.strerror} (/dev/shm).", "Say -P thread as well, or mount it."
+        ) from error
+    return True
 
 
 def _is_shown(task: Any) -> bool:
