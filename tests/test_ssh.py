@@ -17,7 +17,7 @@ import pytest
 from sshd import Account, Sshd, client_home, fingerprint, new_key, public
 
 from gamebear_tasks import builders
-from gamebear_tasks.builders import local, ssh, ssh_config, ssh_hosts
+from gamebear_tasks.builders import local, ssh, ssh_config, ssh_hosts, ssh_transport
 from gamebear_tasks.builders.ssh import SSHChannel, SSHConnection
 from gamebear_tasks.builders.ssh_config import Address
 from gamebear_tasks.errors import BuilderBusy, BuilderError, BuilderLost, SettingsError
@@ -59,19 +59,19 @@ def come_from(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[[str], SSHConnection]]:
+def connect() -> Iterator[Callable[..., SSHConnection]]:
     """Open a connection that is closed after the test."""
     with contextlib.ExitStack() as stack:
 
-        def opened(url: str) -> SSHConnection:
-            connection = SSHConnection(url)
+        def opened(url: str, first: str = "") -> SSHConnection:
+            connection = SSHConnection(url, first)
             stack.callback(connection.close)
             return connection
 
         yield opened
 
 
-Connect = Callable[[str], SSHConnection]
+Connect = Callable[..., SSHConnection]
 
 
 def output(channel: SSHChannel, timeout: float = 60.0) -> bytes:
@@ -310,8 +310,29 @@ def test_a_server_that_sends_more_than_it_was_allowed_to_fills_no_memory(
 def test_a_key_that_is_refused_first_costs_no_session(server: Sshd, home: Path, connect: Connect) -> None:
     other = new_key(home / ".ssh" / "other")
     configure(home, f"Host *\n    IdentityFile {other}\n    IdentityFile {home}/.ssh/id_ed25519\n")
-    connection = connect(server.url)
+    connection = connect(server.url, "echo one")
     assert run(connection, "echo one") + run(connection, "echo two") == "one\ntwo\n"
+
+
+def test_a_program_that_was_asked_for_with_the_log_in_is_not_taken_for_another(
+    server: Sshd, home: Path, connect: Connect
+) -> None:
+    channel = connect(server.url, "cat").start("cat")
+    channel.send(b"it is there")
+    assert channel.receive(100, 5.0) == b"it is there"
+    assert run(connect(server.url, "cat"), "echo another") == "another\n"
+
+
+def test_a_server_that_takes_it_ill_to_be_asked_ahead_is_connected_to_again_without(
+    server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssh_transport, "FIRST_SESSION", 7)  # sshd hangs up on what it has not given
+    builder = builders.open_builder(server.url)
+    try:
+        assert builder.describe()["python"]
+    finally:
+        builder.close()
+    assert server.connections == 2
 
 
 def test_a_program_that_has_ended_takes_nothing_and_the_connection_goes_on(
@@ -741,7 +762,7 @@ def test_a_builder_that_gives_no_sessions_at_all_is_refused(
     server = serve(MaxSessions=0)
     come_from(client_home(tmp_path, server), monkeypatch)
     with pytest.raises(BuilderError, match="lets us in, but gives no session") as caught:
-        connect(server.url).start("true")
+        connect(server.url, "true").start("true")
     assert not isinstance(caught.value, BuilderBusy | BuilderLost)
 
 

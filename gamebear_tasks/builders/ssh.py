@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from ..errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, HostKeyError, SettingsError
 from . import ssh_config, ssh_hosts
+from .bundle import bundle
 from .channel import SEND_SILENCE
 from .remote import RunnerBuilder
 from .ssh_config import Address, Host
@@ -49,6 +50,7 @@ class SSHConnection:
 
     Args:
         url: ssh://[user@]host[:port]; host may be an alias of ~/.ssh/config.
+        first: the command that is as good as certain to be started first; it is, as soon as we are let in.
 
     Attributes:
         described: the server's version, its host key, who we are there and what let us in.
@@ -59,8 +61,9 @@ class SSHConnection:
         BuilderError: the host key or the log-in is refused.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, first: str = "") -> None:
         self.place = f"The builder {url}"
+        self._first = first
         self._process = os.getpid()
         self._opening = threading.Lock()
         self.described: dict[str, str] = {}
@@ -84,11 +87,11 @@ class SSHConnection:
         with self._opening:
             self._check()
             try:
-                channel = self._transport.begin_session(HANDSHAKE_TIMEOUT)
+                channel = self._transport.begin_session(command, HANDSHAKE_TIMEOUT)
             except TimeoutError as error:
                 raise BuilderLost(f"{self.place} does not answer.") from error
             except (paramiko.SSHException, EOFError, OSError) as error:
-                if not self._transport.is_active():
+                if not (self._transport.is_active() or isinstance(error, paramiko.ChannelException)):
                     raise self.lost(error) from error
                 if self._has_started:
                     raise BuilderBusy(
@@ -99,10 +102,6 @@ class SSHConnection:
                     "See MaxSessions in its sshd_config, and `restrict` in the account's authorized_keys.",
                 ) from error
             self._has_started = True
-        try:
-            channel.execute(command)
-        except (paramiko.SSHException, EOFError, OSError) as error:
-            raise self.lost(error) from error
         return SSHChannel(self, channel)
 
     def close(self) -> None:
@@ -157,7 +156,7 @@ class SSHConnection:
     def _check(self) -> None:
         if os.getpid() != self._process:
             raise BuilderLost(f"{self.place}: the connection is another process's.")
-        if not self.is_alive:
+        if self._closed:
             raise self.lost()
 
     # connecting
@@ -207,7 +206,7 @@ class SSHConnection:
         transport.banner_timeout = host.connect_timeout
         self._shake_hands(transport, host, place)
         self._check_host_key(transport, host, known, place, bool(jumps or host.proxy_command))
-        let_in_by = ssh_login.log_in(transport, host, place, opens_session=not depth)
+        let_in_by = ssh_login.log_in(transport, host, place, "" if depth else self._first)
         self.described = {
             "server": transport.remote_version,
             "host key": ssh_hosts.fingerprint(transport.host_key_blob),
@@ -553,4 +552,9 @@ def open_builder(url: str) -> RunnerBuilder:
     """
     address = ssh_config.parse_url(url)
     place = f"{address.user}@{address.host}" if address.user else address.host
-    return RunnerBuilder(url, place, lambda: SSHConnection(url))
+    first = [bundle().command]  # not on another connection: a server that hangs up on it is to be met without
+
+    def connect() -> SSHConnection:
+        return SSHConnection(url, first.pop() if first else "")
+
+    return RunnerBuilder(url, place, connect)

@@ -47,14 +47,14 @@ class _Refused(Exception):
     """The server has ended the connection while we tried to log in, or has nothing left to try."""
 
 
-def log_in(transport: Transport, host: Host, place: str, opens_session: bool) -> str:
+def log_in(transport: Transport, host: Host, place: str, starts: str) -> str:
     """Log in, by all means that the configuration and the server leave, in the order in which `ssh` would try them.
 
     Args:
         transport: with its keys agreed on and its host key checked.
         host: who is there.
         place: what to call it in errors.
-        opens_session: whether a session is what comes next; it is asked for at once then.
+        starts: the command that starts what is to run there first; it is asked for at once, where it is known.
 
     Returns:
         What let us in.
@@ -64,7 +64,7 @@ def log_in(transport: Transport, host: Host, place: str, opens_session: bool) ->
         BuilderLost: the connection broke.
     """
     transport.auth_timeout = AUTH_TIMEOUT
-    attempt = _Attempt(transport, host, Login(transport), opens_session)
+    attempt = _Attempt(transport, host, Login(transport), starts)
     try:
         with _agent(host.agent) as agent:
             attempt.run(agent)
@@ -84,7 +84,7 @@ class _Attempt:
     transport: Transport
     host: Host
     login: Login
-    opens_session: bool
+    starts: str
     offered: frozenset[str] = frozenset()
     asked: bool = False
     tried: list[str] = field(default_factory=list)
@@ -119,13 +119,13 @@ class _Attempt:
             raise _Refused
 
     def _show(self, key: PKey) -> None:
-        """Show that a key is ours; the first time, with a request for a session behind it."""
+        """Show that a key is ours; the first time, with a request for the program behind it."""
 
         def show(done: threading.Event) -> None:
             first = not self.asked
             self.login.auth_publickey(self.host.user, key, done)
-            if first and self.opens_session:
-                self.transport.open_ahead()
+            if first and self.starts:
+                self.transport.start_ahead(self.starts)
 
         self._try(show)
 
@@ -142,6 +142,9 @@ class _Attempt:
             self.asked = True
             further = self.login.wait_for_response(done)
         except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
+            if self.login.is_authenticated():  # and it hung up since, on what was asked for ahead
+                self.done = True
+                return
             if not self.transport.is_active():
                 if self.transport.farewell:
                     raise _Refused(self.transport.farewell) from error

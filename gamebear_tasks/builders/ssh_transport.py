@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 import paramiko
 from paramiko.auth_handler import AuthHandler
 from paramiko.common import (
+    CONNECTION_FAILED_CODE,
     MSG_CHANNEL_CLOSE,
     MSG_CHANNEL_FAILURE,
     MSG_CHANNEL_WINDOW_ADJUST,
@@ -38,6 +39,9 @@ if logging.getLogger("paramiko").level == logging.NOTSET:
 AHEAD = 256 << 10
 """Bytes that are sent to a program before the server has said how many it takes; OpenSSH takes 2 MiB
 (`CHAN_SES_WINDOW_DEFAULT`)."""
+
+FIRST_SESSION = 0
+"""The server's number of a connection's first session: OpenSSH takes the lowest that is free (`channel_new`)."""
 
 
 class Transport(paramiko.Transport):
@@ -119,18 +123,23 @@ class Transport(paramiko.Transport):
         if not self.initial_kex_done:
             raise TimeoutError
 
-    # Round trips are spared where nothing is waited for that is as good as certain: a session is asked for behind the
-    # request to log in, and a program's input is sent behind the request to start it.
+    # Round trips are spared where nothing is waited for that is as good as certain: a session and the program in it are
+    # asked for behind the request to log in, and a program's input is sent behind the request to start it.
 
     @property
     def takes_ahead(self) -> bool:
         """Whether the server is known to take messages that build on an answer which it has not given yet."""
         return "-OpenSSH_" in self.remote_version
 
-    def open_ahead(self) -> None:
-        """Ask for a session before it is known whether we are let in; `begin_session` returns it."""
+    def start_ahead(self, command: str) -> None:
+        """Ask for a session with a program before it is known whether we are let in; `begin_session` returns it.
+
+        A server whose first session has another number than `FIRST_SESSION` hangs up.
+        """
         if self.takes_ahead and self._opened_ahead is None:
             self._opened_ahead = self._ask_for_session()
+            self._opened_ahead.remote_chanid = FIRST_SESSION
+            self._opened_ahead.execute(command)
 
     def forget_ahead(self) -> None:
         """Forget the session that was asked for: we were not let in, and the request for it went unheard."""
@@ -139,11 +148,12 @@ class Transport(paramiko.Transport):
             self.channel_events.pop(session.chanid, None)
             session._unlink()  # type: ignore[attr-defined]
 
-    def begin_session(self, timeout: float) -> Session:
-        """Return a new session.
+    def begin_session(self, command: str, timeout: float) -> Session:
+        """Return a new session with a program.
 
         Args:
-            timeout: seconds for the server to answer.
+            command: starts it.
+            timeout: seconds for the server to give the session; whether the program was started shows later.
 
         Raises:
             ChannelException: the server gives none.
@@ -151,8 +161,18 @@ class Transport(paramiko.Transport):
             SSHException: the connection is gone.
         """
         session, self._opened_ahead = self._opened_ahead, None
+        if session is not None and session.command != command:
+            self._wait_for(session, timeout)
+            session.close()
+            session = None
         if session is None:
             session = self._ask_for_session()
+        self._wait_for(session, timeout)
+        if not session.command:
+            session.execute(command)
+        return session
+
+    def _wait_for(self, session: Session, timeout: float) -> None:
         until = time.monotonic() + timeout
         while not session.answered.wait(POLL):
             if not self.active:
@@ -160,8 +180,7 @@ class Transport(paramiko.Transport):
             if time.monotonic() >= until:
                 raise TimeoutError
         if not session.active:
-            raise self.get_exception() or paramiko.SSHException("the connection broke")
-        return session
+            raise session.refusal or self.get_exception() or paramiko.SSHException("the connection broke")
 
     def _ask_for_session(self) -> Session:
         # What `open_channel` does before it waits.
@@ -263,13 +282,23 @@ class Transport(paramiko.Transport):
                 return
 
     def _parse_channel_open_success(self, message: Message) -> None:
-        message.get_int()
+        session = self._channels.get(message.get_int())  # type: ignore[attr-defined]
         channel = message.get_int()
         message.rewind()
+        if isinstance(session, Session) and session.command and channel != session.remote_chanid:
+            raise paramiko.SSHException("the server begins to number its sessions elsewhere")
         with self.clear_to_send_lock:
             self._closed_channels.discard(channel)
             self._incarnations[channel] = self._incarnations.get(channel, 0) + 1
         super()._parse_channel_open_success(message)  # type: ignore[misc]
+
+    def _parse_channel_open_failure(self, message: Message) -> None:
+        session = self._channels.get(message.get_int())  # type: ignore[attr-defined]
+        reason = message.get_int()
+        message.rewind()
+        if isinstance(session, Session):  # paramiko keeps it until the server hangs up, as on what was sent ahead
+            session.refusal = paramiko.ChannelException(reason, CONNECTION_FAILED_CODE.get(reason, "(unknown code)"))
+        super()._parse_channel_open_failure(message)  # type: ignore[misc]
 
     def _parse_newkeys(self, message: Message) -> None:
         super()._parse_newkeys(message)  # type: ignore[misc]
@@ -345,12 +374,16 @@ class Session(paramiko.Channel):
 
     Attributes:
         answered: set when the server has given the session or refused it.
+        command: what starts its program, once that was asked for.
+        refusal: why the server has refused the session.
     """
 
     def __init__(self, number: int, transport: Transport, window: int, packet: int) -> None:
         super().__init__(number)
         self.owner = transport
         self.answered = threading.Event()
+        self.command = ""
+        self.refusal: paramiko.ChannelException | None = None
         self._set_transport(transport)  # type: ignore[attr-defined]
         self._set_window(window, packet)  # type: ignore[attr-defined]
         self.errors = ErrorTail(self)
@@ -359,6 +392,7 @@ class Session(paramiko.Channel):
 
     def execute(self, command: str) -> None:
         """Ask for a program to be started; whether it was shows in `is_refused`, and in that the channel is closed."""
+        self.command = command
         request = Message()
         request.add_byte(cMSG_CHANNEL_REQUEST)
         request.add_int(self.remote_chanid)
