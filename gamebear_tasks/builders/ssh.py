@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 HANDSHAKE_TIMEOUT = 60.0
 """Seconds for agreeing on keys: a small board under load needs ten."""
 
+INTRODUCTION = "SSH-2.0-gamebear_tasks"
+"""What we say first (RFC 4253, section 4.2), as soon as there is a connection: without it no server begins with the key
+exchange."""
+
 _MOST_JUMPS = 8
 _SETTLING = 0.5
 _PIECE = 32 * 1024
@@ -187,12 +191,15 @@ class SSHConnection:
             # As with ssh -J: the nearest is reached as configured, each further one through those before it.
             through = self._connect(last, before or None, depth + 1)
             sock = self._forward(through, host, place)
+            introduce(sock)
         else:
             sock = self._run_proxy(host)
+            introduce(sock)
         known = ssh_hosts.known(host)
         try:
             transport = Transport(
                 sock,
+                INTRODUCTION,
                 ssh_hosts.algorithms(host, known),
                 host.ciphers,
                 host.macs,
@@ -401,8 +408,14 @@ class SSHChannel:
         return self._connection.lost(error)
 
 
+def introduce(sock: socket.socket | paramiko.Channel) -> None:
+    """Say who we are; whether that arrived shows in the answer."""
+    with contextlib.suppress(OSError):
+        sock.sendall(f"{INTRODUCTION}\r\n".encode())
+
+
 class _Dial(threading.Thread):
-    """Connects to a host's port while others do something else, such as load paramiko."""
+    """Connects to a host's port, and introduces us there, while others do something else, such as load paramiko."""
 
     def __init__(self, host: Host, place: str) -> None:
         super().__init__(daemon=True)
@@ -414,7 +427,8 @@ class _Dial(threading.Thread):
     def run(self) -> None:
         """Connect."""
         try:
-            self._outcome = _dial(self._host, self._place)
+            self._outcome = sock = _dial(self._host, self._place)
+            introduce(sock)
         except Exception as error:  # noqa: BLE001 - whoever waits for us raises it
             self._outcome = error
 

@@ -71,6 +71,7 @@ class Packetizer(ParamikoPacketizer):
         self._socket = sock
         self.alive_interval = 15.0
         self.alive_count = 3
+        self.is_introduced = False
         self.owner: weakref.ref[Owner] | None = None
         self._heard = time.monotonic()
         self._unanswered = 0
@@ -234,6 +235,9 @@ class Packetizer(ParamikoPacketizer):
 
     def write_all(self, out: bytes) -> None:  # type: ignore[override]
         """Write bytes; raises EOFError where the connection is gone or takes nothing any more."""
+        if self.is_introduced:  # the introduction is what paramiko begins with
+            self.is_introduced = False
+            return
         waited = 0.0
         self._writing = True
         try:

@@ -49,6 +49,7 @@ class Transport(paramiko.Transport):
 
     Args:
         sock: a connected socket, or a channel of another transport.
+        introduction: how we have introduced ourselves to the server.
         host_key_algorithms: what to ask the server to identify itself with, best first.
         ciphers: those allowed; empty: all that paramiko has.
         macs: the same for message authentication.
@@ -59,6 +60,7 @@ class Transport(paramiko.Transport):
     def __init__(
         self,
         sock: socket.socket | paramiko.Channel,
+        introduction: str,
         host_key_algorithms: Sequence[str],
         ciphers: Collection[str],
         macs: Collection[str],
@@ -66,6 +68,7 @@ class Transport(paramiko.Transport):
         alive_count: int,
     ) -> None:
         super().__init__(sock, packetizer_class=Packetizer)
+        self.local_version = introduction  # which is part of what the key exchange signs
         self.host_key_blob = b""
         """The host key or host certificate that the server has identified itself with."""
         self.farewell = ""
@@ -79,6 +82,7 @@ class Transport(paramiko.Transport):
         self._closed_channels: set[int] = set()
         self._opened_ahead: Session | None = None
         assert isinstance(self.packetizer, Packetizer)
+        self.packetizer.is_introduced = True
         self.packetizer.alive_interval = alive_interval
         self.packetizer.alive_count = alive_count
         self.packetizer.owner = weakref.ref(self)
