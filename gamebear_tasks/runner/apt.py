@@ -17,9 +17,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .files import RunnerError, is_file_name, is_sha256, sha256_of
 from .mirrors import stanzas
@@ -74,8 +73,7 @@ class AptError(RunnerError):
         self.said = said
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(NamedTuple):  # see `facts.Facts`
     """A package that is to be installed.
 
     Attributes:
@@ -99,8 +97,7 @@ class Package:
         return self.name if self.arch == "all" else f"{self.name}:{self.arch}"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What apt would do.
 
     Attributes:

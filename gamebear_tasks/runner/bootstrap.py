@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
-import uuid
 from pathlib import Path
 
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
@@ -37,7 +37,7 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
     all_archives = [main, *extra_archives(main, arch)]
     failures: list[str] = []
     for tool in tools:
-        container = f"{buildah.prefix}base-{uuid.uuid4().hex[:8]}"
+        container = f"{buildah.prefix}base-{os.urandom(4).hex()}"
         print(f"Bootstrapping {distribution} {suite} for {arch} from {main.uri} with {tool}", flush=True)
         started = time.monotonic()
         try:

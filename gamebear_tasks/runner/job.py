@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +57,7 @@ class CommandError(subprocess.CalledProcessError):
 
 def programs(known: Facts) -> dict[str, str]:
     """Return what builds here now, which may be another release when somebody asks."""
-    return {"python": platform.python_version(), "buildah": known.version, "isolation": known.isolation}
+    return {"python": sys.version.split()[0], "buildah": known.version, "isolation": known.isolation}
 
 
 class Job:

@@ -23,9 +23,8 @@ import tempfile
 import tokenize
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from .files import RunnerError, locked
 
@@ -45,8 +44,7 @@ class ScriptError(RunnerError):
     kind = "script"
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):  # see `facts.Facts`
     """An arg as a script declares it.
 
     Attributes:
@@ -62,8 +60,7 @@ class Argument:
     line: int
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """A compiled buildscript.
 
     Attributes:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ def _noted(notes: Mapping[str, str]) -> list[list[str]]:
 
 def _packages_in(buildah: Buildah, identity: str) -> list[list[str]]:
     """Return the packages that an image's dpkg knows as installed; raises BuildahError."""
-    container = f"{buildah.prefix}{uuid.uuid4().hex[:8]}"
+    container = f"{buildah.prefix}{os.urandom(4).hex()}"
     folder = Path(tempfile.mkdtemp(prefix="materials-", dir=buildah.environment["TMPDIR"]))
     try:
         buildah("from", "--name", container, identity)

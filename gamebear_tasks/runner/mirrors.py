@@ -7,8 +7,8 @@ import hashlib
 import re
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .buildah import ImageError
 
@@ -26,8 +26,7 @@ MIRROR_SECONDS = 20.0
 """How long a mirror may be silent when an extra suite's index is looked at."""
 
 
-@dataclass(frozen=True)
-class Archive:
+class Archive(NamedTuple):  # see `facts.Facts`
     """One suite of an apt archive.
 
     Attributes:

@@ -6,19 +6,18 @@ the options and this recipe's version. What was installed is written on the imag
 
 from __future__ import annotations
 
-import calendar
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .arch import ARCHITECTURE_ANNOTATION
@@ -170,6 +169,8 @@ def _kept(buildah: Buildah, tag: str, max_age_days: float | None) -> str:
     if max_age_days is not None:
         made = (inspected.get("ImageAnnotations") or {}).get("gamebear.created", "")
         try:
+            import calendar  # slow to load; strptime does so, too
+
             age = time.time() - calendar.timegm(time.strptime(made, "%Y-%m-%dT%H:%M:%SZ"))
         except ValueError:
             return ""
@@ -213,8 +214,7 @@ def _build(
     return built
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):  # see `facts.Facts`
     """An image to begin with.
 
     Attributes:
@@ -262,7 +262,7 @@ def _installed(
         _Unsuitable: what the image has is not what would be installed today.
     """
     base, arch = notes["gamebear.base"], notes[ARCHITECTURE_ANNOTATION]
-    container = f"{buildah.prefix}packages-{uuid.uuid4().hex[:8]}"
+    container = f"{buildah.prefix}packages-{os.urandom(4).hex()}"
     folder = Path(tempfile.mkdtemp(prefix="apt-", dir=buildah.environment["TMPDIR"]))
     rootfs = None
     try:
@@ -369,8 +369,7 @@ def _network(facts: Facts) -> list[str]:
     return [] if facts.isolation == "chroot" else ["--network", "host"]
 
 
-@dataclass(frozen=True)
-class Installed:
+class Installed(NamedTuple):
     """A package that is installed.
 
     Attributes:

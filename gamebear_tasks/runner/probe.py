@@ -8,11 +8,9 @@ changed.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,7 +186,7 @@ def _try(root: Path, tried: Facts) -> str:
     """Run the host's own `true` in a container; return why that failed, nothing when it did not."""
     env = environment(root, tried)
     before = [*namespace(tried), "buildah", *tried.storage]
-    name = f"gamebear-probe-{uuid.uuid4().hex[:12]}"
+    name = f"gamebear-probe-{os.urandom(6).hex()}"
     true = shutil.which("true", path=":".join(SYSTEM_FOLDERS)) or "/bin/true"
     volumes: list[str] = []
     for folder in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32"):
@@ -207,6 +205,8 @@ def _try(root: Path, tried: Facts) -> str:
 
 def _check_user_namespace(env: dict[str, str]) -> None:
     """Raise RunnerError where an ordinary user gets no user namespace with at least 65536 user ids."""
+    import getpass  # slow to load, and seldom needed
+
     user = getpass.getuser()
     missing = [name for name in ("newuidmap", "newgidmap") if not shutil.which(name, path=env["PATH"])]
     if missing:

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -326,7 +325,7 @@ def _source(name: str, place: Place | None) -> Iterator[int]:
 def _write(source: int, folder: int | None, name: str, keep: int = 0o7777) -> None:
     """Copy an open file to a name, aside and renamed; with its mode, as far as `keep` goes, and its times."""
     parent, _, _ = name.rpartition("/")
-    aside = f"{parent}/" * bool(parent or name.startswith("/")) + f".{secrets.token_hex(8)}.tmp"
+    aside = f"{parent}/" * bool(parent or name.startswith("/")) + f".{os.urandom(8).hex()}.tmp"
     info = os.fstat(source)
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
