@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shlex
 import threading
@@ -296,6 +297,7 @@ def _end() -> None:
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():
             builder.close()
+    gc.freeze()  # Python would look for garbage in all modules, more than once, before it ends
 
 
 atexit.register(_end)
