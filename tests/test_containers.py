@@ -181,6 +181,20 @@ def test_nothing_of_what_commands_print_is_lost(builder: Builder) -> None:
     assert outcome.log.count("and\n") == 9
 
 
+def test_root_is_in_the_groups_that_the_container_says_and_a_user_stays_one(builder: Builder) -> None:
+    outcome = builder.run(
+        "with Container('tiny') as c:\n"
+        "    c.run(['id', '-G'])\n"
+        "    with c.mount() as root, (root / 'etc' / 'group').open('a') as file: file.write('more:x:7:pi,root')\n"
+        "    c.run(['id', '-G'])\n"
+        "    c.run('exit 0; echo not heard', shell=True)\n"
+        "    c.user = 'pi'\n"
+        "    image = c.commit()\n"
+        "with Container(image) as c: c.run(['id', '-u'])\n"
+    )
+    assert outcome.log.splitlines() == ["0", "0 7", "1000"], outcome.message
+
+
 def test_an_image_without_a_shell_runs_its_program(builder: Builder) -> None:
     outcome = builder.run(
         "import subprocess\n"

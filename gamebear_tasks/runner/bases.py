@@ -20,7 +20,7 @@ from typing import Any
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from .bootstrap import bootstrap, tag_of
 from .buildah import Buildah, BuildahError, ImageError, NoRoomError
-from .facts import Facts
+from .facts import Facts, made_folder
 from .files import RunnerError, locked, read_json, tells_of_full_disk
 from .mirrors import RELEASES, STABLE, own_release
 from .programs import last_lines, streamed
@@ -236,27 +236,39 @@ def _pulled_tag(name: str, arch: str) -> str:
 def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str, notes: Path | None = None) -> str:
     """Return the id of the first local image under one of the names that is of the wanted architecture.
 
-    What is found is going to be used where `notes` is given: the folder with the notes of which images are. What an
-    image is for is kept there, too, for it stays the same as long as its id does, and to ask buildah takes a while.
+    What an image is for is kept in the folder `notes`, with the notes of which images are used, for it stays the same
+    as long as its id does, and to ask buildah takes a while.
     """
     named = {place: identity for identity, places in _names(buildah).items() for place in places}
     for place in places:
         identity = named.get(place)
         if not identity:
             continue
-        note = notes / f"{identity}.used" if notes else None
-        known = read_json(note) if note else None
-        if not isinstance(known, list) or len(known) != 3:
-            inspected = json.loads(buildah("inspect", "--type", "image", identity))
-            made_for = (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
-            known = [made_for, *architecture(inspected)]
-        made_for, found, variant = known
+        made_for, found, variant, _ = _about(buildah, identity, notes)
         if made_for == job or _fits(found, variant, wanted):
-            if note:
-                with contextlib.suppress(OSError):
-                    note.write_text(json.dumps(known))
             return identity
     return ""
+
+
+def user(buildah: Buildah, identity: str) -> str:
+    """Return whom commands in containers of an image run as, by its full id; empty for root."""
+    return str(_about(buildah, identity, made_folder(buildah.root / "images"))[3])
+
+
+def _about(buildah: Callable[..., str], identity: str, notes: Path | None) -> list[Any]:
+    """Return the architecture that an image was made for, OCI's, the variant, and the user."""
+    note = notes / f"{identity}.used" if notes else None
+    known = read_json(note) if note else None
+    if isinstance(known, list) and len(known) == 4:
+        return known
+    inspected = json.loads(buildah("inspect", "--type", "image", identity))
+    made_for = (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
+    config = (inspected.get("OCIv1") or {}).get("config") or {}
+    known = [made_for, *architecture(inspected), config.get("User") or ""]
+    if note:
+        with contextlib.suppress(OSError):
+            note.write_text(json.dumps(known))
+    return known
 
 
 def _fits(found: str, variant: str, arch: str) -> bool:

@@ -133,6 +133,7 @@ class Buildah:
         stdin: int | IO[Any] = subprocess.DEVNULL,
         out: output.Sink,
         err: output.Sink | None = None,
+        is_root: bool = False,
     ) -> int:
         """Run a command in a container and return its exit status.
 
@@ -143,9 +144,15 @@ class Buildah:
             stdin: what the command reads.
             out: gets what it prints, as it comes.
             err: gets what it prints as errors; None: in order with the rest.
+            is_root: the container's user is root, and so who runs it.
         """
+
+        def numbered(words: Sequence[str]) -> list[str]:
+            return self.command("run", "--user", "0:0", *options, container, "--", *words)
+
         return output.run(
             lambda words: self.command("run", *options, container, "--", *words),
+            numbered if is_root else None,
             words,
             self.environment,
             prefix=self.prefix,

@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from . import bases
 from .arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from .ccache import PLACE, Cache
 from .files import CHUNK
@@ -394,6 +395,7 @@ class Container:
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
                 out=out,
                 err=None if in_order else err,
+                is_root=user is None and self._is_roots(),
             )
         if self._job.notes is not None:
             self._job.notes.ended(self.name, status)
@@ -404,6 +406,14 @@ class Container:
         if status:
             raise CommandError(status, words, self._where, *texts)
         return subprocess.CompletedProcess(words, 0, *texts)
+
+    def _is_roots(self) -> bool:
+        """Say whether commands run as root because nobody has ever said otherwise."""
+        if self._job.facts.isolation != "chroot" or "user" in self._now:
+            return False
+        if self._loaded:
+            return not self._applied["user"]
+        return self._image == "scratch" or not bases.user(self._job.buildah, self._image)
 
     def _run_options(self, further: dict[str, str], folder: str | None) -> list[str]:
         """Return the options that give one command its settings, so that buildah need not be told them before."""

@@ -27,10 +27,28 @@ SHARED = Path("/dev/shm")
 
 # Either `begun` is written to and the command runs, or it has not run at all. A user who is not root says so, and the
 # FIFOs are given to them; nobody else on the builder can write to them.
+# Who runs it as root by number has no other groups: `$2` says whether that has to be so anyway.
 _SHELL = """\
 f=$1
-shift
+by=$2
+shift 2
 [ -p "$f/out" ] || exit 97
+if [ "$by" = number ] && [ -r /etc/passwd ] && [ -r /etc/group ]
+then
+    root=
+    while IFS=: read -r name _ user group _ || [ -n "$name" ]
+    do
+        [ "$user" != 0 ] || { root=$name; break; }
+    done </etc/passwd
+    [ -z "$root" ] || [ "$group" = 0 ] || exit 97
+    while IFS=: read -r name _ group users || [ -n "$name" ]
+    do
+        case $root:$group:,$users, in
+            :*|*:0:*) ;;
+            *",$root,"*) exit 97;;
+        esac
+    done </etc/group
+fi
 if ! [ -w "$f/out" ]
 then
     echo "$f $(id -u)"
@@ -76,6 +94,9 @@ _F_GETPIPE_SZ = 1032  # which Python's fcntl has only from 3.10 on
 _works: dict[tuple[str, ...], bool] = {}
 """Whether commands can be given FIFOs, by the command line that runs them."""
 
+Command = Callable[[Sequence[str]], list[str]]
+"""Gives the command line that runs some words in a container."""
+
 
 def descriptor(fd: int) -> Sink:
     """Return a sink that writes to a file descriptor."""
@@ -89,7 +110,8 @@ def descriptor(fd: int) -> Sink:
 
 
 def run(
-    command: Callable[[Sequence[str]], list[str]],
+    command: Command,
+    numbered: Command | None,
     words: Sequence[str],
     environment: dict[str, str],
     *,
@@ -102,7 +124,9 @@ def run(
     """Run a command in a container and return its exit status, negative for a signal to buildah.
 
     Args:
-        command: gives the `buildah run` that runs some words in the container.
+        command: gives the `buildah run`.
+        numbered: gives one for root by number, if it is root who runs it: buildah starts itself three times (1.28) to
+            look up by root's name what almost always comes to the same; it is tried where that can be seen.
         words: the command.
         environment: buildah's.
         prefix: what the names of what it needs begin with, see `remove_leftovers`.
@@ -112,14 +136,16 @@ def run(
         err: gets what it prints as errors; None: in order with the rest.
     """
     if is_shared and os.access(SHARED, os.W_OK):
-        way = tuple(command(()))
-        if stdin != subprocess.DEVNULL and way not in _works:  # what is read in vain could not be read again
-            _works[way] = _through_fifos(command, _NOTHING, environment, prefix, subprocess.DEVNULL, len, None) == 0
-        if _works.get(way, True):
-            status = _through_fifos(command, words, environment, prefix, stdin, out, err)
-            _works[way] = status is not None
-            if status is not None:
-                return status
+        if stdin != subprocess.DEVNULL:  # what is read in vain could not be read again
+            numbered = None
+            if (way := tuple(command(()))) not in _works:
+                _works[way] = _through_fifos(command, _NOTHING, environment, prefix, subprocess.DEVNULL, len, None) == 0
+        for by, each in (("number", numbered), ("name", command)):
+            if each is not None and _works.get(way := tuple(each(())), True):
+                status = _through_fifos(each, words, environment, prefix, stdin, out, err, by)
+                _works[way] = status is not None
+                if status is not None:
+                    return status
     return _through_buildah(command(words), environment, stdin, out, err)
 
 
@@ -141,15 +167,19 @@ def _through_buildah(
 
 
 def _through_fifos(
-    command: Callable[[Sequence[str]], list[str]],
+    command: Command,
     words: Sequence[str],
     environment: dict[str, str],
     prefix: str,
     stdin: int | IO[Any],
     out: Sink,
     err: Sink | None,
+    by: str = "name",
 ) -> int | None:
-    """Run a command with FIFOs for its output; None where it cannot be, and has not been run at all."""
+    """Run a command with FIFOs for its output; None where it cannot be, and has not been run at all.
+
+    With `by="number"`, it is run only where root of the container is in no group but its own.
+    """
     begun = False
     said = bytearray()
 
@@ -181,7 +211,7 @@ def _through_fifos(
         sinks[reader] = listen
         try:
             process = subprocess.Popen(
-                command(["/bin/sh", "-c", _SHELL, "sh", str(folder), *words]),
+                command(["/bin/sh", "-c", _SHELL, "sh", str(folder), by, *words]),
                 env=environment,
                 stdin=stdin,
                 stdout=writer,

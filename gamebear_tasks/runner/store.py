@@ -18,7 +18,7 @@
     live/<digest>               there from before a job starts until it has been cleaned up after
     slots/<n>                   locked by the job that has the slot
     images/                     locks; <id>.used is touched when an image is used, in-use.lock is shared meanwhile;
-                                it may hold what the image is for: architecture of its job, OCI's, and the variant
+                                it may hold what the image is for: architecture of its job, OCI's, the variant, the user
     notices.json                what costs this builder much, see `costs`
     trash/                      what is pruned is renamed to here, and then removed
     storage/, run/, venvs/, ccache/<key>/, runner/<sha256>/
