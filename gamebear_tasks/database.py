@@ -42,8 +42,10 @@ class Told:
 
     def get(self, task_id: str, dependency: str) -> Any:
         """Return what is known of a task, None where that is nothing."""
-        with _told(self._file, "read"):
+        try:  # and no context manager: this is asked for each thing that a task depends on
             return super().get(task_id, dependency)  # type: ignore[misc]
+        except Exception as error:
+            raise _in_words(self._file, "read", error) from error
 
     def in_(self, task_id: str) -> Any:
         """Say whether anything is known of a task."""
@@ -86,17 +88,21 @@ def _told(name: str, what: str) -> Iterator[None]:
     except Exception as error:
         if what == "written" and isinstance(error, TypeError):
             raise  # what a task of somebody's wants to be kept is no JSON
-        number = _number(name, error)
-        files = f"{shlex.quote(name)}*"
-        why = os.strerror(number) if number else "it is damaged, or another Python's"
-        hint = f"See whose it is, and its folder: ls -ld {shlex.quote(os.path.dirname(name) or '.')} {files}"
-        if not number:
-            hint = f"Remove it: rm -r {files}; doit then finds on the builder what was built."
-        elif number in _BUSY:
-            hint = "Another doit runs in this folder: wait until it has ended."
-        elif number in _FULL:
-            hint = "Make room there, then run doit again, which finds on the builder what was built."
-        raise DatabaseError(f"doit's database {name} cannot be {what}: {why}.", hint) from error
+        raise _in_words(name, what, error) from error
+
+
+def _in_words(name: str, what: str, error: Exception) -> DatabaseError:
+    number = _number(name, error)
+    files = f"{shlex.quote(name)}*"
+    why = os.strerror(number) if number else "it is damaged, or another Python's"
+    hint = f"See whose it is, and its folder: ls -ld {shlex.quote(os.path.dirname(name) or '.')} {files}"
+    if not number:
+        hint = f"Remove it: rm -r {files}; doit then finds on the builder what was built."
+    elif number in _BUSY:
+        hint = "Another doit runs in this folder: wait until it has ended."
+    elif number in _FULL:
+        hint = "Make room there, then run doit again, which finds on the builder what was built."
+    return DatabaseError(f"doit's database {name} cannot be {what}: {why}.", hint)
 
 
 def _number(name: str, error: Exception) -> int:
