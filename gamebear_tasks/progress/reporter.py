@@ -37,22 +37,30 @@ class Output:
 
     Args:
         stream: the stream; None where standard output was closed before we began.
+        at_once: whether each text is to be out when it is written, and not when the stream has enough of them.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, at_once: bool = True) -> None:
         self._stream = stream
+        self._at_once = at_once
 
     def write(self, text: str) -> None:
         """Write a text, if somebody takes it."""
         if self._stream is not None:
             try:
                 self._stream.write(text)
-                self._stream.flush()
+                if self._at_once:
+                    self._stream.flush()
             except (OSError, ValueError) as error:
                 self._lose(self._stream, error)
 
     def flush(self) -> None:
-        """Do nothing: what is written is out."""
+        """Have all that is written be out."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._lose(self._stream, error)
 
     def _lose(self, stream: TextIO, error: Exception) -> None:
         self._stream = None
@@ -74,11 +82,16 @@ class Console(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     desc = ConsoleReporter.desc
 
     def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
-        super().__init__(Output(outstream), options)
+        super().__init__(Output(outstream, at_once=False), options)
 
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
         """See whether doit can do it the way it is to; raises SettingsError."""
         _starts_processes(sys._getframe(1).f_locals.get("self"))
+
+    def complete_run(self) -> None:
+        """Have all be out, while it can still be said that it cannot."""
+        super().complete_run()
+        self.outstream.flush()
 
 
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
