@@ -237,6 +237,21 @@ def test_an_image_under_the_right_name_but_of_another_architecture_does_not_matc
     ]
 
 
+def test_an_image_that_was_looked_at_and_is_not_used_does_not_become_ours(builder: Builder) -> None:
+    noted = builder.inside(
+        "buildah('from', '--name', 'gamebear-unfit', 'scratch')\n"
+        "buildah('config', '--arch', 's390x', 'gamebear-unfit')\n"
+        "made = buildah('commit', '-q', 'gamebear-unfit', 'gamebear-cache:unfit').strip()\n"
+        "buildah('rm', 'gamebear-unfit')\n"
+        "note = root / 'images' / f'{made}.used'\n"
+        "failure(bases.resolve, buildah, found, 'gamebear-cache:unfit', found.arch)\n"
+        "before = note.exists()\n"
+        "bases.resolve(buildah, found, 'gamebear-cache:unfit', 's390x')\n"
+        "print(json.dumps([before, json.loads(note.read_text())[1:]]))"
+    )
+    assert noted == [False, ["s390x", "", ""]]
+
+
 def test_a_base_that_cannot_be_had_is_told_with_what_was_tried(builder: Builder) -> None:
     code = "print(json.dumps(failure(bases.resolve, buildah, found, '127.0.0.1:1/team/base:1', found.arch)))"
     started = time.monotonic()

@@ -236,39 +236,52 @@ def _pulled_tag(name: str, arch: str) -> str:
 def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str, notes: Path | None = None) -> str:
     """Return the id of the first local image under one of the names that is of the wanted architecture.
 
-    What an image is for is kept in the folder `notes`, with the notes of which images are used, for it stays the same
-    as long as its id does, and to ask buildah takes a while.
+    What is found is going to be used where `notes` is given: the folder with the notes of which images are. What an
+    image is for is kept there, too, for it stays the same as long as its id does, and to ask buildah takes a while.
     """
     named = {place: identity for identity, places in _names(buildah).items() for place in places}
     for place in places:
         identity = named.get(place)
         if not identity:
             continue
-        made_for, found, variant, _ = _about(buildah, identity, notes)
+        note = notes / f"{identity}.used" if notes else None
+        about = (_kept(note) if note else None) or _inspected(buildah, identity)
+        made_for, found, variant, _ = about
         if made_for == job or _fits(found, variant, wanted):
+            if note:
+                _keep(note, about)
             return identity
     return ""
 
 
 def user(buildah: Buildah, identity: str) -> str:
-    """Return whom commands in containers of an image run as, by its full id; empty for root."""
-    return str(_about(buildah, identity, made_folder(buildah.root / "images"))[3])
+    """Return whom commands in containers of an image that is used run as, by its full id; empty for root."""
+    note = made_folder(buildah.root / "images") / f"{identity}.used"
+    about = _kept(note)
+    if about is None:
+        about = _inspected(buildah, identity)
+        _keep(note, about)
+    return str(about[3])
 
 
-def _about(buildah: Callable[..., str], identity: str, notes: Path | None) -> list[Any]:
+def _inspected(buildah: Callable[..., str], identity: str) -> list[Any]:
     """Return the architecture that an image was made for, OCI's, the variant, and the user."""
-    note = notes / f"{identity}.used" if notes else None
-    known = read_json(note) if note else None
-    if isinstance(known, list) and len(known) == 4:
-        return known
     inspected = json.loads(buildah("inspect", "--type", "image", identity))
     made_for = (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
     config = (inspected.get("OCIv1") or {}).get("config") or {}
-    known = [made_for, *architecture(inspected), config.get("User") or ""]
-    if note:
-        with contextlib.suppress(OSError):
-            note.write_text(json.dumps(known))
-    return known
+    return [made_for, *architecture(inspected), config.get("User") or ""]
+
+
+def _kept(note: Path) -> list[Any] | None:
+    """Return what the note that an image is used says of it; see `_inspected`."""
+    known = read_json(note)
+    return known if isinstance(known, list) and len(known) == 4 else None
+
+
+def _keep(note: Path, about: list[Any]) -> None:
+    """Write what an image is into the note that it is used; only of one that is, for a prune goes by the note."""
+    with contextlib.suppress(OSError):
+        note.write_text(json.dumps(about))
 
 
 def _fits(found: str, variant: str, arch: str) -> bool:
