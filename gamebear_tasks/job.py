@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-FORMAT = 1
+FORMAT = 2
 """Version of the canonical form. A change of what the form says, or of how a builder must read it, raises it."""
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -74,8 +74,8 @@ class Job:
     Attributes:
         arch: Debian's name of the architecture of the containers, such as `armhf`.
         program: the name of the buildscript, or of the Python function.
-        identity: SHA-256 of the buildscript's bytes; of the function's canonical description (see `functions`).
-        is_function: the program is a function that travels by cloudpickle.
+        identity: SHA-256 of the program as it is sent: the buildscript's bytes, or the function's pickle.
+        python: `major.minor` of the Python that pickled the function; empty for a buildscript.
         outputs: file names that the program leaves in its folder.
         modules: local modules which the program imports, by their path below the buildscript's folder.
         inputs: files laid beside the script, by name.
@@ -87,18 +87,26 @@ class Job:
     program: str
     identity: str
     outputs: tuple[str, ...]
-    is_function: bool = False
+    python: str = ""
     modules: Mapping[str, File] = field(default_factory=dict)
     inputs: Mapping[str, File] = field(default_factory=dict)
     sources: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     args: Mapping[str, Json] = field(default_factory=dict)
 
+    @property
+    def is_function(self) -> bool:
+        """Whether the program is a pickled function."""
+        return bool(self.python)
+
     def document(self) -> dict[str, Json]:
         """Return the job as JSON, in the form whose canonical text is digested."""
+        program: dict[str, Json] = {"name": self.program, "sha256": self.identity}
+        if self.is_function:
+            program["python"] = self.python
         return {
             "gamebear": FORMAT,
             "arch": self.arch,
-            "function" if self.is_function else "script": {"name": self.program, "sha256": self.identity},
+            "function" if self.is_function else "script": program,
             "modules": {path: file.document() for path, file in self.modules.items()},
             "inputs": {name: file.document() for name, file in self.inputs.items()},
             "sources": {name: dict(source) for name, source in self.sources.items()},

@@ -16,7 +16,7 @@ from .sources import LOCK_FILE
 if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
     from .builders import Order
     from .config import Settings
-    from .functions import Function
+    from .functions import PickledFunction
     from .job import File
     from .sources.choice import Declared, Source
     from .sources.lock import Lock
@@ -29,8 +29,7 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
     """What an `artifact()` declares.
 
     Attributes:
-        program: the buildscript, or the function.
-        identity: what the function was when dodo.py was loaded, as `functions.identity` has it.
+        program: the buildscript, or the function as it was when dodo.py was loaded.
         targets: the outputs' places by the outputs' names.
         modules: local modules by their path below the program's folder.
         inputs: files by the names that the program finds them under.
@@ -41,9 +40,8 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
         lock: where the lock file is.
     """
 
-    program: Path | Function
+    program: Path | PickledFunction
     targets: Mapping[str, str]
-    identity: str = ""
     modules: Mapping[str, Path] = NONE
     inputs: Mapping[str, str] = NONE
     sources: Mapping[str, Source] = NONE
@@ -55,11 +53,7 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
     @property
     def name(self) -> str:
         """What the program is called."""
-        if isinstance(self.program, Path):
-            return self.program.name
-        from .functions import name_of
-
-        return name_of(self.program)
+        return self.program.name
 
     def order(self, chosen: Settings) -> Order:
         """Make the job from what the files hold now.
@@ -69,7 +63,6 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             JobError: a file cannot be read.
         """
         from .builders import Order
-        from .functions import python_version
         from .job import File, Job
 
         files: dict[str, Path] = {}
@@ -80,12 +73,21 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             return File(sha256, executable)
 
         program = self.program
+        python = ""
+        if isinstance(program, Path):
+            identity = hashed(program).sha256
+        else:
+            from .cache import keep
+            from .functions import python_version
+
+            identity, python = program.sha256, python_version()
+            files[identity] = keep(program.data)
         lock = read_lock(self.lock) if self.sources else None
         job = Job(
             arch=self.arch or chosen.arch,
             program=self.name,
-            identity=hashed(program).sha256 if isinstance(program, Path) else self.identity,
-            is_function=not isinstance(self.program, Path),
+            identity=identity,
+            python=python,
             outputs=tuple(self.targets),
             modules={name: File(hashed(path).sha256) for name, path in self.modules.items()},
             inputs={name: hashed(Path(path)) for name, path in self.inputs.items()},
@@ -99,7 +101,7 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             time_limit=chosen.time_limit if self.time_limit is None else self.time_limit,
             base=chosen.base,
             keep_failed=chosen.keep_failed,
-            python=None if isinstance(self.program, Path) else python_version(),
+            python=python or None,
         )
 
     def _fetch_trees(self, lock: Lock | None) -> dict[str, Path]:
@@ -109,7 +111,7 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
         with timing.phase("sources"):
             trees = {name: source.fetch(sources_folder(), lock) for name, source in self.sources.items() if lock}
             if not isinstance(self.program, Path):
-                trees["/function.pickle"] = keep(functions.pickled(self.program))
+                trees["/function.lines"] = keep(self.program.lines)
                 trees["/cloudpickle.zip"] = keep(functions.cloudpickle_archive())
         return trees
 

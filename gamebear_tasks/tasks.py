@@ -25,7 +25,7 @@ from .sources import LOCK_FILE
 from .wording import in_line
 
 if TYPE_CHECKING:  # imported where there are functions or sources
-    from .functions import Function
+    from .functions import Function, PickledFunction
     from .sources.choice import Declared, Source
     from .sources.lock import Lock
 
@@ -79,11 +79,11 @@ def artifact(
     chosen = settings_of_this_run()
     _spare_the_collector()
     upstream = _chosen_sources(sources, chosen.sources)
-    identity, modules = _identified(program)
+    pickled = _pickled(program)
+    modules = local_modules(pickled) if isinstance(pickled, Path) else pickled.modules
     plan = Plan(
-        program=program,
+        program=pickled,
         targets=targets,
-        identity=identity,
         modules=modules,
         inputs=_named(inputs, "inputs") if inputs != () else NONE,
         sources=upstream,
@@ -169,7 +169,7 @@ class _SameJob:
         rest = (
             FORMAT,
             self._arch,
-            plan.identity or plan.name,
+            plan.name if isinstance(plan.program, Path) else plan.program.sha256,
             plan.args,
             [(name, path, _is_executable(path)) for name, path in plan.inputs.items()],
             [*plan.targets.items()],
@@ -210,13 +210,13 @@ def _no_program(program: object) -> NoReturn:
     )
 
 
-def _identified(program: Path | Function) -> tuple[str, Mapping[str, Path]]:
-    """Return what a function is told by, and the local modules of a buildscript or function; raises SettingsError."""
+def _pickled(program: Path | Function) -> Path | PickledFunction:
+    """Return a program as it is sent; raises SettingsError."""
     if isinstance(program, Path):
-        return "", local_modules(program)
-    from . import functions
+        return program
+    from .functions import pickled
 
-    return functions.identity(program), functions.modules(program)
+    return pickled(program)
 
 
 def _is_path(path: object) -> bool:

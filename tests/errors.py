@@ -471,11 +471,8 @@ DODO = [
     Row(
         "sent a function that uses a lock",
         "artifact(locked, outputs=['x'])",
-        (
-            "The function locked uses LOCK, a lock, which has no stable text to be told by, so its job could not "
-            "be found again by its digest."
-        ),
-        "Give it plain values (args= is for that), or make it a buildscript.",
+        "The function locked uses LOCK, which cannot be sent to a builder: cannot pickle '_thread.lock' object.",
+        "Pass what it needs in args=, or use a buildscript.",
     ),
 ]
 """Expressions in a dodo.py that begins with `from gamebear_tasks import *`."""

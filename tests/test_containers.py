@@ -11,16 +11,15 @@ import shutil
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import pytest
 import tiny
 from project import wait_for
 
+from gamebear_tasks import functions
 from gamebear_tasks.runner.buildah import Buildah, remove_tree
 from gamebear_tasks.runner.facts import Facts, environment, namespace
 from gamebear_tasks.runner.probe import facts
@@ -93,10 +92,10 @@ class Builder:
         if function is not None:
             del job["script"]
             job["function"] = {"name": function.__qualname__, "sha256": ""}
-            (folder / "function.pickle").write_bytes(cloudpickle.dumps(function))
-            with zipfile.ZipFile(folder / "cloudpickle.zip", "w") as archive:
-                for path in Path(cloudpickle.__file__).parent.glob("*.py"):
-                    archive.write(path, f"cloudpickle/{path.name}")
+            pickled = functions.pickled(function)
+            (folder / "function.pickle").write_bytes(pickled.data)
+            (folder / "function.lines").write_bytes(pickled.lines)
+            (folder / "cloudpickle.zip").write_bytes(functions.cloudpickle_archive())
         (folder / "job.json").write_text(json.dumps(job))
         program = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from gamebear_tasks.runner import main"
         with (folder / "log").open("wb") as log:
@@ -638,12 +637,13 @@ def make(who: str) -> None:
 
 
 def test_a_function_is_called_with_the_args(builder: Builder) -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     outcome = builder.run("", ("out",), args={"who": "me"}, function=make)
     assert outcome.result == {"ok": True}, outcome.message
     assert (outcome.work / "out").read_text() == "me\n"
     failed = builder.run("", ("out",), args={"who": "nobody"}, function=make)
-    assert failed.message.startswith(f"{__file__}, line ") and failed.message.endswith(": ValueError: nobody")
+    assert failed.message.startswith("tests/test_containers.py, line ") and failed.message.endswith(
+        ": ValueError: nobody"
+    )
     assert builder.run("", args={"whom": 1}, function=make).message.startswith("TypeError: make() got an unexpected")
 
 

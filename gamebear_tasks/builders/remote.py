@@ -540,8 +540,7 @@ class _Setbacks:
 
 
 def _files_of(job: Job) -> Iterable[File]:
-    if not job.is_function:
-        yield File(job.identity)
+    yield File(job.identity)
     yield from job.modules.values()
     yield from job.inputs.values()
 

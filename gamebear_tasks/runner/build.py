@@ -15,8 +15,10 @@ Kinds of failure: `script` (an exception, a syntax error, a wrong argument), `co
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
+import json
 import os
 import pickle
 import shlex
@@ -285,8 +287,7 @@ def _call_function(folder: Path, document: dict[str, Any]) -> object:
     name = document["function"]["name"]
     sys.path.insert(1, str(folder / "cloudpickle.zip"))
     try:
-        with (folder / "function.pickle").open("rb") as file:
-            function = pickle.load(file)
+        function = _Unpickler(folder).load()
     except Exception as error:  # noqa: BLE001 - unpickling raises whatever its modules do
         raise language.ScriptError(
             f"The function {name} cannot be loaded on the builder: {type(error).__name__}: {error}.",
@@ -296,6 +297,24 @@ def _call_function(folder: Path, document: dict[str, Any]) -> object:
         return function(**(document.get("args") or {}))
     except language.Finished as finished:
         return finished.value
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads a function's pickle, in which the places of its code are persistent ids such as `file 3`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(io.BytesIO((folder / "function.pickle").read_bytes()))
+        self._lines = json.loads((folder / "function.lines").read_bytes())
+
+    def persistent_load(self, pid: str) -> str | int | bytes:
+        """Return the file name, first line or line table of a piece of code; a default where it is not known."""
+        part, _, number = pid.partition(" ")
+        try:
+            file, first, table = self._lines[int(number)]
+            known = str(file), int(first), base64.b64decode(table)
+        except (IndexError, KeyError, TypeError, ValueError):  # lines serve tracebacks only
+            known = "<function>", 1, b""
+        return known[("file", "first", "table").index(part)]
 
 
 def _names(image: Image) -> list[str]:

@@ -41,7 +41,7 @@ def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection
     with contextlib.suppress(RunnerError, OSError):
         if stored.scratch.exists():
             remove_tree(root, facts(root), stored.scratch)
-    names = ["source.tar", "function.pickle", "cloudpickle.zip", "result.json", "phase"]
+    names = ["source.tar", "function.pickle", "function.lines", "cloudpickle.zip", "result.json", "phase"]
     if not but:
         names.append("kept.json")
         shutil.rmtree(stored.work, ignore_errors=True)

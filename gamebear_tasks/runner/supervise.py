@@ -197,6 +197,7 @@ class Supervisor:
                 **environment(self.store.root, known),
                 "TMPDIR": str(self.stored.scratch),
                 "GAMEBEAR_BASE": base,
+                "PYTHONHASHSEED": "0",  # a set of strings is in the same order each time
                 kept.KEEP_VARIABLE: self.attempt if self.keeps else "",
             },
             start_new_session=True,

@@ -34,7 +34,7 @@ def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_st
     Args:
         stored: the job.
         job: its description.
-        trees: SHA-256 of the tar of each source, by the source's name; of `/function.pickle` and `/cloudpickle.zip`
+        trees: SHA-256 of the tar of each source, by the source's name; of `/function.lines` and `/cloudpickle.zip`
             where the job is a function.
         check_stop: called now and then; raises what ends it.
 
@@ -54,7 +54,7 @@ def _remove_damaged(
     stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]
 ) -> None:
     """Remove all damaged blobs of a job, so that all are sent at once: after a power cut it is seldom one."""
-    files = [*job["modules"].values(), *job["inputs"].values(), *([job["script"]] if "script" in job else [])]
+    files = [*job["modules"].values(), *job["inputs"].values(), job.get("script") or job["function"]]
     for sha256 in {*(file["sha256"] for file in files), *filter(is_sha256, trees.values())}:
         check_stop()
         blob = stored.store.blob(sha256)
@@ -68,7 +68,8 @@ def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_s
     if "script" in job:
         _lay(stored, check_stop, job["script"]["sha256"], stored.work, job["script"]["name"], True)
     else:
-        for name in ("function.pickle", "cloudpickle.zip"):
+        _lay(stored, check_stop, job["function"]["sha256"], stored.folder, "function.pickle", False)
+        for name in ("function.lines", "cloudpickle.zip"):
             _lay(stored, check_stop, _tree(trees, f"/{name}"), stored.folder, name, False)
     for path, file in job["modules"].items():
         _lay(stored, check_stop, file["sha256"], stored.work, path, False)
