@@ -332,7 +332,6 @@ class _Graph:
         made = self.node(function), self.node(arguments)
         number = self._add(value, node)
         node.function, node.arguments = made
-        self._alive.append(reduced)
         node.setter = None if setter is None else self.node(setter)
         node.state = None if state is None else self.node(state)
         node.items += [self.node(each) for each in items or ()]
