@@ -545,6 +545,19 @@ def test_modules_that_it_refers_to_or_imports_are_listed() -> None:
     assert expected <= done.imports
 
 
+@pytest.mark.parametrize("value", ["'a text'", "b'some bytes'", "(1, 'a text')", "10 ** 30"])
+def test_equal_immutable_values_are_one(value: str) -> None:
+    one = f"A = {value}\nX = [A, A]\ndef build(): return X"
+    two = f"A = {value}\nX = [A, eval({value!r})]\ndef build(): return X"
+    assert digest_of(one) == digest_of(two)
+
+
+def test_an_object_with_another_ones_name_is_not_taken_for_it() -> None:
+    """The builder would find the other one there."""
+    text = "import json\ndef build(): return 1\nbuild.__module__, build.__qualname__ = 'json', 'dumps'"
+    assert called(pickled(text)) == 1
+
+
 def test_its_file_is_named_as_on_the_builder(tmp_path: Path) -> None:
     assert called(pickled("def build(): return __file__")) == "module_of_test.py"
 
