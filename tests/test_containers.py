@@ -368,6 +368,66 @@ def test_an_older_buildah_gets_the_same_settings(builder: Builder, monkeypatch: 
     assert outcome.log.splitlines() == ["$1 2", "/etc", "$1", "/tmp"]
 
 
+@pytest.mark.parametrize("version", ["", "1.26.0", "1.19.6"])
+def test_an_empty_value_is_a_value(builder: Builder, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """By the ways of all releases of buildah: variables by its environment, by options of `run`, by `config` alone."""
+    if version:
+        monkeypatch.setattr(builder, "facts", builder.facts._replace(version=version))
+    outcome = builder.run(
+        "import json\n"
+        "def show(c, **more): c.run('echo \"${GREETING-unset} ${A-unset} ${B-unset}\"', shell=True, **more)\n"
+        "def config(image):\n"
+        "    found = image.inspect()['OCIv1']['config']\n"
+        "    names = ('Env', 'Labels', 'Cmd', 'Entrypoint', 'WorkingDir', 'User')\n"
+        "    return {name: found[name] for name in names if found.get(name)}\n"
+        "with Container('tiny') as c:\n"
+        "    c.environ.update(GREETING='', A='')\n"
+        "    show(c)\n"
+        "    show(c, env={'B': ''})\n"
+        "    c.environ['A'] = 'a'\n"
+        "    show(c, env={'A': ''})\n"
+        "    show(c)\n"
+        "    c.environ['A'] = ''\n"
+        "    c.labels['from'] = ''\n"
+        "    c.workdir, c.user, c.entrypoint = '/tmp', 'pi', ['entry']\n"
+        "    full = c.commit()\n"
+        "    assert config(full)['User'] == 'pi' and config(full)['Entrypoint'] == ['entry'], config(full)\n"
+        "with Container(full) as c:\n"
+        "    assert dict(c.environ, PATH='') == {'GREETING': '', 'A': '', 'PATH': ''}, c.environ\n"
+        "    show(c)\n"
+        "    c.run('id -u; pwd', shell=True, user='')\n"
+        "    c.workdir, c.user, c.entrypoint, c.command = '', '', [], []\n"
+        "    c.run('id -u; pwd', shell=True)\n"
+        "    print(json.dumps(config(c.commit())))\n"
+        "    c.run(['cat'], input='')\n"
+        "    c.run(['sh', '-c', 'echo \"$# [$1]\"', '', ''])\n"
+    )
+    assert outcome.result == {"ok": True}, outcome.message
+    lines = outcome.log.splitlines()
+    assert lines[:5] == ["  unset", "  ", "  unset", " a unset", "  unset"]
+    assert lines[5:9] == ["0", "/tmp", "0", "/"]
+    found = json.loads(lines[9])
+    assert sorted(found.pop("Env")) == ["A=", "GREETING="]
+    found["Labels"].pop("io.buildah.version", None)
+    assert found == {"Labels": {"from": ""}}
+    assert lines[10:] == ["1 []"]
+
+
+def test_a_name_with_a_dash_at_its_end_is_set_and_not_removed(builder: Builder) -> None:
+    outcome = builder.run(
+        "with Container('tiny') as c:\n"
+        "    c.environ['A-'] = 'a'\n"
+        "    c.labels['from-'] = 'b'\n"
+        "    config = c.inspect()['OCIv1']['config']\n"
+        "    print(config['Env'], config['Labels'])\n"
+        "    del c.environ['A-']\n"
+        "    print(c.inspect()['OCIv1']['config']['Env'])\n"
+    )
+    first, second = outcome.log.splitlines()
+    assert "'A-=a'" in first and "'from-': 'b'" in first and "'from': 'tiny'" in first
+    assert second == "['GREETING=hi']"
+
+
 def test_input_and_output_of_a_command_can_be_the_scripts(builder: Builder) -> None:
     outcome = builder.run(
         "import subprocess\n"

@@ -226,7 +226,7 @@ class Container:
         for key, value in self._environ.changes.items():
             if self._loaded and self._applied["environ"].get(key) == value:
                 continue
-            if value is not None and self._job.takes_variables() and self._is_free(key):
+            if value and self._job.takes_variables() and self._is_free(key):
                 variables[key] = value  # not in the command line, which every user of the machine can read
                 options += ["--env", key]
             else:
@@ -256,8 +256,8 @@ class Container:
             table.changes.clear()
 
     def _is_free(self, key: str) -> bool:
-        """Say whether a variable means nothing to buildah itself."""
-        return key not in self._job.buildah.environment and not BUILDAHS_OWN.match(key)
+        """Say whether a variable means nothing to buildah itself, nor its name to `buildah config --env`."""
+        return key not in self._job.buildah.environment and not BUILDAHS_OWN.match(key) and not key.endswith("-")
 
     def _health(self) -> list[str]:
         """Return the options for the health check, all of them: buildah sets defaults for what is left out."""
@@ -334,7 +334,7 @@ class Container:
             shell: have the container's shell read the line.
             pwd: the folder that it runs in, instead of `workdir`.
             env: further environment variables, for this command only.
-            user: whom it runs as, instead of the container's user: name, number, or `user:group`.
+            user: whom it runs as, instead of the container's user: name, number, or `user:group`; empty means root.
             volumes: mounted for this command only: `outside:inside[:options]`, or the three as a sequence.
             mounts: the same as mappings for `buildah run --mount`: `{"type": "bind", "src": …, "dst": …}`.
             terminal: give it a terminal.
@@ -368,7 +368,7 @@ class Container:
                 options = []
             options += cache
             if user is not None:
-                options += ["--user", str(user)]
+                options += ["--user", str(user) or "0:0"]  # the container's user is what buildah takes an empty one for
             if self._job.facts.isolation != "chroot":
                 options += ["--network", "host"]
             if terminal:
