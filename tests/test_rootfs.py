@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +94,199 @@ def test_mode_and_time_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: 
     assert (outside.st_mode & 0o7777, outside.st_mtime_ns) == (0o751, 2_000_000_002)
     assert (tmp_path / "out/tool").read_bytes() == tool.read_bytes()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tool"]
+    os.link(root / "usr/bin/tool", root / "usr/bin/again")
+    rootfs.copy_out("/usr", tmp_path / "usr")
+    for name in ("tool", "again"):
+        assert (tmp_path / "usr/bin" / name).stat().st_mode & 0o7777 == 0o751
+
+
+@pytest.fixture(params=[0o000, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An umask that would show."""
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+def test_folders_that_are_made_are_755_whatever_the_umask(
+    root: Path, rootfs: Rootfs, tmp_path: Path, umask: None
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").touch()
+    tree.chmod(0o700)
+    (root / "srv").mkdir()
+    os.chown(root / "srv", -1, 7)
+    (root / "srv").chmod(0o2775)
+    rootfs.copy_in(tree / "file", "/srv/a/b/file")
+    rootfs.copy_in(tree, "/c/d")
+    (root / "c/d").chmod(0o700)
+    rootfs.copy_out("/srv/a/b/file", tmp_path / "e" / "f" / "file")
+    rootfs.copy_out("/c/d", tmp_path / "g" / "h")
+    made = [root / "srv/a", root / "srv/a/b", root / "c", root / "c/d/..", tmp_path / "e", tmp_path / "e/f"]
+    made += [tmp_path / "g", tmp_path / "g/h"]
+    assert {path: oct(mode(path)) for path in made if mode(path) != 0o755} == {}
+    assert {path.stat().st_gid for path in made} == {os.getegid()}
+
+
+def test_all_bits_of_a_folders_mode_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path, umask: None) -> None:
+    tree = tmp_path / "tree"
+    modes = {"": 0o1777, "sticky": 0o1777, "sticky/group": 0o2770, "sticky/group/closed": 0o500}
+    for path in modes:
+        (tree / path).mkdir()
+    for path, bits in modes.items():
+        (tree / path).chmod(bits)
+    (root / "there/sticky/group").mkdir(parents=True)
+    (root / "there").chmod(0o711)
+    (root / "there/sticky").chmod(0o750)
+    os.setxattr(tree, "user.a", b"1")
+    os.utime(tree, ns=(1, 2))
+    rootfs.copy_in(tree, "/opt/tree")
+    rootfs.copy_in(tree, "/there")
+    rootfs.copy_out("/opt/tree", tmp_path / "out")
+    assert {path: mode(root / "opt/tree" / path) for path in modes} == modes
+    assert {path: mode(tmp_path / "out" / path) for path in modes} == modes
+    assert (mode(root / "there"), mode(root / "there/sticky")) == (0o711, 0o750)
+    for copy in (root / "opt/tree", tmp_path / "out"):
+        assert copy.stat().st_mtime_ns == 2 and os.getxattr(copy, "user.a") == b"1"
+
+
+def both_ways(rootfs: Rootfs, tree: Path, root: Path, out: Path) -> tuple[Path, Path]:
+    """Copy a folder in, and the copy out; return both copies."""
+    rootfs.copy_in(tree, "/opt/tree")
+    rootfs.copy_out("/opt/tree", out)
+    return root / "opt" / "tree", out
+
+
+def test_hard_links_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "a/b").mkdir(parents=True)
+    (tree / "a/b/first").write_text("one")
+    for name in ("a/second", "third"):
+        os.link(tree / "a/b/first", tree / name)
+    (tree / "alone").write_text("one")
+    os.link(tree / "third", tmp_path / "elsewhere")
+    for _ in range(2):  # the second copy replaces the first
+        for copy in both_ways(rootfs, tree, root, tmp_path / "out"):
+            assert {(copy / name).stat().st_nlink for name in ("a/b/first", "a/second", "third")} == {3}
+            assert (copy / "alone").stat().st_nlink == 1
+            assert (copy / "third").read_text() == "one"
+            assert sorted(path.name for path in copy.rglob("*")) == ["a", "alone", "b", "first", "second", "third"]
+
+
+def test_hard_links_into_one_folder_by_two_paths(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+    """The container's /lib is a link to /usr/lib, so that two names of the tree may be one of the container."""
+    (root / "usr/lib").mkdir(parents=True)
+    (root / "lib").symlink_to("usr/lib")
+    tree = tmp_path / "tree"
+    for path in ("lib", "usr/lib", "usr/share", "var"):
+        (tree / path).mkdir(parents=True)
+    (tree / "lib/same").write_text("same")
+    os.link(tree / "lib/same", tree / "usr/lib/same")
+    (tree / "lib/other").write_text("first")
+    (tree / "usr/lib/other").write_text("second")
+    os.link(tree / "lib/other", tree / "usr/share/other")
+    os.link(tree / "lib/other", tree / "var/other")
+    rootfs.copy_in(tree, "/")
+    assert (root / "usr/lib/same").stat().st_nlink == 1
+    assert (root / "usr/lib/other").read_text() == "second"
+    assert (root / "usr/share/other").read_text() == (root / "var/other").read_text() == "first"
+    assert os.path.samefile(root / "usr/share/other", root / "var/other")
+    assert sorted(os.listdir(root / "usr/lib")) == ["other", "same"]
+
+
+def test_where_no_link_can_be_made_the_content_is_copied_again(
+    root: Path, rootfs: Rootfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "mounted").mkdir(parents=True)
+    (tree / "file").write_text("one")
+    os.link(tree / "file", tree / "mounted" / "file")
+    (root / "mounted").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", root / "mounted"], check=True)
+    try:
+        rootfs.copy_in(tree, "/")
+        assert (root / "mounted/file").read_text() == "one"
+        assert os.listdir(root / "mounted") == ["file"]
+    finally:
+        subprocess.run(["umount", root / "mounted"], check=True)
+
+
+def test_attributes_that_are_meant_for_others_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+    capability = (0x2000001).to_bytes(4, "little") + (1 << 13).to_bytes(4, "little") + bytes(12)
+    tree = tmp_path / "tree"
+    (tree / "folder").mkdir(parents=True)
+    (tree / "tool").touch(mode=0o444)
+    os.setxattr(tree / "tool", "user.a", b"")
+    os.setxattr(tree / "tool", "security.capability", capability)
+    os.setxattr(tree / "tool", "trusted.a", b"of this machine")
+    os.setxattr(tree / "folder", "user.b", b"\0\xff")
+    (root / "etc/group").touch()
+    (root / "opt/tree").mkdir(parents=True)
+    os.chown(root / "opt/tree", -1, 7)
+    (root / "opt/tree").chmod(0o2755)  # so the copy's group has to be changed
+    for copy in both_ways(rootfs, tree, root, tmp_path / "out"):
+        found = {name: os.getxattr(copy / "tool", name) for name in os.listxattr(copy / "tool")}
+        assert found == {"user.a": b"", "security.capability": capability}
+        assert os.getxattr(copy / "folder", "user.b") == b"\0\xff"
+
+
+def test_an_attribute_that_cannot_be_kept_is_an_error_that_names_it(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+    (tmp_path / "tool").touch()
+    os.setxattr(tmp_path / "tool", "user.a", b"1")
+    (root / "mounted").mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", root / "mounted"], check=True)
+    try:
+        with pytest.raises(OSError, match=r"attribute user\.a cannot be kept.*/tool'") as raised:
+            rootfs.copy_in(tmp_path / "tool", "/mounted/tool")
+        assert raised.value.errno == errno.ENOTSUP
+        assert os.listdir(root / "mounted") == []
+    finally:
+        subprocess.run(["umount", root / "mounted"], check=True)
+
+
+def test_holes_stay_holes_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+    size = 1 << 30
+    places = {0: b"begin", size // 2: b"x" * 3_000_000, size - 4: b"last"}
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name, where in (("all", list(places)), ("inner", [size // 2]), ("none", [])):
+        with (tree / name).open("wb") as file:
+            for start in where:
+                file.seek(start)
+                file.write(places[start])
+            file.truncate(size)
+    for copy in both_ways(rootfs, tree, root, tmp_path / "out"):
+        for name in ("all", "inner", "none"):
+            info = (copy / name).stat()
+            assert info.st_size == size and info.st_blocks * 512 < 4_000_000
+        for name, where in (("all", list(places)), ("inner", [size // 2])):
+            with (copy / name).open("rb") as file:
+                for start in where:
+                    file.seek(max(0, start - 4096))
+                    before = bytes(min(start, 4096))
+                    assert file.read(len(before) + len(places[start])) == before + places[start]
+
+
+def test_files_of_the_kernel_are_copied_to_their_end(root: Path, rootfs: Rootfs) -> None:
+    """Their size says nothing: 0 below /proc, a page below /sys."""
+    for path in ("/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled", "/sys/kernel/profiling"):
+        if Path(path).exists():
+            rootfs.copy_in(Path(path), "/copy")
+            assert (root / "copy").read_bytes() == Path(path).read_bytes() != b""
+    assert (root / "copy").exists()
+
+
+def test_a_deep_folder_takes_few_descriptors(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+    deep = Path(*["d"] * 120)
+    (tmp_path / "tree" / deep).mkdir(parents=True)
+    (tmp_path / "tree" / deep / "file").write_text("deep")
+    for copy in both_ways(rootfs, tmp_path / "tree", root, tmp_path / "out"):
+        assert (copy / deep / "file").read_text() == "deep"
 
 
 def test_a_file_goes_into_a_folder_that_is_there(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:

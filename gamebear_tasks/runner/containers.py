@@ -467,7 +467,8 @@ class Container:
     def copy_in(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
         """Copy a file or a folder's contents into the container; the copies belong to its root.
 
-        Modes and times are kept, missing folders are made, folders are merged.
+        Missing folders are made, folders are merged. Modes, times, hard links, holes and the extended attributes
+        `user.*`, `security.capability` and `security.ima` are kept.
 
         Args:
             src: a path outside; relative to the working directory.
@@ -475,15 +476,16 @@ class Container:
                 named with a slash at the end. Relative to `workdir`.
 
         Raises:
-            OSError: `src` is missing, or something is of the wrong kind.
+            OSError: `src` is missing, something is of the wrong kind, or an attribute cannot be kept there.
         """
         self._files().copy_in(Path(src), self._absolute(os.fspath(dst)))
 
     def copy_out(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
         """Copy a file or a folder's contents out of the container.
 
-        Modes and times are kept, missing folders are made, folders are merged. Links are followed inside the
-        container; in a folder, those that lead to something in that folder stay links.
+        Missing folders are made, folders are merged. The same is kept as by `copy_in`, but for set-user-ID and
+        set-group-ID of files. Links are followed inside the container; in a folder, those that lead to something in
+        that folder stay links.
 
         Args:
             src: a path in the container, from its root.
@@ -491,7 +493,7 @@ class Container:
                 directory.
 
         Raises:
-            OSError: `src` is missing, or something is of the wrong kind.
+            OSError: `src` is missing, something is of the wrong kind, or an attribute cannot be kept there.
         """
         self._files().copy_out(os.fspath(src), Path(dst))
 

@@ -15,12 +15,20 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .files import CHUNK, sha256
+from .files import CHUNK, sha256, write_all
 
 MAX_LINKS = 40
 """Links followed on one path, as in the kernel (path_resolution(7))."""
 
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY
+
+XATTRS = ("security.capability", "security.ima", "user.")
+"""The extended attributes that a copy keeps (a dot at the end: all of that namespace), as `buildah copy` does."""
+
+NO_LINK = (errno.EMLINK, errno.ENOENT, errno.ENOTSUP, errno.EPERM, errno.EXDEV)
+"""Errors of link(2) after which the content is copied once more."""
 
 
 class Place:
@@ -50,7 +58,7 @@ class Place:
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
         """Open the folder that it is."""
-        with _opened(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, self) as fd:
+        with _opened(self.name, READ_FOLDER | os.O_NOFOLLOW, self) as fd:
             yield fd
 
 
@@ -94,6 +102,16 @@ class Rootfs:
             for fd in folders:
                 os.close(fd)
 
+    @contextlib.contextmanager
+    def opened(self, path: str) -> Iterator[int]:
+        """Open a folder inside the container, and no other folder with it for as long; raises as `place` does."""
+        with self.place(path) as place:
+            fd = _open(place.name, READ_FOLDER | os.O_NOFOLLOW, place.folder, path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
     def _walk(self, folders: list[int], path: str, follow: bool, parents: bool) -> str:
         """Open the folders on a path one after the other; return the name of the last component."""
         ahead = collections.deque(_parts(path))
@@ -121,7 +139,7 @@ class Rootfs:
                 if not parents:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(name, 0o755, dir_fd=folders[-1])
+                    _make_folder(name, folders[-1], path)
             folders.append(_open(name, FOLDER, folders[-1], path))
         return "."
 
@@ -167,14 +185,18 @@ class Rootfs:
         """Copy a file or a folder's contents into the container; what is new belongs to its root.
 
         A file's copy goes into a `path` that is a folder or ends in a slash, under its own name. Folders are merged,
-        files and links replaced. Modes and times are kept. Missing folders are made.
+        files and links replaced. Missing folders are made. Modes, times, `XATTRS`, hard links and holes are kept; a
+        folder that is already there keeps its own mode, times and attributes.
 
         Raises:
-            OSError: something is missing or of the wrong kind.
+            OSError: something is missing or of the wrong kind, or an attribute cannot be set.
         """
         if source.is_dir():
-            self._make_folder(path)
-            self._fill(source, path)
+            new = self._make_folder(path)
+            self._fill(source, path, _HardLinks(self))
+            if new:
+                with self.opened(path) as folder, _opened(str(source), READ_FOLDER, None) as original:
+                    _set_top(folder, original)
             return
         if path.endswith("/") or self.is_folder(path):
             path = f"{path}/{source.name}"
@@ -193,97 +215,155 @@ class Rootfs:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             _write(file, place.folder, place.name)
 
-    def _make_folder(self, path: str) -> None:
+    def _make_folder(self, path: str) -> bool:
+        """Make a folder and its parents; return whether it was missing, so that `_set` has to follow."""
         with self.place(path, parents=True) as place:
             if place.info is None:
-                os.mkdir(place.name, 0o755, dir_fd=place.folder)
-            elif not place.is_folder():
+                os.mkdir(place.name, 0o700, dir_fd=place.folder)
+                return True
+            if not place.is_folder():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            return False
 
-    def _fill(self, source: Path, path: str) -> None:
+    def _fill(self, source: Path, path: str, links: _HardLinks) -> None:
         """Copy what is in a folder outside to a folder of the container."""
-        with self.place(path) as here, here.opened() as folder:
+        with self.opened(path) as folder:
             for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
                 place = Place(folder, entry.name, f"{path}/{entry.name}")
                 if entry.is_dir(follow_symlinks=False):
-                    self._fill_folder(entry, place)
+                    self._fill_folder(entry, place, links)
                 elif place.is_folder():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), place.path)
                 elif entry.is_symlink():
                     _link(os.readlink(entry.path), entry.stat(follow_symlinks=False), folder, entry.name)
                 else:
                     with _source(entry.path, None) as file:
-                        _write(file, folder, entry.name)
+                        links.write(file, place)
 
-    def _fill_folder(self, entry: os.DirEntry[str], place: Place) -> None:
-        new = place.info is None
-        self._make_folder(place.path)  # by its path: `/lib` may be a link to a folder, and stays one
-        self._fill(Path(entry.path), place.path)
+    def _fill_folder(self, entry: os.DirEntry[str], place: Place, links: _HardLinks) -> None:
+        new = self._make_folder(place.path)  # by its path: `/lib` may be a link to a folder, and stays one
+        self._fill(Path(entry.path), place.path, links)
         if new:
-            with place.opened() as folder:
-                _set(folder, entry.stat(follow_symlinks=False))
+            original = _opened(entry.path, READ_FOLDER | os.O_NOFOLLOW, None)
+            with self.opened(place.path) as folder, original as fd:
+                _set(folder, fd)
 
     def copy_out(self, path: str, target: Path) -> None:
         """Copy a file or a folder's contents out of the container, to files that belong to us.
 
         A file's copy goes into a `target` that is a folder, under its own name. Folders are merged, files and links
-        replaced. Modes (without set-user-ID and the like) and times are kept. A link inside a folder stays a link
-        where it leads to something in that folder; any other is followed, inside the container, so that no copy leads
-        from the container to the host's files.
+        replaced. Modes (of files without set-user-ID and set-group-ID), times, `XATTRS`, hard links and holes are
+        kept. A link inside a folder stays a link where it leads to something in that folder; any other is followed,
+        inside the container, so that no copy leads from the container to the host's files.
 
         Raises:
-            OSError: something is missing or of the wrong kind.
+            OSError: something is missing or of the wrong kind, or an attribute cannot be set.
         """
         with self.place(path) as place:
             if place.is_folder():
-                target.mkdir(parents=True, exist_ok=True)
-                with _opened(str(target), os.O_RDONLY | os.O_DIRECTORY, None) as folder:
-                    self._drain(place, folder, 0, ())
+                new = _make_folders(target)
+                with contextlib.closing(Rootfs(target)) as out, out.opened("/") as copy, place.opened() as folder:
+                    self._drain(folder, path, copy, "", _HardLinks(out, keep=0o777), ())
+                    if new:
+                        _set_top(copy, folder)
+                    else:
+                        os.utime(copy, ns=_times(os.fstat(folder)))
                 return
             if target.is_dir():
                 target = target / (_parts(path) or [place.name])[-1]
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folders(target.parent)
             with _source(place.name, place) as file:
                 _write(file, None, str(target), keep=0o777)
 
-    def _drain(self, here: Place, target: int, depth: int, above: tuple[tuple[int, int], ...]) -> None:
-        """Copy what is in a folder of the container to an open folder outside."""
-        with here.opened() as folder:
-            info = os.fstat(folder)
-            if (info.st_dev, info.st_ino) in above:
-                raise OSError(errno.ELOOP, "A link leads back to a folder that holds it", here.path)
-            above = (*above, (info.st_dev, info.st_ino))
-            for name in sorted(os.listdir(folder)):
-                place = Place(folder, name, f"{here.path}/{name}")
-                entry = place.info
-                if entry is None or not stat.S_ISLNK(entry.st_mode):
-                    self._drain_entry(place, target, name, depth, above)
-                    continue
-                leads_to = os.readlink(name, dir_fd=folder)
-                if _stays_below(leads_to, depth):
-                    _link(leads_to, entry, target, name)
-                    continue
-                with self.place(place.path) as followed:
-                    self._drain_entry(followed, target, name, depth, above)
-            os.utime(target, ns=_times(info))
-
-    def _drain_entry(
-        self, place: Place, target: int, name: str, depth: int, above: tuple[tuple[int, int], ...]
+    def _drain(
+        self, folder: int, path: str, copy: int, inside: str, links: _HardLinks, above: tuple[tuple[int, int], ...]
     ) -> None:
-        info = place.info
-        if info is None or not stat.S_ISDIR(info.st_mode):
+        """Copy what is in an open folder of the container to an open folder outside.
+
+        Args:
+            folder: file descriptor of the one in the container.
+            path: its path there.
+            copy: file descriptor of the one outside.
+            inside: its path below the folder that all is copied to, with a slash at the end; empty for that folder.
+            links: what has been copied so far.
+            above: device and inode of the folders in the container that hold this one.
+        """
+        info = os.fstat(folder)
+        if (info.st_dev, info.st_ino) in above:
+            raise OSError(errno.ELOOP, "A link leads back to a folder that holds it", path)
+        above = (*above, (info.st_dev, info.st_ino))
+        for name in sorted(os.listdir(folder)):
+            place, there = Place(folder, name, f"{path}/{name}"), Place(copy, name, inside + name)
+            entry = place.info
+            if entry is None or not stat.S_ISLNK(entry.st_mode):
+                self._drain_entry(place, there, links, above)
+                continue
+            leads_to = os.readlink(name, dir_fd=folder)
+            if _stays_below(leads_to, inside.count("/")):
+                _link(leads_to, entry, copy, name)
+                continue
+            with self.place(place.path) as followed:
+                self._drain_entry(followed, there, links, above)
+
+    def _drain_entry(self, place: Place, there: Place, links: _HardLinks, above: tuple[tuple[int, int], ...]) -> None:
+        if not place.is_folder():
             with _source(place.name, place) as file:
-                _write(file, target, name, keep=0o777)
+                links.write(file, there)
             return
-        there = _look(name, target)
-        if there is not None and not stat.S_ISDIR(there.st_mode):
-            os.unlink(name, dir_fd=target)
-            there = None
-        if there is None:
-            os.mkdir(name, 0o700, dir_fd=target)
-        with Place(target, name, place.path).opened() as inner:
-            self._drain(place, inner, depth + 1, above)
-            os.fchmod(inner, info.st_mode & 0o777 | 0o700)
+        if there.info is not None and not there.is_folder():
+            os.unlink(there.name, dir_fd=there.folder)
+        if there.info is None:
+            os.mkdir(there.name, 0o700, dir_fd=there.folder)
+        with place.opened() as folder, there.opened() as copy:
+            self._drain(folder, place.path, copy, f"{there.path}/", links, above)
+            _set(copy, folder)
+
+
+class _HardLinks:
+    """What one copy of a folder has made of files with several names: their further names become links to it.
+
+    Args:
+        root: the file system that the copies are in.
+        keep: the bits of their modes that files keep.
+    """
+
+    def __init__(self, root: Rootfs, keep: int = 0o7777) -> None:
+        self._root = root
+        self._keep = keep
+        self._copies: dict[tuple[int, int], tuple[str, os.stat_result]] = {}
+        """By device and inode of the original: path and status of the copy."""
+
+    def write(self, source: int, place: Place) -> None:
+        """Copy an open file to a place, or link the place to the copy that there is."""
+        info = os.fstat(source)
+        if info.st_nlink == 1:
+            _write(source, place.folder, place.name, self._keep)
+        elif not self._link(info, place):
+            copy = _write(source, place.folder, place.name, self._keep)
+            self._copies[info.st_dev, info.st_ino] = place.path, copy
+
+    def _link(self, original: os.stat_result, place: Place) -> bool:
+        """Link a place to the copy of a file; return False where there is none, or none that can be linked to."""
+        path, copy = self._copies.get((original.st_dev, original.st_ino), ("", None))
+        if copy is None:
+            return False
+        aside = _aside(place.name)
+        try:
+            with self._root.place(path, follow=False) as first:
+                # Another file may have replaced it: `/lib/x` and `/usr/lib/x` may be two files of one place.
+                if first.info is None or not os.path.samestat(first.info, copy):
+                    return False
+                os.link(first.name, aside, src_dir_fd=first.folder, dst_dir_fd=place.folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in NO_LINK:
+                return False
+            raise
+        try:
+            os.replace(aside, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # rename(2) does nothing where both are one file already
+                os.unlink(aside, dir_fd=place.folder)
+        return True
 
 
 def _parts(path: str) -> list[str]:
@@ -322,32 +402,142 @@ def _source(name: str, place: Place | None) -> Iterator[int]:
         yield fd
 
 
-def _write(source: int, folder: int | None, name: str, keep: int = 0o7777) -> None:
-    """Copy an open file to a name, aside and renamed; with its mode, as far as `keep` goes, and its times."""
-    parent, _, _ = name.rpartition("/")
-    aside = f"{parent}/" * bool(parent or name.startswith("/")) + f".{os.urandom(8).hex()}.tmp"
-    info = os.fstat(source)
+def _aside(name: str) -> str:
+    """Return a name for a file that is to be renamed to `name`, in the same folder."""
+    parent, slash, _ = name.rpartition("/")
+    return f"{parent}{slash}.{os.urandom(8).hex()}.tmp"
+
+
+def _write(source: int, folder: int | None, name: str, keep: int = 0o7777) -> os.stat_result:
+    """Copy an open file to a name, aside and renamed; return the status of the copy.
+
+    Args:
+        source: what is copied, with its holes, `XATTRS`, mode and times.
+        folder: descriptor of the folder that `name` is relative to; None for the working directory.
+        name: where to.
+        keep: the bits of the mode that are kept.
+    """
+    aside = _aside(name)
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
-        with open(fd, "wb", buffering=0) as file:
-            while data := os.read(source, CHUNK):
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
-            _set(fd, info, keep)
+        _copy_content(source, fd)
+        _set(fd, source, keep)
+        info = os.fstat(fd)
         os.replace(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(aside, dir_fd=folder)
         raise
+    finally:
+        os.close(fd)
+    return info
 
 
-def _set(fd: int, info: os.stat_result, keep: int = 0o7777) -> None:
-    """Give an open file our user and group, and the mode and times of another."""
-    if os.fstat(fd).st_gid != os.getegid():
-        os.fchown(fd, -1, os.getegid())  # it is in a folder that hands its group on
+def _copy_content(source: int, target: int) -> None:
+    """Copy the content of an open file to an empty one; holes stay holes."""
+    info = os.fstat(source)
+    if info.st_blocks * 512 >= info.st_size:  # none; and what /proc calls empty has to be read to its end
+        while data := os.read(source, CHUNK):
+            write_all(target, data)
+        return
+    size = info.st_size
+    start = end = 0
+    while start == end and (start := _data(source, end)) >= 0:
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        os.lseek(source, start, os.SEEK_SET)
+        os.lseek(target, start, os.SEEK_SET)
+        while start < end and (data := os.read(source, min(CHUNK, end - start))):
+            write_all(target, data)
+            start += len(data)
+        size = max(size, end) if start == end else start  # files of /sys are shorter than they say
+    os.ftruncate(target, size)
+
+
+def _data(file: int, start: int) -> int:
+    """Return where the next data of an open file begins, -1 where only a hole is left."""
+    try:
+        return os.lseek(file, start, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return -1
+        raise
+
+
+def _set(fd: int, source: int, keep: int = 0o7777) -> None:
+    """Give an open file or folder our user and group, and the mode, `XATTRS` and times of another."""
+    info = os.fstat(source)
+    _own(fd)  # before the rest: a change of owner takes capabilities away
+    _copy_xattrs(source, fd)
     os.fchmod(fd, info.st_mode & keep)
     os.utime(fd, ns=_times(info))
+
+
+def _set_top(fd: int, source: int) -> None:
+    """Give an open folder that was missing what it takes of the one whose contents are copied to it.
+
+    Its mode is 755 at the least, as `buildah copy` makes it: the contents of private temporary folders are copied too.
+    """
+    _set(fd, source)
+    os.fchmod(fd, stat.S_IMODE(os.fstat(source).st_mode) | 0o755)
+
+
+def _own(fd: int) -> None:
+    """Give an open file or folder our group; in a folder with set-group-ID, it has that folder's."""
+    if os.fstat(fd).st_gid != os.getegid():
+        os.fchown(fd, -1, os.getegid())
+
+
+def _copy_xattrs(source: int, target: int) -> None:
+    """Copy those of `XATTRS` that an open file or folder has.
+
+    Raises:
+        OSError: the target's file system cannot keep one.
+    """
+    try:
+        names = os.listxattr(source)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return
+    for name in names:
+        if not any(name == known or (known[-1] == "." and name.startswith(known)) for known in XATTRS):
+            continue
+        try:
+            value = os.getxattr(source, name)
+        except OSError as error:
+            # EOVERFLOW: capabilities(7), a capability of another user namespace's root, which counts for nothing here.
+            if error.errno in (errno.ENODATA, errno.EOVERFLOW):
+                continue
+            raise
+        try:
+            os.setxattr(target, name, value)
+        except OSError as error:
+            path = os.readlink(f"/proc/self/fd/{source}")
+            raise OSError(error.errno, f"its attribute {name} cannot be kept: {error.strerror}", path) from None
+
+
+def _make_folder(name: str, folder: int, path: str) -> None:
+    """Make a folder of mode 755 and of our group, whatever the umask and the folder above say.
+
+    Args:
+        name: its name.
+        folder: file descriptor of the folder above.
+        path: what it was asked for as, for messages.
+    """
+    os.mkdir(name, 0o700, dir_fd=folder)
+    with Place(folder, name, path).opened() as fd:
+        _own(fd)
+        os.fchmod(fd, 0o755)
+
+
+def _make_folders(path: Path) -> bool:
+    """Make a folder outside and those that lead to it, of mode 755; return whether it was missing."""
+    if path.is_dir():
+        return False
+    _make_folders(path.parent)
+    path.mkdir()
+    path.chmod(0o755)
+    return True
 
 
 def _link(leads_to: str, info: os.stat_result, folder: int, name: str) -> None:
