@@ -74,6 +74,24 @@ def test_a_large_paste_arrives_whole_while_much_is_printed(place: tuple[str, Pro
         assert keyboard.end() == 0
 
 
+def test_files_that_a_program_makes_are_as_private_as_its_users(place: tuple[str, Project]) -> None:
+    """Not as the store's: the first program comes with the runner, the second finds it there."""
+    url, project = place
+    for _ in range(2):
+        done = subprocess.run(
+            command(url, "sh", "-c", "umask"),
+            cwd=project.folder,
+            env=project.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "0022\n"
+    with sit_down(place, "sh", "-c", "umask") as keyboard:
+        keyboard.see("0022\r\n")
+
+
 def test_without_a_terminal_it_is_a_pipe(place: tuple[str, Project]) -> None:
     url, project = place
     data = os.urandom(1 << 20)

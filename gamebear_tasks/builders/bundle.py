@@ -53,7 +53,7 @@ if not os.path.isdir(place):
     except ImportError as error:
         say(b" lacks " + str(error.name or error).encode())
         sys.exit(1)
-    os.umask(0o077)
+    umask = os.umask(0o077)
     try:
         os.makedirs(top, exist_ok=True)
         lock = os.open(top, os.O_RDONLY)
@@ -89,6 +89,7 @@ if not os.path.isdir(place):
                 raise
             shutil.rmtree(aside, ignore_errors=True)
         os.close(lock)
+        os.umask(umask)
     except Exception as error:
         if aside:
             shutil.rmtree(aside, ignore_errors=True)

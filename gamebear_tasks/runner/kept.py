@@ -189,7 +189,7 @@ def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: M
     stored.touch()
     stored.scratch.mkdir(mode=0o700, exist_ok=True)
     env = {**environment(root, known), "TMPDIR": str(stored.scratch)}
-    return started(command, env, stored.work, terminal, within=True)
+    return started(command, env, stored.work, terminal, within=True, umask=0o022)  # as a build has it
 
 
 def main(digest: str, number: str, *command: str) -> int:

@@ -66,10 +66,16 @@ Answer = tuple[Reply, Optional[Callable[[Reply], None]]]
 
 
 class Session:
-    """What a client may ask: each operation is a method, its parameters are the request's fields."""
+    """What a client may ask: each operation is a method, its parameters are the request's fields.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: the builder's.
+        umask: that of the programs which a person runs; -1 for ours.
+    """
+
+    def __init__(self, store: Store, umask: int = -1) -> None:
         self.store = store
+        self._umask = umask
         self._alive: dict[str, int] = {}
         """By attempt: a pipe from each supervisor that we have started, which ends when its job has ended."""
         self._examination: Any = None
@@ -506,7 +512,7 @@ class Session:
         """Start a program of this machine's, see `terminal`."""
         from .terminal import started
 
-        return self._attended(started(words, dict(os.environ), Path.home(), terminal))
+        return self._attended(started(words, dict(os.environ), Path.home(), terminal, umask=self._umask))
 
     def _enter(self, digest: str, container: int, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
         """Start a command in a container that is kept of a job, see `kept`."""
@@ -663,7 +669,7 @@ def _widen(pipe: int) -> None:
 
 def main() -> int:
     """Serve the client on standard input and output until it goes away."""
-    os.umask(0o077)
+    umask = os.umask(0o077)
     _widen(0)
     _widen(1)
     store = Store()
@@ -675,5 +681,5 @@ def main() -> int:
         return 1
     _write(wire.PREAMBLE + b" ready\n")
     with contextlib.suppress(BrokenPipeError, wire.WireError):
-        Session(store).run()
+        Session(store, umask).run()
     return 0

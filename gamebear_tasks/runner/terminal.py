@@ -91,6 +91,7 @@ class Attended:
         folder: where it runs.
         terminal: `term`, `rows` and `columns` of the client's terminal; None where it has none.
         within: whether the program makes a terminal of its own for what it runs, and does not keep up its size.
+        umask: its umask, see umask(2); -1 for ours.
 
     Raises:
         OSError: it cannot be started.
@@ -103,6 +104,7 @@ class Attended:
         folder: Path,
         terminal: Mapping[str, Any] | None = None,
         within: bool = False,
+        umask: int = -1,
     ) -> None:
         self._within = within
         self._to_program = bytearray()
@@ -118,6 +120,7 @@ class Attended:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
+                umask=umask,
             )
             assert self._process.stdin and self._process.stdout and self._process.stderr
             self._input = os.dup(self._process.stdin.fileno())
@@ -137,6 +140,7 @@ class Attended:
                     stdout=slave,
                     stderr=slave,
                     start_new_session=True,
+                    umask=umask,
                     preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
                 )
             except BaseException:
@@ -271,6 +275,7 @@ def started(
     folder: Path,
     terminal: Mapping[str, Any] | None,
     within: bool = False,
+    umask: int = -1,
 ) -> Attended:
     """Return a program that has been started; its parameters are those of `Attended`.
 
@@ -280,7 +285,7 @@ def started(
     if not words or not all(isinstance(word, str) for word in words):
         raise RunnerError("There is no program to run.", "Name one, with its arguments.")
     try:
-        return Attended(words, environment, folder, terminal, within)
+        return Attended(words, environment, folder, terminal, within, umask)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RunnerError(
