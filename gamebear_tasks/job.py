@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-FORMAT = 2
+FORMAT = 3
 """Version of the canonical form. A change of what the form says, or of how a builder must read it, raises it."""
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"

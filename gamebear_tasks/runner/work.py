@@ -1,4 +1,9 @@
-"""The program's folder: a fresh one that holds the script, its modules, every input and every source."""
+"""The program's folder: a fresh one that holds the script, its modules, every input and every source.
+
+Modes are set and never left to the umask, which is 077 here: a container's users and an artifact see them. Folders are
+755. The folder itself is, too, because scripts mount and copy it; that other users of the builder cannot enter it is
+due to the job's folder, which is 700.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +69,7 @@ def _remove_damaged(
 
 
 def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]) -> None:
-    stored.work.mkdir(mode=0o700)
+    _make_folder(stored.work)
     if "script" in job:
         _lay(stored, check_stop, job["script"]["sha256"], stored.work, job["script"]["name"], True)
     else:
@@ -85,7 +90,7 @@ def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_s
 def _unpack_source(path: Path, folder: Path, name: str, check_stop: Callable[[], None]) -> None:
     import tarfile
 
-    folder.mkdir()
+    _make_folder(folder)
     try:
         with tarfile.open(path) as tar:
             unpack(tar, folder, check_stop)
@@ -111,8 +116,7 @@ def _lay(
     if not is_relative_path(name):
         raise JobFailed("job", f"{name!r} cannot be the name of a file of the job.")
     path = folder / name
-    if "/" in name:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(path.parent, folder)
     digest = hashlib.sha256()
     blob = stored.store.blob(sha256)
     try:
@@ -130,6 +134,18 @@ def _lay(
         with contextlib.suppress(OSError):
             blob.unlink()
         raise JobFailed("blob", f"The builder's copy of {name} was damaged; it is removed.", "Run doit again.")
+
+
+def _make_folder(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o755)
+
+
+def _make_folders(path: Path, top: Path) -> None:
+    """Make a folder below `top`, and those between, where they are missing; raises OSError."""
+    if path != top and not path.is_dir():
+        _make_folders(path.parent, top)
+        _make_folder(path)
 
 
 def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = lambda: None) -> None:
@@ -155,10 +171,10 @@ def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = 
         if path.parent.resolve() != folder.resolve() / Path(name).parent:
             raise RunnerError(f"The source's archive writes through a link: {member.name!r}.", BROKEN_SOURCE)
         if member.isdir():
-            path.mkdir(parents=True, exist_ok=True)
+            _make_folders(path, folder)
             folders.append((path, member.mtime))
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent, folder)
         if member.issym():
             path.symlink_to(member.linkname)
             os.utime(path, (member.mtime, member.mtime), follow_symlinks=False)
