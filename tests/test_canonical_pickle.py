@@ -362,7 +362,7 @@ def build(): return X[0]
 """,
     "one of many texts": """
 X = [str(n) for n in range(300)] * 2
-def build(): return X[<299|43>]
+def build(): return X[<599|343>]
 """,
     "many bytes": """
 X = bytes(<300|400>)
@@ -534,10 +534,10 @@ def test_the_submodules_that_its_file_imports_are_imported(tmp_path: Path) -> No
 
 
 def test_modules_that_it_refers_to_or_imports_are_listed() -> None:
-    constants = ", ".join(map(str, range(1000, 1300)))  # so many that an instruction has a prefix
+    constants = "; ".join(f"x = {n}" for n in range(1000, 1300))  # so many that an instruction has a prefix
     done = pickled(
         "import math\nfrom os.path import join\n__package__ = 'here.there'\n"
-        f"def build():\n    x = [{constants}]\n    import json.decoder\n    from . import one\n"
+        f"def build():\n    {constants}\n    import json.decoder\n    from . import one\n"
         "    from ..two import three as four\n    from xml import dom\n    return x, math, join\n"
     )
     expected = {"math", "posixpath", "json.decoder", "xml", "xml.dom"}
@@ -707,6 +707,11 @@ REFUSED = [
         "class C:\n    def __reduce__(self): return 'gone'\nX = C()\ndef build(): X",
         "X",
         "only be sent by its name, gone",
+    ),
+    (
+        "class C:\n    def __reduce__(self): return 'dumps'\n    __module__ = 'json'\nX = C()\ndef build(): X",
+        "X",
+        "dumps",
     ),
     ("X = (n for n in [])\ndef build(): return X", "X", "generator"),
     ("X = {object(), object()}\ndef build(): return X", "", "order changes"),
