@@ -361,7 +361,7 @@ X = L([<1|2>])
 def build(): return X[0]
 """,
     "one of many texts": """
-X = [str(n) for n in range(300)] * 2
+X = [f'text {n}' for n in range(300)] * 2
 def build(): return X[<599|343>]
 """,
     "many bytes": """
