@@ -96,10 +96,10 @@ class Building:
         absent = missing(self.plan.targets.values())
         with timing.phase("hash"):
             self._order = order = self.plan.order(self.chosen)
-        last = timing.Record.read(log.with_suffix(".json"))
+        last = history.last(self.task)
         self.why = reasons(self.plan, order.job, last, absent)
         self.telling.begins(self._url, last)
-        with self.telling.shown(self.out) as out, TaskLog(log, out, self.telling.last_line) as kept:
+        with self.telling.shown(self.out) as out, TaskLog(self.task, out, self.telling.last_line) as kept:
             self._have_built(builder, order, kept)
         return order
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 RUNS = "build/logs/runs"
 """Where the runs are kept, below the folder of `dodo.py`."""
 
+REPORT = "build/report.html"
+"""Where `doit report` writes its page, below the folder of `dodo.py`."""
+
 VERSION = 1
 """Of the files."""
 
@@ -89,9 +92,9 @@ def keep(record: Record, log: Path | None) -> None:
         record: how it went.
         log: its log; None where nothing of it is in one.
     """
-    from .tasklog import path_of
+    from .tasklog import record_of
 
-    own = path_of(record.task).with_suffix(".json")
+    own = record_of(record.task)
     with contextlib.suppress(OSError):  # nothing depends on it
         own.parent.mkdir(parents=True, exist_ok=True)
         record.write(own)
@@ -100,6 +103,15 @@ def keep(record: Record, log: Path | None) -> None:
     with contextlib.suppress(OSError):
         os.makedirs(RUNS, exist_ok=True)
         _add(_file_of_this_run(), {"record": document, "asked": _asked([record.task])}, log)
+
+
+def last(task: str) -> Record | None:
+    """Return the record of a task's last run; None where there is none."""
+    from .tasklog import record_of
+    from .timing import Record
+
+    record = Record.read(record_of(task))
+    return record if record is not None and record.task == task else None  # an older release mixed up some names
 
 
 def _add(path: str, line: dict[str, Any], log: Path | None = None) -> None:

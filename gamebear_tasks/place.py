@@ -36,13 +36,17 @@ class _Part:
     output: Output
 
 
+STATEMENT = ".intoto.json"
+"""The suffix of the provenance statement beside a target, which no target may have itself."""
+
+
 def statement_of(target: Path) -> Path:
-    """Return where the statement of where a target comes from is, or would be."""
-    return target.with_name(f"{target.name}.intoto.json")
+    """Return where the provenance statement of a target is, or would be."""
+    return target.with_name(f"{target.name}{STATEMENT}")
 
 
 def part_pattern(target: Path) -> str:
-    """Return the glob, in the target's folder, of what a broken-off download of it leaves."""
+    """Return the glob, in the target's folder, of what interrupted downloads of this target leave."""
     return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
 
 
@@ -53,8 +57,13 @@ def _part(target: Path, output: Output) -> Path:
 
 
 def _stem(target: Path) -> str:
-    """Return what of a target's name fits into the name of its part, which may have 255 bytes."""
-    return target.name.encode("utf-8", "surrogateescape")[:60].decode("utf-8", "ignore")
+    """Return what the name of a target's part begins with: the target's name, or a part of it and a hash.
+
+    The part's name is UTF-8 and has at most 255 bytes. No two targets of a folder have one stem.
+    """
+    name = os.fsencode(target.name)
+    text = name[:60].decode("utf-8", "ignore")
+    return text if text == target.name else f"{text}~{hashlib.sha256(name).hexdigest()[:16]}"
 
 
 def check_place(path: Path) -> None:

@@ -104,9 +104,8 @@ def _sha256(made: Made) -> str:
 
 def _materials(task: str, record: Record, builder: Builder) -> Materials:
     """Return what a job was built in, as it was told before, or as the builder tells it now."""
-    path = tasklog.path_of(task)
-    path = path.with_name(f".{path.stem}.materials.json")
-    run = {"digest": record.digest, "attempt": record.attempt}
+    path = tasklog.materials_of(task)
+    run = {"task": task, "digest": record.digest, "attempt": record.attempt}
     known = read_json(path)
     if isinstance(known, dict) and known.get("run") == run and isinstance(known.get("said"), dict):
         return Materials.of_document(known["said"])
@@ -226,14 +225,13 @@ def _packages(materials: Materials) -> Iterator[Json]:
 
 def details(record: Record, materials: Materials) -> Json:
     """Return a statement's `runDetails`: by whom it was built, and when."""
-    log = tasklog.path_of(record.task)
     builder = record.builder
     version = {"gamebear-tasks": _own_version(), "buildah": materials.buildah, "python": materials.python}
     times = {"startedOn": materials.begun, "finishedOn": materials.ended}
-    try:
-        logs = [resource("log", sha256=sha256_of(log))]
-    except OSError:
-        logs = []
+    logs = []
+    if tasklog.noted(record.task) == (record.digest, record.attempt):
+        with contextlib.suppress(OSError):
+            logs.append(resource("log", sha256=sha256_of(tasklog.path_of(record.task))))
     return {
         "builder": {
             "id": f"local://{materials.host}" if builder == "local:" else builder,

@@ -28,20 +28,37 @@ _LAST = 16384
 
 
 def path_of(task: str) -> Path:
-    """Return where a task's log is kept."""
-    name = task.replace("/", "_").replace("\0", "_").encode("utf-8", "surrogateescape")[:200]
-    return LOGS / f"{name.decode('utf-8', 'ignore')}.log"
+    """Return where a task's log is kept; no two tasks share a file."""
+    return _file_of(task, "", ".log")
 
 
-def noted(task: str) -> str:
-    """Return the digest of the job that a task's log is of; empty where there is none."""
-    note = read_json(_note_of(path_of(task)))
-    digest = note.get("digest") if isinstance(note, dict) else None
-    return digest if isinstance(digest, str) else ""
+def record_of(task: str) -> Path:
+    """Return where the record of a task's last run is kept (see `timing`)."""
+    return _file_of(task, "", ".json")
 
 
-def _note_of(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.json")
+def materials_of(task: str) -> Path:
+    """Return where the images and packages that a task's last result was built in are kept (see `provenance`)."""
+    return _file_of(task, ".", ".materials")
+
+
+def _note_of(task: str) -> Path:
+    return _file_of(task, ".", ".json")
+
+
+def _file_of(task: str, prefix: str, suffix: str) -> Path:
+    from .filename import file_name  # here, because an up-to-date run needs none
+
+    return LOGS / f"{prefix}{file_name(task)}{suffix}"
+
+
+def noted(task: str) -> tuple[str, str]:
+    """Return the digest and attempt of the job that a task's log is of; empty strings where there is none."""
+    note = read_json(_note_of(task))
+    if not isinstance(note, dict) or note.get("task") != task:
+        return "", ""  # an older release kept two tasks' notes in one file
+    digest, attempt = note.get("digest"), note.get("attempt")
+    return (digest, attempt) if isinstance(digest, str) and isinstance(attempt, str) else ("", "")
 
 
 class Out(Protocol):
@@ -102,19 +119,19 @@ class Harmless:
 class TaskLog:
     """A task's log: kept in a file, shown as it comes.
 
-    Beside the file there is a note of which attempt of which job it holds, so that a later run goes on where this one
-    was interrupted.
+    A note beside the file names the task, and the attempt of the job that the log is of. A later run of this task
+    resumes there; a log whose note names another task or attempt is written anew.
 
     Args:
-        path: the file.
+        task: the task's name.
         out: where all of it is shown; None for nowhere.
         tell: called with what comes, where that is of interest.
     """
 
-    def __init__(self, path: Path, out: Out | None, tell: Callable[[str], None] | None = None) -> None:
-        self.path = path
+    def __init__(self, task: str, out: Out | None, tell: Callable[[str], None] | None = None) -> None:
+        self.path = path_of(task)
+        self._task = task
         self._tell = tell
-        self._note = _note_of(path)
         self._out = out
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._last = b""
@@ -132,16 +149,13 @@ class TaskLog:
     def begin(self, digest: str, attempt: str) -> None:
         """Go on with an attempt's log where it was left, or begin it."""
         self.offset = 0
-        try:
-            note = json.loads(self._note.read_bytes())
-            if note == {"digest": digest, "attempt": attempt}:
-                self.offset = os.fstat(self._file.fileno()).st_size
-                self._resumed = self.offset > 0
-                return
-        except (OSError, ValueError):
-            pass
+        if noted(self._task) == (digest, attempt):
+            self.offset = os.fstat(self._file.fileno()).st_size
+            self._resumed = self.offset > 0
+            return
         self._file.truncate(0)
-        self._note.write_text(json.dumps({"digest": digest, "attempt": attempt}), "utf-8")
+        note = {"task": self._task, "digest": digest, "attempt": attempt}
+        _note_of(self._task).write_text(json.dumps(note), "utf-8")
 
     @property
     def is_shown(self) -> bool:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 from .action import Build
 from .config import architecture, seconds, settings_of_this_run
 from .errors import GamebearError, SettingsError, SourceError
-from .history import up_to_date
+from .history import REPORT, up_to_date
 from .imports import local_modules
 from .job import FORMAT, Json, canonical_json
 from .plan import NONE, Plan, check_choice, declare, read_lock
 from .runner.files import is_file_name
 from .sources import LOCK_FILE
+from .tasklog import LOGS
 from .wording import in_line
 
 if TYPE_CHECKING:  # imported where there are functions or sources
@@ -300,6 +301,7 @@ def _check_names(plan: Plan) -> None:
                     "It has to be a file's name, without a folder and at most 255 bytes long.",
                 )
             if what == "an output":
+                check_target(plan.targets[name], f"artifact({_called(plan.program)})")
                 continue  # a program may well work on a file of its folder
             if name in taken:
                 raise SettingsError(
@@ -307,6 +309,32 @@ def _check_names(plan: Plan) -> None:
                     "Give one of them another name.",
                 )
             taken[name] = what
+
+
+def check_target(path: str, where: str) -> None:
+    """Refuse a target that is one of our own files: a log, a record, the report, the provenance of another target.
+
+    Args:
+        path: the target.
+        where: what declares it, for the error.
+
+    Raises:
+        SettingsError: it is one of them.
+    """
+    if path.endswith(".json"):
+        from .place import STATEMENT
+
+        if path.endswith(STATEMENT):
+            raise SettingsError(
+                f"{where}: the target {path!r} has the name of a provenance statement.",
+                f"Give it another name: `doit provenance` writes *{STATEMENT}.",
+            )
+    if "logs" in path or path.endswith(".html"):
+        place = os.path.relpath(path)
+        if place == REPORT or place.startswith(f"{LOGS}/"):
+            raise SettingsError(
+                f"{where}: the target {path!r} is where logs and the report are written.", "Put it somewhere else."
+            )
 
 
 def _checked_args(args: object, program: Path | Function) -> bytes:

@@ -325,6 +325,24 @@ DODO = [
         "In the program's folder they would be one file; give one another name.",
     ),
     Row(
+        "gave an output the place of a log",
+        "artifact('x.py', outputs=['build/logs/x.log'])",
+        "artifact('x.py'): the target 'build/logs/x.log' is where logs and the report are written.",
+        "Put it somewhere else.",
+    ),
+    Row(
+        "gave an output the place of the report",
+        "artifact('x.py', outputs=['./build/report.html'])",
+        "artifact('x.py'): the target 'build/report.html' is where logs and the report are written.",
+        "Put it somewhere else.",
+    ),
+    Row(
+        "gave an output the name of a provenance statement",
+        "artifact('x.py', outputs=['x', 'x.intoto.json'])",
+        "artifact('x.py'): the target 'x.intoto.json' has the name of a provenance statement.",
+        "Give it another name: `doit provenance` writes *.intoto.json.",
+    ),
+    Row(
         "gave a folder's name for an output",
         "artifact('x.py', outputs=['build/..'])",
         "'..' cannot be the name of an output of x.py.",

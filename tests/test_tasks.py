@@ -578,7 +578,7 @@ def task_size():
     assert sorted(run.ran) == ["generate", "late", "size:1", "size:2"]
     assert (project.folder / "build/2/x").read_text() == "xx"
     assert (project.folder / "build/late").read_text() == ""
-    assert (project.folder / "build/logs/size:2.log").exists()
+    assert (project.folder / "build/logs/size%3a2.log").exists()
     assert project.doit(*arguments, "size").ok().ran == []
 
 

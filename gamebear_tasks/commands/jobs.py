@@ -183,7 +183,7 @@ the name of a task of this project."""
             if isinstance(action, Build):
                 with contextlib.suppress(GamebearError):  # a file of it is not there yet
                     digests.append(action.plan.order(settings()).job.digest)
-        digests.append(noted(name))
+        digests.append(noted(name)[0])
         return [digest for digest in digests if digest]
 
 

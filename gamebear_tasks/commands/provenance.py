@@ -52,14 +52,13 @@ The setting provenance=true has every build write them."""
 
 def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
     """Write the statements of a task and give where they are; none of one that nobody named and that never ran."""
-    from .. import provenance, tasklog
+    from .. import history, provenance
     from ..action import Build
     from ..building import builder_of_this_run, typed_settings
     from ..config import settings
     from ..image.recipe import Recipe
-    from ..timing import Record
 
-    record = Record.read(tasklog.path_of(name).with_suffix(".json"))
+    record = history.last(name)
     if record is None and not named:
         return
     stale = JobError(

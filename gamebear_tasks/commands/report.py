@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JobError, SettingsError
+from ..history import REPORT
 from ..process import FILE_MODE
 from .command import ProjectCommand
 
-PAGE = Path("build") / "report.html"
-"""Where the page is written, below the folder of `dodo.py`."""
+PAGE = Path(REPORT)
 
 
 class Report(ProjectCommand):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from .. import history
 from ..action import Build
 from ..builders import Keeper, Kept, KeptContainer, shown
 from ..building import builder_of_this_run, typed_settings
@@ -15,8 +16,6 @@ from ..errors import BuilderError, GamebearError, JobError, SettingsError
 from ..plan import Plan
 from ..report import notice
 from ..runner.kept import AGE, MOST
-from ..tasklog import path_of
-from ..timing import Record
 from .command import ProjectCommand
 
 LINE = 2000
@@ -93,7 +92,7 @@ goes (`doit prune`); never while a shell is open in it.
             now = plan.order(settings()).job.digest
         except GamebearError as error:  # a file of it is gone: the last run's job may be there all the same
             why = error
-        record = Record.read(path_of(task).with_suffix(".json"))
+        record = history.last(task)
         last = record.digest if record is not None else ""
         for digest in dict.fromkeys(filter(None, (now, last))):
             kept = builder.kept(digest)

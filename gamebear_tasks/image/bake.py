@@ -12,7 +12,7 @@ from pathlib import Path
 
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 
-from .. import history, reasons, tasklog, timing
+from .. import history, reasons, timing
 from ..config import settings
 from ..errors import GamebearError, ImageError
 from ..interrupt import ending, terminated_as_interrupted
@@ -79,7 +79,7 @@ class Baking:
             absent = reasons.missing([str(target)])
             before = _stamps(self.recipe)
             self._job = job_of(self.recipe)
-            last = timing.Record.read(tasklog.path_of(self.task).with_suffix(".json"))
+            last = history.last(self.task)
             self.why = reasons.reasons_to_bake(self._job, last, absent)
             self.telling.begins("", last)
             _bake(self.recipe, before)

@@ -13,7 +13,7 @@ from ..config import architecture, settings
 from ..errors import SettingsError
 from ..history import up_to_date
 from ..interrupt import say_so_without_a_traceback
-from ..tasks import Task, remove_targets
+from ..tasks import Task, check_target, remove_targets
 from .recipe import SUFFIXES, File, Recipe, Tar, User, size_of, texts
 from .workshop import remove_workshops
 
@@ -69,6 +69,7 @@ def sd_image(
         )
     target = Path(output)
     where = f"sd_image({str(target)!r})"
+    check_target(str(target), where)
     if isinstance(base, str | PurePath) and str(base):
         base = Path(base)
     elif not _is_archive(base):

@@ -8,8 +8,9 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import history
 from ..runs import Run
-from ..tasklog import LOGS, path_of
+from ..tasklog import LOGS, path_of, record_of
 from ..timing import BUILDER, Phase
 from ..wording import duration, line_of, size
 from . import facts
@@ -343,11 +344,12 @@ def _scrolled(lines: str, label: str) -> Html:
 
 def _files(told: Told) -> Html | None:
     """Return links to the task's log and record, if they are still those of this run."""
-    if not told.is_newest:
+    task = told.record.task
+    record = history.last(task) if told.is_newest else None
+    if record is None or record.begun != told.record.begun:
         return None
-    log = path_of(told.record.task)
-    links = [("the whole log", log)] if told.entry.size else []
-    links.append(("the record", log.with_suffix(".json")))
+    links = [("the whole log", path_of(task))] if told.entry.size else []
+    links.append(("the record", record_of(task)))
     shown = [joined(" and " if number else "", _link(*link)) for number, link in enumerate(links)]
     return joined(*shown, ".")
 
