@@ -63,9 +63,12 @@ class Settings:
         builders = _by_architecture(self.builder)
         if found := builders.get(arch, builders.get("")):
             return found
+        from .builders import shown
+
+        more = f"{shown(self.builder)},{arch}=ssh://user@host"
         raise SettingsError(
             f"No builder is set for {arch}, only for {', '.join(builders)}.",
-            f"Name one: builder={self.builder},{arch}=ssh://user@host, or in the table builder of pyproject.toml.",
+            f"Name one: builder={more}, or in the table builder of pyproject.toml.",
         )
 
 
@@ -207,28 +210,57 @@ def architecture(name: str, value: object, where: str) -> str:
 
 
 def _builder(name: str, value: object, where: str) -> str:
-    """Return the URL of the builder, or those of several architectures in one text; raises SettingsError."""
+    """Return the URL of the builder, or `arch=URL,arch=URL` without spaces for several architectures.
+
+    Raises:
+        SettingsError: there is no URL, or what is meant is ambiguous.
+    """
     if isinstance(value, dict):
-        value = ",".join(f"{arch}={_text(f'{name}.{arch}', url, where)}" for arch, url in value.items())
-    text = _text(name, value, where)
+        pairs = [(str(arch).strip(), _text(f"{name}.{arch}", url, where)) for arch, url in value.items()]
+    else:
+        pairs = _pairs(_text(name, value, where))
+    text = ",".join(f"{arch}={url}" if arch else url for arch, url in pairs)
     if not text:
         raise SettingsError(f"The setting {name} is empty (from {where}).", "Leave it out, or say builder=local:.")
-    for arch, url in _by_architecture(text).items():
+    for arch, url in pairs:
         architecture(name, arch, where)
         if not url:
             raise SettingsError(
                 f"The setting {name} names no builder for {arch} (from {where}).",
                 f"Leave {arch} out, or say {arch}=local:.",
             )
+        if _AMBIGUOUS.search(url) or (arch and _pairs(text) != pairs):  # a URL is not repeated: it may hold a password
+            raise SettingsError(
+                f"The setting {name} does not name one builder{f' for {arch}' if arch else ''} (from {where}):"
+                " its URL has a comma or space that another builder or nothing follows.",
+                "Say one URL, or one for each architecture with commas between: armhf=ssh://a,arm64=ssh://b.",
+            )
+        if [other for other, _ in pairs].count(arch) > 1:
+            raise SettingsError(
+                f"The setting {name} names two builders for {arch} (from {where}).",
+                "Name one. Several machines of one architecture are a cluster: dask://HOST.",
+            )
     return text
 
 
+_AMBIGUOUS = re.compile(r"\A,|,\Z|[,;\s](?:\s*[\w-]+\s*=)?\s*(?:local:|[a-z][a-z0-9+.-]*://)")
+"""What the URL of one builder does not hold. A comma or space alone is for the builder to judge."""
+
+
 def _by_architecture(text: str) -> dict[str, str]:
-    """Return the builders that a text names by their architectures; one for all of them has the name ""."""
-    parts = [part.partition("=") for part in re.split(r",(?=[a-z0-9]+=)", text)]
-    if not re.match("[a-z0-9]+=", text):
-        return {"": text}
-    return {arch: url.strip() for arch, _, url in parts}
+    """Return the builders that a setting names, by their architectures; one for all of them has the name ""."""
+    return dict(_pairs(text))
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """Split `arch=URL, arch=URL` into pairs; a URL alone is one pair, with an empty architecture.
+
+    No URL begins with `word=`: its scheme ends with a colon (RFC 3986, 3.1).
+    """
+    if not re.match(r"[\w-]+\s*=", text):
+        return [("", text)]
+    pairs = (part.partition("=") for part in re.split(r",\s*(?=[\w-]+\s*=)", text))
+    return [(arch.strip(), url.strip()) for arch, _, url in pairs]
 
 
 def seconds(name: str, value: object, where: str) -> float:
@@ -246,7 +278,7 @@ def _truth(name: str, value: object, where: str) -> bool:
     """Return a truth value, which may come as a text; raises SettingsError."""
     if isinstance(value, bool):
         return value
-    said = value.lower() if isinstance(value, str) else ""
+    said = value.strip().lower() if isinstance(value, str) else ""
     if said not in TRUTHS:
         raise SettingsError(f"The setting {name} is {value!r} (from {where}).", "It may be true or false.")
     return TRUTHS[said]
@@ -257,6 +289,7 @@ TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 def _one_of(*choices: str) -> Callable[[str, object, str], str]:
     def check(name: str, value: object, where: str) -> str:
+        value = value.strip() if isinstance(value, str) else value
         if value not in choices:
             raise SettingsError(
                 f"The setting {name} is {value!r} (from {where}).", f"It may be {' or '.join(choices)}."

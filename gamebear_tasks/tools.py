@@ -13,7 +13,7 @@ from .config import settings
 from .errors import GamebearError, SettingsError
 from .plan import declared, read_lock
 from .tasks import LOCK, Task
-from .wording import in_line, size
+from .wording import in_line, size, size_in
 
 DAY = 86400.0
 """Seconds."""
@@ -117,9 +117,15 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
     from .building import builder_of_this_run
 
     def prune() -> Iterator[str]:
-        days = _number("--older", older, "a number of days, such as 30", r"\d+(\.\d+)?")
-        count = _number("--keep", keep, "a number of results, such as 3", r"\d+")
-        most = _number("--size", limit, "a number of bytes, such as 500M or 5G", r"\d+(\.\d+)?[KMGT]?(i?B)?")
+        days = _number("--older", older, "a number of days, such as 30", r"\d{1,9}(\.\d{1,9})?")
+        count = _number("--keep", keep, "a number of results, such as 3", r"\d{1,9}")
+        most = size_in(limit) if limit else None
+        if limit and most is None:
+            if limit.isdecimal():
+                raise SettingsError(
+                    f"--size is {limit!r}, without a unit.", f"Say {limit}G, {limit}M, {limit}K or {limit}B."
+                )
+            raise SettingsError(f"--size is {limit!r}.", "Give it a number of bytes, such as 500M or 5G.")
         if days is None and count is None and most is None and not images:
             raise SettingsError(
                 "doit prune does not say what may go.",
@@ -132,7 +138,7 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
         for url in settings().builders:
             pruned = builder_of_this_run(url).prune(
                 None if days is None else days * DAY,
-                None if most is None else int(most),
+                most,
                 None if count is None else int(count),
                 images,
             )
@@ -151,15 +157,12 @@ def _prune(older: str, limit: str, keep: str, images: bool) -> TaskError | None:
 
 
 def _number(option: str, text: str, what: str, pattern: str) -> float | None:
-    """Return the number that an option gives, with the unit that may stand behind it; None where it is not given."""
+    """Return the number that an option gives; None where it is not given."""
     if not text:
         return None
-    if not re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE):
+    if not re.fullmatch(pattern, text, re.ASCII):
         raise SettingsError(f"{option} is {text!r}.", f"Give it {what}.")
-    digits = re.match(r"[\d.]+", text)
-    assert digits
-    unit = text[digits.end() :][:1].upper()
-    return float(digits[0]) * 1024.0 ** ("KMGT".index(unit) + 1 if unit and unit in "KMGT" else 0)
+    return float(text)
 
 
 def _told(work: Callable[[], Iterable[str]]) -> TaskError | None:

@@ -49,6 +49,22 @@ def size(count: int) -> str:
     raise AssertionError("unreachable")
 
 
+_SIZE = re.compile(r"(\d{1,15})(?:\.(\d{1,15}))?\s*(B|([KMGT])(?:iB)?)?", re.ASCII | re.IGNORECASE)
+
+
+def size_in(text: str) -> int | None:
+    """Return the bytes of a size that a person gives, such as `1.5G`, `500 MiB` or `512B`; None if it is none.
+
+    The units K, M, G and T are powers of 1024, and `iB` may follow them; B is bytes. A number alone is refused, because its unit would be a guess. Zero needs no unit.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        return None
+    whole, part, unit, letter = match[1], match[2] or "", match[3], match[4] or " "
+    count = int(whole + part) << 10 * " KMGT".index(letter.upper())
+    return None if count and not unit else count // 10 ** len(part)
+
+
 def duration(seconds: float) -> str:
     """Return how long something took, as a sentence or a table has it."""
     if seconds < 9.95:

@@ -53,6 +53,19 @@ SETTINGS = [
         "This machine is `local:`, nothing after the colon.",
     ),
     Row(
+        "named a second builder without its architecture",
+        "builder=armhf=ssh://a,ssh://b",
+        "The setting builder does not name one builder for armhf (from the doit variable builder): its URL has a"
+        " comma or space that another builder or nothing follows.",
+        "Say one URL, or one for each architecture with commas between: armhf=ssh://a,arm64=ssh://b.",
+    ),
+    Row(
+        "named two builders for an architecture",
+        "builder=armhf=ssh://a,armhf=ssh://b",
+        "The setting builder names two builders for armhf (from the doit variable builder).",
+        "Name one. Several machines of one architecture are a cluster: dask://HOST.",
+    ),
+    Row(
         "named no builder for one of the architectures",
         "builder=armhf=,arm64=ssh://pi@buildpi",
         "The setting builder names no builder for armhf (from the doit variable builder).",
@@ -863,6 +876,12 @@ DOIT = [
         "artifact('x.py', outputs=['x']) → doit prune --size lots",
         "--size is 'lots'.",
         "Give it a number of bytes, such as 500M or 5G.",
+    ),
+    Row(
+        "pruned to a size without a unit",
+        "artifact('x.py', outputs=['x']) → doit prune --size 5",
+        "--size is '5', without a unit.",
+        "Say 5G, 5M, 5K or 5B.",
     ),
     Row(
         "pruned what is younger than nothing",

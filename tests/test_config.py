@@ -16,6 +16,7 @@ from project import Project
 from gamebear_tasks.config import Settings, own_architecture, seconds, settings, settings_of_this_run
 from gamebear_tasks.errors import SettingsError
 from gamebear_tasks.runner.arch import ARCHITECTURES
+from gamebear_tasks.wording import size_in
 
 OTHER = {
     "builder": ("ssh://a@b", "ssh://c", "local:", "local:"),
@@ -215,6 +216,8 @@ def test_a_run_looks_its_settings_up_once_and_the_next_one_again(monkeypatch: py
         ("armhf=ssh://pi@a,arm64=dask://b:1", "ssh://pi@a", "dask://b:1", ("ssh://pi@a", "dask://b:1")),
         ("armhf=ssh://a,arm64=ssh://a", "ssh://a", "ssh://a", ("ssh://a",)),
         ("spool:/a,b=c", "spool:/a,b=c", "spool:/a,b=c", ("spool:/a,b=c",)),
+        (" armhf = ssh://a ,\tarm64=ssh://b ", "ssh://a", "ssh://b", ("ssh://a", "ssh://b")),
+        ("armhf=spool:/a,b,arm64=local:", "spool:/a,b", "local:", ("spool:/a,b", "local:")),
     ],
 )
 def test_each_architecture_may_have_a_builder(
@@ -223,6 +226,77 @@ def test_each_architecture_may_have_a_builder(
     monkeypatch.setenv("GAMEBEAR_BUILDER", text)
     chosen = settings()
     assert (chosen.builder_for("armhf"), chosen.builder_for("arm64"), chosen.builders) == (armhf, arm64, all_)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "armhf=ssh://a arm64=ssh://b",
+        "armhf=ssh://a;arm64=ssh://b c",
+        "ssh://a,ssh://b",
+        "ssh://a, arm64=ssh://b",
+        "armhf=ssh://a,ssh://b",
+        "armhf=ssh://a,local:",
+        "armhf=ssh://a,",
+        "armhf=,ssh://a",
+        ",ssh://a",
+        "armhf=ssh://a,armhf=ssh://b",
+    ],
+)
+def test_builders_that_are_ambiguous_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("GAMEBEAR_BUILDER", text)
+    with pytest.raises(SettingsError, match=r"does not name one builder|two builders for armhf|No architecture"):
+        settings()
+
+
+def test_a_builder_of_the_table_is_one_builder(folder: Path) -> None:
+    table = folder / "pyproject.toml"
+    table.write_text('[tool.gamebear.builder]\narmhf = "spool:/a,arm64=b"\n')
+    with pytest.raises(SettingsError, match="does not name one builder for armhf"):
+        settings()
+    table.write_text('[tool.gamebear.builder]\narmhf = "spool:/a,b"\narm64 = " local: "\n')
+    assert settings().builder == "armhf=spool:/a,b,arm64=local:"
+
+
+def test_no_password_of_a_builder_is_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAMEBEAR_BUILDER", "armhf=dask://me:secret@a,")
+    with pytest.raises(SettingsError) as caught:
+        settings()
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SettingsError) as caught:
+        Settings(builder="armhf=dask://me:secret@a").builder_for("arm64")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("512B", 512),
+        ("1K", 1024),
+        ("1.5 KiB", 1536),
+        ("500M", 500 << 20),
+        (" 5g ", 5 << 30),
+        ("0.1T", (1 << 40) // 10),
+        ("999999999999999T", 999999999999999 << 40),
+    ],
+)
+def test_a_size_has_a_unit(text: str, count: int) -> None:
+    assert size_in(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "1.5", "00.1", "5GB", "5iB", "-1G", "+1G", "", "G", "1e3G", "1_0G", "٣G", "5 G B", "1" * 16 + "G"]
+)
+def test_what_may_be_another_size_is_none(text: str) -> None:
+    assert size_in(text) is None
+
+
+def test_spaces_around_a_value_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("base", " registry "), ("provenance", " yes"), ("patience", " 5 "), ("arch", " armhf ")):
+        monkeypatch.setenv(f"GAMEBEAR_{name.upper()}", value)
+    chosen = settings()
+    assert (chosen.base, chosen.provenance, chosen.patience, chosen.arch) == ("registry", True, 5.0, "armhf")
 
 
 def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> None:

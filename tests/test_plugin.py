@@ -250,7 +250,7 @@ def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
     assert builds(spool) == 1
     (end,) = spool.glob("*/end.json")
     os.utime(end, (1, 1))
-    mine.doit("prune", "--size", "1").failed("removes by age only.")
+    mine.doit("prune", "--size", "1M").failed("removes by age only.")
     assert "1 job removed" in mine.doit("prune", "--older", "1").ok().out
     assert list(spool.iterdir()) == []
 

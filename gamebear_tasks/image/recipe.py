@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SettingsError
 from ..job import Json, canonical_json
+from ..wording import size_in
 
 if TYPE_CHECKING:
     from ..sources.from_archive import Archive
@@ -294,12 +295,11 @@ def texts(name: str, given: object, where: str) -> tuple[str, ...]:
 
 
 def size_of(name: str, given: object, where: str) -> int:
-    """Return a number of bytes that somebody gave, as a number or as `4G` (binary units); raises SettingsError."""
-    count = given if isinstance(given, int) and not isinstance(given, bool) else -1
-    match = re.fullmatch(r"(\d{1,12})\s*([KMGT])(iB)?", given) if isinstance(given, str) else None
-    if match:
-        count = int(match[1]) << 10 * ("KMGT".index(match[2]) + 1)
-    if not 0 <= count <= LARGEST:
+    """Return a number of bytes that somebody gave, as a number or as `4G` (see `size_in`); raises SettingsError."""
+    count = given if isinstance(given, int) and not isinstance(given, bool) else None
+    if isinstance(given, str):
+        count = size_in(given)
+    if count is None or not 0 <= count <= LARGEST:
         raise SettingsError(
             f"{where}: {name}={given!r} is no size.", 'Say it in bytes, or as "512M" or "4G"; up to 1024T.'
         )
