@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 
 from .history import MOST, RUNS
-from .timing import Record
+from .timing import Record, finite
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def _read(path: str) -> Run | None:
             line = json.loads(text)
             asked.update((str(word), None) for word in line.get("asked", ()))
             if "begun" in line:
-                begun = float(line["begun"])
+                begun = finite(line["begun"])
             elif "up_to_date" in line:
                 skipped += map(str, line["up_to_date"])
-                seconds = float(line["seconds"])
+                seconds = finite(line["seconds"])
                 is_whole = True
             elif record := Record.of_document(line["record"]):
                 log = line.get("log") or {"end": "", "size": 0}

@@ -39,6 +39,9 @@ from .wording import duration
 VERSION = 1
 """Of the record."""
 
+MOST_SECONDS = 1e11
+"""No time of a record is longer, or longer ago: three thousand years."""
+
 CLIENT = ("load", "connect", "hash", "sources", "upload", "fetch", "place")
 """The phases on this machine: from doit's start to its first task; reaching the builder; hashing the job's files;
 having its sources; sending what the builder lacks; getting the outputs; making targets of them."""
@@ -182,18 +185,20 @@ class Record:
                 state=str(document["state"]),
                 had=str(document["had"]),
                 begun=_seconds_of(document["begun"]),
-                seconds=float(document["seconds"]),
-                up=int(document["bytes"]["up"]),
-                down=int(document["bytes"]["down"]),
-                phases=tuple(Phase(str(p["name"]), float(p["start"]), float(p["seconds"])) for p in document["phases"]),
+                seconds=finite(document["seconds"]),
+                up=_count(document["bytes"]["up"]),
+                down=_count(document["bytes"]["down"]),
+                phases=tuple(
+                    Phase(str(p["name"]), finite(p["start"]), finite(p["seconds"])) for p in document["phases"]
+                ),
                 attempt=str(document.get("attempt", "")),
                 why=tuple(str(reason) for reason in document.get("why", ())),
                 failure=str(document.get("failure", "")),
                 outputs=tuple(
-                    Made(str(made["name"]), str(made["path"]), int(made["size"]), str(made["sha256"]))
+                    Made(str(made["name"]), str(made["path"]), _count(made["size"]), str(made["sha256"]))
                     for made in document.get("outputs", ())
                 ),
-                valid=None if valid is None else {key: float(valid[key]) for key in ("since", "seconds")},
+                valid=None if valid is None else {key: finite(valid[key]) for key in ("since", "seconds")},
                 job=dict(document.get("job", {})),
             )
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
@@ -203,6 +208,22 @@ class Record:
     def read(cls, path: Path) -> Record | None:
         """Return the record of a file; None where there is none, or a damaged one."""
         return cls.of_document(read_json(path))
+
+
+def finite(value: Any) -> float:
+    """Return a time of a record in seconds, which may be negative; raises ValueError."""
+    number = float(value)
+    if not abs(number) < MOST_SECONDS:  # NaN is not less than anything
+        raise ValueError("no time")
+    return number
+
+
+def _count(value: Any) -> int:
+    """Return a number of bytes of a record; raises ValueError."""
+    number = int(value)
+    if not 0 <= number < 1 << 63:
+        raise ValueError("no number of bytes")
+    return number
 
 
 def _seconds_of(begun: str) -> float:

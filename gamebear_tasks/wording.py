@@ -55,7 +55,8 @@ _SIZE = re.compile(r"(\d{1,15})(?:\.(\d{1,15}))?\s*(B|([KMGT])(?:iB)?)?", re.ASC
 def size_in(text: str) -> int | None:
     """Return the bytes of a size that a person gives, such as `1.5G`, `500 MiB` or `512B`; None if it is none.
 
-    The units K, M, G and T are powers of 1024, and `iB` may follow them; B is bytes. A number alone is refused, because its unit would be a guess. Zero needs no unit.
+    The units K, M, G and T are powers of 1024, and `iB` may follow them; B is bytes. A number alone is
+    refused, because its unit would be a guess. Zero needs no unit.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:

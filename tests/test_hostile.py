@@ -17,10 +17,12 @@ import pytest
 from project import Project, Run
 
 from gamebear_tasks import action, building, plan, tasklog, timing
-from gamebear_tasks.builders import local, remote, replies, rounds, session
+from gamebear_tasks.builders import Pruned, local, remote, replies, rounds, session
 from gamebear_tasks.builders.remote import RunnerBuilder
 from gamebear_tasks.commands import jobs
 from gamebear_tasks.errors import GamebearError
+from gamebear_tasks.runner import wire
+from gamebear_tasks.wording import size
 
 MIB = 1 << 20
 
@@ -428,6 +430,67 @@ def list(request): send(total=10**9, jobs=[{{**{JOB}, "digest": "%064x" % reques
     assert entry is not None
     for lines in (-1, 10):
         assert NO_END in hostile.ask(lambda builder: jobs._follow(jobs.Found(builder, entry), lines))  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    ("freed", "read"),
+    [
+        ("10**400", 0),
+        ("1 << 63", 0),
+        ("(1 << 63) - 1", (1 << 63) - 1),
+        ("-5", 0),
+        ("True", 0),
+        ("1.5", 0),
+        ("1e400", 0),
+        ("float('nan')", 0),
+        ("'5'", 0),
+        ("[5]", 0),
+    ],
+)
+def test_what_was_pruned_is_counted_in_numbers_that_make_sense(hostile: Hostile, freed: str, read: int) -> None:
+    hostile.says(f"def prune(request): send(jobs={freed}, freed={freed}, images=-1, left=None)")
+    found: list[Pruned] = []
+    assert hostile.ask(lambda builder: found.append(builder.prune())) == ""
+    assert found == [Pruned(jobs=read, freed=read)]
+    assert size(found[0].freed)
+
+
+@pytest.mark.parametrize("number", ["10**400", "-1", "True", "1.0", "'1'", "None"])
+def test_what_is_kept_is_numbered_properly_or_not_taken(hostile: Hostile, number: str) -> None:
+    containers = "[{'image': 'x', 'command': ['true'], 'status': 10**400}] * 2"
+    hostile.says(f"def kept(request): send(containers={containers}, last={number}, age=1)")
+    assert NONSENSE in hostile.ask(lambda builder: builder.kept("ab" * 32))
+    for age in ("10**400", "-1", "float('nan')", "True", "None"):
+        hostile.says(f"def kept(request): send(containers={containers}, last=1, age={age})")
+        assert NONSENSE in hostile.ask(lambda builder: builder.kept("ab" * 32))
+    hostile.says(f"def kept(request): send(containers={containers}, last=1, age=3)")
+    assert hostile.ask(lambda builder: builder.kept("ab" * 32)) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("9" * 4_000_000, wire.MAX_NUMBER),
+        ("-" + "9" * 5000, -wire.MAX_NUMBER),
+        (str(1 << 63), wire.MAX_NUMBER),
+        (str((1 << 63) - 1), (1 << 63) - 1),
+        ("1e999", float(wire.MAX_NUMBER)),
+        ("-Infinity", -float(wire.MAX_NUMBER)),
+        ("1." + "3" * 3_000_000, 4 / 3),
+    ],
+    ids=["long", "negative", "one more", "most", "float", "infinite", "long float"],
+)
+def test_a_number_of_a_message_is_bounded(text: str, value: float) -> None:
+    message = f'{{"n": {text}}}'.encode()
+    found = wire.decode(io.BytesIO(len(message).to_bytes(4, "big") + message).read)
+    assert found == ({"n": value}, 0)
+
+
+@pytest.mark.parametrize("nested", ["[" * 40 + "]" * 40, '{"a":' * 40 + "1" + "}" * 40])
+def test_a_message_is_not_nested_deeply(nested: str) -> None:
+    message = f'{{"n": {nested}}}'.encode()
+    with pytest.raises(wire.WireError, match="nested deeper"):
+        wire.decode(io.BytesIO(len(message).to_bytes(4, "big") + message).read)
 
 
 def test_a_builder_that_breaks_off_after_each_little_piece_is_not_asked_for_ever(hostile: Hostile) -> None:

@@ -124,6 +124,10 @@ def test_a_record_reads_as_it_was_written_and_a_damaged_one_is_none(tmp_path: Pa
     old = {key: value for key, value in record.document().items() if key not in ("why", "outputs", "valid", "job")}
     assert Record.of_document(old) == replace(record, why=(), outputs=(), valid=None, job={})
     damages: list[object] = [None, [], {}, {**old, "version": 9}, {**old, "begun": "x"}, {**old, "phases": [1]}]
+    infinity = float("inf")
+    damages += [{**old, "seconds": infinity}, {**old, "bytes": {"up": 10**400, "down": 0}}]
+    damages += [{**old, "phases": [{"name": "build", "start": float("nan"), "seconds": 1}]}]
+    damages += [{**old, "valid": {"since": 0, "seconds": infinity}}, {**old, "bytes": {"up": -1, "down": 0}}]
     for damaged in damages:
         assert Record.of_document(damaged) is None
     path.write_bytes(path.read_bytes()[:99])

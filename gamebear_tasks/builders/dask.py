@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import BuilderError, BuilderLost, SettingsError
 from ..report import notice
 from ..runner.arch import ARCHITECTURES
+from ..runner.builder_json import MOST_SLOTS
 from ..wording import size
 from . import Builder, JobEntry, Kept, Order, Pruned, Sink, Status, shown
 from .channel import Connection
@@ -266,7 +267,7 @@ class DaskBuilder:
                 free = found.get("free")
                 has = "buildah" if found.get("buildah") in (True, "True") else "no buildah"
                 slots += f"; {found.get('host')}, {found.get('machine')}, Python {found.get('python')}, {has}"
-                slots += f", {size(free)} free" if isinstance(free, int) else ""
+                slots += f", {size(free)} free" if type(free) is int else ""
             about[item["worker"]] = slots
         return about
 
@@ -472,7 +473,8 @@ def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:
 def _counts(value: object) -> dict[str, int]:
     if not isinstance(value, dict):
         return {}
-    return {arch: value[arch] for arch in set(ARCHITECTURES.values()) & set(value) if type(value[arch]) is int}
+    known = set(ARCHITECTURES.values()) & set(value)
+    return {arch: min(value[arch], MOST_SLOTS) for arch in known if type(value[arch]) is int and value[arch] >= 0}
 
 
 def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:

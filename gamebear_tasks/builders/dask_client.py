@@ -96,7 +96,7 @@ class Stream:
             while True:
                 answer = await read(self._comm)
                 number = answer.get("id") if isinstance(answer, dict) else None
-                waiting = self._answers.get(number) if isinstance(number, int) else None
+                waiting = self._answers.get(number) if type(number) is int else None
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
         except BuilderError as error:

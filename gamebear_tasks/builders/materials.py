@@ -132,7 +132,7 @@ def _text(value: object) -> str:
     return " ".join(words_of(value)[:500].split()) if isinstance(value, str) else ""
 
 
-def _time(value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < CENTURIES:  # and so no NaN
+def _time(value: Any) -> float:
+    if type(value) in (int, float) and 0 <= value < CENTURIES:  # and so no NaN
         return float(value)
     return 0.0

@@ -311,8 +311,7 @@ class RunnerBuilder:
             reply = self._ask({"op": "prune", "older": older, "size": size, "keep": keep, "images": images})
             before = dict(counts)
             for name in counts:
-                count = reply.get(name)
-                counts[name] += count if isinstance(count, int) else 0
+                counts[name] += replies.count(reply.get(name))
             if not reply.get("more") or counts == before:
                 break
             rounds.another()
@@ -371,12 +370,12 @@ class RunnerBuilder:
         reply = self._ask({"op": "kept", "digest": digest})
         found = reply.get("containers")
         containers = [replies.kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
-        last, age = reply.get("last"), reply.get("age")
+        last, age = reply.get("last"), replies.seconds(reply.get("age"))
         if not containers:
             return None
-        if not isinstance(last, int) or not 0 <= last < len(containers) or not isinstance(age, float) or not age >= 0:
+        if type(last) is not int or not 0 <= last < len(containers) or age is None:
             raise BuilderError(f"{self.place} describes what it keeps in a way that makes no sense.", NONSENSE)
-        return Kept(tuple(containers), last, min(age, replies.YEAR))
+        return Kept(tuple(containers), last, age)
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
         """Run a command in a container that is kept of a failed job with our terminal; return its exit status."""
@@ -416,7 +415,7 @@ class RunnerBuilder:
         for item in missing:
             sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
             path = files.get(sha256) if isinstance(sha256, str) else None
-            if path is None or not isinstance(sha256, str) or not isinstance(have, int):
+            if path is None or not isinstance(sha256, str) or type(have) is not int:
                 raise BuilderError(f"{self.place} asks for a file that the job does not have.", NONSENSE)
             length = path.stat().st_size
             if length > CHUNK:
@@ -457,13 +456,12 @@ class RunnerBuilder:
             if got == length:
                 return
             damaged += 1
-            if damaged > 2 or not isinstance(got, int):
+            if damaged > 2 or type(got) is not int:
                 raise SourceError(f"{path} changed while it was sent to {self.place}.", "Run doit again.")
             have = got
 
     def _size_there(self, sha256: str) -> int:
-        have = self._ask({"op": "have", "sha256": sha256}).get("have")
-        return have if isinstance(have, int) else 0
+        return replies.count(self._ask({"op": "have", "sha256": sha256}).get("have"))
 
     # requests
 
@@ -552,7 +550,8 @@ def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
         sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
         path = files.get(sha256) if isinstance(sha256, str) else None
         if path is not None and type(have) is int:
-            length += max(0, path.stat().st_size - have)
+            size = path.stat().st_size
+            length += size - min(max(have, 0), size)
     return length
 
 

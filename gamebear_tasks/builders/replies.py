@@ -171,9 +171,9 @@ def entry(item: object) -> JobEntry | None:
         more=count(said.get("more")),
         arch=line(said.get("arch", ""))[:20],
         place=count(said.get("place")) or None,
-        age=_seconds(said.get("age")) or 0.0,
-        took=_seconds(said.get("took")),
-        used=_seconds(said.get("used")) or 0.0,
+        age=seconds(said.get("age")) or 0.0,
+        took=seconds(said.get("took")),
+        used=seconds(said.get("used")) or 0.0,
         kept=said.get("kept") is True,
         size=count(said.get("size")),
         log=count(said.get("log")),
@@ -192,8 +192,9 @@ def count(value: object) -> int:
     return value if type(value) is int and 0 <= value < 1 << 63 else 0
 
 
-def _seconds(value: object) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < CENTURY:  # and so no NaN
+def seconds(value: Any) -> float | None:
+    """Return a span of time in seconds; None for what is none."""
+    if type(value) in (int, float) and 0 <= value < CENTURY:  # and so no NaN
         return float(value)
     return None
 

@@ -25,6 +25,15 @@ MAX_BODY = 1 << 62
 NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit runs."
 """What to do about requests that our client does not send."""
 
+MAX_NUMBER = 1 << 63
+"""Larger numbers of a header, and infinity, are read as this one: it does not overflow, and no size or time allows it."""
+
+LONGEST_FLOAT = 100
+"""Characters of a number that are read; those of Python have at most 24."""
+
+MAX_DEPTH = 32
+"""How deep objects and arrays of a header may be nested."""
+
 _LENGTH = struct.Struct(">I")
 
 Header = dict[str, Any]
@@ -81,12 +90,33 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
     if len(text) < length:
         raise CutOff("the stream ends within a message")
     try:
-        header = json.loads(text)
+        header = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_float)
     except (ValueError, RecursionError) as error:  # the latter: a million brackets
         raise WireError("a header is not JSON") from error
     if not isinstance(header, dict):
         raise WireError("a header is not a JSON object")
+    _check_depth(header, MAX_DEPTH)
     body = header.get("body", 0)
-    if not isinstance(body, int) or isinstance(body, bool) or not 0 <= body <= MAX_BODY:
+    if type(body) is not int or not 0 <= body <= MAX_BODY:
         raise WireError("a body has no proper length")
     return header, body
+
+
+def _integer(text: str) -> int:
+    """Return an integer of a header, bounded; a long text is not converted, which could take minutes."""
+    if len(text) > len(str(-MAX_NUMBER)):
+        return -MAX_NUMBER if text.startswith("-") else MAX_NUMBER
+    return max(-MAX_NUMBER, min(int(text), MAX_NUMBER))
+
+
+def _float(text: str) -> float:
+    """Return another number of a header, bounded; NaN stays, which no comparison lets pass."""
+    return max(min(float(text[:LONGEST_FLOAT]), float(MAX_NUMBER)), -float(MAX_NUMBER))
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if not left:
+        raise WireError(f"a header is nested deeper than {MAX_DEPTH} levels")
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list)):
+            _check_depth(item, left - 1)
