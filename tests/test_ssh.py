@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from sshd import Account, Sshd, client_home, fingerprint, new_key, public
 
 from gamebear_tasks import builders
@@ -486,6 +488,71 @@ def test_a_passphrase_is_asked_once_for_all_connections(
     for _ in range(2):
         assert run(connect(server.url), "echo in") == "in\n"
     assert asked == [f"Passphrase for {home}/.ssh/id_rsa: "] * 2
+
+
+ALGORITHMS = {
+    "rsa": ["RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
+    "ecdsa": ["EC", "-pkeyopt", "ec_paramgen_curve:P-384", "-pkeyopt", "ec_param_enc:named_curve"],
+    "ed25519": ["ED25519"],
+}
+
+
+def new_pkcs8_key(path: Path, kind: str, passphrase: str = "") -> Path:
+    """Make a key with OpenSSL, in PKCS #8, and its public half as OpenSSH has it."""
+    encryption = ["-aes-256-cbc", "-pass", f"pass:{passphrase}"] if passphrase else []
+    command = ["openssl", "genpkey", "-algorithm", *ALGORITHMS[kind], *encryption, "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    path.chmod(0o600)
+    password = passphrase.encode() or None
+    key = serialization.load_pem_private_key(path.read_bytes(), password)
+    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_name(f"{path.name}.pub").write_bytes(line + b" made by openssl\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_a_key_in_pkcs8_lets_us_in(server: Sshd, home: Path, connect: Connect, kind: str) -> None:
+    (home / ".ssh" / "id_ed25519").unlink()
+    key = new_pkcs8_key(home / ".ssh" / "id_own", kind)
+    assert key.read_text().startswith("-----BEGIN PRIVATE KEY-----")
+    server.authorize(key)
+    key.with_name("id_own.pub").unlink()
+    configure(home, f"IdentityFile {key}\n")
+    assert run(connect(server.url), "echo in") == "in\n"
+
+
+@pytest.mark.parametrize("kind", ALGORITHMS)
+def test_the_passphrase_of_a_key_in_pkcs8_is_asked(
+    server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    (home / ".ssh" / "id_ed25519").unlink()
+    key = new_pkcs8_key(home / ".ssh" / "id_own", kind, "secret")
+    assert key.read_text().startswith("-----BEGIN ENCRYPTED PRIVATE KEY-----")
+    server.authorize(key)
+    configure(home, f"IdentityFile {key}\n")
+    assert f"ssh-add {key}" in refusal(server.url)
+    asked = at_a_terminal(monkeypatch, "mistyped", "", "secret")
+    assert run(connect(server.url), "echo in") == "in\n"
+    assert asked == [f"Passphrase for {key}: "] * 3
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_key_in_pkcs8_that_ssh_cannot_have_is_named(
+    server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool
+) -> None:
+    (home / ".ssh" / "id_ed25519").unlink()
+    key = home / ".ssh" / "id_own"
+    encryption = serialization.BestAvailableEncryption(b"secret") if encrypted else serialization.NoEncryption()
+    for made in (x25519.X25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256K1())):
+        pem = made.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        key.write_bytes(pem)
+        key.chmod(0o600)
+        configure(home, f"IdentityFile {key}\n")
+        asked = at_a_terminal(monkeypatch, "secret")
+        assert f"{key} (a key of a kind or format that cannot be read here" in refusal(server.url)
+        assert len(asked) == encrypted
+    key.write_text("-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIA==\n-----END PRIVATE KEY-----\n")
+    assert f"{key} (a key of a kind or format that cannot be read here" in refusal(server.url)
 
 
 def test_a_password_is_asked_once_for_all_connections(

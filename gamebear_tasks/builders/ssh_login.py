@@ -9,6 +9,7 @@ import base64
 import binascii
 import contextlib
 import getpass
+import io
 import os
 import re
 import socket
@@ -20,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import paramiko
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from paramiko.agent import AgentKey, AgentSSH
 from paramiko.pkey import PKey, PublicBlob
 
@@ -39,6 +43,9 @@ _KINDS: dict[str, type[PKey]] = {
     "ssh-rsa": paramiko.RSAKey,
     **{f"ecdsa-sha2-nistp{size}": paramiko.ECDSAKey for size in (256, 384, 521)},
 }
+_PKCS8 = "PKCS #8"
+"""The kind of a key file that does not say before it is decrypted which kind of key it holds."""
+
 _TRIES = 3
 """How often a person may mistype a passphrase."""
 
@@ -213,7 +220,7 @@ class _Attempt:
         if not file.encrypted:
             try:
                 return file.load(None)
-            except (paramiko.SSHException, ValueError, OSError):
+            except (paramiko.SSHException, ValueError, OSError, UnsupportedAlgorithm):
                 self.unusable.append(f"{file.path} (damaged)")
                 return None
         if not self.asked:
@@ -228,6 +235,9 @@ class _Attempt:
                 return None
             try:
                 return file.load(passphrase)
+            except UnsupportedAlgorithm:
+                self.unusable.append(f"{file.path} ({_unreadable(file.path)})")
+                return None
             except (paramiko.SSHException, ValueError, OSError):
                 _forget(prompt)
         self.unusable.append(f"{file.path} (wrong passphrase)")
@@ -302,24 +312,66 @@ class _KeyFile:
         kind, blob, encrypted = _inspect(data)
         blob = blob or _public(path.with_name(path.name + ".pub"))
         problem = ""
-        if kind not in _KINDS:
-            problem = f"a key of a kind or format that cannot be read here; `ssh-add {path}` may"
+        if kind not in _KINDS and kind != _PKCS8:
+            problem = _unreadable(path)
         elif status.st_mode & 0o077 and status.st_uid == os.getuid():
             problem = f"others can read it; `chmod 600 {path}`"
         return cls(path, kind, blob, encrypted, problem)
 
     def load(self, passphrase: str | None) -> PKey:
+        if self.kind == _PKCS8:
+            return _pkcs8(self.path.read_bytes(), passphrase)
         return _KINDS[self.kind].from_private_key_file(str(self.path), passphrase)
+
+
+def _unreadable(path: Path) -> str:
+    return f"a key of a kind or format that cannot be read here; `ssh-add {path}` may"
+
+
+def _pkcs8(data: bytes, passphrase: str | None) -> PKey:
+    """Load a key in PKCS #8 (RFC 5958), which paramiko does not read, by way of OpenSSH's own format.
+
+    Raises:
+        ValueError: it is damaged, or the passphrase is another.
+        UnsupportedAlgorithm: SSH has no such keys, or its encryption is unknown here.
+    """
+    try:
+        key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase is not None else None)
+    except TypeError as error:  # an empty passphrase
+        raise ValueError(str(error)) from error
+    kind: type[PKey]
+    if isinstance(key, rsa.RSAPrivateKey):
+        kind = paramiko.RSAKey
+    elif isinstance(key, ec.EllipticCurvePrivateKey):
+        kind = paramiko.ECDSAKey
+    elif isinstance(key, ed25519.Ed25519PrivateKey):
+        kind = paramiko.Ed25519Key
+    else:
+        raise UnsupportedAlgorithm(type(key).__name__)
+    try:
+        text = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+    except ValueError as error:  # a curve for which SSH has no name
+        raise UnsupportedAlgorithm(str(error)) from error
+    return kind.from_private_key(io.StringIO(text.decode()))
 
 
 def _inspect(data: bytes) -> tuple[str, bytes, bool]:
     """Tell a private key's kind, its public half where that is in the clear, and whether it is encrypted.
 
-    The format is OpenSSH's PROTOCOL.key; older keys are PEM.
+    The format is OpenSSH's PROTOCOL.key; older keys are PEM, and those of other programs PKCS #8.
     """
-    begin = re.search(rb"-----BEGIN (RSA|EC|OPENSSH) PRIVATE KEY-----(.*?)-----END", data, re.DOTALL)
+    begin = re.search(rb"-----BEGIN (?:(RSA|EC|OPENSSH|ENCRYPTED) )?PRIVATE KEY-----(.*?)-----END", data, re.DOTALL)
     if begin is None:
         return "", b"", False
+    if begin[1] == b"ENCRYPTED":
+        return _PKCS8, b"", True
+    if begin[1] is None:
+        try:
+            return _PKCS8, _pkcs8(data, None).asbytes(), False
+        except (ValueError, UnsupportedAlgorithm, paramiko.SSHException):
+            return "", b"", False
     if begin[1] == b"RSA":
         return "ssh-rsa", b"", b"ENCRYPTED" in begin[2]
     if begin[1] == b"EC":
