@@ -8,7 +8,7 @@ import stat
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import pytest
 from baking import bake, refused
@@ -17,6 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gamebear_tasks import file, tar
+from gamebear_tasks.errors import ImageError
+from gamebear_tasks.image import ext4
+from gamebear_tasks.image.base import MOST_READ
+from gamebear_tasks.image.ext4 import Debugfs, Inode, Reader
 
 ELF = {
     "armhf": bytes.fromhex("7f454c46010101000000000000000000030028000100000000000000340000000000000000040005")
@@ -489,3 +493,59 @@ def test_any_tar_is_in_the_image_as_it_is(
         assert seen.mtime == fields["mtime"] * 10**9
         assert seen.content == content
     card.check()
+
+
+# how much is read
+
+
+def grown(path: Path) -> Path:
+    """Make a file of zeros that is a little longer than what is read into memory; it takes no room."""
+    path.touch()
+    os.truncate(path, MOST_READ + 1)
+    return path
+
+
+def test_a_file_of_the_base_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    small = make_base(tmp_path / "base.img")
+    command = ["/usr/sbin/debugfs", "-w", "-R", f"sif /etc/hosts size {MOST_READ + 1}", f"{small}?offset={17 << 20}"]
+    subprocess.run(command, check=True, capture_output=True)
+    refused(small, tmp_path / "out.img", "/etc/hosts of the base has 64.0 MiB, and no more than", hostname="bear")
+    bake(small, tmp_path / "out.img", contents=[file(grown(tmp_path / "long"), "/opt/")])
+
+
+def test_a_file_that_goes_in_is_baked_however_long_it_is_and_not_read(base: Path, tmp_path: Path) -> None:
+    long = grown(tmp_path / "long")
+    hosts, config = file(long, "/etc/hosts"), file(long, "/boot/firmware/config.txt")
+    refused(base, tmp_path / "out.img", "long has 64.0 MiB, and no more than", contents=[hosts], hostname="bear")
+    refused(base, tmp_path / "out.img", "long has 64.0 MiB, and no more than", contents=[config], config=["a=1"])
+    packed = Packed(tmp_path / "long.tar").add("etc/hosts", data=bytes(MOST_READ + 1)).done()
+    said = "long.tar: etc/hosts has 64.0 MiB, and no more than"
+    refused(base, tmp_path / "out.img", said, contents=[tar(packed, "/")], hostname="bear")
+
+
+def test_a_link_longer_than_any_is_not_read(tmp_path: Path) -> None:
+    reader = Reader(cast(Debugfs, None), tmp_path)
+    with pytest.raises(ImageError, match=r"A symbolic link of the base has 1099511627776 bytes \(inode 12\)"):
+        reader.target(Inode(12, stat.S_IFLNK | 0o777, 0, 0, 1 << 40))
+
+
+def test_a_folder_with_too_many_names_is_not_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ext4, "MOST_SAID", 300)
+    refused(base, tmp_path / "out.img", "A folder of the root file system is too large to be read", hostname="bear")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_header_of_a_tar_is_not_read_where_it_is_too_long(
+    base: Path, tmp_path: Path, kind: bytes, first: bool
+) -> None:
+    path = tmp_path / "odd.tar"
+    member = tarfile.TarInfo("opt/x")
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, 4 << 20
+    with path.open("wb") as out:
+        out.write(b"" if first else member.tobuf(tarfile.USTAR_FORMAT))
+        out.write(header.tobuf(tarfile.USTAR_FORMAT) + b"a" * header.size)
+        out.write(member.tobuf(tarfile.USTAR_FORMAT) + bytes(10240))
+    said = "odd.tar cannot be unpacked: a header makes no sense"
+    refused(base, tmp_path / "out.img", said, contents=[tar(path, "/")])

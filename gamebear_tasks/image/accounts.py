@@ -230,6 +230,7 @@ def public_keys(user: User) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes()[: 1 << 20].decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+        with path.open("rb") as file:
+            return file.read(1 << 20).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}.", "It should be a public SSH key.") from error

@@ -15,6 +15,7 @@ from ..errors import ImageError
 from ..interrupt import check_not_interrupted
 from ..runner.files import CHUNK
 from ..sources.from_archive import Archive
+from ..wording import size as readable_size
 from .program import check_installed, environment, failure
 
 
@@ -29,6 +30,9 @@ BLOCK = 1 << 16
 """Bytes that become a hole if they are all zero."""
 
 ZEROS = bytes(BLOCK)
+
+MOST_READ = 64 << 20
+"""Bytes of a file of the base or of a tar that are read into memory, such as a table of users or a program."""
 
 MAGIC = {
     b"\xfd7zXZ\0": "xz",
@@ -122,6 +126,30 @@ def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
     check_not_interrupted(process.returncode)
     if process.returncode != 0:
         raise failure(f"{path} cannot be unpacked", command[0], said)
+
+
+def read_bounded(path: Path, name: str) -> bytes:
+    """Return what is in a file that is to be a short one: the base, a tar or a builder decides how long it is.
+
+    Args:
+        path: the file.
+        name: what a person knows it as.
+
+    Raises:
+        ImageError: it is longer than `MOST_READ`; nothing of it was read.
+    """
+    with path.open("rb") as file:
+        check_readable(os.fstat(file.fileno()).st_size, name)
+        return file.read(MOST_READ)
+
+
+def check_readable(count: int, name: str) -> None:
+    """Refuse to read so many bytes of a file into memory; raises ImageError."""
+    if count > MOST_READ:
+        raise ImageError(
+            f"{name} has {readable_size(count)}, and no more than {readable_size(MOST_READ)} of such a file are read.",
+            "It should be a short text, or a program: see what it is.",
+        )
 
 
 def write_sparse(source: Readable, out: IO[bytes]) -> None:

@@ -28,6 +28,18 @@ ACL = ("SCHILY.acl.", "SCHILY.xattr.system.posix_acl_")
 LARGEST = 2**44
 """Bytes that a file on ext4 can have at most."""
 
+EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""The kinds of headers that describe the member after them."""
+
+LONGEST_HEADER = 1 << 20
+"""Bytes of such a header: a name has 4096 at most, attributes on ext4 64 KiB."""
+
 YEARS = 5 * 2**31
 """Seconds after 1970 up to which (April 2310) e2fsck believes a time; it takes later ones for those before 1970."""
 
@@ -118,6 +130,17 @@ def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
         _read_to_the_end(archive)
 
 
+class _Member(tarfile.TarInfo):
+    """A header of a tar; `tarfile` reads what long names and attributes take into memory, as much as it says."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member: _Member = super().frombuf(buf, encoding, errors)
+        if member.type in EXTENDED and member.size > LONGEST_HEADER:
+            raise ValueError(f"{member.size} bytes")  # a ReadError would have `tarfile` try other compressions
+        return member
+
+
 @contextlib.contextmanager
 def _reading_headers() -> Iterator[None]:
     """While the block runs `tarfile` reads headers: what it falls over in them is a TarError, too."""
@@ -154,7 +177,9 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with contextlib.ExitStack() as stack:
             with _reading_headers():
-                archive = stack.enter_context(tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape"))
+                archive = stack.enter_context(
+                    tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape", tarinfo=_Member)
+                )
             yield archive
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         said = " ".join(str(error).split())

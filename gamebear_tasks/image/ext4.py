@@ -14,7 +14,8 @@ from pathlib import Path
 from ..errors import ImageError
 from ..interrupt import check_not_interrupted
 from ..runner.files import CHUNK
-from .base import copy_part
+from ..wording import size
+from .base import check_readable, copy_part, read_bounded
 from .disk import Partition
 from .program import environment, failure, run
 
@@ -29,6 +30,12 @@ LARGEST_BLOCK = 6
 
 LINKS = 40
 """How many links are followed for one name, as in Linux."""
+
+LONGEST_LINK = 4095
+"""Bytes that a symbolic link may lead to (path_resolution(7), PATH_MAX)."""
+
+MOST_SAID = 64 << 20
+"""Bytes that debugfs may answer to one command: the listing of a folder of a million names has fewer."""
 
 
 @dataclass(frozen=True)
@@ -212,14 +219,23 @@ class Debugfs:
         except BrokenPipeError:
             raise self._ended(self._rest + self._process.stdout.read()) from None
         answers = []
+        said = bytearray(self._rest)
         for marker in markers:
-            while marker not in self._rest:
+            seen = 0
+            while (end := said.find(marker, seen)) < 0:
+                seen = max(0, len(said) - len(marker))
                 data = self._process.stdout.read1(CHUNK)  # type: ignore[attr-defined]  # it is buffered
                 if not data:
-                    raise self._ended(self._rest)
-                self._rest += data
-            answer, _, self._rest = self._rest.partition(marker)
-            answers.append(answer)
+                    raise self._ended(bytes(said))
+                said += data
+                if len(said) > MOST_SAID:
+                    raise ImageError(
+                        f"A folder of the root file system is too large to be read: {size(len(said))} of names.",
+                        "Is the base whole? Download or make it again.",
+                    )
+            answers.append(bytes(said[:end]))
+            del said[: end + len(marker)]
+        self._rest = bytes(said)
         return answers
 
     def do(self, commands: Sequence[bytes]) -> None:
@@ -294,15 +310,21 @@ class Reader:
             self._folders[number] = found
         return self._folders[number]
 
-    def content(self, inode: Inode) -> bytes:
-        """Return what is in a file; raises ImageError."""
+    def content(self, inode: Inode, name: str) -> bytes:
+        """Return what is in a file; raises ImageError, too, where it is too long to be read."""
+        check_readable(inode.size, name)  # before debugfs writes all of it, zeros for holes
         dumped = self._folder / "dumped"
         dumped.unlink(missing_ok=True)
         self._session.do([b"dump <%d> dumped" % inode.number])
-        return dumped.read_bytes()[: inode.size]  # debugfs has zeros after what is kept in an inode
+        return read_bounded(dumped, name)[: inode.size]  # debugfs has zeros after what is kept in an inode
 
     def target(self, inode: Inode) -> str:
-        """Return where a symbolic link leads."""
+        """Return where a symbolic link leads; raises ImageError where it is longer than any in Linux."""
+        if inode.size > LONGEST_LINK:
+            raise ImageError(
+                f"A symbolic link of the base has {inode.size} bytes (inode {inode.number}).",
+                "The base is damaged: download or make it again.",
+            )
         (said,) = self._session.ask([b"stat <%d>" % inode.number])
         match = re.search(rb'^Fast link dest: "(.*)"$', said, re.MULTILINE | re.DOTALL)
         if match:

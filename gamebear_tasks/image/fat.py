@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from ..errors import ImageError
+from .base import read_bounded
 from .program import run
 from .tree import Entry
 
@@ -96,13 +97,13 @@ class Fat:
         """Return what is in a file; None where there is none."""
         for other, entry in self._added.items():
             if other.lower() == name.lower():
-                return (self.path.parent / entry.staged).read_bytes()
+                return read_bounded(self.path.parent / entry.staged, entry.origin)
         if name.lower() not in self._there:
             return None
         read = self.path.parent / "read"
         read.unlink(missing_ok=True)
         self._run(["mcopy", "-i", self.path.name, f"::/{name}", read.name], f"{name} cannot be read")
-        return read.read_bytes()
+        return read_bounded(read, f"{name} on the boot file system")
 
     def check_room(self, name: str) -> None:
         """See that there is room; raises ImageError."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ImageError
+from .base import read_bounded
 from .ext4 import LINKS, Inode, Reader
 
 ROOT_INODE = 2
@@ -220,15 +221,15 @@ class Tree:
         return stat.S_ISDIR(self.mode(name))
 
     def read(self, path: str) -> bytes | None:
-        """Return what is in a file; None where there is none."""
+        """Return what is in a file, None where there is none; raises ImageError where it is too long to be read."""
         name = self.resolve(path, path)
         if not stat.S_ISREG(self.mode(name)):
             return None
         if name in self.added:
-            return (self.staging / self.added[name].staged).read_bytes()
+            return read_bounded(self.staging / self.added[name].staged, self.added[name].origin)
         inode = self.inode(name)
         assert inode
-        return self._base.content(inode)
+        return self._base.content(inode, f"/{name} of the base")
 
     def write(self, path: str, data: bytes, origin: str, mode: int = 0o644, owner: tuple[int, int] = (0, 0)) -> None:
         """Put a file in; one that is there keeps its owner and mode. No change where it says that already.

@@ -26,7 +26,7 @@ NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit ru
 """What to do about requests that our client does not send."""
 
 MAX_NUMBER = 1 << 63
-"""A larger number of a header, and infinity, is read as this one: it overflows nowhere, and is no valid size or time."""
+"""A larger number of a header, and infinity, is read as this one: it never overflows, and is no valid size or time."""
 
 LONGEST_FLOAT = 100
 """Characters of a number that are read; those of Python have at most 24."""
