@@ -258,6 +258,29 @@ def test_the_keys_are_the_containers(root: Path, deb822: bool) -> None:
     assert [path.read_bytes() for path in copies] == [b"its key"]
 
 
+def test_a_key_in_the_text_stays_and_what_is_off_needs_none(root: Path) -> None:
+    key = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n /etc/own.gpg\n -----END PGP PUBLIC KEY BLOCK-----"
+    source = "Types: deb\nURIs: http://127.0.0.1:9/\nSuites: x\nComponents: main\nSigned-By: "
+    off = f"{source.replace('http://127.0.0.1:9/', 'cdrom:[x]/')}/nowhere.gpg\nEnabled: off\n"
+    (root / "etc/apt/sources.list.d/own.sources").write_text(f"{source}\n {key}\n\n{off}")
+    folder = opened(root).folder
+    assert list((folder / "etc/keys").iterdir()) == []
+    assert (folder / "etc/sources.list.d/own.sources").read_text() == f"{source}\n {key}\n"
+
+
+def test_several_keys_are_copied(root: Path) -> None:
+    for name in ("a", "b"):
+        (root / f"etc/{name}.gpg").write_bytes(name.encode())
+    (root / "etc/apt/sources.list").write_text(
+        "deb [signed-by=/etc/a.gpg,AB12!,/etc/b.gpg] http://127.0.0.1:9/ x main\n"
+    )
+    folder = opened(root).folder
+    copies = f"{folder}/etc/keys/0.gpg,AB12!,{folder}/etc/keys/1.gpg"
+    text = f"deb [signed-by={copies}] http://127.0.0.1:9/ x main\n"
+    assert (folder / "etc/sources.list").read_text() == text
+    assert [(folder / f"etc/keys/{number}.gpg").read_text() for number in (0, 1)] == ["a", "b"]
+
+
 def test_keys_that_only_the_builder_has_do_not_count(root: Path, tmp_path: Path) -> None:
     (tmp_path / "builders.gpg").write_bytes(b"not its key")
     (root / "etc/apt/sources.list").write_text(f"deb [signed-by={tmp_path}/builders.gpg] http://127.0.0.1:9/ x main\n")

@@ -20,10 +20,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from . import sources_list
 from .files import RunnerError, is_file_name, is_sha256, sha256_of
-from .mirrors import stanzas
 from .programs import last_lines, streamed
 from .rootfs import Rootfs
+from .sources_list import Source
 
 POOL = "debs"
 """The folder of the store that keeps packages, each under its SHA-256."""
@@ -171,35 +172,34 @@ class Apt:
                 with contextlib.suppress(FileNotFoundError):
                     rootfs.copy_out(source, self.folder / target)
             for path in [self.folder / "etc/sources.list", *sorted((self.folder / "etc/sources.list.d").iterdir())]:
-                if path.exists() and path.suffix in (".list", ".sources"):
+                if sources_list.is_file_of_sources(path):
                     path.write_text(self._with_keys(path.read_text("utf-8", "replace"), path.suffix, rootfs))
         except OSError as error:
             raise Unfit(str(error)) from None
 
     def _with_keys(self, sources: str, suffix: str, rootfs: Rootfs) -> str:
-        """Return an apt sources file, whose sources are of the web, with `signed-by` naming copies of its keys."""
+        """Return what is enabled of an apt sources file, all of it of the web, with copies of its files of keys."""
         if re.search(r'[^\S \t\n]|[\x00-\x08\x0e-\x1f"]', sources) or re.search(r"(?i)\bsigned-by[+-]", sources):
             raise Unfit("its sources are written in an unusual way")  # apt might read them in another way than we do
-        if suffix == ".sources":
-            fields = [stanza for stanza in stanzas(sources) if stanza.get("types")]
-            uris = [uri for stanza in fields for uri in stanza.get("uris", "").split()]
-            keys = "".join(stanza.get("signed-by", "") for stanza in fields)
-            if "\n/" in keys:
-                raise Unfit("its sources name their keys in an unusual way")
-        else:
-            uris = re.findall(r"^[ \t]*deb(?:-src)?[ \t]+(?:\[[^\]]*\][ \t]+)?(\S+)", sources, re.MULTILINE)
-        if not all(uri.lower().startswith(("http://", "https://")) for uri in uris):
+        found = sources_list.parse(sources, suffix)
+        if not all(uri.lower().startswith(("http://", "https://")) for source in found for uri in source.uris):
             raise Unfit("it has a source that is not of the web")
+        return sources_list.text_of(self._with_copied_keys(source, rootfs) for source in found)
 
-        def copied(match: re.Match[str]) -> str:
-            names = []
-            for name in match.group(2).split(","):
-                copy = self.folder / f"etc/keys/{len(list((self.folder / 'etc/keys').iterdir()))}{Path(name).suffix}"
-                rootfs.copy_out(name, copy)
-                names.append(str(copy))
-            return match.group(1) + ",".join(names)
-
-        return re.sub(r"(?i)(\bsigned-by[ \t]*[=:][ \t]*)(/[^\s\]]+)", copied, sources)
+    def _with_copied_keys(self, source: Source, rootfs: Rootfs) -> Source:
+        """Return a source with copies of the container's files of keys instead of these."""
+        keys = []
+        for key in source.keys:
+            if key.startswith("/"):
+                number = len(list((self.folder / "etc/keys").iterdir()))
+                copy = self.folder / f"etc/keys/{number}{Path(key).suffix}"
+                rootfs.copy_out(key, copy)
+                key = str(copy)
+            keys.append(key)
+        if not keys:
+            return source
+        separator = " " if source.deb822 else ","
+        return source._replace(options={**source.options, "signed-by": separator.join(keys)})
 
     def _configure(self) -> None:
         """Write the settings that all programs of apt go by."""

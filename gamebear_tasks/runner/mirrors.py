@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from . import sources_list
 from .buildah import ImageError
 
 RELEASES = {"11": "bullseye", "12": "bookworm", "13": "trixie", "14": "forky"}
@@ -77,47 +78,22 @@ def archives(text: str, deb822: bool) -> list[Archive]:
         text: the file's content; the formats are in sources.list(5).
         deb822: whether it is a `.sources` file and not a `.list`.
     """
-    found: list[Archive] = []
-    if deb822:
-        for fields in stanzas(text):
-            if "deb" not in fields.get("types", "").split() or fields.get("enabled", "yes").lower() == "no":
-                continue
-            keyring = fields.get("signed-by", "").strip()
-            for uri in fields.get("uris", "").split():
-                for suite in fields.get("suites", "").split():
-                    found += _archive(uri, suite, fields.get("components", "").split(), keyring)
-        return found
-    for line in text.splitlines():
-        match = re.match(r"\s*deb\s+(?:\[([^\]]*)\]\s*)?(\S+)\s+(\S+)\s*([^#]*)", line)
-        if match:
-            options = dict(option.partition("=")[::2] for option in (match.group(1) or "").split())
-            found += _archive(match.group(2), match.group(3), match.group(4).split(), options.get("signed-by", ""))
-    return found
+    return [
+        archive
+        for source in sources_list.parse(text, ".sources" if deb822 else ".list")
+        if "deb" in source.types
+        for uri in source.uris
+        for suite in source.suites
+        for archive in _archive(uri, suite, source.components, source.keys)
+    ]
 
 
-def _archive(uri: str, suite: str, components: list[str], keyring: str) -> Iterator[Archive]:
+def _archive(uri: str, suite: str, components: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[Archive]:
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname and components:
         host = parts.netloc.rpartition("@")[2]
         clean = f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
-        yield Archive(clean, suite, tuple(components), keyring if keyring.startswith("/") else "")
-
-
-def stanzas(text: str) -> Iterator[dict[str, str]]:
-    """Give the fields of each paragraph of a deb822 text, names in lower case; comments are left out."""
-    for paragraph in re.split(r"\n[ \t]*\n", text):
-        fields: dict[str, str] = {}
-        name = ""
-        for line in paragraph.splitlines():
-            if line.startswith("#"):
-                continue
-            if line[:1] in (" ", "\t") and name:
-                fields[name] += "\n" + line.strip()
-            elif ":" in line:
-                name, _, value = line.partition(":")
-                name = name.strip().lower()
-                fields[name] = value.strip()
-        yield fields
+        yield Archive(clean, suite, components, next((key for key in keys if key.startswith("/")), ""))
 
 
 def own_sources() -> list[Archive]:
@@ -125,8 +101,8 @@ def own_sources() -> list[Archive]:
     found: list[Archive] = []
     folder = Path("/etc/apt")
     for path in [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]:
-        if path.suffix in (".list", ".sources"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if sources_list.is_file_of_sources(path):
                 text = path.read_text(encoding="utf-8", errors="replace")
                 found += archives(text, path.suffix == ".sources")
     return found

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SettingsError, SourceError
+from ..filename import file_name
 from ..runner.files import is_file_name, is_sha256, locked, sha256_of, write_bytes
+from ..runner.sources_list import Source, is_file_of_sources, parse, text_of
 from .lock import DebianEntry, Lock
 from .program import ProgramError, run
 from .source import BaseSource, Pin, remove
@@ -30,8 +32,8 @@ NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=
 SPACE = 128 << 20
 """Bytes that must be free for apt's lists; apt hangs for ever where its disk is full (seen with 2.6)."""
 
-NOT_FOR_SOURCES = ("types", "architectures", "languages", "targets", "enabled")
-"""Fields of a deb822 source (lower case) that are for binary packages, or that we write."""
+BINARY_ONLY = re.compile(r"(arch|lang|target|architectures|languages|targets)([+-]|-add|-remove)?")
+"""Options and fields of apt's sources (lower case) that are for binary packages."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class Debian(BaseSource[DebianPin]):
     def _apt(self, cache: Path) -> Iterator[_Apt]:
         if not shutil.which("apt-get"):
             raise self.error("needs apt, which this machine does not have", NO_APT)
-        root = cache / "apt" / (self.suite.replace("/", "_") if self.suite else "all")
+        root = cache / "apt" / (file_name(self.suite) if self.suite else "=all")
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(root).free < SPACE:
             raise self.error(f"needs {SPACE >> 20} MiB for apt's lists in {root}", "Make room there.")
@@ -304,78 +306,55 @@ def apt_sources(suite: str | None) -> tuple[dict[str, str], list[str]]:
     with contextlib.suppress(OSError):
         paths += sorted(Path(system_setting("Dir::Etc::sourceparts/d")).iterdir())
     for path in paths:
-        if not path.is_file() or path.suffix not in (".list", ".sources") or not re.fullmatch(r"[\w.-]+", path.name):
+        if not is_file_of_sources(path):
             continue
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        convert = from_deb822 if path.suffix == ".sources" else from_one_line
-        converted, found = convert(text, suite)
+        converted, found = for_sources(text, path.suffix, suite)
         suites |= found
         if converted:
-            texts[path.name] = converted
+            name = path.name if path.name not in texts else f"{len(texts)}-{path.name}"  # sources.list.d/sources.list
+            texts[name] = converted
     return texts, sorted(suites)
 
 
 def from_one_line(text: str, suite: str | None) -> tuple[str, set[str]]:
-    """Turn a `sources.list` into one for source packages; see sources.list(5).
-
-    Returns:
-        The new text, and the suites of the old one.
-    """
-    lines: dict[str, None] = {}  # in order, each once
-    suites = set()
-    for line in text.splitlines():
-        match = re.match(r"\s*deb(?:-src)?\s+(?:\[([^\]]*)\]\s*)?((?!cdrom:)\S+)\s+(\S+)([^#]*)", line)
-        if not match:
-            continue
-        options, uri, name, components = match.groups()
-        suites.add(name)
-        if suite in (None, name):
-            kept = [word for word in (options or "").split() if not re.match(r"(arch|lang|target)[+-]?=", word)]
-            lines[" ".join(["deb-src", *([f"[{' '.join(kept)}]"] if kept else []), uri, name, *components.split()])] = (
-                None
-            )
-    return "".join(line + "\n" for line in lines), suites
+    """Turn a `sources.list` into one for source packages; see `for_sources`."""
+    return for_sources(text, ".list", suite)
 
 
 def from_deb822(text: str, suite: str | None) -> tuple[str, set[str]]:
-    """Turn a file in the style of deb822 into one for source packages; see sources.list(5).
+    """Turn a file in the style of deb822 into one for source packages; see `for_sources`."""
+    return for_sources(text, ".sources", suite)
+
+
+def for_sources(text: str, suffix: str, suite: str | None) -> tuple[str, set[str]]:
+    """Turn the text of a file of apt's sources into one for source packages.
+
+    Args:
+        text: the content.
+        suffix: of the file's name, which tells the format.
+        suite: only what is of this suite.
 
     Returns:
         The new text, and the suites of the old one.
     """
-    stanzas: dict[str, None] = {}
-    suites = set()
-    plain = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
-    for stanza in re.split(r"\n\s*\n", plain):
-        fields: dict[str, str] = {}
-        name = ""
-        for line in stanza.splitlines():
-            if line[:1].isspace() and name:
-                fields[name] += "\n" + line
-            elif ":" in line:
-                name, _, value = line.partition(":")
-                fields[name] = value.strip()
-        lower = {name.lower(): value for name, value in fields.items()}
-        if "uris" not in lower or lower.get("enabled", "yes").lower() in (
-            "no",
-            "false",
-            "0",
-            "off",
-            "without",
-            "disable",
-        ):
+    suites: set[str] = set()
+    kept: list[Source] = []
+    for source in parse(text, suffix):
+        uris = tuple(uri for uri in source.uris if not uri.lower().startswith("cdrom:"))
+        if not uris:
             continue
-        if lower["uris"].startswith("cdrom:"):
+        suites.update(source.suites)
+        if suite is not None and suite not in source.suites:
             continue
-        suites |= set(lower.get("suites", "").split())
-        if suite is not None and suite not in lower.get("suites", "").split():
-            continue
-        kept = {name: value for name, value in fields.items() if name.lower() not in NOT_FOR_SOURCES}
-        if suite is not None:
-            kept = {name: suite if name.lower() == "suites" else value for name, value in kept.items()}
-        stanzas["\n".join(["Types: deb-src", *(f"{name}: {value}" for name, value in kept.items())])] = None
-    return "\n\n".join(stanzas) + "\n" if stanzas else "", suites
+        options = {name: value for name, value in source.options.items() if not BINARY_ONLY.fullmatch(name)}
+        chosen = source.suites if suite is None else (suite,)
+        kept.append(source._replace(types=("deb-src",), uris=uris, suites=chosen, options=options))
+    return text_of(kept), suites
 
+
+FIRST_ENTRY = 1 << 20
+"""Bytes of a changelog in which its first entry is looked for."""
 
 FIELD = r"(?m)^(Package|Version|Checksums-Sha256):(.*(?:\n .*)*)"
 """A field of a stanza in a list of source packages, as a pattern."""
@@ -425,8 +404,9 @@ def _changed(changelog: Path) -> int:
     """Return the time of a changelog's first entry, in seconds since 1970; 0 where it has none."""
     import email.utils
 
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        match = re.search(r"^ -- .*>  ?(.+)$", changelog.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    with contextlib.suppress(OSError, ValueError, TypeError), changelog.open("rb") as file:
+        start = file.read(FIRST_ENTRY).decode("utf-8", "replace")
+        match = re.search(r"^ -- .*>  ?(.+)$", start, re.MULTILINE)
         if match:
             return int(email.utils.parsedate_to_datetime(match[1].strip()).timestamp())
     return 0
