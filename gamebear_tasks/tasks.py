@@ -301,7 +301,7 @@ def _check_names(plan: Plan) -> None:
                     "It has to be a file's name, without a folder and at most 255 bytes long.",
                 )
             if what == "an output":
-                check_target(plan.targets[name], f"artifact({_called(plan.program)})")
+                check_target(plan.targets[name], f"artifact({plan.name!r})")
                 continue  # a program may well work on a file of its folder
             if name in taken:
                 raise SettingsError(
