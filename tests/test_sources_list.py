@@ -57,6 +57,7 @@ TEXTS = [
     (STANZA.replace("Suites: x", "Suites:\n x\n\ty z"), ".sources"),
     (STANZA.replace("\n", "\r\n") + "Enabled: no\r\n", ".sources"),
     (STANZA.replace("\n", "\r\n"), ".sources"),
+    (STANZA.replace("Suites: x", "Suites:\n x\n# c: d\n y"), ".sources"),
     (STANZA.replace("deb\n", "deb deb-src\n"), ".sources"),
     ("\n".join([STANZA, STANZA.replace("deb\n", "deb-src\n").replace("a.", "b.")]), ".sources"),
     (STANZA.replace("Components: main\n", "").replace("Suites: x", "Suites: x/"), ".sources"),

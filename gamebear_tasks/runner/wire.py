@@ -28,9 +28,6 @@ NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit ru
 MAX_NUMBER = 1 << 63
 """A larger number of a header, and infinity, is read as this one: it never overflows, and is no valid size or time."""
 
-LONGEST_FLOAT = 100
-"""Characters of a number that are read; those of Python have at most 24."""
-
 MAX_DEPTH = 32
 """How deep objects and arrays of a header may be nested."""
 
@@ -111,7 +108,7 @@ def _integer(text: str) -> int:
 
 def _float(text: str) -> float:
     """Return another number of a header, bounded; NaN stays, which no comparison lets pass."""
-    return max(min(float(text[:LONGEST_FLOAT]), float(MAX_NUMBER)), -float(MAX_NUMBER))
+    return max(min(float(text), float(MAX_NUMBER)), -float(MAX_NUMBER))
 
 
 def _check_depth(value: Any, left: int) -> None:
