@@ -651,3 +651,9 @@ def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp
     assert (run.status, run.out) == (7, (tree / "etc/passwd").read_text())
     project.doit("x", GAMEBEAR_KEEP_FAILED="no").failed("failed with status 3")
     project.doit("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("No container of x is kept on dask://")
+
+
+def test_slots_that_a_scheduler_claims_are_counted_in_numbers_that_make_sense() -> None:
+    claimed = {"armhf": 2, "arm64": -1, "amd64": 1 << 63, "i386": True, "armel": 1.5, "x": 1}
+    assert dask_builder._counts(claimed) == {"armhf": 2, "amd64": 999_999}
+    assert dask_builder._counts(None) == {}
