@@ -19,7 +19,8 @@ from .config import settings, variables_of_this_run
 from .errors import NONSENSE, JobError
 from .interrupt import Interest, end_what_is_left
 from .place import Mismatch, check_place, place
-from .plan import Plan, check_choice
+from .placed import placing
+from .plan import SAVED, Plan, check_choice
 from .progress.telling import Telling
 from .reasons import ASKED, missing, reasons
 from .report import notice, notice_once
@@ -59,6 +60,7 @@ class Building:
         self.valid: dict[str, float] | None = None
         self.why: tuple[str, ...] = ()
         self._url = ""
+        self._state = ""
         self._order: Order | None = None
         self._status: Status | None = None
         self._record: timing.Record | None = None
@@ -81,7 +83,8 @@ class Building:
         self.telling.ended(record)
         if self.had != "fetched" and not self.telling.is_heard:
             notice(record.line())
-        values: dict[str, Any] = {"digest": order.job.digest}  # the rest is in its record; doit reads this each time
+        # doit reads these in every run; the rest is in the record
+        values: dict[str, Any] = {"digest": order.job.digest, SAVED: self._state}
         if self.valid is not None:
             values["valid"] = self.valid
         return values
@@ -95,7 +98,9 @@ class Building:
         self._url = shown(builder.url)
         absent = missing(self.plan.targets.values())
         with timing.phase("hash"):
-            self._order = order = self.plan.order(self.chosen)
+            contents = self.plan.read(self.chosen.arch)
+            self._state = self.plan.state(contents)
+            self._order = order = self.plan.order(self.chosen, contents)
         last = history.last(self.task)
         self.why = reasons(self.plan, order.job, last, absent)
         self.telling.begins(self._url, last)
@@ -159,7 +164,7 @@ class Building:
             if self.had != "fetched":
                 self.watch.builder_spent(status.phases)
             if status.state == "done":
-                self._check_unchanged(order)
+                self._check_unchanged()
                 try:
                     self._place(builder, order, status)
                     return
@@ -205,11 +210,11 @@ class Building:
                     "See on the builder what runs there.",
                 )
 
-    def _check_unchanged(self, order: Order) -> None:
-        """Refuse to place what was built from files that are others by now: doit would take those for built."""
+    def _check_unchanged(self) -> None:
+        """Refuse to place what was built from files that are others by now: it would be out of date at once."""
         with timing.phase("hash"):
-            now = self.plan.order(self.chosen)
-        if now.job.digest != order.job.digest:
+            is_same = self.plan.state(self.plan.read(self.chosen.arch)) == self._state
+        if not is_same:
             raise JobError(
                 f"What {self.plan.name} is built from changed while it was built, so its outputs were not placed.",
                 "Run doit again.",
@@ -228,7 +233,7 @@ class Building:
                 builder.fetch(order.job.digest, status.attempt, name, offset, target, limit)
 
         timing.expected(sum(output.size for output in status.outputs.values()))
-        with timing.phase("place"):
+        with timing.phase("place"), placing(self.plan.targets.values(), self._state):
             place(self._targets(), status.outputs, fetch)
 
     def _overdue(self, builder: Builder, order: Order) -> JobError:

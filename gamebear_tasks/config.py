@@ -15,6 +15,7 @@ from typing import Any
 from doit import doit_cmd, get_var
 
 from .errors import SettingsError
+from .hashing import version
 from .report import notice
 from .runner.arch import ARCHITECTURES
 
@@ -160,11 +161,11 @@ def _project_settings(path: Path) -> dict[str, Any]:
         about = path.stat()
     except OSError:
         return {}
-    return _read_project(str(path), about.st_mtime_ns, about.st_size)
+    return _read_project(str(path), version(about))
 
 
 @lru_cache(maxsize=8)
-def _read_project(path: str, _mtime: int, _size: int) -> dict[str, Any]:
+def _read_project(path: str, _version: str) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:

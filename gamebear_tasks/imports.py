@@ -8,33 +8,27 @@ from __future__ import annotations
 
 import ast
 import atexit
-import contextlib
-import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import SettingsError
-from .runner.files import write_json
+from .hashing import is_settled, read_cache, version, write_cache
 from .tasklog import LOGS
 
 KEPT = LOGS / ".imports"
-"""What was read before, in a project that has logs. It is JSON: `python`, the version that could read it, and `files`:
-by path, the times of its last changes in nanoseconds, its size, and the names that it imports, with spaces between."""
-
-SETTLED = 0.1
-"""Seconds after its last change for which a file may change again without its times telling."""
+"""The cache of the names that each file imports, in a project that has logs; its `version` is the Python that read
+them. By path: the file's version (see `hashing`) and the names, with spaces between."""
 
 
 def local_modules(script: Path) -> Mapping[str, Path]:
     """Find the modules beside a script that it imports, and those that they import.
 
     Args:
-        script: a Python file.
+        script: a Python file. Of a symbolic link, the folder of its target is searched, as Python does.
 
     Returns:
         The file of each by its path below the script's folder, with `/`: a package's `__init__.py` is one of them.
@@ -46,8 +40,15 @@ def local_modules(script: Path) -> Mapping[str, Path]:
     names = imported_names(path)
     if not names:
         return {}
-    folder, slash, _ = path.rpartition("/")
-    return modules_named(folder or slash, names, but=path)
+    real = _from_here(os.path.realpath(path)) if os.path.islink(path) else path
+    folder, slash, name = real.rpartition("/")
+    return modules_named(folder or slash, names, but=real if name == script.name else "")
+
+
+def _from_here(path: str) -> str:
+    """Return an absolute path as an author would write it: relative, where it is below the current folder."""
+    here = os.path.join(os.getcwd(), "")
+    return path[len(here) :] if path.startswith(here) else path
 
 
 def modules_named(folder: str, names: str | Iterable[str], but: str = "") -> Mapping[str, Path]:
@@ -155,15 +156,15 @@ def imported_names(path: str) -> str:
         raise SettingsError(
             f"The buildscript {name} cannot be read: {error.strerror}.", "Its path is relative to dodo.py's folder."
         ) from error
-    version = _version(about)
+    now = version(about)
     known = _files.get(path)
     if known is None:
         known = _kept().get(path, "")
-    if not known.startswith(version):
-        known = version + _read_names(path)
-        _new[path] = _is_settled(about)
+    if not known.startswith(now):
+        _new[path] = is_settled(about)
+        known = now + _read_names(path)
     _files[path] = known
-    return sys.intern(known[len(version) :])
+    return sys.intern(known[len(now) :])
 
 
 _files: dict[str, str] = {}
@@ -173,24 +174,16 @@ _new: dict[str, bool] = {}
 """What has been read in this process, and whether it may be kept for the next."""
 
 
-def _version(about: os.stat_result) -> str:
-    return f"{about.st_mtime_ns} {about.st_ctime_ns} {about.st_size} "
-
-
-def _is_settled(about: os.stat_result) -> bool:
-    return abs(time.time() - about.st_ctime) > SETTLED
-
-
 def _entries(folder: str) -> frozenset[str] | None:
     """Return what is in a folder, the same set as long as that stays the same; None where that cannot be said."""
     try:
         about = os.stat(folder)
-        version = _version(about)
+        now = version(about)
         known = _folders.get(folder)
-        if known is None or known[0] != version:
-            if not _is_settled(about):
+        if known is None or known[0] != now:
+            if not is_settled(about):
                 return None
-            known = _folders[folder] = version, frozenset(os.listdir(folder))
+            known = _folders[folder] = now, frozenset(os.listdir(folder))
     except OSError:
         return None
     return known[1]
@@ -237,11 +230,7 @@ def _kept() -> dict[str, str]:
     place = os.path.abspath(KEPT)
     if place not in _read:
         atexit.register(_keep, place)
-        _read[place] = {}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(place, "rb") as file:
-            data = json.load(file)
-            if data["python"] == _python() and all(isinstance(known, str) for known in data["files"].values()):
-                _read[place] = data["files"]
+        _read[place] = read_cache(place, _python())
     return _read[place]
 
 
@@ -254,8 +243,5 @@ def _python() -> str:
 
 def _keep(place: str) -> None:
     """Keep what was read for the next doit, in a project that has been built before."""
-    if os.path.abspath(KEPT) != place or not any(_new.values()) or not os.path.isdir(os.path.dirname(place)):
-        return
-    files = {path: known for path, known in _files.items() if _new.get(path, True)}
-    with contextlib.suppress(OSError):
-        write_json(Path(place), {"python": _python(), "files": files}, sync=False)
+    if os.path.abspath(KEPT) == place and any(_new.values()):
+        write_cache(place, _python(), {path: known for path, known in _files.items() if _new.get(path, True)})

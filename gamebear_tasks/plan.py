@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import JobError
-from .imports import SETTLED
+from .hashing import opened_content_of, version
+from .imports import local_modules
+from .job import FORMAT
 from .sources import LOCK_FILE
 
 if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
     from .builders import Order
     from .config import Settings
     from .functions import PickledFunction
-    from .job import File
+    from .job import Json
     from .sources.choice import Declared, Source
     from .sources.lock import Lock
 
 
 NONE: Mapping[str, Any] = {}
+
+
+SAVED = "gamebear"
+"""The key of the state that was built (see `Plan.state`), among the values that doit saves of a task."""
+
+
+class Contents(NamedTuple):
+    """What a job is made of, with the content of its files.
+
+    Attributes:
+        arch: Debian's name of the architecture.
+        program: SHA-256 of the script, or of the function's pickle.
+        modules: SHA-256 by path below the script's folder.
+        inputs: by name, SHA-256 and whether the file is executable.
+        sources: the pin of each by name.
+        paths: where the modules are.
+        lock: the lock file that the pins are from.
+    """
+
+    arch: str
+    program: str
+    modules: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, bool]]
+    sources: Mapping[str, Mapping[str, Json]]
+    paths: Mapping[str, Path]
+    lock: Lock | None
 
 
 class Plan(NamedTuple):  # there may be thousands, and it takes a third of the time that a dataclass takes
@@ -55,49 +83,98 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
         """What the program is called."""
         return self.program.name
 
-    def order(self, chosen: Settings) -> Order:
-        """Make the job from what the files hold now.
+    def read(
+        self, arch: str, content: Callable[[str], tuple[str, bool]] = opened_content_of, *, search: bool = True
+    ) -> Contents:
+        """Return what the job is made of as the files are now.
+
+        Args:
+            arch: the setting's architecture.
+            content: gives a file's SHA-256 and whether it is executable; raises OSError.
+            search: look for the script's modules again: a task of this run may have made the script, or one of them.
 
         Raises:
+            SettingsError: the script is not Python.
             SourceError: a source is not pinned.
             JobError: a file cannot be read.
+        """
+        program, modules = self.program, self.modules
+        if search and isinstance(program, Path):
+            modules = local_modules(program)
+        path = str(program) if isinstance(program, Path) else ""
+        try:
+            identity = content(path)[0] if isinstance(program, Path) else program.sha256
+            hashes = {}
+            for name, module in modules.items():
+                path = str(module)
+                hashes[name] = content(path)[0]
+            inputs = {}
+            for name, path in self.inputs.items():
+                inputs[name] = content(path)
+        except OSError as error:
+            raise JobError(
+                f"{path} cannot be read: {error.strerror}.",
+                "A job needs all of its files: mend its path or its permissions.",
+            ) from error
+        lock = read_lock(self.lock) if self.sources else None
+        pins = {name: source.identity(lock) for name, source in self.sources.items() if lock}
+        return Contents(self.arch or arch, identity, hashes, inputs, pins, modules, lock)
+
+    def state(self, contents: Contents) -> str:
+        """Return a hash over the whole job and the places of its targets: what doit saves and compares.
+
+        It is quicker to make than the job's digest, which an up-to-date run does not need.
+        """
+        python = ""
+        if not isinstance(self.program, Path):
+            from .functions import python_version
+
+            python = python_version()
+        whole = (FORMAT, python, self.name, self.args, [*self.targets.items()], contents[:-2])
+        return hashlib.sha256(ascii(whole).encode()).hexdigest()
+
+    def order(self, chosen: Settings, contents: Contents | None = None) -> Order:
+        """Make the job.
+
+        Args:
+            chosen: the settings.
+            contents: what it is made of; by default what `read` returns now.
+
+        Raises:
+            SettingsError, SourceError, JobError: as `read`.
         """
         from .builders import Order
         from .job import File, Job
 
-        files: dict[str, Path] = {}
-
-        def hashed(path: Path) -> File:
-            sha256, executable = _hashed(path)
-            files[sha256] = path
-            return File(sha256, executable)
-
+        made_of = self.read(chosen.arch) if contents is None else contents
         program = self.program
+        paths = {name: Path(path) for name, path in self.inputs.items()}
+        files = {sha256: made_of.paths[name] for name, sha256 in made_of.modules.items()}
+        files.update((sha256, paths[name]) for name, (sha256, _) in made_of.inputs.items())
         python = ""
         if isinstance(program, Path):
-            identity = hashed(program).sha256
+            files[made_of.program] = program
         else:
             from .cache import keep
             from .functions import python_version
 
-            identity, python = program.sha256, python_version()
-            files[identity] = keep(program.data)
-        lock = read_lock(self.lock) if self.sources else None
+            python = python_version()
+            files[made_of.program] = keep(program.data)
         job = Job(
-            arch=self.arch or chosen.arch,
+            arch=made_of.arch,
             program=self.name,
-            identity=identity,
+            identity=made_of.program,
             python=python,
             outputs=tuple(self.targets),
-            modules={name: File(hashed(path).sha256) for name, path in self.modules.items()},
-            inputs={name: hashed(Path(path)) for name, path in self.inputs.items()},
-            sources={name: source.identity(lock) for name, source in self.sources.items() if lock},
+            modules={name: File(sha256) for name, sha256 in made_of.modules.items()},
+            inputs={name: File(*content) for name, content in made_of.inputs.items()},
+            sources=made_of.sources,
             args=json.loads(self.args),
         )
         return Order(
             job=job,
             files=files,
-            fetch_trees=lambda: self._fetch_trees(lock),
+            fetch_trees=lambda: self._fetch_trees(made_of.lock),
             time_limit=chosen.time_limit if self.time_limit is None else self.time_limit,
             base=chosen.base,
             keep_failed=chosen.keep_failed,
@@ -150,37 +227,11 @@ def read_lock(path: Path) -> Lock:
         about = os.stat(path)
     except OSError:
         return Lock.read(path)
-    key = (about.st_dev, about.st_ino, about.st_mtime_ns, about.st_size)
+    key = version(about)
     lock = _locks.get(key)
     if lock is None:
         lock = _locks[key] = Lock.read(path)
     return lock
 
 
-_locks: dict[tuple[int, int, int, int], Lock] = {}
-
-
-def _hashed(path: Path) -> tuple[str, bool]:
-    """Return a file's SHA-256 and whether it is executable; what is as it was is not read again."""
-    from .runner.files import sha256
-
-    try:
-        with path.open("rb", buffering=0) as file:  # on NFS, what is opened is as it is on the server
-            about = os.fstat(file.fileno())
-            version = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-            digest = _digests.get(version)
-            if digest is None:
-                is_settled = abs(time.time() - about.st_ctime) > SETTLED
-                digest = sha256(file)
-                if is_settled:
-                    _digests[version] = digest
-            return digest, bool(about.st_mode & 0o100)
-    except OSError as error:
-        raise JobError(
-            f"{path} cannot be read: {error.strerror}.",
-            "A job needs all of its files: mend its path or its permissions.",
-        ) from error
-
-
-_digests: dict[tuple[int, ...], str] = {}
-"""The SHA-256 of files whose last change is long enough ago that another would show in their times."""
+_locks: dict[str, Lock] = {}

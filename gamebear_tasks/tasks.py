@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import inspect
 import os
 import re
@@ -15,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from .action import Build
 from .config import architecture, seconds, settings_of_this_run
-from .errors import GamebearError, SettingsError, SourceError
+from .errors import GamebearError, SettingsError
+from .hashing import content_of
 from .history import REPORT, up_to_date
 from .imports import local_modules
-from .job import FORMAT, Json, canonical_json
-from .plan import NONE, Plan, check_choice, declare, read_lock
+from .job import Json, canonical_json
+from .placed import is_placed
+from .plan import NONE, SAVED, Plan, check_choice, declare, read_lock
 from .runner.files import is_file_name
 from .sources import LOCK_FILE
 from .tasklog import LOGS
@@ -28,7 +29,6 @@ from .wording import in_line
 if TYPE_CHECKING:  # imported where there are functions or sources
     from .functions import Function, PickledFunction
     from .sources.choice import Declared, Source
-    from .sources.lock import Lock
 
 Task: TypeAlias = dict[str, Any]
 
@@ -122,10 +122,11 @@ def _spare_the_collector() -> None:
 
 
 class _SameJob:
-    """Tells doit whether all of the job that is no `file_dep` is as it was, and its result still holds; an `uptodate`.
+    """Tells doit whether the targets hold what the job would make now, and that still holds; an `uptodate`.
 
-    It looks when doit asks and not before: by then the tasks that this one depends on have run, and so has `doit lock`.
-    For how long a result holds is what the builder said with it: where a package image of the job may grow too old.
+    It compares the state that the action has built (see `Plan.state`) with that of the files now, when doit asks: by
+    then the tasks that this one depends on have run, and so has `doit lock`. The builder has said for how long a result
+    holds: a package image of the job may grow too old.
     """
 
     __signature__ = inspect.signature(lambda task, values: None)  # for doit, which asks every time what we take
@@ -134,24 +135,21 @@ class _SameJob:
         self._plan = plan
         self._arch = arch
         self._preference = preference
-        self._digest = ""
         self._is_too_old = False
-
-    def configure_task(self, task: Any) -> None:
-        """Have doit save what we compare with, with the task's success."""
-        task.value_savers.append(self._saved)
-
-    def _saved(self) -> dict[str, str]:
-        return {"gamebear": self._digest}
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
+        built = values.get(SAVED)
+        if built is None:
+            return False
         try:
             check_choice(self._preference)
-            self._digest = self._rest_of_job()
+            contents = self._plan.read(self._arch, content_of, search=bool(task.task_dep))
+            if built != self._plan.state(contents):
+                return False
         except GamebearError:
             return False  # building it says what is wrong
-        if values.get("gamebear") != self._digest:
+        if not is_placed(self._plan.targets.values(), built):
             return False
         self._is_too_old = not _still_holds(values.get("valid"))
         if self._is_too_old:
@@ -162,40 +160,12 @@ class _SameJob:
     def __repr__(self) -> str:
         if self._is_too_old:
             return f"the age of the package images that {self._plan.name} was built with, or a clock that was put back"
-        return f"the job of {self._plan.name}: its arguments, sources, architecture, names, or the function"
-
-    def _rest_of_job(self) -> str:
-        plan = self._plan
-        lock = read_lock(plan.lock) if plan.sources else None
-        rest = (
-            FORMAT,
-            self._arch,
-            plan.name if isinstance(plan.program, Path) else plan.program.sha256,
-            plan.args,
-            [(name, path, _is_executable(path)) for name, path in plan.inputs.items()],
-            [*plan.targets.items()],
-            [(name, _pinned(source, lock)) for name, source in plan.sources.items() if lock],
-        )
-        return hashlib.sha256(ascii(rest).encode()).hexdigest()  # a fifth of what JSON takes, and nobody reads it
+        return f"the job of {self._plan.name}: its files, arguments, sources, architecture, names, or the function"
 
 
 def _still_holds(valid: Mapping[str, float] | None) -> bool:
     """Say whether a result's time is not up, by this machine's clock; one that was put back says nothing."""
     return valid is None or -CLOCK_STEP <= time.time() - valid["since"] < valid["seconds"]
-
-
-def _is_executable(path: str) -> bool:
-    try:
-        return bool(os.stat(path).st_mode & 0o100)
-    except OSError:
-        return False  # another task is to make it
-
-
-def _pinned(source: Source, lock: Lock) -> Json:
-    try:
-        return source.identity(lock)
-    except SourceError:
-        return None  # building it says what to do
 
 
 @lru_cache(maxsize=4096)

@@ -34,8 +34,8 @@ def baked(base: Path, output: Path, **arguments: Any) -> BaseFail | None:
     here = os.getcwd()
     os.chdir(output.parent)  # a project's folder, which keeps its logs
     try:
-        failure: BaseFail | None = function(*given, Task("image", []))
+        done = function(*given, Task("image", []))
     finally:
         os.chdir(here)
     assert not list(output.parent.glob(".*.bake")), "nothing that it worked on is left"
-    return failure
+    return done if isinstance(done, BaseFail) else None

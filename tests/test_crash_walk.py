@@ -198,7 +198,7 @@ class Walk:
             *(
                 path
                 for path in (build / "logs").iterdir()
-                if path.name not in ("xy.log", ".xy.json", "xy.json", ".imports", "runs")
+                if path.name not in ("xy.log", ".xy.json", "xy.json", ".hashes", ".imports", ".placed", "runs")
             ),
         ]
         return [*map(str, left), *(f"process {pid}" for pid in supervised(project))]

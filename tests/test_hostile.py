@@ -93,7 +93,7 @@ def task_x():
 """
 
 
-LOGS = {".imports", "x.log", "x.json", ".x.json", "x.py.log", "x.py.json", ".x.py.json"}
+LOGS = {".hashes", ".imports", ".placed", "x.log", "x.json", ".x.json", "x.py.log", "x.py.json", ".x.py.json"}
 """What we keep beside a log, by doit and by its action alone."""
 
 

@@ -313,7 +313,7 @@ def test_a_base_from_the_web_is_downloaded_once(
     assert not asked, "not when dodo.py is loaded"
     for _ in range(2):
         function, given = task["actions"][0]
-        assert function(*given, task=SimpleNamespace(name="image")) is None
+        assert isinstance(function(*given, task=SimpleNamespace(name="image")), dict), "what doit saves"
     assert asked == ["/base.img.xz"]
     assert Card(tmp_path / "out.img")["opt/thing"].content == b"a thing\n"
     assert [path.name for path in (tmp_path / "cache" / "gamebear-tasks" / "sources").glob("[!.]*")] == [
@@ -770,6 +770,47 @@ def test_only_a_real_change_bakes_again(project: Project) -> None:
     assert project.doit().ok().ran == ["image"]
 
 
+def rewrite(project: Project, name: str, text: str) -> None:
+    """Write a file in place, and set its mtime to what it was."""
+    path = project.folder / name
+    before = path.stat()
+    path.write_text(text)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(("name", "text"), [("thing", "MADE\n"), ("thing", "more\n\n"), ("key.pub", f"{KEY}er\n")])
+def test_a_file_with_other_content_and_the_same_mtime_bakes_again(project: Project, name: str, text: str) -> None:
+    project.doit().ok()
+    assert project.doit().ok().ran == []
+    rewrite(project, name, text)
+    assert project.doit().ok().ran == ["image"]
+    assert project.doit().ok().ran == []
+
+
+def test_a_file_that_a_later_action_changes_is_not_taken_for_baked(project: Project) -> None:
+    text = DODO.format(password=HASH, more="").replace("return sd_image(", "task = sd_image(")
+    project.write("dodo.py", f"{text}    return {{**task, 'actions': [*task['actions'], 'echo late > thing']}}\n")
+    project.doit("-n", "2").ok()
+    assert project.doit().ok().ran == ["image"]
+    assert project.doit().ok().ran == []
+
+
+def test_what_a_killed_run_has_baked_is_not_taken_for_what_was_baked_before(project: Project) -> None:
+    text = DODO.format(password=HASH, more="").replace("return sd_image(", "task = sd_image(")
+    kill = "test ! -e kill || kill -9 $PPID"
+    project.write("dodo.py", f"{text}    return {{**task, 'actions': [*task['actions'], {kill!r}]}}\n")
+    project.doit().ok()
+    first = (project.folder / "build/card.img").read_bytes()
+    rewrite(project, "thing", "MADE\n")
+    project.write("kill", "")
+    assert project.doit().status != 0
+    assert (project.folder / "build/card.img").read_bytes() != first
+    (project.folder / "kill").unlink()
+    rewrite(project, "thing", "made\n")
+    assert project.doit().ok().ran == ["image"]
+    assert (project.folder / "build/card.img").read_bytes() == first
+
+
 def record_of(project: Project) -> Record:
     record = Record.read(project.folder / "build/logs/image.json")
     assert record
@@ -911,10 +952,14 @@ def test_a_program_that_hears_of_ctrl_c_before_doit_does_has_not_failed(project:
     assert [path.name for path in (project.folder / "build").iterdir()] == ["logs"]
 
 
-def test_what_changes_while_it_is_baked_is_not_placed(project: Project) -> None:
+@pytest.mark.parametrize("change", ["echo changed >> ../../thing", "cp -p ../../other ../../thing"])
+def test_what_changes_while_it_is_baked_is_not_placed(project: Project, change: str) -> None:
+    project.doit("thing").ok()
+    project.write("other", "MADE\n")
+    os.utime(project.folder / "other", ns=(1, (project.folder / "thing").stat().st_mtime_ns))
     slow = project.folder / "bin"
     slow.mkdir()
-    (slow / "fsck.fat").write_text('#!/bin/sh\necho changed >> ../../thing\nPATH=/usr/sbin:/sbin exec fsck.fat "$@"\n')
+    (slow / "fsck.fat").write_text(f'#!/bin/sh\n{change}\nPATH=/usr/sbin:/sbin exec fsck.fat "$@"\n')
     (slow / "fsck.fat").chmod(0o755)
     project.doit(PATH=f"{slow}:{os.environ['PATH']}").failed("is baked from changed meanwhile, so it was not placed")
     assert not (project.folder / "build" / "card.img").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -218,7 +217,54 @@ def test_the_modules_are_there_when_the_script_runs(tmp_path: Path, tmp_path_fac
     assert not list((project.folder / "scripts").rglob("__pycache__")), "the client only reads them"
 
 
-def test_a_script_may_be_a_link_and_its_modules_are_beside_the_link(tmp_path: Path) -> None:
-    lay(tmp_path, "scripts/a.py", "elsewhere/a.py", elsewhere__x="import a")
-    os.symlink(tmp_path / "elsewhere/x.py", tmp_path / "scripts/x.py")
-    assert local_modules(tmp_path / "scripts/x.py") == {"a.py": tmp_path / "scripts/a.py"}
+def imported_by_python(script: Path) -> str:
+    """Return what Python itself prints for a script."""
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+
+
+def test_modules_of_a_linked_script_are_searched_beside_its_target_as_python_does(tmp_path: Path) -> None:
+    lay(tmp_path, "real/near.py", scripts__a="print('link')", real__a="print('target')", real__x="import a, near")
+    script = tmp_path / "scripts/x.py"
+    script.symlink_to("../real/x.py")
+    assert imported_by_python(script) == "target\n"
+    assert local_modules(script) == {name: tmp_path / "real" / name for name in ("a.py", "near.py")}
+
+
+def test_modules_of_a_linked_script_below_the_current_folder_have_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path, "real/a.py", real__x="import a", scripts__b="")
+    Path("scripts/x.py").symlink_to(tmp_path / "real/x.py")
+    assert local_modules(Path("scripts/x.py")) == {"a.py": Path("real/a.py")}
+
+
+def test_a_retargeted_script_link_has_the_modules_of_its_new_target(tmp_path: Path) -> None:
+    lay(tmp_path, "one/a.py", "two/a.py", one__x="import a", two__x="import a")
+    script = tmp_path / "x.py"
+    for folder in ("one", "two"):
+        script.unlink(missing_ok=True)
+        script.symlink_to(f"{folder}/x.py")
+        assert local_modules(script) == {"a.py": tmp_path / folder / "a.py"}
+
+
+def test_a_linked_script_may_import_its_target_by_its_own_name(tmp_path: Path) -> None:
+    lay(tmp_path, real__y="if __name__ == '__main__':\n    import y\nelse:\n    print('imported')")
+    script = tmp_path / "x.py"
+    script.symlink_to("real/y.py")
+    assert imported_by_python(script) == "imported\n"
+    assert local_modules(script) == {"y.py": tmp_path / "real/y.py"}
+
+
+def test_linked_modules_and_packages_are_found_under_their_links_names(tmp_path: Path) -> None:
+    lay(tmp_path, "shared/pkg/sub.py", shared__m="import n", shared__pkg__INIT="from . import sub", shared__n="wrong")
+    lay(tmp_path, scripts__n="", scripts__x="import module, package")
+    (tmp_path / "scripts/module.py").symlink_to("../shared/m.py")
+    (tmp_path / "scripts/package").symlink_to("../shared/pkg")
+    assert imported_by_python(tmp_path / "scripts/x.py") == ""
+    assert list(local_modules(tmp_path / "scripts/x.py")) == [
+        "module.py",
+        "n.py",
+        "package/__init__.py",
+        "package/sub.py",
+    ]

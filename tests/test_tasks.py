@@ -138,7 +138,7 @@ def test_info_tells_files_targets_and_why_it_would_run(built: Project) -> None:
     edit(built, "dodo.py", "True", "False")
     changed = built.doit("info", "gt")
     assert changed.status == 1
-    assert "the job of gt.py: its arguments, sources, architecture, names, or the function" in changed.out
+    assert "the job of gt.py: its files, arguments, sources, architecture, names, or the function" in changed.out
 
 
 def test_our_own_dodo_lists_the_artifacts_the_images_and_the_tools(tmp_path: Path) -> None:
@@ -423,10 +423,12 @@ NEEDED = {
     "config",
     "database",
     "errors",
+    "hashing",
     "history",
     "imports",
     "interrupt",
     "job",
+    "placed",
     "plan",
     "process",
     "progress",

@@ -77,8 +77,7 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
             yield from provenance.write(name, action.plan, record, builder_of_this_run(url))
         elif recipe is not None:
             from ..image import statement
-            from ..image.bake import job_of  # slow to load
 
-            if record is None or record.state != "done" or record.job != job_of(recipe):
+            if record is None or record.state != "done" or record.job != recipe.document():
                 raise stale
             yield statement.write(recipe, record)

@@ -15,9 +15,11 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from .. import history, reasons, timing
 from ..config import settings
 from ..errors import GamebearError, ImageError
+from ..hashing import version
 from ..interrupt import ending, terminated_as_interrupted
 from ..job import Json
 from ..place import statement_of
+from ..placed import placing
 from ..progress.telling import Telling
 from ..report import notice
 from ..runner.files import CHUNK, sync_folder
@@ -27,7 +29,7 @@ from .disk import Disk, Partition
 from .fat import Fat
 from .pack import pack
 from .program import check_installed
-from .recipe import SUFFIXES, Recipe
+from .recipe import SUFFIXES, Recipe, state_of
 from .tree import Tree
 from .workshop import workshop
 
@@ -38,11 +40,11 @@ PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
 """What tells which architecture a base is of."""
 
 
-def bake(recipe: Recipe, task: str) -> BaseFail | None:
-    """Bake an image; a doit action of the task of that name."""
+def bake(recipe: Recipe, task: str) -> BaseFail | str:
+    """Bake an image, and return the state that it was baked from; a doit action of the task of that name."""
     try:
         with terminated_as_interrupted():
-            Baking(recipe, task).run()
+            return Baking(recipe, task).run()
     except ImageError as error:
         return TaskFailed(str(error))
     except GamebearError as error:
@@ -52,7 +54,6 @@ def bake(recipe: Recipe, task: str) -> BaseFail | None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "Make room there" if full else "See that the file or folder is there and yours"
         return TaskError(in_line(f"{recipe.output} cannot be baked: {what}. {hint}, then run doit again."))
-    return None
 
 
 class Baking:
@@ -72,23 +73,25 @@ class Baking:
         self._job: dict[str, Json] = {}
         self._record: timing.Record | None = None
 
-    def run(self) -> None:
-        """Bake; raises ImageError and OSError."""
+    def run(self) -> str:
+        """Bake, and return the state that the image was baked from; raises ImageError and OSError."""
         with self.watch.running(), history.noted(self.note):
             target = self.recipe.output
             absent = reasons.missing([str(target)])
             before = _stamps(self.recipe)
-            self._job = job_of(self.recipe)
+            self._job = self.recipe.document()
+            state = state_of(self._job)
             last = history.last(self.task)
             self.why = reasons.reasons_to_bake(self._job, last, absent)
             self.telling.begins("", last)
-            _bake(self.recipe, before)
+            _bake(self.recipe, before, state)
             record = self.note("done")
         self.telling.ended(record)
         if settings().provenance:
             from . import statement
 
             statement.write(self.recipe, record)
+        return state
 
     def note(self, state: str, failure: str = "") -> timing.Record:
         """Keep how the task went, once, and return it."""
@@ -109,13 +112,7 @@ class Baking:
         return self._record
 
 
-def job_of(recipe: Recipe) -> dict[str, Json]:
-    """Return what an image's record has as its job: what tells whether it would be baked from the same."""
-    files = {path: [inode, size, changed] for path, inode, size, changed in _stamps(recipe)}
-    return {"image": recipe.identity(), "files": files}
-
-
-def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
+def _bake(recipe: Recipe, before: list[str], state: str) -> None:
     check_installed(recipe.programs)
     suffix = SUFFIXES[recipe.output.suffix]
     target = recipe.output
@@ -135,7 +132,7 @@ def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
             pack(image, done, suffix)
         if _stamps(recipe) != before:
             raise ImageError(f"What {target} is baked from changed meanwhile, so it was not placed.", "Run doit again.")
-        with timing.phase("place"):
+        with timing.phase("place"), placing([str(target)], state):
             with done.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(done, target)
@@ -144,8 +141,8 @@ def _bake(recipe: Recipe, before: list[tuple[str, int, int, int]]) -> None:
             sync_folder(target.parent)
 
 
-def _stamps(recipe: Recipe) -> list[tuple[str, int, int, int]]:
-    """Return what tells whether a file that goes in has changed; raises ImageError where one is not there."""
+def _stamps(recipe: Recipe) -> list[str]:
+    """Return the version of each file that goes in; raises ImageError where one is not there."""
     found = []
     for path in recipe.files:
         try:
@@ -156,7 +153,7 @@ def _stamps(recipe: Recipe) -> list[tuple[str, int, int, int]]:
             ) from error
         if not stat.S_ISREG(about.st_mode):
             raise ImageError(f"{path} is no file.", "Give a file; a folder goes in as a tar.")
-        found.append((str(path), about.st_ino, about.st_size, about.st_mtime_ns))
+        found.append(version(about))
     return found
 
 

@@ -6,12 +6,13 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from ..errors import SettingsError
+from ..errors import ImageError, SettingsError
+from ..hashing import opened_content_of
 from ..job import Json, canonical_json
 from ..wording import size_in
 
@@ -159,6 +160,30 @@ class Recipe:
             "free": self.free,
         }
         return hashlib.sha256(canonical_json(whole)).hexdigest()
+
+    def document(self, content: Callable[[str], tuple[str, bool]] = opened_content_of) -> dict[str, Json]:
+        """Return what its image is baked from: its identity, and the SHA-256 of each file.
+
+        Args:
+            content: gives a file's SHA-256 and whether it is executable; raises OSError.
+
+        Raises:
+            ImageError: a file cannot be read.
+        """
+        hashes: dict[str, Json] = {}
+        for path in map(str, self.files):
+            try:
+                hashes[path] = content(path)[0]
+            except OSError as error:
+                raise ImageError(
+                    f"{path} cannot be read: {error.strerror}.", "Is it the target of another task, or misspelt?"
+                ) from error
+        return {"image": self.identity(), "files": hashes}
+
+
+def state_of(document: Mapping[str, Json]) -> str:
+    """Return a hash over what an image is baked from: what doit saves and compares."""
+    return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
 def file(path: str | Path, destination: str, *, mode: int | None = None, owner: int = 0, group: int = 0) -> File:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def write(recipe: Recipe, record: Record) -> Path:
     """Write the statement of an image that was baked, and return where it is.
 
     Args:
-        recipe: what it was baked from, which must be as it was.
+        recipe: what it was baked from.
         record: how that went, well.
 
     Raises:
@@ -31,10 +31,12 @@ def write(recipe: Recipe, record: Record) -> Path:
         if about.st_size != made.size or not -CLOCK < about.st_mtime - record.begun < record.seconds + CLOCK:
             raise changed(record, made)
         digest = sha256_of(recipe.output)
-        files = [resource(str(path), sha256=sha256_of(path), role=role) for path, role in _parts(recipe)]
     except OSError as error:
         what = f"{error.filename} cannot be read: {error.strerror}."
         raise JobError(what, f"Run doit {record.task} again.") from error
+    hashes = record.job["files"]
+    assert isinstance(hashes, Mapping)
+    files = [resource(str(path), sha256=hashes[str(path)], role=role) for path, role in _parts(recipe)]
     user = recipe.user
     if not isinstance(recipe.base, Path):
         known = resource(recipe.base.url.rpartition("/")[2], sha256=recipe.base.sha256, role="base")

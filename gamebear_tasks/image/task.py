@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from doit.exceptions import BaseFail
 
 from ..config import architecture, settings
-from ..errors import SettingsError
+from ..errors import ImageError, SettingsError
+from ..hashing import content_of
 from ..history import up_to_date
 from ..interrupt import say_so_without_a_traceback
+from ..placed import is_placed
 from ..tasks import Task, check_target, remove_targets
-from .recipe import SUFFIXES, File, Recipe, Tar, User, size_of, texts
+from .recipe import SUFFIXES, File, Recipe, Tar, User, size_of, state_of, texts
 from .workshop import remove_workshops
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 """A host name (RFC 1123, 2.1), without a domain."""
+
+SAVED = "gamebear-image"
+"""The key of the state that was baked, among the values that doit saves of a task."""
 
 OUTPUT = re.compile(r".*[^.\n]\.img(\.xz|\.zst)?")
 """The name of a target; it is more than a suffix."""
@@ -123,33 +128,34 @@ def _is_archive(base: object) -> TypeGuard[Archive]:
     return isinstance(base, Archive)
 
 
-def _bake(recipe: Recipe, task: Any) -> BaseFail | None:
+def _bake(recipe: Recipe, task: Any) -> BaseFail | dict[str, str]:
     from .bake import bake  # here, because loading a dodo.py is to be quick
 
-    return bake(recipe, task.name)
+    done = bake(recipe, task.name)
+    return {SAVED: done} if isinstance(done, str) else done
 
 
 class _SameRecipe:
-    """Tells doit whether all of a recipe that is no `file_dep` is as it was; an `uptodate` of a task."""
+    """Tells doit whether the target holds what would be baked now; an `uptodate` of a task."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._identity = ""
-
-    def configure_task(self, task: Any) -> None:
-        """Have doit save what we compare with, with the task's success."""
-        task.value_savers.append(lambda: {"gamebear-image": self._identity})
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
-        self._identity = self._recipe.identity()
-        if values.get("gamebear-image") != self._identity:
+        baked = values.get(SAVED)
+        try:
+            if baked is None or baked != state_of(self._recipe.document(content_of)):
+                return False
+        except ImageError:
+            return False  # baking it says what is wrong
+        if not is_placed([str(self._recipe.output)], baked):
             return False
         up_to_date.append(task.name)
         return True
 
     def __repr__(self) -> str:
-        return f"the recipe of {self._recipe.output}: its settings, names and modes"
+        return f"the recipe of {self._recipe.output}: its files' content, settings, names and modes"
 
 
 def _remove_workshops(task: Any, dryrun: bool) -> None:
