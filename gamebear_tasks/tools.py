@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from doit.dependency import UptodateCalculator
 from doit.exceptions import TaskError
+from doit.task import DelayedLoader
 
 from .config import settings
 from .errors import GamebearError, SettingsError
 from .plan import declared, read_lock
 from .tasks import LOCK, Task
 from .wording import in_line, size, size_in
+
+if TYPE_CHECKING:
+    from .sources.choice import Declared
 
 DAY = 86400.0
 """Seconds."""
@@ -27,8 +33,47 @@ def only_when_named(task: Any, values: Mapping[str, Any]) -> bool:
     return task.options is None
 
 
+class OnlyWhenNamed(UptodateCalculator):  # type: ignore[misc]  # doit has no types
+    """Does what `only_when_named` does, and gives the task's action all sources of the dodo.py.
+
+    Those of `@create_after` tasks are among them: a run does not create tasks that it does not need, so their creators
+    are called here, as `doit list` calls them. It happens in doit's main process; options travel to the others.
+    """
+
+    def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
+        """Say whether the task was not named; if it was, set its options `sources` and `unknown`."""
+        if only_when_named(task, values):
+            return True
+        task.options["unknown"] = list(_create_delayed(self.tasks_dict))
+        task.options["sources"] = list(declared)
+        return False
+
+
+def _create_delayed(tasks: Mapping[str, Any]) -> Iterator[str]:
+    """Have the creators that doit has not called yet declare their sources; say of each that fails why."""
+    seen: list[Any] = []
+    for name, task in list(tasks.items()):
+        loader = task.loader
+        if not isinstance(loader, DelayedLoader) or loader.created or loader.creator in seen:
+            continue
+        seen.append(loader.creator)
+        try:
+            _exhaust(loader.creator(**(loader.kwargs or {})))
+        except Exception as error:  # noqa: BLE001 - an author's code, which may need what another task makes
+            why = error.message if isinstance(error, GamebearError) else f"{type(error).__name__}: {error}"
+            hint = f"run: doit {loader.task_dep} lock" if loader.task_dep else "mend it in dodo.py"
+            yield f"not all sources of the task {name} are known, as it cannot be created yet: {why} ({hint})"
+
+
+def _exhaust(tasks: Any) -> None:
+    """Run a creator to its end; generators may give generators."""
+    if inspect.isgenerator(tasks):
+        for each in tasks:
+            _exhaust(each)
+
+
 def task_lock() -> Task:
-    """pin branches, tags and Debian packages in gamebear.lock (-u: again, all of them)"""
+    """pin branches, tags and Debian packages in gamebear.lock (-u: again, all of them; --prune: drop unused pins)"""
     return {
         "actions": [(_lock,)],
         "params": [
@@ -39,36 +84,50 @@ def task_lock() -> Task:
                 "type": bool,
                 "default": False,
                 "help": "look again for what is pinned already",
-            }
+            },
+            {
+                "name": "prune",
+                "long": "prune",
+                "type": bool,
+                "default": False,
+                "help": "drop the pins that no task of this dodo.py declares",
+            },
         ],
-        "uptodate": [only_when_named],
+        "uptodate": [OnlyWhenNamed()],
         "verbosity": 2,
     }
 
 
-def _lock(update: bool) -> TaskError | None:
+def _lock(update: bool, prune: bool, sources: list[Declared], unknown: list[str]) -> TaskError | None:
     from .cache import sources_folder
     from .sources.lookup import resolve
 
-    return _told(lambda: resolve(declared, LOCK, sources_folder(), update=update))
+    def lock() -> Iterator[str]:
+        yield from resolve(sources, LOCK, sources_folder(), update=update, prune=prune and not unknown)
+        yield from unknown
+        if prune and unknown:
+            yield "no pin was dropped, as not all sources are known"
+
+    return _told(lock)
 
 
 def task_sources() -> Task:
     """fetch every pinned source into this machine's cache, to build without a network"""
-    return {"actions": [(_fetch_sources,)], "uptodate": [only_when_named], "verbosity": 2}
+    return {"actions": [(_fetch_sources,)], "uptodate": [OnlyWhenNamed()], "verbosity": 2}
 
 
-def _fetch_sources() -> TaskError | None:
+def _fetch_sources(sources: list[Declared], unknown: list[str]) -> TaskError | None:
     from .cache import sources_folder
     from .sources.choice import check_preference, choose
 
     preference = settings().sources
 
     def fetch() -> Iterator[str]:
-        check_preference(preference, declared)
+        check_preference(preference, sources)
         lock = read_lock(LOCK)
-        for source in [choose(source, preference) for source in declared]:
+        for source in [choose(source, preference) for source in sources]:
             yield f"{source}: {size(source.fetch(sources_folder(), lock).stat().st_size)}"
+        yield from unknown
 
     return _told(fetch)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from project import Project
 from upstreams import call_git, commit, no_programs
 
 from gamebear_tasks.errors import SourceError
@@ -66,12 +67,126 @@ def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Pat
     assert source.identity(Lock.read(lock_path)) == {"git": second}
 
 
-def test_what_is_no_longer_declared_is_dropped(upstream: Path, lock_path: Path, cache: Path) -> None:
-    """The lock file does not grow forever."""
-    kept = git(str(upstream), "main")
-    Lock({kept.key: "a" * 40, "https://git.example/gone main": "b" * 40}).write(lock_path)
-    assert resolve([kept], lock_path, cache) == ["git https://git.example/gone main: dropped, no longer declared"]
-    assert Lock.read(lock_path).git == {kept.key: "a" * 40}
+def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_path: Path, cache: Path) -> None:
+    declared = git(str(upstream), "main")
+    entry = DebianEntry("1-1", {"hello.dsc": "b" * 64})
+    Lock({declared.key: "a" * 40, "https://git.example/gone main": "b" * 40}, {"hello": entry}).write(lock_path)
+    before = lock_path.read_bytes()
+    kept = "kept, though not declared here; doit lock --prune drops it"
+    assert resolve([declared], lock_path, cache) == [
+        f"git https://git.example/gone main: {kept}",
+        f"debian hello: {kept}",
+    ]
+    assert lock_path.read_bytes() == before
+    assert resolve([declared], lock_path, cache, prune=True) == [
+        "git https://git.example/gone main: dropped, no longer declared",
+        "debian hello: dropped, no longer declared",
+    ]
+    assert Lock.read(lock_path) == Lock({declared.key: "a" * 40})
+
+
+LATE = """
+from pathlib import Path
+from doit import create_after
+from gamebear_tasks import artifact, either, git, task_lock, task_sources
+
+DOIT_CONFIG = {{"default_tasks": []}}
+
+def task_first():
+    return {{"actions": ["echo first > first; echo > late.py"], "targets": ["first"]}}
+
+@create_after(executed="first", target_regex="late")
+def task_late():
+    def inner():
+        yield {{"name": "x", **artifact("late.py", sources={{"up": git({url!r}, "main")}}, outputs=["late"])}}
+    {before}
+    yield inner()
+
+@create_after(executed="first", creates=["named", "also"])
+def task_named():
+    for name in ("named", "also"):
+        yield {{"basename": name, **artifact("x.py", sources={{"up": git({url!r}, "v1")}}, outputs=[name])}}
+"""
+
+
+@pytest.fixture
+def late(project: Project, upstream: Path) -> Project:
+    """A project whose only artifacts belong to tasks that are created late."""
+    call_git(upstream, "tag", "v1")
+    project.write("x.py", "")
+    project.write("late.py", "import shutil; shutil.copy('up/README', 'late')")
+    project.write("dodo.py", LATE.format(url=upstream.as_uri(), before=""))
+    return project
+
+
+def locked(project: Project) -> set[str]:
+    """Return the revisions that are pinned."""
+    return {key.rpartition(" ")[2] for key in Lock.read(project.folder / "gamebear.lock").git}
+
+
+@pytest.mark.parametrize("parallel", [(), ("-n", "2"), ("-n", "2", "-P", "thread")], ids=" ".join)
+def test_sources_of_tasks_that_are_created_later_are_pinned(late: Project, parallel: tuple[str, ...]) -> None:
+    run = late.doit(*parallel, "lock").ok()
+    assert run.ran == ["lock"]
+    assert "known" not in run.out and "kept" not in run.out
+    assert locked(late) == {"main", "v1"}
+    assert "known" not in late.doit(*parallel, "first", "lock", "sources").ok().out
+    assert locked(late) == {"main", "v1"}
+    assert len(list((late.home / ".cache/gamebear-tasks/sources").glob("git-*.tar"))) == 1
+
+
+def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> None:
+    """Their creator needs what another task makes, which was built when they were pinned."""
+    late.doit("lock").ok()
+    text = (late.folder / "dodo.py").read_text()
+    needs = "    Path('first').read_text()\n"
+    text = text.replace("    yield inner()", f"{needs}    yield inner()")
+    late.write("dodo.py", text.replace('    for name in ("named"', f'{needs}    for name in ("named"'))
+    for arguments in (("lock",), ("lock", "--update"), ("lock", "--prune")):
+        said = late.doit(*arguments).ok().out
+        for name in ("late", "named"):
+            why = f"not all sources of the task {name} are known, as it cannot be created yet: FileNotFoundError: "
+            assert said.count(why) == 1
+        assert "the task also" not in said, "it has the same creator"
+        assert "(run: doit first lock)" in said
+        assert ("no pin was dropped" in said) == ("--prune" in arguments)
+        assert locked(late) == {"main", "v1"}
+    assert "known" not in late.doit("first", "lock", "--prune").ok().out
+    assert locked(late) == {"main", "v1"}
+    late.write("dodo.py", (late.folder / "dodo.py").read_text().replace('"v1"', '"main"'))
+    assert "v1: dropped, no longer declared" in late.doit("lock", "--prune").ok().out
+    assert locked(late) == {"main"}
+
+
+def test_pins_of_another_dodo_file_are_kept(late: Project) -> None:
+    late.doit("lock").ok()
+    late.write("other.py", "from gamebear_tasks import task_lock\n")
+    assert late.doit("-f", "other.py", "lock").ok().out.count("kept, though not declared here") == 2
+    assert locked(late) == {"main", "v1"}
+
+
+def test_a_doit_that_names_no_tool_creates_tasks_once_as_doit_does(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        """
+from doit import create_after
+from gamebear_tasks import task_lock, task_sources
+"""
+        + "\n" * 1000
+        + """  # the tools come first: doit sorts tasks by their lines, whatever the file
+def task_first():
+    return {"actions": ["touch first"]}
+
+@create_after(executed="first")
+def task_late():
+    open("created", "a").write("late ")
+    return {"actions": ["touch late"]}
+""",
+    )
+    assert project.doit().ok().ran == ["first", "late"]
+    assert (project.folder / "created").read_text() == "late "
+    project.doit("late", "lock").ok()
+    assert (project.folder / "created").read_text() == "late late "
 
 
 def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,24 @@ from .from_git import Git
 from .lock import DebianEntry, Lock
 
 
-def resolve(sources: Iterable[Declared], lock_path: Path, cache: Path, *, update: bool = False) -> list[str]:
-    """Bring the lock file up to date: all that is declared, nothing else.
+def resolve(
+    sources: Iterable[Declared], lock_path: Path, cache: Path, *, update: bool = False, prune: bool = False
+) -> list[str]:
+    """Bring the lock file up to date with all that is declared.
 
-    Of alternatives (`either()`) those that cannot be looked up from here keep what they had, as long as one has a pin.
+    Other pins are kept unless they are to be pruned: another dodo.py, a variable, or a task that is created later may
+    declare them, and a branch without its pin would silently be built from another commit. Of alternatives
+    (`either()`), those that cannot be looked up from here keep what they had, as long as one has a pin.
 
     Args:
         sources: all that the dodo.py declares.
         lock_path: the lock file; not touched if nothing changes or something fails.
         cache: the folder whose private apt is used.
         update: look again also for what has an entry already.
+        prune: drop the pins of what is not declared.
 
     Returns:
-        What has changed, a line each; and what could not be looked up.
+        What has changed, a line each; then what could not be looked up, and what is kept.
 
     Raises:
         SourceError: something cannot be looked up, or the lock file cannot be read or written.
@@ -63,6 +68,14 @@ def resolve(sources: Iterable[Declared], lock_path: Path, cache: Path, *, update
                     debian[source.key] = old.debian[source.key]
         if failures and not any(source.pin(Lock(git, debian)) for _, source in declared.options):
             raise failures[0]
+    undeclared = [("git", key) for key in sorted(old.git.keys() - git)]
+    undeclared += [("debian", key) for key in sorted(old.debian.keys() - debian)]
+    if not prune:
+        git.update((key, commit) for key, commit in old.git.items() if key not in git)
+        debian.update((key, entry) for key, entry in old.debian.items() if key not in debian)
+        notes += [
+            f"{kind} {key}: kept, though not declared here; doit lock --prune drops it" for kind, key in undeclared
+        ]
     new = Lock(git, debian)
     changes = [
         *_changes("git", old.git, new.git),
