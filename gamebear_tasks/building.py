@@ -232,7 +232,7 @@ class Building:
             with timing.phase("fetch"):
                 builder.fetch(order.job.digest, status.attempt, name, offset, target, limit)
 
-        timing.expected(sum(output.size for output in status.outputs.values()))
+        timing.expected(sum(output.room for output in status.outputs.values()))
         with timing.phase("place"), placing(self.plan.targets.values(), self._state):
             place(self._targets(), status.outputs, fetch)
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeAlias
 from .builders import Output, Sink
 from .errors import JobError
 from .process import UMASK
-from .runner.files import CHUNK, opened_alone, sha256, sync_folder
+from .runner.files import content, opened_alone, sha256_of, sync_folder, zeros
 from .wording import size
 
 Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
@@ -143,10 +143,10 @@ def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
         have = 0
     missing = output.size - have
     free = shutil.disk_usage(part.path.parent).free
-    if missing > free:
+    if min(missing, output.room) > free:
         part.path.unlink()
         raise JobError(
-            f"There is no room for {part.target}: it takes {size(output.size)}, and {size(free)} are free.",
+            f"There is no room for {part.target}: it takes {size(output.room)}, and {size(free)} are free.",
             "Make room, then run doit again: it is fetched, not built.",
         )
     checked = _Checked(file, have)
@@ -174,9 +174,9 @@ class _Checked:
         self._digest = hashlib.sha256()
         self._file = file
         self.size = have
-        file.seek(0)
-        while data := file.read(CHUNK):
+        for data in content(file.fileno()):
             self._digest.update(data)
+        file.seek(have)
 
     def write(self, data: bytes, /) -> int:
         view = memoryview(data)
@@ -185,6 +185,13 @@ class _Checked:
         self._digest.update(data)
         self.size += len(data)
         return len(data)
+
+    def skip(self, count: int, /) -> None:
+        self.size += count
+        self._file.truncate(self.size)  # first: no file system takes a size that is beyond reason
+        self._file.seek(self.size)
+        for data in zeros(count):
+            self._digest.update(data)
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
@@ -229,10 +236,9 @@ def _remove_unused(path: Path) -> None:
 
 def _is_already(target: Path, output: Output) -> bool:
     try:
-        with target.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != output.size or target.is_symlink():
-                return False
-            return sha256(file) == output.sha256
+        return (
+            os.lstat(target).st_size == output.size and not target.is_symlink() and sha256_of(target) == output.sha256
+        )
     except OSError:
         return False
 

@@ -313,6 +313,18 @@ def fetch(request):
     hostile.doit().failed(NOT_AS_SAID)
 
 
+@pytest.mark.parametrize(
+    "holes",
+    ["7", "[7]", "[[0, -1]]", "[[-4, 4]]", "[[0, 1 << 62]]", "[[0, 2], [1, 2]]", "[['0', 2]]", "[[0, True]]"],
+)
+def test_holes_that_make_no_sense_are_refused(hostile: Hostile, holes: str) -> None:
+    hostile.refused(f"def fetch(request): send(DATA[2:], holes={holes})", "the holes of a file")
+
+
+def test_holes_do_not_make_room_for_more_than_was_said(hostile: Hostile) -> None:
+    hostile.refused("def fetch(request): send(DATA, holes=[[0, 2]])", "sends more of x")
+
+
 @pytest.mark.parametrize("valid", ["1e300", "10**400", "float('inf')"])
 def test_a_result_is_not_believed_to_hold_for_centuries(hostile: Hostile, valid: str) -> None:
     hostile.says(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")

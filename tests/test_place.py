@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from gamebear_tasks.builders import Output, Sink
 from gamebear_tasks.errors import BuilderLost, JobError
 from gamebear_tasks.place import Mismatch, part_pattern, place
+
+MIB = 1 << 20
 
 CONTENT = {"umtprd": b"\x7fELF" + bytes(range(256)) * 1000, "b.tar": b"tar" * 9}
 
@@ -121,6 +124,39 @@ def test_what_a_broken_download_of_something_else_has_left_goes_with_the_next_th
         (tmp_path / mine).touch()
     place({"umtprd": target}, {"umtprd": output(CONTENT["umtprd"])}, fetch)
     assert leftovers(tmp_path) == [".umtprd.more.0123456789abcdef.part"], "another target's part is not ours"
+
+
+def test_a_download_that_breaks_behind_a_hole_goes_on_behind_it(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    whole = bytes(5 * MIB) + b"end" + bytes(5 * MIB)
+    said = {"x": Output(len(whole), hashlib.sha256(whole).hexdigest(), False, 3)}
+
+    def breaks(name: str, offset: int, target: Sink, limit: int) -> None:
+        target.skip(5 * MIB)
+        raise BuilderLost("The connection broke.")
+
+    def the_rest(name: str, offset: int, target: Sink, limit: int) -> None:
+        assert (offset, limit) == (5 * MIB, 5 * MIB + 3)
+        target.write(b"end")
+        target.skip(5 * MIB)
+
+    with pytest.raises(BuilderLost):
+        place({"x": target}, said, breaks)
+    place({"x": target}, said, the_rest)
+    assert target.read_bytes() == whole
+    assert target.stat().st_blocks * 512 < MIB
+
+
+def test_a_sparse_artifact_needs_room_for_its_data_only(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+
+    def skips(name: str, offset: int, target: Sink, limit: int) -> None:
+        raise BuilderLost("It was asked for.")
+
+    with pytest.raises(BuilderLost):
+        place({"x": tmp_path / "x"}, {"x": Output(free * 2, "0" * 64, False, 1000)}, skips)
+    with pytest.raises(JobError, match="There is no room for"):
+        place({"x": tmp_path / "x"}, {"x": Output(free * 4, "0" * 64, False, free * 2)}, skips)
 
 
 def test_a_download_that_breaks_before_its_first_byte_leaves_nothing(tmp_path: Path) -> None:

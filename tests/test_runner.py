@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from project import Project, assert_nothing_is_left, processes, wait_for
+
+from gamebear_tasks.config import own_architecture
+from gamebear_tasks.runner import store, supervise
+from gamebear_tasks.runner.files import sha256_of
+from gamebear_tasks.runner.store import Store
 
 DODO = """
 from gamebear_tasks import artifact
@@ -204,6 +212,101 @@ def test_an_output_that_is_missing_is_named(counted: Project) -> None:
 def test_a_job_that_takes_too_long_is_ended(counted: Project) -> None:
     counted.doit("time_limit=1").failed("time limit of 1 seconds")
     assert_nothing_is_left(counted)
+
+
+HUGE = """
+import os
+with open("x", "wb") as file:
+    file.truncate(200 << 30)
+"""
+"""Leaves an output of 200 GiB that takes no room, but minutes to hash."""
+
+
+def test_the_time_limit_ends_a_job_whose_output_is_being_hashed(project: Project) -> None:
+    project.write("dodo.py", DODO)
+    project.write("x.py", HUGE)
+    project.doit("time_limit=4").failed("time limit of 4 seconds")
+    assert_nothing_is_left(project)
+    assert list((project.store / "jobs").glob("*/out-*/*")) == []
+    project.write("x.py", "open('x', 'w').close()")
+    project.doit().ok()  # the slot is free
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "doit jobs cancel"])
+def test_a_job_whose_output_is_being_hashed_can_be_cancelled(project: Project, how: str) -> None:
+    project.write("dodo.py", DODO)
+    project.write("x.py", HUGE)
+    client = project.start()
+    wait_for(lambda: [path for path in project.store.glob("jobs/*/phase") if path.read_text() == "keep"])
+    if how == "Ctrl-C":
+        client.send_signal(signal.SIGINT)
+    else:
+        project.doit("jobs", "cancel", "x", "--force").ok()
+    assert client.wait(60) != 0
+    (state,) = project.store.glob("jobs/*/state.json")
+    assert json.loads(state.read_bytes())["state"] == "cancelled"
+    assert_nothing_is_left(project)
+
+
+def test_a_sparse_output_is_sparse_on_both_sides_and_its_holes_are_not_sent(project: Project) -> None:
+    project.write("dodo.py", DODO)
+    parts = {0: b"begin", (1 << 30) + 5: b"middle" * 50_000, 2 << 30: b"z" * 100_000}
+    ends = 3 << 30
+    project.write(
+        "x.py",
+        f"""
+with open("x", "wb") as file:
+    for offset, data in {parts!r}.items():
+        file.seek(offset)
+        file.write(data)
+    file.truncate({ends})
+""",
+    )
+    run = project.doit("-r", "live").ok()
+    target = project.folder / "build" / "x"
+    (stored,) = project.store.glob("jobs/*/out-*/x")
+    for path in (target, stored):
+        about = path.stat()
+        assert about.st_size == ends
+        assert about.st_blocks * 512 < 4 << 20
+    with target.open("rb") as file:
+        for offset, data in parts.items():
+            file.seek(offset)
+            assert file.read(len(data) + 1).rstrip(b"\0") == data
+    record = json.loads((project.folder / "build" / "logs" / "x.json").read_bytes())
+    assert record["bytes"]["down"] < 4 << 20, run.text
+    project.doit("clean").ok()
+    project.doit().ok()
+    assert sha256_of(target) == sha256_of(stored)
+
+
+@pytest.mark.parametrize("phase", ["another job's leftovers", "the builder is looked at", "the folder is filled"])
+def test_a_phase_that_does_not_look_whether_it_is_to_end_is_ended_all_the_same(
+    project: Project, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    stored = Store(project.store).job("0" * 64)
+    stored.store.prepare()
+    stored.folder.mkdir()
+    monkeypatch.setattr(store, "cache_home", lambda: project.home / ".cache")
+    attempt = stored.begin_attempt({"trees": {}, "time_limit": 0})
+    begun: list[str] = []
+
+    def waits(*_: object, **__: object) -> NoReturn:
+        begun.append(phase)
+        stored.ask_to_stop(attempt)
+        subprocess.run(["sleep", "100"], check=True)
+        raise AssertionError("it was not ended")
+
+    place = {
+        "another job's leftovers": (supervise, "clean_up_after_lost_jobs"),
+        "the builder is looked at": (supervise, "facts"),
+        "the folder is filled": (supervise.work, "fill"),
+    }[phase]
+    monkeypatch.setattr(*place, waits)
+    monkeypatch.setattr(supervise.Supervisor, "_document", lambda self: {"arch": own_architecture()})
+    supervise.Supervisor(stored, attempt).run()
+    assert begun == [phase]
+    assert stored.written_state()["state"] == "cancelled"
 
 
 def test_a_script_that_changes_while_it_is_built_is_not_taken_for_built(counted: Project) -> None:

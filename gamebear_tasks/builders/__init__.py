@@ -50,11 +50,18 @@ class Output:
         size: in bytes.
         sha256: of its content.
         executable: whether the program left it executable.
+        data: how many of its bytes are not holes of a sparse file; None where the builder does not say.
     """
 
     size: int
     sha256: str
     executable: bool
+    data: int | None = None
+
+    @property
+    def room(self) -> int:
+        """Bytes that it takes on a disk."""
+        return self.size if self.data is None else self.data
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,10 @@ class Sink(Protocol):
 
     def write(self, data: bytes, /) -> object:
         """Take all of `data`, the next bytes of the content."""
+        ...
+
+    def skip(self, count: int, /) -> object:
+        """Take a hole: the next `count` bytes of the content are zeros."""
         ...
 
 

@@ -445,6 +445,11 @@ class _Counted:
         self._target.write(data)
         self.count += len(data)
 
+    def skip(self, count: int, /) -> None:
+        """Take a hole."""
+        self._target.skip(count)
+        self.count += count
+
 
 def _address(text: object, url: str) -> str:
     """Return a worker's address, which came from outside."""

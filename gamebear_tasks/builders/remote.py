@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,6 +22,7 @@ from ..errors import NONSENSE, BuilderError, BuilderLost, SourceError
 from ..job import File, Job
 from ..runner.files import sha256_of
 from ..timing import expected
+from ..wording import size
 from . import JobEntry, Kept, Order, Pruned, Sink, Status, replies
 from .channel import Connection
 from .pool import SessionPool
@@ -220,18 +222,37 @@ class RunnerBuilder:
         setbacks = _Setbacks(self)
         rounds = Rounds(f"The bytes of {name} on {self.place}")
         got = 0
+        holes: deque[tuple[int, int]] = deque()
+
+        def begun(reply: dict[str, Any], length: int) -> None:
+            holes.clear()
+            holes.extend(replies.holes(reply, offset + got, offset + limit, self.place))
+            if length + sum(hole for _, hole in holes) > limit - got:
+                raise BuilderError(
+                    f"{self.place} sends more of {name} than the {size(limit)} that were to come; nothing was kept.",
+                    NONSENSE,
+                )
 
         def take(data: bytes) -> None:
             nonlocal got
-            target.write(data)
-            got += len(data)
-            setbacks.count = 0
+            while data or (holes and holes[0][0] == offset + got):
+                until = holes[0][0] - offset - got if holes else len(data)
+                if until:
+                    piece, data = data[:until], data[until:]
+                    target.write(piece)
+                    got += len(piece)
+                else:
+                    count = holes.popleft()[1]
+                    target.skip(count)
+                    got += count
+                setbacks.count = 0
 
         while True:
             header = {"op": "fetch", "digest": digest, "attempt": attempt, "name": name, "offset": offset + got}
             before = got
             try:
-                self._ask_once(header, None, take, limit - got)
+                self._ask_once(header, None, take, limit - got, begun)
+                take(b"")  # the holes at its end
                 return
             except BuilderLost as error:
                 setbacks.another(error)
@@ -481,11 +502,16 @@ class RunnerBuilder:
                 setbacks.another(error)
 
     def _ask_once(
-        self, header: Mapping[str, Any], body: Body | None = None, sink: Take | None = None, limit: int = 0
+        self,
+        header: Mapping[str, Any],
+        body: Body | None = None,
+        sink: Take | None = None,
+        limit: int = 0,
+        begun: Callable[[dict[str, Any], int], object] | None = None,
     ) -> dict[str, Any]:
         session = self._sessions.borrow()
         try:
-            reply = session.ask(header, body, sink, limit)
+            reply = session.ask(header, body, sink, limit, begun)
         except BuilderLost as error:
             self._sessions.drop(session, broken=True)
             if session.channel_says:

@@ -63,7 +63,9 @@ def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status
         length, sha256 = about.get("size"), about.get("sha256")
         if type(length) is not int or not 0 <= length <= wire.MAX_BODY or not _is_digest(sha256):
             raise BuilderError(f"{place} describes the output {name[:100]!r} in a way that makes no sense.", NONSENSE)
-        outputs[name] = Output(length, sha256, about.get("executable") is True)
+        data = about.get("data")
+        data = data if type(data) is int and 0 <= data <= length else None
+        outputs[name] = Output(length, sha256, about.get("executable") is True, data)
     failure = None
     if state == "failed":
         about = mapping(reply.get("failure"))
@@ -91,6 +93,23 @@ def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status
         _notices(reply.get("notices")),
         *_now(reply.get("now")),
     )
+
+
+def holes(reply: Mapping[str, Any], start: int, end: int, place: str) -> list[tuple[int, int]]:
+    """Return offset and length of each hole of a file between two offsets, in order.
+
+    Raises:
+        BuilderError: they overlap, or are elsewhere.
+    """
+    given = reply.get("holes", [])
+    found: list[tuple[int, int]] = []
+    for hole in given if isinstance(given, list) else [given]:
+        sound = isinstance(hole, list) and len(hole) == 2 and all(type(number) is int for number in hole)
+        if not sound or not (start <= hole[0] < hole[0] + hole[1] <= end):
+            raise BuilderError(f"{place} describes the holes of a file in a way that makes no sense.", NONSENSE)
+        found.append((hole[0], hole[1]))
+        start = hole[0] + hole[1]
+    return found
 
 
 def checked(value: Any, depth: int = 5) -> Any:

@@ -107,8 +107,18 @@ class Session:
             return LogInError(what, "The account has no shell. On the builder: sudo chsh --shell /bin/sh ACCOUNT")
         return BuilderError(what, "See that a shell there can run python3.")
 
-    def ask(self, header: Mapping[str, Any], body: Body | None, sink: Take | None, limit: int) -> dict[str, Any]:
-        """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most."""
+    def ask(
+        self,
+        header: Mapping[str, Any],
+        body: Body | None,
+        sink: Take | None,
+        limit: int,
+        begun: Callable[[dict[str, Any], int], object] | None = None,
+    ) -> dict[str, Any]:
+        """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most.
+
+        `begun` gets the reply and the length of its body before the body comes.
+        """
         length = body.length if body is not None else 0
         try:
             start = wire.encode(dict(header), length)
@@ -142,6 +152,8 @@ class Session:
                 f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept.",
                 NONSENSE,
             )
+        if begun is not None:
+            begun(reply, size_there)
         while size_there:
             data = self._some(min(size_there, CHUNK))
             if sink is not None:

@@ -15,6 +15,9 @@ from typing import Any, BinaryIO
 CHUNK = 1 << 20
 """Bytes read or written at once."""
 
+ZEROS = bytes(CHUNK)
+"""The content of a hole of a sparse file, a piece of it."""
+
 
 class RunnerError(Exception):
     """Something failed on the builder in a way that a person can act on.
@@ -45,8 +48,50 @@ def sha256(file: BinaryIO) -> str:
 
 def sha256_of(path: os.PathLike[str] | str) -> str:
     """Return the SHA-256 of a file's content, in lower-case hex; raises OSError."""
+    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        return sha256(file)
+        for data in content(file.fileno()):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each extent of data between two offsets of a file; the rest is holes (lseek(2)).
+
+    A file without holes, or on a file system that does not report them, is one extent.
+    """
+    while start < end:
+        try:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+            last = min(os.lseek(fd, first, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # ENXIO: there is no data behind `start`
+                yield start, end
+            return
+        if first < last:
+            yield first, last
+        start = max(first, last)
+
+
+def content(fd: int) -> Iterator[bytes]:
+    """Yield a file's content in pieces; holes are not read from the disk. The file's offset moves."""
+    size = os.fstat(fd).st_size
+    done = 0
+    for first, last in data_extents(fd, 0, size):
+        yield from zeros(first - done)
+        for offset in range(first, last, CHUNK):
+            data = os.pread(fd, min(CHUNK, last - offset), offset)
+            yield data
+            if len(data) < min(CHUNK, last - offset):
+                return  # somebody has cut it
+        done = last
+    yield from zeros(size - done)
+
+
+def zeros(count: int) -> Iterator[bytes]:
+    """Yield a number of zero bytes, in pieces."""
+    for left in range(count, 0, -CHUNK):
+        yield ZEROS[:left]
 
 
 def tells_of_full_disk(text: str) -> bool:

@@ -15,11 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from . import wire
-from .files import CHUNK, RunnerError, is_file_name, read_json, sync_folder, write_all, write_bytes
+from .files import CHUNK, RunnerError, data_extents, is_file_name, read_json, sync_folder, write_all, write_bytes
 from .phases import noted
 from .policy import seconds_left, why_expired
 from .receive import Body, have, put, size_so_far, take_blob, use
@@ -47,6 +48,12 @@ CANCEL_SECONDS = 30.0
 
 USE_NOTED = 10.0
 """Seconds after which it is noted again that an output is being fetched."""
+
+HOLE = 64 << 10
+"""The smallest hole of a sparse output that is not sent as zeros, in bytes."""
+
+HOLES = 10_000
+"""The most holes of one reply; what follows them is sent whole."""
 
 SKIPPED = 64 << 20
 """The most bytes of a refused upload that are read to their end; of a longer one the stream is ended."""
@@ -390,7 +397,11 @@ class Session:
         return reply, lambda reply: _write(b"".join([wire.encode(reply, sum(map(len, body))), *body]))
 
     def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> Answer:
-        """Give an output from an offset to its end; a prune leaves the job alone meanwhile."""
+        """Give an output from an offset to its end; a prune leaves the job alone meanwhile.
+
+        Returns:
+            `size`, the output's, and `holes`: offset and length of each part that is zeros and is not in the body.
+        """
         stored = self.store.job(digest)
         if not is_file_name(name):
             raise RunnerError(f"{name!r} cannot be the name of an output.", NOT_OURS)
@@ -402,15 +413,16 @@ class Session:
                     f"The builder no longer has the output {name!r} of job {digest[:12]}.", "Run doit again."
                 )
             size = path.stat().st_size
+            holes = _holes(path, offset, size)
             stored.touch()
             held = stack.pop_all()
 
         def send(reply: Reply) -> None:
             with held:
-                _write_file(reply, path, offset, max(0, size - offset), stored.touch)
+                _write_file(reply, path, _between(holes, offset, size), stored.touch)
                 stored.touch()
 
-        return {"size": size}, send
+        return {"size": size, **({"holes": holes} if holes else {})}, send
 
     def _cancel(self, digest: str, attempt: str, client: str, force: bool = False, who: str = "") -> Reply:
         """Stop an attempt, unless another client waits for the same job; wait a while until it has ended.
@@ -640,25 +652,45 @@ def _pass_on(fd: int, most: int) -> int:
     return os.sendfile(1, fd, None, most)
 
 
-def _write_file(
-    reply: Reply, path: Path, offset: int, length: int, note_use: Callable[[], None] = lambda: None
-) -> None:
-    """Send a reply with part of a file as its body; call `note_use` now and then."""
-    if not length:
-        _write(wire.encode(reply))
-        return
+def _holes(path: Path, start: int, end: int) -> list[list[int]]:
+    """Return offset and length of the holes of a file between two offsets, as far as they are worth leaving out."""
+    holes: list[list[int]] = []
     with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        _write(wire.encode(reply, length))
-        noted = time.monotonic()
-        while length:
-            if time.monotonic() > noted + USE_NOTED:
-                note_use()
-                noted = time.monotonic()
-            sent = _pass_on(file.fileno(), min(length, CHUNK))
-            if not sent:
-                raise SystemExit(1)  # the file has shrunk under us: end the stream rather than send something else
-            length -= sent
+        done = start
+        for first, last in chain(data_extents(file.fileno(), start, end), [(end, end)]):
+            if first - done >= HOLE:
+                holes.append([done, first - done])
+            if len(holes) == HOLES:
+                break
+            done = last
+    return holes
+
+
+def _between(holes: list[list[int]], start: int, end: int) -> list[tuple[int, int]]:
+    """Return start and end of each part of a file between two offsets that is not in a hole."""
+    parts = []
+    for offset, length in (*holes, (max(start, end), 0)):
+        if offset > start:
+            parts.append((start, offset))
+        start = offset + length
+    return parts
+
+
+def _write_file(reply: Reply, path: Path, parts: list[tuple[int, int]], note_use: Callable[[], None]) -> None:
+    """Send a reply with parts of a file, start and end of each, as its body; call `note_use` now and then."""
+    _write(wire.encode(reply, sum(end - start for start, end in parts)))
+    noted = time.monotonic()
+    with path.open("rb", buffering=0) as file:
+        for start, end in parts:
+            file.seek(start)
+            while start < end:
+                if time.monotonic() > noted + USE_NOTED:
+                    note_use()
+                    noted = time.monotonic()
+                sent = _pass_on(file.fileno(), min(end - start, CHUNK))
+                if not sent:
+                    raise SystemExit(1)  # the file has shrunk under us: end the stream rather than send something else
+                start += sent
 
 
 def _widen(pipe: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import select
 import shutil
@@ -17,6 +18,8 @@ import stat
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from . import builder_json, kept, slots, work
 from .buildah import remove_tree
 from .costs import keep_notices
 from .facts import Facts, environment, namespace, stay_with
-from .files import CHUNK, RunnerError, read_json, sync_folder, tells_of_full_disk
+from .files import RunnerError, content, data_extents, read_json, sync_folder, tells_of_full_disk
 from .leftovers import clean_up, clean_up_after_lost_jobs, remove_leftovers
 from .phases import Phases, note
 from .probe import facts
@@ -48,8 +51,20 @@ GRACE = 5.0
 """Seconds between asking a build to end and killing it."""
 
 
-class Cancelled(Exception):
+POLL = 0.2
+"""Seconds between two looks whether an attempt is to end."""
+
+
+class Stopped(BaseException):
+    """The attempt is to end. No handler of ordinary errors may catch it: it is raised at any point of a phase."""
+
+
+class Cancelled(Stopped):
     """Somebody asked to end the attempt."""
+
+
+class TimeUp(Stopped):
+    """The attempt has reached its time limit."""
 
 
 class Supervisor:
@@ -68,6 +83,9 @@ class Supervisor:
         """What a failed build leaves is to be kept."""
         self.tidy = not order.get("after_lost")
         """There are no containers: neither of an earlier attempt nor of a build of ours that has not removed them."""
+        self.limit = 0.0
+        """Seconds that the attempt may take once it has its slot, 0 for any."""
+        self._deadline = math.inf
 
     def run(self) -> None:
         """Build the job and write how it ended; never raises for what the job does."""
@@ -75,19 +93,25 @@ class Supervisor:
             said = builder_json.read()
             if said.wrong:
                 self.say(f"on this builder {said.wrong}: {said.remedy}")
-            with self.phases.phase("queue"):
-                slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
-            with slot:
-                self._write_state("running")
-                with self.phases.phase("prepare"):
-                    clean_up_after_lost_jobs(self.store, but=self.stored.digest)
-                    kept.trim(self.store)
-                self._check_stop()
-                outputs = self._build()
+            with self._stopped_in_time():
+                with self.phases.phase("queue"):
+                    slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
+                with slot:
+                    self._write_state("running")
+                    with self.phases.phase("prepare"):
+                        clean_up_after_lost_jobs(self.store, but=self.stored.digest)
+                        kept.trim(self.store)
+                    outputs = self._build()
             final: dict[str, Any] = {"state": "done", "outputs": outputs, "policies": self.policies}
         except Cancelled:
             self.say("cancelled")
             final = {"state": "cancelled"}
+        except TimeUp:
+            message = (
+                f"The build took longer than its time limit of {self.limit:g} seconds and was ended."
+                " Give artifact(…, time_limit=SECONDS) more, or find in the log what it waits for."
+            )
+            final = {"state": "failed", "failure": {"kind": "time", "message": message}}
         except JobFailed as error:
             final = {"state": "failed", "failure": error.failure}
         except RunnerError as error:
@@ -119,15 +143,45 @@ class Supervisor:
                 (self.stored.folder / "order.json").unlink()
             self._write_state(**final)
 
+    @contextlib.contextmanager
+    def _stopped_in_time(self) -> Iterator[None]:
+        """Raise Stopped within the block as soon as the attempt is to end, whatever the block does.
+
+        A timer's signal interrupts it, so that no phase has to look: neither a program that is waited for, nor a lock,
+        nor the hash of a large file. The exception is raised once, and may then unwind undisturbed.
+        """
+        active = True
+
+        def look(number: int, frame: types.FrameType | None) -> None:
+            nonlocal active
+            if active:
+                try:
+                    self._check_stop()
+                except Stopped:
+                    active = False
+                    raise
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, POLL, POLL)
+        try:
+            yield
+        finally:
+            active = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
     def _check_stop(self) -> None:
         if self.stored.is_asked_to_stop(self.attempt):
             raise Cancelled
+        if time.monotonic() > self._deadline:
+            raise TimeUp
 
     def _build(self) -> dict[str, Any]:
         job = self._document()
         order = self._order()
-        limit = float(order.get("time_limit") or 0)
-        deadline = time.monotonic() + limit if limit > 0 else None
+        self.limit = float(order.get("time_limit") or 0)
+        if self.limit > 0:
+            self._deadline = time.monotonic() + self.limit
         with self.phases.phase("prepare"):
             known = facts(self.store.root)
             stay_with(known)
@@ -159,7 +213,7 @@ class Supervisor:
             except BaseException:
                 stop(process)
                 raise
-        self._run_program(process, deadline, limit)
+        self._run_program(process)
         with self.phases.phase("keep"):
             return self._keep_outputs(job["outputs"])
 
@@ -203,8 +257,8 @@ class Supervisor:
             start_new_session=True,
         )
 
-    def _run_program(self, process: subprocess.Popen[bytes], deadline: float | None, limit: float) -> None:
-        """Have the build run until it ends, is cancelled, or its time is up."""
+    def _run_program(self, process: subprocess.Popen[bytes]) -> None:
+        """Have the build run until it ends."""
         assert process.stdin is not None
         self.tidy = False
         started = time.monotonic()
@@ -212,7 +266,7 @@ class Supervisor:
             with contextlib.suppress(BrokenPipeError):  # it has failed to start, which its status tells
                 process.stdin.write(GO)
                 process.stdin.flush()
-            status = self._wait(process, deadline, limit)
+            status = self._wait(process)
         except BaseException:
             stop(process)
             self.phases.add("build", started, time.monotonic())
@@ -258,19 +312,13 @@ class Supervisor:
             message = f"{error.message} {said}".rstrip()
             raise JobFailed(error.kind, message if message.endswith(".") else f"{message}.", error.hint, **failure)
 
-    def _wait(self, process: subprocess.Popen[bytes], deadline: float | None, limit: float) -> int:
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
         pidfd = os.pidfd_open(process.pid)
         try:
             ended = select.poll()
             ended.register(pidfd, select.POLLIN)
             while not ended.poll(200):
                 self._check_stop()
-                if deadline is not None and time.monotonic() > deadline:
-                    raise JobFailed(
-                        "time",
-                        f"The build took longer than its time limit of {limit:g} seconds and was ended.",
-                        "Give artifact(…, time_limit=SECONDS) more, or find in the log what it waits for.",
-                    )
                 if os.fstat(self.log).st_size > LOG_LIMIT:
                     raise JobFailed(
                         "log",
@@ -295,17 +343,20 @@ class Supervisor:
                 fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
                 raise JobFailed("output", f"The output {name} cannot be read: {error.strerror}.") from error
-            with open(fd, "rb", buffering=0) as file:
+            with open(fd, "rb", buffering=0):
                 about = os.fstat(fd)
                 if not stat.S_ISREG(about.st_mode):
                     raise JobFailed("output", f"The output {name} is not a regular file.")
+                os.fsync(fd)  # first: some file systems report holes reliably only in what is on the disk
+                extents = list(data_extents(fd, 0, about.st_size))
                 digest = hashlib.sha256()
-                while data := file.read(CHUNK):
+                for data in content(fd):
+                    self._check_stop()
                     digest.update(data)
-                os.fsync(fd)
             os.rename(source, folder / name)
             outputs[name] = {
                 "size": about.st_size,
+                "data": sum(last - first for first, last in extents),
                 "sha256": digest.hexdigest(),
                 "executable": bool(about.st_mode & 0o100),
             }
