@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -19,6 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 OUR_FRAMES = re.compile(r'File ".*(gamebear_tasks|gamebear_runner|/doit/)')
 """A line of a traceback through our code or doit's: never for a person to see."""
+
+
+class Memory(io.BytesIO):
+    """Takes an output of a builder."""
+
+    def skip(self, count: int, /) -> None:
+        self.write(bytes(count))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import Project, Run
+from project import Memory, Project, Run
 
 from gamebear_tasks import action, building, plan, tasklog, timing
 from gamebear_tasks.builders import Pruned, local, remote, replies, rounds, session
@@ -511,7 +510,7 @@ def fetch(request):
     text(json.dumps({"body": 10**9 - request["offset"]}), b"x" * 5000)
     sys.exit()
 """)
-    sink = io.BytesIO()
+    sink = Memory()
     assert NO_END in hostile.ask(lambda builder: builder.fetch(JOB["digest"], "a1", "x", 0, sink, 10**9))
     assert hostile.asked.count("fetch") == 21 and len(sink.getvalue()) == 21 * 5000
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from debian import Debian
-from project import ROOT
+from project import ROOT, Memory
 from test_job import WITNESS, WITNESS_DIGEST
 from wheels import pip
 
@@ -166,7 +166,7 @@ def test_a_job_goes_through_from_upload_to_artifact(release: Debian, tmp_path: P
     status, log = follow(there, made)
     assert status.state == "done", (status, log)
     assert log.startswith("Python {} {}\n".format(*PYTHON[release.suite].split(".")))
-    target = io.BytesIO()
+    target = Memory()
     there.fetch(made.job.digest, status.attempt, "x", 0, target, status.outputs["x"].size)
     assert target.getvalue() == b"good daygood dayhello"
     assert there.submit(made).joined, "it is not built again"

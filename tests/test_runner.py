@@ -13,7 +13,7 @@ import pytest
 from project import Project, assert_nothing_is_left, processes, wait_for
 
 from gamebear_tasks.config import own_architecture
-from gamebear_tasks.runner import store, supervise
+from gamebear_tasks.runner import store, supervise, work
 from gamebear_tasks.runner.files import sha256_of
 from gamebear_tasks.runner.store import Store
 
@@ -300,7 +300,7 @@ def test_a_phase_that_does_not_look_whether_it_is_to_end_is_ended_all_the_same(
     place = {
         "another job's leftovers": (supervise, "clean_up_after_lost_jobs"),
         "the builder is looked at": (supervise, "facts"),
-        "the folder is filled": (supervise.work, "fill"),
+        "the folder is filled": (work, "fill"),
     }[phase]
     monkeypatch.setattr(*place, waits)
     monkeypatch.setattr(supervise.Supervisor, "_document", lambda self: {"arch": own_architecture()})
