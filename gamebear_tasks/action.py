@@ -8,7 +8,7 @@ from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 
 from .errors import GamebearError, JobError, remedy
-from .interrupt import say_so_without_a_traceback, terminated_as_interrupted
+from .interrupt import end_with_parent, running, say_so_without_a_traceback
 from .plan import Plan
 from .wording import in_line
 
@@ -25,6 +25,10 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         self.result: Any = None
         self.values: dict[str, Any] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        end_with_parent()  # doit has started this process, and pickled its tasks for it
+
     def __str__(self) -> str:
         return f"Build: {self.plan.name} -> {', '.join(self.plan.targets.values())}"
 
@@ -39,7 +43,7 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             err: unused; the log is one stream.
         """
         try:
-            with terminated_as_interrupted():
+            with running():
                 from .building import Building
 
                 self.values = Building(self.plan, self.task.name if self.task else self.plan.name, out).run()

@@ -34,7 +34,7 @@ class Settings:
         sources: which of several sources of one thing to take (see `either`), such as `debian`; by default the first.
         base: where Debian's base images come from: `registry`, `bootstrap` (made on the builder), or `auto`.
         patience: seconds for which a lost connection is tried again before a run gives up on its builder.
-        interrupt: what Ctrl-C does to what runs on the builder: `cancel` or `detach`.
+        interrupt: what Ctrl-C, SIGTERM and SIGHUP do to what runs on the builder: `cancel` or `detach`.
         time_limit: seconds after which the builder ends a job that does not say so itself; 0 for never.
         provenance: whether every build writes beside each artifact where it comes from.
         keep_failed: whether the containers of a job that fails are kept, for `doit shell`.

@@ -18,6 +18,7 @@ from .errors import GamebearError, SettingsError
 from .hashing import content_of
 from .history import REPORT, up_to_date
 from .imports import local_modules
+from .interrupt import begin_run
 from .job import Json, canonical_json
 from .placed import is_placed
 from .plan import NONE, SAVED, Plan, check_choice, declare, read_lock
@@ -139,6 +140,7 @@ class _SameJob:
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
+        begin_run()
         built = values.get(SAVED)
         if built is None:
             return False

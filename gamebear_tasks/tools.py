@@ -14,6 +14,7 @@ from doit.task import DelayedLoader
 
 from .config import settings
 from .errors import GamebearError, SettingsError
+from .interrupt import begin_run
 from .plan import declared, read_lock
 from .tasks import LOCK, Task
 from .wording import in_line, size, size_in
@@ -30,7 +31,10 @@ def only_when_named(task: Any, values: Mapping[str, Any]) -> bool:
 
     doit gives options to the tasks that are named on its command line before it asks, and to others after.
     """
-    return task.options is None
+    if task.options is None:
+        return True
+    begin_run()
+    return False
 
 
 class OnlyWhenNamed(UptodateCalculator):  # type: ignore[misc]  # doit has no types

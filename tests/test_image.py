@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import os
@@ -914,7 +915,18 @@ def test_loading_a_dodo_and_an_up_to_date_image_run_nothing(project: Project) ->
     assert project.doit(PATH="/nonexistent").ok().ran == []
 
 
-@pytest.mark.parametrize(("signal", "options"), [("KILL", ()), ("INT", ()), ("INT", ("-n2", "-P", "thread"))])
+def users_of(folder: Path) -> list[str]:
+    """The processes that look for programs in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (process / "environ").read_bytes():
+                found.append(process.name)
+    return found
+
+
+@pytest.mark.parametrize("options", [(), ("-n2",), ("-n2", "-P", "thread")], ids=["serial", "processes", "threads"])
+@pytest.mark.parametrize("signal", ["KILL", "TERM", "INT"])
 def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
     project: Project, signal: str, options: tuple[str, ...]
 ) -> None:
@@ -929,13 +941,17 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     wait_for(lambda: (project.folder / "reached").exists())
-    os.killpg(process.pid, 9 if signal == "KILL" else 2)
+    if signal == "INT":
+        os.killpg(process.pid, 2)  # a terminal sends it to all
+    else:
+        process.send_signal(9 if signal == "KILL" else 15)
     said = process.communicate()[0].decode()
+    wait_for(lambda: not users_of(slow))
     assert "Traceback" not in said, said
     left = list((project.folder / "build").glob(".*.bake"))
-    assert bool(left) == (signal == "KILL")
+    assert bool(left) == (signal == "KILL" and options != ("-n2",)), "a process of doit -n clears up"
     assert not (project.folder / "build" / "card.img").exists()
-    if signal == "INT":
+    if signal != "KILL":
         record = record_of(project)
         assert (record.state, record.outputs) == ("interrupted", ())
     project.doit().ok()

@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 from doit.cmd_base import Command
 from doit.cmdparse import CmdOption
 
+from .. import interrupt
 from ..errors import GamebearError, remedy
+from ..interrupt import Terminated
 from ..report import complain, drop
 from ..wording import in_line
 
@@ -60,13 +62,17 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
+                interrupt.begin_run()
                 self._enter_project(opt_values)
                 status = self.run(opt_values, pos_args)
+                interrupt.end_run()
             except GamebearError as error:
                 complain(error)
                 status = FAILED
             sys.stdout.flush()
             return status
+        except Terminated as error:
+            return 128 + error.number
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:  # whoever read it has enough, as `head` has

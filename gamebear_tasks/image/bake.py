@@ -16,13 +16,13 @@ from .. import history, reasons, timing
 from ..config import settings
 from ..errors import GamebearError, ImageError
 from ..hashing import version
-from ..interrupt import ending, terminated_as_interrupted
+from ..interrupt import ending, running
 from ..job import Json
 from ..place import statement_of
 from ..placed import placing
 from ..progress.telling import Telling
 from ..report import notice
-from ..runner.files import CHUNK, sync_folder
+from ..runner.files import CHUNK, data_extents, sync_folder
 from ..wording import in_line, printable, size
 from . import accounts, base, bootconfig, contents, disk, elf, ext4, units, writer
 from .disk import Disk, Partition
@@ -43,7 +43,7 @@ PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
 def bake(recipe: Recipe, task: str) -> BaseFail | str:
     """Bake an image, and return the state that it was baked from; a doit action of the task of that name."""
     try:
-        with terminated_as_interrupted():
+        with running():
             return Baking(recipe, task).run()
     except ImageError as error:
         return TaskFailed(str(error))
@@ -215,9 +215,9 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
 def _put_back(boot: Path, image: Path, part: Partition) -> None:
     """Write the boot file system back to where it was: what holds something now, and what held something before."""
     with boot.open("rb", buffering=0) as source, image.open("r+b") as out:
-        before = base.data_of(out.fileno(), part.start, part.start + part.size)
+        before = data_extents(out.fileno(), part.start, part.start + part.size)
         parts = [(first - part.start, end - part.start) for first, end in before]
-        for first, end in [*parts, *base.data_of(source.fileno(), 0, part.size)]:
+        for first, end in [*parts, *data_extents(source.fileno(), 0, part.size)]:
             source.seek(first)
             out.seek(part.start + first)
             while first < end and (data := source.read(min(end - first, CHUNK))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import subprocess
 import zlib
@@ -13,7 +12,7 @@ from typing import IO, Protocol
 
 from ..errors import ImageError
 from ..interrupt import check_not_interrupted
-from ..runner.files import CHUNK
+from ..runner.files import CHUNK, data_extents
 from ..sources.from_archive import Archive
 from ..wording import size as readable_size
 from .program import check_installed, environment, failure
@@ -177,7 +176,7 @@ def copy_sparse(source: Path, out: IO[bytes]) -> None:
     """Write a whole file to another, empty one; holes stay holes, and what is zero becomes one."""
     with source.open("rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
-        for start, stop in data_of(file.fileno(), 0, end):
+        for start, stop in data_extents(file.fileno(), 0, end):
             file.seek(start)
             out.seek(start)
             left = stop - start
@@ -199,24 +198,9 @@ def copy_part(source: Path, start: int, size: int, target: Path, at: int) -> Non
     """
     # Unbuffered, because asking for holes moves the place that a buffer believes to read from.
     with source.open("rb", buffering=0) as file, target.open("r+b") as out:
-        for first, end in data_of(file.fileno(), start, start + size):
+        for first, end in data_extents(file.fileno(), start, start + size):
             file.seek(first)
             out.seek(at + first - start)
             while first < end and (data := file.read(min(end - first, CHUNK))):
                 out.write(data)
                 first += len(data)
-
-
-def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a file that are no holes, as first byte and the one after the last."""
-    while start < end:
-        try:
-            first = os.lseek(fd, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # what it says of a hole that goes on to the end
-                raise
-            return
-        if first >= end:
-            return
-        start = min(os.lseek(fd, first, os.SEEK_HOLE), end)
-        yield first, start

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from ..interrupt import check_not_interrupted
+from ..programs import ended_with_us
 from .program import environment, failure
 
 
@@ -30,7 +31,12 @@ def pack(image: Path, target: Path, program: str) -> None:
     options = ["-1", "--quiet", "--stdout", f"--threads={threads}"] if program == "xz" else ["-q", "-c", f"-T{threads}"]
     with image.open("rb") as plain, target.open("wb") as out:
         done = subprocess.run(
-            [program, *options], stdin=plain, stdout=out, stderr=subprocess.PIPE, check=False, env=environment()
+            ended_with_us([program, *options]),
+            stdin=plain,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+            env=environment(),
         )
     check_not_interrupted(done.returncode)
     if done.returncode != 0:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import ImageError
 from ..interrupt import check_not_interrupted
+from ..programs import ended_with_us
 
 PACKAGES = {
     "debugfs": "e2fsprogs",
@@ -90,14 +91,15 @@ def run(
         ImageError: it failed.
         KeyboardInterrupt: Ctrl-C has ended it.
     """
+    env = environment(now)
     done = subprocess.run(
-        argv,
+        ended_with_us(argv, env["PATH"]),
         input=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
         cwd=folder,
-        env=environment(now),
+        env=env,
     )
     said = done.stdout.decode("utf-8", "replace")
     check_not_interrupted(done.returncode)

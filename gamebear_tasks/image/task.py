@@ -13,7 +13,7 @@ from ..config import architecture, settings
 from ..errors import ImageError, SettingsError
 from ..hashing import content_of
 from ..history import up_to_date
-from ..interrupt import say_so_without_a_traceback
+from ..interrupt import begin_run, say_so_without_a_traceback
 from ..placed import is_placed
 from ..tasks import Task, check_target, remove_targets
 from .recipe import SUFFIXES, File, Recipe, Tar, User, size_of, state_of, texts
@@ -143,6 +143,7 @@ class _SameRecipe:
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
+        begin_run()
         baked = values.get(SAVED)
         try:
             if baked is None or baked != state_of(self._recipe.document(content_of)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from ..temporary import make_folder, remove_abandoned
+
+SUFFIX = ".bake"
 
 TRIES = 3
 """How often a folder is removed in which somebody may still write."""
@@ -31,16 +32,7 @@ atexit.register(_remove_open)
 @contextlib.contextmanager
 def workshop(target: Path) -> Iterator[Path]:
     """Give a folder beside the target to work in; it goes at the end, and what killed ones have left goes before."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".bake", dir=target.parent))
-        try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue  # another doit took it for one that was left
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if folder.exists():
-            break
-        os.close(fd)  # likewise
+    folder, fd = make_folder(target.parent, _prefix(target), SUFFIX)
     _open.add(folder)
     try:
         remove_workshops(target)
@@ -57,15 +49,4 @@ def _prefix(target: Path) -> str:
 
 def remove_workshops(target: Path) -> None:
     """Remove the folders of bakings of a target that were killed."""
-    # Not card.img.xz's for card.img: what mkdtemp puts between has no dot.
-    ours = re.compile(rf"{re.escape(_prefix(target))}[^.]+\.bake")
-    for folder in target.parent.iterdir() if target.parent.is_dir() else ():
-        if not ours.fullmatch(folder.name):
-            continue
-        with contextlib.suppress(OSError):
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(fd)
+    remove_abandoned(target.parent, _prefix(target), SUFFIX)

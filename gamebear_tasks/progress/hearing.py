@@ -12,7 +12,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..temporary import make_folder, remove_abandoned
 from .telling import VARIABLE, Event
+
+PREFIX = "gamebear-progress-"
+"""What the names of our folders begin with, in the folder for temporary files."""
 
 PATH_LIMIT = 100
 """The most bytes that a socket's name may have: 104 on macOS, 108 on Linux."""
@@ -33,10 +37,11 @@ class Hearing:
     """
 
     def __init__(self, wants: str) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="gamebear-"))
-        if len(os.fsencode(self._folder)) > PATH_LIMIT - 2:
-            self._folder.rmdir()
-            self._folder = Path(tempfile.mkdtemp(prefix="gamebear-", dir="/tmp"))
+        parent = Path(tempfile.gettempdir())
+        if len(os.fsencode(parent)) > PATH_LIMIT - len(PREFIX) - 20:
+            parent = Path("/tmp")
+        remove_abandoned(parent, PREFIX)
+        self._folder, self._held = make_folder(parent, PREFIX)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(self._folder / "s"))
         self._socket.listen(64)
@@ -87,3 +92,6 @@ class Hearing:
         self.deafen()
         os.environ.pop(VARIABLE, None)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1

@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .. import interrupt
 from ..report import notice
 from . import telling
 from .board import Board, Outcome
@@ -335,15 +336,8 @@ class Live:
         """Have the terminal given back before a signal ends or stops us."""
         if threading.current_thread() is not threading.main_thread():
             return {}
+        interrupt.begin_run()  # a signal that ends us has doit close us first
         own = os.getpid()
-
-        def end(number: int, frame: types.FrameType | None) -> None:
-            if os.getpid() == own:  # not a process of `doit -n`
-                self._give_back()
-                if self._hearing is not None:
-                    self._hearing.close()
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
 
         def stop(number: int, frame: types.FrameType | None) -> None:
             if os.getpid() == own:
@@ -353,7 +347,6 @@ class Live:
                 self._leave(False)  # somebody lets us go on
 
         taken: dict[int, Any] = {}
-        for number, action in ((signal.SIGTERM, end), (signal.SIGHUP, end), (signal.SIGTSTP, stop)):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                taken[number] = signal.signal(number, action)
+        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            taken[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, stop)
         return taken

@@ -92,6 +92,7 @@ class Console(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         """Have all be out, while it can still be said that it cannot."""
         super().complete_run()
         self.outstream.flush()
+        interrupt.end_run()
 
 
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
@@ -169,6 +170,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             self.write(", ".join(f"{count:,} {how}" for how, count in self._skipped.items()) + "\n")
         if self.runtime_errors:
             self.write("Execution aborted.\n" + "\n".join(self.runtime_errors) + "\n")
+        interrupt.end_run()
 
     def _seen(self) -> Live | Plain:
         """Return what shows the run, from now on."""
@@ -229,8 +231,8 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         """Wait for what an interruption ends, while that can still be shown: doit waits for it later."""
         if self._processes:
             try:
-                for process in multiprocessing.active_children():
-                    process.join()
+                with interrupt.interruptible():
+                    interrupt.end_processes()
             except KeyboardInterrupt:
                 for process in multiprocessing.active_children():
                     process.join(LAST_WORDS)

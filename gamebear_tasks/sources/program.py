@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import SourceError
 from ..interrupt import check_not_interrupted
+from ..programs import ended_with_us
 
 INSTALL = {
     "git": "Install git (Debian: `apt install git`; macOS: `xcode-select --install`).",
@@ -67,7 +68,7 @@ def run(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd
     program = str(argv[0])
     try:
         done = subprocess.run(
-            argv,
+            ended_with_us(argv),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,

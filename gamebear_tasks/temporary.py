@@ -1,0 +1,49 @@
+"""Temporary folders that are locked while they are in use, so that those of killed processes can be removed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def make_folder(parent: Path, prefix: str, suffix: str = "") -> tuple[Path, int]:
+    """Make a folder of a new name, and lock it.
+
+    Returns:
+        The folder, and a descriptor that holds its lock until it is closed, at the latest when the process ends.
+        Processes that are forked hold it too.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+        try:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # another process took it for an abandoned one
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, fd
+        os.close(fd)  # likewise
+
+
+def remove_abandoned(parent: Path, prefix: str, suffix: str = "") -> None:
+    """Remove our folders of such a name that nobody holds any more; best effort."""
+    ours = re.compile(rf"{re.escape(prefix)}[^.]+{re.escape(suffix)}")  # what mkdtemp puts between has no dot
+    for folder in parent.iterdir() if parent.is_dir() else ():
+        if not ours.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(fd).st_uid == os.geteuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
