@@ -116,7 +116,7 @@ class Soak:
             self.project.doit("clean").ok()
         command = self.random.choice(COMMANDS)
         doit = self.project.start(*command)
-        time.sleep(self.random.uniform(0, 3))
+        time.sleep(self.random.uniform(0, 1.5))
         fault = self.random.choice(["client", "term", "hup", "int", "session", "supervisor", "build", "sshd"])
         self.counts[fault] += self._inject(fault, doit)
         what = f"{' '.join(command)} {fault}"
@@ -173,12 +173,24 @@ class Soak:
             time.sleep(self.random.uniform(0, 1))
             self.server.start()
             return 1
-        words = {"supervisor": "supervise", "build": "build", "session": "serve"}
-        hit = self.random.sample(found := processes(self.store, words[fault]), min(len(found), 1))
+        words = {"supervisor": "supervise", "build": "build"}
+        found = self._sessions() if fault == "session" else processes(self.store, words[fault])
+        hit = self.random.sample(found, min(len(found), 1))
         for pid in hit:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return len(hit)
+
+    def _sessions(self) -> list[int]:
+        """Return the processes that serve a client."""
+        home = f"HOME={self.store.parents[2]}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+                if b"base64.b64decode" in words and home in environment.split(b"\0"):
+                    found.append(int(process.name))
+        return found
 
     def _clients(self) -> list[int]:
         """Return the processes that work in the project's folder."""
