@@ -18,6 +18,7 @@ from .errors import SettingsError
 from .hashing import version
 from .report import notice
 from .runner.arch import ARCHITECTURES
+from .runner.files import open_regular
 
 NEAR = 0.8
 """How much a variable's name must be like a setting's, from 0 to 1, to be taken for a misspelt one (see difflib)."""
@@ -171,9 +172,18 @@ def _read_project(path: str, _version: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        data = tomllib.loads(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with open_regular(path) as file:
+            data = tomllib.loads(file.read().decode("utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"pyproject.toml cannot be read: {error.strerror}.", "It has to be a file that you may read."
+        ) from error
+    except ValueError as error:  # TOMLDecodeError is one; so is what int() raises for 5,000 digits
         raise SettingsError(f"pyproject.toml cannot be read: {error}.", "Mend it there.") from error
+    except (RecursionError, MemoryError) as error:
+        raise SettingsError(
+            "pyproject.toml cannot be read: its brackets are nested too deeply.", "Mend it there."
+        ) from error
     table = data.get("tool", {})
     found = table.get("gamebear", {}) if isinstance(table, dict) else {}
     if not isinstance(found, dict):

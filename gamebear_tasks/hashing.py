@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
-import json
 import os
-import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from .runner.files import sha256, write_json
+from .runner.files import open_regular, read_json, sha256, write_json
 from .tasklog import LOGS
 
 KEPT = LOGS / ".hashes"
@@ -57,11 +54,8 @@ def content_of(path: str) -> tuple[str, bool]:
 
 def opened_content_of(path: str) -> tuple[str, bool]:
     """Return what `content_of` does; NFS validates its cached attributes when a file is opened. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would block
-    with open(fd, "rb", buffering=0) as file:
-        about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", path)
+    with open_regular(path) as file:
+        about = os.fstat(file.fileno())
         now = version(about)
         known = (_known or _cached()).get(path, "")
         if not known.startswith(now):
@@ -102,8 +96,8 @@ def _keep(place: str) -> None:
 
 def read_cache(place: str, written_as: str) -> dict[str, str]:
     """Return the texts of a cache by path; none where it is missing, damaged or of another version."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), open(place, "rb") as file:
-        data = json.load(file)
+    data = read_json(Path(place))
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
         if data["version"] == written_as and all(isinstance(known, str) for known in data["files"].values()):
             files: dict[str, str] = data["files"]
             return files

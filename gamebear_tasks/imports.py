@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import SettingsError
 from .hashing import is_settled, read_cache, version, write_cache
+from .runner.files import open_regular
 from .tasklog import LOGS
 
 KEPT = LOGS / ".imports"
@@ -196,7 +197,8 @@ def _read_names(path: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are for the log of the run
-            tree = ast.parse(Path(path).read_bytes(), "script")
+            with open_regular(path) as file:
+                tree = ast.parse(file.read(), "script")
     except OSError as error:
         raise SettingsError(
             f"{path} cannot be read: {error.strerror}.", "It has to be a file that you may read."

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,9 +237,8 @@ def _remove_unused(path: Path) -> None:
 
 def _is_already(target: Path, output: Output) -> bool:
     try:
-        return (
-            os.lstat(target).st_size == output.size and not target.is_symlink() and sha256_of(target) == output.sha256
-        )
+        about = os.lstat(target)
+        return stat.S_ISREG(about.st_mode) and about.st_size == output.size and sha256_of(target) == output.sha256
     except OSError:
         return False
 

@@ -70,7 +70,9 @@ def _read(path: str) -> Run | None:
     except OSError:
         return None
     for text in lines:
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(
+            AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, MemoryError
+        ):
             line = json.loads(text)
             asked.update((str(word), None) for word in line.get("asked", ()))
             if "begun" in line:

@@ -62,6 +62,19 @@ def test_a_choice_where_there_is_none_is_nothing_to_complain_of(project: Project
     project.doit("x", GAMEBEAR_SOURCES="debian").ok()
 
 
+def test_a_file_that_became_a_fifo_since_the_last_build_does_not_block(project: Project) -> None:
+    """doit itself would open it, to see whether it has changed; likewise what is at the place of the target."""
+    project.write("dodo.py", f"{IMPORTS}def task_x():\n    return {TASK}\n")
+    project.doit("x").ok()
+    (project.folder / "build/x").unlink()
+    os.mkfifo(project.folder / "build/x")
+    project.doit("-a", "x").ok()
+    assert (project.folder / "build/x").is_file()
+    (project.folder / "in").unlink()
+    os.mkfifo(project.folder / "in")
+    project.doit("x").failed("in cannot be read: it is not a regular file.")
+
+
 # names
 
 NAMES = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,3 +311,17 @@ def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> Non
         settings().builder_for("arm64")
     with pytest.raises(SettingsError, match="No builder is set for armhf"):
         Settings(builder="armhf=").builder_for("armhf")  # from Python, where nothing was checked
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "9" * 5000, "\0", "x = 1e999999999"])
+def test_a_pyproject_that_breaks_parsers_is_refused_or_read(folder: Path, text: str) -> None:
+    pyproject(folder, text)
+    with contextlib.suppress(SettingsError):
+        settings()
+
+
+def test_a_pyproject_that_is_a_fifo_is_refused(folder: Path) -> None:
+    """It would block; doit's own reading of one does, where it is beside dodo.py."""
+    os.mkfifo(folder / "pyproject.toml")
+    with pytest.raises(SettingsError, match=r"pyproject\.toml cannot be read: it is not a regular file"):
+        settings()

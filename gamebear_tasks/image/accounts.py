@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from ..errors import ImageError
+from ..runner.files import open_regular
 from .fat import Fat
 from .recipe import User, is_public_key
 from .tree import Tree
@@ -230,7 +231,7 @@ def public_keys(user: User) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(1 << 20).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}.", "It should be a public SSH key.") from error

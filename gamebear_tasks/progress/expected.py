@@ -41,7 +41,7 @@ def _earlier() -> dict[tuple[str, str], float]:
     for line in lines:
         try:
             record = Record.of_document(json.loads(line)["record"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError, MemoryError):
             continue  # whoever wrote it was killed
         if record is not None and _tells(record):
             found[record.task, record.builder] = record.seconds

@@ -15,6 +15,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import open_regular
+
 MOST_SLOTS = 999_999
 """More jobs at once than any builder runs."""
 
@@ -45,12 +47,13 @@ def read() -> Said:
     file = path()
     example = 'have all of it say {"slots": 2}, say, or remove it'
     try:
-        said = json.loads(file.read_bytes())
+        with open_regular(file) as opened:
+            said = json.loads(opened.read())
     except (FileNotFoundError, NotADirectoryError):
         return Said()
     except OSError as error:
         return Said(wrong=f"{file} cannot be read and is not heeded ({error.strerror})", remedy=f"mend that, {example}")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         return Said(wrong=f"{file} is not JSON and is not heeded ({error})", remedy=example)
     if not isinstance(said, dict):
         return Said(wrong=f"{file} is not an object of JSON and is not heeded", remedy=example)

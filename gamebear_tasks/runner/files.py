@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,6 +98,32 @@ def zeros(count: int) -> Iterator[bytes]:
 def tells_of_full_disk(text: str) -> bool:
     """Say whether what a program says is that there was no room: all have the words of strerror(3), Go's a small n."""
     return os.strerror(errno.ENOSPC).casefold() in text.casefold()
+
+
+def open_regular(path: os.PathLike[str] | str) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading.
+
+    A FIFO would block until somebody writes to it, and a device such as /dev/zero never ends.
+
+    Raises:
+        OSError: it is something else (EINVAL, or EISDIR for a folder), or cannot be opened.
+    """
+    check_regular(os.stat(path), path)  # before open(), which has side effects on some devices
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        check_regular(os.fstat(fd), path)
+        return open(fd, "rb", buffering=0)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def check_regular(about: os.stat_result, path: os.PathLike[str] | str) -> None:
+    """Raise OSError unless a status is that of a regular file."""
+    if stat.S_ISDIR(about.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
 
 
 def is_sha256(text: object) -> bool:
@@ -212,6 +239,7 @@ def write_json(path: Path, value: Any, sync: bool = True) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; None where there is none or where it is damaged."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # the latter: a million brackets
+        with open_regular(path) as file:
+            return json.loads(file.read())
+    except (OSError, ValueError, RecursionError, MemoryError):  # the last two: a million brackets
         return None
