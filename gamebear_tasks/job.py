@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-FORMAT = 3
+FORMAT = 4
 """Version of the canonical form. A change of what the form says, or of how a builder must read it, raises it."""
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -81,6 +81,7 @@ class Job:
         inputs: files laid beside the script, by name.
         sources: pinned upstream trees laid beside the script as folders, by name: each its content's identity.
         args: values for the program, by name.
+        metadata: what the program sees in `__sources__`, by the source's name; empty where it does not look.
     """
 
     arch: str
@@ -92,6 +93,7 @@ class Job:
     inputs: Mapping[str, File] = field(default_factory=dict)
     sources: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     args: Mapping[str, Json] = field(default_factory=dict)
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def is_function(self) -> bool:
@@ -112,6 +114,7 @@ class Job:
             "sources": {name: dict(source) for name, source in self.sources.items()},
             "args": dict(self.args),
             "outputs": sorted(self.outputs),
+            **({"metadata": {name: dict(each) for name, each in self.metadata.items()}} if self.metadata else {}),
         }
 
     @cached_property

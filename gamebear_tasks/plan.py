@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from .errors import JobError
 from .hashing import opened_content_of, version
 from .imports import local_modules
 from .job import FORMAT
+from .runner.files import open_regular
 from .sources import LOCK_FILE
 
 if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
@@ -25,6 +26,9 @@ if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
 
 
 NONE: Mapping[str, Any] = {}
+
+METADATA_NAME = b"__sources__"
+"""The name under which a program sees the metadata of its sources, which are in its job only if it mentions this."""
 
 
 SAVED = "gamebear"
@@ -40,6 +44,7 @@ class Contents(NamedTuple):
         modules: SHA-256 by path below the script's folder.
         inputs: by name, SHA-256 and whether the file is executable.
         sources: the pin of each by name.
+        metadata: what a program may know of each besides, by name.
         paths: where the modules are.
         lock: the lock file that the pins are from.
     """
@@ -49,6 +54,7 @@ class Contents(NamedTuple):
     modules: Mapping[str, str]
     inputs: Mapping[str, tuple[str, bool]]
     sources: Mapping[str, Mapping[str, Json]]
+    metadata: Mapping[str, Mapping[str, str]]
     paths: Mapping[str, Path]
     lock: Lock | None
 
@@ -112,13 +118,11 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             for name, path in self.inputs.items():
                 inputs[name] = content(path)
         except OSError as error:
-            raise JobError(
-                f"{path} cannot be read: {error.strerror}.",
-                "A job needs all of its files: mend its path or its permissions.",
-            ) from error
+            raise _unreadable(path, error) from error
         lock = read_lock(self.lock) if self.sources else None
         pins = {name: source.identity(lock) for name, source in self.sources.items() if lock}
-        return Contents(self.arch or arch, identity, hashes, inputs, pins, modules, lock)
+        metadata = {name: source.metadata(lock) for name, source in self.sources.items() if lock}
+        return Contents(self.arch or arch, identity, hashes, inputs, pins, metadata, modules, lock)
 
     def state(self, contents: Contents) -> str:
         """Return a hash over the whole job and the places of its targets: what doit saves and compares.
@@ -170,6 +174,7 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             inputs={name: File(*content) for name, content in made_of.inputs.items()},
             sources=made_of.sources,
             args=json.loads(self.args),
+            metadata=made_of.metadata if made_of.metadata and self._looks(made_of.paths.values()) else {},
         )
         return Order(
             job=job,
@@ -180,6 +185,14 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
             keep_failed=chosen.keep_failed,
             python=python or None,
         )
+
+    def _looks(self, modules: Iterable[Path]) -> bool:
+        """Say whether the program looks at the metadata of its sources; if not, their URLs are not in its job.
+
+        The builder gives it exactly what is in the job, so equal jobs see the same.
+        """
+        own = _text(self.program) if isinstance(self.program, Path) else self.program.data
+        return METADATA_NAME in own or any(METADATA_NAME in _text(path) for path in modules)
 
     def _fetch_trees(self, lock: Lock | None) -> dict[str, Path]:
         from . import functions, timing
@@ -232,6 +245,20 @@ def read_lock(path: Path) -> Lock:
     if lock is None:
         lock = _locks[key] = Lock.read(path)
     return lock
+
+
+def _text(path: Path) -> bytes:
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> JobError:
+    return JobError(
+        f"{path} cannot be read: {error.strerror}.", "A job needs all of its files: mend its path or its permissions."
+    )
 
 
 _locks: dict[str, Lock] = {}

@@ -27,6 +27,7 @@ from .plan import Plan
 from .process import FILE_MODE
 from .report import notice
 from .runner.files import read_json, sha256_of, write_bytes
+from .sources.source import public_url
 from .timing import Made, Record
 
 BUILD_TYPE = "urn:x-gamebear-tasks:job:v1"
@@ -163,7 +164,7 @@ def _declared(source: object) -> Json:
     fields = {name: getattr(source, name, None) for name in ("url", "rev", "submodules", "sha256", "strip", "package")}
     fields |= {name: getattr(source, name, None) for name in ("version", "suite")}
     if fields["url"]:
-        fields["url"] = public(str(fields["url"]))
+        fields["url"] = public_url(str(fields["url"]))
     return {
         "kind": type(source).__name__.lower(),
         **{name: value for name, value in fields.items() if value is not None},
@@ -172,7 +173,7 @@ def _declared(source: object) -> Json:
 
 def _sources(plan: Plan, job: Mapping[str, Any]) -> Iterator[Json]:
     for name, identity in _mapping(job.get("sources")).items():
-        url = public(str(getattr(plan.sources.get(name), "url", "")))
+        url = public_url(str(getattr(plan.sources.get(name), "url", "")))
         if "git" in identity:
             commit = str(identity["git"])
             described = {**resource(name, role="source"), "digest": {"gitCommit": commit}}
@@ -195,7 +196,7 @@ def _git_uri(url: str) -> str:
 def _image(image: UsedImage) -> Json:
     about = {name: image.notes.get(name, "") for name in ("base", "base-id", "suite", "mirror")}
     about["made"] = image.notes.get("created") or image.notes.get("date") or ""
-    about["mirror"] = public(about["mirror"])
+    about["mirror"] = public_url(about["mirror"])
     about["manifest"] = image.manifest
     about["had"] = _had(image)
     role = "package image" if about["base-id"] else "image" if image.used else "base image"
@@ -269,20 +270,6 @@ def debian_purl(name: str, version: str, arch: str, vendor: str = "debian") -> s
         return urllib.parse.quote(text, safe=":~")
 
     return f"pkg:deb/{vendor}/{encoded(name)}@{encoded(version)}" + (f"?arch={encoded(arch)}" if arch else "")
-
-
-def public(url: str) -> str:
-    """Return a URL without what may be secret: user and password but for SSH's user, query and fragment."""
-    if "://" not in url:
-        return url
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:  # brackets around what is no address
-        return url.partition("://")[0] + "://"
-    place = parts.netloc.rpartition("@")[2]
-    if parts.scheme in ("ssh", "git+ssh", "ssh+git") and "@" in parts.netloc:
-        place = f"{parts.netloc.rpartition('@')[0].partition(':')[0]}@{place}"
-    return urllib.parse.urlunsplit((parts.scheme, place, parts.path, "", ""))
 
 
 def _timestamp(seconds: float) -> str:

@@ -85,7 +85,8 @@ def _differences(plan: Plan, now: Mapping[str, Json], before: Mapping[str, Json]
     program = f"the function {plan.name}" if "function" in now else str(plan.program)
     if now.get("script") != before.get("script") or now.get("function") != before.get("function"):
         yield f"{program} changed"
-    for key, what in (("modules", "module"), ("inputs", "input"), ("sources", "source"), ("args", "argument")):
+    kinds = {"modules": "module", "inputs": "input", "sources": "source", "args": "argument"}
+    for key, what in {**kinds, "metadata": "metadata of source"}.items():
         yield from _bounded(list(_of_each(plan, what, _mapping(now.get(key)), _mapping(before.get(key)))))
     if now.get("arch") != before.get("arch"):
         yield f"the architecture is {now.get('arch')}, and was {before.get('arch')}"

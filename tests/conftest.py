@@ -23,6 +23,7 @@ NEEDED = {
     "fsck.fat": "dosfstools",
     "gcc": "gcc",
     "git": "git",
+    "git-lfs": "git-lfs",
     "mcopy": "mtools",
     "mke2fs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",

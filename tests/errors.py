@@ -851,6 +851,12 @@ DOIT = [
         "It is not in the cache, so the network is needed this once.",
     ),
     Row(
+        "named a device for an archive",
+        ("artifact('x.py', outputs=['x'], sources={'up': archive('file:///dev/zero', sha256='0' * 64)}) → doit x"),
+        "archive source file:///dev/zero cannot be downloaded: it is not a regular file.",
+        "See whether its path is right.",
+    ),
+    Row(
         "named a repository that is not there",
         "artifact('x.py', outputs=['x'], sources={'up': git('/nowhere', '0' * 40)}) → doit x",
         (
@@ -1012,6 +1018,24 @@ PERMISSIONS = [
         "chmod 000 in",
         "in cannot be read: Permission denied.",
         "A job needs all of its files: mend its path or its permissions.",
+    ),
+    Row(
+        "gave a FIFO for an input",
+        "rm in && mkfifo in",
+        "in cannot be read: it is not a regular file.",
+        "A job needs all of its files: mend its path or its permissions.",
+    ),
+    Row(
+        "gave a device for an input",
+        "rm in && ln -s /dev/zero in",
+        "in cannot be read: it is not a regular file.",
+        "A job needs all of its files: mend its path or its permissions.",
+    ),
+    Row(
+        "gave a FIFO for a buildscript",
+        "rm x.py && mkfifo x.py",
+        "x.py cannot be read: it is not a regular file.",
+        "It has to be a file that you may read.",
     ),
     Row(
         "have a file for a home",

@@ -37,8 +37,17 @@ DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 BUILDSCRIPTS = ROOT / "docs" / "reference" / "buildscripts.md"
 API = ROOT / "docs" / "reference" / "api.md"
 
-SEEN = {"Container", "Image", "ImageNotFoundError", "CommandError", "TemporaryDirectory", "packages_image", "Path"}
-"""What a buildscript sees besides builtins, its args and the names with underscores."""
+SEEN = {
+    "Container",
+    "Image",
+    "ImageNotFoundError",
+    "CommandError",
+    "TemporaryDirectory",
+    "packages_image",
+    "Path",
+    "__sources__",
+}
+"""What a buildscript sees besides builtins, its args and the other names with underscores."""
 
 
 @dataclass(frozen=True)

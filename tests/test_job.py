@@ -108,7 +108,7 @@ WITNESS = Job(
     sources={"umtp": {"git": "4" * 40, "submodules": True}},
     args={"f": 0.1, "i": 10**30, "n": None, "t": [True, "\u2028", {"z": 1, "a": 2}]},
 )
-WITNESS_DIGEST = "763d57cb042771e5e98b0111b19ff1b7695357c62db6c653d4cc69d12179dc88"
+WITNESS_DIGEST = "4e5c4a1c83771d73178f40ec14e6d21af7f19fd1e19cd989fe7fc98b1267548b"
 
 
 def test_the_witness_has_the_digest_that_is_written_down() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from upstreams import call_git, commit, no_programs
 
 from gamebear_tasks.errors import SourceError
 from gamebear_tasks.sources import debian, either, git
-from gamebear_tasks.sources.lock import DebianEntry, Lock
+from gamebear_tasks.sources.lock import DebianEntry, GitEntry, Lock
 from gamebear_tasks.sources.lookup import resolve
+from gamebear_tasks.sources.source import TREES
 
 pytest_plugins = ("upstreams",)
 
@@ -36,15 +38,37 @@ def test_branches_and_tags_are_locked_to_their_commits(
     url = daemon("upstream")
     revs = {"main": second, "v1": first, "both": first, "refs/heads/both": second, "HEAD": second}
     lines = resolve([git(url, rev) for rev in revs], lock_path, cache)
-    assert lines == [f"git {url} {rev}: {revs[rev]}" for rev in sorted(revs)]
+    tags = {"v1": " (v1)", "both": " (both)"}
+    assert lines == [f"git {url} {rev}: {revs[rev]}{tags.get(rev, '')}" for rev in sorted(revs)]
     lock = Lock.read(lock_path)
     assert {rev: git(url, rev).identity(lock)["git"] for rev in revs} == revs
-    assert git(url, "v1").fetch(cache, lock).name == f"git-{first}.tar"
+    assert git(url, "v1").fetch(cache, lock).name == f"git-{first}.{TREES}.tar"
+
+
+def test_the_tag_of_a_branchs_commit_is_locked(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """As `git describe --tags --exact-match` prefers them: an annotated one, then the highest version."""
+    source = git(str(upstream), "main")
+
+    def tag() -> str:
+        resolve([source], lock_path, cache, update=True)
+        return Lock.read(lock_path).git[source.key].tag
+
+    assert tag() == ""
+    for name in ("v1.9", "v1.10-rc1", "v1.10", "latest"):
+        call_git(upstream, "tag", name)
+    assert tag() == "v1.10"
+    call_git(upstream, "tag", "--annotate", "--message", "release", "r1")
+    assert tag() == "r1"
+    commit(upstream)
+    assert tag() == ""
+    assert '"tag"' not in lock_path.read_text()
 
 
 def test_the_lock_file_is_made_to_be_committed(lock_path: Path) -> None:
     """Sorted, indented, readable by all, with a newline at the end."""
-    Lock({"https://git.example/ü main": "a" * 40}, {"hello": DebianEntry("1-1", {"h.dsc": "b" * 64})}).write(lock_path)
+    Lock({"https://git.example/ü main": GitEntry("a" * 40)}, {"hello": DebianEntry("1-1", {"h.dsc": "b" * 64})}).write(
+        lock_path
+    )
     assert lock_path.read_text(encoding="utf-8") == (
         '{\n  "debian": {\n    "hello": {\n      "files": {\n        "h.dsc": "' + "b" * 64 + '"\n      },\n'
         '      "version": "1-1"\n    }\n  },\n  "git": {\n    "https://git.example/ü main": {\n      "commit": "'
@@ -70,7 +94,9 @@ def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Pat
 def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_path: Path, cache: Path) -> None:
     declared = git(str(upstream), "main")
     entry = DebianEntry("1-1", {"hello.dsc": "b" * 64})
-    Lock({declared.key: "a" * 40, "https://git.example/gone main": "b" * 40}, {"hello": entry}).write(lock_path)
+    Lock(
+        {declared.key: GitEntry("a" * 40), "https://git.example/gone main": GitEntry("b" * 40)}, {"hello": entry}
+    ).write(lock_path)
     before = lock_path.read_bytes()
     kept = "kept, though not declared here; doit lock --prune drops it"
     assert resolve([declared], lock_path, cache) == [
@@ -82,7 +108,7 @@ def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_pa
         "git https://git.example/gone main: dropped, no longer declared",
         "debian hello: dropped, no longer declared",
     ]
-    assert Lock.read(lock_path) == Lock({declared.key: "a" * 40})
+    assert Lock.read(lock_path) == Lock({declared.key: GitEntry("a" * 40)})
 
 
 LATE = """
@@ -198,7 +224,7 @@ def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, m
 
 def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Path, cache: Path) -> None:
     """One of two is not there."""
-    Lock({"https://git.example/gone main": "b" * 40}).write(lock_path)
+    Lock({"https://git.example/gone main": GitEntry("b" * 40)}).write(lock_path)
     before = lock_path.read_bytes()
     with pytest.raises(SourceError) as caught:
         resolve([git(str(upstream), "main"), git(str(upstream), "nosuch")], lock_path, cache)
@@ -262,12 +288,34 @@ def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Pa
             "is damaged: the entry 'x' in 'debian' makes no sense",
         ),
         ("\xff", "is damaged"),
+        ('{"version": 1, "git": {"x main": {"commit": "' + "a" * 40 + '", "tag": 1}}}', "in 'git' makes no sense"),
     ],
 )
 def test_a_lock_file_that_makes_no_sense_is_refused(text: str, reason: str, lock_path: Path) -> None:
     """And what is wrong with it is said."""
     lock_path.write_bytes(text.encode("latin-1"))
     with pytest.raises(SourceError, match=reason):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:
+    """In depth, or in size."""
+    lock_path.write_text("[" * 200_000)
+    with pytest.raises(SourceError, match="is damaged: its brackets are nested too deeply"):
+        Lock.read(lock_path)
+    lock_path.write_text(" " * ((16 << 20) + 1))
+    with pytest.raises(SourceError, match="is damaged: it is larger than 16 MiB"):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_that_is_no_regular_file_is_refused(lock_path: Path) -> None:
+    """A FIFO would block, and a device never end."""
+    os.mkfifo(lock_path)
+    with pytest.raises(SourceError, match="cannot be read: it is not a regular file"):
+        Lock.read(lock_path)
+    lock_path.unlink()
+    lock_path.symlink_to("/dev/zero")
+    with pytest.raises(SourceError, match="cannot be read: it is not a regular file"):
         Lock.read(lock_path)
 
 

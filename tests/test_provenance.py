@@ -14,9 +14,10 @@ from project import Project
 from statements import by_role, packages, read_statement
 
 from gamebear_tasks.builders.materials import Materials
-from gamebear_tasks.provenance import _git_uri, debian_purl, public
+from gamebear_tasks.provenance import _git_uri, debian_purl
 from gamebear_tasks.runner.buildah import outside
 from gamebear_tasks.runner.probe import facts
+from gamebear_tasks.sources.source import public_url
 
 DODO = """
 from gamebear_tasks import artifact
@@ -140,9 +141,9 @@ def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_e
 
 
 def test_nothing_secret_of_a_url_is_told() -> None:
-    assert public("https://me:secret@example.com/a.tar.gz?token=secret#secret") == "https://example.com/a.tar.gz"
-    assert public("https://token@example.com/a.git") == "https://example.com/a.git"
-    assert public("ssh://git:secret@example.com:22/a.git") == "ssh://git@example.com:22/a.git"
+    assert public_url("https://me:secret@example.com/a.tar.gz?token=secret#secret") == "https://example.com/a.tar.gz"
+    assert public_url("https://token@example.com/a.git") == "https://example.com/a.git"
+    assert public_url("ssh://git:secret@example.com:22/a.git") == "ssh://git@example.com:22/a.git"
 
 
 def test_repositories_and_packages_have_the_names_that_others_know_them_by() -> None:

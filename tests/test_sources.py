@@ -29,7 +29,7 @@ from gamebear_tasks.sources import archive, debian, either, git, tree
 from gamebear_tasks.sources.choice import check_preference, choose
 from gamebear_tasks.sources.from_debian import entries, from_deb822, from_one_line
 from gamebear_tasks.sources.from_git import relative_url
-from gamebear_tasks.sources.lock import DebianEntry, Lock
+from gamebear_tasks.sources.lock import DebianEntry, GitEntry, Lock
 
 pytest_plugins = ("upstreams",)
 
@@ -143,7 +143,7 @@ def test_a_tree_refuses_to_write_through_a_link() -> None:
 
 
 def test_a_commit_becomes_its_files_without_git(upstream: Path, cache: Path) -> None:
-    """As committed: export-ignore and eol do not matter, modes and links do."""
+    """As `git clone` has them: export-ignore and export-subst do not matter, eol, modes and links do."""
     path = git(str(upstream), call_git(upstream, "rev-parse", "HEAD")).fetch(cache, NOTHING_LOCKED)
     found = contents(path)
     assert found.pop(".gitattributes")
@@ -152,7 +152,7 @@ def test_a_commit_becomes_its_files_without_git(upstream: Path, cache: Path) -> 
         "link": "tests/run",
         "tests": None,
         "tests/run": b"#!/bin/sh\n",
-        "windows.txt": b"one\ntwo\n",
+        "windows.txt": b"one\r\ntwo\r\n",
     }
     with tarfile.open(path) as tar:
         assert {member.mtime for member in tar} == {COMMIT_TIME}
@@ -167,8 +167,10 @@ def test_the_users_configuration_does_not_change_the_files(upstream: Path, tmp_p
     with git_settings.open("a") as settings:
         settings.write(
             "[core]\nautocrlf = true\nhooksPath = /nonexistent\nquotePath = true\n"
+            f"attributesFile = {tmp_path / 'attributes'}\n"
             "[init]\ntemplateDir = /nonexistent\n[fetch]\nprune = true\nfsckObjects = true\n[tar]\numask = 0077\n"
         )
+    (tmp_path / "attributes").write_text("* eol=crlf\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_DIR", "/nonexistent")
         patch.setenv("TZ", "Asia/Tokyo")
@@ -190,7 +192,9 @@ def test_what_is_cached_needs_neither_network_nor_programs(
 def test_the_identities_of_2000_sources_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program, no network, next to no time."""
     no_programs(monkeypatch)
-    lock = Lock({"https://git.example/x main": "a" * 40}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})})
+    lock = Lock(
+        {"https://git.example/x main": GitEntry("a" * 40)}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})}
+    )
     started = time.process_time()
     for number in range(2000):
         git(f"https://git.example/{number}", f"{number:040x}").identity(lock)
@@ -202,7 +206,9 @@ def test_the_identities_of_2000_sources_are_cheap(monkeypatch: pytest.MonkeyPatc
 
 def test_an_identity_says_what_and_never_where() -> None:
     """The same content has the same identity, wherever it is from."""
-    lock = Lock({"https://git.example/x main": "a" * 40}, {"hello/sid": DebianEntry("1-1", {"h.dsc": "b" * 64})})
+    lock = Lock(
+        {"https://git.example/x main": GitEntry("a" * 40)}, {"hello/sid": DebianEntry("1-1", {"h.dsc": "b" * 64})}
+    )
     assert git("https://git.example/x", "main").identity(lock) == {"git": "a" * 40}
     assert git("file:///elsewhere", "A" * 40).identity(lock) == {"git": "a" * 40}
     assert git("x", "a" * 40, submodules=False).identity(lock) == {"git": "a" * 40, "submodules": False}
@@ -378,8 +384,9 @@ def test_many_at_once_fetch_once(upstream: Path, cache: Path, tmp_path: Path, mo
 def test_what_a_killed_fetch_left_is_removed(upstream: Path, cache: Path) -> None:
     """Temporary files, half a repository and git's locks."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
-    name = source.pinned(NOTHING_LOCKED).file_name
-    source.fetch(cache, NOTHING_LOCKED).unlink()
+    path = source.fetch(cache, NOTHING_LOCKED)
+    name = path.name
+    path.unlink()
     (cache / f".{name}.abc.tmp").write_text("half")
     (cache / f".{name}.scratch").mkdir()
     (repository,) = (cache / "git").glob("*.git")

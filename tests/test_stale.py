@@ -19,6 +19,7 @@ from gamebear_tasks.config import settings
 from gamebear_tasks.placed import PLACED, is_placed, placing
 from gamebear_tasks.plan import SAVED, read_lock
 from gamebear_tasks.runner import files
+from gamebear_tasks.sources.lock import GitEntry
 
 DODO = """
 from gamebear_tasks import artifact
@@ -486,7 +487,7 @@ def test_settings_and_pins_are_read_again_although_size_and_mtime_are_as_before(
         for path in (project, lock):
             os.utime(path, (SAME_TIME, SAME_TIME))
         assert settings().arch == arch
-        assert read_lock(lock).git == {"u main": digit * 40}
+        assert read_lock(lock).git == {"u main": GitEntry(digit * 40)}
         settle()
 
 

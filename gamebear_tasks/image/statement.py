@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..builders.materials import Materials
 from ..errors import JobError
-from ..provenance import CLOCK, IMAGE_TYPE, changed, details, public, resource, write_statement
+from ..provenance import CLOCK, IMAGE_TYPE, changed, details, resource, write_statement
 from ..runner.files import sha256_of
+from ..sources.source import public_url
 from ..timing import Record
 from .recipe import Recipe
 
@@ -40,11 +41,11 @@ def write(recipe: Recipe, record: Record) -> Path:
     user = recipe.user
     if not isinstance(recipe.base, Path):
         known = resource(recipe.base.url.rpartition("/")[2], sha256=recipe.base.sha256, role="base")
-        files.insert(0, {**known, "uri": public(recipe.base.url)})
+        files.insert(0, {**known, "uri": public_url(recipe.base.url)})
     definition = {
         "buildType": IMAGE_TYPE,
         "externalParameters": {
-            "base": str(recipe.base) if isinstance(recipe.base, Path) else public(recipe.base.url),
+            "base": str(recipe.base) if isinstance(recipe.base, Path) else public_url(recipe.base.url),
             "contents": [{"path": str(item.path), "destination": item.destination} for item in recipe.contents],
             "config": list(recipe.config),
             "cmdline": list(recipe.cmdline),

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 import traceback
 import types
 from collections.abc import Iterator
@@ -254,6 +255,7 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
         "TemporaryDirectory": language.TemporaryDirectory,
         "packages_image": packages_image,
         "Path": Path,
+        "__sources__": _metadata(document),
     }
     language.inject(seen)
     with _ended_by_exit():
@@ -271,6 +273,19 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
         names.update(seen, __file__=str(path), __args__=values)
         names.update(values)
         return program.run(names)
+
+
+def _metadata(document: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return what the script sees of its sources: what the job says, and the one time that all files of each have."""
+    return {name: {**said, "date": _date(Path.cwd() / name)} for name, said in (document.get("metadata") or {}).items()}
+
+
+def _date(folder: Path) -> str:
+    """Return the time of a source in UTC, as ISO 8601 has it; an empty text where it has no files."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.stat(follow_symlinks=False).st_mtime))
+    return ""
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ It is never unpacked to the file system: its members go straight into the new ta
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
 import math
 import os
 import re
@@ -20,8 +22,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from ..errors import SettingsError, SourceError
 from ..runner.files import CHUNK, is_sha256, locked, sha256_of
 from .lock import Lock
-from .source import BaseSource, Pin, check_url
-from .tree import Entry, File, Folder, Link, Readable, TreeError, write
+from .source import BaseSource, Pin, check_url, public_url
+from .tree import BLOCK, LINK_LIMIT, Entry, File, Folder, Link, Readable, TreeError, decoded, write
 
 if TYPE_CHECKING:
     import tarfile
@@ -50,8 +52,8 @@ class ArchivePin(Pin):
 
     @property
     def file_name(self) -> str:
-        """`archive-<sha256>-<strip>.tar`."""
-        return f"archive-{self.sha256}-{self.strip}.tar"
+        """`archive-<sha256>-<strip>`."""
+        return f"archive-{self.sha256}-{self.strip}"
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,15 @@ class Archive(BaseSource[ArchivePin]):
         """Return the hash; the lock file is not needed for it."""
         return ArchivePin(self.sha256, self.strip)
 
+    def _metadata(self, pin: ArchivePin, lock: Lock) -> dict[str, str]:
+        return {"url": public_url(self.url), "sha256": pin.sha256}
+
     def _write_tar(self, out: BinaryIO, pin: ArchivePin, cache: Path, scratch: Path) -> None:
         import bz2
         import gzip
         import lzma
         import tarfile
         import zipfile
-        import zlib
 
         packed = scratch / "archive"
         self._download_verified(packed)
@@ -121,27 +125,29 @@ class Archive(BaseSource[ArchivePin]):
             for kind, opener in ((GZIP, gzip.GzipFile), (BZIP2, bz2.BZ2File), (XZ, lzma.LZMAFile)):
                 if magic.startswith(kind):
                     plain = scratch / "plain.tar"
-                    with opener(packed) as source, plain.open("wb") as file:
-                        shutil.copyfileobj(source, file, CHUNK)
-            with tarfile.TarFile(plain, encoding="utf-8", errors="surrogateescape") as tar:
+                    with opener(packed) as source, plain.open("wb") as unpacked:
+                        shutil.copyfileobj(source, unpacked, CHUNK)
+            with (
+                _Bounded(plain) as bounded,
+                tarfile.TarFile(fileobj=bounded, encoding="utf-8", errors="surrogateescape") as tar,
+            ):
                 entries, mtime = _tar_entries(tar)
                 write(out, stripped(entries, pin.strip), mtime)
         except TreeError as error:
             raise self.error(
                 f"cannot be used: {error}", "See what is in it, and whether it is the right file."
             ) from error
-        except (
-            tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError,
-            NotImplementedError, RuntimeError,
-        ) as error:  # fmt: skip
+        except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError) as error:
             raise self.error(
                 f"cannot be unpacked: {error}", "It must be a tar file (plain, gzip, bzip2, xz) or a zip file."
             ) from error
-        except OSError as error:
-            if error.errno is not None:
+        except Exception as error:
+            # The parsers of the standard library raise whatever a damaged file leads to: ValueError, OverflowError,
+            # struct.error, RecursionError, MemoryError, an OSError of a seek. Others are about the disk.
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
-            raise self.error(  # bz2's own
-                f"cannot be unpacked: it is damaged ({error})",
+            raise self.error(
+                f"cannot be unpacked: it is damaged ({error or type(error).__name__})",
                 "See whether upstream has it whole, under another SHA-256.",
             ) from error
 
@@ -187,8 +193,11 @@ class Archive(BaseSource[ArchivePin]):
     def _download(self, target: Path) -> None:
         import http.client
         import urllib.error
+        import urllib.parse
         import urllib.request
 
+        if self.url.startswith("file:"):
+            self._check_file(urllib.request.url2pathname(urllib.parse.urlsplit(self.url).path))
         request = urllib.request.Request(self.url, headers={"User-Agent": "gamebear-tasks"})
         with target.open("wb") as file:
             try:
@@ -205,6 +214,12 @@ class Archive(BaseSource[ArchivePin]):
                 raise self.error(f"cannot be downloaded: {error or type(error).__name__}") from error
             if length.isdecimal() and file.tell() != int(length):
                 raise self.error(f"cannot be downloaded: the connection ended after {file.tell()} of {length} bytes")
+
+    def _check_file(self, path: str) -> None:
+        """Refuse a FIFO, which would block, and a device, which may not end."""
+        with contextlib.suppress(OSError, ValueError):  # urllib says why
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise self.error("cannot be downloaded: it is not a regular file", "See whether its path is right.")
 
 
 class _ConnectionBrokenError(Exception):
@@ -254,6 +269,19 @@ def _clean(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
+class _Bounded(io.FileIO):
+    """A tar file of which no more is read into memory at once than a header needs.
+
+    A tar file says how long the records are that have its names and links; they come before what they describe.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read some bytes; raises TreeError for more than `CHUNK`, and for a negative number."""
+        if size is None or not 0 <= size <= CHUNK:
+            raise TreeError(f"it is damaged: it has a header of {size} bytes")
+        return super().read(size) or b""
+
+
 def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
     """Return what is in a tar file, and the latest of its times."""
     entries: list[Entry] = []
@@ -261,6 +289,8 @@ def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
     latest = 0
     for member in archive:
         path = _clean(member.name)
+        if member.size < 0:  # the next header would be looked for before this one, for ever
+            raise TreeError(f"it is damaged: its entry {path!r} has a size of {member.size} bytes")
         if not math.isfinite(member.mtime):
             raise TreeError(f"it is damaged: its entry {path!r} has the time {member.mtime}")
         latest = max(latest, int(member.mtime))
@@ -288,7 +318,16 @@ def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
             )
         else:
             raise TreeError(f"its entry {path!r} is a device or a pipe")
+    _check_end(archive)
     return entries, latest
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raise TreeError where a tar file goes on with something that is no member: Python takes that for its end."""
+    assert archive.fileobj
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(BLOCK).strip(b"\0"):
+        raise TreeError(f"it is damaged: at byte {archive.offset} there is neither a member nor its end")
 
 
 @contextlib.contextmanager
@@ -299,6 +338,22 @@ def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[
         yield content
 
 
+DOS = (0, 6, 10, 11, 14)
+"""Numbers of the systems whose names have backslashes for slashes: FAT, HPFS, NTFS (two), VFAT; see APPNOTE, 4.4.2."""
+
+UNIX = (3, 19)
+"""Numbers of the systems whose names are bytes: Unix, macOS."""
+
+DOS_FOLDER = 0x10
+"""The attribute of a folder on DOS."""
+
+UTF8_NAME = 0x800
+"""The flag that says that a member's name is UTF-8, see APPNOTE, 4.4.4."""
+
+UNICODE_PATH = 0x7075
+"""The extra field with a member's name in UTF-8, see APPNOTE, 4.6.9."""
+
+
 def _zip_entries(archive: zipfile.ZipFile) -> tuple[list[Entry], int]:
     """Return what is in a zip file, and the latest of its times (which have no zone: taken as UTC)."""
     import calendar
@@ -306,18 +361,52 @@ def _zip_entries(archive: zipfile.ZipFile) -> tuple[list[Entry], int]:
     entries: list[Entry] = []
     latest = 0
     for member in archive.infolist():
-        path = _clean(member.filename)
+        name = _zip_name(member)
+        is_dos = member.create_system in DOS
+        if is_dos:
+            name = name.replace("\\", "/")
+            if re.match("[A-Za-z]:", name):
+                raise TreeError(f"it holds the unsafe name {name!r}")
+        path = _clean(name)
         with contextlib.suppress(ValueError, OverflowError):
             latest = max(latest, calendar.timegm((*member.date_time, 0, 0, 0)))
         mode = member.external_attr >> 16
         if not path:
             continue
-        if member.is_dir():
+        if (
+            name.endswith("/")
+            or stat.S_ISDIR(mode)
+            or (is_dos and member.external_attr & DOS_FOLDER and not member.file_size)
+        ):
             entries.append(Folder(path))
         elif stat.S_ISLNK(mode):
-            entries.append(Link(path, archive.read(member).decode("utf-8", "surrogateescape")))
+            with archive.open(member) as content:
+                target = content.read(LINK_LIMIT + 1)
+            if len(target) > LINK_LIMIT:
+                raise TreeError(f"its link {path!r} has a target of more than {LINK_LIMIT} bytes")
+            entries.append(Link(path, decoded(target)))
         elif stat.S_IFMT(mode) in (0, stat.S_IFREG):
             entries.append(File(path, member.file_size, bool(mode & 0o111), functools.partial(archive.open, member)))
         else:
             raise TreeError(f"its entry {path!r} is a device or a pipe")
     return entries, latest
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Return a member's name as unzip reads it, the same on every Python.
+
+    It is UTF-8 if a flag or an extra field says so, bytes if it comes from Unix, else in DOS's code page 437.
+    """
+    import zlib
+
+    name = member.orig_filename
+    if member.flag_bits & UTF8_NAME:
+        return name
+    raw = name.encode("cp437")
+    extra = member.extra
+    while len(extra) >= 4:
+        kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == UNICODE_PATH and field[:5] == b"\1" + zlib.crc32(raw).to_bytes(4, "little"):
+            return decoded(field[5:])
+    return decoded(raw) if member.create_system in UNIX else name

@@ -55,8 +55,8 @@ class DebianPin(Pin):
 
     @property
     def file_name(self) -> str:
-        """`debian-<sha256 of the .dsc>.tar`."""
-        return f"debian-{self.entry.files[self.entry.dsc]}.tar"
+        """`debian-<sha256 of the .dsc>`."""
+        return f"debian-{self.entry.files[self.entry.dsc]}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class Debian(BaseSource[DebianPin]):
         """Return what the lock file says, if it knows the package."""
         entry = lock.debian.get(self.key)
         return DebianPin(self.package, entry) if entry else None
+
+    def _metadata(self, pin: DebianPin, lock: Lock) -> dict[str, str]:
+        return {"package": pin.package, "version": pin.entry.version}
 
     def resolve(self, cache: Path, *, refresh: bool = True) -> DebianEntry:
         """Ask this machine's apt sources for the version wanted, or the newest.

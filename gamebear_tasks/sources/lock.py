@@ -3,13 +3,14 @@
 It is JSON, sorted and indented so that a diff reads, beside dodo.py, and meant to be committed::
 
     {"version": 1,
-     "git": {"<url> <rev>": {"commit": "<40 or 64 hex digits>"}},
+     "git": {"<url> <rev>": {"commit": "<40 or 64 hex digits>", "tag": "<name, if there is one>"}},
      "debian": {"<package>[=<version>][/<suite>]": {"version": "…", "files": {"<name>": "<sha256>"}}}}
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,12 +19,31 @@ from typing import Any
 
 from ..errors import SourceError
 from ..process import FILE_MODE
-from ..runner.files import is_file_name, is_sha256, write_bytes
+from ..runner.files import is_file_name, is_sha256, open_regular, write_bytes
 
 VERSION = 1
 """The lock file's version; a newer one is refused."""
 
+LIMIT = 16 << 20
+"""Bytes that a lock file may have; a thousand sources take less than one MiB."""
+
 RESTORE = "Restore it from version control, or remove it and run `doit lock`."
+
+
+@dataclass(frozen=True)
+class GitEntry:
+    """A commit of a git repository.
+
+    Attributes:
+        commit: its hash in full.
+        tag: the name of a tag of exactly this commit when `doit lock` looked; empty where there was none.
+    """
+
+    commit: str
+    tag: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.commit} ({self.tag})" if self.tag else self.commit
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,7 @@ class Lock:
         debian: the version of each "<package>[=<version>][/<suite>]".
     """
 
-    git: Mapping[str, str] = field(default_factory=dict)
+    git: Mapping[str, GitEntry] = field(default_factory=dict)
     debian: Mapping[str, DebianEntry] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +84,10 @@ class Lock:
             SourceError: it is damaged, cannot be read, or was written by a newer release.
         """
         try:
-            return cls._parsed(json.loads(path.read_bytes()))
+            with open_regular(path) as file:
+                if os.fstat(file.fileno()).st_size > LIMIT:
+                    raise ValueError(f"it is larger than {LIMIT >> 20} MiB")
+                return cls._parsed(json.loads(file.read()))
         except FileNotFoundError:
             return cls()
         except OSError as error:
@@ -78,6 +101,8 @@ class Lock:
             ) from error
         except ValueError as error:
             raise SourceError(f"{path} is damaged: {error}.", RESTORE) from error
+        except (RecursionError, MemoryError) as error:
+            raise SourceError(f"{path} is damaged: its brackets are nested too deeply.", RESTORE) from error
 
     @classmethod
     def _parsed(cls, data: Any) -> Lock:
@@ -85,7 +110,11 @@ class Lock:
             raise ValueError("it has no version")
         if data["version"] != VERSION:
             raise _NewerError(data["version"])
-        git = {key: entry["commit"] for key, entry in _table(data, "git") if is_commit(entry.get("commit"))}
+        git = {
+            key: GitEntry(entry["commit"], entry.get("tag", ""))
+            for key, entry in _table(data, "git")
+            if is_commit(entry.get("commit")) and is_tag(entry.get("tag", ""))
+        }
         debian = {
             key: DebianEntry(entry["version"], dict(entry["files"]))
             for key, entry in _table(data, "debian")
@@ -105,7 +134,10 @@ class Lock:
         """
         data = {
             "version": VERSION,
-            "git": {key: {"commit": commit} for key, commit in self.git.items()},
+            "git": {
+                key: {"commit": entry.commit, **({"tag": entry.tag} if entry.tag else {})}
+                for key, entry in self.git.items()
+            },
             "debian": {
                 key: {"version": entry.version, "files": dict(entry.files)} for key, entry in self.debian.items()
             },
@@ -126,6 +158,11 @@ class _NewerError(Exception):
 def is_commit(text: object) -> bool:
     """Say whether something is a whole commit hash: SHA-1 or SHA-256 in lower-case hex."""
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def is_tag(text: object) -> bool:
+    """Say whether something can be the name of a tag, or is empty; see git-check-ref-format(1)."""
+    return isinstance(text, str) and re.fullmatch(r"[^\s:~^?*\[\\\x00-\x20\x7f]*", text) is not None
 
 
 def _table(data: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:

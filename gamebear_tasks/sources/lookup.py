@@ -9,7 +9,7 @@ from ..errors import SourceError
 from .choice import Declared, Either, Source
 from .from_debian import Debian
 from .from_git import Git
-from .lock import DebianEntry, Lock
+from .lock import DebianEntry, GitEntry, Lock
 
 
 def resolve(
@@ -35,7 +35,7 @@ def resolve(
         SourceError: something cannot be looked up, or the lock file cannot be read or written.
     """
     old = Lock.read(lock_path)
-    git: dict[str, str] = {}
+    git: dict[str, GitEntry] = {}
     debian: dict[str, DebianEntry] = {}
     refreshed: set[str | None] = set()
 
@@ -78,7 +78,7 @@ def resolve(
         ]
     new = Lock(git, debian)
     changes = [
-        *_changes("git", old.git, new.git),
+        *_changes("git", *({key: str(entry) for key, entry in lock.git.items()} for lock in (old, new))),
         *_changes(
             "debian",
             {key: entry.version for key, entry in old.debian.items()},

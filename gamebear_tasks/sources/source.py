@@ -19,6 +19,9 @@ from . import LOCK_FILE
 from .lock import Lock
 from .program import ProgramError
 
+TREES = 2
+"""Version of what a tree holds for a pin. To change that, raise it together with `job.FORMAT`."""
+
 
 class Pin(ABC):
     """What exactly a source is; two machines that have the same pin have the same files."""
@@ -30,7 +33,7 @@ class Pin(ABC):
     @property
     @abstractmethod
     def file_name(self) -> str:
-        """The name of the tar file in the cache."""
+        """The name of the tar file in the cache, without its extensions."""
 
 
 PinT = TypeVar("PinT", bound=Pin)
@@ -86,6 +89,20 @@ class BaseSource(ABC, Generic[PinT]):
         """
         return self.pinned(lock).identity()
 
+    def metadata(self, lock: Lock) -> dict[str, str]:
+        """Return what a program may know of it (`__sources__`); reads no network and runs no program.
+
+        Its date is not here: the tree has it.
+
+        Raises:
+            SourceError: it is not pinned.
+        """
+        return self._metadata(self.pinned(lock), lock)
+
+    @abstractmethod
+    def _metadata(self, pin: PinT, lock: Lock) -> dict[str, str]:
+        """Return the metadata of a pin."""
+
     def fetch(self, cache: Path, lock: Lock) -> Path:
         """Return the tree as a tar file (see `tree`) in the cache; fetched only if it is not there.
 
@@ -99,7 +116,7 @@ class BaseSource(ABC, Generic[PinT]):
             SourceError: it cannot be had, or is not what its pin says.
         """
         pin = self.pinned(lock)
-        target = cache / pin.file_name
+        target = cache / f"{pin.file_name}.{TREES}.tar"
         if target.is_file():
             with contextlib.suppress(OSError):
                 os.utime(target)  # says when it was last used
@@ -124,7 +141,7 @@ class BaseSource(ABC, Generic[PinT]):
             with written_aside(target) as out:
                 self._write_tar(out, pin, target.parent, scratch)
         except ProgramError as error:
-            raise self.error(f"cannot be fetched: {error.reason}") from error
+            raise self.error(f"cannot be fetched: {error.reason}", error.hint) from error
         finally:
             remove(scratch)
 
@@ -167,6 +184,20 @@ def check_url(url: object, what: str, upstream: bool = False) -> None:
         )
     if not isinstance(url, str) or not url or url.startswith("-") or re.search(r"[\x00-\x1f\x7f]", url):
         raise SettingsError(f"{what}: {url!r} is no URL.", "Write it in full, as https://host/path.")
+
+
+def public_url(url: str) -> str:
+    """Return a URL without what may be secret: user and password but for SSH's user, query and fragment."""
+    if "://" not in url:
+        return url
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:  # brackets around what is no address
+        return url.partition("://")[0] + "://"
+    place = parts.netloc.rpartition("@")[2]
+    if parts.scheme in ("ssh", "git+ssh", "ssh+git") and "@" in parts.netloc:
+        place = f"{parts.netloc.rpartition('@')[0].partition(':')[0]}@{place}"
+    return urllib.parse.urlunsplit((parts.scheme, place, parts.path, "", ""))
 
 
 def _host_after_secret(url: str, names_allowed: bool) -> str | None:

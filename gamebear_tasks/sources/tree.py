@@ -27,6 +27,10 @@ LATEST = (1 << 33) - 1
 """The last second that fits the 11 octal digits of a tar header."""
 
 
+LINK_LIMIT = 4095
+"""Bytes that the target of a symbolic link may have: Linux's PATH_MAX without the NUL."""
+
+
 class TreeError(Exception):
     """A tree holds what must not or cannot be unpacked."""
 
@@ -111,12 +115,22 @@ def _encoded(path: str) -> bytes:
     return path.encode("utf-8", "surrogateescape")
 
 
+def _is_target(target: str) -> bool:
+    """Say whether a symbolic link can have a target."""
+    try:
+        return 0 < len(_encoded(target)) <= LINK_LIMIT and "\0" not in target
+    except UnicodeEncodeError:
+        return False
+
+
 def _complete(entries: Iterable[Entry]) -> dict[str, Entry]:
     """Check the names and add the folders that lead to entries."""
     tree: dict[str, Entry] = {}
     for entry in entries:
         if not is_relative_path(entry.path):
             raise TreeError(f"it holds the unsafe name {entry.path!r}")
+        if isinstance(entry, Link) and not _is_target(entry.target):
+            raise TreeError(f"its link {entry.path!r} has no valid target")
         tree[entry.path] = entry
     for path in list(tree):
         parent = path
@@ -173,10 +187,14 @@ def from_folder(root: Path) -> Iterator[Entry]:
             elif path.is_dir():
                 yield Folder(inside)
             elif path.is_file():
-                status = path.stat()
-                yield File(inside, status.st_size, bool(status.st_mode & 0o111), functools.partial(_opened, path))
+                yield from_file(inside, path, bool(path.stat().st_mode & 0o111))
             else:
                 raise TreeError(f"its entry {inside!r} is neither a file nor a folder nor a symbolic link")
+
+
+def from_file(inside: str, path: Path, executable: bool) -> File:
+    """Return an entry with the content of a file of the file system; raises OSError."""
+    return File(inside, path.stat().st_size, executable, functools.partial(_opened, path))
 
 
 def _opened(path: Path) -> BinaryIO:

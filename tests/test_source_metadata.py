@@ -1,0 +1,140 @@
+"""`__sources__`: what a program sees of its sources besides their files, and that its job's digest covers it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from project import Project
+from upstreams import COMMIT_TIME, call_git
+
+from gamebear_tasks import archive, git
+from gamebear_tasks.config import Settings
+from gamebear_tasks.plan import Plan
+from gamebear_tasks.sources import debian
+from gamebear_tasks.sources.lock import DebianEntry, GitEntry, Lock
+
+pytest_plugins = ("upstreams",)
+
+DATE = "2020-09-13T12:26:40Z"
+"""`COMMIT_TIME`."""
+
+
+@pytest.fixture
+def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose builder's store is that of the other quick tests."""
+    return Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
+
+
+def test_a_date_is_iso_8601() -> None:
+    import datetime
+
+    assert datetime.datetime.fromisoformat(DATE.replace("Z", "+00:00")).timestamp() == COMMIT_TIME
+
+
+TELL = "import json\nopen('x', 'w').write(json.dumps(__sources__))\n"
+
+
+@pytest.mark.parametrize("kind", ["script", "module", "function", "module of a function"])
+def test_a_program_sees_the_metadata_of_its_sources(upstream: Path, project: Project, kind: str) -> None:
+    """Whichever part of it looks."""
+    call_git(upstream, "tag", "v1.2")
+    head = call_git(upstream, "rev-parse", "HEAD")
+    project.write("told.py", f"def tell():\n    {'; '.join(TELL.splitlines())}\n")
+    program = "'x.py'"
+    if kind == "script":
+        project.write("x.py", TELL)
+    elif kind == "module":
+        project.write("x.py", "import told\ntold.tell()\n")
+    else:
+        program = "build"
+    body = f"    {'; '.join(TELL.splitlines())}\n" if kind == "function" else "    import told\n    told.tell()\n"
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact, git, task_lock\n\n"
+        f"def build():\n{body}\n"
+        "def task_x():\n"
+        f"    return artifact({program}, outputs=['build/x'], sources={{'src': git({str(upstream)!r}, 'main')}})\n",
+    )
+    project.doit("lock").ok()
+    project.doit("x").ok()
+    assert json.loads((project.folder / "build/x").read_text()) == {
+        "src": {"url": str(upstream), "commit": head, "tag": "v1.2", "date": DATE}
+    }
+
+
+def test_a_program_without_sources_sees_none(project: Project) -> None:
+    project.write("x.py", TELL)
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
+    )
+    project.doit("x").ok()
+    assert (project.folder / "build/x").read_text() == "{}"
+
+
+def test_each_kind_of_source_has_its_metadata() -> None:
+    entry = DebianEntry("1:1.2-3", {"hello.dsc": "b" * 64})
+    lock = Lock({"https://git.example/x v1": GitEntry("a" * 40, "v1")}, {"hello": entry})
+    assert git("https://git.example/x", "v1").metadata(lock) == {
+        "url": "https://git.example/x",
+        "commit": "a" * 40,
+        "tag": "v1",
+    }
+    assert git("ssh://git@git.example/x", "c" * 40).metadata(lock) == {
+        "url": "ssh://git@git.example/x",
+        "commit": "c" * 40,
+        "tag": "",
+    }
+    web = archive("https://web.example/x.tar?token=secret", "d" * 64)
+    assert web.metadata(lock) == {"url": "https://web.example/x.tar", "sha256": "d" * 64}
+    assert debian("hello").metadata(lock) == {"package": "hello", "version": "1:1.2-3"}
+
+
+@pytest.fixture
+def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The digest of a job whose program is a text, with one source."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(text: str, url: str = "https://git.example/x", tag: str = "", module: str = "") -> str:
+        Path("x.py").write_text(text)
+        Path("m.py").write_text(module)
+        Lock({f"{url} main": GitEntry("a" * 40, tag)}).write(tmp_path / "gamebear.lock")
+        plan = Plan(Path("x.py"), {"x": "x"}, modules={"m.py": Path("m.py")}, sources={"src": git(url, "main")})
+        return plan.order(Settings(arch="armhf")).job.digest
+
+    return of
+
+
+def test_what_a_program_sees_is_in_its_digest(digest: Callable[..., str]) -> None:
+    for text, module in ((TELL, ""), ("import m", TELL)):
+        seen = {
+            digest(text, module=module),
+            digest(text, module=module, tag="v1"),
+            digest(text, module=module, url="https://mirror.example/x"),
+        }
+        assert len(seen) == 3
+
+
+def test_a_mirrors_url_is_nothing_to_a_program_that_does_not_look(digest: Callable[..., str]) -> None:
+    assert digest("pass") == digest("pass", tag="v1") == digest("pass", url="https://mirror.example/x")
+
+
+def test_why_a_task_is_built_names_the_metadata(upstream: Path, project: Project) -> None:
+    project.write("x.py", TELL)
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact, git, task_lock\n"
+        "def task_x():\n"
+        f"    return artifact('x.py', outputs=['build/x'], sources={{'src': git({str(upstream)!r}, 'main')}})\n",
+    )
+    project.doit("lock").ok()
+    project.doit("x").ok()
+    call_git(upstream, "tag", "v2")
+    project.doit("lock", "-u").ok()
+    assert project.doit("x").ok().ran == ["x"]
+    assert json.loads((project.folder / "build/x").read_text())["src"]["tag"] == "v2"
+    record = json.loads((project.folder / "build/logs/x.json").read_text())
+    assert record["why"] == ["the metadata of source src changed"]
