@@ -16,7 +16,7 @@ from test_seed import IN_ITS_MANNER, POSTS, the_script_in_the_post
 from upstreams import free_port
 
 from dodo import GT, LIBUSBGX, UMTP
-from gamebear_tasks.sources.from_git import Git
+from gamebear_tasks.sources.git import Git
 
 from . import seed
 from .machine import new_builder

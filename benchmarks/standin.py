@@ -18,10 +18,10 @@ if "_CONTAINERS_USERNS_CONFIGURED" not in os.environ:  # outside of `buildah uns
 sys.path.insert(0, str(HERE))
 os.environ["GAMEBEAR_FACTS"] = (HERE / "facts.json").read_text()
 
-from gamebear_runner import build  # noqa: E402
-from gamebear_runner.buildah import Buildah  # noqa: E402
-from gamebear_runner.job import Job, begin  # noqa: E402
-from gamebear_runner.probe import facts  # noqa: E402
+from gamebear_runner.executor import worker  # noqa: E402
+from gamebear_runner.host.buildah import Buildah  # noqa: E402
+from gamebear_runner.host.probe import facts  # noqa: E402
+from gamebear_runner.script.context import Job, begin  # noqa: E402
 
 script = Path(sys.argv[1]).resolve()
 root = Path.home() / ".cache" / "buildahscript-py"
@@ -33,6 +33,6 @@ job = Job(Buildah(root, known, prefix), known, arch, prefix)
 begin(job)
 os.chdir(script.parent)
 try:
-    build._call(root, script.parent, {"script": {"name": script.name}})
+    worker._call(root, script.parent, {"script": {"name": script.name}})
 finally:
     job.close()

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from project import Project, wait_for
 
-from gamebear_tasks.builders import Order
-from gamebear_tasks.builders.local import ProcessConnection
-from gamebear_tasks.builders.remote import RunnerBuilder
-from gamebear_tasks.job import Job
+from gamebear_tasks.builders.base import Order
+from gamebear_tasks.builders.protocol.client import RunnerBuilder
+from gamebear_tasks.builders.transports.local import ProcessConnection
+from gamebear_tasks.jobspec.spec import Job
 
 from . import seed
 from .machine import Builder

@@ -22,7 +22,7 @@ MANY_COUNT = 7
 BUILDER = '''\
 """A builder that has built everything already: each output is empty."""
 
-from gamebear_tasks.builders import Output, Status
+from gamebear_tasks.builders.base import Output, Status
 
 NOTHING = Output(0, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", False)
 

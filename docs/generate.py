@@ -19,8 +19,8 @@ import errors  # noqa: E402 - the tests' table of errors
 import gamebear_tasks  # noqa: E402
 from gamebear_tasks.config import Settings  # noqa: E402
 from gamebear_tasks.errors import GamebearError  # noqa: E402
-from gamebear_tasks.runner.containers import Container  # noqa: E402
-from gamebear_tasks.runner.images import Image, packages_image  # noqa: E402
+from gamebear_tasks.runner.script.container import Container  # noqa: E402
+from gamebear_tasks.runner.script.image import Image, packages_image  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .doit_plugin.artifact import artifact
+from .doit_plugin.tools import task_lock, task_prune, task_sources
 from .errors import GamebearError
-from .sources import archive, debian, either, git
-from .tasks import artifact
-from .tools import task_lock, task_prune, task_sources
+from .sources.declare import archive, debian, either, git
 
 if TYPE_CHECKING:
-    from .image import file, sd_image, tar, user
+    from .doit_plugin.sd_image import sd_image
+    from .sdcard.recipe import file, tar, user
 
 __all__ = [
     "GamebearError",
@@ -33,6 +34,10 @@ def __getattr__(name: str) -> Any:
     """Load what belongs to SD-card images when a dodo.py imports it, and not for those that bake none."""
     if name not in ("file", "sd_image", "tar", "user"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import image
+    if name == "sd_image":
+        from .doit_plugin.sd_image import sd_image
 
-    return getattr(image, name)
+        return sd_image
+    from .sdcard import recipe
+
+    return getattr(recipe, name)

@@ -15,10 +15,10 @@ from typing import Any
 from doit import doit_cmd, get_var
 
 from .errors import SettingsError
-from .hashing import version
-from .report import notice
-from .runner.arch import ARCHITECTURES
-from .runner.files import open_regular
+from .runner.host.arch import ARCHITECTURES
+from .runner.util.atomic_files import open_regular
+from .util.file_hashes import version
+from .util.messages import notice
 
 NEAR = 0.8
 """How much a variable's name must be like a setting's, from 0 to 1, to be taken for a misspelt one (see difflib)."""
@@ -65,7 +65,7 @@ class Settings:
         builders = _by_architecture(self.builder)
         if found := builders.get(arch, builders.get("")):
             return found
-        from .builders import shown
+        from .util.urls import shown
 
         more = f"{shown(self.builder)},{arch}=ssh://user@host"
         raise SettingsError(

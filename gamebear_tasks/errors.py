@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from doit.exceptions import InvalidDodoFile
 
-from .wording import in_line
+from .util.text import in_line
 
 NONSENSE = (
     "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it;"

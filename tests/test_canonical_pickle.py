@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gamebear_tasks.canonical_pickle import Pickle, PickleError, dump
+from gamebear_tasks.jobspec.canonical_pickle import Pickle, PickleError, dump
 
 MODULE = "module_of_test"
 
@@ -483,7 +483,7 @@ def test_what_changes_no_result_changes_no_digest(old: str, new: str) -> None:
 
 PROGRAM = """
 import hashlib, importlib, sys
-import gamebear_tasks.canonical_pickle as canonical
+import gamebear_tasks.jobspec.canonical_pickle as canonical
 subject = importlib.import_module("subject")
 print(hashlib.sha256(canonical.dump(subject.build, subject).data).hexdigest())
 """

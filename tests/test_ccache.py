@@ -11,7 +11,7 @@ import tiny
 from debian import Debian
 from test_containers import Builder, Outcome
 
-from gamebear_tasks.runner.buildah import remove_tree
+from gamebear_tasks.runner.host.buildah import remove_tree
 
 SCRIPT = """
 import json, subprocess

@@ -17,8 +17,8 @@ from project import Project
 
 from gamebear_tasks.config import Settings, own_architecture, seconds, settings, settings_of_this_run
 from gamebear_tasks.errors import SettingsError
-from gamebear_tasks.runner.arch import ARCHITECTURES
-from gamebear_tasks.wording import size_in
+from gamebear_tasks.runner.host.arch import ARCHITECTURES
+from gamebear_tasks.util.text import size_in
 
 OTHER = {
     "builder": ("ssh://a@b", "ssh://c", "local:", "local:"),

@@ -19,11 +19,11 @@ import pytest
 import tiny
 from project import wait_for
 
-from gamebear_tasks import functions
-from gamebear_tasks.runner.buildah import Buildah, remove_tree
-from gamebear_tasks.runner.facts import Facts, environment, namespace
-from gamebear_tasks.runner.probe import facts
-from gamebear_tasks.runner.supervise import GO
+from gamebear_tasks.jobspec import function_digest
+from gamebear_tasks.runner.executor.supervisor import GO
+from gamebear_tasks.runner.host.buildah import Buildah, remove_tree
+from gamebear_tasks.runner.host.capabilities import Facts, environment, namespace
+from gamebear_tasks.runner.host.probe import facts
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAMS = ("sh", "cat", "env", "id", "ls", "mkdir", "pwd", "sleep", "true", "false")
@@ -92,12 +92,14 @@ class Builder:
         if function is not None:
             del job["script"]
             job["function"] = {"name": function.__qualname__, "sha256": ""}
-            pickled = functions.pickled(function)
+            pickled = function_digest.pickled(function)
             (folder / "function.pickle").write_bytes(pickled.data)
             (folder / "function.lines").write_bytes(pickled.lines)
-            (folder / "cloudpickle.zip").write_bytes(functions.cloudpickle_archive())
+            (folder / "cloudpickle.zip").write_bytes(function_digest.cloudpickle_archive())
         (folder / "job.json").write_text(json.dumps(job))
-        program = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from gamebear_tasks.runner import main"
+        program = (
+            f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from gamebear_tasks.runner import __main__ as main"
+        )
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [

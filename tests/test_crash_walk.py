@@ -24,7 +24,7 @@ import pytest
 from project import OUR_FRAMES, Project, Run, wait_for
 from test_store_faults import processes
 
-from gamebear_tasks.runner.store import Store
+from gamebear_tasks.runner.store.store import Store
 
 DODO = """
 from gamebear_tasks import artifact, task_prune

@@ -24,13 +24,15 @@ from cluster import Cluster, settings_of_tls
 from distributed.protocol import Serialize, ToPickle
 from project import OUR_FRAMES, Memory, Project, assert_nothing_is_left, processes, wait_for
 
-from gamebear_tasks.builders import Order, dask_client, open_builder
-from gamebear_tasks.builders import dask as dask_builder
-from gamebear_tasks.builders.dask import DaskBuilder
-from gamebear_tasks.builders.dask_client import Link
-from gamebear_tasks.builders.dask_comm import PROTOCOL, Loop
+from gamebear_tasks.builders.base import Order
+from gamebear_tasks.builders.dask import builder as dask_builder
+from gamebear_tasks.builders.dask import client
+from gamebear_tasks.builders.dask.builder import DaskBuilder
+from gamebear_tasks.builders.dask.client import Link
+from gamebear_tasks.builders.dask.comm import PROTOCOL, Loop
+from gamebear_tasks.builders.registry import open_builder
 from gamebear_tasks.errors import BuilderError, BuilderLost, SettingsError
-from gamebear_tasks.job import Job
+from gamebear_tasks.jobspec.spec import Job
 
 DODO = """
 from gamebear_tasks import artifact, task_prune
@@ -545,7 +547,7 @@ HOSTILE: dict[str, Callable[[Evil], object]] = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_nothing_that_a_cluster_sends_is_unpickled(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dask_client, "SILENCE", 1.0)  # some of it is no answer to what was asked
+    monkeypatch.setattr(client, "SILENCE", 1.0)  # some of it is no answer to what was asked
     mark = tmp_path / "mark"
 
     async def answer(comm: Any) -> None:

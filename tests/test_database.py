@@ -11,8 +11,8 @@ import pytest
 from doit.dependency import DbmDB, JSONCodec
 from project import Project
 
-from gamebear_tasks import database
-from gamebear_tasks.database import DatabaseError
+from gamebear_tasks.doit_plugin import database
+from gamebear_tasks.doit_plugin.database import DatabaseError
 
 REMOVE = "Remove it: rm -r .doit.db*; doit then finds on the builder what was built."
 

@@ -20,13 +20,13 @@ import pytest
 from project import ROOT, Project
 
 import gamebear_tasks
-from gamebear_tasks import timing
 from gamebear_tasks.config import Settings, settings
 from gamebear_tasks.errors import GamebearError
-from gamebear_tasks.runner.containers import Container
-from gamebear_tasks.runner.images import Image
-from gamebear_tasks.runner.language import read
-from gamebear_tasks.sources.lock import Lock
+from gamebear_tasks.records import task_record
+from gamebear_tasks.runner.script.container import Container
+from gamebear_tasks.runner.script.image import Image
+from gamebear_tasks.runner.script.language import read
+from gamebear_tasks.sources.lockfile import Lock
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -230,7 +230,7 @@ def test_settings_in_an_example_are_settings(block: Block, tmp_path: Path, monke
 def test_json_in_an_example_is_json(block: Block, tmp_path: Path) -> None:
     data = json.loads(block.text)
     if "phases" in data:
-        assert {phase["name"] for phase in data["phases"]} < {*timing.CLIENT, *timing.BUILDER}
+        assert {phase["name"] for phase in data["phases"]} < {*task_record.CLIENT, *task_record.BUILDER}
     elif "version" in data:
         path = tmp_path / "gamebear.lock"
         path.write_text(block.text)
@@ -355,7 +355,7 @@ def test_what_a_buildscript_sees_is_described() -> None:
     assert rows == {*SEEN, "__return__", "__args__", "__file__", "__name__"}
     values: dict[str, object] = {}
     assert callable(read(b"return __return__", "script.py").run(values))
-    build = (ROOT / "gamebear_tasks" / "runner" / "build.py").read_text()
+    build = (ROOT / "gamebear_tasks" / "runner" / "executor" / "worker.py").read_text()
     injected = re.search(r"seen = \{(.*?)\n    \}", build, re.DOTALL)
     assert injected is not None and set(re.findall(r'"(\w+)":', injected[1])) == SEEN
 

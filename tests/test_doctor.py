@@ -20,13 +20,13 @@ from keyboard import Keyboard
 from project import Project, Run, wait_for
 from sshd import Account, Sshd, client_home, new_account
 
-from gamebear_tasks.builders.local import open_builder
-from gamebear_tasks.builders.replies import checked
+from gamebear_tasks.builders.protocol.responses import checked
+from gamebear_tasks.builders.transports.local import open_builder
+from gamebear_tasks.cli.doctor.builder_checks import NOTE, OK, TROUBLE, Finding, judge
+from gamebear_tasks.cli.doctor.fixes import Done, Step, mend, steps_for
 from gamebear_tasks.config import own_architecture
-from gamebear_tasks.doctor.findings import NOTE, OK, TROUBLE, Finding, judge
-from gamebear_tasks.doctor.mending import Done, Step, mend, steps_for
-from gamebear_tasks.runner import examine
-from gamebear_tasks.runner.store import Store
+from gamebear_tasks.runner.server import diagnostics
+from gamebear_tasks.runner.store.store import Store
 
 CONTAINED = """
 with Container("scratch") as c:
@@ -236,8 +236,8 @@ def test_an_account_without_a_shell_is_told_so(tmp_path: Path, fresh: Account) -
 
 def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr(examine, "examine", lambda *_: {"seen": go.wait(30)})
-    looking = examine.Examination(Store(tmp_path), [], "auto")
+    monkeypatch.setattr(diagnostics, "examine", lambda *_: {"seen": go.wait(30)})
+    looking = diagnostics.Examination(Store(tmp_path), [], "auto")
     assert looking.answer(0.01) == {"more": True}
     go.set()
     assert looking.answer(30)["seen"] is True

@@ -19,8 +19,8 @@ from sshd import Sshd, new_key, public
 from warm import Warm
 
 import gamebear_tasks
-from gamebear_tasks.builders import open_builder
-from gamebear_tasks.builders.ssh import SSHConnection
+from gamebear_tasks.builders.registry import open_builder
+from gamebear_tasks.builders.transports.ssh.connection import SSHConnection
 from gamebear_tasks.config import settings
 from gamebear_tasks.errors import GamebearError
 

@@ -12,12 +12,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from project import Project
 
-from gamebear_tasks import history, provenance, tasklog
-from gamebear_tasks.builders.materials import Materials
-from gamebear_tasks.filename import LONGEST, file_name
-from gamebear_tasks.place import _part, part_pattern
-from gamebear_tasks.tasklog import TaskLog, materials_of, noted, path_of, record_of
-from gamebear_tasks.timing import Phase, Record
+from gamebear_tasks.builders.protocol.materials import Materials
+from gamebear_tasks.client import provenance
+from gamebear_tasks.client.install_outputs import _part, part_pattern
+from gamebear_tasks.records import run_journal, task_log
+from gamebear_tasks.records.task_log import TaskLog, materials_of, noted, path_of, record_of
+from gamebear_tasks.records.task_record import Phase, Record
+from gamebear_tasks.util.file_names import LONGEST, file_name
 
 NAMES = st.text(st.characters(), max_size=400) | st.text("aA/_:.%=~é", max_size=12)
 """Any text, lone surrogates included, and texts of which two are likely to be alike."""
@@ -65,7 +66,7 @@ def test_other_names_stay_readable() -> None:
 @given(NAMES, NAMES)
 @example("a", "a.materials")
 def test_no_two_tasks_and_no_two_kinds_share_a_file(one: str, other: str) -> None:
-    kinds = (path_of, record_of, materials_of, tasklog._note_of)
+    kinds = (path_of, record_of, materials_of, task_log._note_of)
     files = [str(kind(task)).casefold() for task in dict.fromkeys((one, other)) for kind in kinds]
     assert len(set(files)) == len(files)
     assert all(len(Path(file).name.encode()) <= 255 for file in files)
@@ -100,7 +101,7 @@ def test_tasks_of_similar_names_have_logs_records_and_statements_of_their_own(
     for task, word in WORDS.items():
         lines = [line for line in path_of(task).read_text().splitlines() if not line.startswith("gamebear: ")]
         assert lines == [word] * 40
-        record = history.last(task)
+        record = run_journal.last(task)
         assert record is not None
         assert (record.task, record.job["args"]) == (task, {"word": word})
         assert noted(task) == (record.digest, record.attempt)
@@ -109,7 +110,7 @@ def test_tasks_of_similar_names_have_logs_records_and_statements_of_their_own(
         assert run["metadata"]["invocationId"] == f"{record.digest}/{record.attempt}"
     project.write("dodo.py", DODO.replace('"word": word', '"word": word + "s" * (name == "a_b")'))
     project.doit().ok()
-    assert [history.last(task).why for task in ("a_b",)] == [("the argument word changed",)]  # type: ignore[union-attr]
+    assert [run_journal.last(task).why for task in ("a_b",)] == [("the argument word changed",)]  # type: ignore[union-attr]
     assert {path.name for path in (project.folder / "build/logs").glob("*.log")} == {
         "a%2fb.log",
         "a_b.log",
@@ -126,7 +127,7 @@ def test_what_an_older_release_kept_of_another_task_is_not_read(
     RECORD.write(logs / "a_b.json")  # where a/b had its record, and its log
     (logs / "a_b.log").write_text("of a/b\n")
     (logs / ".a_b.json").write_text(json.dumps({"digest": RECORD.digest, "attempt": RECORD.attempt}))
-    assert history.last("a_b") is None
+    assert run_journal.last("a_b") is None
     assert noted("a_b") == ("", "")
     of_another = replace(RECORD, task="a_b")
     assert provenance.details(of_another, Materials())["byproducts"] == []
@@ -143,7 +144,7 @@ def test_what_an_older_release_kept_of_another_task_is_not_read(
 
 
 def test_a_target_has_parts_of_its_own(tmp_path: Path) -> None:
-    from gamebear_tasks.builders import Output
+    from gamebear_tasks.builders.base import Output
 
     output = Output(1, "ab" * 32, False)
     long = "a" * 80
@@ -157,8 +158,8 @@ def test_a_target_has_parts_of_its_own(tmp_path: Path) -> None:
 def test_a_task_that_has_run_since_is_not_linked_to_from_an_older_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gamebear_tasks.page.layout import page
-    from gamebear_tasks.runs import Entry, Run
+    from gamebear_tasks.html_report.layout import page
+    from gamebear_tasks.records.run_reader import Entry, Run
 
     monkeypatch.chdir(tmp_path)
     run = Run(1e9, 10.0, (), (Entry(RECORD, "a line\n", 7),), (), True)

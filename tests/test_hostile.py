@@ -16,13 +16,18 @@ from typing import Any
 import pytest
 from project import Memory, Project, Run
 
-from gamebear_tasks import action, building, plan, tasklog, timing
-from gamebear_tasks.builders import Pruned, local, remote, replies, rounds, session
-from gamebear_tasks.builders.remote import RunnerBuilder
-from gamebear_tasks.commands import jobs
+from gamebear_tasks.builders.base import Pruned
+from gamebear_tasks.builders.protocol import client, flood_guard, responses, session
+from gamebear_tasks.builders.protocol.client import RunnerBuilder
+from gamebear_tasks.builders.transports import local
+from gamebear_tasks.cli import jobs
+from gamebear_tasks.client import build as building
+from gamebear_tasks.doit_plugin import action
 from gamebear_tasks.errors import GamebearError
-from gamebear_tasks.runner import wire
-from gamebear_tasks.wording import size
+from gamebear_tasks.jobspec import plan
+from gamebear_tasks.records import task_log, task_record
+from gamebear_tasks.runner.protocol import wire
+from gamebear_tasks.util.text import size
 
 MIB = 1 << 20
 
@@ -79,8 +84,11 @@ while True:
 """
 
 DODO = """
-from gamebear_tasks import artifact, building, tasklog
-from gamebear_tasks.builders import local, remote, session
+from gamebear_tasks import artifact
+from gamebear_tasks.client import build as building
+from gamebear_tasks.records import task_log as tasklog
+from gamebear_tasks.builders.transports import local
+from gamebear_tasks.builders.protocol import client as remote, session
 
 local.CLOSING = 0.3
 remote.TRIES = 1
@@ -158,10 +166,10 @@ class Hostile:
         """Have this builder on this machine, and less patience than usual."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", self.project.environment["PATH"])
-            patch.setattr(tasklog, "LIMIT", 2 * MIB)
+            patch.setattr(task_log, "LIMIT", 2 * MIB)
             patch.setattr(local, "CLOSING", 0.3)
-            patch.setattr(remote, "TRIES", 1)
-            patch.setattr(rounds, "ROUNDS", 20)
+            patch.setattr(client, "TRIES", 1)
+            patch.setattr(flood_guard, "ROUNDS", 20)
             patch.setattr(session, "SILENCE", self.silence)
             yield patch
 
@@ -329,8 +337,8 @@ def test_holes_do_not_make_room_for_more_than_was_said(hostile: Hostile) -> None
 def test_a_result_is_not_believed_to_hold_for_centuries(hostile: Hostile, valid: str) -> None:
     hostile.says(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")
     hostile.doit().ok()
-    assert replies.VALID == 10 * 365 * 86400
-    assert f'"seconds": {replies.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
+    assert responses.VALID == 10 * 365 * 86400
+    assert f'"seconds": {responses.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
 
 
 def test_what_a_builder_says_of_itself_is_a_few_lines_without_tricks(hostile: Hostile) -> None:
@@ -409,7 +417,7 @@ def test_phases_that_make_no_sense_are_passed_over(hostile: Hostile) -> None:
     hostile.doit().ok()
     assert hostile.target.read_bytes() == DATA
     record = json.loads((hostile.project.folder / "build/logs/x.json").read_text())
-    phases = [(phase["name"], phase["seconds"]) for phase in record["phases"] if phase["name"] in timing.BUILDER]
+    phases = [(phase["name"], phase["seconds"]) for phase in record["phases"] if phase["name"] in task_record.BUILDER]
     assert phases.count(("build", 2.5)) == 1
     assert set(phases) == {("build", 2.5), ("queue", 1.0)}
     assert len(phases) <= 128
@@ -438,7 +446,7 @@ def list(request): send(total=10**9, jobs=[{{**{JOB}, "digest": "%064x" % reques
     assert NO_END in hostile.ask(lambda builder: builder.jobs())
     assert hostile.asked.count("list") == 21
     assert NO_END in hostile.ask(lambda builder: builder.prune())
-    entry = replies.entry(JOB)
+    entry = responses.entry(JOB)
     assert entry is not None
     for lines in (-1, 10):
         assert NO_END in hostile.ask(lambda builder: jobs._follow(jobs.Found(builder, entry), lines))  # noqa: B023

@@ -25,10 +25,11 @@ from test_sources import NOTHING_LOCKED, contents, member, packed, put, tar_byte
 from upstreams import call_git
 
 from gamebear_tasks.errors import GamebearError, SourceError
-from gamebear_tasks.sources import archive, git, tree
-from gamebear_tasks.sources.from_debian import entries
-from gamebear_tasks.sources.from_git import relative_url
-from gamebear_tasks.sources.lock import Lock
+from gamebear_tasks.sources import deterministic_tar
+from gamebear_tasks.sources.debian import entries
+from gamebear_tasks.sources.declare import archive, git
+from gamebear_tasks.sources.git import relative_url
+from gamebear_tasks.sources.lockfile import Lock
 from gamebear_tasks.sources.program import ProgramError, StalledError, run
 
 pytest_plugins = ("upstreams",)
@@ -83,7 +84,7 @@ def test_a_server_that_never_answers_is_given_up(
     silent: socket.socket, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fetching and looking up; and it is not asked again."""
-    monkeypatch.setattr("gamebear_tasks.sources.from_git.SILENCE", 1.0)
+    monkeypatch.setattr("gamebear_tasks.sources.git.SILENCE", 1.0)
     url = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
     with pytest.raises(SourceError, match=r"cannot be fetched: no progress for 1 seconds.*See whether the server"):
         git(url, "1" * 40).fetch(cache, NOTHING_LOCKED)
@@ -105,7 +106,7 @@ def test_a_git_that_stalls_here_does_not_cost_what_is_in_the_cache(
     wrapper.write_text(f'#!/bin/sh\ncase "$*" in *ls-tree*) exec sleep 1000;; esac\nexec {shutil.which("git")} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr("gamebear_tasks.sources.from_git.SILENCE", 2.0)
+    monkeypatch.setattr("gamebear_tasks.sources.git.SILENCE", 2.0)
     (repository,) = (cache / "git").glob("*.git")
     before = repository.stat().st_ino
     with pytest.raises(SourceError, match="no progress for 2 seconds"):
@@ -178,7 +179,7 @@ def test_a_submodule_of_itself_at_older_commits_ends(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each commit doubles what the one before it has."""
-    monkeypatch.setattr("gamebear_tasks.sources.from_git.SUBMODULES", 5)
+    monkeypatch.setattr("gamebear_tasks.sources.git.SUBMODULES", 5)
     for number in range(4):
         head = call_git(upstream, "rev-parse", "HEAD")
         modules = "".join(f'[submodule "{name}"]\npath = {name}\nurl = ../upstream\n' for name in "ab")
@@ -220,8 +221,8 @@ def test_the_target_of_a_link_is_bounded(upstream: Path, cache: Path) -> None:
 
 @pytest.mark.parametrize("target", ["", "a\0b", "x" * 4096, "\ud800"])
 def test_a_tree_refuses_a_link_that_cannot_be(target: str) -> None:
-    with pytest.raises(tree.TreeError, match="has no valid target"):
-        tree.write(io.BytesIO(), [tree.Link("link", target)], 0)
+    with pytest.raises(deterministic_tar.TreeError, match="has no valid target"):
+        deterministic_tar.write(io.BytesIO(), [deterministic_tar.Link("link", target)], 0)
 
 
 def test_variables_of_gits_do_not_change_what_is_read(

@@ -26,13 +26,14 @@ from card import BOOT, MIB, SYSTEM, Card, make_base, pack, unpacked
 from project import Project, wait_for
 from statements import by_role, read_statement
 
-from gamebear_tasks import archive, file, sd_image, tar, timing, user
+from gamebear_tasks import archive, file, sd_image, tar, user
 from gamebear_tasks.errors import ImageError
-from gamebear_tasks.image.bootconfig import with_lines, with_words
-from gamebear_tasks.image.program import check_installed
-from gamebear_tasks.image.workshop import workshop
-from gamebear_tasks.runs import last_runs
-from gamebear_tasks.timing import Record
+from gamebear_tasks.records import task_record
+from gamebear_tasks.records.run_reader import last_runs
+from gamebear_tasks.records.task_record import Record
+from gamebear_tasks.sdcard.boot_config import with_lines, with_words
+from gamebear_tasks.sdcard.program import check_installed
+from gamebear_tasks.sdcard.workdir import workshop
 
 HASH = "$6$saltsalt$" + "h" * 86
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5LCBidXQgYXMgbG9uZyEh me@here"
@@ -826,7 +827,7 @@ def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch
     (made,) = record.outputs
     assert (made.path, made.size) == ("build/card.img", (project.folder / made.path).stat().st_size)
     assert {"unpack", "check", "compose", "write"} < {phase.name for phase in record.phases}
-    assert {phase.name for phase in record.phases} <= {"load", *timing.BAKER}
+    assert {phase.name for phase in record.phases} <= {"load", *task_record.BAKER}
     project.write("key.pub", f"{KEY}er\n")
     project.write("dodo.py", DODO.format(password=HASH, more='enable=["nothing.service"],'))
     project.doit().failed()

@@ -18,8 +18,8 @@ import pytest
 from card import Card
 from project import ROOT, Project
 
-from gamebear_tasks.timing import Record
-from gamebear_tasks.wording import size
+from gamebear_tasks.records.task_record import Record
+from gamebear_tasks.util.text import size
 
 pytestmark = pytest.mark.slow
 

@@ -14,20 +14,21 @@ from typing import Any
 
 import pytest
 
-from gamebear_tasks.runner import bases, buildah, emulation, mirrors, packages, probe, programs
-from gamebear_tasks.runner.bases import debian_suite, is_local_only, qualified
-from gamebear_tasks.runner.buildah import ImageError
-from gamebear_tasks.runner.facts import Facts, environment, from_json, namespace
-from gamebear_tasks.runner.files import RunnerError
-from gamebear_tasks.runner.mirrors import Archive, archives
+from gamebear_tasks.runner.host import buildah, emulation, probe, subprocesses
+from gamebear_tasks.runner.host.buildah import ImageError
+from gamebear_tasks.runner.host.capabilities import Facts, environment, from_json, namespace
+from gamebear_tasks.runner.images import apt_sources, base_images, package_images
+from gamebear_tasks.runner.images.apt_sources import Archive, archives
+from gamebear_tasks.runner.images.base_images import debian_suite, is_local_only, qualified
+from gamebear_tasks.runner.util.errors import RunnerError
 
 PRELUDE = """
 import json, os, sys, time
 from pathlib import Path
-from runner import bases, packages
-from runner.buildah import Buildah
-from runner.probe import facts
-from runner.files import RunnerError
+from runner.images import base_images as bases, package_images as packages
+from runner.host.buildah import Buildah
+from runner.host.probe import facts
+from runner.util.errors import RunnerError
 root = Path(sys.argv[1])
 found = facts(root)
 buildah = Buildah(root, found, "gamebear-test-")
@@ -46,7 +47,7 @@ class Builder:
         self.root = root
         self.facts = probe.facts(root)
         self.environment = environment(root, self.facts)
-        self.environment["PYTHONPATH"] = str(Path(buildah.__file__).parents[1])  # as the runner travels: alone
+        self.environment["PYTHONPATH"] = str(Path(buildah.__file__).parents[2])  # as the runner travels: alone
 
     def command(self, code: str) -> list[str]:
         return [*namespace(self.facts), sys.executable, "-c", PRELUDE + code, str(self.root)]
@@ -134,7 +135,7 @@ def test_a_folder_of_another_user_of_the_namespace_is_removed(builder: Builder) 
 
 def test_a_builder_without_buildah_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(programs, "SYSTEM_FOLDERS", ())
+    monkeypatch.setattr(subprocesses, "SYSTEM_FOLDERS", ())
     with pytest.raises(RunnerError, match=r"has no buildah.*sudo apt install buildah"):
         probe.facts(tmp_path / "v1")
 
@@ -213,8 +214,8 @@ def test_archives_are_read_from_both_formats_and_without_credentials() -> None:
 
 def test_a_builder_that_cannot_emulate_says_so_first() -> None:
     with pytest.raises(RunnerError, match=r"is amd64 and cannot run armhf programs.*qemu-user-static"):
-        bases.check_runs(elsewhere(), "armhf")
-    bases.check_runs(elsewhere(emulated=("armhf",)), "armhf")
+        base_images.check_runs(elsewhere(), "armhf")
+    base_images.check_runs(elsewhere(emulated=("armhf",)), "armhf")
 
 
 # Images
@@ -263,17 +264,17 @@ def test_a_base_that_cannot_be_had_is_told_with_what_was_tried(builder: Builder)
 
 
 def test_the_tag_of_a_package_image_depends_on_the_base_but_not_on_the_order() -> None:
-    tag = packages._tag("id", "armhf", ["gcc", "make"], False)
+    tag = package_images._tag("id", "armhf", ["gcc", "make"], False)
     assert tag == "gamebear-packages:" + tag[-64:]
-    assert tag != packages._tag("other", "armhf", ["gcc", "make"], False)
-    assert tag != packages._tag("id", "arm64", ["gcc", "make"], False)
-    assert tag != packages._tag("id", "armhf", ["gcc", "make"], True)
+    assert tag != package_images._tag("other", "armhf", ["gcc", "make"], False)
+    assert tag != package_images._tag("id", "arm64", ["gcc", "make"], False)
+    assert tag != package_images._tag("id", "armhf", ["gcc", "make"], True)
 
 
 @pytest.mark.parametrize("package", ["-o=Dir=/x", "gcc-", "Gcc", "gcc make", "gcc;reboot", ""])
 def test_what_is_no_package_never_reaches_apt(package: str) -> None:
     with pytest.raises(ValueError, match="not the name of a Debian package"):
-        packages.packages_image(None, elsewhere(), "debian", [package], arch="amd64")  # type: ignore[arg-type]
+        package_images.packages_image(None, elsewhere(), "debian", [package], arch="amd64")  # type: ignore[arg-type]
 
 
 def test_a_disk_too_small_for_a_bootstrap_is_told_as_that_and_nothing_else_is_tried(
@@ -333,7 +334,7 @@ def test_facts_survive_their_file() -> None:
 
 
 def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirrors, "own_sources", list)
+    monkeypatch.setattr(apt_sources, "own_sources", list)
     with pytest.raises(ImageError, match="name no mirror of Debian") as caught:
-        mirrors.main_archive("bookworm", "debian")
+        apt_sources.main_archive("bookworm", "debian")
     assert "deb MIRROR bookworm main" in str(caught.value)

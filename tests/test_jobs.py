@@ -18,11 +18,11 @@ from sshd import Account, Sshd
 from test_network import sessions_of
 from warm import Warm
 
-from gamebear_tasks.builders.local import open_builder
-from gamebear_tasks.builders.replies import entry as _entry
+from gamebear_tasks.builders.protocol.responses import entry as _entry
+from gamebear_tasks.builders.transports.local import open_builder
 from gamebear_tasks.errors import BuilderError
-from gamebear_tasks.runner.listing import listing
-from gamebear_tasks.runner.store import Store
+from gamebear_tasks.runner.server.job_list import listing
+from gamebear_tasks.runner.store.store import Store
 
 
 @pytest.fixture(scope="module")

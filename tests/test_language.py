@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gamebear_tasks.runner.language import ScriptError, TemporaryDirectory, add_requirements, bind, read
+from gamebear_tasks.runner.script.language import ScriptError, TemporaryDirectory, add_requirements, bind, read
 
 
 def run(source: str, **names: object) -> tuple[object, dict[str, object]]:

@@ -16,7 +16,7 @@ from test_sources import NOTHING_LOCKED, contents
 from upstreams import call_git, commit
 
 from gamebear_tasks.errors import SourceError
-from gamebear_tasks.sources import git
+from gamebear_tasks.sources.declare import git
 from gamebear_tasks.sources.program import run
 
 pytest_plugins = ("upstreams",)

@@ -21,8 +21,8 @@ from sshd import Account, Sshd
 from upstreams import call_git, commit
 
 from gamebear_tasks import debian
-from gamebear_tasks.runner import work
-from gamebear_tasks.sources.lock import Lock
+from gamebear_tasks.runner.executor import workspace
+from gamebear_tasks.sources.lockfile import Lock
 
 pytest_plugins = ["upstreams"]
 
@@ -154,7 +154,7 @@ def test_folders_that_a_tar_does_not_name_are_755_too(tmp_path: Path) -> None:
     try:
         with tarfile.open(tmp_path / "x.tar") as tar:
             (tmp_path / "out").mkdir()
-            work.unpack(tar, tmp_path / "out")
+            workspace.unpack(tar, tmp_path / "out")
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}

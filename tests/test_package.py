@@ -61,7 +61,11 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(wheel: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == ours
-    assert {"gamebear_tasks/py.typed", "gamebear_tasks/runner/main.py", "gamebear_tasks/sources/tree.py"} <= names
+    assert {
+        "gamebear_tasks/py.typed",
+        "gamebear_tasks/runner/__main__.py",
+        "gamebear_tasks/sources/deterministic_tar.py",
+    } <= names
 
 
 def test_the_wheel_brings_its_builders_and_its_license(wheel: Path) -> None:

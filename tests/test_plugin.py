@@ -16,7 +16,7 @@ from project import ROOT, Project, wait_for
 from sshd import Account
 from wheels import build, pip
 
-from gamebear_tasks.builders import open_builder
+from gamebear_tasks.builders.registry import open_builder
 from gamebear_tasks.errors import BuilderError, SettingsError
 
 pytest_plugins = ("wheels",)

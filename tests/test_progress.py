@@ -178,7 +178,7 @@ def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
 
 @pytest.mark.parametrize("how", [(), ("-n", "2")])
 def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tuple[str, ...]) -> None:
-    less = "from gamebear_tasks.progress import live, telling\ntelling.STOPPED, live.PENDING = 0.3, 1 << 16\n"
+    less = "from gamebear_tasks.progress import events, live_view\nevents.STOPPED, live_view.PENDING = 0.3, 1 << 16\n"
     project.write("dodo.py", JOBS + less)
     for name in "ab":
         project.write(f"{name}.py", f"print('{name * 99}\\n' * 20_000, flush=True)\nopen({name!r}, 'w').close()\n")
@@ -231,7 +231,7 @@ def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(pr
     project.write(
         "dodo.py",
         HEAD + "import atexit, sys\n"
-        "slow = {'rich', 'gamebear_tasks.progress.board', 'gamebear_tasks.progress.telling'}\n"
+        "slow = {'rich', 'gamebear_tasks.progress.model', 'gamebear_tasks.progress.events'}\n"
         "atexit.register(lambda: print('loaded', sorted(slow & sys.modules.keys())))\n"
         "def nothing(): pass\n"
         "def task_x():\n    for n in range(2000):\n"

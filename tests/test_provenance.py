@@ -13,11 +13,11 @@ from packageurl import PackageURL
 from project import Project
 from statements import by_role, packages, read_statement
 
-from gamebear_tasks.builders.materials import Materials
-from gamebear_tasks.provenance import _git_uri, debian_purl
-from gamebear_tasks.runner.buildah import outside
-from gamebear_tasks.runner.probe import facts
-from gamebear_tasks.sources.source import public_url
+from gamebear_tasks.builders.protocol.materials import Materials
+from gamebear_tasks.client.provenance import _git_uri, debian_purl
+from gamebear_tasks.runner.host.buildah import outside
+from gamebear_tasks.runner.host.probe import facts
+from gamebear_tasks.sources.base import public_url
 
 DODO = """
 from gamebear_tasks import artifact

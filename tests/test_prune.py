@@ -19,10 +19,11 @@ from project import ROOT, Project, wait_for
 from sshd import Account
 from test_store_faults import WAIT, Job
 
-from gamebear_tasks.runner import files, serve
-from gamebear_tasks.runner import prune as pruning
-from gamebear_tasks.runner.prune import Policy, Prune
-from gamebear_tasks.runner.store import Lock, Store, StoredJob
+from gamebear_tasks.runner.maintenance import garbage_collection as pruning
+from gamebear_tasks.runner.maintenance.garbage_collection import Policy, Prune
+from gamebear_tasks.runner.server import session
+from gamebear_tasks.runner.store.store import Lock, Store, StoredJob
+from gamebear_tasks.runner.util import atomic_files
 
 DAY = 86400.0
 
@@ -274,7 +275,7 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     grow_old(use.store, 10)
     os.utime(use.stored / "state.json")
     held = use.store.images / "gamebear-packages-0.lock"
-    with files.locked(held):
+    with atomic_files.locked(held):
         assert "images were left" in prune(use, "--older", "9", "--images")
     assert len(images()) == 2
     assert "1 image " in prune(use, "--older", "9", "--images")
@@ -308,7 +309,7 @@ def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one(tmp_path: Path) 
 
     def take() -> None:
         for _ in range(50):
-            with files.locked(path):
+            with atomic_files.locked(path):
                 at_once.append(1)
                 most.append(len(at_once))
                 time.sleep(0.0005)
@@ -361,11 +362,11 @@ def test_a_result_that_is_being_fetched_stays_however_long_it_takes(
         touch(job)
 
     touch = StoredJob.touch
-    monkeypatch.setattr(serve, "_write", written.append)
-    monkeypatch.setattr(serve, "_pass_on", pass_on)
-    monkeypatch.setattr(serve, "USE_NOTED", -1.0)
+    monkeypatch.setattr(session, "_write", written.append)
+    monkeypatch.setattr(session, "_pass_on", pass_on)
+    monkeypatch.setattr(session, "USE_NOTED", -1.0)
     monkeypatch.setattr(StoredJob, "touch", note_use)
-    reply, send = serve.Session(bare_store)._fetch(job.digest, "a1", "x", 0)
+    reply, send = session.Session(bare_store)._fetch(job.digest, "a1", "x", 0)
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
     disuse(job)
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0

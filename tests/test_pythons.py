@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from debian import Debian
 from project import ROOT, Memory
-from test_job import WITNESS, WITNESS_DIGEST
+from test_jobspec import WITNESS, WITNESS_DIGEST
 from wheels import pip
 
-from gamebear_tasks.builders import Order, Status
-from gamebear_tasks.builders.bundle import bundle
-from gamebear_tasks.builders.channel import Channel
-from gamebear_tasks.builders.local import ProcessChannel, ProcessConnection
-from gamebear_tasks.builders.remote import RunnerBuilder
-from gamebear_tasks.builders.session import CHUNK
+from gamebear_tasks.builders.base import Order, Status
+from gamebear_tasks.builders.protocol.bootstrap import bundle
+from gamebear_tasks.builders.protocol.client import RunnerBuilder
+from gamebear_tasks.builders.protocol.session import CHUNK
+from gamebear_tasks.builders.protocol.transport import Channel
+from gamebear_tasks.builders.transports.local import ProcessChannel, ProcessConnection
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.errors import BuilderError
-from gamebear_tasks.job import File, Job, Json
+from gamebear_tasks.jobspec.spec import File, Job, Json
 
 pytest_plugins = ("wheels",)
 
@@ -204,28 +204,27 @@ def test_a_builder_without_buildah_says_how_to_get_it(release: Debian, tmp_path:
 
 def test_every_module_compiles_and_can_be_imported(release: Debian) -> None:
     release.run("python3", "-W", "error", "-m", "compileall", "-q", "-f", "/srv/gamebear_tasks")
-    names = [f"gamebear_tasks.runner.{path.stem}" for path in RUNNER.glob("*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in RUNNER.rglob("*.py")]
     code = "import importlib, sys; sys.path.insert(0, '/srv'); list(map(importlib.import_module, sys.argv[1:]))"
     release.run("python3", "-I", "-S", "-W", "error", "-c", code, *names)
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Give the modules that a module imports, those inside of functions too; its own package's with a dot before."""
+    """Yield the modules that a module imports, also inside functions, but the runner's own."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert path.parents[node.level - 1].is_relative_to(RUNNER), path
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            yield from [f"{'.' * node.level}{module}"] if module else (f".{alias.name}" for alias in node.names)
+            yield node.module or ""
 
 
 def test_the_runner_needs_itself_and_the_standard_library_only(release: Debian) -> None:
-    names = {name for path in RUNNER.glob("*.py") for name in imported(path)}
-    own = {name for name in names if name.startswith(".")}
-    assert own <= {f".{path.stem}" for path in RUNNER.glob("*.py")}
-    assert {name.partition(".")[0] for name in names - own} <= sys.stdlib_module_names
+    names = {name for path in RUNNER.rglob("*.py") for name in imported(path)}
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
     code = "import importlib, sys; list(map(importlib.import_module, sys.argv[1:]))"
-    release.run("python3", "-I", "-S", "-c", code, *sorted(names - own))
+    release.run("python3", "-I", "-S", "-c", code, *sorted(names))
 
 
 @pytest.mark.parametrize("name", ["test_language.py", "test_rootfs.py"])
@@ -239,8 +238,10 @@ def test_its_own_tests_pass_there(release: Debian, name: str) -> None:
 
 
 def test_a_job_has_the_same_digest_there(trixie: Debian) -> None:
-    shutil.copy(ROOT / "gamebear_tasks" / "job.py", trixie.root / "srv/gamebear_tasks")
-    code = f"from gamebear_tasks.job import File, Job; print({WITNESS!a}.digest)"
+    package = trixie.root / "srv/gamebear_tasks/jobspec"
+    package.mkdir()
+    shutil.copy(ROOT / "gamebear_tasks" / "jobspec" / "spec.py", package)
+    code = f"from gamebear_tasks.jobspec.spec import File, Job; print({WITNESS!a}.digest)"
     assert trixie.run("python3", "-W", "error", "-c", code, PYTHONPATH="/srv").strip() == WITNESS_DIGEST
 
 

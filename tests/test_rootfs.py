@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gamebear_tasks.runner.rootfs import Rootfs
+from gamebear_tasks.runner.host.rootfs import Rootfs
 
 
 @pytest.fixture

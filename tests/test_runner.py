@@ -13,9 +13,10 @@ import pytest
 from project import Project, assert_nothing_is_left, processes, wait_for
 
 from gamebear_tasks.config import own_architecture
-from gamebear_tasks.runner import store, supervise, work
-from gamebear_tasks.runner.files import sha256_of
-from gamebear_tasks.runner.store import Store
+from gamebear_tasks.runner.executor import supervisor, workspace
+from gamebear_tasks.runner.store import store
+from gamebear_tasks.runner.store.store import Store
+from gamebear_tasks.runner.util.atomic_files import sha256_of
 
 DODO = """
 from gamebear_tasks import artifact
@@ -298,13 +299,13 @@ def test_a_phase_that_does_not_look_whether_it_is_to_end_is_ended_all_the_same(
         raise AssertionError("it was not ended")
 
     place = {
-        "another job's leftovers": (supervise, "clean_up_after_lost_jobs"),
-        "the builder is looked at": (supervise, "facts"),
-        "the folder is filled": (work, "fill"),
+        "another job's leftovers": (supervisor, "clean_up_after_lost_jobs"),
+        "the builder is looked at": (supervisor, "facts"),
+        "the folder is filled": (workspace, "fill"),
     }[phase]
     monkeypatch.setattr(*place, waits)
-    monkeypatch.setattr(supervise.Supervisor, "_document", lambda self: {"arch": own_architecture()})
-    supervise.Supervisor(stored, attempt).run()
+    monkeypatch.setattr(supervisor.Supervisor, "_document", lambda self: {"arch": own_architecture()})
+    supervisor.Supervisor(stored, attempt).run()
     assert begun == [phase]
     assert stored.written_state()["state"] == "cancelled"
 

@@ -19,12 +19,12 @@ from project import Project, Run, assert_nothing_is_left, processes, wait_for
 from remote import Remote
 from sshd import Account, Sshd
 
-from gamebear_tasks.runner.kept import AGE, MOST, keep, trim
-from gamebear_tasks.runner.store import Store
+from gamebear_tasks.runner.maintenance.retained_containers import AGE, MOST, keep, trim
+from gamebear_tasks.runner.store.store import Store
 
 DODO = """
 from gamebear_tasks import artifact
-from gamebear_tasks.tools import task_prune
+from gamebear_tasks.doit_plugin.tools import task_prune
 
 def task_x():
     return artifact("x.py", outputs=["build/x"])

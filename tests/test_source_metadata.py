@@ -12,9 +12,9 @@ from upstreams import COMMIT_TIME, call_git
 
 from gamebear_tasks import archive, git
 from gamebear_tasks.config import Settings
-from gamebear_tasks.plan import Plan
-from gamebear_tasks.sources import debian
-from gamebear_tasks.sources.lock import DebianEntry, GitEntry, Lock
+from gamebear_tasks.jobspec.plan import Plan
+from gamebear_tasks.sources.declare import debian
+from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
 
 pytest_plugins = ("upstreams",)
 

@@ -25,11 +25,12 @@ import pytest
 from upstreams import COMMIT_TIME, call_git, commit, free_port, no_programs
 
 from gamebear_tasks.errors import SettingsError, SourceError
-from gamebear_tasks.sources import archive, debian, either, git, tree
-from gamebear_tasks.sources.choice import check_preference, choose
-from gamebear_tasks.sources.from_debian import entries, from_deb822, from_one_line
-from gamebear_tasks.sources.from_git import relative_url
-from gamebear_tasks.sources.lock import DebianEntry, GitEntry, Lock
+from gamebear_tasks.sources import deterministic_tar
+from gamebear_tasks.sources.alternatives import check_preference, choose
+from gamebear_tasks.sources.debian import entries, from_deb822, from_one_line
+from gamebear_tasks.sources.declare import archive, debian, either, git
+from gamebear_tasks.sources.git import relative_url
+from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
 
 pytest_plugins = ("upstreams",)
 
@@ -91,32 +92,32 @@ def left_over(cache: Path) -> list[str]:
 # The tar file
 
 
-def make_file(path: str, content: bytes, executable: bool = False) -> tree.File:
+def make_file(path: str, content: bytes, executable: bool = False) -> deterministic_tar.File:
     """Make an entry of a tree."""
-    return tree.File(path, len(content), executable, lambda: contextlib.nullcontext(io.BytesIO(content)))
+    return deterministic_tar.File(path, len(content), executable, lambda: contextlib.nullcontext(io.BytesIO(content)))
 
 
 def test_a_tree_has_the_same_bytes_on_every_machine_and_python() -> None:
     """The hash was taken once; runs on other Pythons must come to it."""
     out = io.BytesIO()
-    entries: list[tree.Entry] = [
+    entries: list[deterministic_tar.Entry] = [
         make_file("z", b"last"),
         make_file("a/" + "long" * 40 + "/ünï-" + os.fsdecode(b"\xff"), b"x" * 1000, executable=True),
-        tree.Link("a/link", "../" + "far" * 50),
-        tree.Folder("a-empty"),
+        deterministic_tar.Link("a/link", "../" + "far" * 50),
+        deterministic_tar.Folder("a-empty"),
     ]
-    tree.write(out, entries, 1_600_000_000)
+    deterministic_tar.write(out, entries, 1_600_000_000)
     assert (
         hashlib.sha256(out.getvalue()).hexdigest() == "536622a903a30deefb8746e9b3e75f89d4a2e10a37d5bf8c1809c4bab0bb0fde"
     )
-    tree.write(again := io.BytesIO(), entries[::-1], 1_600_000_000)
+    deterministic_tar.write(again := io.BytesIO(), entries[::-1], 1_600_000_000)
     assert again.getvalue() == out.getvalue()
 
 
 def test_a_tree_names_no_owner_and_one_time() -> None:
     """Nothing of the machine it was made on shows."""
     out = io.BytesIO()
-    tree.write(out, [make_file("bin/run", b"#!", executable=True), make_file("README", b"")], 12345)
+    deterministic_tar.write(out, [make_file("bin/run", b"#!", executable=True), make_file("README", b"")], 12345)
     with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
         members = [(item.name, item.mode, item.uid, item.gid, item.uname, item.gname, item.mtime) for item in tar]
     assert members == [
@@ -129,14 +130,14 @@ def test_a_tree_names_no_owner_and_one_time() -> None:
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a/./b", "nul\0"])
 def test_a_tree_refuses_names_that_lead_elsewhere(path: str) -> None:
     """Such a tar file must not even come to be."""
-    with pytest.raises(tree.TreeError, match="unsafe name"):
-        tree.write(io.BytesIO(), [make_file(path, b"")], 0)
+    with pytest.raises(deterministic_tar.TreeError, match="unsafe name"):
+        deterministic_tar.write(io.BytesIO(), [make_file(path, b"")], 0)
 
 
 def test_a_tree_refuses_to_write_through_a_link() -> None:
     """A link to a folder elsewhere, and a file below it."""
-    with pytest.raises(tree.TreeError, match="'etc/passwd' lies below 'etc', which is no folder"):
-        tree.write(io.BytesIO(), [tree.Link("etc", "/etc"), make_file("etc/passwd", b"")], 0)
+    with pytest.raises(deterministic_tar.TreeError, match="'etc/passwd' lies below 'etc', which is no folder"):
+        deterministic_tar.write(io.BytesIO(), [deterministic_tar.Link("etc", "/etc"), make_file("etc/passwd", b"")], 0)
 
 
 # git
@@ -665,7 +666,7 @@ def test_a_package_or_suite_that_debian_does_not_have(
 
 def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for ever."""
-    monkeypatch.setattr("gamebear_tasks.sources.from_debian.SPACE", 1 << 60)
+    monkeypatch.setattr("gamebear_tasks.sources.debian.SPACE", 1 << 60)
     with pytest.raises(SourceError, match=r"needs \d+ MiB for apt's lists in .*\. Make room there\."):
         debian("hello").resolve(cache)
 

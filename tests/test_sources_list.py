@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gamebear_tasks.runner.mirrors import Archive, archives
-from gamebear_tasks.runner.sources_list import is_file_of_sources, is_off, parse, text_of
-from gamebear_tasks.sources.from_debian import apt_sources, from_deb822
+from gamebear_tasks.runner.images.apt_sources import Archive, archives
+from gamebear_tasks.runner.images.sources_list import is_file_of_sources, is_off, parse, text_of
+from gamebear_tasks.sources.debian import apt_sources, from_deb822
 
 STANZA = "Types: deb\nURIs: http://a.example/debian\nSuites: x\nComponents: main\n"
 

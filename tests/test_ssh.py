@@ -18,10 +18,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from sshd import Account, Sshd, client_home, fingerprint, new_key, public
 
-from gamebear_tasks import builders
-from gamebear_tasks.builders import local, ssh, ssh_config, ssh_hosts, ssh_transport
-from gamebear_tasks.builders.ssh import SSHChannel, SSHConnection
-from gamebear_tasks.builders.ssh_config import Address
+from gamebear_tasks.builders import registry
+from gamebear_tasks.builders.transports import local
+from gamebear_tasks.builders.transports.ssh import config, known_hosts, transport
+from gamebear_tasks.builders.transports.ssh import connection as ssh
+from gamebear_tasks.builders.transports.ssh.config import Address
+from gamebear_tasks.builders.transports.ssh.connection import SSHChannel, SSHConnection
 from gamebear_tasks.errors import BuilderBusy, BuilderError, BuilderLost, SettingsError
 
 MIB = 1 << 20
@@ -122,8 +124,8 @@ def refusal(url: str, kind: type[Exception] = BuilderError) -> str:
 )
 def test_a_url_names_a_user_a_host_and_a_port(url: str, address: Address) -> None:
     if address.user == "me@corp":
-        assert ssh_config.parse_url(url).user == "me@corp"
-    assert ssh_config.parse_url(url) == address
+        assert config.parse_url(url).user == "me@corp"
+    assert config.parse_url(url) == address
 
 
 @pytest.mark.parametrize(
@@ -146,14 +148,14 @@ def test_a_url_names_a_user_a_host_and_a_port(url: str, address: Address) -> Non
 )
 def test_a_password_in_a_url_is_not_repeated(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        builders.open_builder(url)
+        registry.open_builder(url)
     assert "secret" not in str(caught.value)
     assert "@host" in str(caught.value)
 
 
 def test_paramiko_is_not_imported_before_a_connection_is_opened() -> None:
     program = (
-        "import sys; from gamebear_tasks.builders.ssh import open_builder; open_builder('ssh://host');"
+        "import sys; from gamebear_tasks.builders.transports.ssh.connection import open_builder; open_builder('ssh://host');"
         "sys.exit('paramiko' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -172,7 +174,7 @@ def test_the_configuration_is_read_as_ssh_reads_it(tmp_path: Path, monkeypatch: 
         "Host pi.lan\n Port 2200\n User build\n IdentityFile ~/.ssh/%r_%n\n IdentitiesOnly yes\n ProxyJump me@gate:24\n"
         " HostKeyAlias pie\n UserKnownHostsFile ~/.ssh/pies ~/.ssh/others\n ConnectTimeout 4\n",
     )
-    host = ssh_config.read(Address("pi.lan", port=2222))
+    host = config.read(Address("pi.lan", port=2222))
     assert (host.hostname, host.port, host.user) == ("10.1.2.3", 2222, "build")
     assert host.identities == (home / ".ssh" / "build_pi.lan",)
     assert host.only_identities
@@ -328,8 +330,8 @@ def test_a_program_that_was_asked_for_with_the_log_in_is_not_taken_for_another(
 def test_a_server_that_takes_it_ill_to_be_asked_ahead_is_connected_to_again_without(
     server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssh_transport, "FIRST_SESSION", 7)  # sshd hangs up on what it has not given
-    builder = builders.open_builder(server.url)
+    monkeypatch.setattr(transport, "FIRST_SESSION", 7)  # sshd hangs up on what it has not given
+    builder = registry.open_builder(server.url)
     try:
         assert builder.describe()["python"]
     finally:
@@ -463,7 +465,7 @@ def certify(authority: Path, key: Path, principal: str, *options: str) -> Path:
 
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
     """Let a person sit there who gives these answers; returns what is asked."""
-    from gamebear_tasks.builders import ssh_login
+    from gamebear_tasks.builders.transports.ssh import authentication
 
     asked: list[str] = []
     replies = iter(answers)
@@ -472,9 +474,9 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
         asked.append(prompt)
         return next(replies)
 
-    monkeypatch.setattr(ssh_login, "_has_terminal", lambda: True)
+    monkeypatch.setattr(authentication, "_has_terminal", lambda: True)
     monkeypatch.setattr(getpass, "getpass", answer)
-    monkeypatch.setattr(ssh_login, "_secrets", {})
+    monkeypatch.setattr(authentication, "_secrets", {})
     return asked
 
 
@@ -714,7 +716,7 @@ def test_a_host_certificate_of_an_unknown_authority_is_refused(certified: Callab
     ],
 )
 def test_names_in_known_hosts_match_as_sshd_says(hosts: str, name: str, expected: bool) -> None:
-    assert ssh_hosts.matches(hosts, name) is expected
+    assert known_hosts.matches(hosts, name) is expected
 
 
 # on the way
@@ -788,7 +790,7 @@ def test_a_builder_that_takes_connections_and_says_nothing_is_given_up(home: Pat
     with socket.create_server(("127.0.0.1", 0)) as listener:
         start = time.monotonic()
         text = refusal(f"ssh://pi@127.0.0.1:{listener.getsockname()[1]}", BuilderLost)
-        assert time.monotonic() - start < ssh_config.CONNECT_TIMEOUT, "it was to wait for a second"
+        assert time.monotonic() - start < config.CONNECT_TIMEOUT, "it was to wait for a second"
     assert "said nothing, before it introduced itself" in text
 
 

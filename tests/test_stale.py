@@ -14,12 +14,12 @@ from typing import cast
 import pytest
 from project import Project
 
-from gamebear_tasks import hashing
+from gamebear_tasks.client.placement_marks import PLACED, is_placed, placing
 from gamebear_tasks.config import settings
-from gamebear_tasks.placed import PLACED, is_placed, placing
-from gamebear_tasks.plan import SAVED, read_lock
-from gamebear_tasks.runner import files
-from gamebear_tasks.sources.lock import GitEntry
+from gamebear_tasks.jobspec.plan import SAVED, read_lock
+from gamebear_tasks.runner.util import atomic_files
+from gamebear_tasks.sources.lockfile import GitEntry
+from gamebear_tasks.util import file_hashes
 
 DODO = """
 from gamebear_tasks import artifact
@@ -64,7 +64,7 @@ def target(project: Project) -> str:
 
 def settle() -> None:
     """Let so much time pass that files are cached."""
-    time.sleep(2 * hashing.SETTLED)
+    time.sleep(2 * file_hashes.SETTLED)
 
 
 # content, and not mtime
@@ -157,7 +157,7 @@ def test_an_input_that_a_later_action_changes_is_not_taken_for_built(
 
 BUILDER = """
 from pathlib import Path
-from gamebear_tasks.builders import local
+from gamebear_tasks.builders.transports import local
 
 def open_builder(url):
     builder = local.open_builder("local:")
@@ -395,13 +395,13 @@ def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which files are read to be hashed, in a folder without a cache."""
     monkeypatch.chdir(tmp_path)
     found: list[str] = []
-    real = files.sha256
+    real = atomic_files.sha256
 
     def read(file: object) -> str:
         found.append(os.readlink(f"/proc/self/fd/{file.fileno()}").rpartition("/")[2])  # type: ignore[attr-defined]
         return real(file)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(hashing, "sha256", read)
+    monkeypatch.setattr(file_hashes, "sha256", read)
     return found
 
 
@@ -424,11 +424,11 @@ def test_hashes_are_cached_from_one_doit_to_the_next(project: Project) -> None:
 @pytest.mark.parametrize("name", ["st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"])
 def test_a_version_has_all_that_changes_with_the_content(name: str) -> None:
     about = {"st_dev": 1, "st_ino": 2, "st_size": 3, "st_mtime_ns": 4, "st_ctime_ns": 5}
-    before = hashing.version(cast(os.stat_result, SimpleNamespace(**about)))
-    assert hashing.version(cast(os.stat_result, SimpleNamespace(**about | {name: 6}))) != before
+    before = file_hashes.version(cast(os.stat_result, SimpleNamespace(**about)))
+    assert file_hashes.version(cast(os.stat_result, SimpleNamespace(**about | {name: 6}))) != before
 
 
-@pytest.mark.parametrize("content", [hashing.content_of, hashing.opened_content_of])
+@pytest.mark.parametrize("content", [file_hashes.content_of, file_hashes.opened_content_of])
 def test_a_file_is_read_again_only_if_its_inode_size_or_times_are_others(
     reads: list[str], content: Callable[[str], tuple[str, bool]]
 ) -> None:
@@ -452,8 +452,8 @@ def test_a_file_that_has_just_changed_is_not_cached(reads: list[str]) -> None:
     for text in "12345":
         Path("file").write_text(text)
         os.utime("file", (1, 1))
-        sha256, _ = hashing.content_of("file")
-        assert sha256 == hashing.content_of("file")[0]
+        sha256, _ = file_hashes.content_of("file")
+        assert sha256 == file_hashes.content_of("file")[0]
     assert len(reads) == 10
 
 
@@ -462,16 +462,16 @@ def test_times_of_whole_seconds_are_not_trusted() -> None:
     about = os.stat("/")
     coarse = os.stat_result([*about[:10]], {"st_ctime": 1e9, "st_ctime_ns": 10**18})
     fine = os.stat_result([*about[:10]], {"st_ctime": 1e9, "st_ctime_ns": 10**18 + 1})
-    assert not hashing.is_settled(coarse) and hashing.is_settled(fine)
+    assert not file_hashes.is_settled(coarse) and file_hashes.is_settled(fine)
 
 
 def test_what_is_no_regular_file_is_refused_and_does_not_block(project: Project) -> None:
     (project.folder / "in").unlink()
     os.mkfifo(project.folder / "in")
     with pytest.raises(OSError, match="it is not a regular file"):
-        hashing.content_of(str(project.folder / "in"))
+        file_hashes.content_of(str(project.folder / "in"))
     with pytest.raises(IsADirectoryError):
-        hashing.content_of(str(project.folder))
+        file_hashes.content_of(str(project.folder))
     project.doit().failed("in cannot be read: it is not a regular file.")
 
 

@@ -27,9 +27,15 @@ from pathlib import Path
 import pytest
 from project import Project, Run, measured, wait_for
 
-from gamebear_tasks.runner import buildah, facts, mirrors, serve, slots, supervise, wire, work
-from gamebear_tasks.runner.files import sha256
-from gamebear_tasks.runner.store import Lock, Store, StoredJob
+from gamebear_tasks.runner.executor import supervisor as supervise
+from gamebear_tasks.runner.executor import workspace
+from gamebear_tasks.runner.host import buildah, capabilities
+from gamebear_tasks.runner.images import apt_sources
+from gamebear_tasks.runner.protocol import wire
+from gamebear_tasks.runner.server import session as serve
+from gamebear_tasks.runner.store import slots
+from gamebear_tasks.runner.store.store import Lock, Store, StoredJob
+from gamebear_tasks.runner.util.atomic_files import sha256
 
 DODO = """
 from gamebear_tasks import artifact, task_prune
@@ -53,7 +59,8 @@ with open("x", "w") as file:
 """
 
 IMPATIENT = """
-from gamebear_tasks.builders import local, remote, session
+from gamebear_tasks.builders.transports import local
+from gamebear_tasks.builders.protocol import client as remote, session
 
 remote.FOLLOW, session.SILENCE = 0.5, 2.5
 start = local.ProcessConnection.start
@@ -192,9 +199,9 @@ class Job:
             assert len(list(job.glob("out-*"))) <= 1, f"outputs of more than one attempt are in {job}"
 
 
-def known_facts(store: Store) -> facts.Facts:
+def known_facts(store: Store) -> capabilities.Facts:
     """Return what the builder has found out about itself; our own environment would give something else."""
-    return facts.from_json(json.loads((store.root / "facts.json").read_bytes())["facts"])
+    return capabilities.from_json(json.loads((store.root / "facts.json").read_bytes())["facts"])
 
 
 def processes() -> Iterator[tuple[int, list[bytes]]]:
@@ -783,7 +790,7 @@ def test_a_job_can_be_stopped_while_its_folder_is_filled(queued: StoredJob) -> N
         supervisor._check_stop()
 
     with pytest.raises(supervise.Cancelled):
-        work.fill(queued, job, {}, check)
+        workspace.fill(queued, job, {}, check)
     assert "b" not in laid
     os.close(supervisor.log)
 
@@ -792,9 +799,9 @@ def test_a_job_that_was_stopped_while_the_builder_was_looked_at_does_not_begin(
     queued: StoredJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervisor = supervise.Supervisor(queued, "a1")
-    known = facts.Facts("1", True, (), "overlay", "oci", True, "amd64", ())
+    known = capabilities.Facts("1", True, (), "overlay", "oci", True, "amd64", ())
 
-    def found(root: Path) -> facts.Facts:
+    def found(root: Path) -> capabilities.Facts:
         queued.ask_to_stop("a1")
         return known
 
@@ -816,8 +823,8 @@ def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
         digest = hashlib.sha256(content).hexdigest()
         queued.store.blob(digest).write_bytes(content)
         job = {"script": {"name": "x.py", "sha256": digest}, "modules": {}, "inputs": {}, "sources": ["src"]}
-        with pytest.raises(work.JobFailed, match="source src cannot be unpacked"):
-            work.fill(queued, job, {"src": digest}, lambda: None)
+        with pytest.raises(workspace.JobFailed, match="source src cannot be unpacked"):
+            workspace.fill(queued, job, {"src": digest}, lambda: None)
         shutil.rmtree(queued.work)
 
 
@@ -829,8 +836,10 @@ def test_a_failed_build_whose_log_cannot_be_read_fails_as_it_did(queued: StoredJ
 
 
 def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: Path) -> None:
-    runner = Path(serve.__file__).parents[1]
-    program = f"import sys; sys.path.insert(0, {str(runner)!r}); from runner import serve; serve.main()"
+    runner = Path(serve.__file__).parents[2]
+    program = (
+        f"import sys; sys.path.insert(0, {str(runner)!r}); from runner.server import session as serve; serve.main()"
+    )
     size = 1 << 60
     with subprocess.Popen(
         [sys.executable, "-c", program],
@@ -851,9 +860,9 @@ def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: 
 
 
 def test_an_index_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirrors, "UNPACKED_LIMIT", 3 * MIB)
-    mirrors._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
-    mirrors._check_xz(lzma.compress(b""))
+    monkeypatch.setattr(apt_sources, "UNPACKED_LIMIT", 3 * MIB)
+    apt_sources._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
+    apt_sources._check_xz(lzma.compress(b""))
     for content, reason in ((lzma.compress(bytes(5 * MIB)), "more than 3 MiB"), (lzma.compress(b"x")[:-4], "cut off")):
         with pytest.raises(lzma.LZMAError, match=reason):
-            mirrors._check_xz(content)
+            apt_sources._check_xz(content)

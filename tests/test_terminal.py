@@ -17,7 +17,8 @@ from sshd import Sshd
 
 RUN = """
 import sys
-from gamebear_tasks.builders import Terminal, open_builder
+from gamebear_tasks.builders.base import Terminal
+from gamebear_tasks.builders.registry import open_builder
 from gamebear_tasks.errors import GamebearError
 
 builder = open_builder(sys.argv[1])

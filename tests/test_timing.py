@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from project import Project, wait_for
 
-from gamebear_tasks import timing
-from gamebear_tasks.progress import lines
-from gamebear_tasks.progress.board import Board
-from gamebear_tasks.runner import phases
-from gamebear_tasks.runner.phases import LIMIT, Phases
-from gamebear_tasks.timing import Phase, Record, Stopwatch
-from gamebear_tasks.wording import age, duration
-from gamebear_tasks.wording import clock as clock_of
+from gamebear_tasks.progress import render
+from gamebear_tasks.progress.model import Board
+from gamebear_tasks.records import task_record
+from gamebear_tasks.records.task_record import Phase, Record, Stopwatch
+from gamebear_tasks.runner.store import phases
+from gamebear_tasks.runner.store.phases import LIMIT, Phases
+from gamebear_tasks.util.text import age, duration
+from gamebear_tasks.util.text import clock as clock_of
 
 DODO = "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['build/x'])\n"
 
@@ -41,7 +41,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(phases, "time", made)
-    monkeypatch.setattr(timing, "time", made)
+    monkeypatch.setattr(task_record, "time", made)
     return made
 
 
@@ -84,9 +84,9 @@ def test_a_time_has_one_form_in_sentences_and_a_shorter_one_in_columns(
 ) -> None:
     assert (duration(seconds), clock_of(seconds), age(seconds)) == (sentence, column, ago)
     board = Board(1)
-    (line,) = lines.summary_lines(board, board.begun + seconds, 80, lines.ASCII, interrupted=False)
+    (line,) = render.summary_lines(board, board.begun + seconds, 80, render.ASCII, interrupted=False)
     assert line.plain.endswith(f" in {sentence}")
-    assert f" {column} " in f"{lines.status_line(board, board.begun + seconds, 80, lines.ASCII).plain} "
+    assert f" {column} " in f"{render.status_line(board, board.begun + seconds, 80, render.ASCII).plain} "
 
 
 def test_what_goes_on_is_one_span_and_what_takes_no_time_none(clock: Clock) -> None:
@@ -132,7 +132,7 @@ def test_threads_take_their_time_apart() -> None:
 
 
 def test_the_time_of_a_builder_is_put_where_it_was_for_us(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_loaded", True)
+    monkeypatch.setattr(task_record, "_loaded", True)
     there = [Phase("queue", 0, 10), Phase("build", 10, 30)]
     watch = Stopwatch()
     clock.now += 45
@@ -143,16 +143,16 @@ def test_the_time_of_a_builder_is_put_where_it_was_for_us(clock: Clock, monkeypa
     watch.builder_spent(there)  # another had begun it
     assert [phase.start for phase in watch.record("x", "", "", "done", "followed").phases] == [-15, -5]
     watch = Stopwatch()
-    with watch.running(), timing.phase("upload"):
+    with watch.running(), task_record.phase("upload"):
         clock.now += 45
     watch.builder_spent(there)  # the answer to the upload was the end
     assert watch.record("x", "", "", "done", "built").totals() == {"upload": 5, "queue": 10, "build": 30}
 
 
 def test_a_task_without_a_watch_takes_no_time(clock: Clock) -> None:
-    with timing.phase("connect"):
-        timing.sent(1)
-        timing.received(1)
+    with task_record.phase("connect"):
+        task_record.sent(1)
+        task_record.received(1)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,10 @@ def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> Non
     assert before - 1 < calendar.timegm(begun) < time.time() + 1
     assert record["bytes"]["up"] > 70_000  # the runner
     assert record["bytes"]["down"] > 3000
-    assert {"load", "connect", "build"} <= names(record) <= {*timing.CLIENT, *timing.BUILDER}
+    assert {"load", "connect", "build"} <= names(record) <= {*task_record.CLIENT, *task_record.BUILDER}
     starts = [phase["start"] for phase in record["phases"]]
     assert starts == sorted(starts)
-    ours = [phase for phase in record["phases"] if phase["name"] in timing.CLIENT]
+    ours = [phase for phase in record["phases"] if phase["name"] in task_record.CLIENT]
     assert [phase["start"] for phase in ours if phase["name"] == "load"] == [starts[0]] and starts[0] < 0
     assert all(phase["start"] + phase["seconds"] <= record["seconds"] + 0.01 for phase in record["phases"])
     saved = project.doit("dumpdb").ok().out
@@ -214,7 +214,7 @@ def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: P
     assert "built in" not in run.err
     record = record_of(project)
     assert record["had"] == "fetched"
-    assert not names(record) & set(timing.BUILDER)
+    assert not names(record) & set(task_record.BUILDER)
 
 
 def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before_ours(project: Project) -> None:
@@ -237,7 +237,7 @@ def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before
     assert record_of(project)["had"] == "built"
     record = record_of(other)
     assert record["had"] == "followed"
-    assert min(phase["start"] for phase in record["phases"] if phase["name"] in timing.BUILDER) < 0
+    assert min(phase["start"] for phase in record["phases"] if phase["name"] in task_record.BUILDER) < 0
     assert "x: followed in" in (other.folder / "doit.out").read_text()
 
 
@@ -269,7 +269,7 @@ open("x", "w").close()
     project.doit().ok()
     record = record_of(project)
     assert {"container", "commit", "build"} <= names(record)
-    there = [phase for phase in record["phases"] if phase["name"] in timing.BUILDER]
+    there = [phase for phase in record["phases"] if phase["name"] in task_record.BUILDER]
     for one, next_one in itertools.pairwise(there):
         assert one["start"] + one["seconds"] <= next_one["start"] + 0.005
 

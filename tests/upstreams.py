@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from gamebear_tasks.sources import debian
-from gamebear_tasks.sources.from_debian import apt_sources
-from gamebear_tasks.sources.lock import Lock
-from gamebear_tasks.sources.lookup import resolve
+from gamebear_tasks.sources.debian import apt_sources
+from gamebear_tasks.sources.declare import debian
+from gamebear_tasks.sources.lockfile import Lock
+from gamebear_tasks.sources.resolver import resolve
 
 COMMIT_TIME = 1_600_000_000
 

@@ -16,7 +16,7 @@ from project import ROOT, Run
 
 SERVER = """
 import json, os, sys
-import gamebear_tasks.building, gamebear_tasks.builders.local, gamebear_tasks.tools
+import gamebear_tasks.client.build, gamebear_tasks.builders.transports.local, gamebear_tasks.doit_plugin.tools
 from gamebear_tasks import *
 from doit.doit_cmd import DoitMain
 

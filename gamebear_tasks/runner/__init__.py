@@ -1,1 +1,1 @@
-"""The runner: what travels to the builder and runs jobs there. Python 3.9 and its standard library, nothing of ours."""
+"""The runner: what travels to the builder and runs jobs there. Standard library only, Python 3.9."""

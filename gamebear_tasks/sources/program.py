@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SourceError
-from ..interrupt import check_not_interrupted
-from ..programs import ended_with_us
-from ..runner.files import CHUNK
+from ..runner.util.atomic_files import CHUNK
+from ..util.child_processes import ended_with_us
+from ..util.process import check_not_interrupted
 
 INSTALL = {
     "git": "Install git (Debian: `apt install git`; macOS: `xcode-select --install`).",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import pwd
 
-from gamebear_tasks.builders.local import ProcessConnection
-from gamebear_tasks.builders.remote import RunnerBuilder
+from gamebear_tasks.builders.protocol.client import RunnerBuilder
+from gamebear_tasks.builders.transports.local import ProcessConnection
 from gamebear_tasks.errors import BuilderError, SettingsError
 
 

@@ -1,0 +1,1 @@
+"""A builder behind a Dask scheduler."""

@@ -1,0 +1,527 @@
+"""The builder `dask://scheduler:8786` (`dask+tls://`): many builders behind one name.
+
+Dask places the jobs, one slot each, on workers that have their architecture. With the worker that has a job we speak as
+with any other builder, directly: its runner, its store, its supervisor. So a job is as safe there as behind SSH.
+Nothing of Dask is imported before something has to be built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ...errors import BuilderError, BuilderLost, SettingsError
+from ...runner.host.arch import ARCHITECTURES
+from ...runner.store.builder_config import MOST_SLOTS
+from ...util.messages import notice
+from ...util.text import size
+from ...util.urls import shown
+from ..base import Builder, JobEntry, Kept, Order, Pruned, Sink, Status
+from ..protocol.client import RunnerBuilder
+from ..protocol.reconnect import PATIENCE
+from ..protocol.session import words_of
+from ..protocol.transport import Connection
+
+if TYPE_CHECKING:
+    from .client import Link
+
+T = TypeVar("T")
+
+WAIT = 20.0
+"""Seconds for which the scheduler holds back its answer while there is no slot; the first time, `FIRST_WAIT`."""
+
+FIRST_WAIT = 2.0
+
+COMING_BACK = 30.0
+"""Seconds for which a job is looked for whose worker has gone: it may come back under another address."""
+
+TRIES = 5
+"""How often in a row a worker may go away that the scheduler has just named for a job."""
+
+PAUSE = 0.5
+"""Seconds before the scheduler is asked again for a worker, where the one that it named has gone."""
+
+WORKERS = 1000
+"""The most workers that are looked at; of those which cannot be used, `TOLD` are told."""
+
+TOLD = 5
+
+AT_ONCE = 8
+"""How many workers are asked at once what they are."""
+
+_SCHEMES = {"dask": "tcp", "dask+tls": "tls"}
+
+
+class WorkerGone(BuilderError):
+    """The worker is no longer there; what it built may be found elsewhere, or is built again."""
+
+
+class DaskBuilder:
+    """The workers of a Dask scheduler.
+
+    Args:
+        url: the builder's name in messages and settings.
+        address: the scheduler's, as Dask has it.
+    """
+
+    def __init__(self, url: str, address: str) -> None:
+        self.url = url
+        self.address = address
+        self.patience = PATIENCE
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._runners: dict[str, RunnerBuilder] = {}
+        self._places: dict[str, str] = {}
+        self._ended: set[str] = set()
+        self._gone: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    # what a builder does
+
+    def submit(self, order: Order, again: bool = False) -> Status:
+        """Have a job built, unless it runs or is done already; wait for a slot where it has to be built."""
+        digest = order.job.digest
+        self._ended.discard(digest)
+        try:
+            for count in range(1, TRIES + 1):
+                worker = self._place(order, again)
+                self._places[digest] = worker
+                self._check_wanted(digest)
+                try:
+                    status = self._runner(worker).submit(order, again)
+                    break
+                except WorkerGone:
+                    self._forget(worker)
+                    if count == TRIES:
+                        raise
+                    time.sleep(PAUSE)
+            if status.is_final:
+                self._release(digest)
+        except Exception:
+            self._release(digest)  # nobody else may have the slot that we do not use
+            raise
+        return self._told(worker, status)
+
+    def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, wherever it is."""
+        place = self._find(digest)
+        if place is None:
+            return Status("lost", attempt), b""
+        worker, runner = place
+        try:
+            status, log = runner.follow(digest, attempt, offset)
+        except WorkerGone:
+            self._forget(worker)
+            self._gone[digest] += 1
+            if self._gone[digest] < TRIES:
+                time.sleep(PAUSE)
+                return Status("running", attempt), b""
+            del self._gone[digest]
+            return Status("lost", attempt), b""
+        self._gone.pop(digest, None)
+        if status.is_final and status.state != "lost" and not log:  # what is lost is submitted again, on the same lease
+            self._release(digest)
+        return self._told(worker, status), log
+
+    def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
+        """Give an output's content from `offset` on to a sink."""
+        got = _Counted(target)
+        for _ in range(TRIES):
+            place = self._find(digest)
+            if place is None:
+                break
+            worker, runner = place
+            try:
+                runner.fetch(digest, attempt, name, offset + got.count, got, limit - got.count)
+                return
+            except WorkerGone:
+                self._forget(worker)
+                time.sleep(PAUSE)
+        raise BuilderLost(
+            f"The worker of {self.url} that has job {digest[:12]} has gone.", "Run doit again: another builds it."
+        )
+
+    def cancel(self, digest: str, attempt: str) -> bool:
+        """End a job, unless somebody else waits for it too."""
+        self._ended.add(digest)  # a thread that waits for a place has none any more
+        worker = self._places.get(digest)
+        try:
+            return worker is None or self._runner(worker).cancel(digest, attempt)
+        except WorkerGone:
+            return True
+        finally:
+            self._release(digest)
+
+    def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
+        """Return the jobs that the workers have; one that cannot be asked is left out, and said."""
+        found: list[JobEntry] = []
+        total = 0
+        for worker, answer in self._each(lambda runner: runner.jobs(limit, prefix)).items():
+            if isinstance(answer, BuilderError):
+                self._say(f"{worker} does not say which jobs it has: {answer}")
+                continue
+            entries, count = answer
+            total += count
+            found += [replace(entry, where=worker) for entry in entries]
+        found.sort(key=lambda entry: (entry.is_final, entry.age))
+        for entry in reversed(found):
+            self._places[entry.digest] = entry.where  # where several have had it: where it runs
+        return (found if limit is None else found[:limit]), total
+
+    def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, without counting as somebody who waits for it."""
+        place = self._find(digest)
+        if place is None:
+            return Status("lost", attempt), b""
+        worker, runner = place
+        try:
+            status, log = runner.watch(digest, attempt, offset)
+        except WorkerGone:
+            self._forget(worker)
+            return Status("lost", attempt), b""
+        return self._told(worker, status), log
+
+    def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
+        """End a job, unless others wait for it; return who does."""
+        place = self._find(digest)
+        if place is None:
+            raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `doit jobs`.")
+        return place[1].end(digest, attempt, force)
+
+    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
+        """Return what a result was built in, on the worker that has it."""
+        place = self._find(digest)
+        if place is None:
+            raise BuilderError(f"No worker of {self.url} has job {digest[:12]} any more.", "Have it built again.")
+        return place[1].materials(digest, attempt)
+
+    def discard(self, digest: str, attempt: str) -> None:
+        """Have the worker check a result, and forget it if it is damaged."""
+        place = self._find(digest)
+        if place is None:
+            return
+        worker, runner = place
+        try:
+            runner.discard(digest, attempt)
+        except WorkerGone:
+            self._forget(worker)  # and its result with it
+
+    def kept(self, digest: str) -> Kept | None:
+        """Say which containers the worker keeps that has built a job."""
+        runner = self._builder_of(digest)
+        return None if runner is None else runner.kept(digest)
+
+    def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
+        """Run a command in a kept container, on the worker that has it."""
+        runner = self._builder_of(digest)
+        if runner is None:
+            raise WorkerGone(f"The worker of {self.url} that kept the container has gone.", "Start it again.")
+        return runner.enter(digest, container, words)
+
+    def _builder_of(self, digest: str) -> RunnerBuilder | None:
+        """Return the worker that has a job, None where it is not there now."""
+        worker = self._places.get(digest) or self._ask("where", digest=digest).get("worker")
+        return self._runner(_address(worker, self.url)) if worker else None
+
+    def prune(
+        self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
+    ) -> Pruned:
+        """Remove what is kept on each worker and no longer used; a `size` is each one's."""
+        total = Pruned()
+        for worker, pruned in self._each(lambda runner: runner.prune(older, size, keep, images)).items():
+            if isinstance(pruned, BuilderError):
+                total = replace(total, left=(*total.left, f"{worker}: {pruned}"))
+                continue
+            counts = {
+                item.name: getattr(total, item.name) + getattr(pruned, item.name)
+                for item in fields(Pruned)
+                if item.name != "left"
+            }
+            total = Pruned(**counts, left=(*total.left, *(f"{worker}: {reason}" for reason in pruned.left)))
+        return total
+
+    def describe(self) -> Mapping[str, Any]:
+        """Say which workers there are, and what each is."""
+        said = self._each(lambda runner: runner.describe())
+        about: dict[str, Any] = {"scheduler": self.address}
+        for item in self._workers():
+            slots = ", ".join(f"{arch} {busy} of {all_} busy" for arch, busy, all_ in _slots(item)) or "no architecture"
+            found = said.get(item["worker"])
+            if item["error"] or isinstance(found, BuilderError):
+                about[item["worker"]] = f"{slots}; {item['error'] or found}"
+                continue
+            if found is not None:
+                free = found.get("free")
+                has = "buildah" if found.get("buildah") in (True, "True") else "no buildah"
+                slots += f"; {found.get('host')}, {found.get('machine')}, Python {found.get('python')}, {has}"
+                slots += f", {size(free)} free" if type(free) is int else ""
+            about[item["worker"]] = slots
+        return about
+
+    def members(self) -> Mapping[str, Builder | str]:
+        """Return each worker as the builder that it is, or why it cannot be used."""
+        return {
+            item["worker"]: item["error"]
+            or (self._runner(item["worker"]) if item["slots"] else "it offers no architecture (--resources)")
+            for item in self._workers()
+        }
+
+    def close(self) -> None:
+        """Close the connections; whoever asks afterwards opens them again."""
+        if self._pid != os.getpid():
+            return  # they are our parent's
+        with self._lock:
+            link, self._link = self._link, None
+            runners = list(self._runners.values())
+        for runner in runners:
+            runner.close()
+        if link is not None:
+            link.close()
+
+    # where jobs are
+
+    def _place(self, order: Order, again: bool) -> str:
+        """Return the worker that is to build a job; wait for a slot, and say so."""
+        job = order.job
+        target = json.dumps([job.arch, job.program, sorted(job.outputs)])
+        until: float | None = None
+        wait = FIRST_WAIT
+        while True:
+            self._check_wanted(job.digest)
+            answer = self._ask(
+                "place",
+                digest=job.digest,
+                arch=job.arch,
+                name=re.sub(r"[^\w.]+", "_", job.program)[:60] or "job",
+                target=target,
+                blobs=sorted(order.files)[:1000],
+                again=again,
+                wait=wait,
+            )
+            wait = WAIT
+            if "worker" in answer:
+                return _address(answer["worker"], self.url)
+            if answer.get("slots"):
+                until = None
+                if "workers" in answer:
+                    self._say(f"{self.url} has no free slot for {job.arch} now; waiting for one")
+                else:
+                    time.sleep(0.1)  # it came and went, which is said at once
+                continue
+            there = _known_slots(answer.get("workers"))
+            if until is None:
+                until = time.monotonic() + self.patience
+                self._say(
+                    f"{self.url} has no worker for {job.arch} ({there}); waiting for one for {self.patience:g} seconds"
+                )
+            wait = min(WAIT, max(0.1, until - time.monotonic()))
+            if time.monotonic() > until:
+                raise BuilderError(
+                    f"{self.url} has no worker for {job.arch}: {there}.",
+                    f'Start one: dask worker {self.address} --nthreads 1 --resources "{job.arch}=1"',
+                )
+
+    def _check_wanted(self, digest: str) -> None:
+        """Raise BuilderError where a job was cancelled since it was submitted, by another thread."""
+        if digest in self._ended:
+            raise BuilderError(f"Job {digest[:12]} was taken out of the line of {self.url}.", "Run doit again.")
+
+    def _find(self, digest: str) -> tuple[str, RunnerBuilder] | None:
+        """Return the worker that has a job, where it is to be found; a worker may come back."""
+        until: float | None = None
+        while True:
+            worker = self._places.get(digest)
+            if worker is not None:
+                return worker, self._runner(worker)
+            answer = self._ask("where", digest=digest)
+            if answer.get("worker"):
+                self._places[digest] = _address(answer["worker"], self.url)
+                continue
+            until = until or time.monotonic() + min(COMING_BACK, self.patience)
+            if answer.get("queued") or time.monotonic() > until:
+                return None
+            time.sleep(PAUSE)
+
+    def _forget(self, worker: str) -> None:
+        """Note that a worker has gone."""
+        with self._lock:
+            runner = self._runners.pop(worker, None)
+            for digest in [digest for digest, place in self._places.items() if place == worker]:
+                del self._places[digest]
+        if runner is not None:
+            runner.close()
+
+    def _runner(self, worker: str) -> RunnerBuilder:
+        """Return a worker as the builder that it is."""
+        self._connected()
+        with self._lock:
+            runner = self._runners.get(worker)
+            if runner is None:
+                runner = RunnerBuilder(self.url, f"worker {worker}", lambda: self._connect(worker))
+                runner.patience = self.patience
+                self._runners[worker] = runner
+            return runner
+
+    def _connect(self, worker: str) -> Connection:
+        if not self._ask("worker", worker=worker).get("there"):
+            raise WorkerGone(f"The worker {worker} of {self.url} has gone.", "Run doit again.")
+        return self._connected().connection(worker)
+
+    def _release(self, digest: str) -> None:
+        """Tell the scheduler that we have seen a job's end, or no longer wait for it."""
+        with contextlib.suppress(BuilderError):  # the lease finds out itself
+            self._ask("release", patience=0.0, digest=digest)
+
+    # the scheduler
+
+    def _connected(self) -> Link:
+        if self._pid != os.getpid():
+            self._reset()  # a fork of the process that connected: the connections are the parent's
+        with self._lock:
+            if self._link is None:
+                from .client import Link
+
+                self._link = Link(self.url, self.address)
+            return self._link
+
+    def _ask(self, ask: str, patience: float | None = None, **more: Any) -> Mapping[str, Any]:
+        return self._connected().ask(ask, self.patience if patience is None else patience, **more)
+
+    def _workers(self) -> list[dict[str, Any]]:
+        return _checked_workers(self._ask("workers").get("workers"), self.url)
+
+    def _each(self, ask: Callable[[RunnerBuilder], T]) -> dict[str, T | BuilderError]:
+        """Ask each worker that builds for us."""
+
+        def one(worker: str) -> T | BuilderError:
+            try:
+                return ask(self._runner(worker))
+            except BuilderError as error:
+                return error
+
+        workers = [item["worker"] for item in self._workers() if item["slots"] and not item["error"]]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return dict(zip(workers, pool.map(one, workers), strict=True))
+
+    def _told(self, worker: str, status: Status) -> Status:
+        """Return a status that says where it failed."""
+        if status.failure is None:
+            return status
+        return replace(
+            status, failure=replace(status.failure, message=f"{status.failure.message} (It ran on {worker}.)")
+        )
+
+    def _say(self, text: str) -> None:
+        """Tell a person something once."""
+        with self._lock:
+            if text in self._said:
+                return
+            self._said.add(text)
+        notice(text)
+
+
+class _Counted:
+    """Counts what goes to a sink."""
+
+    def __init__(self, target: Sink) -> None:
+        self.count = 0
+        self._target = target
+
+    def write(self, data: bytes, /) -> None:
+        """Take all of `data`."""
+        self._target.write(data)
+        self.count += len(data)
+
+    def skip(self, count: int, /) -> None:
+        """Take a hole."""
+        self._target.skip(count)
+        self.count += count
+
+
+def _address(text: object, url: str) -> str:
+    """Return a worker's address, which came from outside."""
+    if isinstance(text, str) and len(text) < 300 and re.fullmatch(r"(tcp|tls)://[\w.:\[\]%-]+:\d+", text, re.ASCII):
+        return text
+    raise BuilderError(
+        f"{url} names a worker that makes no sense ({words_of(text)[:100]}).",
+        "See that its scheduler is the one you mean, and that client and workers have one release of gamebear-tasks.",
+    )
+
+
+def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:
+    found = []
+    for item in items[:WORKERS] if isinstance(items, list) else []:
+        item = item if isinstance(item, dict) else {}
+        found.append(
+            {
+                "worker": _address(item.get("worker"), url),
+                "error": words_of(item.get("error") or "")[:1000],
+                **{name: _counts(item.get(name)) for name in ("slots", "busy")},
+            }
+        )
+    return found
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, dict):
+        return {}
+    known = set(ARCHITECTURES.values()) & set(value)
+    return {arch: min(value[arch], MOST_SLOTS) for arch in known if type(value[arch]) is int and value[arch] >= 0}
+
+
+def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    return [(arch, item["busy"].get(arch, 0), count) for arch, count in sorted(item["slots"].items())]
+
+
+def _known_slots(workers: object) -> str:
+    """Return what a scheduler says there is instead of what was asked for."""
+    total: dict[str, int] = {}
+    broken: list[str] = []
+    count = 0
+    for item in workers[:WORKERS] if isinstance(workers, list) else []:
+        count += 1
+        item = item if isinstance(item, dict) else {}
+        for arch, slots in _counts(item.get("slots")).items():
+            total[arch] = total.get(arch, 0) + slots
+        if item.get("error") and len(broken) < TOLD:
+            broken.append(f"{words_of(item.get('worker'))[:100]} cannot be used: {words_of(item['error'])[:400]}")
+    if not count:
+        return "no worker is there"
+    offers = ", ".join(f"{arch}={slots}" for arch, slots in sorted(total.items())) or "no architecture"
+    return "; ".join([f"its {count} workers offer {offers}" if count > 1 else f"its worker offers {offers}", *broken])
+
+
+def open_builder(url: str) -> DaskBuilder:
+    """Open `dask://scheduler[:port]`, or `dask+tls://`.
+
+    Raises:
+        SettingsError: the URL names no scheduler, or Dask is not installed here.
+    """
+    scheme, _, place = url.partition("://")
+    host, _, port = place.rpartition(":") if re.search(r":\d{,5}\Z", place, re.ASCII) else (place, "", "8786")
+    named = re.fullmatch(r"\[[0-9a-fA-F:.%]+\]|[\w.-]+", host, re.ASCII)
+    if scheme not in _SCHEMES or not named or not 1 <= int(port or 8786) <= 65535:
+        raise SettingsError(
+            f"The builder {shown(url)!r} names no Dask scheduler.",
+            "Say builder=dask://HOST:8786, or dask+tls://HOST:8786; what belongs to TLS is in Dask's configuration.",
+        )
+    if importlib.util.find_spec("distributed") is None:
+        raise SettingsError(
+            f"The builder {shown(url)!r} needs Dask, which is not installed here.",
+            "pip install 'gamebear-tasks[dask]'",
+        )
+    return DaskBuilder(url, f"{_SCHEMES[scheme]}://{host}:{port or 8786}")

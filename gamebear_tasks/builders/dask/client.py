@@ -1,0 +1,236 @@
+"""The connection of a run with a Dask scheduler: one, shared by all threads, opened again where it was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from distributed.comm.core import Comm
+
+from ...errors import BuilderError, BuilderLost
+from ...util.messages import notice
+from ..protocol.reconnect import Reconnecting
+from ..protocol.session import SILENCE, words_of
+from .comm import PLUGIN, PROTOCOL, DaskConnection, Loop, closed, connect, connection_args, read, write
+from .scheduler_plugin import SchedulerPart
+
+GREETING = 30.0
+"""Seconds that a scheduler may take to load our part and to answer."""
+
+CONNECTING = 5.0
+"""Seconds for which whoever has no patience waits while another thread connects."""
+
+SETTLING = 1.0
+"""Seconds that a scheduler may need to see that a worker has gone."""
+
+
+class Stream:
+    """One connection with our part of the scheduler: many questions at once, each with its answer.
+
+    Args:
+        comm: open, and greeted.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._numbers = itertools.count()
+        self._answers: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
+        self.lost: BuilderError | None = None
+        self._reading = asyncio.ensure_future(self._read())
+        self._writing = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, address: str, args: Mapping[str, Any], client: str) -> Stream:
+        """Connect to a scheduler, and give it our part where it does not have it yet.
+
+        Raises:
+            BuilderLost: it does not answer.
+            BuilderError: it cannot or may not load our part, or has that of another release.
+        """
+        comm = await connect(address, args)
+        try:
+            return await asyncio.wait_for(cls._greet(comm, address, client), GREETING)
+        except asyncio.TimeoutError:
+            comm.abort()
+            raise BuilderLost(f"The scheduler {address} does not answer within {GREETING:g} seconds.") from None
+        except BaseException:
+            comm.abort()
+            raise
+
+    @classmethod
+    async def _greet(cls, comm: Comm, address: str, client: str) -> Stream:
+        part = pickle.dumps(SchedulerPart(), protocol=4)  # only its name travels
+        await write(
+            comm, {"op": "register_scheduler_plugin", "plugin": part, "name": PLUGIN, "idempotent": True, "reply": True}
+        )
+        answer = await read(comm)
+        if isinstance(answer, dict) and "exception_text" in answer:
+            said = words_of(answer["exception_text"])
+            if "No module named" in said:
+                raise BuilderError(
+                    f"The scheduler {address} has no gamebear-tasks ({said}).",
+                    "Where the scheduler runs: pip install 'gamebear-tasks[dask]', and start it again.",
+                )
+            raise BuilderError(
+                f"The scheduler {address} does not load gamebear-tasks: {said}.",
+                "Install the same release of it and of dask there as here, and let it keep"
+                " the handler register_scheduler_plugin.",
+            )
+        await write(comm, {"op": PLUGIN, "protocol": PROTOCOL, "client": client, "reply": True})
+        greeting = await read(comm)
+        if not isinstance(greeting, dict) or greeting.get("protocol") != PROTOCOL:
+            theirs = words_of(greeting.get("version", "")) if isinstance(greeting, dict) else "none"
+            raise BuilderError(
+                f"The scheduler {address} has another gamebear-tasks than we ({theirs or 'an older one'}).",
+                "Install the same release on scheduler, workers and here.",
+            )
+        return cls(comm)
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                answer = await read(self._comm)
+                number = answer.get("id") if isinstance(answer, dict) else None
+                waiting = self._answers.get(number) if type(number) is int else None
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(answer)
+        except BuilderError as error:
+            self.lost = error
+        except asyncio.CancelledError:
+            self.lost = BuilderLost(_CLOSED)
+        finally:
+            self._comm.abort()
+            for waiting in self._answers.values():
+                if not waiting.done():
+                    waiting.set_exception(self.lost or BuilderLost(_CLOSED))
+
+    async def ask(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Ask, and wait for the answer; raises BuilderLost."""
+        if self.lost is not None:
+            raise self.lost
+        number = next(self._numbers)
+        self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with self._writing:
+                await write(self._comm, {**question, "id": number})
+            return await self._answers[number]
+        finally:
+            del self._answers[number]
+
+    def close(self) -> None:
+        """Close the connection; from the loop's thread."""
+        self._reading.cancel()
+        self._comm.abort()
+
+
+class Link:
+    """What a run asks a scheduler.
+
+    Args:
+        url: the builder's.
+        address: the scheduler's, as Dask has it.
+    """
+
+    def __init__(self, url: str, address: str) -> None:
+        self.url = url
+        self.address = address
+        self._args = connection_args(address)
+        self.loop = Loop()
+        self._client = os.urandom(8).hex()
+        self._stream = Reconnecting(url, self._connect)
+        self._relayed: set[str] = set()
+
+    def ask(self, ask: str, patience: float, **more: Any) -> Mapping[str, Any]:
+        """Ask our part of the scheduler; again where the connection was lost.
+
+        Args:
+            ask: what.
+            patience: seconds for which a lost connection is tried again.
+            more: the question's fields.
+
+        Raises:
+            BuilderLost: the scheduler stays out of reach.
+            BuilderError: it refuses.
+        """
+        until = time.monotonic() + patience
+        while True:
+            stream = self._connected(patience)
+            try:
+                answer = self.loop.wait_for(stream.ask({"ask": ask, **more}), SILENCE)
+            except TimeoutError:
+                self._forget(stream)
+                if time.monotonic() > until:
+                    raise BuilderLost(
+                        f"The scheduler {self.address} has been silent for {SILENCE:g} seconds."
+                    ) from None
+            except BuilderLost:
+                self._forget(stream)
+                if time.monotonic() > until:
+                    raise
+            else:
+                if "error" in answer:
+                    raise BuilderError(f"{self.url}: {words_of(answer['error']).rstrip('.')}.", _SEE)
+                return answer
+
+    def connection(self, worker: str) -> DaskConnection:
+        """Return what starts programs on a worker: directly, or through the scheduler where that is the only way."""
+        if not worker.startswith(self.address.partition("://")[0] + "://"):
+            raise BuilderError(
+                f"{self.url} names a worker {words_of(worker)[:100]}, which is not as safe as itself.",
+                "Start its workers with the scheduler's tls:// address.",
+            )
+        if worker not in self._relayed and not self._reaches(worker):
+            time.sleep(SETTLING)  # it may have ended, and the scheduler not know yet
+            if self.ask("worker", 0.0, worker=worker).get("there") and not self._reaches(worker):
+                self._relayed.add(worker)
+                notice(f"{worker} cannot be reached from here; what it builds comes through {self.url}")
+        relay = self.address if worker in self._relayed else ""
+        return DaskConnection(self.loop, worker, self._args, relay)
+
+    def _reaches(self, worker: str) -> bool:
+        try:
+            comm = self.loop.wait_for(connect(worker, self._args), 30.0)
+        except (BuilderLost, TimeoutError):
+            return False
+        self.loop.begin(closed(comm))
+        return True
+
+    def _connected(self, patience: float) -> Stream:
+        if (stream := self._stream.open) is not None and stream.lost is not None:
+            self._stream.drop(stream)
+        return self._stream.get(patience or None, max(patience, CONNECTING))
+
+    def _connect(self) -> Stream:
+        try:
+            return self.loop.wait_for(Stream.open(self.address, self._args, self._client), 3 * GREETING)
+        except (BuilderLost, TimeoutError) as error:
+            said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} says nothing.")
+            if self._stream.met:
+                raise said from error
+            raise BuilderLost(
+                f"The scheduler of {self.url} is out of reach: {said.message}",
+                "See that it runs (dask scheduler) and that its port is open to this machine.",
+            ) from error
+
+    def _forget(self, stream: Stream) -> None:
+        stream.lost = stream.lost or BuilderLost(_CLOSED)  # `_connected` has another opened
+        self.loop.begin(_closed(stream))
+
+    def close(self) -> None:
+        """Close the connection. Never raises."""
+        self._stream.given_up = BuilderLost(_CLOSED)  # for who is connecting at this moment
+        self.loop.close()
+
+
+async def _closed(stream: Stream) -> None:
+    stream.close()
+
+
+_CLOSED = "The connection to Dask was closed."
+
+_SEE = "See the scheduler's dashboard (port 8787), or its log."

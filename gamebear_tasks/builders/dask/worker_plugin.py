@@ -1,0 +1,227 @@
+"""What runs on a Dask worker: leases on its slots, a look at its store, and channels to runners that clients start.
+
+A *lease* is the task that Dask places, one for each job that is to be built: it takes the slot, says where it is, and
+lasts as long as the job. It builds nothing itself. The client that asked gives the job to the runner, over a channel
+to this worker, as it would over SSH; from then on the job is its supervisor's, and neither client, lease, worker nor
+scheduler is needed for it to end well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Mapping
+from typing import Any
+
+from distributed import Worker, get_worker
+from distributed.comm.core import Comm
+from distributed.core import Status
+
+from ...runner.host.arch import ARCHITECTURES
+from ...runner.maintenance.garbage_collection import target_of
+from ...runner.store.slots import SLOTS_VARIABLE
+from ...runner.store.store import FINAL, Store, StoredJob
+from ..protocol.session import CHUNK
+from .comm import drained
+
+ASK_AGAIN = 10.0
+"""Seconds after which a lease whose job has not begun asks whether anybody still wants it."""
+
+PAUSE = 0.25
+"""The most seconds between two looks at a job."""
+
+CLOSING = 2.0
+"""Seconds for which a runner may go on after its input was closed."""
+
+KNOWN = 5000
+"""The most jobs, and blobs, that a worker says it has: those used last."""
+
+_ERRORS_KEPT = 64 << 10
+
+Entry = tuple[str, str]
+"""A job's state (`failed seen` where a client was told), and its target (architecture, program, outputs)."""
+
+
+class WorkerPart:
+    """What a worker answers us."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.store = Store()
+        self.hints: dict[int, asyncio.Event] = {}
+        self._entries: dict[str, tuple[int, Entry]] = {}
+        worker.handlers["gamebear_channel"] = self.channel
+        worker.handlers["gamebear_look"] = self.look
+        worker.handlers["gamebear_release"] = self.release
+        worker.handlers["gamebear_stop"] = self.stop
+
+    async def release(self, number: int) -> None:
+        """Have a lease look at its job now: it has ended, or nobody will begin it."""
+        if number in self.hints:
+            self.hints[number].set()
+
+    async def stop(self, digest: str) -> None:
+        """End a job that runs elsewhere by now."""
+        job = self.store.job(digest)
+        if job.state()["state"] in _RUNS:
+            job.ask_to_stop(job.written_state()["attempt"])
+
+    async def look(self) -> Mapping[str, Any]:
+        """Say what is in the store: jobs with their states, blobs."""
+        return await asyncio.to_thread(self._look)
+
+    def _look(self) -> Mapping[str, Any]:
+        jobs = {}
+        for digest in _latest(self.store.jobs):
+            with contextlib.suppress(OSError, ValueError):
+                jobs[digest] = list(self._entry(self.store.job(digest)))
+        return {"jobs": jobs, "blobs": _latest(self.store.blobs)}
+
+    def _entry(self, job: StoredJob) -> Entry:
+        stamp = (job.folder / "state.json").stat().st_mtime_ns
+        known = self._entries.get(job.digest)
+        if known is not None and known[0] == stamp and known[1][0] in (*FINAL, "failed seen", "cancelled seen"):
+            state, target = known[1]
+        else:
+            state, target = job.state()["state"], target_of(job)
+        if state in ("failed", "cancelled") and job.was_seen(job.written_state()["attempt"]):
+            state = f"{state} seen"
+        self._entries[job.digest] = stamp, (state, target)
+        return state, target
+
+    async def channel(self, comm: Comm, command: str) -> Status:
+        """Start a program, and be its standard input and output until it ends or the client goes away."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *("sh", "-c", command),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=PIPE,
+                env={**os.environ, SLOTS_VARIABLE: str(self._slots())},
+                start_new_session=True,  # Ctrl-C at the worker is the worker's
+            )
+        except OSError as error:
+            await comm.write({"end": None, "error": f"sh cannot be started: {error.strerror}"})
+            return Status.dont_reply
+        feeding = asyncio.ensure_future(_feed(comm, process))
+        complaining = asyncio.ensure_future(_last_of(process))
+        try:
+            with contextlib.suppress(OSError):
+                assert process.stdout
+                while data := await process.stdout.read(CHUNK):
+                    await comm.write({"data": data})
+                    await drained(comm)
+                status = await asyncio.wait_for(process.wait(), CLOSING)
+                await comm.write({"end": status, "errors": await complaining})
+                await drained(comm)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            for task in (feeding, complaining):
+                task.cancel()
+            asyncio.ensure_future(_end(process))  # noqa: RUF006 - the loop outlives it
+            with contextlib.suppress(OSError):
+                await comm.close()
+        return Status.dont_reply
+
+    def _slots(self) -> int:
+        """Return how many jobs this worker runs at once: what its resources give the architectures, all in all."""
+        total = self.worker.state.total_resources
+        return max(1, int(sum(total.get(arch, 0) for arch in set(ARCHITECTURES.values()))))
+
+
+async def _feed(comm: Comm, process: Process) -> None:
+    assert process.stdin
+    try:
+        while data := (await comm.read()).get("data"):
+            process.stdin.write(data)
+            await process.stdin.drain()
+    except OSError:
+        pass  # either end is gone
+    finally:
+        process.stdin.close()  # a runner ends when its client has gone
+
+
+async def _last_of(process: Process) -> bytes:
+    assert process.stderr
+    last = b""
+    while data := await process.stderr.read(4096):
+        last = (last + data)[-_ERRORS_KEPT:]
+    return last
+
+
+async def _end(process: Process) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(process.wait(), CLOSING)
+        return
+    with contextlib.suppress(ProcessLookupError):  # whatever it has started for good is not in its group
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def _latest(folder: os.PathLike[str]) -> list[str]:
+    """Return the names of the last changed entries of a folder."""
+    with contextlib.suppress(OSError):
+        with os.scandir(folder) as entries:
+            stamps = []
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    stamps.append((entry.stat(follow_symlinks=False).st_mtime_ns, entry.name))
+        return [name for _, name in sorted(stamps)[-KNOWN:]]
+    return []
+
+
+_RUNS = ("queued", "running")
+
+_parts: dict[int, WorkerPart] = {}
+
+
+def install(dask_worker: Worker) -> str:
+    """Put our part on a worker where it is not there yet; return the release of it."""
+    from importlib.metadata import version
+
+    if id(dask_worker) not in _parts:
+        _parts[id(dask_worker)] = WorkerPart(dask_worker)
+    return version("gamebear-tasks")
+
+
+async def lease(digest: str, number: int) -> None:
+    """Hold a slot for a job: until it has been built, or nobody wants it any more.
+
+    Args:
+        digest: the job.
+        number: the lease's.
+    """
+    worker = get_worker()
+    install(worker)
+    part = _parts[id(worker)]
+    hint = part.hints[number] = asyncio.Event()
+    job = part.store.job(digest)
+    report = {"digest": digest, "number": number, "worker": worker.address}
+    try:
+        state = before = await asyncio.to_thread(job.state)
+        begun = before["state"] in _RUNS
+        wanted = await worker.scheduler.gamebear_report(**report)
+        asked = time.monotonic()
+        pause = 0.02
+        while begun or wanted:
+            hinted = hint.is_set()
+            hint.clear()  # before we look and ask: what comes meanwhile counts
+            state = await asyncio.to_thread(job.state)
+            begun = begun or state.get("attempt") != before.get("attempt") or state["state"] in _RUNS
+            if begun and state["state"] not in _RUNS:
+                break
+            if not begun and (hinted or time.monotonic() > asked + ASK_AGAIN):
+                wanted = await worker.scheduler.gamebear_report(**report)
+                asked = time.monotonic()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(hint.wait(), pause)
+            pause = min(pause * 1.3, PAUSE)
+    finally:
+        del part.hints[number]
+    entry = [state["state"], target_of(job)] if begun else None
+    await worker.scheduler.gamebear_report(**report, entry=entry)

@@ -1,0 +1,604 @@
+"""A builder that runs our runner, wherever a connection can start a program: what `local:` and `ssh:` share.
+
+Every request may be repeated: what broke off is asked again, over whatever session is to be had then.
+"""
+
+from __future__ import annotations
+
+import base64
+import getpass
+import os
+import platform
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import NONSENSE, BuilderError, BuilderLost, SourceError
+from ...jobspec.spec import File, Job
+from ...records.task_record import expected
+from ...runner.util.atomic_files import sha256_of
+from ...util.text import size
+from ..base import JobEntry, Kept, Order, Pruned, Sink, Status
+from . import responses
+from .flood_guard import Rounds
+from .session import CHUNK, Body, Bytes, FileFrom, Take, words_of
+from .session_pool import SessionPool
+from .transport import Connection
+
+INLINE = 16 << 10
+"""Bytes of small files that travel with the first request, on the chance that the builder lacks them."""
+
+BATCH = 4 << 20
+"""Bytes of small files in one request."""
+
+FOLLOW = 20.0
+"""Seconds for which a builder holds back its answer while there is no news."""
+
+SOON = 1.0
+"""Seconds for which a builder holds back its answer to a new job, which may be done by then."""
+
+ENDS = 16
+"""How many ends of jobs that came with another answer are kept until they are asked for: 128 KiB of each, or 320."""
+
+SHORT = 0.2
+"""Seconds within which no runner answers that it has no news."""
+
+KEPT = 100
+"""The most containers that are kept of one job."""
+
+PAGE = 500
+"""How many jobs are asked for at once; of all that there are, `JOBS` are looked at."""
+
+JOBS = 100_000
+
+EXAMINATION = 300.0
+"""Seconds for which a builder may find out what it can do; the first time, a Pi with a slow card takes a minute."""
+
+SILENT_SCRIPT = 900.0
+"""Seconds for which a script may print nothing: packages are unpacked slowly on a memory card."""
+
+TRIES = 8
+"""How often a request may break off without any progress before that is the builder's fault and not the network's."""
+
+
+class RunnerBuilder:
+    """A builder reached over a connection that can start programs.
+
+    Args:
+        url: the builder's name in messages and settings.
+        place: what to call it in messages, such as `pi@buildpi`.
+        connect: opens a connection; raises BuilderLost if it may work later, BuilderError if not.
+    """
+
+    def __init__(self, url: str, place: str, connect: Callable[[], Connection]) -> None:
+        self.url = url
+        self.place = place
+        self.client = os.urandom(8).hex()
+        self._sessions = SessionPool(place, connect)
+        self._ends: dict[tuple[str, str], _End] = {}
+        self._now: dict[tuple[str, str], object] = {}
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a lost connection is tried again."""
+        return self._sessions.patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._sessions.patience = seconds
+
+    # what a builder does
+
+    def submit(self, order: Order, again: bool = False) -> Status:
+        """Have a job built, unless it runs or is done already."""
+        job = order.job
+        files = dict(order.files)
+        has_trees = bool(job.sources) or job.is_function
+        trees: dict[str, str] | None = None if has_trees else {}
+        needs = sorted({file.sha256 for file in _files_of(job)})
+        inline = _small_files(needs, files, INLINE)
+        end = bytearray()
+
+        def start() -> list[bytes]:
+            end.clear()
+            return [data for _, data in inline]
+
+        for _ in range(TRIES):
+            reply = self._ask(
+                {
+                    "op": "submit",
+                    "digest": job.digest,
+                    "job": job.canonical.decode("ascii"),
+                    "client": self.client,
+                    "blobs": [[sha256, len(data)] for sha256, data in inline],
+                    "trees": trees,
+                    "needs": needs,
+                    "time_limit": order.time_limit,
+                    "base": order.base,
+                    "python": order.python,
+                    "again": again,
+                    "who": _who(),
+                    "keep": order.keep_failed,
+                    "wait": 0.0 if self._sessions.are_scarce else SOON,
+                },
+                start,
+                end.extend,
+                limit=CHUNK * 4,
+            )
+            if reply.get("state") != "absent":
+                status = responses.status(self.place, reply, joined=not reply.get("started"))
+                self._log_of(job.digest, status, reply, bytes(end), 0)
+                return status
+            if reply.get("trees_wanted"):
+                fetched = order.fetch_trees()
+                trees = {}
+                for name, path in fetched.items():
+                    trees[name] = sha256_of(path)
+                    files[trees[name]] = path
+                inline = []
+                if not reply.get("missing"):
+                    continue
+            inline = self._upload(reply.get("missing"), files)
+        raise BuilderError(
+            f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.",
+            "See whether its disk is full or failing, then run doit again.",
+        )
+
+    def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job."""
+        known = self._ends.get((digest, attempt))
+        if known is not None and known.offset <= offset:
+            return known.status, known.log[offset - known.offset :]
+        return self._follow(digest, attempt, offset, self.client)
+
+    def _follow(self, digest: str, attempt: str, offset: int, client: str) -> tuple[Status, bytes]:
+        body = bytearray()
+
+        def start() -> list[bytes]:
+            body.clear()
+            return []
+
+        asked = time.monotonic()
+        known = self._now.get((digest, attempt))
+        reply = self._ask(
+            {
+                "op": "follow",
+                "digest": digest,
+                "attempt": attempt,
+                "client": client,
+                "offset": offset,
+                "wait": 0.5 if self._sessions.are_scarce else FOLLOW,
+                "now": known,
+            },
+            start,
+            body.extend,
+            limit=CHUNK * 4,
+        )
+        if reply.get("attempt") != attempt:
+            return Status("lost", attempt), b""
+        status = responses.status(self.place, reply)
+        log = self._log_of(digest, status, reply, bytes(body), offset) if client else bytes(body)
+        has_news = log or status.is_final or self._now.get((digest, attempt)) != known
+        if not has_news and time.monotonic() - asked < SHORT:
+            time.sleep(SHORT)  # it should have waited for some
+        return status, log
+
+    def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
+        """Return the log's part of an answer's body; keep what else it says of a job's end for whoever asks next."""
+        if status.phase:
+            self._now[digest, status.attempt] = [status.phase, status.ahead]
+        else:
+            self._now.pop((digest, status.attempt), None)
+        length = reply.get("log")
+        log = body[:length] if type(length) is int and length >= 0 else body
+        if not status.is_final or reply.get("log_size") != offset + len(log):
+            return log
+        contents = {}
+        start = len(log)
+        about = reply.get("contents")
+        for item in about if isinstance(about, list) else ():
+            name, length = item if isinstance(item, list) and len(item) == 2 else (None, None)
+            output = status.outputs.get(name) if isinstance(name, str) else None
+            if not isinstance(name, str) or output is None or length != output.size:
+                break
+            contents[name] = body[start : start + length]
+            start += length
+        self._ends[digest, status.attempt] = _End(replace(status, joined=False, expired=""), offset, log, contents)
+        for oldest in list(self._ends)[:-ENDS]:
+            self._ends.pop(oldest, None)
+        return log
+
+    def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
+        """Give an output's content from `offset` on to a sink."""
+        known = self._ends.get((digest, attempt))
+        content = known.contents.pop(name, b"") if known is not None else b""
+        if content and len(content) == offset + limit:
+            target.write(content[offset:])
+            return
+        setbacks = _Setbacks(self)
+        rounds = Rounds(f"The bytes of {name} on {self.place}")
+        got = 0
+        holes: deque[tuple[int, int]] = deque()
+
+        def begun(reply: dict[str, Any], length: int) -> None:
+            holes.clear()
+            holes.extend(responses.holes(reply, offset + got, offset + limit, self.place))
+            if length + sum(hole for _, hole in holes) > limit - got:
+                raise BuilderError(
+                    f"{self.place} sends more of {name} than the {size(limit)} that were to come; nothing was kept.",
+                    NONSENSE,
+                )
+
+        def take(data: bytes) -> None:
+            nonlocal got
+            while data or (holes and holes[0][0] == offset + got):
+                until = holes[0][0] - offset - got if holes else len(data)
+                if until:
+                    piece, data = data[:until], data[until:]
+                    target.write(piece)
+                    got += len(piece)
+                else:
+                    count = holes.popleft()[1]
+                    target.skip(count)
+                    got += count
+                setbacks.count = 0
+
+        while True:
+            header = {"op": "fetch", "digest": digest, "attempt": attempt, "name": name, "offset": offset + got}
+            before = got
+            try:
+                self._ask_once(header, None, take, limit - got, begun)
+                take(b"")  # the holes at its end
+                return
+            except BuilderLost as error:
+                setbacks.another(error)
+                rounds.another(got - before >= CHUNK)
+
+    def cancel(self, digest: str, attempt: str) -> bool:
+        """End a job, unless somebody else waits for it too."""
+        reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client})
+        if not reply.get("others") and reply.get("state") == "running":
+            raise BuilderError(
+                f"{self.place} has not ended the job yet.", "It was told to; doit finds it if it goes on all the same."
+            )
+        return not reply.get("others")
+
+    def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
+        """Return the jobs, first those that run or wait, then the newest; and how many there are."""
+        found: dict[str, JobEntry] = {}
+        skip = 0
+        rounds = Rounds(f"The jobs of {self.place}")
+        while True:
+            most = PAGE if limit is None else min(PAGE, limit - skip)
+            reply = self._ask({"op": "list", "skip": skip, "limit": most, "prefix": prefix})
+            listed = reply.get("jobs")
+            page = [responses.entry(item) for item in listed[:most]] if isinstance(listed, list) else []
+            for entry in page:
+                if entry is not None and entry.digest.startswith(prefix):
+                    found.setdefault(entry.digest, entry)
+            total = responses.count(reply.get("total"))
+            skip += len(page)
+            if not page or skip >= min(total, JOBS if limit is None else limit):
+                return list(found.values()), max(total, len(found))
+            rounds.another(len(page) == most)
+
+    def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
+        """Wait a while for news of a job, without counting as somebody who waits for it."""
+        return self._follow(digest, attempt, offset, "")
+
+    def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
+        """End a job, unless others wait for it; return who does."""
+        named = {"op": "cancel", "digest": digest, "attempt": attempt}
+        reply = self._ask({**named, "client": self.client, "who": _who(), "force": force})
+        others = reply.get("others")
+        if isinstance(others, list) and others:
+            return tuple(responses.line(who) for who in others[: responses.WAITING])
+        state = reply.get("state")
+        if state == "running":
+            raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
+        if state != "cancelled":
+            how = "done" if state == "done" else "failed" if state == "failed" else "lost, or begun again"
+            raise BuilderError(
+                f"{self.place} has not cancelled the job, which had ended before: it is {how}.",
+                "`doit jobs` lists first what runs.",
+            )
+        return ()
+
+    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
+        """Return what a result was built in."""
+        return self._ask({"op": "materials", "digest": digest, "attempt": attempt})
+
+    def discard(self, digest: str, attempt: str) -> None:
+        """Have the builder check a result, and forget it if it is damaged."""
+        self._ends.pop((digest, attempt), None)
+        self._ask({"op": "discard", "digest": digest, "attempt": attempt})
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the builder is held to be out of reach for the rest of this run."""
+        return self._sessions.given_up is not None
+
+    def prune(
+        self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
+    ) -> Pruned:
+        """Remove what is kept on the builder and no longer used."""
+        counts = dict.fromkeys(("jobs", "blobs", "images", "others", "freed"), 0)
+        rounds = Rounds(f"The things that {self.place} has pruned")
+        while True:
+            reply = self._ask({"op": "prune", "older": older, "size": size, "keep": keep, "images": images})
+            before = dict(counts)
+            for name in counts:
+                counts[name] += responses.count(reply.get(name))
+            if not reply.get("more") or counts == before:
+                break
+            rounds.another()
+        left = reply.get("left")
+        return Pruned(**counts, left=tuple(map(words_of, left)) if isinstance(left, list) else ())
+
+    def describe(self) -> Mapping[str, Any]:
+        """Say what the builder is."""
+        said = self._ask({"op": "hello"})
+        return {words_of(name): value if responses.is_size(value) else words_of(value) for name, value in said.items()}
+
+    def run_program(self, words: Sequence[str]) -> int:
+        """Run a program on the builder with our terminal; return its exit status."""
+        return self._attended({"op": "run", "words": list(words)})
+
+    def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
+        """Say what the builder is and has."""
+        until = time.monotonic() + EXAMINATION
+        while True:
+            header = {"op": "examine", "arches": list(arches), "base": base, "wait": FOLLOW}
+            said = self._ask(header)
+            heard = time.time()
+            if not said.get("more"):
+                break
+            if time.monotonic() > until:
+                raise BuilderError(
+                    f"{self.place} has not found out in {EXAMINATION:g} seconds what it can do.",
+                    "See what it is busy with (top, dmesg), then run doit doctor again.",
+                )
+            time.sleep(SHORT)  # it should have waited
+        about: dict[str, Any] = responses.checked(said)
+        clock = about.pop("time", None)
+        about["ahead"] = clock - heard if type(clock) in (int, float) else None
+        about["connection"] = self._sessions.described
+        return about
+
+    def execute(self, script: str, out: Callable[[bytes], object]) -> int:
+        """Run a script on the builder, without a runner; return its exit status."""
+        self._sessions.close_idle()  # one may be all that it allows
+        packed = base64.b64encode(script.encode()).decode()
+        channel = self._sessions.connection().start(
+            f"exec sh -c 'eval \"$(echo {packed} | base64 -d)\" 2>&1 < /dev/null'"
+        )
+        try:
+            while data := channel.receive(CHUNK, SILENT_SCRIPT):
+                out(data)
+            status = channel.exit_status(10.0)
+        finally:
+            channel.close()
+        if status is None:
+            raise BuilderLost(f"What was run on {self.place} has ended in a way that is not known.")
+        return status
+
+    def kept(self, digest: str) -> Kept | None:
+        """Say which containers are kept of a failed job."""
+        reply = self._ask({"op": "kept", "digest": digest})
+        found = reply.get("containers")
+        containers = [responses.kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
+        last, age = reply.get("last"), responses.seconds(reply.get("age"))
+        if not containers:
+            return None
+        if type(last) is not int or not 0 <= last < len(containers) or age is None:
+            raise BuilderError(f"{self.place} describes what it keeps in a way that makes no sense.", NONSENSE)
+        return Kept(tuple(containers), last, age)
+
+    def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
+        """Run a command in a container that is kept of a failed job with our terminal; return its exit status."""
+        return self._attended({"op": "enter", "digest": digest, "container": container, "words": list(words)})
+
+    def _attended(self, header: Mapping[str, Any]) -> int:
+        """Have a program started that takes over its session, and sit before it until it has ended."""
+        from .tty import attend
+
+        session = self._sessions.borrow()
+        broken = False
+        try:
+            return attend(session, header, self.place)
+        except BuilderLost:
+            broken = True
+            raise
+        finally:
+            self._sessions.drop(session, broken)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sessions.close()
+
+    # files
+
+    def _upload(self, missing: object, files: Mapping[str, Path]) -> list[tuple[str, bytes]]:
+        """Send blobs that the builder lacks: large ones from where they broke off, small ones many at a time.
+
+        Returns:
+            The last of the small ones, which go with the next request.
+        """
+        if not isinstance(missing, list):
+            raise BuilderError(f"{self.place} does not say what it lacks.", NONSENSE)
+        batch: list[tuple[str, bytes]] = []
+        room = BATCH
+        expected(_length_of(missing, files))
+        for item in missing:
+            sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
+            path = files.get(sha256) if isinstance(sha256, str) else None
+            if path is None or not isinstance(sha256, str) or type(have) is not int:
+                raise BuilderError(f"{self.place} asks for a file that the job does not have.", NONSENSE)
+            length = path.stat().st_size
+            if length > CHUNK:
+                self._upload_large(sha256, path, length, have)
+                continue
+            if length > room:
+                self._upload_small(batch)
+                batch = []
+                room = BATCH
+            batch.append((sha256, path.read_bytes()))
+            room -= length
+        return batch
+
+    def _upload_small(self, batch: Sequence[tuple[str, bytes]]) -> None:
+        blobs = [[sha256, len(data)] for sha256, data in batch]
+        self._ask({"op": "put", "blobs": blobs}, lambda: [data for _, data in batch])
+
+    def _upload_large(self, sha256: str, path: Path, length: int, have: int) -> None:
+        setbacks = _Setbacks(self)
+        rounds = Rounds(f"The bytes of {path} that {self.place} takes")
+        damaged = 0
+        while True:
+            if not 0 <= have <= length:
+                have = 0
+            header = {"op": "put", "sha256": sha256, "size": length, "offset": have}
+            try:
+                reply = self._ask_once(header, FileFrom(path, have, length))
+            except BuilderLost as error:
+                before = have
+                have = self._size_there(sha256)
+                if have > before:
+                    setbacks.count = 0
+                else:
+                    setbacks.another(error)
+                rounds.another(have - before >= CHUNK)
+                continue
+            got = reply.get("have")
+            if got == length:
+                return
+            damaged += 1
+            if damaged > 2 or type(got) is not int:
+                raise SourceError(f"{path} changed while it was sent to {self.place}.", "Run doit again.")
+            have = got
+
+    def _size_there(self, sha256: str) -> int:
+        return responses.count(self._ask({"op": "have", "sha256": sha256}).get("have"))
+
+    # requests
+
+    def _ask(
+        self,
+        header: Mapping[str, Any],
+        body: Callable[[], Sequence[bytes]] | None = None,
+        sink: Take | None = None,
+        limit: int = 0,
+    ) -> dict[str, Any]:
+        """Ask until there is an answer; `body` is called for each try."""
+        setbacks = _Setbacks(self)
+        while True:
+            try:
+                return self._ask_once(header, Bytes(body()) if body is not None else None, sink, limit)
+            except BuilderLost as error:
+                setbacks.another(error)
+
+    def _ask_once(
+        self,
+        header: Mapping[str, Any],
+        body: Body | None = None,
+        sink: Take | None = None,
+        limit: int = 0,
+        begun: Callable[[dict[str, Any], int], object] | None = None,
+    ) -> dict[str, Any]:
+        session = self._sessions.borrow()
+        try:
+            reply = session.ask(header, body, sink, limit, begun)
+        except BuilderLost as error:
+            self._sessions.drop(session, broken=True)
+            if session.channel_says:
+                raise BuilderLost(f"{error.message} {session.channel_says}", error.hint) from error
+            raise
+        except BaseException:
+            self._sessions.drop(session, broken=False)  # in the middle of an answer: of no use to anybody else
+            raise
+        self._sessions.give_back(session)
+        if "error" in reply:
+            raise BuilderError(f"On {self.place}: {words_of(reply['error'])}", words_of(reply.get("hint", "")))
+        return reply
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a job has ended, as it came with another answer.
+
+    Attributes:
+        status: the final one.
+        offset: where in the log `log` begins.
+        log: from there to its end.
+        contents: small outputs, by name.
+    """
+
+    status: Status
+    offset: int
+    log: bytes
+    contents: dict[str, bytes]
+
+
+class _Setbacks:
+    """How often in a row something broke off without any progress."""
+
+    def __init__(self, builder: RunnerBuilder) -> None:
+        self.count = 0
+        self._builder = builder
+
+    def another(self, error: BuilderLost) -> None:
+        """Count one and wait a little; raises it where it is to be borne no longer."""
+        self.count += 1
+        if self._builder.has_given_up:
+            raise error
+        if self.count > TRIES:
+            raise BuilderLost(
+                f"{self._builder.place} broke off {self.count} times in a row. {error.message}",
+                "What it is building goes on; see what is wrong there, then run doit again: it is found by its name.",
+            ) from error
+        time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
+
+
+def _files_of(job: Job) -> Iterable[File]:
+    yield File(job.identity)
+    yield from job.modules.values()
+    yield from job.inputs.values()
+
+
+def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
+    """Return how many bytes a builder lacks of files, by what it says; what makes no sense is not counted."""
+    length = 0
+    for item in missing:
+        sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
+        path = files.get(sha256) if isinstance(sha256, str) else None
+        if path is not None and type(have) is int:
+            size = path.stat().st_size
+            length += size - min(max(have, 0), size)
+    return length
+
+
+def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) -> list[tuple[str, bytes]]:
+    """Return small files, by their SHA-256, `limit` bytes of them; the newest first, which builders lack most often."""
+    small = []
+    about = {sha256: files[sha256].stat() for sha256 in needs}
+    for sha256 in sorted(needs, key=lambda sha256: about[sha256].st_mtime, reverse=True):
+        if about[sha256].st_size <= limit:
+            data = files[sha256].read_bytes()
+            limit -= len(data)
+            small.append((sha256, data))
+    return small
+
+
+@cache
+def _who() -> str:
+    """Return what people may recognise this client by."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # an account without a name
+        user = str(os.getuid())
+    return f"{user}@{platform.node()}"

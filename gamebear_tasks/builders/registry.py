@@ -1,0 +1,48 @@
+"""Open a builder by its URL: the scheme names an entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+
+from ..errors import SettingsError
+from ..util.urls import shown
+from .base import Builder
+
+GROUP = "gamebear_tasks.builders"
+"""The entry-point group: the scheme is the entry point's name, its object a function from a URL to a builder."""
+
+
+def open_builder(url: str) -> Builder:
+    """Open the builder that a URL names; connects only when it is first asked something.
+
+    Raises:
+        SettingsError: the URL is not one, no installed builder has its scheme, or the one that has is broken.
+    """
+    scheme, colon, _ = url.partition(":")
+    if not colon or not scheme:
+        raise SettingsError(
+            f"The builder {shown(url)!r} is not a URL.", "Say builder=local: or builder=ssh://user@host, for example."
+        )
+    found: dict[str, dict[str, EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        found.setdefault(entry.name, {})[entry.value] = entry
+    if scheme not in found:
+        raise SettingsError(
+            f"No installed builder has the scheme {scheme!r} of {shown(url)!r}.",
+            f"There are: {', '.join(sorted(found))}. Others come with packages that add them.",
+        )
+    packages = sorted(entry.dist.name if entry.dist else entry.value for entry in found[scheme].values())
+    if len(packages) > 1:
+        raise SettingsError(
+            f"Two packages have a builder '{scheme}:': {' and '.join(packages)}.", "Uninstall one: pip uninstall NAME"
+        )
+    (entry,) = found[scheme].values()
+    try:
+        open_it: Callable[[str], Builder] = entry.load()
+    except Exception as error:
+        raise SettingsError(
+            f"The builder '{scheme}:' of the package {packages[0]} cannot be loaded: {type(error).__name__}: {error}.",
+            "Install the package again, in a version that fits the gamebear-tasks that is here.",
+        ) from error
+    return open_it(url)

@@ -1,0 +1,1 @@
+"""Transports: ways to start the runner on a builder."""

@@ -1,0 +1,485 @@
+"""Logging in over SSH: the agent's keys, key files and certificates, and what only a person knows.
+
+Importing this module imports paramiko; nothing does before a connection is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import getpass
+import io
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import paramiko
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from paramiko.agent import AgentKey, AgentSSH
+from paramiko.pkey import PKey, PublicBlob
+
+from ....errors import BuilderLost, LogInError
+from ....progress import events
+from . import known_hosts
+from .config import Host
+from .transport import Login, Transport
+
+AUTH_TIMEOUT = 60.0
+"""Seconds for which a server may think about one key: PAM and reverse name look-ups are slow on some."""
+PATIENCE = 300.0
+"""Seconds for which a person may think about a server's question."""
+
+_KINDS: dict[str, type[PKey]] = {
+    "ssh-ed25519": paramiko.Ed25519Key,
+    "ssh-rsa": paramiko.RSAKey,
+    **{f"ecdsa-sha2-nistp{size}": paramiko.ECDSAKey for size in (256, 384, 521)},
+}
+_PKCS8 = "PKCS #8"
+"""The kind of a key file that does not say before it is decrypted which kind of key it holds."""
+
+_TRIES = 3
+"""How often a person may mistype a passphrase."""
+
+
+class _Refused(Exception):
+    """The server has ended the connection while we tried to log in, or has nothing left to try."""
+
+
+def log_in(transport: Transport, host: Host, place: str, starts: str) -> str:
+    """Log in, by all means that the configuration and the server leave, in the order in which `ssh` would try them.
+
+    Args:
+        transport: with its keys agreed on and its host key checked.
+        host: who is there.
+        place: what to call it in errors.
+        starts: the command that starts what is to run there first; it is asked for at once, where it is known.
+
+    Returns:
+        What let us in.
+
+    Raises:
+        LogInError: the server does not let us in.
+        BuilderLost: the connection broke.
+    """
+    transport.auth_timeout = AUTH_TIMEOUT
+    attempt = _Attempt(transport, host, Login(transport), starts)
+    try:
+        with _agent(host.agent) as agent:
+            attempt.run(agent)
+    except _Refused as refused:
+        raise _error(attempt, place, str(refused)) from refused
+    except (EOFError, OSError) as error:
+        raise BuilderLost(
+            f"{place} broke the connection off while we logged in ({error or 'no reason given'})."
+        ) from error
+    return attempt.tried[-1] if attempt.tried else "nothing: it asks for none"
+
+
+@dataclass
+class _Attempt:
+    """One try to log in, and what became of each key."""
+
+    transport: Transport
+    host: Host
+    login: Login
+    starts: str
+    offered: frozenset[str] = frozenset()
+    asked: bool = False
+    tried: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    locked: list[Path] = field(default_factory=list)
+    done: bool = False
+
+    def run(self, agent: AgentSSH | None) -> None:
+        """Try everything; raises _Refused at the end of the list."""
+        # Most servers take a key, and the first that there is: no question before. A refusal says what else they take.
+        self._offer(["publickey"])
+        for label, key in self._keys(agent):
+            if "rsa" in key.get_name() and not self.asked:
+                self._ask()  # how such a key signs depends on what the server has said by the time it answers this
+            if self.done or "publickey" not in self.offered:
+                break
+            self.tried.append(label)
+            self._show(key)
+        if not self.asked:
+            self._ask()
+        if not self.done and "keyboard-interactive" in self.offered and self.host.may_ask and _has_terminal():
+            self.transport.auth_timeout = PATIENCE
+            self._try(lambda done: self.login.auth_interactive(self.host.user, self._answer, done))
+        if not self.done and "password" in self.offered:
+            password = _secret(f"{self.host.user}@{self.host.hostname}'s password: ", self.host.may_ask)
+            if password is not None:
+                self.tried.append("the password")
+                self._try(lambda done: self.login.auth_password(self.host.user, password, done))
+                if not self.done:
+                    _forget(f"{self.host.user}@{self.host.hostname}'s password: ")
+        if not self.done:
+            raise _Refused
+
+    def _show(self, key: PKey) -> None:
+        """Show that a key is ours; the first time, with a request for the program behind it."""
+
+        def show(done: threading.Event) -> None:
+            first = not self.asked
+            self.login.auth_publickey(self.host.user, key, done)
+            if first and self.starts:
+                self.transport.start_ahead(self.starts)
+
+        self._try(show)
+
+    def _ask(self) -> None:
+        """Ask what the server takes, without any proof, as ssh does first."""
+        self._try(lambda done: self.login.auth_none(self.host.user, done))
+
+    def _try(self, method: Callable[[threading.Event], None]) -> None:
+        """Send what a way to log in begins with; note whether it was enough, and what else the server would take."""
+        done = threading.Event()
+        self.login.methods = []
+        try:
+            method(done)
+            self.asked = True
+            further = self.login.wait_for_response(done)
+        except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
+            if self.login.is_authenticated():  # and it hung up since, on what was asked for ahead
+                self.done = True
+                return
+            if not self.transport.is_active():
+                if self.transport.farewell:
+                    raise _Refused(self.transport.farewell) from error
+                raise EOFError from error
+            if str(error) == "Authentication timeout.":
+                raise TimeoutError(f"no answer within {AUTH_TIMEOUT:.0f} seconds") from error
+            self.transport.forget_ahead()
+            if self.login.methods:
+                self._offer(self.login.methods)
+        else:
+            self.done = not further
+            if further:
+                self.transport.forget_ahead()
+                self._offer(further)
+
+    def _offer(self, methods: list[str]) -> None:
+        self.offered = frozenset(methods) & self.host.methods
+
+    def _answer(self, title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
+        """Put a server's questions to a person."""
+        answers = []
+        for prompt, _shown in prompts:
+            words = "".join(char for char in f"({self.host.user}@{self.host.hostname}) {prompt}" if char.isprintable())
+            answer = _secret(words, self.host.may_ask, keep=False)
+            answers.append(answer or "")  # an exception here would end paramiko's thread, and the connection
+        if prompts:
+            self.tried.append("what you typed")
+        return answers
+
+    def _keys(self, agent: AgentSSH | None) -> Iterator[tuple[str, PKey]]:
+        """Give the keys to try with what to call each: configured ones that the agent has, its others, files."""
+        files = [file for path in dict.fromkeys(self.host.identities) if (file := _KeyFile.read(path)) is not None]
+        certificates = [blob for path in self.host.certificates if (blob := _certificate(path)) is not None]
+        held: dict[bytes, AgentKey] = {key.blob: key for key in agent.get_keys()} if agent else {}
+        chosen = [held.pop(file.blob) for file in files if file.blob in held]
+        beside = [blob for file in files if (blob := _certificate(file.certificate)) is not None]
+        chosen += [held.pop(blob.key_blob) for blob in (*certificates, *beside) if blob.key_blob in held]
+        seen = {key.blob for key in chosen}
+        for key in chosen + ([] if self.host.only_identities else list(held.values())):
+            seen.add(key.blob)
+            label = f"the agent's {key.comment or 'key'} {_fingerprint(key.blob)}"
+            for path in (file.certificate for file in files if file.blob == key.blob):
+                if blob := _certificate(path):
+                    key.public_blob = blob  # type: ignore[assignment]
+                    yield f"{label} with {path.name}", key
+                    key.public_blob = None
+            yield label, key
+        for file in sorted(files, key=lambda file: file.encrypted):
+            if file.blob and file.blob in seen:
+                continue
+            loaded = self._load(file)
+            if loaded is None:
+                continue
+            blobs = [certificate for certificate in certificates if _plain(certificate.key_blob) == loaded.asbytes()]
+            for blob in (_certificate(file.certificate), *blobs):
+                if blob is not None:
+                    loaded.public_blob = blob
+                    yield f"{file.path} with its certificate", loaded
+                    loaded.public_blob = None
+            yield f"{file.path} {_fingerprint(loaded.asbytes())}", loaded
+
+    def _load(self, file: _KeyFile) -> PKey | None:
+        if file.problem:
+            self.unusable.append(f"{file.path} ({file.problem})")
+            return None
+        if not file.encrypted:
+            try:
+                return file.load(None)
+            except (paramiko.SSHException, ValueError, OSError, UnsupportedAlgorithm):
+                self.unusable.append(f"{file.path} (damaged)")
+                return None
+        if not self.asked:
+            self._ask()  # nobody is to type a passphrase for a server that takes no keys
+        if self.done or "publickey" not in self.offered:
+            return None
+        prompt = f"Passphrase for {file.path}: "
+        for _ in range(_TRIES):
+            passphrase = _secret(prompt, self.host.may_ask)
+            if passphrase is None:
+                self.locked.append(file.path)
+                return None
+            try:
+                return file.load(passphrase)
+            except UnsupportedAlgorithm:
+                self.unusable.append(f"{file.path} ({_unreadable(file.path)})")
+                return None
+            except (paramiko.SSHException, ValueError, OSError):
+                _forget(prompt)
+        self.unusable.append(f"{file.path} (wrong passphrase)")
+        return None
+
+
+def _error(attempt: _Attempt, place: str, farewell: str) -> LogInError:
+    """Say why we were not let in, which keys were tried, and what to do."""
+    host = attempt.host
+    words = host.address.words
+    tried = "; ".join(attempt.tried) if attempt.tried else "nothing, for want of a key that can be used"
+    message = f"{place} does not let {host.user} in. Tried: {tried}."
+    if attempt.unusable:
+        message += f" Not used: {'; '.join(attempt.unusable)}."
+    if farewell:
+        message += f" It says: {farewell}."
+    if "too many authentication failures" in farewell.lower():
+        return LogInError(
+            message,
+            f"Name one key in ~/.ssh/config, under `Host {host.address.host}`: IdentityFile, IdentitiesOnly yes.",
+        )
+    if attempt.locked:
+        names = " ".join(map(str, attempt.locked))
+        message += f" {names} needs its passphrase, and there is no terminal to ask for it."
+        return LogInError(message, f"Run `ssh-add {names}` first.")
+    public = [path for path in host.identities if path.with_name(path.name + ".pub").exists()]
+    if not attempt.tried and not public:
+        return LogInError(message, f"Make a key with `ssh-keygen`, then `ssh-copy-id {words}`.")
+    key = f"-i {public[0]} " if public else ""
+    return LogInError(
+        message,
+        f"Put your key there with `ssh-copy-id {key}{words}`; if it is there already, see that the account is not "
+        f"locked. `ssh {words} true` must work.",
+    )
+
+
+# keys
+
+
+@dataclass(frozen=True)
+class _KeyFile:
+    """A file with a private key.
+
+    Attributes:
+        blob: its public half, b"" where that cannot be told without the passphrase.
+        problem: why it cannot be used, "" if it can.
+    """
+
+    path: Path
+    kind: str
+    blob: bytes
+    encrypted: bool
+    problem: str = ""
+
+    @property
+    def certificate(self) -> Path:
+        return self.path.with_name(self.path.name + "-cert.pub")
+
+    @classmethod
+    def read(cls, path: Path) -> _KeyFile | None:
+        """Look at a private key, or, as with ssh, at a public one whose private half the agent has; None: no file."""
+        try:
+            data = path.read_bytes()
+            status = path.stat()
+        except FileNotFoundError:
+            beside = _public(path.with_name(path.name + ".pub"))
+            return cls(path, "", beside, False, "only its public half is here") if beside else None
+        except OSError as error:
+            return cls(path, "", b"", False, error.strerror or "unreadable")
+        if public := _public(path):
+            return cls(path, "", public, False, "only its public half is here")
+        kind, blob, encrypted = _inspect(data)
+        blob = blob or _public(path.with_name(path.name + ".pub"))
+        problem = ""
+        if kind not in _KINDS and kind != _PKCS8:
+            problem = _unreadable(path)
+        elif status.st_mode & 0o077 and status.st_uid == os.getuid():
+            problem = f"others can read it; `chmod 600 {path}`"
+        return cls(path, kind, blob, encrypted, problem)
+
+    def load(self, passphrase: str | None) -> PKey:
+        if self.kind == _PKCS8:
+            return _pkcs8(self.path.read_bytes(), passphrase)
+        return _KINDS[self.kind].from_private_key_file(str(self.path), passphrase)
+
+
+def _unreadable(path: Path) -> str:
+    return f"a key of a kind or format that cannot be read here; `ssh-add {path}` may"
+
+
+def _pkcs8(data: bytes, passphrase: str | None) -> PKey:
+    """Load a key in PKCS #8 (RFC 5958), which paramiko does not read, by way of OpenSSH's own format.
+
+    Raises:
+        ValueError: it is damaged, or the passphrase is another.
+        UnsupportedAlgorithm: SSH has no such keys, or its encryption is unknown here.
+    """
+    try:
+        key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase is not None else None)
+    except TypeError as error:  # an empty passphrase
+        raise ValueError(str(error)) from error
+    kind: type[PKey]
+    if isinstance(key, rsa.RSAPrivateKey):
+        kind = paramiko.RSAKey
+    elif isinstance(key, ec.EllipticCurvePrivateKey):
+        kind = paramiko.ECDSAKey
+    elif isinstance(key, ed25519.Ed25519PrivateKey):
+        kind = paramiko.Ed25519Key
+    else:
+        raise UnsupportedAlgorithm(type(key).__name__)
+    try:
+        text = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        )
+    except ValueError as error:  # a curve for which SSH has no name
+        raise UnsupportedAlgorithm(str(error)) from error
+    return kind.from_private_key(io.StringIO(text.decode()))
+
+
+def _inspect(data: bytes) -> tuple[str, bytes, bool]:
+    """Tell a private key's kind, its public half where that is in the clear, and whether it is encrypted.
+
+    The format is OpenSSH's PROTOCOL.key; older keys are PEM, and those of other programs PKCS #8.
+    """
+    begin = re.search(rb"-----BEGIN (?:(RSA|EC|OPENSSH|ENCRYPTED) )?PRIVATE KEY-----(.*?)-----END", data, re.DOTALL)
+    if begin is None:
+        return "", b"", False
+    if begin[1] == b"ENCRYPTED":
+        return _PKCS8, b"", True
+    if begin[1] is None:
+        try:
+            return _PKCS8, _pkcs8(data, None).asbytes(), False
+        except (ValueError, UnsupportedAlgorithm, paramiko.SSHException):
+            return "", b"", False
+    if begin[1] == b"RSA":
+        return "ssh-rsa", b"", b"ENCRYPTED" in begin[2]
+    if begin[1] == b"EC":
+        return "ecdsa-sha2-nistp256", b"", b"ENCRYPTED" in begin[2]
+    try:
+        rest = base64.b64decode(b"".join(begin[2].split())).removeprefix(b"openssh-key-v1\0")
+        cipher, rest = known_hosts.split_string(rest)
+        _kdf, rest = known_hosts.split_string(rest)
+        _options, rest = known_hosts.split_string(rest)
+        blob, _ = known_hosts.split_string(rest[4:])
+        return known_hosts.split_string(blob)[0].decode(), blob, cipher != b"none"
+    except (binascii.Error, struct.error, UnicodeDecodeError):
+        return "", b"", False
+
+
+def _public(path: Path) -> bytes:
+    """Return the key in a file of one public key; b"" if it is none."""
+    try:
+        words = path.read_text(encoding="utf-8", errors="replace").split()
+        blob = base64.b64decode(words[1], validate=True)
+        return blob if known_hosts.split_string(blob)[0].decode() == words[0] else b""
+    except (OSError, IndexError, ValueError, struct.error):
+        return b""
+
+
+def _certificate(path: Path) -> PublicBlob | None:
+    try:
+        return PublicBlob.from_file(str(path))
+    except (OSError, ValueError, UnicodeDecodeError, paramiko.SSHException):
+        return None
+
+
+def _plain(blob: bytes) -> bytes:
+    """Return the key in a certificate, b"" if it is damaged."""
+    try:
+        return known_hosts.certified_key(blob)
+    except known_hosts.HostKeyRefused:
+        return b""
+
+
+def _fingerprint(blob: bytes) -> str:
+    try:
+        return known_hosts.fingerprint(blob)
+    except (struct.error, known_hosts.HostKeyRefused):
+        return "(of an unknown kind)"
+
+
+@contextlib.contextmanager
+def _agent(path: str | None) -> Iterator[AgentSSH | None]:
+    """Connect to the agent at a socket; None where there is none or it does not speak the protocol."""
+    if path is None:
+        yield None
+        return
+    agent = AgentSSH()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(AUTH_TIMEOUT)  # it may ask a person to touch something
+        try:
+            connection.connect(path)
+            # paramiko.Agent knows only $SSH_AUTH_SOCK, not IdentityAgent; this is what it does with its connection.
+            agent._connect(connection)  # type: ignore[attr-defined]
+        except (OSError, paramiko.SSHException):
+            yield None
+            return
+        yield agent
+
+
+# what only a person knows
+
+_asking = threading.Lock()
+_secrets: dict[str, str | None] = {}
+
+
+def _secret(prompt: str, may_ask: bool, keep: bool = True) -> str | None:
+    """Ask a person at the terminal, once per process and prompt; None where there is nobody to ask."""
+    with _asking:
+        if keep and prompt in _secrets:
+            return _secrets[prompt]
+        if not may_ask:
+            return None
+        with events.terminal():
+            if not _has_terminal():
+                return None
+            try:
+                answer = getpass.getpass(prompt)
+            except (EOFError, OSError):
+                answer = None
+        if keep:
+            _secrets[prompt] = answer
+        return answer
+
+
+def _forget(prompt: str) -> None:
+    with _asking:
+        _secrets.pop(prompt, None)
+
+
+def _has_terminal() -> bool:
+    """Say whether a person sits at the terminal and this process is in its foreground."""
+    is_seen = sys.__stderr__ is not None and sys.__stderr__.isatty()
+    if not is_seen and not events.is_elsewhere():
+        return False
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

@@ -1,0 +1,375 @@
+"""Where a builder's `ssh://` URL leads to: what OpenSSH's configuration says about a host, as `ssh` would read it."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ....errors import SettingsError
+from ....util.urls import shown
+
+CONNECT_TIMEOUT = 15.0
+"""Seconds to wait for a connection where the configuration has no `ConnectTimeout`."""
+ALIVE_INTERVAL = 15.0
+"""Seconds of silence before a sign of life is asked for where the configuration has no `ServerAliveInterval`."""
+
+_HOST = re.compile(r"(?!-)[A-Za-z0-9_.+~=-]+\Z")
+_ADDRESS_6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?\Z")
+_USER = re.compile(r"(?!-)[^\s\x00-\x1f'\"`$\\;&<>|(){}\[\]/:*?]+\Z")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host as a person names it, before any configuration is read.
+
+    Attributes:
+        host: an alias of the configuration, a name or a numeric address.
+        user: None: as configured.
+        port: None: as configured.
+    """
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+    @property
+    def words(self) -> str:
+        """The arguments by which `ssh` and `ssh-copy-id` would reach it."""
+        port = f"-p {self.port} " if self.port else ""
+        return f"{port}{f'{self.user}@' if self.user else ''}{self.host}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """All that there is to know before connecting to a host.
+
+    Attributes:
+        address: how it was named.
+        family: AF_UNSPEC, AF_INET or AF_INET6.
+        alias: `HostKeyAlias`, or "".
+        known_hosts: files, the person's own first.
+        revoked: `RevokedHostKeys`, if any.
+        host_key_algorithms: those allowed; empty: all. So too ciphers and macs.
+        identities: files of private keys, present or not.
+        agent: the path of the agent's socket, if any.
+        jumps: hosts to go through, the nearest first.
+        proxy_command: a shell command to speak through, expanded, or "".
+        methods: the ways to log in that the configuration leaves.
+        may_ask: whether a person may be asked for a password.
+        connect_timeout: seconds.
+        alive_interval: seconds.
+    """
+
+    address: Address
+    hostname: str
+    user: str
+    port: int
+    family: socket.AddressFamily
+    alias: str
+    known_hosts: tuple[Path, ...]
+    revoked: Path | None
+    host_key_algorithms: frozenset[str]
+    ciphers: frozenset[str]
+    macs: frozenset[str]
+    identities: tuple[Path, ...]
+    certificates: tuple[Path, ...]
+    only_identities: bool
+    agent: str | None
+    jumps: tuple[Address, ...]
+    proxy_command: str
+    methods: frozenset[str]
+    may_ask: bool
+    connect_timeout: float
+    alive_interval: float
+    alive_count: int
+
+    @property
+    def known_as(self) -> str:
+        """The name under which its host keys stand in known_hosts."""
+        if self.alias:
+            return self.alias
+        name = self.hostname.lower()
+        return name if self.port == 22 else f"[{name}]:{self.port}"
+
+
+def parse_url(url: str) -> Address:
+    """Read a builder's URL, ssh://[user@]host[:port].
+
+    Raises:
+        SettingsError: it is anything else.
+    """
+    what = f"The builder {shown(url)!r}"
+    # Up to the last @: who writes a password there does not think of escaping a `/` in it.
+    match = re.match(r"ssh://(?:(.*)@)?([^/?#@]*)([^@]*)\Z", url, re.DOTALL)
+    if match is None:
+        raise SettingsError(
+            f"{what} is not an SSH address.",
+            "Write it as ssh://[user@]host[:port], as in ssh://pi@buildpi.",
+        )
+    user, place, rest = match.groups()
+    user = None if user is None else urllib.parse.unquote(user)
+    if user is not None and ":" in user:
+        raise SettingsError(
+            f"The builder ssh://…@{place} has a password in its address, where others can read it.",
+            "Leave it out: log in with a key (ssh-copy-id puts it there), or type the password when asked.",
+        )
+    if rest not in ("", "/") or (user is not None and re.search("[/?#]", user)):
+        raise SettingsError(
+            f"{what} has a path, a query or a fragment in its address, and a builder has none.",
+            "Write it as ssh://[user@]host[:port].",
+        )
+    return _address(place, user, what)
+
+
+def _address(place: str, user: str | None, what: str) -> Address:
+    """Take apart host[:port]; `what` begins the sentence that says what is wrong with it."""
+    hint = "Write it as ssh://[user@]host[:port], an IPv6 address in brackets."
+    if not place:
+        raise SettingsError(f"{what} names no host.", hint)
+    match = re.match(r"(\[[^\[\]]*\]|[^\[\]:]+)(?::(.*))?\Z", place, re.DOTALL)
+    if match is None:
+        raise SettingsError(f"{what} has no host that can be understood in {place!r}.", hint)
+    host, port = match[1].strip("[]"), match[2]
+    if not (_HOST.match(host) or _ADDRESS_6.match(host)):  # `ssh -G` puts names and IPv4 addresses in brackets too
+        raise SettingsError(f"{what} has a host, {host!r}, that is neither a name nor an address.", hint)
+    if user is not None and not _USER.match(user):
+        raise SettingsError(f"{what} has a user, {user!r}, that no system would have.", hint)
+    number = None
+    if port is not None:
+        if not re.match(r"[0-9]{1,5}\Z", port) or not 0 < int(port) < 65536:
+            raise SettingsError(f"{what} has {port!r} for a port.", "A port is a number from 1 to 65535.")
+        number = int(port)
+    return Address(host, user, number)
+
+
+def read(address: Address) -> Host:
+    """Return what OpenSSH's configuration says about a host.
+
+    `ssh -G` is asked where there is an `ssh`; otherwise paramiko reads `~/.ssh/config`, without `Include`. What would
+    make the host key check weaker is ignored: `StrictHostKeyChecking no` and `accept-new` mean `yes` here.
+    Not supported: `KexAlgorithms` (paramiko's own choice is used), `KnownHostsCommand`, `VerifyHostKeyDNS`,
+    `PKCS11Provider`, host-based and Kerberos log-in. Hardware keys work through the agent.
+
+    Raises:
+        SettingsError: the configuration cannot be read.
+    """
+    ssh = shutil.which("ssh")
+    return _host(address, _ask_ssh(ssh, address) if ssh else _ask_paramiko(address))
+
+
+def home() -> Path:
+    """Return the person's home folder ($HOME, as everywhere else in the project)."""
+    return Path(os.environ.get("HOME") or _account_home())
+
+
+def _account_home() -> str:
+    return pwd.getpwuid(os.getuid()).pw_dir
+
+
+def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
+    """Return the configuration by lower-case keyword, each with its values, as `ssh -G` prints it."""
+    command = [ssh, "-G"]
+    try:
+        differs = not os.path.samefile(home(), _account_home())
+    except (OSError, KeyError):
+        differs = True
+    if differs:  # ssh takes the home folder from the user database
+        config = home() / ".ssh" / "config"
+        command += ["-F", str(config) if config.exists() else "none"]
+    if address.port:
+        command += ["-p", str(address.port)]
+    if address.user:
+        command += ["-l", address.user]
+    command += ["--", address.host]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SettingsError(
+            f"The SSH configuration for {address.host} cannot be read: {error}.",
+            f"See that `ssh -G {address.host}` works.",
+        ) from error
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())
+        raise SettingsError(
+            f"The SSH configuration for {address.host} cannot be read; ssh says: {said}",
+            f"`ssh -G {address.words}` must succeed.",
+        )
+    options: dict[str, list[str]] = {}
+    for line in os.fsdecode(done.stdout).splitlines():
+        keyword, _, value = line.partition(" ")
+        options.setdefault(keyword.lower(), []).append(value)
+    return options
+
+
+def _ask_paramiko(address: Address) -> dict[str, list[str]]:
+    import paramiko
+
+    path = home() / ".ssh" / "config"
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        text = ""
+    except OSError as error:
+        raise SettingsError(
+            f"The SSH configuration {path} cannot be read: {error.strerror}.",
+            f"Make it a file of yours: chmod 600 {path}",
+        ) from error
+    if re.search(r"^\s*Include\b", text, re.IGNORECASE | re.MULTILINE):
+        raise SettingsError(
+            f"The SSH configuration {path} has an Include, which only `ssh` can follow, and there is no ssh here.",
+            "Install OpenSSH's client (Debian: openssh-client).",
+        )
+    try:
+        found = paramiko.SSHConfig.from_text(text).lookup(address.host)
+    except Exception as error:  # paramiko's own and others, all of them about the file
+        raise SettingsError(f"The SSH configuration {path} cannot be read: {error}.", "Mend it there.") from error
+    options = {key: [value] if isinstance(value, str) else list(value) for key, value in found.items()}
+    if address.port:
+        options["port"] = [str(address.port)]
+    if address.user:
+        options["user"] = [address.user]
+    return options
+
+
+def _host(address: Address, options: Mapping[str, list[str]]) -> Host:
+    def one(keyword: str, default: str = "") -> str:
+        return options.get(keyword, [default])[0]
+
+    def path(text: str) -> Path:
+        return Path(_untilde(_variables(_tokens(text, tokens))))
+
+    def paths(keyword: str, default: str) -> list[Path]:
+        # The home folder first, because its name may have a space, which separates files here.
+        text = one(keyword, default)
+        for folder in {str(home()), _account_home()}:
+            text = text.replace(folder.rstrip("/") + "/.", "~/.")
+        return [path(word.strip('"')) for word in text.split() if word != "none"]
+
+    def names(keyword: str) -> frozenset[str]:
+        text = one(keyword)
+        return frozenset() if text[:1] in ("", "+", "-", "^") else frozenset(text.split(","))
+
+    def number(keyword: str, default: int, most: int) -> int:
+        text = one(keyword, str(default))
+        if not re.match(r"[0-9]{1,10}\Z", text) or not 0 <= int(text) <= most:
+            raise SettingsError(
+                f"The SSH configuration for {address.host} has {text!r} for {keyword}, which must be a number "
+                f"up to {most} here.",
+                "Write the number in ~/.ssh/config, or install OpenSSH's client (Debian: openssh-client), which also "
+                "reads names.",
+            )
+        return int(text)
+
+    def yes(keyword: str, default: str) -> bool:
+        return one(keyword, default).lower() in ("yes", "true")
+
+    hostname = one("hostname", address.host)
+    user = one("user") or _login()
+    port = number("port", 22, 65535)
+    local = socket.gethostname()
+    jump = one("proxyjump", "none")
+    alias = one("hostkeyalias")
+    tokens = {
+        "d": str(home()),
+        "h": hostname,
+        "i": str(os.getuid()),
+        "j": "" if jump == "none" else jump,
+        "k": alias or address.host,
+        "L": local.partition(".")[0],
+        "l": local,
+        "n": address.host,
+        "p": str(port),
+        "r": user,
+        "u": _login(),
+    }
+    seed = "".join(tokens[name] for name in "lhprj")
+    tokens["C"] = hashlib.sha1(seed.encode(), usedforsecurity=False).hexdigest()
+    command = one("proxycommand", "none")
+    revoked = one("revokedhostkeys", "none")
+    agent: str | None = one("identityagent", "SSH_AUTH_SOCK")
+    if agent == "SSH_AUTH_SOCK":
+        agent = os.environ.get("SSH_AUTH_SOCK") or None
+    elif agent == "none":
+        agent = None
+    elif agent is not None:
+        agent = os.environ.get(agent[1:]) if re.match(r"\$\w+\Z", agent) else str(path(agent))
+    methods = {
+        "publickey": yes("pubkeyauthentication", "yes") or one("pubkeyauthentication") in ("unbound", "host-bound"),
+        "password": yes("passwordauthentication", "yes"),
+        "keyboard-interactive": yes("kbdinteractiveauthentication", "yes"),
+    }
+    default_keys = ["~/.ssh/id_rsa", "~/.ssh/id_ecdsa", "~/.ssh/id_ed25519"]
+    return Host(
+        address=address,
+        hostname=hostname,
+        user=user,
+        port=port,
+        family={"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(one("addressfamily"), socket.AF_UNSPEC),
+        alias=alias,
+        known_hosts=(
+            *paths("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2"),
+            *paths("globalknownhostsfile", "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"),
+        ),
+        revoked=None if revoked == "none" else path(revoked),
+        host_key_algorithms=names("hostkeyalgorithms"),
+        ciphers=names("ciphers"),
+        macs=names("macs"),
+        identities=tuple(path(text) for text in options.get("identityfile", default_keys) if text != "none"),
+        certificates=tuple(path(text) for text in options.get("certificatefile", []) if text != "none"),
+        only_identities=yes("identitiesonly", "no"),
+        agent=agent,
+        jumps=() if jump == "none" else tuple(_jump(word, address) for word in jump.split(",")),
+        proxy_command="" if command == "none" or jump != "none" else _tokens(command, tokens),
+        methods=frozenset(name for name, left in methods.items() if left),
+        may_ask=not yes("batchmode", "no"),
+        connect_timeout=_seconds(one("connecttimeout"), CONNECT_TIMEOUT),
+        alive_interval=_seconds(one("serveraliveinterval"), ALIVE_INTERVAL),
+        alive_count=max(1, number("serveralivecountmax", 3, 2**31 - 1)),
+    )
+
+
+def _jump(word: str, address: Address) -> Address:
+    word = word.strip().removeprefix("ssh://")
+    user, at, place = word.rpartition("@")
+    return _address(place, user if at else None, f"The ProxyJump of {address.host} in the SSH configuration, {word!r},")
+
+
+def _seconds(text: str, default: float) -> float:
+    """Read a number of seconds; nothing, `none`, 0 and what is no number mean the default."""
+    return float(text) if re.match(r"0*[1-9][0-9]*\Z", text) else default
+
+
+def _login() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return getpass.getuser()
+
+
+def _tokens(text: str, tokens: Mapping[str, str]) -> str:
+    """Expand %h and the like; ssh_config(5), TOKENS."""
+
+    def expand(match: re.Match[str]) -> str:
+        name = match[1]
+        return "%" if name == "%" else tokens.get(name, match[0])
+
+    return re.sub(r"%(.)", expand, text)
+
+
+def _variables(text: str) -> str:
+    """Expand ${NAME}; ssh_config(5), ENVIRONMENT VARIABLES."""
+    return re.sub(r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), text)
+
+
+def _untilde(text: str) -> str:
+    return str(home() / text[2:]) if text.startswith("~/") else os.path.expanduser(text)

@@ -1,0 +1,574 @@
+"""The builder `ssh://`: one SSH connection, made as `ssh` itself would make it, with many channels.
+
+Paramiko is imported when the first connection is opened, and not before. The parts: `config` reads where a URL
+leads to, `known_hosts` tells whether the server is the right one, `authentication` gets us in, `transport` and
+`packetizer` mend paramiko.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
+
+from ....errors import BuilderBusy, BuilderCrowded, BuilderError, BuilderLost, HostKeyError, SettingsError
+from ...protocol.bootstrap import bundle
+from ...protocol.client import RunnerBuilder
+from ...protocol.transport import SEND_SILENCE
+from . import config, known_hosts
+from .config import Address, Host
+
+if TYPE_CHECKING:
+    import paramiko
+
+    from .transport import Session, Transport
+
+HANDSHAKE_TIMEOUT = 60.0
+"""Seconds for agreeing on keys: a small board under load needs ten."""
+
+INTRODUCTION = "SSH-2.0-gamebear_tasks"
+"""What we say first (RFC 4253, section 4.2), as soon as there is a connection: without it no server begins with the key
+exchange."""
+
+_MOST_JUMPS = 8
+_SETTLING = 0.5
+_PIECE = 32 * 1024
+
+_connections: weakref.WeakSet[SSHConnection] = weakref.WeakSet()
+
+
+class SSHConnection:
+    """An SSH connection to a builder, with the jump hosts on the way to it.
+
+    Its host key must be known; nothing is ever accepted by itself. It may be used from several threads. In a process
+    that is forked off it is dead, and closing it there does not disturb it here.
+
+    Args:
+        url: ssh://[user@]host[:port]; host may be an alias of ~/.ssh/config.
+        first: the command that is as good as certain to be started first; it is, as soon as we are let in.
+
+    Attributes:
+        described: the server's version, its host key, who we are there and what let us in.
+
+    Raises:
+        SettingsError: the URL or the configuration makes no sense.
+        BuilderLost: the builder cannot be reached now (no such host, refused, time-out, `MaxStartups`).
+        BuilderError: the host key or the log-in is refused.
+    """
+
+    def __init__(self, url: str, first: str = "") -> None:
+        self.place = f"The builder {url}"
+        self._first = first
+        self._process = os.getpid()
+        self._opening = threading.Lock()
+        self.described: dict[str, str] = {}
+        self._closed = False
+        self._has_started = False
+        self._transports: list[Transport] = []
+        self._proxies: list[subprocess.Popen[bytes]] = []
+        self._proxy_errors: list[IO[bytes]] = []
+        _connections.add(self)
+        try:
+            self._transport = self._connect(config.parse_url(url), None, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, command: str) -> SSHChannel:
+        """Start a program."""
+        import paramiko
+
+        # One at a time: paramiko keeps only one refusal for all threads.
+        with self._opening:
+            self._check()
+            try:
+                channel = self._transport.begin_session(command, HANDSHAKE_TIMEOUT)
+            except TimeoutError as error:
+                raise BuilderLost(f"{self.place} does not answer.") from error
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                if not (self._transport.is_active() or isinstance(error, paramiko.ChannelException)):
+                    raise self.lost(error) from error
+                if self._has_started:
+                    raise BuilderBusy(
+                        f"{self.place} gives no further session.", "Raise MaxSessions in its sshd_config."
+                    ) from error
+                raise BuilderError(
+                    f"{self.place} lets us in, but gives no session ({error}).",
+                    "See MaxSessions in its sshd_config, and `restrict` in the account's authorized_keys.",
+                ) from error
+            self._has_started = True
+        return SSHChannel(self, channel)
+
+    def close(self) -> None:
+        """Close the connection and all of its channels. Never raises."""
+        self._closed = True
+        if os.getpid() != self._process:
+            return
+        for transport in self._transports:
+            transport.cut()
+        for transport in reversed(self._transports):
+            transport.hang_up()
+        for proxy in self._proxies:
+            with contextlib.suppress(OSError):
+                proxy.terminate()
+            try:
+                proxy.wait(2.0)
+            except subprocess.TimeoutExpired:
+                proxy.kill()
+                proxy.wait()
+        for file in self._proxy_errors:
+            file.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the connection is, as far as is known, still there."""
+        return os.getpid() == self._process and not self._closed and self._transport.is_active()
+
+    def survives(self) -> bool:
+        """Say whether the connection is still there after a channel has ended for no good reason.
+
+        Paramiko's thread closes the channels of a broken connection a moment before it says that it is broken.
+        """
+        until = time.monotonic() + _SETTLING
+        while self.is_alive and time.monotonic() < until:
+            time.sleep(0.01)
+        return self.is_alive
+
+    def lost(self, error: BaseException | None = None) -> BuilderLost:
+        """Return the error that says why the connection is gone."""
+        if self._closed:
+            return BuilderLost(f"{self.place}: the connection was closed.")
+        farewell = self._transport.farewell
+        cause = self._transport.saved_exception or error
+        why = f"it says: {farewell}" if farewell else _why(cause)
+        return BuilderLost(f"{self.place} is gone: {why}.")
+
+    def abandon(self) -> None:
+        """Forget the connection, without a word to the builder: this process is a fork of the one that uses it."""
+        for transport in self._transports:
+            transport.abandon()
+
+    def _check(self) -> None:
+        if os.getpid() != self._process:
+            raise BuilderLost(f"{self.place}: the connection is another process's.")
+        if self._closed:
+            raise self.lost()
+
+    # connecting
+
+    def _connect(self, address: Address, jumps: Sequence[Address] | None, depth: int) -> Transport:
+        """Connect and log in to a host, through its jump hosts, or these if they are given."""
+        if depth > _MOST_JUMPS:
+            raise SettingsError(
+                f"{self.place} is behind more than {_MOST_JUMPS} jump hosts.",
+                f"See whether ProxyJump goes round in a circle in ~/.ssh/config, at {address.host}.",
+            )
+        loading = threading.Thread(target=_load_paramiko_ahead)
+        loading.start()  # while `ssh -G` reads the configuration, and the host answers
+        try:
+            host = config.read(address)
+            jumps = host.jumps if jumps is None else jumps
+            place = self.place if not depth else f"{self.place}: its jump host {address.host}"
+            dial = _Dial(host, place) if not (jumps or host.proxy_command) else None
+        finally:
+            loading.join()  # and not be in the midst of it when Python ends
+        from . import authentication
+        from .transport import Transport
+
+        if dial is not None:
+            sock: socket.socket | paramiko.Channel = dial.connected()
+        elif jumps:
+            *before, last = jumps
+            # As with ssh -J: the nearest is reached as configured, each further one through those before it.
+            through = self._connect(last, before or None, depth + 1)
+            sock = self._forward(through, host, place)
+            introduce(sock)
+        else:
+            sock = self._run_proxy(host)
+            introduce(sock)
+        known = known_hosts.known(host)
+        try:
+            transport = Transport(
+                sock,
+                INTRODUCTION,
+                known_hosts.algorithms(host, known),
+                host.ciphers,
+                host.macs,
+                host.alive_interval,
+                host.alive_count,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        self._transports.append(transport)
+        transport.banner_timeout = host.connect_timeout
+        self._shake_hands(transport, host, place)
+        self._check_host_key(transport, host, known, place, bool(jumps or host.proxy_command))
+        let_in_by = authentication.log_in(transport, host, place, "" if depth else self._first)
+        self.described = {
+            "server": transport.remote_version,
+            "host key": known_hosts.fingerprint(transport.host_key_blob),
+            "log-in": f"{host.user}, by {let_in_by}",
+        }
+        return transport
+
+    def _shake_hands(self, transport: Transport, host: Host, place: str) -> None:
+        import paramiko
+        from paramiko.ssh_exception import IncompatiblePeer, MessageOrderError
+
+        try:
+            start = time.monotonic()
+            transport.shake_hands(host.connect_timeout + HANDSHAKE_TIMEOUT)
+        except IncompatiblePeer as error:
+            raise BuilderError(
+                f"{place} and we have no algorithm in common: {error}.", "Upgrade its OpenSSH, or paramiko here."
+            ) from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            text = str(error)
+            if isinstance(error, MessageOrderError) or "Signature verification" in text:
+                raise BuilderError(
+                    f"{place} does not keep to the SSH protocol ({text}); this may be an attack.",
+                    "Ask who runs the network between you and it before you try again.",
+                ) from error
+            if "protocol version" in text or "Invalid SSH banner" in text:
+                raise BuilderError(
+                    f"{place} answers on port {host.port}, but not as an SSH server.",
+                    "Name the port that its sshd listens at: ssh://user@host:port.",
+                ) from error
+            proxy = self._proxy_says()
+            if transport.farewell:
+                why = f"it says: {transport.farewell}"
+            elif "banner" in text:
+                why = "it closed the connection, or said nothing, before it introduced itself"
+            else:
+                why = _why(error)
+            closed_at_once = "banner" in text and time.monotonic() - start < host.connect_timeout
+            raise (BuilderCrowded if closed_at_once or transport.farewell else BuilderLost)(
+                f"{place} cannot be reached: {why}{proxy}.",
+                "See what ProxyCommand or ProxyJump does in ~/.ssh/config."
+                if proxy
+                else "It may be starting up, or have too many connections at once (MaxStartups).",
+            ) from error
+
+    def _check_host_key(
+        self, transport: Transport, host: Host, known: known_hosts.Known, place: str, indirect: bool
+    ) -> None:
+        blob = transport.host_key_blob
+        try:
+            known_hosts.check(host, known, blob)
+        except (known_hosts.HostKeyRefused, struct.error) as error:
+            transport.hang_up()
+            if isinstance(error, struct.error):
+                raise HostKeyError(
+                    f"{place} has sent a host key that is damaged.",
+                    "See on it that its keys are whole: ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub",
+                ) from error
+            raise _host_key_error(error, host, blob, place, indirect) from error
+
+    def _forward(self, through: Transport, host: Host, place: str) -> paramiko.Channel:
+        import paramiko
+
+        there = (host.hostname, host.port)
+        try:
+            return through.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=host.connect_timeout)
+        except paramiko.ChannelException as error:
+            if error.code == 1:
+                raise BuilderError(
+                    f"{place} cannot be reached: the host before it forwards no connections.",
+                    "See AllowTcpForwarding in its sshd_config.",
+                ) from error
+            raise BuilderLost(
+                f"{place} cannot be reached: the host before it cannot connect to {host.hostname} port {host.port}."
+            ) from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise BuilderLost(f"{place} cannot be reached through the host before it: {_why(error)}.") from error
+
+    def _run_proxy(self, host: Host) -> socket.socket:
+        """Start `ProxyCommand` at one end of a pair of sockets; return the other."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the connection
+            self._proxy_errors.append(errors)
+            # It keeps the terminal, where it may have to ask for something, but not the Ctrl-C that is meant for us.
+            self._proxies.append(
+                subprocess.Popen(
+                    ["/bin/sh", "-c", f"trap '' INT; exec {host.proxy_command}"],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=errors,
+                )
+            )
+        return ours
+
+    def _proxy_says(self) -> str:
+        if not self._proxies:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._proxies[-1].wait(1.0)
+        self._proxy_errors[-1].seek(0)
+        said = " ".join(self._proxy_errors[-1].read(500).decode(errors="replace").split())
+        return f" (its ProxyCommand says: {said})" if said else " (by its ProxyCommand)"
+
+
+class SSHChannel:
+    """A program on the builder: its input, its output and its errors."""
+
+    def __init__(self, connection: SSHConnection, channel: Session) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._closed = False
+
+    def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of `data`."""
+        view = memoryview(data).cast("B")
+        until = time.monotonic() + SEND_SILENCE
+        try:
+            view = view[self._channel.send_ahead(view) :]
+        except Exception as error:
+            raise self._lost(error) from error
+        while view:
+            # Not by the channel's own time-out, which belongs to `receive`.
+            if not self._may_send(until - time.monotonic()):
+                raise BuilderLost(f"{self._connection.place} has taken nothing for {SEND_SILENCE:g} seconds.")
+            try:
+                sent = self._channel.send(bytes(view[:_PIECE]))
+            except TimeoutError:  # another thread has used the window up
+                continue
+            except Exception as error:  # whatever paramiko and its socket come up with
+                raise self._lost(error) from error
+            if not sent:
+                raise self._lost(None)
+            view = view[sent:]
+            until = time.monotonic() + SEND_SILENCE
+
+    def _may_send(self, timeout: float) -> bool:
+        """Wait until the server takes more, or the channel is closed; say whether that was within the time-out."""
+        channel = self._channel
+        with channel.lock:
+            return channel.out_buffer_cv.wait_for(
+                lambda: bool(channel.out_window_size > 0 or channel.closed or channel.eof_sent), max(0.0, timeout)
+            )
+
+    def receive(self, size: int, timeout: float) -> bytes:
+        """Return 1 to `size` bytes, or `b""` when the program has closed its output."""
+        self._channel.settimeout(timeout)
+        try:
+            data = self._channel.recv(size)
+        except TimeoutError as error:
+            raise BuilderLost(f"{self._connection.place} has been silent for {timeout:g} seconds.") from error
+        except Exception as error:  # whatever paramiko and its socket come up with
+            raise self._lost(error) from error
+        if (
+            not data
+            and not self._channel.eof_received
+            and (self._closed or self._channel.is_refused or not self._connection.survives())
+        ):
+            raise self._lost(None)
+        return data
+
+    def errors(self) -> bytes:
+        """Return the last 64 KiB of what the program has written to its standard error."""
+        return self._channel.errors.tail
+
+    def exit_status(self, timeout: float) -> int | None:
+        """Return the program's exit status; None while it runs, and when a signal has ended it."""
+        if not self._channel.status_event.wait(timeout):
+            return None
+        if self._channel.exit_status == -1:
+            if not self._connection.survives():
+                raise self._lost(None)
+            return None
+        return self._channel.exit_status
+
+    def close(self) -> None:
+        """Close the stream. Never raises."""
+        self._closed = True
+        if self._connection.is_alive:
+            with contextlib.suppress(Exception):
+                self._channel.close()
+
+    def _lost(self, error: BaseException | None) -> BuilderError:
+        if self._channel.is_refused and not self._closed:
+            return BuilderError(
+                f"{self._connection.place} refuses to run programs.",
+                "See there whether ForceCommand in sshd_config, command= in authorized_keys or the shell forbids it.",
+            )
+        if self._closed or self._channel.eof_received or self._connection.survives():
+            what = "was closed" if self._closed else "has ended"
+            return BuilderLost(f"{self._connection.place}: the program that it ran for us {what}.", "Run doit again.")
+        return self._connection.lost(error)
+
+
+def introduce(sock: socket.socket | paramiko.Channel) -> None:
+    """Say who we are; whether that arrived shows in the answer."""
+    with contextlib.suppress(OSError):
+        sock.sendall(f"{INTRODUCTION}\r\n".encode())
+
+
+class _Dial(threading.Thread):
+    """Connects to a host's port, and introduces us there, while others do something else, such as load paramiko."""
+
+    def __init__(self, host: Host, place: str) -> None:
+        super().__init__(daemon=True)
+        self._host = host
+        self._place = place
+        self._outcome: socket.socket | Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Connect."""
+        try:
+            self._outcome = sock = _dial(self._host, self._place)
+            introduce(sock)
+        except Exception as error:  # noqa: BLE001 - whoever waits for us raises it
+            self._outcome = error
+
+    def connected(self) -> socket.socket:
+        """Return the connected socket; raises what `_dial` does."""
+        self.join()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        assert self._outcome is not None
+        return self._outcome
+
+
+def _load_paramiko_ahead() -> None:
+    """Import paramiko while something else is waited for; where that fails, who needs it says why."""
+    with contextlib.suppress(ImportError, OSError, MemoryError):
+        _load_paramiko()
+
+
+def _load_paramiko() -> None:
+    """Import paramiko, but not invoke, if that is not there anyway.
+
+    Paramiko imports it for its own reader of `~/.ssh/config`, which we do not use, and does without where it is not
+    installed; it takes longer to load than all else of paramiko.
+    """
+    if "paramiko" in sys.modules or "invoke" in sys.modules:
+        return
+    sys.modules["invoke"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    try:
+        import paramiko  # noqa: F401
+    finally:
+        del sys.modules["invoke"]
+
+
+def _dial(host: Host, place: str) -> socket.socket:
+    """Connect to a host's port, by each of its addresses in turn."""
+    try:
+        addresses = socket.getaddrinfo(host.hostname, host.port, host.family, socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise SettingsError(
+            f"{place} has a host name, {host.hostname!r}, that cannot be one.", "See HostName in ~/.ssh/config."
+        ) from error
+    except OSError as error:
+        raise BuilderLost(
+            f"{place} cannot be reached: no host {host.hostname} is known here ({error.strerror}).",
+            "See that its name is right and that the network is there.",
+        ) from error
+    failure: OSError = TimeoutError()
+    for family, kind, protocol, _, address in addresses:
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(host.connect_timeout)
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            failure = error
+            continue
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return sock
+    why = (
+        f"no answer within {host.connect_timeout:g} seconds"
+        if isinstance(failure, TimeoutError)
+        else (failure.strerror or str(failure)).lower()
+    )
+    raise BuilderLost(
+        f"{place} cannot be reached: {host.hostname} port {host.port}: {why}.",
+        "See that it is switched on, on the network, and runs an SSH server.",
+    ) from failure
+
+
+def _host_key_error(
+    refused: known_hosts.HostKeyRefused, host: Host, blob: bytes, place: str, indirect: bool
+) -> HostKeyError:
+    """Say why a host key is refused, and the command that mends it."""
+    shown = known_hosts.fingerprint(blob)
+    words = host.address.words
+    places = ", ".join(line.place for line in refused.lines)
+    file = host.known_hosts[0] if host.known_hosts else "known_hosts"
+    if refused.reason == "changed":
+        return HostKeyError(
+            f"{place} is refused: its host key has changed. It is now {shown}; known is "
+            f"{', '.join(known_hosts.fingerprint(line.blob) for line in refused.lines)} ({places}). This may be an "
+            "attack: somebody between you and the builder. Or the builder was set up anew.",
+            f"Only if you know that it was: `ssh-keygen -R '{host.known_as}' -f {file}`, then `ssh {words}` and "
+            "compare the fingerprint.",
+        )
+    if refused.reason == "revoked":
+        return HostKeyError(
+            f"{place} is refused: its host key {shown} is marked as revoked ({refused.detail or places}).",
+            "It must not be trusted any more: give the builder a new host key.",
+        )
+    if refused.reason == "certificate":
+        return HostKeyError(
+            f"{place} is refused: its host certificate cannot be trusted: {refused.detail}.",
+            "Have the builder's host key certified anew by the authority in known_hosts.",
+        )
+    other = ""
+    if refused.reason == "other":
+        other = f" Only keys of another kind are known for it ({places}), which it does not have any more."
+    scan = (
+        ""
+        if indirect or host.alias
+        else f", or `ssh-keyscan {f'-p {host.port} ' if host.port != 22 else ''}{host.hostname} >> {file}`"
+    )
+    return HostKeyError(
+        f"{place} is refused: its host key {shown} is not known here.{other}",
+        "Compare the fingerprint with the builder's own (on it: `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`), "
+        f"then run `ssh {words}` once and accept it{scan}.",
+    )
+
+
+def _why(error: BaseException | None) -> str:
+    """Say in a few words what an exception of paramiko or a socket means."""
+    if isinstance(error, TimeoutError):
+        return "it takes too long to answer"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = str(error or "").rstrip(".")
+    return "the connection broke" if text in ("", "Socket is closed") else text
+
+
+def _abandon_in_child() -> None:
+    for connection in list(_connections):
+        connection.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_in_child)
+
+
+def open_builder(url: str) -> RunnerBuilder:
+    """Open `ssh://[user@]host[:port]`.
+
+    Raises:
+        SettingsError: the URL is not one.
+    """
+    address = config.parse_url(url)
+    place = f"{address.user}@{address.host}" if address.user else address.host
+    first = [bundle().command]  # not on another connection: a server that hangs up on it is to be met without
+
+    def connect() -> SSHConnection:
+        return SSHConnection(url, first.pop() if first else "")
+
+    return RunnerBuilder(url, place, connect)

@@ -1,0 +1,1 @@
+"""Commands beside doit's own, one file a verb."""

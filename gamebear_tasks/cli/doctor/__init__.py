@@ -1,0 +1,1 @@
+"""`doctor`: check builders and this machine, and fix what can be fixed."""

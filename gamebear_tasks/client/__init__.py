@@ -1,0 +1,1 @@
+"""One task's build: submit, follow, install the outputs."""

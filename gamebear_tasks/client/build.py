@@ -1,0 +1,312 @@
+"""The way of one task's job: to the builder, through its build, back to the targets."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import shlex
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..builders.base import Builder, Keeper, Order, Sink, Status
+from ..builders.protocol.flood_guard import WORTH, Rounds
+from ..builders.registry import open_builder
+from ..config import settings, variables_of_this_run
+from ..errors import NONSENSE, JobError
+from ..jobspec.plan import SAVED, Plan, check_choice
+from ..progress.events import Telling
+from ..records import run_journal, task_log, task_record
+from ..records.task_log import TaskLog
+from ..util.messages import notice
+from ..util.text import in_line, printable, size
+from ..util.urls import shown
+from . import cancellation
+from .builder_notices import notice_once
+from .cancellation import Interest, end_what_is_left
+from .install_outputs import Mismatch, check_place, place
+from .placement_marks import placing
+from .rebuild_reasons import ASKED, missing, reasons
+
+TAIL = 15
+"""How many of the log's last lines a failure shows, where the log itself was not shown."""
+
+LATE = 600.0
+"""Seconds after a job's time limit for which its builder may still say that it runs."""
+
+OWN_LINES = "gamebear: "
+"""What the runner's own lines in a log begin with."""
+
+TRIES = 3
+"""How often one doit run starts a job over that was lost, or whose result was damaged, before it gives up."""
+
+
+class Building:
+    """A task that is being built.
+
+    Args:
+        plan: what it declares.
+        task: its name.
+        out: where the log is shown live; None for nowhere.
+    """
+
+    def __init__(self, plan: Plan, task: str, out: TextIO | None) -> None:
+        self.plan = plan
+        self.task = task
+        self.out = out
+        self.telling = Telling(task)
+        self.watch = task_record.Stopwatch(self.telling)
+        self.chosen = settings()
+        self.had = "built"
+        self.valid: dict[str, float] | None = None
+        self.why: tuple[str, ...] = ()
+        self._url = ""
+        self._state = ""
+        self._order: Order | None = None
+        self._status: Status | None = None
+        self._record: task_record.Record | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Have the job built and its outputs placed; return what doit is to remember.
+
+        Raises:
+            GamebearError: it failed.
+            OSError: a file of this machine cannot be written.
+        """
+        with self.watch.running(), run_journal.noted(self.note):
+            order = self._run()
+        record = self.note("done")
+        if self.chosen.provenance:
+            from . import provenance
+
+            url = self.chosen.builder_for(self.plan.arch or self.chosen.arch)
+            provenance.write(self.task, self.plan, record, builder_of_this_run(url))
+        self.telling.ended(record)
+        if self.had != "fetched" and not self.telling.is_heard:
+            notice(record.line())
+        # doit reads these in every run; the rest is in the record
+        values: dict[str, Any] = {"digest": order.job.digest, SAVED: self._state}
+        if self.valid is not None:
+            values["valid"] = self.valid
+        return values
+
+    def _run(self) -> Order:
+        check_choice(self.chosen.sources)
+        log = task_log.path_of(self.task)
+        for path in (*self._targets().values(), log):
+            check_place(path)
+        builder = builder_of_this_run(self.chosen.builder_for(self.plan.arch or self.chosen.arch))
+        self._url = shown(builder.url)
+        absent = missing(self.plan.targets.values())
+        with task_record.phase("hash"):
+            contents = self.plan.read(self.chosen.arch)
+            self._state = self.plan.state(contents)
+            self._order = order = self.plan.order(self.chosen, contents)
+        last = run_journal.last(self.task)
+        self.why = reasons(self.plan, order.job, last, absent)
+        self.telling.begins(self._url, last)
+        with self.telling.shown(self.out) as out, TaskLog(self.task, out, self.telling.last_line) as kept:
+            self._have_built(builder, order, kept)
+        return order
+
+    def _targets(self) -> dict[str, Path]:
+        return {name: Path(path) for name, path in self.plan.targets.items()}
+
+    def note(self, state: str, failure: str = "") -> task_record.Record:
+        """Write beside the log how the task went, once, and return it."""
+        if self._record is not None:
+            return self._record
+        if state != "done" and cancellation.ending.is_set():
+            state = "interrupted"
+        job = self._order.job if self._order else None
+        outputs = self._status.outputs if self._status and state == "done" else {}
+        self._record = record = replace(
+            self.watch.record(self.task, job.digest if job else "", self._url, state, self.had),
+            attempt=self._status.attempt if self._status else "",
+            why=self.why,
+            failure=printable(failure)[:2000],
+            outputs=tuple(
+                task_record.Made(name, path, outputs[name].size, outputs[name].sha256)
+                for name, path in self.plan.targets.items()
+                if name in outputs
+            ),
+            valid=self.valid,
+            job=job.document() if job else {},
+        )
+        run_journal.keep(record, task_log.path_of(self.task) if self._status else None)
+        return record
+
+    def _have_built(self, builder: Builder, order: Order, log: TaskLog) -> None:
+        """See the job through to its outputs at their targets; start it over where a builder lost it."""
+        name = self.plan.name
+        digest = order.job.digest
+        again = False
+        for count in range(1, TRIES + 1):
+            with Interest(builder, digest, name, self.chosen.interrupt) as interest:
+                with task_record.phase("upload"):
+                    status = builder.submit(order, again)
+                interest.attempt = status.attempt
+                self.had = "built" if not status.joined else "fetched" if status.is_final else "followed"
+                log.begin(digest, status.attempt)
+                if status.expired:
+                    notice(f"{name} is built again on {builder.url}, as {status.expired}")
+                    expired = f"on the builder, {in_line(status.expired)}"
+                    self.why = (*(reason for reason in self.why if reason != ASKED), expired)
+                if status.joined and status.state == "done":
+                    self.telling.remark(f"{name} was built on {builder.url} before; fetching")
+                    if not log.offset:
+                        log.hide()
+                elif status.joined and not status.is_final:
+                    self.telling.remark(f"{name} is being built on {builder.url} already; following")
+                self._status = status
+                self._status = status = self._follow(builder, order, status, log)
+                notice_once(builder.url, status.notices)
+            self.valid = None if status.valid is None else {"since": time.time(), "seconds": status.valid}
+            if self.had != "fetched":
+                self.watch.builder_spent(status.phases)
+            if status.state == "done":
+                self._check_unchanged()
+                try:
+                    self._place(builder, order, status)
+                    return
+                except Mismatch as error:
+                    if count == TRIES:
+                        raise
+                    notice(f"{error.message} Trying again.")
+                    builder.discard(digest, status.attempt)
+                    continue
+            again = status.state == "failed" and status.failure is not None and status.failure.kind == "blob"
+            if status.state == "lost":
+                notice(f"{name} was lost on {builder.url} (the builder restarted, or ran out of memory)")
+            elif not again or count == TRIES:
+                self.note(status.state, status.failure.message if status.failure else "")
+                raise self._failure(builder, status, log)
+        raise JobError(
+            f"{builder.url} lost {name} {TRIES} times (job {digest[:12]}).",
+            f"See on the builder whether it restarts or runs out of memory; the log is {log.path}.",
+        )
+
+    def _follow(self, builder: Builder, order: Order, status: Status, log: TaskLog) -> Status:
+        """Follow a job to its end, within bounds: a builder may say for ever that it runs, or talk without end."""
+        since: float | None = None
+        rounds = Rounds(f"The lines of the log of {self.plan.name} on {builder.url}")
+        while True:
+            self.telling.builds(status)
+            status, data = builder.follow(order.job.digest, status.attempt, log.offset)
+            log.write(data)
+            if status.is_final and not data:
+                return status
+            if since is None and status.state == "running":
+                since = time.monotonic()
+            if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
+                raise self._overdue(builder, order)
+            if status.state == "running":
+                continue  # what runs is bounded by its time
+            if data:
+                rounds.another(len(data) >= WORTH)
+            if log.offset > 2 * task_log.LIMIT:
+                raise JobError(
+                    f"The log of {self.plan.name} on {builder.url} goes on after {size(log.offset)}, and no job may"
+                    " write so much.",
+                    "See on the builder what runs there.",
+                )
+
+    def _check_unchanged(self) -> None:
+        """Refuse to place what was built from files that are others by now: it would be out of date at once."""
+        with task_record.phase("hash"):
+            is_same = self.plan.state(self.plan.read(self.chosen.arch)) == self._state
+        if not is_same:
+            raise JobError(
+                f"What {self.plan.name} is built from changed while it was built, so its outputs were not placed.",
+                "Run doit again.",
+            )
+
+    def _place(self, builder: Builder, order: Order, status: Status) -> None:
+        if set(status.outputs) != set(self.plan.targets):
+            raise JobError(
+                f"{builder.url} has outputs other than those of {self.plan.name}:"
+                f" {repr(sorted(status.outputs))[:400]}.",
+                NONSENSE,
+            )
+
+        def fetch(name: str, offset: int, target: Sink, limit: int) -> None:
+            with task_record.phase("fetch"):
+                builder.fetch(order.job.digest, status.attempt, name, offset, target, limit)
+
+        task_record.expected(sum(output.room for output in status.outputs.values()))
+        with task_record.phase("place"), placing(self.plan.targets.values(), self._state):
+            place(self._targets(), status.outputs, fetch)
+
+    def _overdue(self, builder: Builder, order: Order) -> JobError:
+        return JobError(
+            f"{builder.url} still says that it builds {self.plan.name}, whose time limit of"
+            f" {order.time_limit:g} seconds is long over.",
+            f"See on the builder what it does (job {order.job.digest[:12]}); doit again waits for it again.",
+        )
+
+    def _failure(self, builder: Builder, status: Status, log: TaskLog) -> JobError:
+        if status.state == "cancelled":
+            return JobError(f"{self.plan.name} was cancelled on {builder.url}.", "Run doit again to build it.")
+        message = status.failure.message if status.failure else "It failed."
+        lines = [] if log.is_shown else log.last_lines(TAIL)
+        tail = [f"  | {line}" for line in lines if not line.startswith(OWN_LINES)]
+        step = self._next_step(builder, status)
+        return JobError(
+            f"{self.plan.name}, built by {builder.url}, failed. {message}",
+            "Run doit again when it is mended.",
+            [
+                *(["The last lines of its log:", *tail] if tail else []),
+                f"The whole log is {log.path}.",
+                *([step] if step else []),
+            ],
+        )
+
+    def _next_step(self, builder: Builder, status: Status) -> str:
+        """Return how to look into the container of a job that failed, where it had one and the builder knows how."""
+        if not isinstance(builder, Keeper) or status.failure is None:
+            return ""
+        task = shlex.join([self.task, *typed_settings()])
+        if status.failure.kept:
+            return f"The container is kept: `doit shell {task}` opens a shell in it."
+        if status.failure.containers:
+            return f"To look into its container: `doit {task} keep_failed=yes` builds again, then `doit shell {task}`."
+        return ""
+
+
+def typed_settings() -> tuple[str, ...]:
+    """Return those settings of doit's command line, as they are typed there, without which no other finds the same job.
+
+    A dodo.py's own variables are not repeated: they may be secret.
+    """
+    typed = variables_of_this_run() or {}
+    names = [name for name in ("builder", "arch", "sources", "base") if name in typed]
+    return tuple(f"{name}={shown(typed[name]) if name == 'builder' else typed[name]}" for name in names)
+
+
+_builders: dict[tuple[int, str], Builder] = {}
+_builders_lock = threading.Lock()
+
+
+def builder_of_this_run(url: str) -> Builder:
+    """Return the builder of a URL, opened once per process however many tasks and threads ask; closed at exit."""
+    with _builders_lock:
+        key = (os.getpid(), url)
+        if key not in _builders:
+            _builders[key] = builder = open_builder(url)
+            builder.patience = settings().patience
+        return _builders[key]
+
+
+def _end() -> None:
+    """Before the process ends, end the jobs that it waits for; then close the builders, which that needs."""
+    end_what_is_left()
+    for (pid, _), builder in list(_builders.items()):
+        if pid == os.getpid():
+            builder.close()
+    gc.freeze()  # Python would look for garbage in all modules, more than once, before it ends
+
+
+atexit.register(_end)

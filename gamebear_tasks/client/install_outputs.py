@@ -1,0 +1,266 @@
+"""Artifacts become targets: whole, verified, all of them or none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from ..builders.base import Output, Sink
+from ..errors import JobError
+from ..runner.util.atomic_files import content, opened_alone, sha256_of, sync_folder, zeros
+from ..util.process import UMASK
+from ..util.text import size
+
+Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
+"""Gives an output, by name, from an offset on, to a sink; a limit of bytes at the most. Raises BuilderError."""
+
+
+class Mismatch(JobError):
+    """What came is not what the builder said it would be."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A target's content while it is still under way."""
+
+    target: Path
+    path: Path
+    output: Output
+
+
+STATEMENT = ".intoto.json"
+"""The suffix of the provenance statement beside a target, which no target may have itself."""
+
+
+def statement_of(target: Path) -> Path:
+    """Return where the provenance statement of a target is, or would be."""
+    return target.with_name(f"{target.name}{STATEMENT}")
+
+
+def part_pattern(target: Path) -> str:
+    """Return the glob, in the target's folder, of what interrupted downloads of this target leave."""
+    return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
+
+
+def _part(target: Path, output: Output) -> Path:
+    """Return where a target's content is while it is under way: another place for every name and content."""
+    both = hashlib.sha256(os.fsencode(target.name) + b"/" + output.sha256.encode()).hexdigest()
+    return target.parent / f".{_stem(target)}.{both[:16]}.part"
+
+
+def _stem(target: Path) -> str:
+    """Return what the name of a target's part begins with: the target's name, or a part of it and a hash.
+
+    The part's name is UTF-8 and has at most 255 bytes. No two targets of a folder have one stem.
+    """
+    name = os.fsencode(target.name)
+    text = name[:60].decode("utf-8", "ignore")
+    return text if text == target.name else f"{text}~{hashlib.sha256(name).hexdigest()[:16]}"
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path where no file can be made, before hours are spent on what is to be there; raises JobError."""
+    if path.is_dir():
+        raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
+    folder = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise JobError(f"{path} cannot be made: you may not write to {folder}.", f"See whose it is: ls -ld {folder}.")
+
+
+def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
+    """Bring a job's outputs to their targets.
+
+    Each is written to a temporary file in its target's folder, where a broken-off download is taken up again, checked
+    against its SHA-256, synced; when all are there, each is renamed. A target that has the content already is not
+    fetched.
+
+    Args:
+        targets: where each output goes, by the output's name.
+        outputs: what the builder says of each.
+        fetch: gets the content.
+
+    Returns:
+        How many bytes were fetched.
+
+    Raises:
+        JobError: a target cannot be written: no space, no permission, a folder in the way.
+        Mismatch: an output is not what the builder said. Nothing is placed.
+        BuilderError: it cannot be fetched.
+    """
+    parts: list[_Part] = []
+    fetched = 0
+    try:
+        with contextlib.ExitStack() as open_parts:
+            for name, target in targets.items():
+                output = outputs[name]
+                check_place(target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if len(targets) == 1 and _is_already(target, output):
+                    _set_mode(target, output)
+                    return 0
+                part = _Part(target, _part(target, output), output)
+                parts.append(part)
+                file = open_parts.enter_context(_opened(part))
+                fetched += _complete(name, part, file, fetch)
+            _rename(parts)
+    except OSError as error:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.path.unlink()
+        raise JobError(f"The artifact cannot be written: {_reason(error)}.", _remedy(error)) from error
+    return fetched
+
+
+@contextlib.contextmanager
+def _opened(part: _Part) -> Iterator[BinaryIO]:
+    """Open a part for us alone, keeping what is in it; raises OSError."""
+    with opened_alone(part.path) as fd, open(fd, "r+b", buffering=0, closefd=False) as file:
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if not os.fstat(fd).st_size and os.path.samestat(os.fstat(fd), os.stat(part.path)):
+                    part.path.unlink()  # nothing that could be gone on with
+            raise
+
+
+def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
+    """Fetch what is missing of a part, verify it and sync it; return the bytes fetched."""
+    output = part.output
+    have = os.fstat(file.fileno()).st_size
+    if have > output.size:
+        file.truncate(0)
+        have = 0
+    missing = output.size - have
+    free = shutil.disk_usage(part.path.parent).free
+    if min(missing, output.room) > free:
+        part.path.unlink()
+        raise JobError(
+            f"There is no room for {part.target}: it takes {size(output.room)}, and {size(free)} are free.",
+            "Make room, then run doit again: it is fetched, not built.",
+        )
+    checked = _Checked(file, have)
+    fetch(name, have, checked, missing)
+    if checked.size == output.size and checked.sha256() == output.sha256:
+        os.fchmod(file.fileno(), _mode(output))
+        os.fsync(file.fileno())
+        return missing
+    part.path.unlink()
+    if have:
+        raise Mismatch(
+            f"What an earlier run had fetched of {part.target} was damaged; it is removed.", "Run doit again."
+        )
+    raise Mismatch(
+        f"{part.target} did not arrive as the builder said it would: {checked.size} of {output.size} bytes,"
+        f" SHA-256 {checked.sha256()} instead of {output.sha256}. It was not kept.",
+        "Run doit again; if it stays so, the builder's disk or memory may be failing: see dmesg there.",
+    )
+
+
+class _Checked:
+    """A file that is hashed as it is written, what was there before included."""
+
+    def __init__(self, file: BinaryIO, have: int) -> None:
+        self._digest = hashlib.sha256()
+        self._file = file
+        self.size = have
+        for data in content(file.fileno()):
+            self._digest.update(data)
+        file.seek(have)
+
+    def write(self, data: bytes, /) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) or 0 :]
+        self._digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def skip(self, count: int, /) -> None:
+        self.size += count
+        self._file.truncate(self.size)  # first: no file system takes a size that is beyond reason
+        self._file.seek(self.size)
+        for data in zeros(count):
+            self._digest.update(data)
+
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _rename(parts: list[_Part]) -> None:
+    """Make targets of the parts. Where there are several, the old ones go first: a mixture is never to be seen."""
+    if len(parts) > 1:
+        for part in parts:
+            with contextlib.suppress(FileNotFoundError):
+                part.target.unlink()
+    placed: list[_Part] = []
+    try:
+        for part in parts:
+            os.replace(part.path, part.target)
+            placed.append(part)
+    except BaseException:
+        for part in placed if len(parts) > 1 else ():
+            with contextlib.suppress(OSError):
+                part.target.unlink()
+        raise
+    for part in parts:
+        with contextlib.suppress(OSError):
+            statement_of(part.target).unlink()  # it is about what was there before
+    for folder in {part.target.parent for part in parts}:
+        sync_folder(folder)
+    for part in parts:
+        for other in part.target.parent.glob(part_pattern(part.target)):
+            _remove_unused(other)
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove what a broken-off download of another content has left, unless another doit is at it now."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(fd)
+
+
+def _is_already(target: Path, output: Output) -> bool:
+    try:
+        about = os.lstat(target)
+        return stat.S_ISREG(about.st_mode) and about.st_size == output.size and sha256_of(target) == output.sha256
+    except OSError:
+        return False
+
+
+def _set_mode(target: Path, output: Output) -> None:
+    with contextlib.suppress(OSError):
+        target.chmod(_mode(output))
+
+
+def _mode(output: Output) -> int:
+    return (0o777 if output.executable else 0o666) & ~UMASK
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror} ({error.filename})" if error.filename else str(error.strerror or error)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room, then run doit again: it is fetched, not built."
+    return "See that it is there and yours; then run doit again: it is fetched, not built."
+
+
+def _glob_escaped(text: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in text)

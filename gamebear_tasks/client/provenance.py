@@ -1,0 +1,280 @@
+"""Where an artifact comes from: a statement beside it, in the form of in-toto and SLSA.
+
+Each target has its own, as `<target>.intoto.json`: an in-toto Statement v1 with a predicate SLSA Provenance v1. What
+stands where is in docs/reference/provenance.md. It is written from the task's record, what its `artifact()` declares,
+and what the builder says of its images; that is kept beside the task's log, so that it has to be asked once.
+Formats: https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1, https://github.com/package-url/purl-spec.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import re
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..builders.base import Builder, Traced
+from ..builders.protocol.materials import Materials, UsedImage
+from ..errors import BuilderError, JobError
+from ..jobspec.plan import Plan
+from ..records import task_log
+from ..records.task_record import Made, Record
+from ..runner.util.atomic_files import read_json, sha256_of, write_bytes
+from ..sources.base import public_url
+from ..util.messages import notice
+from ..util.process import FILE_MODE
+from .install_outputs import statement_of
+
+BUILD_TYPE = "urn:x-gamebear-tasks:job:v1"
+"""What says how the rest of a job's statement is to be read: docs/reference/provenance.md."""
+
+Json = dict[str, Any]
+
+IMAGE_TYPE = "urn:x-gamebear-tasks:image:v1"
+"""The same of an image that `sd_image()` bakes."""
+
+CLOCK = 2.0
+"""Seconds that a file's time may be off: some file systems keep two only."""
+
+
+def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]:
+    """Write the statement of each target of a task that was built; return where they are.
+
+    Args:
+        task: its name.
+        plan: what it declares.
+        record: how it went, well.
+        builder: where it was built, which is asked what for, unless that was done before.
+
+    Raises:
+        JobError: a statement cannot be written.
+        BuilderError: the builder cannot tell.
+    """
+    materials = _materials(task, record, builder)
+    for image in materials.images:
+        if image.gone and not image.packages:
+            notice(f"{task}: the image {image.name or image.id[:12]} is no longer there to say what is installed in it")
+    definition = _definition(plan, record, materials)
+    run = details(record, materials)
+    return [write_statement(made.path, made.sha256, definition, run) for made in record.outputs]
+
+
+def write_statement(target: str, sha256: str, definition: Json, details: Json) -> Path:
+    """Write the statement of a target and return where it is; raises JobError."""
+    path = statement_of(Path(target))
+    statement = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": Path(target).name, "digest": {"sha256": sha256}}],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {"buildDefinition": definition, "runDetails": details},
+    }
+    try:
+        write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=FILE_MODE)
+    except OSError as error:
+        hint = "Make room, or see whose folder it is."
+        raise JobError(f"{path} cannot be written: {error.strerror}.", hint) from error
+    return path
+
+
+def check(record: Record) -> None:
+    """See that the targets are what was built; raises JobError."""
+    for made in record.outputs:
+        if _sha256(made) != made.sha256:
+            raise changed(record, made)
+
+
+def changed(record: Record, made: Made) -> JobError:
+    """Return the error of an artifact that is not what its record says."""
+    return JobError(
+        f"{made.path} is not the file that {record.task} made: it was changed since, or is gone.",
+        f"Have it made again: doit clean {record.task}, then doit {record.task}.",
+    )
+
+
+def _sha256(made: Made) -> str:
+    try:
+        return sha256_of(made.path)
+    except OSError:
+        return ""
+
+
+def _materials(task: str, record: Record, builder: Builder) -> Materials:
+    """Return what a job was built in, as it was told before, or as the builder tells it now."""
+    path = task_log.materials_of(task)
+    run = {"task": task, "digest": record.digest, "attempt": record.attempt}
+    known = read_json(path)
+    if isinstance(known, dict) and known.get("run") == run and isinstance(known.get("said"), dict):
+        return Materials.of_document(known["said"])
+    if not isinstance(builder, Traced):
+        raise BuilderError(
+            f"{builder.url} does not tell what it builds in, so there is no provenance.",
+            "The package that this builder comes from has to do that; or set provenance to false.",
+        )
+    said = builder.materials(record.digest, record.attempt)
+    with contextlib.suppress(OSError):  # it is asked again
+        write_bytes(path, json.dumps({"run": run, "said": said}).encode())
+    return Materials.of_document(said)
+
+
+def _definition(plan: Plan, record: Record, materials: Materials) -> Json:
+    job = record.job
+    kind = "function" if "function" in job else "script"
+    return {
+        "buildType": BUILD_TYPE,
+        "externalParameters": {
+            "program": {"kind": kind, "name": _mapping(job.get(kind)).get("name", "")},
+            "args": job.get("args") or {},
+            "arch": job.get("arch", ""),
+            "inputs": {name: str(path) for name, path in plan.inputs.items()},
+            "sources": {name: _declared(source) for name, source in plan.sources.items()},
+            "outputs": sorted(plan.targets),
+        },
+        "internalParameters": {
+            "job": record.digest,
+            "attempt": record.attempt,
+            "machine": materials.machine,
+            "isolation": materials.isolation,
+        },
+        "resolvedDependencies": [
+            *_files(plan, job, kind),
+            *_sources(plan, job),
+            *map(_image, materials.images),
+            *_packages(materials),
+        ],
+    }
+
+
+def _files(plan: Plan, job: Mapping[str, Any], kind: str) -> Iterator[Json]:
+    program = _mapping(job.get(kind))
+    where = {} if kind == "function" else {"path": str(plan.program)}
+    yield resource(str(program.get("name")), sha256=program.get("sha256"), role=kind, **where)
+    for name, file in _mapping(job.get("modules")).items():
+        yield resource(name, sha256=file["sha256"], role="module")
+    for name, file in _mapping(job.get("inputs")).items():
+        yield resource(name, sha256=file["sha256"], role="input", path=str(plan.inputs.get(name, "")))
+
+
+def _declared(source: object) -> Json:
+    """Return a source as dodo.py declares it, without what may be secret in a URL."""
+    fields = {name: getattr(source, name, None) for name in ("url", "rev", "submodules", "sha256", "strip", "package")}
+    fields |= {name: getattr(source, name, None) for name in ("version", "suite")}
+    if fields["url"]:
+        fields["url"] = public_url(str(fields["url"]))
+    return {
+        "kind": type(source).__name__.lower(),
+        **{name: value for name, value in fields.items() if value is not None},
+    }
+
+
+def _sources(plan: Plan, job: Mapping[str, Any]) -> Iterator[Json]:
+    for name, identity in _mapping(job.get("sources")).items():
+        url = public_url(str(getattr(plan.sources.get(name), "url", "")))
+        if "git" in identity:
+            commit = str(identity["git"])
+            described = {**resource(name, role="source"), "digest": {"gitCommit": commit}}
+            yield {**described, "uri": f"{_git_uri(url)}@{commit}"}
+        elif "archive" in identity:
+            yield {**resource(name, sha256=identity["archive"], role="source"), "uri": url}
+        elif "debian" in identity:
+            purl = debian_purl(str(identity["debian"]), str(identity["version"]), "source")
+            yield {**resource(name, sha256=identity["dsc"], role="source", digestOf="the .dsc"), "uri": purl}
+
+
+def _git_uri(url: str) -> str:
+    """Return the URI of a repository, as SPDX has it, of what `git fetch` takes."""
+    if "://" in url:
+        return url if url.startswith("git") else f"git+{url}"
+    host, colon, path = url.partition(":")
+    return f"git+ssh://{host}/{path.lstrip('/')}" if colon and "/" not in host else f"git+file://{url}"
+
+
+def _image(image: UsedImage) -> Json:
+    about = {name: image.notes.get(name, "") for name in ("base", "base-id", "suite", "mirror")}
+    about["made"] = image.notes.get("created") or image.notes.get("date") or ""
+    about["mirror"] = public_url(about["mirror"])
+    about["manifest"] = image.manifest
+    about["had"] = _had(image)
+    role = "package image" if about["base-id"] else "image" if image.used else "base image"
+    return resource(image.name or image.id[:12], sha256=image.id, role=role, **about)
+
+
+def _had(image: UsedImage) -> str:
+    """Return how the builder came to have an image, as far as its names tell."""
+    ours = [name.removeprefix("localhost/gamebear-base:") for name in image.names if "/gamebear-base:" in name]
+    if image.notes.get("base-id"):
+        return "built"
+    if any(name.startswith("pulled-") for name in ours):
+        return "registry"
+    return "bootstrap" if ours else ""
+
+
+def _packages(materials: Materials) -> Iterator[Json]:
+    seen = set()
+    for image in materials.images:
+        vendor = re.search("ubuntu|raspbian", f"{image.name} {image.notes.get('base', '')}")
+        for package in image.packages:
+            purl = debian_purl(package.name, package.version, package.arch, vendor[0] if vendor else "debian")
+            if purl not in seen:
+                seen.add(purl)
+                yield {**resource(package.name, role="package", image=image.id), "uri": purl}
+
+
+def details(record: Record, materials: Materials) -> Json:
+    """Return a statement's `runDetails`: by whom it was built, and when."""
+    builder = record.builder
+    version = {"gamebear-tasks": _own_version(), "buildah": materials.buildah, "python": materials.python}
+    times = {"startedOn": materials.begun, "finishedOn": materials.ended}
+    logs = []
+    if task_log.noted(record.task) == (record.digest, record.attempt):
+        with contextlib.suppress(OSError):
+            logs.append(resource("log", sha256=sha256_of(task_log.path_of(record.task))))
+    return {
+        "builder": {
+            "id": f"local://{materials.host}" if builder == "local:" else builder,
+            "version": {name: text for name, text in version.items() if text},
+        },
+        "metadata": {
+            "invocationId": f"{record.digest}/{record.attempt}".rstrip("/"),
+            **{name: _timestamp(seconds) for name, seconds in times.items() if seconds},
+        },
+        "byproducts": logs,
+    }
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("gamebear-tasks")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return ""
+
+
+def resource(name: str, sha256: object = None, **annotations: str) -> Json:
+    """Return in-toto's ResourceDescriptor."""
+    about = {key: value for key, value in annotations.items() if value}
+    return {
+        "name": name,
+        **({"digest": {"sha256": str(sha256)}} if sha256 else {}),
+        **({"annotations": about} if about else {}),
+    }
+
+
+def debian_purl(name: str, version: str, arch: str, vendor: str = "debian") -> str:
+    """Return the package URL of a Debian package (purl-spec, type `deb`); `arch` may be empty."""
+
+    def encoded(text: str) -> str:
+        return urllib.parse.quote(text, safe=":~")
+
+    return f"pkg:deb/{vendor}/{encoded(name)}@{encoded(version)}" + (f"?arch={encoded(arch)}" if arch else "")
+
+
+def _timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,117 @@
+"""Why a task was built: what differs between its job and that of its last record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..jobspec.plan import Plan
+from ..jobspec.spec import Job, Json
+from ..records.task_record import Record
+from ..util.text import in_line
+
+MOST = 8
+"""How many reasons of a kind are told one by one."""
+
+NEVER = "never built here before"
+
+ASKED = "asked for (doit -a, doit forget, or an uptodate of its own): its job is as it was"
+
+ENDS = {
+    "failed": "its last build failed",
+    "cancelled": "its last build was cancelled",
+    "interrupted": "its last build was interrupted",
+    "error": "its last build did not come to an end",
+}
+"""What is told of a last record that is not `done`."""
+
+
+def reasons(plan: Plan, job: Job, last: Record | None, missing: Iterable[str]) -> tuple[str, ...]:
+    """Return why a task is to be built, a phrase each.
+
+    Args:
+        plan: what the task declares.
+        job: the job that came of it.
+        last: the record of the task's last run.
+        missing: the targets that were not there.
+    """
+    return _against(last, missing, lambda before: _differences(plan, job.document(), before))
+
+
+def reasons_to_bake(job: Mapping[str, Json], last: Record | None, missing: Iterable[str]) -> tuple[str, ...]:
+    """Return why an image is to be baked, a phrase each; the parameters are those of `reasons`."""
+
+    def differences(before: Mapping[str, Json]) -> Iterator[str]:
+        if job["image"] != before.get("image"):
+            yield "what it declares changed: its settings, names or modes"
+        files, others = _mapping(job["files"]), _mapping(before.get("files"))
+        yield from _bounded(
+            [f"{name} changed" for name in sorted(files) if name in others and files[name] != others[name]]
+        )
+
+    return _against(last, missing, differences)
+
+
+def _against(
+    last: Record | None, missing: Iterable[str], differences: Callable[[Mapping[str, Json]], Iterable[str]]
+) -> tuple[str, ...]:
+    if last is None:
+        return (NEVER,)
+    found = [f"{target} was missing" for target in missing]
+    if last.state in ENDS:
+        found.append(ENDS[last.state])
+    if last.job:
+        found += differences(last.job)
+    if last.state == "done" and too_old(last):
+        found.append("the package images that it was built with had grown too old")
+    if not found:
+        found.append(ASKED if last.job else "the record of its last build does not say from what it was built")
+    return tuple(in_line(reason)[:400] for reason in _bounded(found))
+
+
+def missing(paths: Iterable[str]) -> list[str]:
+    """Return those of some files that are not there."""
+    return [path for path in paths if not Path(path).exists()]
+
+
+def too_old(last: Record) -> bool:
+    """Say whether the time for which a result holds is up, by this machine's clock."""
+    return last.valid is not None and time.time() - last.valid["since"] >= last.valid["seconds"]
+
+
+def _differences(plan: Plan, now: Mapping[str, Json], before: Mapping[str, Json]) -> Iterator[str]:
+    program = f"the function {plan.name}" if "function" in now else str(plan.program)
+    if now.get("script") != before.get("script") or now.get("function") != before.get("function"):
+        yield f"{program} changed"
+    kinds = {"modules": "module", "inputs": "input", "sources": "source", "args": "argument"}
+    for key, what in {**kinds, "metadata": "metadata of source"}.items():
+        yield from _bounded(list(_of_each(plan, what, _mapping(now.get(key)), _mapping(before.get(key)))))
+    if now.get("arch") != before.get("arch"):
+        yield f"the architecture is {now.get('arch')}, and was {before.get('arch')}"
+    if now.get("outputs") != before.get("outputs"):
+        yield "its outputs have other names"
+    if now.get("gamebear") != before.get("gamebear"):
+        yield "jobs are told in another way than before"
+
+
+def _of_each(plan: Plan, what: str, now: Mapping[str, Json], before: Mapping[str, Json]) -> Iterator[str]:
+    """Tell what is new, changed or gone of a job's modules, inputs, sources or arguments; never an argument's value."""
+    for name in sorted({*now, *before}):
+        shown = plan.inputs.get(name, name) if what == "input" else name
+        if name not in before:
+            yield f"the {what} {shown} is new"
+        elif name not in now:
+            yield f"the {what} {shown} is gone"
+        elif now[name] != before[name]:
+            yield f"the {what} {shown} {'is another' if what == 'source' else 'changed'}"
+
+
+def _mapping(value: Any) -> Mapping[str, Json]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _bounded(found: list[str]) -> list[str]:
+    more = len(found) - MOST
+    return found if more < 2 else [*found[:MOST], f"and {more} more"]

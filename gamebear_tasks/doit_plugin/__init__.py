@@ -1,0 +1,1 @@
+"""Task dicts, actions and the reporter for doit."""

@@ -1,0 +1,165 @@
+"""What a `dodo.py` is written with, beside `artifact()`: `sd_image()`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from doit.exceptions import BaseFail
+
+from ..client.cancellation import begin_run, say_so_without_a_traceback
+from ..client.placement_marks import is_placed
+from ..config import architecture, settings
+from ..errors import ImageError, SettingsError
+from ..records.run_journal import up_to_date
+from ..sdcard.recipe import SUFFIXES, File, Recipe, Tar, User, size_of, state_of, texts
+from ..sdcard.workdir import remove_workshops
+from ..util.file_hashes import content_of
+from .artifact import Task, check_target, remove_targets
+
+if TYPE_CHECKING:
+    from ..sources.archive import Archive
+
+HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
+"""A host name (RFC 1123, 2.1), without a domain."""
+
+SAVED = "gamebear-image"
+"""The key of the state that was baked, among the values that doit saves of a task."""
+
+OUTPUT = re.compile(r".*[^.\n]\.img(\.xz|\.zst)?")
+"""The name of a target; it is more than a suffix."""
+
+
+def sd_image(
+    base: str | Path | Archive,
+    *,
+    output: str | Path,
+    contents: Iterable[File | Tar] = (),
+    config: Iterable[str] = (),
+    cmdline: Iterable[str] = (),
+    enable: Iterable[str] = (),
+    hostname: str | None = None,
+    user: User | None = None,
+    arch: str | None = None,
+    size: int | str | None = None,
+    free: int | str = 0,
+) -> Task:
+    """Return a doit task that bakes an SD-card image: a base image with artifacts and settings in it.
+
+    It is a plain task: `file_dep` has the base, what goes in and the key files, `targets` the output, `uptodate` all
+    else.
+
+    Args:
+        base: the image to begin with, plain or compressed (xz, zstd, gzip, zip): a file, or an `archive()` of the web.
+        output: the target; `.img`, or `.img.xz` or `.img.zst` to compress it.
+        contents: what goes in, each a `file()` or a `tar()`; of two with one name the later one stays.
+        config: lines of config.txt; a heading such as `[pi4]` among them filters those after it, until `[all]`.
+        cmdline: words of cmdline.txt.
+        enable: names of units to enable.
+        hostname: the host name; by default the base's.
+        user: a `user()`.
+        arch: Debian's name of the architecture; by default that of the setting `arch`.
+        size: bytes of the whole image, or a text such as `4G`; by default the base's, or what is needed.
+        free: bytes, or such a text, that the root file system has left at least.
+
+    Raises:
+        SettingsError: an argument makes no sense; doit shows it and ends.
+    """
+    if not isinstance(output, str | PurePath) or not OUTPUT.fullmatch(str(output).rpartition("/")[2]):
+        raise SettingsError(
+            f"sd_image(): output={output!r} is no image's name.",
+            f"It ends with .img, or with .img{' or .img'.join(end for end, how in SUFFIXES.items() if how)}.",
+        )
+    target = Path(output)
+    where = f"sd_image({str(target)!r})"
+    check_target(str(target), where)
+    if isinstance(base, str | PurePath) and str(base):
+        base = Path(base)
+    elif not _is_archive(base):
+        raise SettingsError(
+            f"{where}: the base {base!r} is neither a file nor an archive().",
+            'Say sd_image("base.img.xz", …), or give it an archive(URL, sha256=…).',
+        )
+    items = tuple(contents) if isinstance(contents, Iterable) and not isinstance(contents, str) else (contents,)
+    for item in items:
+        if not isinstance(item, File | Tar):
+            raise SettingsError(f"{where}: contents= has {item!r}.", "Say each as file(…) or tar(…).")
+    if hostname is not None and not (isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)):
+        raise SettingsError(
+            f"{where}: {hostname!r} is no host name.", "It has letters, digits and -, without a domain."
+        )
+    if user is not None and not isinstance(user, User):
+        raise SettingsError(f"{where}: user={user!r} is no user.", "Say user=user(…).")
+    recipe = Recipe(
+        base=base,
+        output=target,
+        arch=architecture("arch", arch, where) if arch is not None else settings().arch,
+        contents=items,
+        config=texts("config", config, where),
+        cmdline=texts("cmdline", cmdline, where),
+        enable=texts("enable", enable, where),
+        hostname=hostname or "",
+        user=user,
+        size=None if size is None else size_of("size", size, where),
+        free=size_of("free", free, where),
+    )
+    if target in recipe.files:
+        raise SettingsError(f"{where}: it would be baked from itself.", "Give the output another name.")
+    if recipe.size is not None and recipe.size % 512:
+        raise SettingsError(
+            f"{where}: size={size!r} is no whole number of sectors of 512 bytes.", 'Say it in MiB or GiB: size="4G".'
+        )
+    say_so_without_a_traceback()  # here, because it is the main process of a `doit -n` that shows it
+    return {
+        "actions": [(_bake, [recipe])],
+        "file_dep": [str(path) for path in dict.fromkeys(recipe.files)],
+        "targets": [str(target)],
+        "uptodate": [_SameRecipe(recipe)],
+        "clean": [remove_targets, _remove_workshops],
+        "verbosity": 2,
+    }
+
+
+def _is_archive(base: object) -> TypeGuard[Archive]:
+    from ..sources.archive import Archive  # here, because most images are baked from files
+
+    return isinstance(base, Archive)
+
+
+def _bake(recipe: Recipe, task: Any) -> BaseFail | dict[str, str]:
+    from ..sdcard.bake import bake  # here, because loading a dodo.py is to be quick
+
+    done = bake(recipe, task.name)
+    return {SAVED: done} if isinstance(done, str) else done
+
+
+class _SameRecipe:
+    """Tells doit whether the target holds what would be baked now; an `uptodate` of a task."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
+        """Say whether nothing has changed since the task's last success."""
+        begin_run()
+        baked = values.get(SAVED)
+        try:
+            if baked is None or baked != state_of(self._recipe.document(content_of)):
+                return False
+        except ImageError:
+            return False  # baking it says what is wrong
+        if not is_placed([str(self._recipe.output)], baked):
+            return False
+        up_to_date.append(task.name)
+        return True
+
+    def __repr__(self) -> str:
+        return f"the recipe of {self._recipe.output}: its files' content, settings, names and modes"
+
+
+def _remove_workshops(task: Any, dryrun: bool) -> None:
+    """Remove what killed bakings have left; a `clean` action."""
+    for target in () if dryrun else task.targets:
+        remove_workshops(Path(target))

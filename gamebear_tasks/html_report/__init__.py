@@ -1,0 +1,1 @@
+"""The last runs as an HTML page."""

@@ -1,0 +1,1 @@
+"""The job as data, and its digest."""

@@ -1,1 +1,0 @@
-"""The page of the last runs: one HTML file that needs nothing else, neither network nor scripts."""

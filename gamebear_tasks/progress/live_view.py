@@ -1,0 +1,352 @@
+"""The live view: what runs is at the end of the terminal, what has ended is above it and stays.
+
+One thread paints, at most eight times a second. It also takes what is written to standard output and error, and what
+the processes of `doit -n` tell. If it fails, the terminal is given back, and the builds go on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import selectors
+import signal
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..client import cancellation
+from ..util.messages import notice
+from . import events
+from .event_socket import Hearing
+from .events import Event, listen
+from .model import Board, Outcome
+from .stdio_capture import Capture, still
+
+if TYPE_CHECKING:  # rich is loaded by the thread that paints
+    from rich.text import Text
+
+    from .terminal_screen import Screen
+
+PAUSE = 0.125
+"""Seconds between two paintings."""
+
+PENDING = 4 << 20
+"""Characters of logs that may wait to be shown; who brings more waits too, for as long as the terminal takes any."""
+
+GRACE = 5.0
+"""Seconds that the last painting may take."""
+
+COLOURS = ("cyan", "magenta", "blue", "green", "yellow")
+"""Of the tasks' names before the lines of their logs."""
+
+Item = Outcome | tuple[str, str] | str
+"""What is shown above: how a task has ended, a line of a task's log, what somebody has written."""
+
+
+class Live:
+    """A live view on a terminal.
+
+    Args:
+        stream: the terminal.
+        board: what is known of the tasks.
+        names: those of the tasks.
+        whole: whether the logs are shown, and not just their last lines.
+        processes: whether tasks run in processes of their own.
+    """
+
+    def __init__(self, stream: TextIO, board: Board, names: Sequence[str], whole: bool, processes: bool) -> None:
+        self.whole = whole
+        self.board = board
+        self._names = names
+        self._encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._terminal = os.dup(stream.fileno())
+        self._changed = threading.Condition()
+        self._painting = threading.RLock()  # a signal may come while the main thread has it
+        self._above: list[Item] = []
+        self._pending = 0
+        self._left_out = 0
+        self._ending: list[tuple[str, str, str]] = []
+        self._away = 0
+        self._screen: Screen | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._broken = False
+        self._interrupted = False
+        self._capture = Capture()
+        self._wake, self._waker = os.pipe()
+        self._hearing: Hearing | None = None
+        if processes:
+            with contextlib.suppress(OSError):
+                self._hearing = Hearing("whole" if whole else "last")
+        listen(self)
+        atexit.register(self._close_at_exit, os.getpid())
+        self._signals = self._take_signals()
+
+    # what doit tells
+
+    def start(self, name: str, title: str, alone: bool) -> None:
+        """Show that a task runs; `alone`: it has the terminal for itself."""
+        with self._changed:
+            self.board.start(name)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+                self._thread.start()
+        if alone:
+            self.leave_terminal(True)
+
+    def end(self, name: str, how: str, text: str, alone: bool) -> None:
+        """Show that a task has ended."""
+        if alone:
+            self.leave_terminal(False)
+        with self._changed:
+            self._ending.append((name, how, text))  # what it told may still be on its way
+
+    def skip(self, how: str, line: str) -> None:
+        """Count a task that did not have to run; show a line about it, if there is one."""
+        with self._changed:
+            self.board.skip(how)
+            if line:
+                self._above.append(line)
+
+    def close(self, interrupted: bool) -> None:
+        """Show how it went, and give the terminal back."""
+        if self._closing:
+            return
+        self._interrupted = interrupted
+        self._closing = True
+        listen(None)
+        try:
+            with contextlib.suppress(OSError):
+                os.write(self._waker, b"\n")
+            if self._thread is not None:
+                self._thread.join(GRACE)
+        finally:
+            self._give_back()
+            self._pass_on(0.0)
+            if self._hearing is not None:
+                self._hearing.close()
+
+    def _close_at_exit(self, pid: int) -> None:
+        """Give the terminal back where doit ends without saying so."""
+        if pid == os.getpid():
+            self.close(False)
+
+    # what builds tell
+
+    def hear(self, event: Event) -> None:
+        """Take an event of this process."""
+        with self._changed:
+            if "lines" in event and not self._has_room():
+                self._left_out += len(event["lines"])
+            else:
+                self._take(event)
+
+    def _has_room(self) -> bool:
+        """Wait until another line may wait to be shown; not where the terminal takes nothing (Ctrl-S, background).
+
+        The caller holds `_changed`.
+        """
+        taken, until = self._taken, 0.0
+        while self._pending > PENDING and not self._broken and not self._closing:
+            if self._taken != taken or not (self._left_out or until):
+                taken, until = self._taken, time.monotonic() + events.STOPPED
+            if time.monotonic() >= until:
+                return False
+            self._changed.wait(0.2)
+        return True
+
+    @property
+    def _taken(self) -> int:
+        return self._screen.taken if self._screen is not None else 0
+
+    def _take(self, event: Event) -> None:
+        if "asking" in event:
+            self._leave(bool(event["asking"]))
+            return
+        with self._changed:
+            self.board.take(event)
+            for line in event.get("lines", ()):
+                self._above.append((event["task"], line))
+                self._pending += len(line) + 40
+
+    def leave_terminal(self, leave: bool) -> None:
+        """Leave the terminal to somebody else, or take it back."""
+        self._leave(leave)
+        with self._painting:
+            if leave and self._away == 1:
+                self._capture.pause()
+            elif not leave and not self._away and not self._broken:
+                self._capture.begin()
+
+    def _leave(self, leave: bool) -> None:
+        with self._painting:
+            self._away += 1 if leave else -1
+            if leave and self._screen is not None:
+                with contextlib.suppress(OSError):
+                    self._screen.clear()
+
+    # the thread
+
+    def _run(self) -> None:
+        try:
+            from .terminal_screen import Screen
+
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._capture.reader, selectors.EVENT_READ, self._read)
+                selector.register(self._wake, selectors.EVENT_READ, lambda: None)
+                if self._hearing is not None:
+                    self._hearing.join(selector, self._take)
+                self._screen = screen = Screen(self._terminal, self._encoding)
+                frame = 0
+                while not self._closing:
+                    self._listen(selector, PAUSE)
+                    frame += 1
+                    if self._is_in_front():
+                        self._paint(screen, frame)
+                while self._listen(selector, 0.0):
+                    pass
+                if self._capture.rest:
+                    self._above.append(self._capture.rest)
+                self._away = 0
+                self._paint(screen, frame, last=True)
+        except Exception as error:  # noqa: BLE001 - builds go on without a view
+            self._broken = True
+            self._give_back()
+            notice(f"the live view has ended ({type(error).__name__}: {error}); what it showed is in build/logs")
+            if self._hearing is not None:
+                self._hearing.deafen()
+            while not self._closing:
+                self._pass_on(PAUSE)
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _listen(self, selector: selectors.BaseSelector, seconds: float) -> bool:
+        """Take what comes for a while; say whether anything has."""
+        came = False
+        until = time.monotonic() + seconds
+        while True:
+            ready = selector.select(max(until - time.monotonic(), 0.0))
+            calls: list[Callable[[], object]] = [key.data for key, _ in ready if key.fd != self._wake]
+            for call in calls:
+                call()
+            came = came or bool(calls)
+            if time.monotonic() >= until or self._closing:
+                return came
+
+    def _read(self) -> None:
+        lines = self._capture.read()
+        with self._changed:
+            self._above += map(still, lines)
+
+    def _pass_on(self, seconds: float) -> None:
+        """Show as it is what comes without a view: processes of `doit -n` may still write."""
+        with contextlib.suppress(OSError, ValueError):
+            while select.select([self._capture.reader], [], [], seconds)[0]:
+                os.write(self._terminal, os.read(self._capture.reader, 1 << 16).replace(b"\n", b"\r\n"))
+
+    def _is_in_front(self) -> bool:
+        """Whether the terminal is ours to paint on: a shell may have put us behind itself."""
+        try:
+            return os.tcgetpgrp(self._terminal) == os.getpgrp()
+        except OSError:
+            return True  # no terminal that controls us
+
+    def _paint(self, screen: Screen, frame: int, last: bool = False) -> None:
+        with self._painting:
+            if self._away:
+                return
+            with self._changed:
+                above, block = self._picture(screen, frame, last)
+                self._above, self._pending, self._left_out = [], 0, 0
+                self._changed.notify_all()
+            screen.paint(above, block)
+
+    def _picture(self, screen: Screen, frame: int, last: bool) -> tuple[list[Text | str], list[Text]]:
+        """Return what goes above, and our lines."""
+        from . import render
+
+        now = time.monotonic()
+        columns, rows = screen.size()
+        signs = screen.signs
+        names = render.width_of_names(self._names, columns)
+        ended = [end for end in self._ending if last or not self._is_to_come(*end)]
+        self._ending = [end for end in self._ending if end not in ended]
+        self._above += [self.board.end(*end) for end in ended]
+        above: list[Text | str] = []
+        prefixes: dict[str, str] = {}
+        for item in self._above:
+            if isinstance(item, str):
+                above.append(item)
+            elif isinstance(item, Outcome):
+                above.append(render.outcome_line(item, columns, names, signs))
+                above += render.failure_lines(item.text, columns)
+            else:
+                task, line = item
+                if task not in prefixes:
+                    colour = COLOURS[self._names.index(task) % len(COLOURS)] if task in self._names else ""
+                    prefixes[task] = screen.drawn(render.log_prefix(task, names, colour, signs))
+                above.append(prefixes[task] + line)
+        if self._left_out:
+            above.append(events.left_out(self._left_out))
+        if last and not self.board.is_idle:
+            above += render.summary_lines(self.board, now, columns, signs, self._interrupted)
+        if last:
+            return above, []
+        running = list(self.board.running.values())
+        running.sort(key=lambda task: not task.phase and task.there == "queue")
+        room = rows - 1
+        hidden = len(running) - room + 1 if len(running) > room else 0
+        seen = running[: max(room - 1, 0)] if hidden else running
+        block = render.running_lines(seen, now, columns, names, frame, signs)
+        if hidden and room > 0:
+            block.append(render.more_line(hidden, columns, signs))
+        block.append(render.status_line(self.board, now, columns, signs))
+        if self._capture.rest:
+            block.insert(0, render.part_line(self._capture.rest, columns, signs))
+        return above, block
+
+    def _is_to_come(self, name: str, how: str, _: str) -> bool:
+        """Whether a process has yet to tell how its task was had: it could not while the terminal took nothing."""
+        task = self.board.running.get(name)
+        return self._hearing is not None and how == "done" and task is not None and task.tells and not task.had
+
+    # the terminal
+
+    def _give_back(self) -> None:
+        """Leave the terminal as it was."""
+        mine = self._painting.acquire(timeout=GRACE)  # where the terminal is stopped (Ctrl-S), a painting is too
+        with contextlib.suppress(OSError):
+            self._capture.pause()
+        if mine:
+            with contextlib.suppress(OSError):
+                if self._screen is not None:
+                    self._screen.clear()
+            self._painting.release()
+        if threading.current_thread() is threading.main_thread():
+            for number, before in self._signals.items():
+                signal.signal(number, before)
+            self._signals = {}
+
+    def _take_signals(self) -> dict[int, Any]:
+        """Have the terminal given back before a signal ends or stops us."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        cancellation.begin_run()  # a signal that ends us has doit close us first
+        own = os.getpid()
+
+        def stop(number: int, frame: types.FrameType | None) -> None:
+            if os.getpid() == own:
+                self._leave(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            if os.getpid() == own:
+                self._leave(False)  # somebody lets us go on
+
+        taken: dict[int, Any] = {}
+        if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+            taken[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, stop)
+        return taken

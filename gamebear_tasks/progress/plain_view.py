@@ -1,0 +1,133 @@
+"""Plain lines, each with its task: for files, pipes, CI and terminals that can do no more."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import threading
+import time
+from collections.abc import Sequence
+from typing import TextIO
+
+from ..util.text import duration, in_line, printable, size
+from .event_socket import Hearing
+from .events import Event, listen
+from .model import Board
+
+PAUSE = 0.1
+"""Seconds for which the end of a task may wait for what its process has told."""
+
+
+class Plain:
+    """Plain lines in a stream.
+
+    Args:
+        stream: where to write.
+        board: what is known of the tasks.
+        processes: whether tasks run in processes of their own.
+    """
+
+    whole = True
+
+    def __init__(self, stream: TextIO, board: Board, processes: bool) -> None:
+        self.board = board
+        self._stream = stream
+        self._lock = threading.RLock()
+        self._closing = False
+        self._ending: list[tuple[str, str, str]] = []
+        self._thread: threading.Thread | None = None
+        self._hearing: Hearing | None = None
+        if processes:
+            with contextlib.suppress(OSError):
+                self._hearing = Hearing("every")
+        listen(self)
+
+    def start(self, name: str, title: str, alone: bool) -> None:
+        """Say that a task runs."""
+        with self._lock:
+            self.board.start(name)
+            self._write(f".  {title}")
+            if self._hearing is not None and self._thread is None:
+                self._thread = threading.Thread(target=self._run, args=(self._hearing,), name="progress", daemon=True)
+                self._thread.start()
+
+    def end(self, name: str, how: str, text: str, alone: bool) -> None:
+        """Say how a task has ended."""
+        with self._lock:
+            self._ending.append((name, how, text))
+            if self._thread is None:
+                self._end_all()
+
+    def skip(self, how: str, line: str) -> None:
+        """Say that a task does not have to run."""
+        with self._lock:
+            self.board.skip(how)
+            if line:
+                self._write(line)
+
+    def hear(self, event: Event) -> None:
+        """Take an event."""
+        if "task" not in event:
+            return
+        with self._lock:
+            self.board.take(event)
+            for line in event.get("lines", ()):
+                self._write(f"{event['task']} | {line}")
+
+    def leave_terminal(self, leave: bool) -> None:
+        """Do nothing: lines are in nobody's way."""
+
+    def close(self, interrupted: bool) -> None:
+        """Say how it went."""
+        self._closing = True
+        listen(None)
+        if self._thread is not None:
+            self._thread.join(5.0)
+        if self._hearing is not None:
+            self._hearing.close()
+        with self._lock:
+            self._end_all()
+            if self.board.is_idle:
+                return
+            spent = duration(time.monotonic() - self.board.begun)
+            self._write(f"interrupted after {spent}: {self.board.summary()}" if interrupted else self._summary(spent))
+
+    def _summary(self, spent: str) -> str:
+        if not self.board.up + self.board.down:
+            return f"{self.board.summary()} in {spent}"
+        return f"{self.board.summary()} in {spent}, {size(self.board.up)} up, {size(self.board.down)} down"
+
+    def _run(self, hearing: Hearing) -> None:
+        try:
+            with contextlib.suppress(Exception), selectors.DefaultSelector() as selector:  # builds go on without us
+                hearing.join(selector, self.hear)
+                while True:
+                    with self._lock:
+                        ending, self._ending = self._ending, []
+                    last = self._closing
+                    while ready := selector.select(0.0 if last or ending else PAUSE):
+                        for key, _ in ready:
+                            key.data()
+                    with self._lock:
+                        self._show(ending)
+                    if last:
+                        return
+        finally:
+            hearing.deafen()  # or who tells lines would wait for us
+
+    def _end_all(self) -> None:
+        ended, self._ending = self._ending, []
+        self._show(ended)
+
+    def _show(self, ended: Sequence[tuple[str, str, str]]) -> None:
+        for name, how, text in ended:
+            outcome = self.board.end(name, how, text)
+            line = outcome.line or f"{name}: {outcome.how} in {duration(outcome.seconds)}"
+            self._write(line)
+            for part in printable(text.rstrip()).splitlines():
+                self._write(f"  {part}" if part else "")
+
+    def _write(self, line: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(f"{in_line(line)}\n".encode(encoding, "backslashreplace").decode(encoding))
+        self._stream.flush()

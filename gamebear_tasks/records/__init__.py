@@ -1,0 +1,1 @@
+"""Task logs, task records and the journal of runs."""

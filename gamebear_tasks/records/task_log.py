@@ -1,0 +1,207 @@
+"""A task's log: kept in a file, shown as it comes, gone on with where a run was interrupted."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import JobError
+from ..runner.util.atomic_files import read_json
+from ..util.locations import LOGS
+from ..util.messages import notice
+from ..util.text import line_of, printable, size, without_escapes
+
+LIMIT = 1 << 30
+"""Bytes of a log that are kept; what comes after them is only shown."""
+
+LONG = 8 << 10
+"""Characters after which a line without an end is shown."""
+
+_LAST = 16384
+"""Bytes of the log's end in which its last lines are looked for."""
+
+
+def path_of(task: str) -> Path:
+    """Return where a task's log is kept; no two tasks share a file."""
+    return _file_of(task, "", ".log")
+
+
+def record_of(task: str) -> Path:
+    """Return where the record of a task's last run is kept (see `timing`)."""
+    return _file_of(task, "", ".json")
+
+
+def materials_of(task: str) -> Path:
+    """Return where the images and packages that a task's last result was built in are kept (see `provenance`)."""
+    return _file_of(task, ".", ".materials")
+
+
+def _note_of(task: str) -> Path:
+    return _file_of(task, ".", ".json")
+
+
+def _file_of(task: str, prefix: str, suffix: str) -> Path:
+    from ..util.file_names import file_name  # here, because an up-to-date run needs none
+
+    return LOGS / f"{prefix}{file_name(task)}{suffix}"
+
+
+def noted(task: str) -> tuple[str, str]:
+    """Return the digest and attempt of the job that a task's log is of; empty strings where there is none."""
+    note = read_json(_note_of(task))
+    if not isinstance(note, dict) or note.get("task") != task:
+        return "", ""  # an older release kept two tasks' notes in one file
+    digest, attempt = note.get("digest"), note.get("attempt")
+    return (digest, attempt) if isinstance(digest, str) and isinstance(attempt, str) else ("", "")
+
+
+class Out(Protocol):
+    """Where a log is shown: a stream, or who shows it in lines."""
+
+    def write(self, text: str, /) -> object:
+        """Show a text."""
+        ...
+
+    def flush(self) -> object:
+        """Show it now."""
+        ...
+
+
+class Harmless:
+    """Shows a log's text as it comes, without what a terminal would act on: it is a builder's, which may be anybody's.
+
+    Args:
+        out: where.
+    """
+
+    def __init__(self, out: Out) -> None:
+        self.encoding = getattr(out, "encoding", None) or "utf-8"
+        self._out = out
+        self._rest = ""
+        self._is_ended = True
+
+    def write(self, text: str) -> object:
+        """Show a text; a line with an escape in it when it is whole, or long."""
+        text = self._rest + text
+        end = text.rfind("\n") + 1
+        whole = len(text) - ("\x1b" not in text[end:] and text.endswith("\r"))  # a line feed may follow
+        if "\x1b" in text[end:]:
+            whole = end if len(text) - end < LONG else len(text)
+        self._rest = text[whole:]
+        self._show(text[:whole])
+        return None
+
+    def flush(self) -> None:
+        """Show it now."""
+        self._out.flush()
+
+    def close(self) -> None:
+        """Show what is left, and end its line."""
+        self._show(self._rest)
+        self._rest = ""
+        if not self._is_ended:
+            self._show("\n")
+        self.flush()
+
+    def _show(self, text: str) -> None:
+        text = printable(without_escapes(text).replace("\r\n", "\n").replace("\r", "\n"))
+        if text:
+            self._is_ended = text.endswith("\n")
+            self._out.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
+
+class TaskLog:
+    """A task's log: kept in a file, shown as it comes.
+
+    A note beside the file names the task, and the attempt of the job that the log is of. A later run of this task
+    resumes there; a log whose note names another task or attempt is written anew.
+
+    Args:
+        task: the task's name.
+        out: where all of it is shown; None for nowhere.
+        tell: called with what comes, where that is of interest.
+    """
+
+    def __init__(self, task: str, out: Out | None, tell: Callable[[str], None] | None = None) -> None:
+        self.path = path_of(task)
+        self._task = task
+        self._tell = tell
+        self._out = out
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._last = b""
+        self._resumed = False
+        self.offset = 0
+
+    def __enter__(self) -> TaskLog:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def begin(self, digest: str, attempt: str) -> None:
+        """Go on with an attempt's log where it was left, or begin it."""
+        self.offset = 0
+        if noted(self._task) == (digest, attempt):
+            self.offset = os.fstat(self._file.fileno()).st_size
+            self._resumed = self.offset > 0
+            return
+        self._file.truncate(0)
+        note = {"task": self._task, "digest": digest, "attempt": attempt}
+        _note_of(self._task).write_text(json.dumps(note), "utf-8")
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether all of it is shown, now and not by an earlier run."""
+        return self._out is not None and not self._resumed
+
+    def hide(self) -> None:
+        """Show nothing of what comes: it is an old log."""
+        self._out = self._tell = None
+
+    def write(self, data: bytes) -> None:
+        """Keep and show what came."""
+        if not data:
+            return
+        room = max(0, LIMIT - self.offset)
+        self._keep(memoryview(data)[:room])
+        if room and len(data) > room:
+            notice(f"{self.path} is full with the log's first {size(LIMIT)}; the rest is only shown")
+        self._last = (self._last + data)[-_LAST:]
+        self.offset += len(data)
+        if self._out is None and self._tell is None:
+            return
+        text = self._decoder.decode(data)
+        if self._tell is not None:
+            self._tell(text)
+        if self._out is not None:
+            try:
+                self._out.write(text)
+                self._out.flush()
+            except OSError:  # nobody reads it any more, say; the build goes on
+                self._out = None
+
+    def _keep(self, data: memoryview) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            raise JobError(
+                f"The log {self.path} cannot be written: {error.strerror}.",
+                "Make room, then run doit again: what is being built goes on, and is found.",
+            ) from error
+
+    def last_lines(self, count: int) -> list[str]:
+        """Return the last lines, as a person may see them."""
+        data = self._last
+        if self.offset <= LIMIT:
+            with self.path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST))
+                data = file.read()
+        lines = data.decode("utf-8", "replace").splitlines()[-count:]
+        return [line_of(line)[:400] for line in lines]

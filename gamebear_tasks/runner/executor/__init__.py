@@ -1,0 +1,1 @@
+"""Run one job: supervisor, worker process, workspace."""

@@ -1,0 +1,418 @@
+"""A job's supervisor: detached from every connection, it takes a slot, runs the job, keeps the result.
+
+It holds the job's lock from before it was started (the session that starts it hands the lock down) until it ends, so
+that *state says running and the lock is free* can mean one thing only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import math
+import os
+import select
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..host.buildah import remove_tree
+from ..host.capabilities import Facts, environment, namespace, stay_with
+from ..host.probe import facts
+from ..maintenance import retained_containers
+from ..maintenance.cleanup import clean_up, clean_up_after_lost_jobs, remove_leftovers
+from ..maintenance.performance_warnings import keep_notices
+from ..store import builder_config, slots
+from ..store.phases import Phases, note
+from ..store.store import Store, StoredJob, StoreError, hold_runner, runner_folder, storage_failure
+from ..util.atomic_files import content, data_extents, read_json, sync_folder
+from ..util.errors import RunnerError, tells_of_full_disk
+from . import workspace
+from .workspace import JobFailed
+
+LOG_LIMIT = 1 << 30
+"""Bytes of log after which a build is ended: it is caught in a loop, and would fill the disks of both sides."""
+
+LOG_TAIL = 16 << 10
+"""Bytes at the end of a failed build's log that are searched for the reason."""
+
+NO_ROOM = 1 << 20
+"""Free bytes below which a build that failed is taken to have failed because of that."""
+
+GO = b"\n"
+"""What a build is told when its folder is there."""
+
+GRACE = 5.0
+"""Seconds between asking a build to end and killing it."""
+
+
+POLL = 0.2
+"""Seconds between two looks whether an attempt is to end."""
+
+
+class Stopped(BaseException):
+    """The attempt is to end. No handler of ordinary errors may catch it: it is raised at any point of a phase."""
+
+
+class Cancelled(Stopped):
+    """Somebody asked to end the attempt."""
+
+
+class TimeUp(Stopped):
+    """The attempt has reached its time limit."""
+
+
+class Supervisor:
+    """Runs one attempt of one job."""
+
+    def __init__(self, stored: StoredJob, attempt: str) -> None:
+        self.stored = stored
+        self.store = stored.store
+        self.attempt = attempt
+        self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.phases = Phases(tell=partial(note, stored.folder))
+        self.policies: list[dict[str, Any]] = []
+        order = read_json(stored.folder / "order.json")
+        order = order if isinstance(order, dict) else {}
+        self.keeps = bool(order.get("keep"))
+        """What a failed build leaves is to be kept."""
+        self.tidy = not order.get("after_lost")
+        """There are no containers: neither of an earlier attempt nor of a build of ours that has not removed them."""
+        self.limit = 0.0
+        """Seconds that the attempt may take once it has its slot, 0 for any."""
+        self._deadline = math.inf
+
+    def run(self) -> None:
+        """Build the job and write how it ended; never raises for what the job does."""
+        try:
+            said = builder_config.read()
+            if said.wrong:
+                self.say(f"on this builder {said.wrong}: {said.remedy}")
+            with self._stopped_in_time():
+                with self.phases.phase("queue"):
+                    slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
+                with slot:
+                    self._write_state("running")
+                    with self.phases.phase("prepare"):
+                        clean_up_after_lost_jobs(self.store, but=self.stored.digest)
+                        retained_containers.trim(self.store)
+                    outputs = self._build()
+            final: dict[str, Any] = {"state": "done", "outputs": outputs, "policies": self.policies}
+        except Cancelled:
+            self.say("cancelled")
+            final = {"state": "cancelled"}
+        except TimeUp:
+            message = (
+                f"The build took longer than its time limit of {self.limit:g} seconds and was ended."
+                " Give artifact(…, time_limit=SECONDS) more, or find in the log what it waits for."
+            )
+            final = {"state": "failed", "failure": {"kind": "time", "message": message}}
+        except JobFailed as error:
+            final = {"state": "failed", "failure": error.failure}
+        except RunnerError as error:
+            final = {"state": "failed", "failure": {"kind": error.kind, "message": str(error)}}
+        except OSError as error:
+            final = {"state": "failed", "failure": {"kind": StoreError.kind, "message": str(storage_failure(error))}}
+        if final["state"] == "failed":
+            self.say(final["failure"]["message"])
+        self._clean_up(final)
+        self._write_final_state(**final)
+
+    def say(self, text: str) -> None:
+        """Write a line of our own to the job's log."""
+        with contextlib.suppress(OSError):
+            os.write(self.log, f"gamebear: {text}\n".encode("utf-8", "backslashreplace"))
+
+    def _write_state(self, state: str, **more: Any) -> None:
+        self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases.spans, **more})
+
+    def _write_final_state(self, **final: Any) -> None:
+        """Write how the attempt ended; where the disk is too full even for that, make room of what is needed no more.
+
+        If it cannot be written at all, the attempt counts as lost.
+        """
+        try:
+            self._write_state(**final)
+        except OSError:
+            with contextlib.suppress(OSError):
+                (self.stored.folder / "order.json").unlink()
+            self._write_state(**final)
+
+    @contextlib.contextmanager
+    def _stopped_in_time(self) -> Iterator[None]:
+        """Raise Stopped within the block as soon as the attempt is to end, whatever the block does.
+
+        A timer's signal interrupts it, so that no phase has to look: neither a program that is waited for, nor a lock,
+        nor the hash of a large file. The exception is raised once, and may then unwind undisturbed.
+        """
+        active = True
+
+        def look(number: int, frame: types.FrameType | None) -> None:
+            nonlocal active
+            if active:
+                try:
+                    self._check_stop()
+                except Stopped:
+                    active = False
+                    raise
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, POLL, POLL)
+        try:
+            yield
+        finally:
+            active = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def _check_stop(self) -> None:
+        if self.stored.is_asked_to_stop(self.attempt):
+            raise Cancelled
+        if time.monotonic() > self._deadline:
+            raise TimeUp
+
+    def _build(self) -> dict[str, Any]:
+        job = self._document()
+        order = self._order()
+        self.limit = float(order.get("time_limit") or 0)
+        if self.limit > 0:
+            self._deadline = time.monotonic() + self.limit
+        with self.phases.phase("prepare"):
+            known = facts(self.store.root)
+            stay_with(known)
+            keep_notices(self.store, known)
+        self._check_stop()
+        arch = str(job["arch"])
+        if arch != known.arch and arch not in known.emulated:
+            raise JobFailed(
+                "arch",
+                f"The job is for {arch}, and this builder runs {known.arch}"
+                + (f" and {', '.join(known.emulated)}" if known.emulated else "")
+                + ".",
+                f"Choose a builder for {arch}, say arch={known.arch}, or install qemu-user-static on this builder"
+                f" (sudo apt install qemu-user-static).",
+            )
+        with self.phases.phase("prepare"):
+            if order.get("after_lost") and not remove_leftovers(self.stored):
+                raise RunnerError(
+                    f"What an earlier attempt of job {self.stored.digest[:12]} left cannot be removed.",
+                    f"See {self.stored.folder}, and with `buildah containers` the containers"
+                    f" {self.stored.container_prefix}….",
+                )
+            self.tidy = True
+            if self.stored.work.exists():
+                remove_tree(self.store.root, known, self.stored.work)
+            process = self._start_program(known, str(order.get("base", "auto")))
+            try:
+                workspace.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
+            except BaseException:
+                stop(process)
+                raise
+        self._run_program(process)
+        with self.phases.phase("keep"):
+            return self._keep_outputs(job["outputs"])
+
+    @property
+    def _result(self) -> Path:
+        return self.stored.folder / "result.json"
+
+    def _document(self) -> dict[str, Any]:
+        try:
+            return self.stored.document()
+        except (OSError, ValueError) as error:
+            raise JobFailed("blob", f"{error}.", "Run doit again.") from error
+
+    def _order(self) -> dict[str, Any]:
+        order = read_json(self.stored.folder / "order.json")
+        if not isinstance(order, dict) or not isinstance(order.get("trees"), dict):
+            raise JobFailed("blob", f"The stored order of job {self.stored.digest} is damaged.", "Run doit again.")
+        return order
+
+    # the program
+
+    def _start_program(self, known: Facts, base: str) -> subprocess.Popen[bytes]:
+        """Start the build in its namespace, which takes a while: it waits to be told that its folder is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._result.unlink()
+        runner = runner_folder()
+        self.stored.scratch.mkdir(mode=0o700, exist_ok=True)
+        return subprocess.Popen(
+            [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
+            stdin=subprocess.PIPE,  # its end tells the build that we are gone
+            stdout=self.log,
+            stderr=self.log,
+            cwd=self.stored.folder,
+            env={
+                **environment(self.store.root, known),
+                "TMPDIR": str(self.stored.scratch),
+                "GAMEBEAR_BASE": base,
+                "PYTHONHASHSEED": "0",  # a set of strings is in the same order each time
+                retained_containers.KEEP_VARIABLE: self.attempt if self.keeps else "",
+            },
+            start_new_session=True,
+        )
+
+    def _run_program(self, process: subprocess.Popen[bytes]) -> None:
+        """Have the build run until it ends."""
+        assert process.stdin is not None
+        self.tidy = False
+        started = time.monotonic()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has failed to start, which its status tells
+                process.stdin.write(GO)
+                process.stdin.flush()
+            status = self._wait(process)
+        except BaseException:
+            stop(process)
+            self.phases.add("build", started, time.monotonic())
+            raise
+        result = read_json(self._result)
+        self._note_phases(result, started)
+        self.tidy = isinstance(result, dict) and not result.get("containers_left")
+        if isinstance(result, dict) and result.get("ok") and status == 0:
+            self.policies = result.get("policies") or []
+            return
+        if isinstance(result, dict) and not result.get("ok"):
+            failure = {key: result[key] for key in ("command", "status", "where", "containers") if key in result}
+            self._check_room(str(result.get("message", "")), failure)
+            raise JobFailed(str(result.get("kind", "script")), str(result.get("message", "It failed.")), **failure)
+        self._check_room("", {})
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        raise JobFailed(
+            "killed",
+            f"The build ended with {how} without saying why; the builder may have run out of memory.",
+            "Look at the log, and at `dmesg` on the builder; then run doit again.",
+        )
+
+    def _note_phases(self, result: Any, started: float) -> None:
+        """Note where the build says that the time went; what came before and after is the build's too."""
+        now = time.monotonic()
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it was killed, or the script was at its result
+            began = float(result["began"])
+            for name, start, seconds in sorted(result["phases"], key=lambda span: float(span[1])):
+                begun = min(max(began + float(start), started), now)
+                self.phases.add("build", started, begun)
+                started = min(begun + float(seconds), now)
+                self.phases.add(str(name)[:20], begun, started)
+        self.phases.add("build", started, now)
+
+    def _check_room(self, said: str, failure: dict[str, Any]) -> None:
+        """Raise the failure of a full disk where a build has failed because of one: it shows in many guises."""
+        tail = ""
+        with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
+            tail = log.read().decode("utf-8", "replace")
+        if tells_of_full_disk(said + tail) or shutil.disk_usage(self.store.root).free < NO_ROOM:
+            error = storage_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            message = f"{error.message} {said}".rstrip()
+            raise JobFailed(error.kind, message if message.endswith(".") else f"{message}.", error.hint, **failure)
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            while not ended.poll(200):
+                self._check_stop()
+                if os.fstat(self.log).st_size > LOG_LIMIT:
+                    raise JobFailed(
+                        "log",
+                        f"The build wrote more than {LOG_LIMIT >> 20} MiB to its log and was ended.",
+                        "Have its programs say less, or send what they say to a file.",
+                    )
+            return process.wait()
+        finally:
+            os.close(pidfd)
+
+    # what comes out
+
+    def _keep_outputs(self, names: list[str]) -> dict[str, Any]:
+        """Move the outputs from the program's folder to their place, synced; return size and SHA-256 of each."""
+        folder = self.stored.outputs(self.attempt)
+        folder.mkdir(mode=0o700)
+        sync_folder(self.stored.folder)
+        outputs = {}
+        for name in names:
+            source = self.stored.work / name
+            try:
+                fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError as error:
+                raise JobFailed("output", f"The output {name} cannot be read: {error.strerror}.") from error
+            with open(fd, "rb", buffering=0):
+                about = os.fstat(fd)
+                if not stat.S_ISREG(about.st_mode):
+                    raise JobFailed("output", f"The output {name} is not a regular file.")
+                os.fsync(fd)  # first: some file systems report holes reliably only in what is on the disk
+                extents = list(data_extents(fd, 0, about.st_size))
+                digest = hashlib.sha256()
+                for data in content(fd):
+                    self._check_stop()
+                    digest.update(data)
+            os.rename(source, folder / name)
+            outputs[name] = {
+                "size": about.st_size,
+                "data": sum(last - first for first, last in extents),
+                "sha256": digest.hexdigest(),
+                "executable": bool(about.st_mode & 0o100),
+            }
+        sync_folder(folder)
+        return outputs
+
+    def _clean_up(self, final: dict[str, Any]) -> None:
+        """Remove what the attempt has left, or have it kept, which its failure then says."""
+        failure = final.get("failure", {})
+        names = retained_containers.noted(self.stored, self.attempt) if self.keeps and failure else {}
+        if not names or failure["kind"] == StoreError.kind:  # a full disk needs the room
+            clean_up(self.stored, containers=not self.tidy)
+        elif remove_leftovers(self.stored, containers=not self.tidy, but=names):
+            with contextlib.suppress(OSError):
+                retained_containers.keep(self.stored)
+                failure["kept"] = True
+                retained_containers.trim(self.store)
+        with contextlib.suppress(OSError):
+            os.fsync(self.log)
+        os.close(self.log)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a build and all that it has started: ask, wait, kill."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+            return
+
+
+def main(digest: str, attempt: str, lock_fd: int, alive_fd: int) -> int:
+    """Supervise an attempt.
+
+    Args:
+        digest: the job.
+        attempt: which.
+        lock_fd: the job's lock, an open file descriptor.
+        alive_fd: a pipe to the session that has started us, which waits for its end: that is when the job has ended.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.set_inheritable(lock_fd, False)
+    os.set_inheritable(alive_fd, False)
+    hold_runner()
+    stored = Store().job(digest)
+    try:
+        Supervisor(stored, attempt).run()
+        os.close(alive_fd)
+    except OSError as error:
+        print(f"how job {digest} ended cannot be written down: {storage_failure(error)}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,465 @@
+"""The process that executes a job: process 1 of its namespace, which watches, and its child, which builds.
+
+The first one holds the pipe to the supervisor: when that closes, everything ends. It adopts and reaps what the build
+leaves behind. The child runs the buildscript or the function in the working directory and writes down what came of it:
+
+    result.json     {"ok": true} with "policies" (see `policy`) and, where the script returned an image, "image" (id and
+                    names, in one text), or
+                    {"ok": false, "kind": …, "message": …} with "command" and "status" where a command failed.
+                    "containers" is there where there were any when it failed, "containers_left" where some are left:
+                    they could not be removed, or are to be kept (see `kept`). "phases" is where the time went (see
+                    `phases`), counted from "began" by the monotonic clock.
+
+Kinds of failure: `script` (an exception, a syntax error, a wrong argument), `command`, `image`, `output`, `runner`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import pickle
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+import types
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, cast
+
+from ..host.buildah import Buildah, BuildahError
+from ..host.probe import facts
+from ..maintenance.retained_containers import KEEP_VARIABLE, Notes
+from ..script import language
+from ..script.container import Container
+from ..script.context import MATERIALS, CommandError, Job, begin, programs
+from ..script.image import Image, ImageNotFoundError, packages_image
+from ..store.phases import note
+from ..store.store import Store, runner_folder
+from ..util.atomic_files import read_json, write_json
+from ..util.errors import RunnerError
+
+KILLED = 128 + signal.SIGKILL
+"""The exit status of a build whose supervisor is gone."""
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+"""Options of prctl(2)."""
+
+NAMES_SHOWN = 12
+"""How many of the files that a script has left a message lists."""
+
+
+class OutputError(RunnerError):
+    """An output is not what it was to be."""
+
+    kind = "output"
+
+
+def main(digest: str) -> int:
+    """Build a job when its supervisor says so; the working directory is the job's, standard input the pipe to it.
+
+    Returns:
+        0 when it is built, else 1, or 128 plus the number of the signal that ended the child.
+    """
+    supervisor = os.dup(0)
+    if not os.read(supervisor, 1):
+        _end(KILLED)
+    os.chdir("work")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.umask(0o022)
+    if os.getpid() != 1:
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(supervisor)
+            if os.getppid() != 1:
+                _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            status = build(digest)
+        except BaseException:  # noqa: BLE001 - a fault of ours; nothing may return into the parent's code
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: None if _ending.locked() else _end(128 + number))
+    threading.Thread(target=_watch, args=(supervisor,), daemon=True).start()
+    with contextlib.suppress(ChildProcessError):  # the other thread may have reaped it, and is ending us
+        while True:
+            pid, outcome = os.waitpid(-1, 0)
+            if pid == child:
+                status = os.waitstatus_to_exitcode(outcome)
+                _end(status if status >= 0 else 128 - status)
+    _end(KILLED)
+
+
+_ending = threading.Lock()
+
+
+def _watch(supervisor: int) -> None:
+    """Wait until the supervisor is gone; then end everything."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            if not os.read(supervisor, 1 << 10):
+                _end(KILLED)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process and everything that it has started.
+
+    The end of process 1 is that of its namespace. Otherwise the descendants are killed, until there are none: as
+    their reaper, this process is the parent of every one whose own is gone. Of two threads, the first one ends it.
+    """
+    if not _ending.acquire(blocking=False):
+        threading.Event().wait()
+    if os.getpid() != 1:
+        for _ in range(100):
+            descendants = _descendants(os.getpid())
+            if not descendants:
+                break
+            for pid in descendants:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+    os._exit(status)
+
+
+def _descendants(ancestor: int) -> list[int]:
+    """Return the living processes below one, by proc_pid_stat(5)."""
+    parents: dict[int, int] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents[int(entry.name)] = int(parent)
+    found = {ancestor}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        if not more:
+            return sorted(found - {ancestor})
+        found |= more
+
+
+def _prctl(option: int, value: int) -> None:
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+# the build
+
+
+def build(digest: str) -> int:
+    """Execute the job in the working directory and write its result; return the exit status."""
+    sys.stdout, sys.stderr = _unbuffered(1), _unbuffered(2)
+    folder = Path.cwd().parent
+    result: dict[str, Any] = {"ok": True}
+    try:
+        _execute(digest, folder, result)
+    except BaseException as error:  # noqa: BLE001 - whatever a script raises
+        result = {**result, "ok": False, **_failure(error)}
+    write_json(folder / "result.json", result, sync=False)
+    return 0 if result["ok"] else 1
+
+
+def _unbuffered(fd: int) -> TextIO:
+    """Return a text file whose writes reach the log at once, in order with those of the programs that we start."""
+    raw = cast(io.BufferedWriter, io.FileIO(fd, "wb", closefd=False))
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+
+def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
+    document = read_json(folder / "job.json")
+    if folder.name != digest or not isinstance(document, dict):
+        raise RunnerError(f"The description of job {digest[:12]} is not beside its folder.", "Run doit again.")
+    root = folder.parent.parent
+    known = facts(root)
+    prefix = Store(root).job(digest).container_prefix
+    buildah = Buildah(root, known, prefix, folder / "images")
+    notes = Notes(folder / "kept.json", attempt) if (attempt := os.environ.get(KEEP_VARIABLE)) else None
+    job = Job(buildah, known, str(document["arch"]), prefix, partial(note, folder), notes)
+    begin(job)
+    try:
+        with job.phases.phase("build"):
+            _execute_in(job, root, folder, document, result)
+    finally:
+        result.update(began=job.phases.began, phases=job.phases.spans)
+        with contextlib.suppress(OSError):
+            noted = {"complete": not job.images, "images": job.images, "by": programs(job.facts)}
+            write_json(folder / MATERIALS, noted, sync=False)
+
+
+def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], result: dict[str, Any]) -> None:
+    work = Path.cwd()
+    returned: object = None
+    went_well = False
+    try:
+        try:
+            returned = _call(root, folder, document)
+        finally:
+            os.chdir(work)
+        if isinstance(returned, Container):
+            raise language.ScriptError(
+                "The script returned a container, which is gone by now.", "Return its image: `return c.commit()`."
+            )
+        if isinstance(returned, Image):
+            result["image"] = " ".join([returned.id, *_names(returned)])
+            print(f"image {result['image']}")
+        elif returned is not None:
+            print(returned)
+        _check_outputs(document)
+        if job.policies:
+            result["policies"] = job.policies
+        went_well = True
+    finally:
+        if job.had_containers and not went_well:
+            result["containers"] = True
+        try:
+            with job.phases.phase("container"):
+                if went_well or job.notes is None:
+                    job.close(returned.id if isinstance(returned, Image) else "")
+                elif job.had_containers:
+                    job.let_go()
+                    result["containers_left"] = sorted([*job.open, *job.finished])
+        except BuildahError as error:
+            print(f"gamebear: {error}", file=sys.stderr)
+            result["containers_left"] = sorted(job.open)
+
+
+def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
+    """Run the job's script or function; return what it returns."""
+    work = str(Path.cwd())
+    runner = str(runner_folder())
+    sys.path[:] = [work, *(path for path in sys.path if path not in ("", runner, work))]
+    sys.dont_write_bytecode = True  # what is new in the working directory is the script's
+    seen = {
+        "Container": Container,
+        "Image": Image,
+        "ImageNotFoundError": ImageNotFoundError,
+        "CommandError": CommandError,
+        "TemporaryDirectory": language.TemporaryDirectory,
+        "packages_image": packages_image,
+        "Path": Path,
+        "__sources__": _metadata(document),
+    }
+    language.inject(seen)
+    with _ended_by_exit():
+        if "function" in document:
+            return _call_function(folder, document)
+        name = document["script"]["name"]
+        path = Path(work, name)
+        program = language.read(path.read_bytes(), name)
+        language.add_requirements(root, program.requirements)
+        values = language.bind(program, document.get("args") or {})
+        sys.argv = [str(path)]
+        module = types.ModuleType("__script__")  # a module that can be found, as dataclasses and pickle need it
+        sys.modules["__script__"] = module
+        names = vars(module)
+        names.update(seen, __file__=str(path), __args__=values)
+        names.update(values)
+        return program.run(names)
+
+
+def _metadata(document: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return what the script sees of its sources: what the job says, and the one time that all files of each have."""
+    return {name: {**said, "date": _date(Path.cwd() / name)} for name, said in (document.get("metadata") or {}).items()}
+
+
+def _date(folder: Path) -> str:
+    """Return the time of a source in UTC, as ISO 8601 has it; an empty text where it has no files."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.stat(follow_symlinks=False).st_mtime))
+    return ""
+
+
+@contextlib.contextmanager
+def _ended_by_exit() -> Iterator[None]:
+    """Let `sys.exit()` end a script well; the block then gives nothing."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+
+
+def _call_function(folder: Path, document: dict[str, Any]) -> object:
+    name = document["function"]["name"]
+    sys.path.insert(1, str(folder / "cloudpickle.zip"))
+    try:
+        function = _Unpickler(folder).load()
+    except Exception as error:  # noqa: BLE001 - unpickling raises whatever its modules do
+        raise language.ScriptError(
+            f"The function {name} cannot be loaded on the builder: {type(error).__name__}: {error}.",
+            "What it uses has to be there: the standard library, or modules that are sent along with it.",
+        ) from None
+    try:
+        return function(**(document.get("args") or {}))
+    except language.Finished as finished:
+        return finished.value
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads a function's pickle, in which the places of its code are persistent ids such as `file 3`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(io.BytesIO((folder / "function.pickle").read_bytes()))
+        self._lines = json.loads((folder / "function.lines").read_bytes())
+
+    def persistent_load(self, pid: str) -> str | int | bytes:
+        """Return the file name, first line or line table of a piece of code; a default where it is not known."""
+        part, _, number = pid.partition(" ")
+        try:
+            file, first, table = self._lines[int(number)]
+            known = str(file), int(first), base64.b64decode(table)
+        except (IndexError, KeyError, TypeError, ValueError):  # lines serve tracebacks only
+            known = "<function>", 1, b""
+        return known[("file", "first", "table").index(part)]
+
+
+def _names(image: Image) -> list[str]:
+    entry = next((entry for entry in Image.list(all=True) if entry["id"] == image.id), None)
+    if entry is None:
+        raise language.ScriptError(
+            "The script returned an image that its own with-block has removed.",
+            "Give it a name before (`img.add_tag(…)`), or return it outside of the block.",
+        )
+    return list(entry["names"])
+
+
+def _check_outputs(document: dict[str, Any]) -> None:
+    """See that every output is a regular file in the working directory, and give it to our user.
+
+    Raises:
+        OutputError: one is not.
+    """
+    for name in document["outputs"]:
+        try:
+            info = os.lstat(name)
+        except FileNotFoundError:
+            missing = [each for each in document["outputs"] if not os.path.lexists(each)]
+            one = "its output" if len(missing) == 1 else "its outputs"
+            raise OutputError(
+                f"The build ended, but {one} {_listed(missing)} {'is' if len(missing) == 1 else 'are'} not in its"
+                f" working directory; {_whats_new(document)}.",
+                f"Copy it out of the container: c.copy_out({f'/path/in/container/{missing[0]}'!r}, {missing[0]!r})",
+            ) from None
+        kinds = {stat.S_ISDIR: "a folder", stat.S_ISLNK: "a link"}
+        kind = next((text for test, text in kinds.items() if test(info.st_mode)), "no regular file")
+        if not stat.S_ISREG(info.st_mode):
+            raise OutputError(
+                f"The build ended, but its output {_listed([name])} is {kind}; an output is a regular file.",
+                "Pack a folder into a tar file, in the container or with Python's tarfile."
+                if kind == "a folder"
+                else "Leave a copy of what it leads to.",
+            )
+        if os.geteuid() == 0 and info.st_uid != 0:
+            os.chown(name, 0, 0)  # the namespace's root is the builder's user
+        if not info.st_mode & stat.S_IRUSR:
+            os.chmod(name, info.st_mode & 0o777 | stat.S_IRUSR)
+
+
+def _whats_new(document: dict[str, Any]) -> str:
+    """Say what a script has left in its working directory besides what it found there."""
+    given = {path.split("/")[0] for part in ("modules", "inputs", "sources") for path in document.get(part) or ()}
+    given.add((document.get("script") or {}).get("name", ""))
+    new = sorted(set(os.listdir()) - given - {"__pycache__"})
+    return f"new there: {_listed(new)}" if new else "nothing new is there"
+
+
+def _listed(names: list[str]) -> str:
+    """Return names for a message, those with odd characters quoted."""
+    shown = [name if shlex.quote(name) == name else repr(name) for name in names[:NAMES_SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+# what went wrong
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    """Return what a result says of an exception; print the traceback to the log where that helps."""
+    where = _place(error)
+    if isinstance(error, SyntaxError) and not where:
+        print("".join(traceback.format_exception_only(type(error), error)), end="", file=sys.stderr)
+        line = f": {error.text.strip()}" if error.text else ""
+        return _result("script", f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}{line}")
+    if isinstance(error, CommandError):
+        command = [os.fsdecode(word) for word in error.cmd]
+        return _result("command", f"{where}{error}.", command=command, status=error.returncode, where=error.where)
+    if isinstance(error, RunnerError):
+        return _result(error.kind, f"{where}{error}")
+    if isinstance(error, ImageNotFoundError):
+        return _result("image", f"{where}{error}")
+    if isinstance(error, SystemExit):
+        said = f"sys.exit({error.code!r})" if isinstance(error.code, int) else str(error.code)
+        return _result("script", f"{where}The script ended itself: {said}")
+    _print_traceback(error)
+    text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    if type(error).__name__ == "HTTPError":
+        text += f" ({getattr(error, 'url', '')})"
+    if isinstance(error, subprocess.CalledProcessError) and isinstance(error.stderr, bytes):
+        text += f" ({error.stderr.decode('utf-8', 'backslashreplace').strip()})"
+    return _result("script", where + " ".join(text.split("\n")))
+
+
+def _result(kind: str, message: str, **more: Any) -> dict[str, Any]:
+    """Return a failure as it is written; whatever a script put into it can be written."""
+    return {"kind": kind, "message": message.encode("utf-8", "backslashreplace").decode(), **more}
+
+
+def _place(error: BaseException) -> str:
+    """Return the last of the script's own lines that an exception came through, to begin a message with."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_the_users(frame.filename)]
+    return f"{_shown(frames[-1].filename)}, line {frames[-1].lineno}: " if frames else ""
+
+
+def _print_traceback(error: BaseException) -> None:
+    """Print an exception and those it came from, with the frames of the script and its modules only."""
+    found = traceback.TracebackException.from_exception(error)
+    seen: set[int] = set()
+    waiting = [found]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        kept = [frame for frame in each.stack if _is_the_users(frame.filename)]
+        for frame in kept:
+            frame.filename = _shown(frame.filename)
+        each.stack = traceback.StackSummary.from_list(kept)
+        waiting += [other for other in (each.__cause__, each.__context__) if other is not None]
+        waiting += getattr(each, "exceptions", None) or []
+    print("".join(found.format()), end="", file=sys.stderr)
+
+
+def _is_the_users(filename: str) -> bool:
+    """Say whether code from a file is the script's, and not ours, Python's or a package's."""
+    if filename.startswith(str(Path.cwd())):
+        return True
+    if filename.startswith("<") or "/site-packages/" in filename or "/dist-packages/" in filename:
+        return False
+    ours = runner_folder()
+    places = [str(ours), str(Path.cwd().parent / "cloudpickle.zip"), *sysconfig.get_paths().values()]
+    return not any(filename.startswith(f"{place}/") for place in places if place and place != "/")
+
+
+def _shown(filename: str) -> str:
+    """Return a file's name as a message has it: relative to the working directory where it is in it."""
+    work = f"{Path.cwd()}/"
+    return filename[len(work) :] if filename.startswith(work) else filename

@@ -1,0 +1,1 @@
+"""Capabilities of this machine, and the programs that are run on it."""

@@ -1,0 +1,268 @@
+"""Finding out what this builder can do: storage, isolation, namespaces, processors.
+
+Nothing is configured and nothing is guessed from versions: each way is tried with a container of the host's
+own `/usr`, best first, and what worked is remembered until the next boot or until a program that matters has
+changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..util import atomic_files
+from ..util.atomic_files import locked
+from ..util.errors import RunnerError
+from .arch import ARCHITECTURES
+from .buildah import remove_tree
+from .capabilities import (
+    FACTS_VARIABLE,
+    Facts,
+    boot,
+    environment,
+    from_json,
+    made_folder,
+    namespace,
+    own_environment,
+    runtime_folder,
+)
+from .emulation import PROBE_SECONDS, emulated, handlers
+from .subprocesses import SYSTEM_FOLDERS, captured, last_lines
+
+REASON = 400
+"""Characters that are told of why no container runs; buildah says many more."""
+
+RECIPE = 2
+"""Version of the probe; another number makes every builder probe again."""
+
+SUBORDINATE_IDS = ("/etc/subuid", "/etc/subgid")
+
+ENOUGH_IDS = 65536
+"""Subordinate ids, of users and of groups, without which packages cannot be installed in a container."""
+
+
+def facts(root: Path) -> Facts:
+    """Return what this builder can do; probed once, remembered in `root/facts.json`.
+
+    Args:
+        root: the versioned store folder.
+
+    Raises:
+        RunnerError: no container can be run here; the hint is the command that changes it.
+    """
+    if FACTS_VARIABLE in os.environ:
+        return from_json(json.loads(os.environ[FACTS_VARIABLE]))
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(root / "facts.lock"):
+        key, foreign = _key(root), handlers()
+        known = atomic_files.read_json(root / "facts.json")
+        if isinstance(known, dict) and known.get("key") == key:
+            with contextlib.suppress(KeyError, TypeError):
+                found = from_json(known["facts"])
+                if foreign is not None and foreign == known.get("handlers"):
+                    return found
+                found = found._replace(emulated=emulated(found.arch))
+                if foreign is not None:
+                    _remember(root, key, foreign, found)
+                return found
+        found = _probe(root)
+        _remember(root, key, foreign, found)
+        _forget_other_boots(root, found)
+        return found
+
+
+def _remember(root: Path, key: dict[str, Any], foreign: list[str] | None, found: Facts) -> None:
+    atomic_files.write_json(root / "facts.json", {"key": key, "handlers": foreign, "facts": found._asdict()})
+
+
+def _forget_other_boots(root: Path, facts: Facts) -> None:
+    with contextlib.suppress(OSError, RunnerError):
+        for folder in (root / "run").iterdir():
+            if folder != runtime_folder(root):
+                remove_tree(root, facts, folder)
+
+
+def _key(root: Path) -> dict[str, Any]:
+    """Everything that the probe's outcome hangs on."""
+    path = own_environment(root, False)["PATH"]
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser(), "containers")
+    programs = ("buildah", "crun", "runc", "fuse-overlayfs", "newuidmap", "newgidmap", "unshare")
+    watched = [shutil.which(program, path=path) or program for program in programs]
+    watched += SUBORDINATE_IDS
+    for name in ("storage.conf", "containers.conf"):
+        watched += [f"{folder}/{name}" for folder in ("/usr/share/containers", "/etc/containers", home)]
+    chosen = ("STORAGE_", "CONTAINERS_", "XDG_DATA")
+    return {
+        "recipe": RECIPE,
+        "root": str(root),
+        "boot": boot(),
+        "kernel": os.uname().release,
+        "uid": os.geteuid(),
+        "home": str(Path("~").expanduser()),
+        "variables": {name: value for name, value in os.environ.items() if name.startswith(chosen)},
+        "files": {name: _stamp(name) for name in watched},
+    }
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return []
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _probe(root: Path) -> Facts:
+    """Find out what works here, best first; raises RunnerError when nothing does."""
+    rootless = os.geteuid() != 0
+    env = own_environment(root, rootless)
+    env["BUILDAH_ISOLATION"] = "chroot"
+    if not shutil.which("buildah", path=env["PATH"]):
+        raise RunnerError("The builder has no buildah.", "Install it there: sudo apt install buildah")
+    status, stdout, stderr = captured(["buildah", "--version"], env, timeout=PROBE_SECONDS)
+    words = stdout.split()
+    if status or words[:2] != ["buildah", "version"] or len(words) < 3:
+        raise RunnerError(
+            f"The builder's buildah does not run: {last_lines(stderr or stdout)}.",
+            "Install it again: sudo apt install --reinstall buildah",
+        )
+    if rootless:
+        _check_user_namespace(env)
+    arch = _debian_arch(env)
+    found = Facts(
+        version=words[2],
+        rootless=rootless,
+        storage=(),
+        driver="",
+        isolation="",
+        pid_namespace=False,
+        arch=arch,
+        emulated=emulated(arch),
+    )
+    failures: list[str] = []
+    for driver, storage in _stores(root, rootless, env):
+        for pid_namespace in (True, False):
+            for isolation in ("rootless", "chroot") if rootless else ("oci", "chroot"):
+                tried = found._replace(storage=storage, driver=driver, isolation=isolation, pid_namespace=pid_namespace)
+                failure = _try(root, tried)
+                if not failure:
+                    return tried
+                failures.append(f"{driver}, {isolation}{', own PIDs' if pid_namespace else ''}: {failure}")
+    if all("netavark" in failure for failure in failures):
+        raise RunnerError(
+            "The builder's buildah does not start without netavark, not even for containers without a network.",
+            "Install it there: sudo apt install netavark",
+        )
+    raise RunnerError(
+        f"No container can be run on the builder, in {len(failures)} ways; the plainest is {failures[-1][:REASON]}.",
+        "Inside another container, that one must be allowed to mount and to make namespaces "
+        "(for example --privileged); on a machine of its own, see that `buildah unshare true` works.",
+    )
+
+
+def _stores(root: Path, rootless: bool, env: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Give each image store to try, best first: driver, buildah's options."""
+    runtime = ("--runroot", str(made_folder(runtime_folder(root)) / "containers"))
+    status, stdout, _ = captured(["buildah", "info"], env, timeout=PROBE_SECONDS)
+    try:
+        default = json.loads(stdout)["store"]["GraphDriverName"] if not status else ""
+    except (ValueError, KeyError, TypeError):
+        default = ""
+    if default and default != "vfs":
+        yield default, runtime if rootless else ()
+    own = ("--root", str(made_folder(root / "storage")), *runtime, "--storage-driver")
+    yield "overlay", (*own, "overlay")
+    fuse = shutil.which("fuse-overlayfs", path=env["PATH"])
+    if fuse:
+        yield "overlay", (*own, "overlay", "--storage-opt", f"overlay.mount_program={fuse}")
+    yield "vfs", (*own, "vfs")
+
+
+def _try(root: Path, tried: Facts) -> str:
+    """Run the host's own `true` in a container; return why that failed, nothing when it did not."""
+    env = environment(root, tried)
+    before = [*namespace(tried), "buildah", *tried.storage]
+    name = f"gamebear-probe-{os.urandom(6).hex()}"
+    true = shutil.which("true", path=":".join(SYSTEM_FOLDERS)) or "/bin/true"
+    volumes: list[str] = []
+    for folder in ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/libx32"):
+        if Path(folder).is_dir():
+            volumes += ["--volume", f"{folder}:{folder}:ro"]
+    network = [] if tried.isolation == "chroot" else ["--network", "host"]
+    status, _, stderr = captured([*before, "from", "--name", name, "scratch"], env, timeout=PROBE_SECONDS)
+    if status:
+        return last_lines(stderr, 1) or f"status {status}"
+    try:
+        status, _, stderr = captured([*before, "run", *network, *volumes, name, "--", true], env, timeout=PROBE_SECONDS)
+        return (last_lines(stderr, 3) or f"status {status}") if status else ""
+    finally:
+        captured([*before, "rm", name], env, timeout=PROBE_SECONDS)
+
+
+def _check_user_namespace(env: dict[str, str]) -> None:
+    """Raise RunnerError where an ordinary user gets no user namespace with at least 65536 user ids."""
+    import getpass  # slow to load, and seldom needed
+
+    user = getpass.getuser()
+    missing = [name for name in ("newuidmap", "newgidmap") if not shutil.which(name, path=env["PATH"])]
+    if missing:
+        raise RunnerError(
+            f"The builder has no {' and no '.join(missing)}, without which {user} cannot run containers.",
+            "Install it there: sudo apt install uidmap",
+        )
+    status, stdout, stderr = captured(
+        ["buildah", "unshare", "cat", "/proc/self/uid_map", "/proc/self/gid_map"], env, timeout=PROBE_SECONDS
+    )
+    maps = [line.split() for line in stdout.splitlines()]
+    lengths = [int(words[2]) for words in maps if len(words) == 3 and words[2].isdigit()]
+    if not status and sum(lengths) >= 2 * ENOUGH_IDS:
+        return
+    counts = subordinate_ids(user)
+    if min(counts) < ENOUGH_IDS:
+        raise RunnerError(
+            f"On the builder, {user} has {counts[0]} subordinate user ids and {counts[1]} group ids (/etc/subuid, "
+            "/etc/subgid); packages are installed in a container only with 65536 of each.",
+            f"Give them: sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} "
+            "(another range where another user has that one).",
+        )
+    raise RunnerError(
+        f"The builder gives {user} no user namespace: {last_lines(stderr)}.",
+        "The kernel's settings may forbid it (sysctl user.max_user_namespaces, "
+        "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), or newuidmap is not "
+        "set-uid root (sudo apt install --reinstall uidmap).",
+    )
+
+
+def subordinate_ids(user: str) -> tuple[int, int]:
+    """Return how many subordinate user and group ids we have, as that user or as our number."""
+    names = (user, str(os.geteuid()))
+    uids, gids = (
+        sum(count for name, _, count in subordinate_ranges(path) if name in names) for path in SUBORDINATE_IDS
+    )
+    return uids, gids
+
+
+def subordinate_ranges(path: str) -> list[tuple[str, int, int]]:
+    """Return the ranges in a file like /etc/subuid: whose, the first id, how many; see subuid(5)."""
+    try:
+        lines = [line.split(":") for line in Path(path).read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+    return [(words[0], int(words[1]), int(words[2])) for words in lines if len(words) == 3 and _are_digits(words[1:])]
+
+
+def _are_digits(words: Sequence[str]) -> bool:
+    return all(word.isascii() and word.isdigit() and len(word) < 11 for word in words)
+
+
+def _debian_arch(env: dict[str, str]) -> str:
+    status, stdout, _ = captured(["dpkg", "--print-architecture"], env, timeout=PROBE_SECONDS)
+    if not status and stdout.strip():
+        return stdout.strip()
+    machine = os.uname().machine
+    return ARCHITECTURES.get(machine, machine)

@@ -1,0 +1,1 @@
+"""Base images and package images."""

@@ -1,0 +1,455 @@
+"""The builder's own apt, at work for a container: package lists, what to install in which order, the packages.
+
+A container's own apt can do all of that too, but where the container is emulated it takes ten times as long. Only
+dpkg has to run in the container, because of the packages' scripts. What decides is the container's: its sources, keys,
+preferences, architectures and installed packages are copied out first. What its apt would do besides (run a
+command after an update, for example) is not done here: then it is `Unfit`, and its own apt has to do the work.
+
+Packages are kept in the store by their SHA-256, for all images and architectures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ..host.rootfs import Rootfs
+from ..host.subprocesses import last_lines, streamed
+from ..util.atomic_files import is_file_name, is_sha256, sha256_of
+from ..util.errors import RunnerError
+from . import sources_list
+from .sources_list import Source
+
+POOL = "debs"
+"""The folder of the store that keeps packages, each under its SHA-256."""
+
+POOL_LIMIT = 1 << 30
+"""Bytes that the kept packages may take; the least recently used go first."""
+
+TAKEN = re.compile(
+    r"APT::(?:Default-Release|Install-Suggests)|DPkg::Options::"
+    r"|Acquire::(?:Retries|Check-Valid-Until|Check-Date|(?:Max|Min)-ValidTime|By-Hash|PDiffs|ForceIPv[46]"
+    r"|(?:https?|ftp)::(?:Proxy|Timeout|Dl-Limit|Pipeline-Depth|No-Cache|No-Store|Max-Age)(?:::[\w.-]+)?)",
+    re.IGNORECASE,
+)
+"""Settings of the container's apt that count here as well."""
+
+LEFT = re.compile(
+    r"APT::(?:NeverAutoRemove|VersionedKernelPackages|Never-MarkAuto-Sections|Move-Autobit-Sections|Architectures"
+    r"|AutoRemove|Install-Recommends|Periodic|Update::Post-Invoke(?:-Success)?)(?:::.*)?"
+    r"|DPkg::Post-Invoke(?:::)?|DPkg::Pre-Install-Pkgs(?:::)?|Dir::Cache::(?:src)?pkgcache"
+    r"|Acquire::(?:Languages|GzipIndexes|CompressionTypes)(?:::.*)?",
+    re.IGNORECASE,
+)
+"""Settings of the container's apt that change nothing of what is installed; commands of its own see `HARMLESS`."""
+
+HARMLESS = re.compile(r"rm -f [/\w.* -]+(?:\|\| true)?|/usr/sbin/dpkg-preconfigure --apt \|\| true")
+"""Commands that Debian's images have apt run, and that mean nothing here: caches removed, questions asked early."""
+
+
+class Unfit(Exception):
+    """The container's own apt has to do it; says why."""
+
+
+class AptError(RunnerError):
+    """Apt failed.
+
+    Args:
+        status: its exit status.
+        said: what it had to say.
+    """
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(
+            last_lines(said) or f"apt-get: status {status}",
+            "See the names of the packages, and that the builder reaches its mirror.",
+        )
+        self.status = status
+        self.said = said
+
+
+class Package(NamedTuple):  # see `capabilities.Facts`
+    """A package that is to be installed.
+
+    Attributes:
+        name: without its architecture.
+        version: as dpkg knows it.
+        arch: its architecture; `all` for one that fits each.
+    """
+
+    name: str
+    version: str
+    arch: str
+
+    @property
+    def file(self) -> str:
+        """The file that apt downloads it to."""
+        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.arch}.deb"
+
+    @property
+    def dpkg_name(self) -> str:
+        """What dpkg knows it as without doubt."""
+        return self.name if self.arch == "all" else f"{self.name}:{self.arch}"
+
+
+class Plan(NamedTuple):
+    """What apt would do.
+
+    Attributes:
+        command: what was asked of apt-get.
+        steps: what dpkg is to do, in this order: `unpack` or `configure`, and which packages.
+        sha256: of each package, by its file.
+    """
+
+    command: tuple[str, ...]
+    steps: tuple[tuple[str, tuple[Package, ...]], ...]
+    sha256: Mapping[str, str]
+
+    @property
+    def packages(self) -> list[Package]:
+        """All packages, in the order in which they are unpacked."""
+        return [package for step, packages in self.steps if step == "unpack" for package in packages]
+
+
+class Apt:
+    """The builder's apt with the settings and the packages of one container.
+
+    Args:
+        folder: an empty folder of its own.
+        pool: where packages are kept.
+        rootfs: the container's files.
+        environment: of the programs that are run.
+
+    Raises:
+        Unfit: there is none here, or it would not do what the container's own does.
+    """
+
+    def __init__(self, folder: Path, pool: Path, rootfs: Rootfs, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.pool = pool
+        self.debs = folder / "debs"
+        self.environment = {**environment, "LC_ALL": "C", "APT_CONFIG": str(folder / "apt.conf")}
+        if not all(shutil.which(program, path=environment["PATH"]) for program in ("apt-get", "apt-config")):
+            raise Unfit("the builder has none")
+        if re.search(r'["\\\s,\]]', str(folder)):
+            raise Unfit(f"its settings cannot name {folder}")
+        for name in ("cache/archives/partial", "debs", "lists/partial", "none/apt.conf.d", "all/apt.conf.d", "state"):
+            (folder / name).mkdir(parents=True)
+        for name in ("apt.conf.d", "auth.conf.d", "keys", "preferences.d", "sources.list.d", "trusted.gpg.d"):
+            (folder / "etc" / name).mkdir(parents=True)
+        pool.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._take_files(rootfs)
+        self.dpkg_options: list[str] = []
+        self._configure()
+
+    # settings
+
+    def _take_files(self, rootfs: Rootfs) -> None:
+        """Copy what decides out of the container."""
+        taken = {
+            "etc/apt/sources.list": "etc",
+            "etc/apt/sources.list.d": "etc/sources.list.d",
+            "etc/apt/trusted.gpg": "etc",
+            "etc/apt/trusted.gpg.d": "etc/trusted.gpg.d",
+            "etc/apt/preferences": "etc",
+            "etc/apt/preferences.d": "etc/preferences.d",
+            "etc/apt/auth.conf": "etc",
+            "etc/apt/auth.conf.d": "etc/auth.conf.d",
+            "etc/apt/apt.conf": "all",
+            "etc/apt/apt.conf.d": "all/apt.conf.d",
+            "var/lib/apt/extended_states": "state",
+            "var/lib/dpkg/arch": ".",
+            "var/lib/dpkg/status": ".",
+        }
+        try:
+            for source, target in taken.items():
+                with contextlib.suppress(FileNotFoundError):
+                    rootfs.copy_out(source, self.folder / target)
+            for path in [self.folder / "etc/sources.list", *sorted((self.folder / "etc/sources.list.d").iterdir())]:
+                if sources_list.is_file_of_sources(path):
+                    path.write_text(self._with_keys(path.read_text("utf-8", "replace"), path.suffix, rootfs))
+        except OSError as error:
+            raise Unfit(str(error)) from None
+
+    def _with_keys(self, sources: str, suffix: str, rootfs: Rootfs) -> str:
+        """Return what is enabled of an apt sources file, all of it of the web, with copies of its files of keys."""
+        if re.search(r'[^\S \t\n]|[\x00-\x08\x0e-\x1f"]', sources) or re.search(r"(?i)\bsigned-by[+-]", sources):
+            raise Unfit("its sources are written in an unusual way")  # apt might read them in another way than we do
+        found = sources_list.parse(sources, suffix)
+        if not all(uri.lower().startswith(("http://", "https://")) for source in found for uri in source.uris):
+            raise Unfit("it has a source that is not of the web")
+        return sources_list.text_of(self._with_copied_keys(source, rootfs) for source in found)
+
+    def _with_copied_keys(self, source: Source, rootfs: Rootfs) -> Source:
+        """Return a source with copies of the container's files of keys instead of these."""
+        keys = []
+        for key in source.keys:
+            if key.startswith("/"):
+                number = len(list((self.folder / "etc/keys").iterdir()))
+                copy = self.folder / f"etc/keys/{number}{Path(key).suffix}"
+                rootfs.copy_out(key, copy)
+                key = str(copy)
+            keys.append(key)
+        if not keys:
+            return source
+        separator = " " if source.deb822 else ","
+        return source._replace(options={**source.options, "signed-by": separator.join(keys)})
+
+    def _configure(self) -> None:
+        """Write the settings that all programs of apt go by."""
+        status = (self.folder / "status").read_text("utf-8", "replace") if (self.folder / "status").exists() else ""
+        own = re.search(r"^Package: dpkg\n(?:.+\n)*?Architecture: ([a-z0-9-]+)$", status, re.MULTILINE)
+        if not own:
+            raise Unfit("its list of installed packages has no dpkg")
+        self.arch = own.group(1)
+        architectures = [self.arch]
+        with contextlib.suppress(FileNotFoundError):
+            architectures += [name for name in (self.folder / "arch").read_text().split() if name not in architectures]
+        settings = [
+            ("Dir", f"{self.folder}/"),
+            ("Dir::Etc", "etc/"),
+            ("Dir::State", "state/"),
+            ("Dir::State::lists", f"{self.folder}/lists/"),
+            ("Dir::State::status", f"{self.folder}/status"),
+            ("Dir::Cache", "cache/"),
+            ("Dir::Log", "log/"),
+            ("APT::Architecture", architectures[0]),
+            *(("APT::Architectures::", name) for name in architectures),
+            ("APT::Get::Assume-Yes", "true"),
+            ("APT::Sandbox::User", "root"),  # the namespace's, which is our user
+            ("Acquire::ForceHash", "SHA256"),
+            ("Acquire::Languages", "none"),
+            ("Acquire::Retries", "3"),
+            *self._settings(),
+        ]
+        text = "".join(f'{name} "{value}";\n' for name, value in settings)
+        (self.folder / "apt.conf").write_text(text)
+
+    def _settings(self) -> list[tuple[str, str]]:
+        """Return those settings of the container's apt that count."""
+        without, known = (set(self._dump(self.folder / name)) for name in ("none", "all"))
+        found = []
+        for line in sorted(known - without):
+            name, _, value = line.partition(" ")
+            value = value.strip().rstrip(";")[1:-1]
+            if name.lower() in ("dir::etc::main", "dir::etc::parts") or not value:
+                continue
+            if TAKEN.fullmatch(name) and not re.search(r'["\\]', value):
+                if name.lower() == "dpkg::options::":
+                    self.dpkg_options.append(value)
+                else:
+                    found.append((name, value))
+            elif not LEFT.fullmatch(name) or (("Invoke" in name or "Pkgs" in name) and not HARMLESS.fullmatch(value)):
+                raise Unfit(f"it has a setting of its own, {name}")
+        return found
+
+    def _dump(self, folder: Path) -> list[str]:
+        """Return all settings that apt has with the files in a folder."""
+        first = folder / "first"
+        first.write_text(f'Dir::Etc::main "{folder}/apt.conf";\nDir::Etc::parts "{folder}/apt.conf.d/";\n')
+        # What is said here counts, and not what the files say: apt-config would run the dpkg that they name, to ask for
+        # the architectures, and what it shows would be as they like.
+        command = ("apt-config", "dump", "--empty", '--format=%F "%v";%n')
+        fixed = ("APT::Architectures::=all", "Dir::Bin::dpkg=/bin/false", "DPkg::Chroot-Directory=/")
+        status, said, errors = self._run(*command, *(f"--option={setting}" for setting in fixed), APT_CONFIG=str(first))
+        if status:
+            raise Unfit(last_lines(errors))
+        return said.splitlines()
+
+    def _run(self, *command: str, **variables: str) -> tuple[int, str, str]:
+        """Run a program quietly; return its status, its output and its errors."""
+        try:
+            done = subprocess.run(
+                command,
+                env={**self.environment, **variables},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
+        except OSError as error:
+            return 127, "", str(error)
+        return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+
+    # work
+
+    def update(self, *options: str) -> tuple[int, str]:
+        """Fetch the package lists; return apt's status and what it said, which is in the log too."""
+        return streamed(["apt-get", "--quiet", *options, "update"], self.environment)
+
+    def plan(self, packages: Sequence[str], recommends: bool) -> Plan:
+        """Return what is to be done to have packages installed.
+
+        Raises:
+            AptError: it cannot be done.
+            Unfit: something would have to be removed, or has no SHA-256.
+        """
+        # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
+        option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
+        command = (option, "install", "--", *packages)
+        said = self._said("--simulate", *command)
+        steps: list[tuple[str, list[Package]]] = []
+        for word, package in _planned(said):
+            step = {"Inst": "unpack", "Conf": "configure"}.get(word)
+            if step is None or package is None:
+                raise Unfit(f"it would have to remove packages ({word})")
+            if not steps or steps[-1][0] != step:
+                steps.append((step, []))
+            steps[-1][1].append(package)
+        sha256 = {}
+        uris = self._said("--print-uris", *command)
+        for match in re.finditer(r"^'[^']*' (\S+) \d+ SHA256:([0-9a-f]{64})$", uris, re.MULTILINE):
+            if not is_file_name(match.group(1)):
+                raise Unfit(f"a package has the name {match.group(1)!r}")
+            sha256[match.group(1)] = match.group(2)
+        plan = Plan(command, tuple((step, tuple(each)) for step, each in steps), sha256)
+        missing = [package.file for package in plan.packages if package.file not in sha256]
+        if missing:
+            raise Unfit(f"{missing[0]} has no SHA-256")
+        return plan
+
+    def outdated(self) -> set[str]:
+        """Return the names of the packages that an upgrade would replace or remove; raises AptError."""
+        said = self._said("--simulate", "dist-upgrade")
+        return {match.group(1) for match in re.finditer(r"^(?:Inst|Remv) ([^\s:]+)(?::\S+)? \[", said, re.MULTILINE)}
+
+    def _said(self, *arguments: str) -> str:
+        status, said, errors = self._run("apt-get", "--quiet", *arguments)
+        if status:
+            raise AptError(status, said + errors)
+        return said
+
+    def fetch(self, plan: Plan, unpacked: bool) -> None:
+        """Have all packages of a plan in `debs`, each checked against its SHA-256.
+
+        Args:
+            plan: which packages.
+            unpacked: leave their contents uncompressed, which is quicker here than in an emulated container.
+
+        Raises:
+            AptError: one cannot be had.
+        """
+        from concurrent.futures import ThreadPoolExecutor  # takes long to import, and most builds never come here
+
+        archives = self.folder / "cache/archives"
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            list(threads.map(lambda file: self._take(plan.sha256[file], archives / file), plan.sha256))
+            # Also where all are there: this is what refuses packages that no key of the container's vouches for.
+            status, said = streamed(["apt-get", "--quiet", "--download-only", *plan.command], self.environment)
+            if status:
+                raise AptError(status, said)
+            list(threads.map(lambda file: self._keep(archives / file, plan.sha256[file]), plan.sha256))
+            list(threads.map(lambda file: self._lay(archives / file, unpacked), plan.sha256))
+
+    def _take(self, sha256: str, archive: Path) -> None:
+        """Take a package that is kept, unless it was damaged."""
+        kept = self.pool / sha256
+        with contextlib.suppress(FileNotFoundError):
+            if sha256_of(kept) == sha256:
+                os.utime(kept)
+                os.link(kept, archive)
+            else:
+                kept.unlink()
+
+    def _keep(self, archive: Path, sha256: str) -> None:
+        """Check a package, and keep it for the images to come; raises AptError."""
+        if not archive.exists() or sha256_of(archive) != sha256:
+            raise AptError(1, f"E: {archive.name} is not what the package list says")
+        with contextlib.suppress(FileExistsError):
+            os.link(archive, self.pool / sha256)
+
+    def _lay(self, archive: Path, unpacked: bool) -> None:
+        if not unpacked or not _unpack(archive, self.debs / archive.name):
+            os.link(archive, self.debs / archive.name)
+
+
+def _planned(said: str) -> Iterable[tuple[str, Package | None]]:
+    """Give each step that a simulation names; the package where it is to be installed."""
+    for line in said.splitlines():
+        match = re.match(r"(Inst|Conf|Remv|Purg) (\S+)(?: \[[^\]]*\])?(?: \((\S+) .*\[([a-z0-9-]+)\]\))?", line)
+        if match:
+            word, name, version, arch = match.groups()
+            yield word, Package(name.partition(":")[0], version, arch) if version else None
+
+
+class _Member(io.RawIOBase):
+    """The next bytes of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file = file
+        self.left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        data = self.file.read(min(len(buffer), self.left))
+        buffer[: len(data)] = data
+        self.left -= len(data)
+        return len(data)
+
+
+def _unpack(source: Path, target: Path) -> bool:
+    """Write a Debian package anew with its contents uncompressed; say whether its format is one we know.
+
+    The format is in deb(5): an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*`.
+    """
+    from gzip import GzipFile  # these take long to import on a small machine, and are for those that emulate one
+    from lzma import LZMAFile
+
+    with source.open("rb") as file, target.open("xb") as out:
+        if file.read(8) != b"!<arch>\n":
+            raise AptError(1, f"E: {source.name} is no Debian package")
+        out.write(b"!<arch>\n")
+        while header := file.read(60):
+            stem, suffix = os.path.splitext(header[:16].decode("ascii").rstrip(" /"))
+            begin, size, place = file.tell(), int(header[48:58]), out.tell()
+            if suffix == ".tar":
+                stem, suffix = f"{stem}.tar", ""
+            if suffix not in ("", ".gz", ".xz"):
+                target.unlink()
+                return False
+            content = io.BufferedReader(_Member(file, size), 1 << 20)
+            out.write(header)
+            with {"": content, ".gz": GzipFile(fileobj=content), ".xz": LZMAFile(content)}[suffix] as unpacked:
+                shutil.copyfileobj(unpacked, out, 1 << 20)
+            written = out.tell() - place - 60
+            out.write(b"\n" * (written % 2))
+            out.seek(place)
+            out.write(f"{stem:16}".encode() + header[16:48] + f"{written:<10}".encode() + header[58:])
+            out.seek(0, io.SEEK_END)
+            file.seek(begin + size + size % 2)
+    return True
+
+
+def trim(pool: Path, older: float | None = None, limit: int = POOL_LIMIT) -> int:
+    """Remove kept packages, the least recently used first, until the rest takes `limit` bytes at most.
+
+    Args:
+        pool: where they are kept.
+        older: remove also what was last used before this time, in seconds since 1970.
+        limit: bytes.
+
+    Returns:
+        The bytes that became free.
+    """
+    kept = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in pool.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                if is_sha256(path.name):
+                    kept.append((about.st_mtime, about.st_blocks * 512, path))
+    total = sum(size for _, size, _ in kept)
+    freed = 0
+    for used, size, path in sorted(kept):
+        if total - freed > limit or (older is not None and used < older):
+            path.unlink(missing_ok=True)
+            freed += size
+    return freed

@@ -1,0 +1,325 @@
+"""Base images: a name becomes an image of the wanted architecture, from the local store, a registry or a bootstrap.
+
+Short names mean what they mean to Docker (`debian` is `docker.io/library/debian`). Debian's official images can be
+made on the builder instead, from its own apt mirror, checked against Debian's keys; an image made so is kept under
+`gamebear-base:debian-<suite>-<arch>` and says in its labels where it comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..host.arch import ARCHITECTURE_ANNOTATION, PLATFORMS
+from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
+from ..host.capabilities import Facts, made_folder
+from ..host.subprocesses import last_lines, streamed
+from ..util.atomic_files import locked, read_json
+from ..util.errors import RunnerError, tells_of_full_disk
+from .apt_sources import RELEASES, STABLE, own_release
+from .bootstrap import bootstrap, tag_of
+
+POLICY_VARIABLE = "GAMEBEAR_BASE"
+"""`auto` (local, registry, bootstrap), `registry` (no bootstrap) or `bootstrap` (no registry)."""
+
+REGISTRY_FOLDERS = {
+    "amd64": "amd64",
+    "arm32v5": "armel",
+    "arm32v7": "armhf",
+    "arm64v8": "arm64",
+    "i386": "i386",
+    "ppc64le": "ppc64el",
+    "riscv64": "riscv64",
+    "s390x": "s390x",
+}
+"""Docker Hub's folders of official images for one architecture, to Debian's name of it."""
+
+FIRST_ANSWER_SECONDS = 30.0
+"""How long a registry may take until it has sent an image's manifest."""
+
+LAYER_SECONDS = 1800.0
+"""How long a registry may be silent while it sends a layer."""
+
+
+def resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
+    """Return the full id of the image of a name, fetched or made where it is not there yet.
+
+    Args:
+        buildah: to run buildah with, inside the namespace.
+        facts: what the builder can do.
+        name: an image's id or name, as in `FROM`.
+        arch: Debian's name of the wanted architecture; a name that holds one itself (`arm32v7/debian`) goes first.
+
+    Raises:
+        ImageError: it cannot be had; says what was tried and why each try failed.
+        RunnerError: programs of that architecture do not run here.
+    """
+    with buildah.looking_for_image():
+        identity = _resolve(buildah, facts, name, arch)
+        buildah.note_use(identity)
+        return identity
+
+
+def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
+    policy = os.environ.get(POLICY_VARIABLE) or "auto"
+    if policy not in ("auto", "registry", "bootstrap"):
+        raise RunnerError(f"{POLICY_VARIABLE} is {policy!r} on the builder.", "It may be auto, registry or bootstrap.")
+    by_id = _by_id(buildah, name)
+    if by_id:
+        return by_id
+    _check_name(name)
+    wanted = _named_architecture(name) or arch
+    suite = debian_suite(name)
+    places = _places(name, wanted, suite if policy != "registry" else "")
+    folder = buildah.root / "images"
+    found = _local(buildah, places, wanted, arch, folder)
+    if found:
+        return found
+    if is_local_only(name):
+        raise ImageError(f"No image {name} for {wanted} is on the builder.", "It is a local name: build it first.")
+    check_runs(facts, wanted)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = f"{suite}-{wanted}" if suite else hashlib.sha256(f"{qualified(name)} {wanted}".encode()).hexdigest()
+    with locked(folder / f"base-{key}.lock"):
+        found = _local(buildah, places, wanted, arch, folder)
+        if found:
+            return found
+        failures: list[str] = []
+        if policy != "bootstrap" or not suite:
+            try:
+                return _pull(buildah, name, wanted)
+            except BuildahError as error:
+                if tells_of_full_disk(error.stderr):
+                    raise NoRoomError(f"There was no room for the base image {name} for {wanted}.", "") from error
+                failures.append(f"the registry: {last_lines(error.stderr, 1).removeprefix('Error: ')}")
+        if policy != "registry" and suite:
+            try:
+                return bootstrap(buildah, suite, wanted)
+            except NoRoomError:
+                raise
+            except ImageError as error:
+                failures.append(f"a bootstrap: {error}")
+    hint = "See that the builder reaches the registry"
+    if suite and policy != "registry":
+        hint += ", or can bootstrap Debian (sudo apt install mmdebstrap, and an apt mirror)"
+    raise ImageError(
+        f"The base image {name} for {wanted} cannot be had. Tried: the builder's own store: not there; "
+        f"{'; '.join(failures).rstrip('.')}.",
+        f"{hint}, or put the image there by hand: {shlex.join(buildah.command('pull', qualified(name)))}",
+    )
+
+
+def meaning(buildah: Callable[..., str], name: str, arch: str, policy: str) -> str:
+    """Return the id of the image that a name means in the local store, empty where there is none; asks no network.
+
+    Args:
+        buildah: runs buildah and returns what it prints.
+        name: as a script says it.
+        arch: Debian's name of the job's architecture.
+        policy: where Debian's base images come from: `auto`, `registry` or `bootstrap`.
+    """
+    wanted = _named_architecture(name) or arch
+    suite = debian_suite(name) if policy != "registry" else ""
+    return _local(buildah, _places(name, wanted, suite), wanted, arch)
+
+
+def check_runs(facts: Facts, arch: str) -> None:
+    """Raise RunnerError where programs of an architecture do not run on this builder."""
+    if arch not in PLATFORMS:
+        raise RunnerError(f"There is no architecture {arch!r}.", f"Known are {', '.join(sorted(PLATFORMS))}.")
+    if arch != facts.arch and arch not in facts.emulated:
+        raise RunnerError(
+            f"The builder is {facts.arch} and cannot run {arch} programs.",
+            f"Use a builder that is {arch}, or let this one emulate it: "
+            "sudo apt install qemu-user-static binfmt-support",
+        )
+
+
+def qualified(name: str) -> str:
+    """Return the name with registry and tag, as Docker completes it."""
+    host, slash, rest = name.partition("/")
+    if not (slash and ("." in host or ":" in host or host == "localhost")):
+        host, rest = "docker.io", name
+    if host in ("docker.io", "index.docker.io"):
+        host, rest = "docker.io", rest if "/" in rest else f"library/{rest}"
+    last = rest.rpartition("/")[2]
+    return f"{host}/{rest}" + ("" if ":" in last or "@" in last else ":latest")
+
+
+def is_local_only(name: str) -> bool:
+    """Say whether a name can only be a local cache's tag, about which no registry is asked."""
+    host, slash, _ = name.partition("/")
+    if host == "localhost":
+        return True
+    if "@" in name:
+        return False
+    if slash and ("." in host or ":" in host):
+        return False
+    repository, _, tag = name.rpartition("/")[2].partition(":")
+    return repository.startswith("gamebear-") or re.fullmatch(r"[0-9a-f]{64}", tag) is not None
+
+
+def debian_suite(name: str) -> str:
+    """Return the suite that a name of one of Debian's official images means; empty for every other image.
+
+    The builder's own release stands for `debian`, `debian:latest` and `debian:stable` where it runs Debian.
+    """
+    folders = "|".join(["library", *REGISTRY_FOLDERS])
+    match = re.fullmatch(rf"docker\.io/(?:{folders})/debian:([\w.-]+)", qualified(name))
+    if not match:
+        return ""
+    tag = match.group(1)
+    if tag.endswith("-slim"):
+        tag = tag[: -len("-slim")]
+    if tag in ("latest", "stable"):
+        return own_release()[1] or STABLE
+    if re.fullmatch(r"\d+(\.\d+)?", tag):
+        return RELEASES.get(tag.partition(".")[0], "")
+    return tag if re.fullmatch(r"[a-z]+", tag) else ""
+
+
+def architecture(inspected: dict[str, Any]) -> tuple[str, str]:
+    """Return an inspected image's OCI architecture and variant."""
+    config = inspected.get("OCIv1") or {}
+    return str(config.get("architecture", "")), str(config.get("variant", ""))
+
+
+def _named_architecture(name: str) -> str:
+    match = re.match(r"docker\.io/([^/]+)/", qualified(name))
+    return REGISTRY_FOLDERS.get(match.group(1), "") if match else ""
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,499}", name, re.ASCII):
+        raise ImageError(
+            f"{name!r} is not the name of an image.", "Write it as debian:bookworm, or host/folder/name:tag."
+        )
+
+
+def _by_id(buildah: Buildah, name: str) -> str:
+    """Return the full id where the name is the start of one (12 digits or more) in the local store."""
+    match = re.fullmatch(r"(?:sha256:)?([0-9a-f]{12,64})", name)
+    if match:
+        for identity in _names(buildah):
+            if identity.startswith(match.group(1)):
+                return identity
+    return ""
+
+
+def _names(buildah: Callable[..., str]) -> dict[str, list[str]]:
+    """Return the full id of every local image and its names."""
+    listed = json.loads(buildah("images", "--all", "--no-trunc", "--json") or "null") or []
+    return {str(image["id"]).rpartition(":")[2]: list(image.get("names") or []) for image in listed}
+
+
+def _places(name: str, arch: str, suite: str) -> list[str]:
+    """Return the local store's names to look under, first the nearest."""
+    last = name.rpartition("/")[2]
+    tagged = name if ":" in last or "@" in last else f"{name}:latest"
+    places = [tagged, f"localhost/{tagged}", qualified(name), f"localhost/{_pulled_tag(name, arch)}"]
+    if suite:
+        places.append(f"localhost/{tag_of(suite, arch)}")
+    return list(dict.fromkeys(places))
+
+
+def _pulled_tag(name: str, arch: str) -> str:
+    """Return where a pulled image is also kept: its own name may pass to another architecture's image."""
+    return f"gamebear-base:pulled-{hashlib.sha256(f'{qualified(name)} {arch}'.encode()).hexdigest()[:32]}"
+
+
+def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str, notes: Path | None = None) -> str:
+    """Return the id of the first local image under one of the names that is of the wanted architecture.
+
+    What is found is going to be used where `notes` is given: the folder with the notes of which images are. What an
+    image is for is kept there, too, for it stays the same as long as its id does, and to ask buildah takes a while.
+    """
+    named = {place: identity for identity, places in _names(buildah).items() for place in places}
+    for place in places:
+        identity = named.get(place)
+        if not identity:
+            continue
+        note = notes / f"{identity}.used" if notes else None
+        about = (_kept(note) if note else None) or _inspected(buildah, identity)
+        made_for, found, variant, _ = about
+        if made_for == job or _fits(found, variant, wanted):
+            if note:
+                _keep(note, about)
+            return identity
+    return ""
+
+
+def user(buildah: Buildah, identity: str) -> str:
+    """Return whom commands in containers of an image that is used run as, by its full id; empty for root."""
+    note = made_folder(buildah.root / "images") / f"{identity}.used"
+    about = _kept(note)
+    if about is None:
+        about = _inspected(buildah, identity)
+        _keep(note, about)
+    return str(about[3])
+
+
+def _inspected(buildah: Callable[..., str], identity: str) -> list[Any]:
+    """Return the architecture that an image was made for, OCI's, the variant, and the user."""
+    inspected = json.loads(buildah("inspect", "--type", "image", identity))
+    made_for = (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
+    config = (inspected.get("OCIv1") or {}).get("config") or {}
+    return [made_for, *architecture(inspected), config.get("User") or ""]
+
+
+def _kept(note: Path) -> list[Any] | None:
+    """Return what the note that an image is used says of it; see `_inspected`."""
+    known = read_json(note)
+    return known if isinstance(known, list) and len(known) == 4 else None
+
+
+def _keep(note: Path, about: list[Any]) -> None:
+    """Write what an image is into the note that it is used; only of one that is, for a prune goes by the note."""
+    with contextlib.suppress(OSError):
+        note.write_text(json.dumps(about))
+
+
+def _fits(found: str, variant: str, arch: str) -> bool:
+    """Say whether an image of an OCI architecture and variant is for one that Debian has a name of."""
+    wanted, _ = PLATFORMS.get(arch, (arch, ""))
+    if arch == "armhf":
+        return found == wanted and variant != "v5"
+    if arch == "armel":
+        return found == wanted and variant in ("", "v5", "v6")
+    return found == wanted
+
+
+def _pull(buildah: Buildah, name: str, arch: str) -> str:
+    """Fetch an image from its registry and return its id; raises BuildahError."""
+    usage = buildah("pull", "--help")
+    wanted, variant = PLATFORMS[arch]
+    command = ["pull", "--arch", wanted]
+    if variant:
+        command += ["--variant", variant]
+    if "--policy" in usage:
+        command += ["--policy", "always"]
+    if "--retry " in usage:
+        command += ["--retry", "1", "--retry-delay", "1s"]
+    command.append(f"docker://{qualified(name)}")
+    print(f"Pulling {qualified(name)} for {arch}", flush=True)
+    status, said = streamed(buildah.command(*command), buildah.environment, silence=_patience)
+    if status:
+        raise BuildahError(command, status, said)
+    identity = next((line for line in reversed(said.split()) if re.fullmatch(r"[0-9a-f]{64}", line)), "")
+    identity = identity or {n: i for i, names in _names(buildah).items() for n in names}.get(qualified(name), "")
+    if not identity:
+        raise BuildahError(command, 0, "it was pulled, but is not in the store")
+    if not _fits(*architecture(json.loads(buildah("inspect", "--type", "image", identity))), arch):
+        raise BuildahError(command, 0, f"the registry's image is not for {arch}")
+    buildah("tag", identity, _pulled_tag(name, arch))
+    return identity
+
+
+def _patience(said: str) -> float:
+    return LAYER_SECONDS if re.search("Getting image source|Copying|Storing", said) else FIRST_ANSWER_SECONDS

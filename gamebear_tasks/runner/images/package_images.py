@@ -1,0 +1,458 @@
+"""Package images: a base plus a set of Debian packages, installed once and kept in the image store under a tag.
+
+The tag is a hash over everything the image comes from: the base's identity, the architecture, the set of packages,
+the options and this recipe's version. What was installed is written on the image as annotations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..host.arch import ARCHITECTURE_ANNOTATION
+from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
+from ..host.capabilities import Facts
+from ..host.rootfs import Rootfs
+from ..host.subprocesses import last_lines
+from ..util.atomic_files import locked
+from ..util.errors import tells_of_full_disk
+from .apt import POOL, Apt, AptError, Plan, Unfit, trim
+from .base_images import check_runs, resolve
+
+RECIPE = 2
+"""Version of what is done below; another number makes every package image be built anew."""
+
+NAME = "gamebear-packages"
+"""The name under which package images are kept; the tag is the hash."""
+
+ENVIRONMENT = ("env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+"""What programs that install something are started with."""
+
+APT = (
+    "apt-get",
+    "--yes",
+    "--option=Acquire::Retries=3",
+    "--option=Acquire::Languages=none",
+    "--option=Dpkg::Use-Pty=0",
+    "--option=Dpkg::Options::=--force-unsafe-io",
+)
+"""apt-get as it is run in the container; dpkg's fsyncs are for machines that may lose power halfway."""
+
+LEFTOVERS = (
+    "/tmp/*",
+    "/var/cache/apt/*.bin",
+    "/var/cache/apt/archives/*.deb",
+    "/var/cache/apt/archives/partial/*",
+    "/var/cache/debconf/*-old",
+    "/var/lib/apt/lists/*",
+    "/var/log/alternatives.log",
+    "/var/log/apt/*",
+    "/var/log/dpkg.log",
+)
+"""What an installation leaves that no build needs."""
+
+# In the container, where a link that a strange image has put there cannot lead out of it.
+REMOVE_LEFTOVERS = f"rm -rf {' '.join(LEFTOVERS)}"
+
+UPDATE_PAUSES = (3.0, 15.0)
+"""Seconds to wait before each further attempt to fetch the package lists."""
+
+DAY = 86400.0
+
+
+def packages_image(
+    buildah: Buildah,
+    facts: Facts,
+    base: str,
+    packages: Iterable[str],
+    *,
+    arch: str,
+    recommends: bool = False,
+    max_age_days: float | None = None,
+    rebuild: str = "base",
+) -> str:
+    """Return the full id of the image of a base with packages installed; built where it is not there yet.
+
+    Args:
+        buildah: to run buildah with, inside the namespace.
+        facts: what the builder can do.
+        base: the base image's name or id, see `base_images.resolve`.
+        packages: names of Debian packages, `name=version` and `name:arch` too; their order means nothing.
+        arch: Debian's name of the job's architecture.
+        recommends: whether to install what the packages recommend as well.
+        max_age_days: build it anew when it is older than this; None: however old it is.
+        rebuild: `base`: build it anew when the base's name has come to mean another image; `never`: not even then.
+
+    Raises:
+        ImageError: the base or a package cannot be had; no image and no container is left of the attempt.
+        ValueError: an argument makes no sense.
+    """
+    if rebuild not in ("base", "never"):
+        raise ValueError(f"rebuild is {rebuild!r}; it may be 'base' or 'never'")
+    if max_age_days is not None and not max_age_days >= 0:
+        raise ValueError(f"max_age_days is {max_age_days!r}; it is a number of days, or None")
+    if rebuild == "never" and max_age_days is not None:
+        raise ValueError("rebuild='never' and max_age_days contradict each other")
+    if isinstance(packages, str):
+        raise ValueError("the packages are one string; they should be a list of names")
+    wanted = sorted(set(packages))
+    for package in wanted:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+.](:[a-z0-9-]+)?([=/][A-Za-z0-9.+:~-]+)?", package):
+            raise ValueError(f"{package!r} is not the name of a Debian package")
+    with buildah.looking_for_image():
+        identity = _found_or_built(
+            buildah, facts, base, wanted, arch=arch, recommends=recommends, max_age_days=max_age_days, rebuild=rebuild
+        )
+        buildah.note_use(identity)
+        return identity
+
+
+def _found_or_built(
+    buildah: Buildah,
+    facts: Facts,
+    base: str,
+    wanted: Sequence[str],
+    *,
+    arch: str,
+    recommends: bool,
+    max_age_days: float | None,
+    rebuild: str,
+) -> str:
+    by_name = _tag(base, arch, wanted, recommends)
+    if rebuild == "never" and wanted:
+        found = _kept(buildah, by_name, None)
+        if found:
+            return found
+    identity = resolve(buildah, facts, base, arch)
+    if not wanted:
+        return identity
+    check_runs(facts, arch)
+    tag = _tag(identity, arch, wanted, recommends)
+    folder = buildah.root / "images"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(folder / f"{NAME}-{tag.rpartition(':')[2]}.lock"):
+        found = _kept(buildah, tag, max_age_days)
+        if found:
+            return found
+        stale = _kept(buildah, tag, None)
+        built = _build(buildah, facts, base, identity, wanted, tag, arch=arch, recommends=recommends)
+        buildah("tag", built, by_name)
+        if stale and stale != built:
+            # It stays where a container of another job is still made from it.
+            with contextlib.suppress(BuildahError):
+                buildah("rmi", stale)
+        return built
+
+
+def _tag(base: str, arch: str, packages: Sequence[str], recommends: bool) -> str:
+    """Return the tag of a package image; `base` is the base's id, or its name for the policy `never`."""
+    recipe = {"base": base, "arch": arch, "packages": packages, "recommends": recommends, "recipe": RECIPE}
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return f"{NAME}:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _kept(buildah: Buildah, tag: str, max_age_days: float | None) -> str:
+    """Return the id of the image under a tag where there is one that is young enough, else nothing."""
+    try:
+        inspected = json.loads(buildah("inspect", "--type", "image", f"localhost/{tag}"))
+    except BuildahError:
+        return ""
+    if max_age_days is not None:
+        made = (inspected.get("ImageAnnotations") or {}).get("gamebear.created", "")
+        try:
+            import calendar  # slow to load; strptime does so, too
+
+            age = time.time() - calendar.timegm(time.strptime(made, "%Y-%m-%dT%H:%M:%SZ"))
+        except ValueError:
+            return ""
+        if age > max_age_days * DAY:
+            return ""
+    return str(inspected["FromImageID"]).rpartition(":")[2]
+
+
+class _Unsuitable(Exception):
+    """An image that holds some of the packages cannot be gone on from."""
+
+
+def _build(
+    buildah: Buildah,
+    facts: Facts,
+    base: str,
+    identity: str,
+    packages: Sequence[str],
+    tag: str,
+    *,
+    arch: str,
+    recommends: bool,
+) -> str:
+    started = time.monotonic()
+    print(f"Installing into {base} for {arch}: {' '.join(packages)}", flush=True)
+    notes = {
+        "gamebear.base": base,
+        "gamebear.base-id": identity,
+        "gamebear.packages": " ".join(packages),
+        "gamebear.recipe": str(RECIPE),
+        "gamebear.recommends": str(recommends).lower(),
+        ARCHITECTURE_ANNOTATION: arch,
+    }
+    part = _part(buildah, notes)
+    built = ""
+    if part:
+        with contextlib.suppress(_Unsuitable):
+            built = _installed(buildah, facts, part, packages, tag, notes, recommends=recommends)
+    built = built or _installed(buildah, facts, _Part(identity), packages, tag, notes, recommends=recommends)
+    print(f"Installed in {time.monotonic() - started:.0f} s", flush=True)
+    return built
+
+
+class _Part(NamedTuple):  # see `capabilities.Facts`
+    """An image to begin with.
+
+    Attributes:
+        identity: its id.
+        packages: which of the packages are in it.
+        added: the names of all packages that are in it and not in its base.
+    """
+
+    identity: str
+    packages: tuple[str, ...] = ()
+    added: frozenset[str] = frozenset()
+
+
+def _part(buildah: Buildah, notes: Mapping[str, str]) -> _Part | None:
+    """Return the package image of the same base that has most of the packages, and no other ones."""
+    same = ("gamebear.base-id", "gamebear.recipe", "gamebear.recommends", ARCHITECTURE_ANNOTATION)
+    wanted = set(notes["gamebear.packages"].split())
+    parts = []
+    for image in buildah.images():
+        if not any(str(name).startswith(f"localhost/{NAME}:") for name in image["names"]):
+            continue
+        with contextlib.suppress(BuildahError):  # it may have been removed meanwhile
+            identity = image["id"]
+            found = json.loads(buildah("inspect", "--type", "image", identity)).get("ImageAnnotations") or {}
+            has = tuple(found.get("gamebear.packages", "").split())
+            if set(has) < wanted and has and all(found.get(key) == notes[key] for key in same):
+                parts.append(_Part(identity, has, frozenset(found.get("gamebear.added", "").split())))
+    return max(parts, key=lambda part: (len(part.packages), part.identity), default=None)
+
+
+def _installed(
+    buildah: Buildah,
+    facts: Facts,
+    part: _Part,
+    packages: Sequence[str],
+    tag: str,
+    notes: Mapping[str, str],
+    *,
+    recommends: bool,
+) -> str:
+    """Install what is missing in an image, keep it and return its id.
+
+    Raises:
+        ImageError: it cannot be had.
+        _Unsuitable: what the image has is not what would be installed today.
+    """
+    base, arch = notes["gamebear.base"], notes[ARCHITECTURE_ANNOTATION]
+    container = f"{buildah.prefix}packages-{os.urandom(4).hex()}"
+    folder = Path(tempfile.mkdtemp(prefix="apt-", dir=buildah.environment["TMPDIR"]))
+    rootfs = None
+    try:
+        buildah("from", "--name", container, part.identity)
+        rootfs = Rootfs(buildah("mount", container).rstrip("\n"))
+        before = _versions(installed(rootfs, folder))
+        try:
+            apt = Apt(folder / "apt", buildah.root / POOL, rootfs, buildah.environment)
+            _update(apt.update)
+            if part.added:
+                if part.added & apt.outdated():
+                    raise _Unsuitable
+                print(f"Going on from the image that has {' '.join(part.packages)} already", flush=True)
+            plan = apt.plan(packages, recommends)
+        except Unfit as reason:
+            if part.added:
+                raise _Unsuitable from None
+            print(f"Using the image's own apt, and not the builder's: {reason}", flush=True)
+            _install_inside(buildah, facts, container, packages, recommends, base, arch)
+        else:
+            apt.fetch(plan, unpacked=apt.arch != facts.arch)
+            _install(buildah, facts, container, apt, plan, base, arch)
+            _mark_automatic(rootfs, folder, apt, plan, packages)
+            trim(apt.pool)
+        now = installed(rootfs, folder)
+        after = _versions(now)
+        own = {name.partition(":")[0] for name in after if after[name] != before.get(name)}
+        notes = {
+            **notes,
+            "gamebear.begun-from": part.identity,
+            "gamebear.added": " ".join(sorted(part.added | own)),
+            "gamebear.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "gamebear.installed": " ".join(f"{name}={after[name]}" for name in sorted(after)),
+            "gamebear.all": " ".join(package.name for package in now if package.arch == "all"),
+        }
+        options = [word for key, value in notes.items() for word in ("--annotation", f"{key}={value}")]
+        buildah("config", *options, container)
+        print("Keeping it in the image store", flush=True)
+        return buildah("commit", "--quiet", container, tag).strip().rpartition(":")[2]
+    except AptError as error:
+        raise _installation_error(base, arch, error.status, error.said) from None
+    finally:
+        if rootfs is not None:
+            rootfs.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(BuildahError):
+            buildah("rm", container)
+
+
+def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Plan, base: str, arch: str) -> None:
+    """Have the container's dpkg install the packages that are there, as apt would have it."""
+    dpkg = ["dpkg", "--force-unsafe-io", *apt.dpkg_options]
+    lines = ["set -e"]
+    for step, packages in plan.steps:
+        if step == "unpack":
+            files = [f"/mnt/{package.file}" for package in packages]
+            lines.append(shlex.join([*dpkg, "--no-triggers", "--unpack", "--auto-deconfigure", *files]))
+        else:
+            names = [package.dpkg_name for package in packages]
+            lines.append(shlex.join([*dpkg, "--no-triggers", "--configure", *names]))
+    lines.append(shlex.join([*dpkg, "--configure", "--pending"]))
+    (apt.debs / "install.sh").write_text("\n".join([*lines, REMOVE_LEFTOVERS, ""]))
+    mounts = ["--volume", f"{apt.debs}:/mnt:ro"]
+    # dpkg syncs each change of a package's state, about ten a package; a container that is interrupted is removed.
+    mounts += ["--mount", "type=tmpfs,dst=/var/lib/dpkg/updates"]
+    status, said = buildah.logged_in(container, [*ENVIRONMENT, "sh", "/mnt/install.sh"], *_network(facts), *mounts)
+    if status:
+        raise _installation_error(base, arch, status, said, "dpkg")
+
+
+def _mark_automatic(rootfs: Rootfs, folder: Path, apt: Apt, plan: Plan, wanted: Sequence[str]) -> None:
+    """Note, as apt does, which packages are there only because others need them."""
+    named = {re.split("[:=/]", name)[0] for name in wanted}
+    known = apt.folder / "state/extended_states"
+    text = known.read_text() if known.exists() else ""
+    for package in plan.packages:
+        if package.name not in named:
+            arch = apt.arch if package.arch == "all" else package.arch
+            text += f"Package: {package.name}\nArchitecture: {arch}\nAuto-Installed: 1\n\n"
+    aside = folder / "extended_states"
+    aside.write_text(text)
+    aside.chmod(0o644)
+    rootfs.copy_in(aside, "/var/lib/apt/extended_states")
+
+
+def _install_inside(
+    buildah: Buildah, facts: Facts, container: str, packages: Sequence[str], recommends: bool, base: str, arch: str
+) -> None:
+    """Have the container's own apt install packages."""
+
+    def run(*words: str) -> tuple[int, str]:
+        return buildah.logged_in(container, [*ENVIRONMENT, *words], *_network(facts))
+
+    _update(lambda *options: run(*APT, *options, "update"))
+    # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
+    option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
+    status, said = run(*APT, option, "install", "--", *packages)
+    if status:
+        raise _installation_error(base, arch, status, said)
+    run("sh", "-c", REMOVE_LEFTOVERS)
+
+
+def _network(facts: Facts) -> list[str]:
+    return [] if facts.isolation == "chroot" else ["--network", "host"]
+
+
+class Installed(NamedTuple):
+    """A package that is installed.
+
+    Attributes:
+        name: its name.
+        version: its version.
+        arch: its own architecture, `all` for one that has none.
+        shown: the name that dpkg shows it under: with the architecture where there may be several.
+    """
+
+    name: str
+    version: str
+    arch: str
+    shown: str
+
+
+def installed(rootfs: Rootfs, folder: Path) -> list[Installed]:
+    """Return the packages that a container's dpkg knows as installed, by their names.
+
+    Args:
+        rootfs: the container's files.
+        folder: where to put a file aside.
+    """
+    aside = folder / "status"
+    try:
+        rootfs.copy_out("/var/lib/dpkg/status", aside)
+    except FileNotFoundError:
+        return []
+    found = []
+    for stanza in aside.read_text("utf-8", "replace").split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Status|Architecture|Multi-Arch|Version): (.*)$", stanza, re.MULTILINE))
+        if fields.get("Status", "").endswith(" installed"):
+            name, arch = fields["Package"], fields.get("Architecture", "")
+            several = f":{arch}" if fields.get("Multi-Arch") == "same" else ""
+            found.append(Installed(name, fields["Version"], arch, name + several))
+    return sorted(found, key=lambda package: package.shown)
+
+
+def _versions(packages: Iterable[Installed]) -> dict[str, str]:
+    """Return the version of each package by the name that dpkg shows it under."""
+    return {package.shown: package.version for package in packages}
+
+
+def _update(update: Callable[..., tuple[int, str]]) -> None:
+    """Fetch the package lists; a mirror may be busy for a moment."""
+    for pause in (*UPDATE_PAUSES, None):
+        # Without the option a list that is missing is a warning, and its packages are "not found" later on.
+        status, said = update(*(["--option=APT::Update::Error-Mode=any"] if pause is not None else []))
+        if not status:
+            return
+        if tells_of_full_disk(said):
+            raise NoRoomError("There was no room for the package lists.", "")
+        if pause is not None:
+            print(f"The package lists could not be fetched; again in {pause:.0f} s", flush=True)
+            time.sleep(pause)
+    raise ImageError(
+        f"The package lists could not be fetched: {_reasons(said)}",
+        "See that the builder reaches the mirrors in the base image's /etc/apt/sources.list.",
+    )
+
+
+def _installation_error(base: str, arch: str, status: int, said: str, program: str = "apt-get") -> ImageError:
+    missing: list[str] = []
+    for pattern in (
+        r"^E: Unable to locate package (\S+)",
+        r"^E: Package '?([^\s']+)'? has no installation candidate",
+        r"^E: (?:Version|Release) '\S+' for '([^\s']+)' was not found",
+    ):
+        missing += re.findall(pattern, said, re.MULTILINE)
+    if missing:
+        return ImageError(
+            f"{base} has no package {', '.join(sorted(set(missing)))} for {arch}.",
+            "See how it is called in the base's release: https://packages.debian.org",
+        )
+    if tells_of_full_disk(said):
+        return NoRoomError(f"There was no room to install the packages into {base} for {arch}.", "")
+    return ImageError(
+        f"The packages could not be installed into {base} for {arch} ({program}: status {status}): {_reasons(said)}",
+        "The log above has the details.",
+    )
+
+
+def _reasons(said: str) -> str:
+    """Return apt's own error lines, else the last lines of all."""
+    errors = [line for line in said.splitlines() if line.startswith("E: ")]
+    return last_lines("\n".join(errors) or said)

@@ -1,0 +1,1 @@
+"""Garbage collection, retained containers, cleanup after lost jobs."""

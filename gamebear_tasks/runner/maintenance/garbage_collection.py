@@ -1,0 +1,468 @@
+"""Pruning the store, also while jobs run: results, blobs and images that are no longer used, by age, number and size.
+
+Whatever goes is renamed into the trash first, in one step and under its lock, and then removed: a prune that is killed
+leaves a whole store and some trash, which the next one, or the next job, removes. A job whose lock is held is left.
+A blob may go between a job's arrival and its start; that job fails with the kind `blob`, and is sent again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..host.buildah import IMAGES_IN_USE, BuildahError, outside, remove_tree
+from ..host.capabilities import Facts
+from ..host.probe import facts
+from ..images.apt import POOL, trim
+from ..store.store import Lock, Store, StoredJob, runner_folder, stamp
+from ..util.atomic_files import is_sha256, locked
+from ..util.errors import RunnerError
+from .cleanup import clean_up, clean_up_after_lost_jobs
+
+RECENT = 60.0
+"""Seconds after its last use for which a job is left alone: somebody may be about to fetch its outputs."""
+
+FRESH = 3600.0
+"""Seconds after its last use for which a blob that no job names is left alone: one that does may be on its way."""
+
+DAY = 86400.0
+"""Seconds for which a runner, a broken-off upload or a virtual environment is kept at least."""
+
+TRIES = 5
+"""How often a busy lock is tried, as somebody may only be looking whether it is free."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may go.
+
+    Attributes:
+        older: what was not used for so many seconds; None: age is no reason.
+        size: so much that jobs, blobs and compiler caches take no more than this, in bytes; failed jobs whose
+            containers are kept go first, then the least recently used.
+        keep: all but the last so many results of each target (architecture, program and outputs).
+        images: also images of ours that no job that stays has used, and nobody for `older` seconds.
+    """
+
+    older: float | None = None
+    size: int | None = None
+    keep: int | None = None
+    images: bool = False
+
+
+@dataclass
+class Pruned:
+    """What went.
+
+    Attributes:
+        jobs: how many jobs.
+        blobs: how many blobs and broken-off uploads.
+        images: how many images.
+        others: how many runners of other versions, compiler caches, virtual environments and temporary files.
+        freed: bytes.
+        left: why something was left, a sentence each.
+        more: the time was up before all was done.
+    """
+
+    jobs: int = 0
+    blobs: int = 0
+    images: int = 0
+    others: int = 0
+    freed: int = 0
+    left: list[str] = field(default_factory=list)
+    more: bool = False
+
+
+_sizes: dict[tuple[str, float], int] = {}
+"""The size of each job that does not run, by folder and last use: the next call need not walk a slow disk again."""
+
+
+class _TimeIsUp(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Something that may go: a job, or a file."""
+
+    last_use: float
+    size: int
+    path: Path
+    job: StoredJob | None = None
+
+
+class Prune:
+    """One prune of a store.
+
+    Args:
+        store: which.
+        policy: what may go.
+        seconds: for how long to go on before it is left to another call.
+    """
+
+    def __init__(self, store: Store, policy: Policy, seconds: float) -> None:
+        self.store = store
+        self.policy = policy
+        self.pruned = Pruned()
+        self._now = time.time()
+        self._until = time.monotonic() + seconds
+        self._busy: set[str] = set()
+
+    def run(self) -> Pruned:
+        """Prune; raises RunnerError."""
+        try:
+            clean_up_after_lost_jobs(self.store, but="")
+            self._empty_trash()
+            self._jobs()
+            self._blobs()
+            self._down_to_size()
+            self._others()
+            if self.policy.images:
+                self._images()
+        except _TimeIsUp:
+            self.pruned.more = True
+        if self._busy:
+            self.pruned.left.append(f"Left, as somebody uses them or did a moment ago: {len(self._busy)} of the jobs.")
+        return self.pruned
+
+    def _go_on(self) -> None:
+        """Stop where the time is up, but not before something went: each call gets further, however slow the disk."""
+        pruned = self.pruned
+        went = pruned.jobs or pruned.blobs or pruned.images or pruned.others or pruned.freed
+        if went and time.monotonic() > self._until:
+            raise _TimeIsUp
+
+    # jobs
+
+    def _all_jobs(self) -> list[StoredJob]:
+        return [self.store.job(path.name) for path in self.store.jobs.iterdir() if is_sha256(path.name)]
+
+    def _jobs(self) -> None:
+        """Remove jobs by age and by number."""
+        going: dict[str, StoredJob] = {}
+        results: dict[str, list[StoredJob]] = {}
+        for job in self._all_jobs():
+            state = job.written_state()
+            for path in job.stamps():
+                self._age(stamp(path), path)
+            if self.policy.older is not None and self._age(job.last_use()) > self.policy.older:
+                going[job.digest] = job
+            if state["state"] == "done":
+                results.setdefault(target_of(job), []).append(job)
+            elif self.policy.keep is not None and not self._is_news(job, state):
+                going[job.digest] = job
+        if self.policy.keep is not None:
+            for jobs in results.values():
+                jobs.sort(key=StoredJob.last_use, reverse=True)
+                going.update({job.digest: job for job in jobs[self.policy.keep :]})
+        for job in going.values():
+            self._go_on()
+            self._remove_job(job)
+
+    def _is_news(self, job: StoredJob, state: dict[str, Any]) -> bool:
+        """Say whether a job without a result still has to be told about, or goes on."""
+        if state["state"] in ("queued", "running"):
+            return job.is_locked()
+        if state["state"] in ("failed", "cancelled"):
+            return not job.was_seen(state["attempt"])
+        return False
+
+    def _remove_job(self, job: StoredJob) -> bool:
+        """Remove a job that nobody uses; say whether it went."""
+        try:
+            lock = job.lock()
+        except FileNotFoundError:
+            return False
+        try:
+            with job.seized_outputs() as unused:
+                if (
+                    not unused
+                    or not _acquired(lock)
+                    or not lock.is_current()
+                    or 0 <= time.time() - job.last_use() < RECENT
+                ):
+                    self._busy.add(job.digest)
+                    return False
+                if not job.release_kept():
+                    self.pruned.left.append(f"Somebody has a shell open in a container of job {job.digest[:12]}.")
+                    return False
+                if job.mark.exists():
+                    clean_up(job)
+                if job.mark.exists():
+                    self.pruned.left.append(f"What job {job.digest[:12]} left in its containers could not be removed.")
+                    return False
+                away = self._thrown_away(job.folder)
+        finally:
+            lock.release()
+        self.pruned.jobs += 1
+        self._remove(away)
+        return True
+
+    # blobs
+
+    def _blobs(self) -> None:
+        """Remove blobs that no job names, by age."""
+        if self.policy.older is None and self.policy.keep is None:
+            return
+        limit = min(
+            self.policy.older if self.policy.older is not None else FRESH,
+            FRESH if self.policy.keep is not None else float("inf"),
+        )
+        named = _blobs_of(self._all_jobs())
+        for path in self.store.blobs.iterdir():
+            self._go_on()
+            self._age(stamp(path), path)
+            if path.name not in named:
+                self._remove_file(path, limit)
+
+    def _remove_file(self, path: Path, unused_for: float) -> bool:
+        """Remove a blob or a broken-off upload, unless it was used meanwhile; say whether it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            about = path.stat()
+            if self._age(about.st_mtime, path) < unused_for:
+                return False
+            with Lock.opened(path) as lock:
+                if not lock.acquire():  # a session that receives an upload holds it
+                    return False
+                path.unlink()
+                self.pruned.blobs += 1
+                self.pruned.freed += about.st_blocks * 512
+        return True
+
+    # size
+
+    def _down_to_size(self) -> None:
+        """Remove the least recently used jobs, blobs and compiler caches until what is left is small enough."""
+        if self.policy.size is None:
+            return
+        jobs = self._all_jobs()
+        needed = _blobs_of(job for job in jobs if job.is_locked())
+        entries = [self._entry(job) for job in jobs]
+        for path in [*self.store.blobs.iterdir(), *self.store.tmp.glob("*.part")]:
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                entries.append(_Entry(about.st_mtime, about.st_blocks * 512, path))
+        for path in _entries(self.store.root / "ccache"):
+            entries.append(_Entry(stamp(path), _allocated(path), path))
+        total = sum(entry.size for entry in entries)
+        for entry in sorted(entries, key=lambda entry: (entry.job is None or not entry.job.is_kept(), entry.last_use)):
+            if total <= self.policy.size:
+                return
+            self._go_on()
+            if entry.job is not None:
+                if self._remove_job(entry.job):
+                    total -= entry.size
+            elif entry.path.is_dir():
+                if self._remove_unheld(entry.path):
+                    total -= entry.size
+            elif entry.path.name not in needed and self._remove_file(entry.path, 0.0):
+                total -= entry.size
+
+    def _entry(self, job: StoredJob) -> _Entry:
+        last_use = job.last_use()
+        if job.is_locked():
+            return _Entry(last_use, _allocated(job.folder), job.folder, job)
+        key = (str(job.folder), last_use)
+        if key not in _sizes:
+            _sizes[key] = _allocated(job.folder)
+        return _Entry(last_use, _sizes[key], job.folder, job)
+
+    # what else there is
+
+    def _others(self) -> None:
+        """Remove runners, virtual environments, temporary files and kept packages that nobody uses."""
+        limit = max(self.policy.older or 0.0, DAY)
+        self.pruned.freed += trim(self.store.root / POOL, self._now - limit if self.policy.older is not None else None)
+        own = runner_folder()
+        for path in _entries(self.store.root / "runner"):
+            if path != own and self._age(stamp(path), path) > limit:
+                self._remove_unheld(path)
+        for path in _entries(self.store.root / "ccache"):
+            if self._age(stamp(path), path) > limit:
+                self._remove_unheld(path)
+        for path in self.store.tmp.glob("*.part"):
+            self._go_on()
+            self._remove_file(path, limit)
+        idle = not any(job.is_locked() for job in self._all_jobs())
+        for path in _entries(self.store.tmp):
+            if idle and path.suffix != ".part" and self._age(stamp(path), path) > limit:
+                self._throw_out(path)
+        for path in _entries(self.store.root / "venvs"):
+            used = max(stamp(path), stamp(path / "complete"))
+            if idle and path.suffix != ".lock" and self._age(used, path) > limit:
+                lock = path.with_name(f"{path.name}.lock")
+                with locked(lock):
+                    self._throw_out(path)
+                    lock.unlink(missing_ok=True)
+
+    def _remove_unheld(self, path: Path) -> bool:
+        """Remove a folder that nobody uses; say whether it went.
+
+        Whoever runs from a runner, or has a compiler cache mounted, holds its folder's lock, shared.
+        """
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._throw_out(path)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _throw_out(self, path: Path) -> None:
+        self._go_on()
+        self.pruned.others += 1
+        self._remove(self._thrown_away(path))
+
+    # images
+
+    def _images(self) -> None:
+        """Remove images of ours that nobody uses; not while anybody is looking for one or making one."""
+        in_use = self.store.images / IMAGES_IN_USE
+        try:
+            known = facts(self.store.root)
+        except RunnerError:
+            return  # no buildah, no images
+        locks = [path for path in self.store.images.glob("*.lock") if path != in_use]
+        with contextlib.ExitStack() as held:
+            for path in [in_use, *locks]:
+                lock = held.enter_context(Lock.opened(path))
+                if not _acquired(lock):
+                    self.pruned.left.append("A job is looking for an image or making one, so the images were left.")
+                    return
+            before = _free(self.store.root)
+            try:
+                self._unused_images(known)
+            finally:
+                self.pruned.freed += max(0, _free(self.store.root) - before)
+            for path in locks:  # held by nobody else; one that is wanted again is made anew
+                path.unlink(missing_ok=True)
+
+    def _unused_images(self, known: Facts) -> None:
+        root = self.store.root
+        used = {line for job in self._all_jobs() for line in _lines(job.folder / "images")}
+        own_store = "--root" in known.storage
+        there = set()
+        for image in json.loads(outside(root, known, "images", "--all", "--no-trunc", "--json") or "null") or []:
+            self._go_on()
+            identity = str(image["id"]).rpartition(":")[2]
+            there.add(identity)
+            names = [str(name) for name in image.get("names") or ()]
+            ours = [name for name in names if name.startswith("localhost/gamebear-")]
+            used_at = stamp(self.store.images / f"{identity}.used")
+            if not used_at or (names and not ours):
+                continue  # it is somebody else's
+            if identity in used or self._age(used_at) < (self.policy.older or 0.0):
+                continue
+            try:
+                outside(root, known, "rmi", *((names if own_store else ours) or [identity]))
+            except BuildahError as error:
+                self.pruned.left.append(f"The image {(ours or [identity])[0]} was left: {error}")
+            else:
+                there.discard(identity)
+                self.pruned.images += 1
+        for path in self.store.images.glob("*.used"):
+            if path.stem not in there:
+                path.unlink(missing_ok=True)
+
+    # removing
+
+    def _age(self, last_use: float, path: Path | None = None) -> float:
+        """Return the seconds since a time; a time from the future, of before a clock was put back, counts as now."""
+        if last_use > self._now + DAY and path is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # or it would never grow old
+        return max(0.0, self._now - last_use)
+
+    def _thrown_away(self, path: Path) -> Path:
+        away = self.store.trash / f"{path.name[:100]}-{secrets.token_hex(4)}"
+        os.rename(path, away)
+        return away
+
+    def _remove(self, path: Path) -> None:
+        """Remove something in the trash, whichever of a container's users owns what is in it."""
+        self.pruned.freed += _allocated(path)
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            try:
+                remove_tree(self.store.root, facts(self.store.root), path)
+            except RunnerError as error:
+                self.pruned.left.append(str(error))
+
+    def _empty_trash(self) -> None:
+        for path in _entries(self.store.trash):
+            self._go_on()
+            self._remove(path)
+
+
+def target_of(job: StoredJob) -> str:
+    """Return what is the same for each result of one target: architecture, program and outputs."""
+    try:
+        document = job.document()
+        program = document.get("script") or document["function"]
+        return json.dumps([document["arch"], program["name"], sorted(document["outputs"])])
+    except (OSError, ValueError, KeyError, TypeError):
+        return job.digest
+
+
+def _blobs_of(jobs: Iterable[StoredJob]) -> set[str]:
+    """Return every SHA-256 that some jobs name."""
+    named: set[str] = set()
+    for job in jobs:
+        for name in ("job.json", "order.json"):
+            with contextlib.suppress(OSError):
+                named.update(re.findall("[0-9a-f]{64}", (job.folder / name).read_text("utf-8", "replace")))
+    return named
+
+
+def _acquired(lock: Lock) -> bool:
+    for _ in range(TRIES):
+        if lock.acquire():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _allocated(path: Path) -> int:
+    """Return the bytes that a file or folder takes on the disk, as far as we may look."""
+    total = 0
+    with contextlib.suppress(OSError):
+        total += path.lstat().st_blocks * 512
+    for folder, folders, names in os.walk(path):
+        for name in (*folders, *names):
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return total
+
+
+def _free(root: Path) -> int:
+    about = os.statvfs(root)
+    return about.f_bfree * about.f_frsize
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("ascii", "replace").splitlines()
+    except FileNotFoundError:
+        return []

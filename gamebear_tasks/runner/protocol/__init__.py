@@ -1,0 +1,1 @@
+"""Wire format and pseudo-terminals, shared by client and runner."""

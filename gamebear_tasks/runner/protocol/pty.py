@@ -1,0 +1,337 @@
+"""A program that somebody sits before: started here, with a terminal of its own, its input and output carried away.
+
+The terminal is the runner's and not sshd's, so it is the same over every connection that a session can have, needs no
+second command on the builder, and no leave of sshd's (`PermitTTY`). Once the program has been started the session
+carries frames instead of requests: a letter, the length as four bytes, most significant first, and as many bytes.
+
+    i   to the program: what it reads          o   from it: what it prints
+    e   to the program: there is no more       x   from it: what it prints as errors, where it has no terminal
+    w   the window's rows and columns,         s   how it ended: its exit status, 128 and the number of a signal;
+        two bytes each                             two bytes, the last of the session
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..util.errors import RunnerError
+
+INPUT, END, WINDOW = b"i", b"e", b"w"
+OUTPUT, ERRORS, STATUS = b"o", b"x", b"s"
+
+SIZES = struct.Struct(">HH")
+"""A window's rows and columns."""
+
+STATUSES = struct.Struct(">H")
+"""An exit status."""
+
+LONGEST = 1 << 20
+"""Bytes; no frame is longer."""
+
+HELD = 256 << 10
+"""Bytes in each direction that are held for a side which takes nothing; then the other side waits."""
+
+GRACE = 1.0
+"""Seconds between telling a program that its terminal is gone and killing it; below what `local:` gives a runner."""
+
+_HEAD = struct.Struct(">cI")
+_PIECE = 64 << 10
+
+
+class FrameError(Exception):
+    """What came is no frame."""
+
+
+def frame(kind: bytes, data: bytes = b"") -> bytes:
+    """Return a frame's bytes."""
+    return _HEAD.pack(kind, len(data)) + data
+
+
+class Frames:
+    """Puts frames together again out of what comes."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Take what came; give each frame that is whole with it: its letter and its bytes.
+
+        Raises:
+            FrameError: a frame claims to be longer than any.
+        """
+        self._rest += data
+        while len(self._rest) >= _HEAD.size:
+            kind, length = _HEAD.unpack_from(self._rest)
+            if length > LONGEST:
+                raise FrameError(f"a frame claims {length} bytes")
+            if len(self._rest) < _HEAD.size + length:
+                return
+            piece = bytes(self._rest[_HEAD.size : _HEAD.size + length])
+            del self._rest[: _HEAD.size + length]
+            yield kind, piece
+
+
+class Attended:
+    """A program that runs with its client's terminal, or at the ends of its pipes.
+
+    Args:
+        words: the command line.
+        environment: all of its variables.
+        folder: where it runs.
+        terminal: `term`, `rows` and `columns` of the client's terminal; None where it has none.
+        within: whether the program makes a terminal of its own for what it runs, and does not keep up its size.
+        umask: its umask, see umask(2); -1 for ours.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        terminal: Mapping[str, Any] | None = None,
+        within: bool = False,
+        umask: int = -1,
+    ) -> None:
+        self._within = within
+        self._to_program = bytearray()
+        self._to_client = bytearray()
+        self._ended = False
+        """Whether the program gets no further input."""
+        if terminal is None:
+            self._process = subprocess.Popen(
+                words,
+                env=dict(environment),
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                umask=umask,
+            )
+            assert self._process.stdin and self._process.stdout and self._process.stderr
+            self._input = os.dup(self._process.stdin.fileno())
+            self._process.stdin.close()
+            self._outputs = {self._process.stdout.fileno(): OUTPUT, self._process.stderr.fileno(): ERRORS}
+            self._master = -1
+        else:
+            self._master, slave = os.openpty()
+            try:
+                self._outer = _identity(slave)
+                _resize(slave, int(terminal["rows"]), int(terminal["columns"]))
+                self._process = subprocess.Popen(
+                    words,
+                    env={**environment, "TERM": term_of(terminal)},
+                    cwd=folder,
+                    stdin=slave,
+                    stdout=slave,
+                    stderr=slave,
+                    start_new_session=True,
+                    umask=umask,
+                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                )
+            except BaseException:
+                os.close(self._master)
+                raise
+            finally:
+                os.close(slave)
+            self._input = self._master
+            self._outputs = {self._master: OUTPUT}
+        for fd in {self._input, *self._outputs}:
+            os.set_blocking(fd, False)
+
+    def attend(self, source: int, target: int) -> None:
+        """Carry input and output until the program has ended; where the client goes away, end it.
+
+        Args:
+            source: frames come from it.
+            target: frames go to it.
+        """
+        os.set_blocking(target, False)
+        frames = Frames()
+        ended = os.pidfd_open(self._process.pid)
+        try:
+            while self._process.poll() is None:
+                ready = self._wait(source, target, ended)
+                for fd in [fd for fd in self._outputs if ready.get(fd)]:
+                    self._read(fd)
+                if ready.get(target):
+                    self._write(target)
+                if ready.get(source):
+                    data = os.read(source, _PIECE) if ready[source] & select.POLLIN else b""
+                    if not data:
+                        raise ConnectionError
+                    for kind, piece in frames.feed(data):
+                        self._take(kind, piece)
+                self._feed()
+            for fd in list(self._outputs):
+                left = LONGEST  # what it left behind may go on printing: its own end counts
+                while left > 0 and (count := self._read(fd)):
+                    left -= count
+            status = self._process.returncode
+            self._to_client += frame(STATUS, STATUSES.pack(status if status >= 0 else 128 - status))
+            os.set_blocking(target, True)
+            while self._to_client:
+                self._write(target)
+        except (OSError, FrameError):
+            self._hang_up()
+        finally:
+            os.close(ended)
+            for fd in {self._input, *self._outputs} - {-1}:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+
+    def _wait(self, source: int, target: int, ended: int) -> dict[int, int]:
+        """Wait until something can be done; give what, as poll does."""
+        wanted = {source: select.POLLIN if len(self._to_program) < HELD else 0, ended: select.POLLIN}
+        if self._to_client:
+            wanted[target] = select.POLLOUT
+        for fd in self._outputs:
+            wanted[fd] = select.POLLIN if len(self._to_client) < HELD else 0
+        if self._to_program and self._input >= 0:
+            wanted[self._input] = wanted.get(self._input, 0) | select.POLLOUT
+        poll = select.poll()
+        for fd, events in wanted.items():
+            if events or fd == source:
+                poll.register(fd, events)
+        return dict(poll.poll())
+
+    def _read(self, fd: int) -> int:
+        """Take some of what the program prints; return how many bytes."""
+        try:
+            data = os.read(fd, _PIECE)
+        except BlockingIOError:
+            return 0
+        except OSError:  # so a terminal ends (EIO)
+            data = b""
+        if data:
+            self._to_client += frame(self._outputs[fd], data)
+        elif fd == self._master:
+            if self._process.poll() is None:  # nobody has it open at this moment
+                select.select([], [], [], 0.02)
+        else:
+            del self._outputs[fd]
+        return len(data)
+
+    def _write(self, target: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            del self._to_client[: os.write(target, self._to_client[:_PIECE])]
+
+    def _take(self, kind: bytes, piece: bytes) -> None:
+        if kind == INPUT:
+            self._to_program += piece
+        elif kind == END:
+            self._ended = True
+        elif kind == WINDOW and self._master >= 0 and len(piece) == SIZES.size:
+            _resize(self._master, *SIZES.unpack(piece))
+            if self._within:
+                _resize_within(self._process.pid, self._outer, *SIZES.unpack(piece))
+
+    def _feed(self) -> None:
+        """Give the program what it takes of its input."""
+        if self._input < 0:
+            return
+        try:
+            if self._to_program:
+                del self._to_program[: os.write(self._input, self._to_program[:_PIECE])]
+        except BlockingIOError:
+            return
+        except OSError:  # it reads no more
+            self._ended = True
+            self._to_program.clear()
+        if self._ended and not self._to_program and self._master < 0:
+            os.close(self._input)
+            self._input = -1
+
+    def _hang_up(self) -> None:
+        """End the program as its terminal would that is switched off."""
+        if self._master >= 0:
+            os.close(self._master)
+            self._input, self._outputs = -1, {}
+        for number in (signal.SIGHUP, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE)
+                return
+
+
+def started(
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    terminal: Mapping[str, Any] | None,
+    within: bool = False,
+    umask: int = -1,
+) -> Attended:
+    """Return a program that has been started; its parameters are those of `Attended`.
+
+    Raises:
+        RunnerError: it cannot be started.
+    """
+    if not words or not all(isinstance(word, str) for word in words):
+        raise RunnerError("There is no program to run.", "Name one, with its arguments.")
+    try:
+        return Attended(words, environment, folder, terminal, within, umask)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RunnerError(
+            f"{words[0]} cannot be started: {why}.", "See that it is installed there, and in the PATH."
+        ) from error
+
+
+def term_of(terminal: Mapping[str, Any]) -> str:
+    """Return what a client's terminal is, for `TERM`."""
+    term = terminal.get("term")
+    return term if isinstance(term, str) and re.fullmatch(r"[\w.+-]{1,64}", term, re.ASCII) else "dumb"
+
+
+def _resize(fd: int, rows: int, columns: int) -> None:
+    with contextlib.suppress(OSError, struct.error):
+        fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _resize_within(ancestor: int, outer: tuple[int, int], rows: int, columns: int) -> None:
+    """Resize the terminal that a program below ours has made for what it runs.
+
+    `buildah run --terminal` gives the container's program a terminal of its own, and with chroot isolation its size is
+    that of ours only at the start. It is reached by way of the first process that has it for its input, because a
+    container may have terminals of its own numbering.
+    """
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parent = int(Path(entry.path, "stat").read_text().rpartition(")")[2].split()[1])  # proc_pid_stat(5)
+                children.setdefault(parent, []).append(int(entry.name))
+    waiting = [ancestor]
+    while waiting:
+        pid = waiting.pop(0)
+        with contextlib.suppress(OSError):
+            fd = os.open(f"/proc/{pid}/fd/0", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if os.isatty(fd) and _identity(fd) != outer:
+                    _resize(fd, rows, columns)
+                    return
+            finally:
+                os.close(fd)
+        waiting += children.get(pid, [])
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    """Return what tells a terminal from others, also from one of the same number in a container."""
+    about = os.fstat(fd)
+    return about.st_dev, about.st_rdev

@@ -1,0 +1,459 @@
+"""The buildscript language: Python with `#|` lines, args as globals and a top-level `return`.
+
+A script is compiled with Python's own compiler, under its own name and with its own line numbers. What the language
+adds is done on the syntax tree: a script that returns at top level becomes the body of a function whose names are all
+declared global, so that the rest of it cannot tell.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import importlib
+import io
+import json
+import re
+import shutil
+import site
+import subprocess
+import symtable
+import sys
+import tempfile
+import tokenize
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from ..util.atomic_files import locked
+from ..util.errors import RunnerError
+
+DIRECTIVE = re.compile(r"#\|(?P<kind>[^:]*):(?P<data>.*)")
+"""A `#|` line, in a comment that begins its line. One without a colon is an ordinary comment."""
+
+ARGUMENT = re.compile(r"(?P<name>\w+)\s*(?::\s*(?P<type>[\w.]+)\s*)?(?:=\s*(?P<default>.+))?")
+"""What follows `#| arg:`: a name, a type (a dotted name), a default (a Python literal)."""
+
+BODY = "<module>"
+"""The name of a script's outermost frame in a traceback, as for any Python file."""
+
+
+class ScriptError(RunnerError):
+    """A buildscript is not what the language allows, or was given arguments that it does not take."""
+
+    kind = "script"
+
+
+class Argument(NamedTuple):  # see `capabilities.Facts`
+    """An arg as a script declares it.
+
+    Attributes:
+        name: the global that it becomes.
+        type: dotted name of what makes its value from a string; empty for none.
+        default: its value when none is given; `...` makes the arg required.
+        line: where it is declared.
+    """
+
+    name: str
+    type: str
+    default: object
+    line: int
+
+
+class Program(NamedTuple):
+    """A compiled buildscript.
+
+    Attributes:
+        name: its file's name, as it appears in tracebacks.
+        requirements: what pip is to install for it, in order.
+        arguments: by name.
+        code: the module's code.
+        returns: whether the code defines the script as a function, which then has to be called.
+        doc: the script's docstring.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    arguments: Mapping[str, Argument]
+    code: types.CodeType
+    returns: bool
+    doc: str | None
+
+    def run(self, names: dict[str, object]) -> object:
+        """Execute the script with these globals and return what it returns.
+
+        Args:
+            names: its globals; afterwards they hold what it has bound.
+        """
+        names.setdefault("__builtins__", builtins)
+        names["__doc__"] = self.doc
+        names["__return__"] = finish
+        try:
+            if not self.returns:
+                exec(self.code, names)
+                return None
+            names[IMPORT_STAR] = _star_importer(names)
+            exec(self.code, names)
+            function = cast(types.FunctionType, names.pop(FUNCTION))
+            function.__code__ = function.__code__.replace(co_name=BODY, **_qualified(BODY))
+            return function()
+        except Finished as finished:
+            return finished.value
+
+
+class Finished(BaseException):
+    """Carries what a script returns out of a function of it that called `__return__`."""
+
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+
+def finish(value: object = None) -> None:
+    """End the script from anywhere in it, as a top-level `return value` does; the script knows it as `__return__`."""
+    raise Finished(value)
+
+
+class TemporaryDirectory(tempfile.TemporaryDirectory[str]):
+    """A temporary folder whose with-block gives a `Path`; it goes when the block ends."""
+
+    def __enter__(self) -> Path:  # type: ignore[override]  # the standard library's gives a str
+        """Return the folder."""
+        return Path(self.name)
+
+
+# reading
+
+
+def read(source: bytes, name: str) -> Program:
+    """Compile a buildscript.
+
+    Args:
+        source: its content.
+        name: its file's name.
+
+    Raises:
+        SyntaxError: it is not Python; carries file, line and text.
+        ScriptError: one of its `#|` lines makes no sense.
+    """
+    try:
+        tree = ast.parse(source, name)
+    except ValueError as error:  # null bytes, before Python 3.12
+        raise ScriptError(f"{name} is not Python: {error}.", "Mend it; is it a text file?") from None
+    requirements, arguments = _directives(source, name)
+    visible = _WithoutReturns()
+    module = _compile(visible.visit(ast.parse(source, name)), name)
+    doc = ast.get_docstring(tree, clean=False)
+    if not visible.found:
+        return Program(name, requirements, arguments, module, False, doc)
+    return Program(name, requirements, arguments, _compile(_as_function(tree), name), True, doc)
+
+
+FUNCTION = "__script__"
+IMPORT_STAR = "__import_star__"
+
+
+def _compile(tree: ast.AST, name: str) -> types.CodeType:
+    # dont_inherit: this module's own __future__ imports are not the script's
+    return compile(cast(ast.Module, tree), name, "exec", dont_inherit=True)
+
+
+class _TopLevel(ast.NodeTransformer):
+    """Visits the statements of a module that are in no function and no class."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return node
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.AST:
+        return node
+
+
+class _WithoutReturns(_TopLevel):
+    """Takes the top-level returns out, so that the compiler says about the rest what it would say about a module.
+
+    Without this, a script's `yield` or `nonlocal` at top level would mean something inside our function.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        self.found = True
+        return ast.copy_location(ast.Expr(node.value) if node.value else ast.Pass(), node)
+
+
+class _IntoFunction(_TopLevel):
+    """Rewrites what a module may do and a function that declares its names global may not."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        if not isinstance(node.target, ast.Name):
+            return node
+        plain = ast.Assign([node.target], node.value) if node.value else ast.Pass()
+        return ast.copy_location(plain, node)
+
+    def visit_Global(self, node: ast.Global) -> ast.AST:
+        return ast.copy_location(ast.Pass(), node)  # they all are
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        if node.names[0].name != "*":
+            return node
+        call = ast.Call(
+            func=ast.Name(IMPORT_STAR, ast.Load()),
+            args=[ast.Constant(node.module or ""), ast.Constant(node.level)],
+            keywords=[],
+        )
+        return ast.copy_location(ast.Expr(call), node)
+
+
+def _as_function(tree: ast.Module) -> ast.Module:
+    """Make the module one that defines the script as a function."""
+    future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    body = [node for node in tree.body if node not in future]
+    body = [_IntoFunction().visit(node) for node in body]
+    function = cast(ast.FunctionDef, ast.parse(f"def {FUNCTION}(): pass").body[0])
+    function.body = body
+    module = ast.Module([*future, function], [])
+    ast.fix_missing_locations(module)
+    # The compiler's own symbol table knows every way of binding a name; it reads text only.
+    table = symtable.symtable(ast.unparse(module), "", "exec")
+    inner = next(child for child in table.get_children() if child.get_name() == FUNCTION)
+    names = sorted(symbol.get_name() for symbol in inner.get_symbols() if symbol.is_local())
+    if names:
+        function.body = [ast.copy_location(ast.Global(names), function), *body]
+    return module
+
+
+def _qualified(name: str) -> dict[str, Any]:
+    return {"co_qualname": name} if sys.version_info >= (3, 11) else {}
+
+
+def _star_importer(names: dict[str, object]) -> Callable[[str, int], None]:
+    """Return what `from module import *` becomes."""
+
+    def import_star(module: str, level: int) -> None:
+        if level:
+            raise ImportError("attempted relative import with no known parent package")
+        found = vars(importlib.import_module(module))
+        public = found.get("__all__", [name for name in found if not name.startswith("_")])
+        names.update((name, getattr(sys.modules[module], name)) for name in public)
+
+    return import_star
+
+
+def _directives(source: bytes, name: str) -> tuple[tuple[str, ...], dict[str, Argument]]:
+    """Return what the `#|` lines say: requirements, and args by name."""
+    requirements: list[str] = []
+    arguments: dict[str, Argument] = {}
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        match = DIRECTIVE.match(token.string) if token.type == tokenize.COMMENT and token.start[1] == 0 else None
+        if match is None:
+            continue
+        kind, data, line = match["kind"].strip(), match["data"].strip(), token.start[0]
+        if kind == "pip":
+            if not data:
+                raise ScriptError(f"{name}, line {line}: `#| pip:` names no requirement.", "Write `#| pip: requests`.")
+            requirements.append(data)
+        elif kind == "arg":
+            argument = _argument(data, name, line)
+            arguments[argument.name] = argument
+        else:
+            raise ScriptError(
+                f"{name}, line {line}: a buildscript has no `#| {kind}:` line.", "It has `#| pip:` and `#| arg:`."
+            )
+    return tuple(requirements), arguments
+
+
+def _argument(data: str, script: str, line: int) -> Argument:
+    match = ARGUMENT.fullmatch(data)
+    if match is None or not match["name"].isidentifier():
+        raise ScriptError(
+            f"{script}, line {line}: `#| arg: {data}` cannot be understood.",
+            "Write `#| arg: name: type = default`, where the type (a dotted name) and the default (a Python literal)"
+            " may be left out.",
+        )
+    text = (match["default"] or "None").strip()
+    try:
+        default = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ScriptError(
+            f"{script}, line {line}: the default of arg {match['name']} is not a Python literal: {text}",
+            'Put text in quotes: `= "text"`.',
+        ) from None
+    return Argument(match["name"], match["type"] or "", default, line)
+
+
+# args
+
+
+def bind(program: Program, given: Mapping[str, object]) -> dict[str, object]:
+    """Return the value of every arg of a script.
+
+    A string goes through the arg's type; so does any other value that is not of that type already. None counts as not
+    given. An arg that was not given has its default, None when it has none.
+
+    Args:
+        program: the script.
+        given: values from the job, by name.
+
+    Raises:
+        ScriptError: an arg is unknown or missing, or its value is none for its type.
+    """
+    unknown = sorted(set(given) - set(program.arguments))
+    if unknown:
+        known = ", ".join(program.arguments)
+        raise ScriptError(
+            f"{program.name} has no arg {', '.join(map(repr, unknown))}.",
+            f"It has {known}." if known else f"It has none; declare one with `#| arg: {unknown[0]}`.",
+        )
+    values: dict[str, object] = {}
+    for argument in program.arguments.values():
+        value = given.get(argument.name)
+        if value is not None:
+            values[argument.name] = _convert(argument, value, program.name)
+        elif argument.default is ...:
+            raise ScriptError(
+                f"{program.name} needs a value for its arg {argument.name} (line {argument.line}).",
+                f'Give it in the task: args={{"{argument.name}": …}}.',
+            )
+        else:
+            _type(argument, program.name)
+            values[argument.name] = argument.default
+    return values
+
+
+def _convert(argument: Argument, value: object, script: str) -> object:
+    kind = _type(argument, script)
+    if kind is None or type(value) is kind:
+        return value
+    try:
+        return _boolean(value) if kind is bool else kind(value)
+    except Exception as error:  # noqa: BLE001 - whatever the script's own type raises
+        declared = f"{argument.name}: {argument.type}"
+        raise ScriptError(
+            f"{script}, line {argument.line}: {value!r} is no value for arg {declared} ({error}).",
+            "Give another in args= of artifact(), or declare another type.",
+        ) from None
+
+
+def _boolean(value: object) -> bool:
+    """Read a truth value as people write it."""
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0", ""):
+        return False
+    raise ValueError("say true or false, yes or no, 1 or 0")
+
+
+def _type(argument: Argument, script: str) -> Callable[[object], object] | None:
+    """Return what the dotted name stands for: something of a module, else of the builtins."""
+    if not argument.type:
+        return None
+    found = _lookup(argument.type.split("."))
+    if not callable(found):
+        raise ScriptError(
+            f"{script}, line {argument.line}: arg {argument.name} is to be a {argument.type}, and there is no such type"
+            " or function.",
+            "It is a builtin (`int`, `bool`, `str`) or the full name of something in a module (`pathlib.Path`).",
+        )
+    return cast(Callable[[object], object], found)
+
+
+def _lookup(names: Sequence[str]) -> object:
+    found: object = None
+    rest: Sequence[str] = ()
+    for count in range(len(names), 0, -1):
+        module = ".".join(names[:count])
+        try:
+            found, rest = importlib.import_module(module), names[count:]
+            break
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+        except ValueError:
+            return None
+    else:
+        found, rest = builtins, names
+    for name in rest:
+        found = getattr(found, name, None)
+    return found
+
+
+# what a script's modules and functions see
+
+
+def inject(names: Mapping[str, object]) -> None:
+    """Make names visible everywhere: in the script, in the modules it imports, in functions sent to the builder.
+
+    They go into `builtins`, because only there are they found from every module: a module that a script imports has
+    globals of its own, and a function that cloudpickle has sent keeps those of the module it came from. Helper modules
+    written for buildahscript's pseudo-module `__buildah__` find them there too.
+    """
+    for name, value in names.items():
+        setattr(builtins, name, value)
+    module = types.ModuleType("__buildah__", "What a buildscript sees, for modules that import it by name.")
+    vars(module).update(names)
+    module.__dict__["__return__"] = finish
+    module.__dict__["__all__"] = [*names, "__return__"]
+    sys.modules["__buildah__"] = module
+
+
+# pip
+
+
+def add_requirements(root: Path, requirements: Iterable[str]) -> None:
+    """Make what pip installs for these requirements importable, after the script's folder and before all else.
+
+    Each set of requirements has one virtual environment in the store, made once for each version of Python and used
+    by every job; a requirement without a version stays at what was newest then.
+
+    Raises:
+        ScriptError: it cannot be installed; the log has what pip says.
+    """
+    wanted = sorted(set(requirements))
+    if not wanted:
+        return
+    key = hashlib.sha256(json.dumps([sys.version_info[:2], wanted]).encode()).hexdigest()
+    folder = root / "venvs" / key
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    whole = folder / "complete"
+    with locked(folder.with_name(f"{key}.lock")):
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            _make_environment(folder, wanted)
+        whole.touch()  # also when it is used
+    before = list(sys.path)
+    for packages in sorted(folder.glob("lib/python*/site-packages")):
+        site.addsitedir(str(packages))
+    added = [path for path in sys.path if path not in before]
+    sys.path[:] = [*before[:1], *added, *before[1:]]
+    importlib.invalidate_caches()
+
+
+def _make_environment(folder: Path, requirements: Sequence[str]) -> None:
+    if _run([sys.executable, "-m", "venv", str(folder)]):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ScriptError(
+            "The buildscript's `#| pip:` lines need a virtual environment, and Python cannot make one on the builder.",
+            "Install what it needs there: sudo apt install python3-venv",
+        )
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    status = _run([*pip, "install", "--quiet", "--", *requirements])
+    if status:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ScriptError(
+            f"pip could not install {', '.join(requirements)} for the buildscript (status {status});"
+            " what it said is in the log.",
+            "See that the builder reaches its package index, and that the `#| pip:` lines name what exists.",
+        )
+
+
+def _run(command: Sequence[str]) -> int:
+    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode

@@ -1,0 +1,1 @@
+"""Serve one client's session."""

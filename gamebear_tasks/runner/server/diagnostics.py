@@ -1,0 +1,377 @@
+"""What a builder is and has, as plain data for `doit doctor`: nothing is judged and nothing changed here.
+
+Whoever asks waits no longer than a request may take. What takes long, such as the size of an image store on a memory
+card, is given up after a while and is None then: not measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import pwd
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..host.buildah import ImageError, outside
+from ..host.capabilities import Facts, environment, namespace
+from ..host.emulation import emulated
+from ..host.probe import ENOUGH_IDS, SUBORDINATE_IDS, facts, subordinate_ids, subordinate_ranges
+from ..host.subprocesses import last_lines, search_path
+from ..images import apt_sources
+from ..images.base_images import debian_suite, meaning
+from ..images.bootstrap import tag_of
+from ..maintenance.performance_warnings import notices
+from ..store import builder_config
+from ..store.slots import slot_count
+from ..store.store import Store, storage_failure
+from ..util.errors import RunnerError
+
+PROGRAMS = (
+    *("apt-get", "buildah", "crun", "debootstrap", "fuse-overlayfs", "mmdebstrap", "newgidmap", "newuidmap", "runc"),
+    *("sudo", "timedatectl", "usermod"),
+)
+"""What is looked for."""
+
+SYSCTLS = (
+    "kernel.unprivileged_userns_clone",
+    "kernel.apparmor_restrict_unprivileged_userns",
+    "user.max_user_namespaces",
+)
+"""What may forbid user namespaces; not every kernel has all of them."""
+
+MEASURING = 10.0
+"""Seconds that measuring one folder may take."""
+
+ASKING = 20.0
+"""Seconds that buildah may take to list its images."""
+
+MIRROR_SECONDS = 5.0
+"""Seconds that the mirror may take to answer."""
+
+Said = dict[str, Any]
+
+
+class Examination:
+    """A look at this builder, which goes on while nobody waits for it.
+
+    Args:
+        store: the builder's.
+        arches: the architectures that are wanted of it, by Debian's names.
+        base: where Debian's base images come from.
+    """
+
+    def __init__(self, store: Store, arches: Sequence[str], base: str) -> None:
+        self.asked = (tuple(arches), base)
+        self._found: Said = {}
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(store, arches, base), daemon=True)
+        self._thread.start()
+
+    def _run(self, store: Store, arches: Sequence[str], base: str) -> None:
+        try:
+            self._found = examine(store, arches, base)
+        except Exception as error:  # noqa: BLE001 - whoever waits for us raises it
+            self._error = error
+
+    def answer(self, wait: float) -> Said:
+        """Return what was found; `more` where that takes longer than `wait` seconds: ask again."""
+        self._thread.join(wait)
+        if self._thread.is_alive():
+            return {"more": True}
+        if self._error is not None:
+            raise self._error
+        return {**self._found, "time": time.time()}
+
+
+def examine(store: Store, arches: Sequence[str], base: str) -> Said:
+    """Return all that is to be known of this builder; raises OSError where the store cannot be used.
+
+    Args:
+        store: the builder's.
+        arches: the architectures that are wanted of it.
+        base: where Debian's base images come from.
+    """
+    found = {
+        **_system(),
+        "python": platform.python_version(),
+        "programs": {name: shutil.which(name, path=search_path()) or "" for name in PROGRAMS},
+        "namespaces": _namespaces(),
+        "subordinate": _subordinate(),
+        "memory": _memory(),
+        "heat": _heat(),
+        "kills": _kills_user_processes(),
+        "disk": _disk(store.root),
+        "jobs": _jobs(store),
+        "settings": _settings(),
+        "own": _own_architecture(),
+    }
+    known: Facts | None = None
+    try:
+        known = facts(store.root)
+    except RunnerError as error:
+        found["failure"] = {"what": error.message, "remedy": error.hint}
+    except OSError as error:
+        failure = storage_failure(error)
+        found["failure"] = {"what": failure.message, "remedy": failure.hint}
+    found["sizes"] = _sizes(store.root, known)
+    if known is not None:
+        found["containers"] = {
+            "version": known.version,
+            "driver": known.driver,
+            "isolation": known.isolation,
+            "arch": known.arch,
+            "emulated": list(known.emulated),
+        }
+        with contextlib.suppress(OSError):
+            found["costs"] = notices(store.root, known)
+    found["bases"] = {arch: _base(store.root, known, arch, base) for arch in arches[:8]}
+    return found
+
+
+def _own_architecture() -> Said:
+    """Return what is known of architectures where no container can be run yet."""
+    from ..host.arch import ARCHITECTURES
+
+    arch = ARCHITECTURES.get(platform.machine(), platform.machine())
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["dpkg", "--print-architecture"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=ASKING,
+            check=True,
+            text=True,
+        )
+        arch = done.stdout.strip()
+    return {"arch": arch, "emulated": list(emulated(arch))}
+
+
+def _system() -> Said:
+    about = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/etc/os-release").read_text(errors="replace").splitlines():  # os-release(5)
+            key, _, value = line.partition("=")
+            about[key] = value.strip("\"'")
+    model = ""
+    with contextlib.suppress(OSError):
+        model = Path("/proc/device-tree/model").read_text(errors="replace").strip("\0\n ")
+    return {
+        "host": platform.node(),
+        "system": about.get("PRETTY_NAME", platform.system()),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "model": model,
+        "processors": os.cpu_count() or 1,
+        "user": _user(),
+        "root": os.geteuid() == 0,
+    }
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _namespaces() -> Said:
+    """Say whether an ordinary user gets a user namespace, and which settings may be why not."""
+    settings: dict[str, int] = {}
+    for name in SYSCTLS:
+        with contextlib.suppress(OSError, ValueError):
+            settings[name] = int(Path("/proc/sys", name.replace(".", "/")).read_text())
+    try:
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "true"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=ASKING,
+            check=False,
+            env={"PATH": search_path(), "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"works": False, "said": str(error), "settings": settings}
+    said = last_lines(done.stderr.decode("utf-8", "replace"), 1)
+    return {"works": done.returncode == 0, "said": said, "settings": settings}
+
+
+def _subordinate() -> Said:
+    """Return how many subordinate ids we have, and the first of those that nobody has."""
+    uids, gids = subordinate_ids(_user())
+    ends = [start + count for path in SUBORDINATE_IDS for _, start, count in subordinate_ranges(path)]
+    return {"uids": uids, "gids": gids, "enough": ENOUGH_IDS, "free": max([100000, *ends])}
+
+
+def _memory() -> Said:
+    """Return the bytes of memory and of swap, proc_meminfo(5)."""
+    sizes = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name in ("MemTotal", "SwapTotal"):
+                sizes[name] = int(rest.split()[0]) * 1024
+    return {"total": sizes.get("MemTotal"), "swap": sizes.get("SwapTotal")}
+
+
+def _heat() -> Said:
+    """Return the processor's temperature in degrees Celsius, and on a Raspberry Pi what its firmware complains of.
+
+    The bits are those of `vcgencmd get_throttled`, in Raspberry Pi's documentation of config.txt.
+    """
+    degrees = []
+    for zone in Path("/sys/class/thermal").glob("thermal_zone*"):
+        with contextlib.suppress(OSError, ValueError):
+            if re.search("cpu|soc|pkg", (zone / "type").read_text(), re.IGNORECASE):
+                degrees.append(int((zone / "temp").read_text()) / 1000)
+    text = ""
+    with contextlib.suppress(OSError):
+        text = "0x" + Path("/sys/devices/platform/soc/soc:firmware/get_throttled").read_text().strip()
+    program = shutil.which("vcgencmd", path=search_path())
+    if not text and program:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                [program, "get_throttled"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=5.0,
+                check=False,
+                text=True,
+            )
+            text = done.stdout
+    match = re.search(r"0x([0-9a-fA-F]{1,8})", text)
+    return {"degrees": max(degrees, default=None), "throttled": int(match.group(1), 16) if match else None}
+
+
+def _kills_user_processes() -> bool:
+    """Say whether logind ends what a session has started when that ends (KillUserProcesses, logind.conf(5))."""
+    if not Path("/run/systemd/system").is_dir():
+        return False
+    kills = False
+    folders = ("/usr/lib/systemd", "/usr/local/lib/systemd", "/run/systemd", "/etc/systemd")
+    parts = {path.name: path for folder in folders for path in Path(folder, "logind.conf.d").glob("*.conf")}
+    for path in [Path("/etc/systemd/logind.conf"), *(parts[name] for name in sorted(parts))]:
+        with contextlib.suppress(OSError):
+            for value in re.findall(
+                r"^\s*KillUserProcesses\s*=\s*(\w+)", path.read_text(errors="replace"), re.MULTILINE
+            ):
+                kills = value.lower() in ("yes", "true", "on", "1")
+    return kills
+
+
+def _disk(root: Path) -> Said:
+    about = os.statvfs(root)
+    return {
+        "folder": str(root),
+        "total": about.f_blocks * about.f_frsize,
+        "free": about.f_bavail * about.f_frsize,
+        "files": about.f_favail if about.f_files else None,
+        "executes": not about.f_flag & os.ST_NOEXEC,
+    }
+
+
+def _jobs(store: Store) -> Said:
+    """Count the jobs that are there, those that run and those that wait."""
+    states = [store.job(path.name).state()["state"] for path in store.live.iterdir() if len(path.name) == 64]
+    return {
+        "slots": slot_count(),
+        "running": states.count("running"),
+        "queued": states.count("queued"),
+        "kept": sum(1 for _ in store.jobs.iterdir()),
+    }
+
+
+def _settings() -> Said:
+    """Return what of the builder's own settings is not heeded."""
+    said = builder_config.read()
+    return {"wrong": said.wrong, "remedy": said.remedy}
+
+
+def _sizes(root: Path, known: Facts | None) -> dict[str, int | None]:
+    """Return the bytes on the disk of each part of the store, and of the images; None: not measured."""
+    names = {"inputs": "blobs", "jobs": "jobs", "packages": "debs", "compiler caches": "ccache"}
+    sizes: dict[str, int | None] = {
+        name: _size([], root / folder) for name, folder in names.items() if (root / folder).is_dir()
+    }
+    if known is None:
+        return sizes
+    try:
+        about = json.loads(outside(root, known, "info", timeout=ASKING))
+        sizes["images"] = _size(namespace(known), Path(about["store"]["GraphRoot"]), environment(root, known))
+    except (RunnerError, ValueError, KeyError, TypeError):
+        sizes["images"] = None
+    return sizes
+
+
+def _size(before: Sequence[str], folder: Path, env: Mapping[str, str] | None = None) -> int | None:
+    """Return what a folder takes on the disk, in bytes; None where that takes too long or cannot be told."""
+    command = [*before, "timeout", f"{MEASURING:g}", "du", "-skx", "--", str(folder)]
+    try:
+        done = subprocess.run(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=2 * MEASURING,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    words = done.stdout.split()
+    # Status 1: something went away or could not be read; what it has counted is near enough.
+    return int(words[0]) * 1024 if done.returncode in (0, 1) and words and words[0].isdigit() else None
+
+
+def _base(root: Path, known: Facts | None, arch: str, policy: str) -> Said:
+    """Say whether the base image that `debian` means is there for an architecture, and where it would come from."""
+    suite = debian_suite("debian") or apt_sources.STABLE
+    found: Said = {"name": tag_of(suite, arch), "suite": suite, "there": None}
+    if known is not None:
+        until = time.monotonic() + ASKING
+
+        def ask(*words: str) -> str:
+            return outside(root, known, *words, timeout=max(0.1, until - time.monotonic()))
+
+        with contextlib.suppress(RunnerError, ValueError, OSError):
+            found["there"] = bool(meaning(ask, f"debian:{suite}", arch, policy))
+    distribution = apt_sources.distribution_for(arch)
+    try:
+        main = apt_sources.main_archive(suite, distribution)
+        found["mirror"] = main.uri
+        apt_sources.keyrings_for(main, distribution)
+    except ImageError as error:
+        found["lacks"] = {"what": error.message, "remedy": error.hint}
+        found["keyring"] = f"{distribution}-archive-keyring" if "mirror" in found else ""
+        return found
+    if not found["there"]:
+        found["unreachable"] = _unreachable(f"{main.uri}/dists/{main.suite}/InRelease")
+    return found
+
+
+def _unreachable(url: str) -> str:
+    """Return why something cannot be fetched; empty where it can."""
+    answer = [f"no answer within {MIRROR_SECONDS:g} seconds"]
+
+    def ask() -> None:
+        import urllib.error  # slow to load on a small machine
+        import urllib.request
+
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=MIRROR_SECONDS).close()
+            answer[0] = ""
+        except urllib.error.URLError as error:
+            answer[0] = str(error.reason)
+        except (OSError, ValueError) as error:
+            answer[0] = str(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
+    asking.start()
+    asking.join(MIRROR_SECONDS + 1.0)
+    return answer[0]

@@ -1,0 +1,221 @@
+"""What a job was built in: its images and the Debian packages in them, for whoever asks where a result comes from.
+
+A build notes what it knows at no cost. What is missing (an image's origin, what is installed in a base) is looked up
+when somebody first asks, while the image is there, and kept with the result::
+
+    materials.json  {"complete": true, "by": {"python": "3.11.2", "buildah": "1.28.2", "isolation": "rootless"},
+                     "images": {"<id>": {
+                        "name": "debian:bookworm", "notes": {"<annotation>": "<value>"}, "used": true, "gone": false,
+                        "names": ["localhost/gamebear-base:…"], "manifest": "sha256:…",
+                        "packages": [["gcc", "4:12.2.0-3", "armhf"], …]}}}
+
+`used`: containers were made of it; others are what those images were made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..host.buildah import Buildah, BuildahError, remove_containers
+from ..host.capabilities import environment, namespace
+from ..host.probe import facts
+from ..host.rootfs import Rootfs
+from ..images.package_images import NAME, Installed, installed
+from ..protocol.wire import MAX_HEADER, NOT_OURS
+from ..script.context import MATERIALS, programs
+from ..store.store import Store, StoredJob, runner_folder, stamp
+from ..util.atomic_files import is_sha256, read_json, write_json
+from ..util.errors import RunnerError
+
+IMAGES = 20
+"""The most images of a job that are told of."""
+
+PACKAGES = 20_000
+"""The most packages that are told of."""
+
+SECONDS = 50.0
+"""Seconds for which what is missing is looked for; below what a client waits for an answer."""
+
+NOTES = ("gamebear.base", "gamebear.base-id", "gamebear.created", "gamebear.date", "gamebear.mirror", "gamebear.suite")
+"""The annotations that are told."""
+
+
+def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
+    """Return what a result was built in.
+
+    Returns:
+        `images`: `id`, `name`, `used`, `gone` (it was removed before anybody asked), `names`, `manifest`, `notes` and
+        `packages` of each, as far as known. `begun` and `ended`, in seconds since 1970 by this builder's clock.
+        `host`, `machine`, `python`, `buildah` and `isolation`: where, and with what.
+
+    Raises:
+        RunnerError: the result is not here any more.
+    """
+    stored = store.job(digest)
+    state = stored.written_state()
+    if state["state"] != "done" or state["attempt"] != attempt:
+        raise RunnerError(
+            f"The builder no longer has the result of job {digest[:12]}, nor what it was built in.",
+            "Have it built again: doit clean TASK, then doit TASK.",
+        )
+    known = facts(store.root)
+    images = _images(stored)
+    if images is None:
+        try:
+            subprocess.run(
+                [
+                    *namespace(known),
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    runner_folder(),
+                    "materials",
+                    digest,
+                ],
+                env=environment(store.root, known),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            remove_containers(store.root, known, _prefix(stored))
+        images = _images(stored)
+    if images is None:
+        raise RunnerError(
+            f"What job {digest[:12]} was built in cannot be looked up on the builder.",
+            "See there whether `buildah images` works; then ask again.",
+        )
+    listed = [{"id": identity, **image} for identity, image in list(images.items())[:IMAGES]]
+    if len(json.dumps(listed)) > MAX_HEADER // 2:
+        raise RunnerError(f"What job {digest[:12]} was built in makes no sense: it is too much.", NOT_OURS)
+    return {
+        "images": listed,
+        "begun": stamp(stored.folder / "order.json"),
+        "ended": state.get("since"),
+        "host": platform.node(),
+        "machine": platform.machine(),
+        **programs(known),
+        **_noted_programs(stored),
+    }
+
+
+def _noted_programs(stored: StoredJob) -> dict[str, str]:
+    """Return what `programs` was for a job; nothing where an earlier release built it."""
+    known = read_json(stored.folder / MATERIALS)
+    noted = known.get("by") if isinstance(known, dict) else None
+    return noted if isinstance(noted, dict) else {}
+
+
+def _images(stored: StoredJob) -> dict[str, Any] | None:
+    """Return what is known of a job's images, None where that is not yet all."""
+    known = read_json(stored.folder / MATERIALS)
+    if not isinstance(known, dict) or known.get("complete") is not True or not isinstance(known.get("images"), dict):
+        return None
+    return {identity: image for identity, image in known["images"].items() if isinstance(image, dict)}
+
+
+def _prefix(stored: StoredJob) -> str:
+    return f"{stored.container_prefix}materials-"
+
+
+def main(digest: str) -> int:
+    """Look up what is not known yet of a job's images, inside the namespace; return the exit status."""
+    store = Store()
+    stored = store.job(digest)
+    known = read_json(stored.folder / MATERIALS)
+    noted = known.get("images") if isinstance(known, dict) else None
+    images: dict[str, Any] = dict(noted) if isinstance(noted, dict) else {}
+    if not images:  # an earlier release built it
+        with contextlib.suppress(OSError):
+            images = {line: {"used": True} for line in (stored.folder / "images").read_text().splitlines()}
+    buildah = Buildah(store.root, facts(store.root), _prefix(stored))
+    found: dict[str, Any] = {}
+    waiting = list(images.items())
+    left = PACKAGES
+    with buildah.looking_for_image():
+        while waiting and len(found) < IMAGES:
+            identity, image = waiting.pop(0)
+            if identity in found or not is_sha256(identity):
+                continue
+            found[identity] = image = _looked_up(buildah, identity, image)
+            del image["packages"][left:]
+            left -= len(image["packages"])
+            base = image["notes"].get("gamebear.base-id")
+            if base is not None:
+                waiting.append((base, {"name": image["notes"].get("gamebear.base", "")}))
+    write_json(stored.folder / MATERIALS, {"complete": True, "images": found, "by": _noted_programs(stored)})
+    return 0
+
+
+def _looked_up(buildah: Buildah, identity: str, image: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of an image together with what the store says of it."""
+    notes = image.get("notes") or {}
+    described: dict[str, Any] = {"name": image.get("name", ""), "used": bool(image.get("used")), "gone": False}
+    try:
+        said = json.loads(buildah("inspect", "--type", "image", identity))
+        names = [entry["names"] for entry in buildah.images(True) if entry["id"] == identity]
+        described["names"] = [str(name)[:500] for name in (names[0] if names else [])][:IMAGES]
+        described["manifest"] = str(said.get("FromImageDigest") or "")[:100]
+        if not notes and _is_ours(described["names"]):
+            notes = said.get("ImageAnnotations") or {}
+        packages = _noted(notes) or (_packages_in(buildah, identity) if image.get("used") else [])
+        origin = {**(said.get("ImageAnnotations") or {}), **notes} if notes else said.get("ImageAnnotations") or {}
+    except (BuildahError, OSError, ValueError):
+        described["gone"] = True
+        packages = _noted(notes)
+        origin = notes
+    ours = _is_ours(described.get("names", ())) or bool(notes)
+    told = NOTES if ours else NOTES[2:]  # what an image of a script's own has of its base's notes is no longer true
+    described["notes"] = {name: str(origin[name])[:500] for name in told if name in origin}
+    described["packages"] = [[word[:500] for word in package] for package in packages]
+    return described
+
+
+def _is_ours(names: Collection[str]) -> bool:
+    """Say whether an image is one of ours with packages, as it is called."""
+    return any(name.startswith(f"localhost/{NAME}:") for name in names)
+
+
+def _noted(notes: Mapping[str, str]) -> list[list[str]]:
+    """Return the packages that a package image's annotations name: name, version, architecture (empty: not known)."""
+    every = set(str(notes.get("gamebear.all", "")).split())
+    arch = str(notes.get("gamebear.arch", "")) if "gamebear.all" in notes else ""
+    packages = []
+    for word in str(notes.get("gamebear.installed", "")).split():
+        called, _, version = word.partition("=")
+        name, _, own = called.partition(":")
+        packages.append([name, version, own or ("all" if name in every else arch)])
+    return packages
+
+
+def _packages_in(buildah: Buildah, identity: str) -> list[list[str]]:
+    """Return the packages that an image's dpkg knows as installed; raises BuildahError."""
+    container = f"{buildah.prefix}{os.urandom(4).hex()}"
+    folder = Path(tempfile.mkdtemp(prefix="materials-", dir=buildah.environment["TMPDIR"]))
+    try:
+        buildah("from", "--name", container, identity)
+        rootfs = Rootfs(buildah("mount", container).rstrip("\n"))
+        try:
+            return [_described(package) for package in installed(rootfs, folder)]
+        finally:
+            rootfs.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(BuildahError):
+            buildah("rm", container)
+
+
+def _described(package: Installed) -> list[str]:
+    return [package.name, package.version, package.arch]

@@ -1,0 +1,1 @@
+"""The store on a builder: jobs, blobs, locks, slots."""

@@ -1,0 +1,1 @@
+"""SD-card images: a base plus artifacts and settings, baked without root."""

@@ -1,0 +1,358 @@
+"""Bakes: the base on a copy of its own, what goes in, the checks, and the result renamed to its target."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+from doit.exceptions import BaseFail, TaskError, TaskFailed
+
+from ..client import rebuild_reasons
+from ..client.cancellation import ending, running
+from ..client.install_outputs import statement_of
+from ..client.placement_marks import placing
+from ..config import settings
+from ..errors import GamebearError, ImageError
+from ..jobspec.spec import Json
+from ..progress.events import Telling
+from ..records import run_journal, task_record
+from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder
+from ..util.file_hashes import version
+from ..util.messages import notice
+from ..util.text import in_line, printable, size
+from . import base_image, boot_config, contents, elf, ext4, ext4_writer, partitions, systemd_units, users
+from .compression import pack
+from .fat import Fat
+from .file_tree import Tree
+from .partitions import Disk, Partition
+from .program import check_installed
+from .recipe import SUFFIXES, Recipe, state_of
+from .workdir import workshop
+
+TRIES = 4
+"""How often a file system grows until there is room: each growth takes a little for itself."""
+
+PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
+"""What tells which architecture a base is of."""
+
+
+def bake(recipe: Recipe, task: str) -> BaseFail | str:
+    """Bake an image, and return the state that it was baked from; a doit action of the task of that name."""
+    try:
+        with running():
+            return Baking(recipe, task).run()
+    except ImageError as error:
+        return TaskFailed(str(error))
+    except GamebearError as error:
+        return TaskError(str(error))
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "Make room there" if full else "See that the file or folder is there and yours"
+        return TaskError(in_line(f"{recipe.output} cannot be baked: {what}. {hint}, then run doit again."))
+
+
+class Baking:
+    """An image that is being baked.
+
+    Args:
+        recipe: what goes in.
+        task: the task's name.
+    """
+
+    def __init__(self, recipe: Recipe, task: str) -> None:
+        self.recipe = recipe
+        self.task = task
+        self.telling = Telling(task)
+        self.watch = task_record.Stopwatch(self.telling)
+        self.why: tuple[str, ...] = ()
+        self._job: dict[str, Json] = {}
+        self._record: task_record.Record | None = None
+
+    def run(self) -> str:
+        """Bake, and return the state that the image was baked from; raises ImageError and OSError."""
+        with self.watch.running(), run_journal.noted(self.note):
+            target = self.recipe.output
+            absent = rebuild_reasons.missing([str(target)])
+            before = _stamps(self.recipe)
+            self._job = self.recipe.document()
+            state = state_of(self._job)
+            last = run_journal.last(self.task)
+            self.why = rebuild_reasons.reasons_to_bake(self._job, last, absent)
+            self.telling.begins("", last)
+            _bake(self.recipe, before, state)
+            record = self.note("done")
+        self.telling.ended(record)
+        if settings().provenance:
+            from . import provenance
+
+            provenance.write(self.recipe, record)
+        return state
+
+    def note(self, state: str, failure: str = "") -> task_record.Record:
+        """Keep how the task went, once, and return it."""
+        if self._record is not None:
+            return self._record
+        if state != "done" and ending.is_set():
+            state, failure = "interrupted", ""  # what it worked in is gone before its thread is
+        target = self.recipe.output
+        made = task_record.Made(target.name, str(target), target.stat().st_size, "") if state == "done" else None
+        self._record = replace(
+            self.watch.record(self.task, self.recipe.identity(), "", state, "baked"),
+            why=self.why,
+            failure=printable(failure)[:2000],
+            outputs=(made,) if made else (),
+            job=self._job,
+        )
+        run_journal.keep(self._record, None)
+        return self._record
+
+
+def _bake(recipe: Recipe, before: list[str], state: str) -> None:
+    check_installed(recipe.programs)
+    suffix = SUFFIXES[recipe.output.suffix]
+    target = recipe.output
+    if target.is_dir():
+        raise ImageError(f"{target} is a folder, and should become a file.", "Move it out of the way.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with workshop(target) as folder:
+        image = folder / "image"
+        name = str(recipe.base) if isinstance(recipe.base, Path) else recipe.base.url
+        with task_record.phase("unpack"):
+            base_image.unpack(recipe.base, image)
+        _fill(recipe, image, name)
+        done = folder / "done"
+        if suffix:
+            notice(f"compressing {target}")
+        with task_record.phase("compress" if suffix else "place"):
+            pack(image, done, suffix)
+        if _stamps(recipe) != before:
+            raise ImageError(f"What {target} is baked from changed meanwhile, so it was not placed.", "Run doit again.")
+        with task_record.phase("place"), placing([str(target)], state):
+            with done.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(done, target)
+            with contextlib.suppress(OSError):
+                statement_of(target).unlink()  # it is about what was there before
+            sync_folder(target.parent)
+
+
+def _stamps(recipe: Recipe) -> list[str]:
+    """Return the version of each file that goes in; raises ImageError where one is not there."""
+    found = []
+    for path in recipe.files:
+        try:
+            about = path.stat()
+        except OSError as error:
+            raise ImageError(
+                f"{path} cannot be read: {error.strerror}.", "Is it the target of another task, or misspelt?"
+            ) from error
+        if not stat.S_ISREG(about.st_mode):
+            raise ImageError(f"{path} is no file.", "Give a file; a folder goes in as a tar.")
+        found.append(version(about))
+    return found
+
+
+def _fill(recipe: Recipe, image: Path, name: str) -> None:
+    """Put everything into an image, and check it.
+
+    Args:
+        recipe: what goes in.
+        image: a copy of the base.
+        name: what a person calls the base.
+    """
+    card = partitions.read(image, name)
+    about = ext4.superblock(image, card.root)
+    now = about.time
+    if about.blocks * about.block > card.root.size:
+        raise ImageError(
+            f"The root file system of {name} is larger than its partition, number {card.root.number}.",
+            "Mend the base: let the partition be as large, or copy it again, whole.",
+        )
+    with task_record.phase("check"):
+        ext4.mend(image, card.root, now, name)
+    boot = _boot_of(image, card, now, name)
+    with task_record.phase("compose"), ext4.Debugfs(image, card.root, now) as session:
+        tree = Tree(ext4.Reader(session, image.parent), image.parent, now)
+        _compose(recipe, tree, boot, name)
+    if boot is not None:
+        boot.check_room(name)
+    with task_record.phase("grow"):
+        card = _make_room(recipe, image, card, tree, now, name)
+    with task_record.phase("write"), ext4.Debugfs(image, card.root, now, write=True) as session:
+        leaves = ext4_writer.write(session, tree, ext4.superblock(image, card.root))
+    if leaves:
+        with task_record.phase("check"):
+            ext4.mend(image, card.root, now, str(recipe.output))
+    if boot is not None and card.boot is not None:
+        with task_record.phase("write"):
+            boot.write()
+            _put_back(boot.path, image, card.boot)
+    with task_record.phase("check"):
+        ext4.check(image, card.root, now)
+    about = ext4.superblock(image, card.root)
+    notice(
+        f"{recipe.output}: {len(tree.added)} names put in; {size(image.stat().st_size)},"
+        f" {size(about.free_blocks * about.block)} of it free"
+    )
+
+
+def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
+    """Return the boot file system, in a file of its own."""
+    if card.boot is None:
+        return None
+    path = image.parent / "boot"
+    path.touch()
+    base_image.copy_part(image, card.boot.start, card.boot.size, path, 0)
+    os.truncate(path, card.boot.size)
+    return Fat(path, now, name)
+
+
+def _put_back(boot: Path, image: Path, part: Partition) -> None:
+    """Write the boot file system back to where it was: what holds something now, and what held something before."""
+    with boot.open("rb", buffering=0) as source, image.open("r+b") as out:
+        before = data_extents(out.fileno(), part.start, part.start + part.size)
+        parts = [(first - part.start, end - part.start) for first, end in before]
+        for first, end in [*parts, *data_extents(source.fileno(), 0, part.size)]:
+            source.seek(first)
+            out.seek(part.start + first)
+            while first < end and (data := source.read(min(end - first, CHUNK))):
+                out.write(data)
+                first += len(data)
+
+
+def _grow(image: Path, card: Disk, size: int, now: int) -> Disk:
+    """Grow an image and its root file system to so many bytes; return what is in it now."""
+    root = image.parent / "root"
+    root.touch()
+    base_image.copy_part(image, card.root.start, card.root.size, root, 0)
+    card = partitions.grown(card, size)
+    os.truncate(root, card.root.size)
+    ext4.resize(root, now)
+    os.truncate(image, card.root.start)
+    os.truncate(image, size)
+    base_image.copy_part(root, 0, card.root.size, image, card.root.start)
+    root.unlink()
+    partitions.write(image, card, now)
+    return card
+
+
+def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
+    """Put all that a recipe has into the tree and on the boot file system."""
+    other = _architecture(tree)
+    if other and other != recipe.arch:
+        raise ImageError(
+            f"{name} is a system for {other}, and the image is for {recipe.arch}.",
+            f'Say arch="{other}", or mind the base.',
+        )
+    place = _boot_mount(tree)
+    if boot is not None and place:
+        tree.mount(place, boot.add, boot.is_folder)
+    for item in recipe.contents:
+        contents.put(item, tree, recipe.arch)
+    if recipe.hostname:
+        users.set_hostname(tree, recipe.hostname)
+    if recipe.user is not None:
+        keys = users.public_keys(recipe.user)
+        if not keys and recipe.user.password in (None, "!", "*"):
+            notice(f"{recipe.output}: user({recipe.user.name!r}) has neither a key nor a password to log in with")
+        users.set_user(tree, boot, recipe.user, keys)
+        if keys and tree.exists("/lib/systemd/system/ssh.service"):
+            systemd_units.enable(tree, "ssh.service")  # Raspberry Pi OS has it, and has it off
+    for unit in recipe.enable:
+        systemd_units.enable(tree, unit)
+    _configure(recipe, tree, boot, name)
+
+
+def _architecture(tree: Tree) -> str:
+    """Return Debian's name of what the image's own programs are for; empty where it has none."""
+    for path in PROGRAMS:
+        data = tree.read(path)
+        if data and (found := elf.architecture(data[:64])):
+            return found
+    return ""
+
+
+def _boot_mount(tree: Tree) -> str:
+    """Return where the boot file system is mounted in the running image; empty where that is not said."""
+    for line in (tree.read("/etc/fstab") or b"").decode("utf-8", "surrogateescape").splitlines():
+        words = line.split()
+        is_fat = len(words) >= 3 and not words[0].startswith("#") and words[2] in ("vfat", "msdos", "auto")
+        if is_fat and re.fullmatch(r"/(boot|efi)(/.*)?", words[1]):
+            return words[1]
+    return ""
+
+
+def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
+    """Put in the lines and words for the boot loader and the kernel."""
+    if not recipe.config and not recipe.cmdline:
+        return
+    if boot is None:
+        raise ImageError(f"{name} has no FAT file system, so there is no config.txt.", "Leave config and cmdline out.")
+    for file, wanted, change in (
+        ("config.txt", recipe.config, boot_config.with_lines),
+        ("cmdline.txt", recipe.cmdline, boot_config.with_words),
+    ):
+        if not wanted:
+            continue
+        data = boot.read(file)
+        if data is None and file == "cmdline.txt":
+            raise ImageError(
+                f"{name} has no cmdline.txt on its boot file system, so nothing can be added to it.",
+                "Without the rest of the line the image would not boot; put a whole one in with file().",
+            )
+        text = (data or b"").decode("utf-8", "surrogateescape")
+        changed = change(text, wanted)
+        if changed != text:
+            boot.add(file, tree.entry(changed.encode("utf-8", "surrogateescape"), file, 0o755))
+
+
+def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, name: str) -> Disk:
+    """Grow the root file system as far as is asked for or needed; raises ImageError before anything is put in."""
+    have = image.stat().st_size
+    if recipe.size is not None and recipe.size < have:
+        raise ImageError(
+            f"{recipe.output} is to have {size(recipe.size)}, and its base {name} has {size(have)} already.",
+            "Give a larger size; a base is not shrunk.",
+        )
+    wanted = recipe.size or 0
+    about = ext4.superblock(image, card.root)
+    # What a base has free behind its root, and behind what the file system takes of its partition, comes first.
+    is_filled = (
+        bool(card.fixed) or partitions.grown(card, have).root.size < about.blocks * about.block + partitions.ALIGNED
+    )
+    for _ in range(TRIES):
+        if wanted > have or (wanted == have and not is_filled):
+            if card.fixed:
+                raise ImageError(
+                    f"The root partition of {name} cannot grow: {card.fixed}.",
+                    "Put less in, or use a base whose root is the last.",
+                )
+            card = _grow(image, card, wanted, now)
+            have, is_filled = wanted, True
+        about = ext4.superblock(image, card.root)
+        blocks, inodes = ext4_writer.room(tree, about.block)
+        blocks += -(-recipe.free // about.block)
+        missing = max(blocks - about.free_blocks, 0)
+        groups = -(-max(inodes - about.free_inodes, 0) // about.inodes_per_group)
+        if not missing and not groups:
+            return card
+        if recipe.size is not None:
+            what = f"{size(blocks * about.block)} go in, and {size(about.free_blocks * about.block)} are free"
+            if not missing:
+                what = f"{inodes} files and folders go in, and it has room for {about.free_inodes}"
+            raise ImageError(
+                f"The root file system of {recipe.output} would be full: {what}.",
+                f"Give a larger size than {size(recipe.size)}, or none: then it grows as needed.",
+            )
+        # What is added takes something for itself: tables of inodes, and what is kept for root.
+        more = max(missing * 9 // 8, groups * about.blocks_per_group)
+        wanted = max(
+            partitions.size_for(card, (about.blocks + more) * about.block), have + is_filled * partitions.ALIGNED
+        )
+    raise ImageError(f"The root file system of {recipe.output} does not get larger.", "Say size=, or use another base.")

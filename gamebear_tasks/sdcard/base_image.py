@@ -1,0 +1,206 @@
+"""The image that a baked one begins as: found or downloaded, unpacked, its empty parts left as holes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Protocol
+
+from ..errors import ImageError
+from ..runner.util.atomic_files import CHUNK, data_extents
+from ..sources.archive import Archive
+from ..util.process import check_not_interrupted
+from ..util.text import size as readable_size
+from .program import check_installed, environment, failure
+
+
+class Readable(Protocol):
+    """What a plain image is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to so many bytes; none at the end."""
+
+
+BLOCK = 1 << 16
+"""Bytes that become a hole if they are all zero."""
+
+ZEROS = bytes(BLOCK)
+
+MOST_READ = 64 << 20
+"""Bytes of a file of the base or of a tar that are read into memory, such as a table of users or a program."""
+
+MAGIC = {
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+}
+"""How each kind of compressed file begins."""
+
+
+def unpack(base: Path | Archive, target: Path) -> None:
+    """Write a base image, plain, to a new file.
+
+    Args:
+        base: plain or compressed (xz, zstd, gzip, or a zip file with one image in it), as its first bytes say.
+        target: the new file.
+
+    Raises:
+        ImageError: it is damaged, or holds no image.
+        SourceError: it cannot be downloaded.
+    """
+    from ..sources.cache import sources_folder
+
+    path = base if isinstance(base, Path) else base.download(sources_folder())
+    with path.open("rb") as file:
+        start = file.read(8)
+    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), "")
+    with target.open("wb") as out:
+        if not kind:
+            copy_sparse(path, out)
+            return
+        with _reader(path, kind) as plain:
+            write_sparse(plain, out)
+
+
+@contextlib.contextmanager
+def _reader(path: Path, kind: str) -> Iterator[Readable]:
+    """Give what a compressed file holds."""
+    import gzip
+    import lzma
+    import zipfile
+
+    if kind in ("xz", "zstd"):
+        with _output_of([kind, "--decompress", "--stdout", "--quiet"], path) as plain:
+            yield plain
+        return
+    try:
+        if kind == "gzip":
+            with gzip.open(path) as plain:
+                yield plain
+            return
+        with zipfile.ZipFile(path) as archive:
+            # What macOS keeps of a file besides its content has its name, too.
+            names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+            images = [name for name in names if name.lower().endswith((".img", ".raw"))]
+            if len(images) != 1:
+                found = ", ".join(images or names)[:200] or "nothing"
+                raise ImageError(f"{path} should hold one image, and holds {found}.", "Unpack the right one yourself.")
+            with archive.open(images[0]) as plain:
+                yield plain
+    except (
+        EOFError,
+        gzip.BadGzipFile,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise ImageError(f"{path} cannot be unpacked: {error}.", "Download it again.") from error
+
+
+@contextlib.contextmanager
+def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
+    """Give what a program makes of a file; xz with all processors."""
+    check_installed(command[:1])
+    threads = ["--threads=0"] if command[0] == "xz" else []
+    with (
+        path.open("rb") as packed,
+        subprocess.Popen(
+            [*command, *threads], stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+        ) as process,
+    ):
+        assert process.stdout and process.stderr
+        try:
+            yield process.stdout
+        except BaseException:
+            process.kill()
+            raise
+        said = process.stderr.read().decode("utf-8", "replace")
+    check_not_interrupted(process.returncode)
+    if process.returncode != 0:
+        raise failure(f"{path} cannot be unpacked", command[0], said)
+
+
+def read_bounded(path: Path, name: str) -> bytes:
+    """Return what is in a file that is to be a short one: the base, a tar or a builder decides how long it is.
+
+    Args:
+        path: the file.
+        name: what a person knows it as.
+
+    Raises:
+        ImageError: it is longer than `MOST_READ`; nothing of it was read.
+    """
+    with path.open("rb") as file:
+        check_readable(os.fstat(file.fileno()).st_size, name)
+        return file.read(MOST_READ)
+
+
+def check_readable(count: int, name: str) -> None:
+    """Refuse to read so many bytes of a file into memory; raises ImageError."""
+    if count > MOST_READ:
+        raise ImageError(
+            f"{name} has {readable_size(count)}, and no more than {readable_size(MOST_READ)} of such a file are read.",
+            "It should be a short text, or a program: see what it is.",
+        )
+
+
+def write_sparse(source: Readable, out: IO[bytes]) -> None:
+    """Write all of a stream to a file, with holes for what is zero."""
+    size = 0
+    while data := source.read(CHUNK):
+        size += len(data)
+        if data.count(0) != len(data):
+            _write_blocks(data, out)
+        else:
+            out.seek(len(data), os.SEEK_CUR)
+    out.truncate(size)
+
+
+def _write_blocks(data: bytes, out: IO[bytes]) -> None:
+    for at in range(0, len(data), BLOCK):
+        block = data[at : at + BLOCK]
+        if block == ZEROS[: len(block)]:
+            out.seek(len(block), os.SEEK_CUR)
+        else:
+            out.write(block)
+
+
+def copy_sparse(source: Path, out: IO[bytes]) -> None:
+    """Write a whole file to another, empty one; holes stay holes, and what is zero becomes one."""
+    with source.open("rb", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        for start, stop in data_extents(file.fileno(), 0, end):
+            file.seek(start)
+            out.seek(start)
+            left = stop - start
+            while left and (data := file.read(min(left, CHUNK))):
+                _write_blocks(data, out)
+                left -= len(data)
+        out.truncate(end)
+
+
+def copy_part(source: Path, start: int, size: int, target: Path, at: int) -> None:
+    """Copy a part of a file into another, which has a hole there, or the same holes; holes stay holes.
+
+    Args:
+        source: the file.
+        start: the part's first byte.
+        size: its bytes.
+        target: the other file.
+        at: where the part goes there.
+    """
+    # Unbuffered, because asking for holes moves the place that a buffer believes to read from.
+    with source.open("rb", buffering=0) as file, target.open("r+b") as out:
+        for first, end in data_extents(file.fileno(), start, start + size):
+            file.seek(first)
+            out.seek(at + first - start)
+            while first < end and (data := file.read(min(end - first, CHUNK))):
+                out.write(data)
+                first += len(data)

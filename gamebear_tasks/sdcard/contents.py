@@ -1,0 +1,268 @@
+"""Files and tars that go into an image: read, checked, and put into its tree."""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import re
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import IO
+
+from ..errors import ImageError
+from ..runner.util.atomic_files import CHUNK
+from . import elf
+from .base_image import write_sparse
+from .file_tree import Entry, Tree
+from .recipe import File, Tar
+
+XATTR = "SCHILY.xattr."
+"""What star and GNU tar call an extended attribute in a pax header."""
+
+ACL = ("SCHILY.acl.", "SCHILY.xattr.system.posix_acl_")
+
+LARGEST = 2**44
+"""Bytes that a file on ext4 can have at most."""
+
+EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""The kinds of headers that describe the member after them."""
+
+LONGEST_HEADER = 1 << 20
+"""Bytes of such a header: a name has 4096 at most, attributes on ext4 64 KiB."""
+
+YEARS = 5 * 2**31
+"""Seconds after 1970 up to which (April 2310) e2fsck believes a time; it takes later ones for those before 1970."""
+
+TYPES = {
+    tarfile.CHRTYPE: stat.S_IFCHR,
+    tarfile.BLKTYPE: stat.S_IFBLK,
+    tarfile.FIFOTYPE: stat.S_IFIFO,
+}
+
+
+def put(item: File | Tar, tree: Tree, arch: str) -> None:
+    """Put an item into a tree; its contents are staged.
+
+    Args:
+        item: a file or a tar.
+        tree: where it goes.
+        arch: Debian's name of the image's architecture.
+
+    Raises:
+        ImageError: it cannot be read, is for another architecture, or cannot be where it would go.
+    """
+    try:
+        if isinstance(item, File):
+            _put_file(item, tree, arch)
+        else:
+            _put_tar(item, tree, arch)
+    except FileNotFoundError as error:
+        if error.filename != str(item.path):
+            raise
+        raise ImageError(f"{item.path} is not there.", "Is it the target of another task, or misspelt?") from error
+
+
+def _put_file(item: File, tree: Tree, arch: str) -> None:
+    origin = str(item.path)
+    staged = tree.new_staged()
+    with item.path.open("rb") as source:
+        size = _stage(source, tree.staging / staged, arch, origin)
+    path = item.destination
+    if path.endswith("/") or tree.is_folder(path):
+        path = f"{path.rstrip('/')}/{item.path.name}"
+    entry = Entry(
+        stat.S_IFREG | item.permissions,
+        origin,
+        item.owner,
+        item.group,
+        mtime=tree.now,
+        atime=tree.now,
+        size=size,
+        staged=staged,
+    )
+    tree.add(path, entry)
+
+
+def _stage(source: IO[bytes], target: Path, arch: str, name: str) -> int:
+    """Copy a content to where it is staged, and return its size; raises ImageError where it is a foreign program."""
+    with target.open("w+b") as out:
+        write_sparse(source, out)
+        out.seek(0)
+        other = elf.architecture(out.read(64))
+    if other and other != arch:
+        raise ImageError(
+            f"{name} is a program for {other}, and the image is for {arch}.",
+            f"Build it for {arch} (arch={arch}), or bake an image of the other architecture.",
+        )
+    return target.stat().st_size
+
+
+def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
+    entries: dict[str, Entry] = {}  # hard links lead to what had a name when they were packed
+    with _opened(item.path) as archive:
+        for member in _members(archive):
+            name = _name(member.name, item.path)
+            if not name:
+                continue  # the folder that was packed: it says nothing about the one that it goes over
+            origin = f"{item.path}: {name if name.isprintable() else ascii(name)}"
+            if member.islnk():
+                linked = entries.get(_name(member.linkname, item.path))
+                if linked is None:
+                    raise ImageError(
+                        f"{origin} is a hard link to {member.linkname!r}, which is not before it in the tar.",
+                        "Pack both in one tar.",
+                    )
+                entry = linked
+            else:
+                entry = _entry(archive, member, tree, arch, origin)
+            entries[name] = entry
+            tree.add(f"{item.destination}/{name}", entry)
+        _read_to_the_end(archive)
+
+
+class _Member(tarfile.TarInfo):
+    """A header of a tar; `tarfile` reads what long names and attributes take into memory, as much as it says."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member: _Member = super().frombuf(buf, encoding, errors)
+        if member.type in EXTENDED and member.size > LONGEST_HEADER:
+            raise ValueError(f"{member.size} bytes")  # a ReadError would have `tarfile` try other compressions
+        return member
+
+
+@contextlib.contextmanager
+def _reading_headers() -> Iterator[None]:
+    """While the block runs `tarfile` reads headers: what it falls over in them is a TarError, too."""
+    try:
+        yield
+    except (ArithmeticError, ValueError, MemoryError) as error:
+        raise tarfile.ReadError(f"a header makes no sense ({type(error).__name__})") from error
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    with _reading_headers():
+        yield from archive
+
+
+def _read_to_the_end(archive: tarfile.TarFile) -> None:
+    """See that all members were read, and the check sums that compressed files end with.
+
+    `tarfile` takes a damaged header, and a part of one, for the end of the tar.
+
+    Raises:
+        TarError: it has no end, which is a block of zeros; and those of decompression.
+    """
+    assert archive.fileobj
+    archive.fileobj.seek(archive.offset)
+    end = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if end != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"its end is missing, and at byte {archive.offset} there is no member either")
+    while archive.fileobj.read(CHUNK):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+    try:
+        with contextlib.ExitStack() as stack:
+            with _reading_headers():
+                archive = stack.enter_context(
+                    tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape", tarinfo=_Member)
+                )
+            yield archive
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+        said = " ".join(str(error).split())
+        if said.startswith("file could not be opened"):  # and what each way of decompression says
+            said = "it does not begin as one"
+        raise ImageError(
+            f"{path} cannot be unpacked: {said}.",
+            "It must be a whole tar file (plain, gzip, bzip2, xz).",
+        ) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ImageError(f"{path} cannot be unpacked: {error}.", "Make it again.") from error  # gzip's and bz2's own
+
+
+def _name(name: str, path: Path) -> str:
+    """Return a member's name from the folder that the tar goes over; an absolute one begins there, too."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ImageError(f"{path} holds the name {name!r}, which leads out of it.", "Such a tar is not baked.")
+    return "/".join(parts)
+
+
+def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, tree: Tree, arch: str, origin: str) -> Entry:
+    for what, number, most in (("owner", member.uid, 2**32 - 2), ("group", member.gid, 2**32 - 2)):
+        if not 0 <= number <= most:
+            raise ImageError(f"{origin} has the {what} {number}, which no file can have.", "Pack it again.")
+    mtime = _time(member.pax_headers.get("mtime", member.mtime), origin)
+    atime = _time(member.pax_headers["atime"], origin) if "atime" in member.pax_headers else mtime
+    staged = target = ""
+    size = 0
+    device = (0, 0)
+    if member.isreg():
+        kind = stat.S_IFREG
+        if member.size > LARGEST:
+            raise ImageError(f"{origin} has {member.size} bytes, more than a file can have.", "Pack it again.")
+        staged = tree.new_staged()
+        source = archive.extractfile(member)
+        assert source
+        with source:
+            size = _stage(source, tree.staging / staged, arch, origin)
+    elif member.isdir():
+        kind = stat.S_IFDIR
+    elif member.issym():
+        kind, target = stat.S_IFLNK, member.linkname
+    elif member.type in TYPES:
+        kind, device = TYPES[member.type], (member.devmajor, member.devminor)
+    else:
+        raise ImageError(f"{origin} is of a kind that cannot be baked ({member.type!r}).", "Leave it out of the tar.")
+    return Entry(
+        kind | (0o777 if kind == stat.S_IFLNK else member.mode & 0o7777),
+        origin,
+        member.uid,
+        member.gid,
+        mtime=mtime,
+        atime=atime,
+        size=size,
+        staged=staged,
+        target=target,
+        device=device,
+        xattrs=_xattrs(member, origin),
+    )
+
+
+def _time(value: str | float, origin: str) -> int:
+    """Return a time in nanoseconds, exactly; a float would not be."""
+    try:
+        time = int(Decimal(value) * 10**9)
+    except (ArithmeticError, ValueError):
+        time = -(10**30)
+    if not -(2**31) * 10**9 <= time < YEARS * 10**9:
+        raise ImageError(f"{origin} has the time {value}, which ext4 does not know.", "Pack it again.")
+    return time
+
+
+def _xattrs(member: tarfile.TarInfo, origin: str) -> dict[str, bytes]:
+    found = {}
+    for key, value in member.pax_headers.items():
+        if key.startswith(ACL):
+            raise ImageError(f"{origin} has an access control list, which cannot be baked.", "Pack it without.")
+        if key.startswith(XATTR):
+            name = key[len(XATTR) :].replace("%3D", "=").replace("%25", "%")
+            if not re.match(r"(user|trusted|security)\.", name) or re.search(r"[\0\r\n]", name):
+                raise ImageError(f"{origin} has the attribute {name!r}, which cannot be baked.", "Pack it without.")
+            found[name] = value.encode("utf-8", "surrogateescape")
+    return found

@@ -1,0 +1,153 @@
+"""The boot file system: read and written with mtools, in a file of its own that goes back into the image at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from ..errors import ImageError
+from .base_image import read_bounded
+from .file_tree import Entry
+from .program import run
+
+YEAR_1980 = 315532800
+"""Seconds from 1970 to where FAT's time begins."""
+
+YEAR_2108 = 4354819200
+"""Seconds from 1970 to where it ends."""
+
+FORBIDDEN = re.compile(
+    r"""[^ -~]|["*:<>?\\|\[\]]|[. ](/|$)|~[0-9]|[^/]{256}|(^|/)(con|prn|aux|nul|com[1-4]|lpt[1-4])(/|$)""",
+    re.ASCII | re.IGNORECASE,
+)
+"""What no name on a FAT has (Microsoft, FAT specification, section 7), or mtools would write as another one."""
+
+
+class Fat:
+    """A FAT file system and what goes into it.
+
+    Args:
+        path: the file that it is in.
+        now: the time of what has no other, in seconds since 1970.
+        name: what a person calls the image that it is from.
+
+    Raises:
+        ImageError: it is damaged.
+    """
+
+    def __init__(self, path: Path, now: int, name: str) -> None:
+        self.path = path
+        self._now = now
+        self._added: dict[str, Entry] = {}
+        said = self._run(["fsck.fat", "-a", "-v", path.name], f"The boot file system of {name} is damaged", (0, 1))
+        self._cluster = int(_found(r"(\d+) bytes per cluster", said))
+        used, clusters = _found(r"(\d+/\d+) clusters", said).split("/")
+        self._free = int(clusters) - int(used)
+        listed = self._run(
+            ["mdir", "-i", path.name, "-b", "-/", "-a", "::"], "The boot file system cannot be read", (0, 1)
+        )
+        self._there: dict[str, str] = {}
+        for line in listed.splitlines():
+            if line.startswith("::/"):
+                self._there[line[3:].rstrip("/").lower()] = line[3:]
+
+    def _run(self, argv: list[str], what: str, allowed: tuple[int, ...] = (0,), hint: str = "") -> str:
+        return run(argv, folder=self.path.parent, now=self._now, what=what, allowed=allowed, hint=hint)
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Put a file or a folder in. It has no owner, mode or attributes there.
+
+        Raises:
+            ImageError: it is something else, has a name that FAT does not know, or a folder and a file change places.
+        """
+        if not (entry.is_folder or stat.S_ISREG(entry.mode)):
+            raise ImageError(
+                f"{entry.origin} would go on the boot file system, which is FAT: it has no links or devices.",
+                "Give it another destination.",
+            )
+        if FORBIDDEN.search(name):
+            raise ImageError(
+                f"{entry.origin}: {name!r} can be no name on the boot file system, which is FAT.",
+                "Give it another, of ASCII, without \\ : * ? \" < > | ~1, dots or spaces at its end, and no device's.",
+            )
+        there = self._there.get(name.lower())
+        if there is not None and there.endswith("/") != entry.is_folder:
+            raise ImageError(
+                f"{entry.origin}: {name} on the boot file system is a folder here and a file there.",
+                "Give one of them another name.",
+            )
+        parts = name.split("/")
+        for count in range(1, len(parts)):
+            above = "/".join(parts[:count])
+            if above.lower() not in self._there:
+                self.add(above, Entry(stat.S_IFDIR | 0o755, entry.origin))
+        self._there[name.lower()] = f"{name}/" if entry.is_folder else name
+        for other in [other for other in self._added if other.lower() == name.lower()]:
+            name = other if entry.is_folder else name
+            del self._added[other]
+        self._added[name] = entry
+
+    def is_folder(self, name: str) -> bool:
+        """Say whether there is a folder of a name."""
+        return self._there.get(name.lower(), "").endswith("/")
+
+    def read(self, name: str) -> bytes | None:
+        """Return what is in a file; None where there is none."""
+        for other, entry in self._added.items():
+            if other.lower() == name.lower():
+                return read_bounded(self.path.parent / entry.staged, entry.origin)
+        if name.lower() not in self._there:
+            return None
+        read = self.path.parent / "read"
+        read.unlink(missing_ok=True)
+        self._run(["mcopy", "-i", self.path.name, f"::/{name}", read.name], f"{name} cannot be read")
+        return read_bounded(read, f"{name} on the boot file system")
+
+    def check_room(self, name: str) -> None:
+        """See that there is room; raises ImageError."""
+        needed = sum(-(-max(entry.size, 1) // self._cluster) + 1 for entry in self._added.values())
+        if self._added and needed > self._free:
+            needed -= self._replaced()
+        if self._added and needed > self._free:
+            raise ImageError(
+                f"The boot file system of {name} is full: {needed * self._cluster} bytes go in, and"
+                f" {self._free * self._cluster} are free.",
+                "It cannot grow; put less there.",
+            )
+
+    def _replaced(self) -> int:
+        """Return how many clusters the files have that others take the place of: mcopy frees them first."""
+        said = self._run(["mdu", "-i", self.path.name, "-a", "::"], "The boot file system cannot be read")
+        added = {name.lower() for name, entry in self._added.items() if not entry.is_folder}
+        taken = (line.removeprefix("::/").rpartition(" ") for line in said.splitlines())
+        return sum(int(clusters) for name, _, clusters in taken if name.lower() in added)
+
+    def write(self) -> None:
+        """Put everything in, and check the whole; raises ImageError."""
+        what = "The boot file system cannot be written"
+        before = set(
+            self._run(["mdir", "-i", self.path.name, "-b", "-/", "-a", "::"], what, (0, 1)).lower().splitlines()
+        )
+        for name, entry in sorted(self._added.items()):
+            if entry.is_folder:
+                if f"::/{name.lower()}/" not in before:
+                    self._run(["mmd", "-i", self.path.name, f"::/{name}"], what)
+                continue
+            staged = self.path.parent / entry.staged
+            time = min(max(entry.mtime // 10**9, YEAR_1980), YEAR_2108 - 2)
+            os.utime(staged, (time, time))
+            hint = "Put less there: the topmost folder of a FAT16 holds a few hundred names, of long ones fewer."
+            self._run(["mcopy", "-i", self.path.name, "-o", "-m", staged.name, f"::/{name}"], what, hint=hint)
+        self._run(
+            ["fsck.fat", "-n", self.path.name],
+            "The baked boot file system is not in order, which is a fault of gamebear-tasks",
+        )
+
+
+def _found(pattern: str, said: str) -> str:
+    match = re.search(pattern, said)
+    if not match:
+        raise ImageError(f"fsck.fat says nothing that we understand: {said.strip()[-300:]}.", "Which version is it?")
+    return match[1]

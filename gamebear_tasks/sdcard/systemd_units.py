@@ -1,0 +1,129 @@
+"""Units are enabled as `systemctl enable` does: by the links that their [Install] section asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from ..errors import ImageError
+from .file_tree import Tree
+
+FOLDERS = (
+    "/etc/systemd/system",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+)
+"""Where systemd looks for units, in this order (systemd.unit(5))."""
+
+WANTED = {"WantedBy": "wants", "RequiredBy": "requires", "UpheldBy": "upholds"}
+
+UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}\.(service|socket|target|timer|mount|automount|path|swap|slice)")
+
+
+def enable(tree: Tree, unit: str) -> None:
+    """Enable a unit.
+
+    Args:
+        tree: the image's files.
+        unit: its name; without a suffix it is a service.
+
+    Raises:
+        ImageError: there is no such unit, or it cannot be enabled.
+    """
+    _enable(tree, unit if "." in unit.rpartition("@")[2] and UNIT.fullmatch(unit) else f"{unit}.service", set())
+
+
+def _enable(tree: Tree, unit: str, seen: set[str]) -> None:
+    if unit in seen:
+        return
+    seen.add(unit)
+    if not UNIT.fullmatch(unit):
+        raise ImageError(f"{unit!r} is no unit's name.", "Say it as systemctl does: umtprd.service.")
+    name, instance = _template(unit)
+    path = _path(tree, unit) or _path(tree, name)
+    if not path:
+        raise ImageError(
+            f"The image has no unit {unit}, so it cannot be enabled.",
+            f'Put it in, as with file({name!r}, "/etc/systemd/system/"), or mind its name.',
+        )
+    text = tree.read(path)
+    if not text:
+        raise ImageError(f"The unit {unit} is masked or empty, so it cannot be enabled.", f"See {path} in the image.")
+    install = _install(text.decode("utf-8", "replace"), *_drop_ins(tree, dict.fromkeys((name, unit))))
+    if not instance and "@." in name:
+        instance = " ".join(install.get("DefaultInstance", ()))
+        if not instance:
+            raise ImageError(f"{unit} is a template and needs an instance.", "Say it as in getty@tty1.service.")
+        unit = name.replace("@.", f"@{instance}.")
+    wanted = [(how, by) for how in WANTED for by in install.get(how, ())]
+    if not wanted and not install.get("Alias") and not install.get("Also"):
+        raise ImageError(
+            f"The unit {unit} says in no [Install] section by what it is wanted, so it cannot be enabled.",
+            f"Write one into it, with WantedBy=multi-user.target for instance. It is {path} in the image.",
+        )
+    origin = f"enable {unit}"
+    for how, by in wanted:
+        by = _named(by, unit, instance, path)
+        tree.symlink(f"{FOLDERS[0]}/{by}.{WANTED[how]}/{unit}", path, origin)
+    for alias in install.get("Alias", ()):
+        alias = _named(alias, unit, instance, path)
+        if alias != unit:
+            tree.symlink(f"{FOLDERS[0]}/{alias}", path, origin)
+    for other in install.get("Also", ()):
+        other = _named(other, unit, instance, path)
+        if _path(tree, other) or _path(tree, _template(other)[0]):  # others come with other packages
+            _enable(tree, other, seen)
+
+
+def _path(tree: Tree, name: str) -> str:
+    """Return where the file of a unit is; empty where it is nowhere."""
+    paths = (f"{folder}/{name}" for folder in FOLDERS)
+    return next((path for path in paths if tree.mode(tree.resolve(path, path, last=False))), "")
+
+
+def _drop_ins(tree: Tree, names: Iterable[str]) -> Iterator[str]:
+    """Yield what adds to units from the folders beside them; of two files with one name the first folder's holds."""
+    paths: dict[str, str] = {}
+    for name in names:
+        for folder in (f"{folder}/{name}.d" for folder in FOLDERS):
+            for file in tree.names(folder):
+                if file.endswith(".conf"):
+                    paths.setdefault(file, f"{folder}/{file}")
+    for _, path in sorted(paths.items()):
+        yield (tree.read(path) or b"").decode("utf-8", "replace")
+
+
+def _template(unit: str) -> tuple[str, str]:
+    """Return the name of the file that a unit is read from, and its instance."""
+    match = re.fullmatch(r"([^@]+@)(.*)(\.[a-z]+)", unit)
+    return (f"{match[1]}{match[3]}", match[2]) if match else (unit, "")
+
+
+def _named(text: str, unit: str, instance: str, path: str) -> str:
+    """Return the unit that an [Install] section names, with the names of its own for the specifiers in it.
+
+    Raises:
+        ImageError: it is no unit's name.
+    """
+    full = unit.rpartition(".")[0]
+    values = {"%i": instance, "%I": instance, "%n": unit, "%N": full, "%p": full.partition("@")[0], "%%": "%"}
+    name = re.sub(r"%.", lambda match: values.get(match[0], match[0]), text)
+    if not UNIT.fullmatch(name):
+        raise ImageError(f"The [Install] section of {unit} has {text!r}, which names no unit.", f"Mend {path}.")
+    return name
+
+
+def _install(*texts: str) -> dict[str, list[str]]:
+    """Return what the [Install] sections of texts say: words by key; an empty value forgets those before."""
+    found: dict[str, list[str]] = {}
+    section = ""
+    for line in re.sub(r"\\\n", " ", "\n[]\n".join(texts)).splitlines():
+        line = line.strip()
+        if line.startswith("["):
+            section = line
+        elif section == "[Install]" and "=" in line and line[0] not in "#;":
+            key, _, value = line.partition("=")
+            key = key.strip()
+            found[key] = [*found.get(key, ()), *value.split()] if value.strip() else []
+    return found

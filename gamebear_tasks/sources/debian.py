@@ -1,0 +1,417 @@
+"""A Debian source package, by way of this machine's own apt and its keys.
+
+apt runs with its state, its cache and its sources in a folder of ours, so that neither root nor a `deb-src` line is
+needed and nothing of the system is changed. The sources are those of the system, each `deb` taken for a `deb-src`.
+What apt has downloaded is checked against the lock file, and unpacked, patches applied, by dpkg-source.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import SettingsError, SourceError
+from ..runner.images.sources_list import Source, is_file_of_sources, parse, text_of
+from ..runner.util.atomic_files import is_file_name, is_sha256, locked, sha256_of, write_bytes
+from ..util.file_names import file_name
+from .base import BaseSource, Pin, remove
+from .lockfile import DebianEntry, Lock
+from .program import ProgramError, run
+
+NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=…) and `doit sources=git`."
+"""What to do on a machine that is not Debian's."""
+
+SPACE = 128 << 20
+"""Bytes that must be free for apt's lists; apt hangs for ever where its disk is full (seen with 2.6)."""
+
+BINARY_ONLY = re.compile(r"(arch|lang|target|architectures|languages|targets)([+-]|-add|-remove)?")
+"""Options and fields of apt's sources (lower case) that are for binary packages."""
+
+
+@dataclass(frozen=True)
+class DebianPin(Pin):
+    """A version of a Debian source package.
+
+    Attributes:
+        package: its name.
+        entry: what the lock file says of it.
+    """
+
+    package: str
+    entry: DebianEntry
+
+    def identity(self) -> dict[str, str | int | bool]:
+        """Return name, version and the `.dsc`, which names the other files by their SHA-256."""
+        entry = self.entry
+        return {"debian": self.package, "version": entry.version, "dsc": entry.files[entry.dsc]}
+
+    @property
+    def file_name(self) -> str:
+        """`debian-<sha256 of the .dsc>`."""
+        return f"debian-{self.entry.files[self.entry.dsc]}"
+
+
+@dataclass(frozen=True)
+class Debian(BaseSource[DebianPin]):
+    """A Debian source package.
+
+    Attributes:
+        package: the source package's name.
+        version: in full, as in `1.3.10-1`; the newest when not given.
+        suite: where to look, as apt's sources have it (`bookworm`); everywhere when not given.
+    """
+
+    package: str
+    version: str | None = None
+    suite: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse names that Debian's policy does not allow."""
+        for value, pattern, what in (
+            (self.package, r"[a-z0-9][a-z0-9+.-]+", "source package"),
+            (self.version, r"[0-9][A-Za-z0-9.+:~-]*", "version"),
+            (self.suite, r"[A-Za-z0-9][A-Za-z0-9._/-]*", "suite"),
+        ):
+            if not (value is None and what != "source package") and not (
+                isinstance(value, str) and re.fullmatch(pattern, value)
+            ):
+                raise SettingsError(
+                    f"debian({self.package!r}): {value!r} is no name of a {what}.",
+                    "`apt-cache showsrc PACKAGE` shows names and versions; a suite is called as in apt's sources.",
+                )
+
+    def __str__(self) -> str:
+        """Return the kind, the package and what limits the choice."""
+        return f"debian source {self.key}"
+
+    @property
+    def key(self) -> str:
+        """Its key in the lock file, as apt would write it."""
+        version = f"={self.version}" if self.version else ""
+        suite = f"/{self.suite}" if self.suite else ""
+        return f"{self.package}{version}{suite}"
+
+    @property
+    def floating(self) -> bool:
+        """Whether `doit lock` may find another version another day."""
+        return self.version is None
+
+    def pin(self, lock: Lock) -> DebianPin | None:
+        """Return what the lock file says, if it knows the package."""
+        entry = lock.debian.get(self.key)
+        return DebianPin(self.package, entry) if entry else None
+
+    def _metadata(self, pin: DebianPin, lock: Lock) -> dict[str, str]:
+        return {"package": pin.package, "version": pin.entry.version}
+
+    def resolve(self, cache: Path, *, refresh: bool = True) -> DebianEntry:
+        """Ask this machine's apt sources for the version wanted, or the newest.
+
+        Args:
+            cache: the folder whose private apt is used.
+            refresh: download the lists of packages again.
+
+        Raises:
+            SourceError: there is no apt here, or none of its sources has it.
+        """
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._apt(cache) as apt:
+            failures = apt.update() if refresh or not apt.updated else ""
+            try:
+                listing = apt.run("apt-cache", "showsrc", "--only-source", "--", self.package)
+            except ProgramError:
+                listing = b""  # what apt says of an unknown package
+        found = entries(listing.decode(errors="replace"), self.package)
+        if not found:
+            because = f"; apt could not refresh its lists: {failures}" if failures else ""
+            raise self.error(
+                f"cannot be looked up: this machine's apt sources have no such source package{because}",
+                "Add a source that has it to /etc/apt/sources.list.d, or see https://tracker.debian.org for its name.",
+            )
+        if self.version is None:
+            return found[max(found, key=functools.cmp_to_key(_compared))]
+        if self.version not in found:
+            raise self.error(
+                f"cannot be looked up: this machine's apt sources have {', '.join(sorted(found))} only",
+                "Older versions are on https://snapshot.debian.org, which can be made an apt source.",
+            )
+        return found[self.version]
+
+    def _write_tar(self, out: BinaryIO, pin: DebianPin, cache: Path, scratch: Path) -> None:
+        from . import deterministic_tar  # declaring a source is to cost nothing
+
+        if not shutil.which("dpkg-source"):
+            raise self.error("cannot be unpacked: dpkg-source is not here", "Install it with `apt install dpkg-dev`.")
+        downloads = scratch / "downloads"
+        downloads.mkdir()
+        self._download(pin, cache, downloads)
+        for name, expected in pin.entry.files.items():
+            if not (downloads / name).is_file():
+                raise self.error(f"cannot be fetched: apt did not bring {name}")
+            actual = sha256_of(downloads / name)
+            if actual != expected:
+                raise self.error(
+                    f"is not what was asked for: the SHA-256 of {name} is {actual}, the lock file says {expected}",
+                    "If the lock file was made with the same apt sources, one of the two has been tampered with.",
+                )
+        unpacked = scratch / "tree"
+        try:
+            run(["dpkg-source", "--no-copy", "--extract", downloads / pin.entry.dsc, unpacked], cwd=scratch)
+        except ProgramError as error:
+            raise self.error(
+                f"cannot be unpacked: {error.reason}", "Is dpkg-dev of this machine too old for it?"
+            ) from error
+        try:
+            deterministic_tar.write(
+                out, deterministic_tar.from_folder(unpacked), _changed(unpacked / "debian" / "changelog")
+            )
+        except deterministic_tar.TreeError as error:
+            raise self.error(f"cannot be used: {error}", "Tell its maintainers.") from error
+
+    def _download(self, pin: DebianPin, cache: Path, folder: Path) -> None:
+        """Let apt bring the files; it checks them against the lists that Debian has signed."""
+        get = ("apt-get", "source", "--quiet", "--download-only", "--only-source", "--")
+        wanted = f"{pin.package}={pin.entry.version}"
+        with self._apt(cache) as apt:
+            if apt.updated:
+                with contextlib.suppress(ProgramError):
+                    apt.run(*get, wanted, cwd=folder)
+                    return
+            failures = apt.update()
+            try:
+                apt.run(*get, wanted, cwd=folder)
+            except ProgramError as error:
+                raise self.error(
+                    f"cannot be fetched: version {pin.entry.version}: {failures or error.reason}",
+                    "If Debian has a newer version by now, take that (`doit lock --update`), "
+                    "or make https://snapshot.debian.org an apt source. Else the network is needed this once.",
+                ) from error
+
+    @contextlib.contextmanager
+    def _apt(self, cache: Path) -> Iterator[_Apt]:
+        if not shutil.which("apt-get"):
+            raise self.error("needs apt, which this machine does not have", NO_APT)
+        root = cache / "apt" / (file_name(self.suite) if self.suite else "=all")
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if shutil.disk_usage(root).free < SPACE:
+            raise self.error(f"needs {SPACE >> 20} MiB for apt's lists in {root}", "Make room there.")
+        with locked(root / ".lock"):
+            os.utime(root)  # says when it was last used
+            sources, suites = apt_sources(self.suite)
+            if not sources:
+                raise self.error(
+                    "cannot be looked up: no apt source of this machine has that suite"
+                    if self.suite
+                    else "cannot be looked up: this machine's apt has no sources",
+                    f"The suites are: {', '.join(suites)}." if suites else "See sources.list(5).",
+                )
+            yield _Apt(root, sources)
+
+
+class _Apt:
+    """An apt whose state, cache and sources are in a folder of ours."""
+
+    def __init__(self, root: Path, sources: Mapping[str, str]) -> None:
+        """Lay the folder out.
+
+        Args:
+            root: the folder.
+            sources: the text of each file of apt sources by its name.
+        """
+        self.root = root
+        for name in ("state/lists/partial", "cache/archives/partial", "sources"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        for path in (root / "sources").iterdir():
+            if path.name not in sources:
+                remove(path)
+        for name, text in sources.items():
+            self._keep(f"sources/{name}", text)
+        self._keep("status", "")
+        # apt reads $APT_CONFIG first, then the system's apt.conf.d, then Dir::Etc::main: ours, which so has the
+        # last word while proxies, certificates and the like stay the system's.
+        theirs = os.environ.get("APT_CONFIG")
+        main = system_setting("Dir::Etc::main/f")
+        self._keep("first.conf", f'{_include(theirs)}Dir::Etc::main "{root}/last.conf";\n')
+        self._keep(
+            "last.conf",
+            f"""{_include(main)}
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+Dir::State "{root}/state";
+Dir::State::lists "lists/";
+Dir::State::status "{root}/status";
+Dir::Cache "{root}/cache";
+Dir::Cache::archives "archives/";
+Dir::Etc::sourcelist "/dev/null";
+Dir::Etc::sourceparts "{root}/sources";
+""",
+        )
+
+    @property
+    def updated(self) -> bool:
+        """Whether its lists have been downloaded since its sources were last changed."""
+        return (self.root / "updated").exists()
+
+    def run(self, *argv: str, cwd: Path | None = None) -> bytes:
+        """Run a program of apt; raises ProgramError."""
+        return run(argv, env={**os.environ, "APT_CONFIG": str(self.root / "first.conf")}, cwd=cwd)
+
+    def update(self) -> str:
+        """Download the lists of source packages; return what apt could not get, or an empty text."""
+        try:
+            self.run("apt-get", "--quiet", "--option", "APT::Update::Error-Mode=any", "update")
+        except ProgramError as error:
+            failures = [line for line in error.said.splitlines() if "Failed to fetch" in line]
+            reason = re.sub(r"^[EW]: ", "", failures[0]) if failures else error.reason
+        else:
+            reason = ""
+        (self.root / "updated").touch()
+        return reason
+
+    def _keep(self, name: str, text: str) -> None:
+        path = self.root / name
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="surrogateescape") != text:
+            remove(self.root / "updated")
+            write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def _include(path: str | None) -> str:
+    return f'#include "{path}";\n' if path and Path(path).is_file() and Path(path).stat().st_size else ""
+
+
+def system_setting(name: str) -> str:
+    """Return a setting of this machine's apt, such as `Dir::Etc::sourceparts/d`; empty where there is none."""
+    text = run(["apt-config", "shell", "VALUE", name]).decode(errors="surrogateescape")
+    return (shlex.split(text) or [""])[0].removeprefix("VALUE=")
+
+
+def apt_sources(suite: str | None) -> tuple[dict[str, str], list[str]]:
+    """Return this machine's apt sources, for source packages.
+
+    Args:
+        suite: only what is of this suite.
+
+    Returns:
+        The text of each file by its name; and the names of all suites there are.
+    """
+    texts: dict[str, str] = {}
+    suites: set[str] = set()
+    paths = [Path(system_setting("Dir::Etc::sourcelist/f"))]
+    with contextlib.suppress(OSError):
+        paths += sorted(Path(system_setting("Dir::Etc::sourceparts/d")).iterdir())
+    for path in paths:
+        if not is_file_of_sources(path):
+            continue
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        converted, found = for_sources(text, path.suffix, suite)
+        suites |= found
+        if converted:
+            name = path.name if path.name not in texts else f"{len(texts)}-{path.name}"  # sources.list.d/sources.list
+            texts[name] = converted
+    return texts, sorted(suites)
+
+
+def from_one_line(text: str, suite: str | None) -> tuple[str, set[str]]:
+    """Turn a `sources.list` into one for source packages; see `for_sources`."""
+    return for_sources(text, ".list", suite)
+
+
+def from_deb822(text: str, suite: str | None) -> tuple[str, set[str]]:
+    """Turn a file in the style of deb822 into one for source packages; see `for_sources`."""
+    return for_sources(text, ".sources", suite)
+
+
+def for_sources(text: str, suffix: str, suite: str | None) -> tuple[str, set[str]]:
+    """Turn the text of a file of apt's sources into one for source packages.
+
+    Args:
+        text: the content.
+        suffix: of the file's name, which tells the format.
+        suite: only what is of this suite.
+
+    Returns:
+        The new text, and the suites of the old one.
+    """
+    suites: set[str] = set()
+    kept: list[Source] = []
+    for source in parse(text, suffix):
+        uris = tuple(uri for uri in source.uris if not uri.lower().startswith("cdrom:"))
+        if not uris:
+            continue
+        suites.update(source.suites)
+        if suite is not None and suite not in source.suites:
+            continue
+        options = {name: value for name, value in source.options.items() if not BINARY_ONLY.fullmatch(name)}
+        chosen = source.suites if suite is None else (suite,)
+        kept.append(source._replace(types=("deb-src",), uris=uris, suites=chosen, options=options))
+    return text_of(kept), suites
+
+
+FIRST_ENTRY = 1 << 20
+"""Bytes of a changelog in which its first entry is looked for."""
+
+FIELD = r"(?m)^(Package|Version|Checksums-Sha256):(.*(?:\n .*)*)"
+"""A field of a stanza in a list of source packages, as a pattern."""
+
+
+def entries(listing: str, package: str) -> dict[str, DebianEntry]:
+    """Read what `apt-cache showsrc` says.
+
+    Returns:
+        What is known by SHA-256, by version.
+
+    Raises:
+        SourceError: two files of the same version differ.
+    """
+    found: dict[str, DebianEntry] = {}
+    for stanza in listing.split("\n\n"):
+        fields: dict[str, str] = dict(re.findall(FIELD, stanza))
+        if fields.get("Package", "").strip() != package:
+            continue
+        files = {
+            words[2]: words[0].lower()
+            for words in (line.split() for line in fields.get("Checksums-Sha256", "").splitlines())
+            if len(words) == 3 and is_sha256(words[0].lower()) and is_file_name(words[2])
+        }
+        version = fields.get("Version", "").strip()
+        if not version or sum(name.endswith(".dsc") for name in files) != 1:
+            continue
+        entry = DebianEntry(version, files)
+        if found.setdefault(version, entry) != entry:
+            raise SourceError(
+                f"debian source {package}: this machine's apt sources have two of version {version} that differ.",
+                "Say which one: debian(…, suite=…).",
+            )
+    return found
+
+
+def _compared(one: str, other: str) -> int:
+    """Compare two versions as Debian's policy says."""
+    for operator, result in (("lt", -1), ("gt", 1)):
+        with contextlib.suppress(ProgramError):
+            run(["dpkg", "--compare-versions", one, operator, other])
+            return result
+    return 0
+
+
+def _changed(changelog: Path) -> int:
+    """Return the time of a changelog's first entry, in seconds since 1970; 0 where it has none."""
+    import email.utils
+
+    with contextlib.suppress(OSError, ValueError, TypeError), changelog.open("rb") as file:
+        start = file.read(FIRST_ENTRY).decode("utf-8", "replace")
+        match = re.search(r"^ -- .*>  ?(.+)$", start, re.MULTILINE)
+        if match:
+            return int(email.utils.parsedate_to_datetime(match[1].strip()).timestamp())
+    return 0

@@ -1,0 +1,180 @@
+"""The lock file: what the branches, tags and Debian packages that a dodo.py names were when `doit lock` looked.
+
+It is JSON, sorted and indented so that a diff reads, beside dodo.py, and meant to be committed::
+
+    {"version": 1,
+     "git": {"<url> <rev>": {"commit": "<40 or 64 hex digits>", "tag": "<name, if there is one>"}},
+     "debian": {"<package>[=<version>][/<suite>]": {"version": "…", "files": {"<name>": "<sha256>"}}}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import SourceError
+from ..runner.util.atomic_files import is_file_name, is_sha256, open_regular, write_bytes
+from ..util.process import FILE_MODE
+
+VERSION = 1
+"""The lock file's version; a newer one is refused."""
+
+LIMIT = 16 << 20
+"""Bytes that a lock file may have; a thousand sources take less than one MiB."""
+
+RESTORE = "Restore it from version control, or remove it and run `doit lock`."
+
+
+@dataclass(frozen=True)
+class GitEntry:
+    """A commit of a git repository.
+
+    Attributes:
+        commit: its hash in full.
+        tag: the name of a tag of exactly this commit when `doit lock` looked; empty where there was none.
+    """
+
+    commit: str
+    tag: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.commit} ({self.tag})" if self.tag else self.commit
+
+
+@dataclass(frozen=True)
+class DebianEntry:
+    """A version of a Debian source package.
+
+    Attributes:
+        version: Debian's version, with epoch and revision.
+        files: the SHA-256 of each of its files, the `.dsc` among them, by name.
+    """
+
+    version: str
+    files: Mapping[str, str]
+
+    @property
+    def dsc(self) -> str:
+        """The name of its `.dsc`, which names all the others by their SHA-256."""
+        return next(name for name in self.files if name.endswith(".dsc"))
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a lock file says.
+
+    Attributes:
+        git: the commit of each "<url> <rev>".
+        debian: the version of each "<package>[=<version>][/<suite>]".
+    """
+
+    git: Mapping[str, GitEntry] = field(default_factory=dict)
+    debian: Mapping[str, DebianEntry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        """Read a lock file; one that is not there is empty.
+
+        Raises:
+            SourceError: it is damaged, cannot be read, or was written by a newer release.
+        """
+        try:
+            with open_regular(path) as file:
+                if os.fstat(file.fileno()).st_size > LIMIT:
+                    raise ValueError(f"it is larger than {LIMIT >> 20} MiB")
+                return cls._parsed(json.loads(file.read()))
+        except FileNotFoundError:
+            return cls()
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be read: {error.strerror}.", "It has to be a file that you may read."
+            ) from error
+        except _NewerError as error:
+            raise SourceError(
+                f"{path} has version {error.args[0]}; this gamebear-tasks knows version {VERSION} only.",
+                "Upgrade gamebear-tasks.",
+            ) from error
+        except ValueError as error:
+            raise SourceError(f"{path} is damaged: {error}.", RESTORE) from error
+        except (RecursionError, MemoryError) as error:
+            raise SourceError(f"{path} is damaged: its brackets are nested too deeply.", RESTORE) from error
+
+    @classmethod
+    def _parsed(cls, data: Any) -> Lock:
+        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+            raise ValueError("it has no version")
+        if data["version"] != VERSION:
+            raise _NewerError(data["version"])
+        git = {
+            key: GitEntry(entry["commit"], entry.get("tag", ""))
+            for key, entry in _table(data, "git")
+            if is_commit(entry.get("commit")) and is_tag(entry.get("tag", ""))
+        }
+        debian = {
+            key: DebianEntry(entry["version"], dict(entry["files"]))
+            for key, entry in _table(data, "debian")
+            if isinstance(entry.get("version"), str) and _is_files(entry.get("files"))
+        }
+        for name, table in (("git", git), ("debian", debian)):
+            for key, _ in _table(data, name):
+                if key not in table:
+                    raise ValueError(f"the entry {key!r} in {name!r} makes no sense")
+        return cls(git, debian)
+
+    def write(self, path: Path) -> None:
+        """Write a lock file, aside and renamed.
+
+        Raises:
+            SourceError: it cannot be written.
+        """
+        data = {
+            "version": VERSION,
+            "git": {
+                key: {"commit": entry.commit, **({"tag": entry.tag} if entry.tag else {})}
+                for key, entry in self.git.items()
+            },
+            "debian": {
+                key: {"version": entry.version, "files": dict(entry.files)} for key, entry in self.debian.items()
+            },
+        }
+        text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        try:
+            write_bytes(path, text.encode(), mode=FILE_MODE)
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be written: {error.strerror}.", "Is there space, and is it yours?"
+            ) from error
+
+
+class _NewerError(Exception):
+    """A lock file of another version."""
+
+
+def is_commit(text: object) -> bool:
+    """Say whether something is a whole commit hash: SHA-1 or SHA-256 in lower-case hex."""
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
+
+
+def is_tag(text: object) -> bool:
+    """Say whether something can be the name of a tag, or is empty; see git-check-ref-format(1)."""
+    return isinstance(text, str) and re.fullmatch(r"[^\s:~^?*\[\\\x00-\x20\x7f]*", text) is not None
+
+
+def _table(data: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    table = data.get(name, {})
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        raise ValueError(f"{name!r} is no table")
+    return list(table.items())
+
+
+def _is_files(files: object) -> bool:
+    return (
+        isinstance(files, dict)
+        and all(is_file_name(name) and is_sha256(digest) for name, digest in files.items())
+        and sum(name.endswith(".dsc") for name in files) == 1
+    )

@@ -1,0 +1,100 @@
+"""What `doit lock` does: asks upstream where branches, tags and packages are now, and writes the lock file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ..errors import SourceError
+from .alternatives import Declared, Either, Source
+from .debian import Debian
+from .git import Git
+from .lockfile import DebianEntry, GitEntry, Lock
+
+
+def resolve(
+    sources: Iterable[Declared], lock_path: Path, cache: Path, *, update: bool = False, prune: bool = False
+) -> list[str]:
+    """Bring the lock file up to date with all that is declared.
+
+    Other pins are kept unless they are to be pruned: another dodo.py, a variable, or a task that is created later may
+    declare them, and a branch without its pin would silently be built from another commit. Of alternatives
+    (`either()`), those that cannot be looked up from here keep what they had, as long as one has a pin.
+
+    Args:
+        sources: all that the dodo.py declares.
+        lock_path: the lock file; not touched if nothing changes or something fails.
+        cache: the folder whose private apt is used.
+        update: look again also for what has an entry already.
+        prune: drop the pins of what is not declared.
+
+    Returns:
+        What has changed, a line each; then what could not be looked up, and what is kept.
+
+    Raises:
+        SourceError: something cannot be looked up, or the lock file cannot be read or written.
+    """
+    old = Lock.read(lock_path)
+    git: dict[str, GitEntry] = {}
+    debian: dict[str, DebianEntry] = {}
+    refreshed: set[str | None] = set()
+
+    def look(source: Source) -> None:
+        if isinstance(source, Git) and source.floating and source.key not in git:
+            known = old.git.get(source.key)
+            git[source.key] = known if known and not update else source.resolve()
+        elif isinstance(source, Debian) and source.key not in debian:
+            known_entry = old.debian.get(source.key)
+            if known_entry is None or (update and source.floating):
+                known_entry = source.resolve(cache, refresh=source.suite not in refreshed)
+                refreshed.add(source.suite)
+            debian[source.key] = known_entry
+
+    notes = []
+    for declared in sources:
+        if not isinstance(declared, Either):
+            look(declared)
+            continue
+        failures = []
+        for _, source in declared.options:
+            try:
+                look(source)
+            except SourceError as error:
+                failures.append(error)
+                notes.append(f"not looked up: {error.message}")
+                if isinstance(source, Git) and source.key in old.git:
+                    git[source.key] = old.git[source.key]
+                elif isinstance(source, Debian) and source.key in old.debian:
+                    debian[source.key] = old.debian[source.key]
+        if failures and not any(source.pin(Lock(git, debian)) for _, source in declared.options):
+            raise failures[0]
+    undeclared = [("git", key) for key in sorted(old.git.keys() - git)]
+    undeclared += [("debian", key) for key in sorted(old.debian.keys() - debian)]
+    if not prune:
+        git.update((key, commit) for key, commit in old.git.items() if key not in git)
+        debian.update((key, entry) for key, entry in old.debian.items() if key not in debian)
+        notes += [
+            f"{kind} {key}: kept, though not declared here; doit lock --prune drops it" for kind, key in undeclared
+        ]
+    new = Lock(git, debian)
+    changes = [
+        *_changes("git", *({key: str(entry) for key, entry in lock.git.items()} for lock in (old, new))),
+        *_changes(
+            "debian",
+            {key: entry.version for key, entry in old.debian.items()},
+            {key: entry.version for key, entry in new.debian.items()},
+        ),
+    ]
+    if new != old:
+        new.write(lock_path)
+    return changes + notes
+
+
+def _changes(kind: str, old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        if key not in new:
+            yield f"{kind} {key}: dropped, no longer declared"
+        elif key not in old:
+            yield f"{kind} {key}: {new[key]}"
+        elif old[key] != new[key]:
+            yield f"{kind} {key}: {old[key]} -> {new[key]}"

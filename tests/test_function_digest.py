@@ -1,0 +1,373 @@
+"""Functions of a dodo.py as jobs: sent by cloudpickle, named by what they are made of."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from project import Project
+
+from gamebear_tasks.jobspec import function_digest
+
+VERSION = "{}.{}".format(*sys.version_info[:2])
+
+
+@pytest.fixture
+def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """An empty project; its builder's store is that of the other quick tests."""
+    return Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
+
+
+def load(folder: Path, text: str, name: str = "dodo_of_test") -> types.ModuleType:
+    """Import a module from a text, as doit imports dodo.py, in place of the one imported before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.rpartition('.')[2]}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# what a function takes along
+
+EVERYTHING = """
+import json
+import os.path
+from pathlib import Path
+
+import helpers
+import tools.text
+from gamebear_tasks import artifact
+from more import shout
+from tools import late
+
+SIZE = 3
+NAMES = {"x": ["y", None], "z": {1: (2.5, b"3")}}
+
+class Line:
+    mark = "-"
+
+    def __init__(self, n):
+        self.n = n
+
+    def __str__(self):
+        return self.mark * (self.n + SIZE)
+
+def line(n):
+    return str(Line(n))
+
+def make(suffix):
+    def build(word, times=2, *, ending="!"):
+        import collections
+        from beside import beside
+        parts = [line(times), helpers.twice(word), shout(word), tools.text.AT, late.late(), beside, suffix, ending]
+        assert os.path.exists("in") and collections.OrderedDict(NAMES)["x"] == ["y", None]
+        Path("x").write_text(json.dumps(parts))
+    return build
+
+def task_x():
+    return artifact(make("?"), args={"word": "ho"}, inputs=["in"], outputs=["build/x"])
+"""
+
+MODULES = {
+    "helpers.py": "import hidden\ndef twice(word): return word * hidden.TWO\n",
+    "hidden.py": "TWO = 2\n",
+    "more.py": "def shout(word): return word.upper()\n",
+    "beside.py": "beside = 'beside'\n",
+    "tools/__init__.py": "",
+    "tools/text.py": "from .at import AT\n",
+    "tools/at.py": "AT = '@'\n",
+    "tools/late.py": "def late():\n    from . import later\n    return later.LATER\n",
+    "tools/later.py": "LATER = 'later'\n",
+    "unused.py": "",
+    "in": "",
+}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose one function uses all that a function may use, built."""
+    made = Project(tmp_path_factory.mktemp("functions"), home=tmp_path_factory.getbasetemp() / "quick-home")
+    lay_everything(made)
+    made.doit().ok()
+    return made
+
+
+@pytest.fixture
+def built(template: Project, tmp_path: Path) -> Project:
+    """A copy of it, elsewhere."""
+    shutil.copytree(template.folder, tmp_path / "built")
+    return Project(tmp_path / "built", home=template.home)
+
+
+def lay_everything(project: Project) -> None:
+    project.write("dodo.py", EVERYTHING)
+    for name, text in MODULES.items():
+        project.write(name, text)
+
+
+def test_a_function_finds_helpers_constants_classes_modules_closure_and_arguments(built: Project) -> None:
+    assert (built.folder / "build/x").read_text() == '["-----", "hoho", "HO", "@", "later", "beside", "?", "!"]'
+    assert built.doit().ok().ran == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "again"),
+    [
+        ("hidden.py", "2", "3", True),
+        ("tools/at.py", "@", "at", True),
+        ("tools/later.py", "later'", "later!'", True),
+        ("dodo.py", "SIZE = 3", "SIZE = 4", True),
+        ("dodo.py", '"word": "ho"', '"word": "hi"', True),
+        ("unused.py", "", "1", False),
+        ("dodo.py", "def task_x", "def unrelated(): return 1\n\ndef task_x", False),
+    ],
+)
+def test_doit_sees_what_changes_a_function(built: Project, name: str, old: str, new: str, again: bool) -> None:
+    text = (built.folder / name).read_text()
+    assert old in text
+    built.write(name, text.replace(old, new, 1) or new)
+    assert built.doit("list", "--all", "--status").ok().out == f"{'R' if again else 'U'} x   \n"
+
+
+def test_its_modules_are_dependencies_as_an_author_would_write_them(built: Project) -> None:
+    info = built.doit("info", "--no-status", "x").ok().out
+    expected = [f" - {name}" for name in [*MODULES, "build/x"] if name != "unused.py"]
+    assert sorted(line for line in info.splitlines() if line.startswith(" - ")) == sorted(expected)
+
+
+FROM_MODULE = """
+from gamebear_tasks import artifact
+from tools.build import build
+
+def task_x():
+    return artifact(build, outputs=["build/x"])
+"""
+
+
+def test_a_function_may_come_from_a_module_of_a_package(project: Project) -> None:
+    project.write("dodo.py", FROM_MODULE)
+    project.write("tools/__init__.py", "from .build import build\n")
+    project.write("tools/build.py", "from . import flags\ndef build():\n    open('x', 'w').write(flags.FLAGS)\n")
+    project.write("tools/flags.py", "FLAGS = '-O2'\n")
+    project.doit().ok()
+    assert (project.folder / "build/x").read_text() == "-O2"
+    project.write("tools/flags.py", "FLAGS = '-O3'\n")
+    project.doit().ok()
+    assert (project.folder / "build/x").read_text() == "-O3"
+    assert project.doit().ok().ran == []
+
+
+def test_a_lambda_a_decorated_function_and_a_method_of_no_object_are_functions_too(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        """
+import functools
+from gamebear_tasks import artifact
+
+def loud(function):
+    @functools.wraps(function)
+    def wrapper(**args):
+        print("building")
+        return function(**args)
+    return wrapper
+
+@loud
+def build(text):
+    open("x", "w").write(text)
+
+class Builds:
+    @staticmethod
+    def build(text):
+        open("x", "w").write(text)
+
+def task_x():
+    yield {**artifact(build, args={"text": "1"}, outputs=["1/x"]), "name": "1"}
+    yield {**artifact(lambda text: open("x", "w").write(text), args={"text": "2"}, outputs=["2/x"]), "name": "2"}
+    yield {**artifact(Builds.build, args={"text": "3"}, outputs=["3/x"]), "name": "3"}
+""",
+    )
+    assert "building\n" in project.doit().ok().out
+    assert [(project.folder / name / "x").read_text() for name in "123"] == ["1", "2", "3"]
+
+
+def test_another_process_finds_the_job_again(project: Project, tmp_path: Path) -> None:
+    lay_everything(project)
+    project.write("dodo.py", EVERYTHING.replace('"?"', repr(str(tmp_path))))
+    project.doit().ok(), project.doit("clean").ok(), project.doit("forget", "-a").ok()
+    jobs = project.home / ".cache/gamebear/v1/jobs"
+    before = {path: path.stat().st_mtime_ns for path in jobs.glob("*/state.json")}
+    assert project.doit(PYTHONHASHSEED="7").ok().ran == ["x"]
+    assert {path: path.stat().st_mtime_ns for path in jobs.glob("*/state.json")} == before
+
+
+def test_what_was_loaded_is_built_though_the_file_is_edited_meanwhile(project: Project, tmp_path: Path) -> None:
+    project.write(
+        "dodo.py",
+        f"""
+from pathlib import Path
+from gamebear_tasks import artifact
+
+def task_edit():
+    def edit():
+        path = Path("dodo.py")
+        path.write_text(path.read_text().replace('"bef' 'ore"', '"after"'))
+    return {{"actions": [edit]}}
+
+def build():
+    Path("x").write_text("before" + {str(tmp_path)!r})
+
+def task_x():
+    return artifact(build, outputs=["x"])
+""",
+    )
+    project.doit().ok()
+    assert (project.folder / "x").read_text() == f"before{tmp_path}"
+    assert project.doit("x").ok().ran == ["x"], "the edited function is another"
+    assert (project.folder / "x").read_text() == f"after{tmp_path}"
+
+
+# its digest (see also test_canonical_pickle)
+
+
+def digest_of(folder: Path, text: str) -> str:
+    return function_digest.pickled(load(folder, text).build).sha256
+
+
+def test_the_digest_of_a_function_that_another_module_makes_covers_what_it_holds(tmp_path: Path) -> None:
+    factory = "def make(step):\n    def inner():\n        return step\n    return inner\n"
+    digests = set()
+    for text, step in ((factory, 1), (factory, 2), (factory.replace("step\n", "-step\n"), 1)):
+        load(tmp_path, text, "factory_of_test")
+        digests.add(digest_of(tmp_path, f"import factory_of_test\nbuild = factory_of_test.make({step})"))
+        step_of = f"from factory_of_test import make\nstep = make({step})\ndef build():\n    return step()\n"
+        digests.add(digest_of(tmp_path, step_of))
+    assert len(digests) == 6
+
+
+ISSUED = """
+import os
+from enum import Enum
+from pathlib import Path
+from gamebear_tasks import artifact
+
+CONF = {"lv": 0}
+
+def prog():
+    Path("out").write_text(str(CONF["lv"]))
+
+class Config:
+    level = os.environ.get("LEVEL", "O0")
+
+def attribute():
+    Path("out").write_text(attribute.level)
+
+attribute.level = os.environ.get("LEVEL", "O0")
+
+class Variant(str, Enum):
+    PROD = "x"
+    def flags(self): return "-O2"
+
+LAMBDAS = {"a": lambda: Path("out").write_text("1"), "b": lambda: Path("out").write_text("2")}
+
+def task_x():
+    for lv in (1, 9):
+        CONF["lv"] = lv
+        yield {**artifact(prog, outputs=[f"glob{lv}/out"]), "name": f"glob{lv}"}
+    yield {**artifact(lambda: Path("out").write_text(Config.level), outputs=["class/out"]), "name": "class"}
+    yield {**artifact(attribute, outputs=["attribute/out"]), "name": "attribute"}
+    yield {**artifact(lambda: Path("out").write_text(Variant.PROD.flags()), outputs=["enum/out"]), "name": "enum"}
+    for name, function in LAMBDAS.items():
+        yield {**artifact(function, outputs=[f"{name}/out"]), "name": name}
+    yield {**artifact(lambda:
+        Path("out").write_text("one"), outputs=["lines/out"]), "name": "lines"}
+"""
+
+
+def test_what_is_sent_is_what_the_digest_covers(project: Project) -> None:
+    def contents() -> dict[str, str]:
+        return {path.parent.name: path.read_text() for path in project.folder.glob("*/out")}
+
+    project.write("dodo.py", ISSUED)
+    project.doit().ok()
+    first = {"glob1": "1", "glob9": "9", "class": "O0", "attribute": "O0", "enum": "-O2", "a": "1", "b": "2"}
+    assert contents() == {**first, "lines": "one"}
+    assert project.doit().ok().ran == []
+    assert project.doit(LEVEL="O3").ok().ran == ["x:class", "x:attribute"]
+    assert contents() == {**first, "lines": "one", "class": "O3", "attribute": "O3"}
+    project.write("dodo.py", ISSUED.replace('"-O2"', '"-O1"').replace('"one"', '"two"'))
+    assert project.doit(LEVEL="O3").ok().ran == ["x:enum", "x:lines"]
+    assert contents() == {**first, "lines": "two", "class": "O3", "attribute": "O3", "enum": "-O1"}
+
+
+# what cannot be sent
+
+
+def test_the_refusal_is_shown_when_dodo_is_loaded(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        "import threading\nfrom gamebear_tasks import artifact\nLOCK = threading.Lock()\n"
+        "def build():\n    LOCK.acquire()\n"
+        "def task_x():\n    return artifact(build, outputs=['x'])\n",
+    )
+    run = project.doit()
+    run.failed("ERROR: The function build uses LOCK, which cannot be sent to a builder: cannot pickle", "args=")
+    assert run.status == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def build():\n    raise ValueError('upside down')", "ValueError: upside down"),
+        ("def build(word):\n    pass", "missing 1 required positional argument: 'word'"),
+        ("def build():\n    pass", "its output x is not in its working directory"),
+        ("import doit\ndef build():\n    doit.run()", "cannot be loaded on the builder: ModuleNotFoundError"),
+    ],
+)
+def test_a_function_that_fails_is_one_paragraph(project: Project, body: str, said: str) -> None:
+    project.write(
+        "dodo.py",
+        f"from gamebear_tasks import artifact\n{body}\ndef task_x():\n    return artifact(build, outputs=['x'])\n",
+    )
+    project.doit().failed("build, built by local:, failed.", said)
+
+
+OTHER_PYTHON = """#!{python}
+# Python, saying that it is another version.
+import os, sys
+if "-c" not in sys.argv:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+before = "import sys; sys.version_info = (3, 9, 2, 'final', 0); sys.version = '3.9.2 (main) [GCC]'; "
+code = sys.argv.index("-c") + 1
+os.execv({python!r}, [{python!r}, *sys.argv[1:code], before + sys.argv[code], *sys.argv[code + 1 :]])
+"""
+
+
+def test_a_builder_with_another_python_is_told_apart_before_anything_is_built(project: Project, tmp_path: Path) -> None:
+    wrapper = tmp_path / "bin" / "python3"
+    wrapper.parent.mkdir()
+    wrapper.write_text(OTHER_PYTHON.format(python=sys.executable))
+    wrapper.chmod(0o755)
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n"
+        f"def build():\n    open({str(tmp_path / 'built')!r}, 'w'), open('x', 'w')\n"
+        "def task_x():\n    return artifact(build, outputs=['x'])\n"
+        "def task_y():\n    return artifact('y.py', outputs=['y'])\n",
+    )
+    project.write("y.py", f"open('y', 'w').write({str(tmp_path)!r})")
+    path = f"{wrapper.parent}:{os.environ['PATH']}"
+    project.doit("x", PATH=path).failed(
+        f"The function was pickled by Python {VERSION}, and the builder's python3 is 3.9.2",
+        "Run doit with Python 3.9, or make the function a buildscript.",
+    )
+    assert not (tmp_path / "built").exists()
+    project.doit("y", PATH=path).ok()

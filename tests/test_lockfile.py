@@ -1,0 +1,324 @@
+"""The lock file: what `doit lock` finds out, writes and leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from project import Project
+from upstreams import call_git, commit, no_programs
+
+from gamebear_tasks.errors import SourceError
+from gamebear_tasks.sources.base import TREES
+from gamebear_tasks.sources.declare import debian, either, git
+from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
+from gamebear_tasks.sources.resolver import resolve
+
+pytest_plugins = ("upstreams",)
+
+
+@pytest.fixture
+def lock_path(tmp_path: Path) -> Path:
+    """A lock file that is not there yet."""
+    return tmp_path / "gamebear.lock"
+
+
+def test_branches_and_tags_are_locked_to_their_commits(
+    upstream: Path, lock_path: Path, cache: Path, daemon: Callable[[str], str]
+) -> None:
+    """An annotated tag to the commit it is of; a tag before a branch of the same name."""
+    first = call_git(upstream, "rev-parse", "HEAD")
+    call_git(upstream, "tag", "--annotate", "--message", "release", "v1")
+    call_git(upstream, "tag", "both")
+    second = commit(upstream)
+    call_git(upstream, "branch", "both")
+    url = daemon("upstream")
+    revs = {"main": second, "v1": first, "both": first, "refs/heads/both": second, "HEAD": second}
+    lines = resolve([git(url, rev) for rev in revs], lock_path, cache)
+    tags = {"v1": " (v1)", "both": " (both)"}
+    assert lines == [f"git {url} {rev}: {revs[rev]}{tags.get(rev, '')}" for rev in sorted(revs)]
+    lock = Lock.read(lock_path)
+    assert {rev: git(url, rev).identity(lock)["git"] for rev in revs} == revs
+    assert git(url, "v1").fetch(cache, lock).name == f"git-{first}.{TREES}.tar"
+
+
+def test_the_tag_of_a_branchs_commit_is_locked(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """As `git describe --tags --exact-match` prefers them: an annotated one, then the highest version."""
+    source = git(str(upstream), "main")
+
+    def tag() -> str:
+        resolve([source], lock_path, cache, update=True)
+        return Lock.read(lock_path).git[source.key].tag
+
+    assert tag() == ""
+    for name in ("v1.9", "v1.10-rc1", "v1.10", "latest"):
+        call_git(upstream, "tag", name)
+    assert tag() == "v1.10"
+    call_git(upstream, "tag", "--annotate", "--message", "release", "r1")
+    assert tag() == "r1"
+    commit(upstream)
+    assert tag() == ""
+    assert '"tag"' not in lock_path.read_text()
+
+
+def test_the_lock_file_is_made_to_be_committed(lock_path: Path) -> None:
+    """Sorted, indented, readable by all, with a newline at the end."""
+    Lock({"https://git.example/ü main": GitEntry("a" * 40)}, {"hello": DebianEntry("1-1", {"h.dsc": "b" * 64})}).write(
+        lock_path
+    )
+    assert lock_path.read_text(encoding="utf-8") == (
+        '{\n  "debian": {\n    "hello": {\n      "files": {\n        "h.dsc": "' + "b" * 64 + '"\n      },\n'
+        '      "version": "1-1"\n    }\n  },\n  "git": {\n    "https://git.example/ü main": {\n      "commit": "'
+        + "a" * 40
+        + '"\n    }\n  },\n  "version": 1\n}\n'
+    )
+    assert lock_path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """A branch that has moved on; and the file is not written without need."""
+    source = git(str(upstream), "main")
+    first = call_git(upstream, "rev-parse", "HEAD")
+    resolve([source], lock_path, cache)
+    written = lock_path.stat().st_ino
+    second = commit(upstream)
+    assert resolve([source], lock_path, cache) == []
+    assert lock_path.stat().st_ino == written
+    assert resolve([source], lock_path, cache, update=True) == [f"git {source.key}: {first} -> {second}"]
+    assert source.identity(Lock.read(lock_path)) == {"git": second}
+
+
+def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_path: Path, cache: Path) -> None:
+    declared = git(str(upstream), "main")
+    entry = DebianEntry("1-1", {"hello.dsc": "b" * 64})
+    Lock(
+        {declared.key: GitEntry("a" * 40), "https://git.example/gone main": GitEntry("b" * 40)}, {"hello": entry}
+    ).write(lock_path)
+    before = lock_path.read_bytes()
+    kept = "kept, though not declared here; doit lock --prune drops it"
+    assert resolve([declared], lock_path, cache) == [
+        f"git https://git.example/gone main: {kept}",
+        f"debian hello: {kept}",
+    ]
+    assert lock_path.read_bytes() == before
+    assert resolve([declared], lock_path, cache, prune=True) == [
+        "git https://git.example/gone main: dropped, no longer declared",
+        "debian hello: dropped, no longer declared",
+    ]
+    assert Lock.read(lock_path) == Lock({declared.key: GitEntry("a" * 40)})
+
+
+LATE = """
+from pathlib import Path
+from doit import create_after
+from gamebear_tasks import artifact, either, git, task_lock, task_sources
+
+DOIT_CONFIG = {{"default_tasks": []}}
+
+def task_first():
+    return {{"actions": ["echo first > first; echo > late.py"], "targets": ["first"]}}
+
+@create_after(executed="first", target_regex="late")
+def task_late():
+    def inner():
+        yield {{"name": "x", **artifact("late.py", sources={{"up": git({url!r}, "main")}}, outputs=["late"])}}
+    {before}
+    yield inner()
+
+@create_after(executed="first", creates=["named", "also"])
+def task_named():
+    for name in ("named", "also"):
+        yield {{"basename": name, **artifact("x.py", sources={{"up": git({url!r}, "v1")}}, outputs=[name])}}
+"""
+
+
+@pytest.fixture
+def late(project: Project, upstream: Path) -> Project:
+    """A project whose only artifacts belong to tasks that are created late."""
+    call_git(upstream, "tag", "v1")
+    project.write("x.py", "")
+    project.write("late.py", "import shutil; shutil.copy('up/README', 'late')")
+    project.write("dodo.py", LATE.format(url=upstream.as_uri(), before=""))
+    return project
+
+
+def locked(project: Project) -> set[str]:
+    """Return the revisions that are pinned."""
+    return {key.rpartition(" ")[2] for key in Lock.read(project.folder / "gamebear.lock").git}
+
+
+@pytest.mark.parametrize("parallel", [(), ("-n", "2"), ("-n", "2", "-P", "thread")], ids=" ".join)
+def test_sources_of_tasks_that_are_created_later_are_pinned(late: Project, parallel: tuple[str, ...]) -> None:
+    run = late.doit(*parallel, "lock").ok()
+    assert run.ran == ["lock"]
+    assert "known" not in run.out and "kept" not in run.out
+    assert locked(late) == {"main", "v1"}
+    assert "known" not in late.doit(*parallel, "first", "lock", "sources").ok().out
+    assert locked(late) == {"main", "v1"}
+    assert len(list((late.home / ".cache/gamebear-tasks/sources").glob("git-*.tar"))) == 1
+
+
+def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> None:
+    """Their creator needs what another task makes, which was built when they were pinned."""
+    late.doit("lock").ok()
+    text = (late.folder / "dodo.py").read_text()
+    needs = "    Path('first').read_text()\n"
+    text = text.replace("    yield inner()", f"{needs}    yield inner()")
+    late.write("dodo.py", text.replace('    for name in ("named"', f'{needs}    for name in ("named"'))
+    for arguments in (("lock",), ("lock", "--update"), ("lock", "--prune")):
+        said = late.doit(*arguments).ok().out
+        for name in ("late", "named"):
+            why = f"not all sources of the task {name} are known, as it cannot be created yet: FileNotFoundError: "
+            assert said.count(why) == 1
+        assert "the task also" not in said, "it has the same creator"
+        assert "(run: doit first lock)" in said
+        assert ("no pin was dropped" in said) == ("--prune" in arguments)
+        assert locked(late) == {"main", "v1"}
+    assert "known" not in late.doit("first", "lock", "--prune").ok().out
+    assert locked(late) == {"main", "v1"}
+    late.write("dodo.py", (late.folder / "dodo.py").read_text().replace('"v1"', '"main"'))
+    assert "v1: dropped, no longer declared" in late.doit("lock", "--prune").ok().out
+    assert locked(late) == {"main"}
+
+
+def test_pins_of_another_dodo_file_are_kept(late: Project) -> None:
+    late.doit("lock").ok()
+    late.write("other.py", "from gamebear_tasks import task_lock\n")
+    assert late.doit("-f", "other.py", "lock").ok().out.count("kept, though not declared here") == 2
+    assert locked(late) == {"main", "v1"}
+
+
+def test_a_doit_that_names_no_tool_creates_tasks_once_as_doit_does(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        """
+from doit import create_after
+from gamebear_tasks import task_lock, task_sources
+"""
+        + "\n" * 1000
+        + """  # the tools come first: doit sorts tasks by their lines, whatever the file
+def task_first():
+    return {"actions": ["touch first"]}
+
+@create_after(executed="first")
+def task_late():
+    open("created", "a").write("late ")
+    return {"actions": ["touch late"]}
+""",
+    )
+    assert project.doit().ok().ran == ["first", "late"]
+    assert (project.folder / "created").read_text() == "late "
+    project.doit("late", "lock").ok()
+    assert (project.folder / "created").read_text() == "late late "
+
+
+def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked and nothing written."""
+    no_programs(monkeypatch)
+    assert resolve([git("https://git.example/x", "a" * 40)], lock_path, cache) == []
+    assert not lock_path.exists()
+
+
+def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """One of two is not there."""
+    Lock({"https://git.example/gone main": GitEntry("b" * 40)}).write(lock_path)
+    before = lock_path.read_bytes()
+    with pytest.raises(SourceError) as caught:
+        resolve([git(str(upstream), "main"), git(str(upstream), "nosuch")], lock_path, cache)
+    assert str(caught.value) == (
+        f"git source {upstream} nosuch cannot be looked up: the repository has no branch or tag of that name. "
+        "Look for its name with `git ls-remote`."
+    )
+    assert lock_path.read_bytes() == before
+
+
+def test_an_abbreviated_commit_is_no_pin(upstream: Path, lock_path: Path, cache: Path) -> None:
+    """It is said what to write."""
+    with pytest.raises(SourceError, match="If it is an abbreviated commit, write it in full"):
+        resolve([git(str(upstream), call_git(upstream, "rev-parse", "--short", "HEAD"))], lock_path, cache)
+
+
+def test_a_repository_that_is_not_there(tmp_path: Path, lock_path: Path, cache: Path) -> None:
+    """Git's own words."""
+    with pytest.raises(SourceError, match=r"cannot be looked up: '.*/nowhere' does not appear to be a git"):
+        resolve([git(str(tmp_path / "nowhere"), "main")], lock_path, cache)
+
+
+def test_an_alternative_that_cannot_be_looked_up_keeps_its_entry(
+    lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locking on a machine without apt, in a project that also has a Debian source."""
+    entry = DebianEntry("1-1", {"hello.dsc": "b" * 64})
+    Lock({}, {"hello": entry}).write(lock_path)
+    no_programs(monkeypatch)
+    declared = either(git=git("https://git.example/x", "a" * 40), debian=debian("hello"))
+    assert resolve([declared], lock_path, cache, update=True) == [
+        "not looked up: debian source hello needs apt, which this machine does not have."
+    ]
+    assert Lock.read(lock_path).debian == {"hello": entry}
+    with pytest.raises(SourceError, match="needs apt"):
+        resolve([either(debian=debian("hello", suite="sid"))], lock_path, cache)
+
+
+def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Path, Lock, Path]) -> None:
+    """Version and the SHA-256 of all its files, as Debian has signed them."""
+    cache, lock, _ = apt_cache
+    entry = lock.debian["umtp-responder"]
+    assert entry.version.startswith("1.3.10-")
+    assert {name.rpartition("_")[0] for name in entry.files} == {"umtp-responder"}
+    assert [name for name in entry.files if name.endswith(".orig.tar.gz")]
+    assert debian("umtp-responder").identity(lock)["dsc"] == entry.files[entry.dsc]
+    assert "http" not in (cache.parent / "gamebear.lock").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<<<<<<< HEAD\n{}", r"is damaged: Expecting value: line 1 column 1 \(char 0\)\. Restore it from version"),
+        ("[]", "is damaged: it has no version"),
+        ("{}", "is damaged: it has no version"),
+        ('{"version": 2}', "has version 2; this gamebear-tasks knows version 1 only. Upgrade gamebear-tasks"),
+        ('{"version": 1, "git": []}', "is damaged: 'git' is no table"),
+        ('{"version": 1, "git": {"x main": {"commit": "--all"}}}', "is damaged: the entry 'x main' in 'git' makes no"),
+        (
+            json.dumps({"version": 1, "debian": {"x": {"version": "1", "files": {"../x.dsc": "a" * 64}}}}),
+            "is damaged: the entry 'x' in 'debian' makes no sense",
+        ),
+        ("\xff", "is damaged"),
+        ('{"version": 1, "git": {"x main": {"commit": "' + "a" * 40 + '", "tag": 1}}}', "in 'git' makes no sense"),
+    ],
+)
+def test_a_lock_file_that_makes_no_sense_is_refused(text: str, reason: str, lock_path: Path) -> None:
+    """And what is wrong with it is said."""
+    lock_path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SourceError, match=reason):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:
+    """In depth, or in size."""
+    lock_path.write_text("[" * 200_000)
+    with pytest.raises(SourceError, match="is damaged: its brackets are nested too deeply"):
+        Lock.read(lock_path)
+    lock_path.write_text(" " * ((16 << 20) + 1))
+    with pytest.raises(SourceError, match="is damaged: it is larger than 16 MiB"):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_that_is_no_regular_file_is_refused(lock_path: Path) -> None:
+    """A FIFO would block, and a device never end."""
+    os.mkfifo(lock_path)
+    with pytest.raises(SourceError, match="cannot be read: it is not a regular file"):
+        Lock.read(lock_path)
+    lock_path.unlink()
+    lock_path.symlink_to("/dev/zero")
+    with pytest.raises(SourceError, match="cannot be read: it is not a regular file"):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_that_is_not_there_is_empty(lock_path: Path) -> None:
+    """A project without one."""
+    assert Lock.read(lock_path) == Lock()

@@ -1,0 +1,190 @@
+"""What costs a builder much is told to whoever builds there: once, with the remedy, and again when it is so again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from project import Project
+
+from gamebear_tasks.runner.host.capabilities import Facts, boot
+from gamebear_tasks.runner.maintenance import performance_warnings
+from gamebear_tasks.runner.store import builder_config, slots
+
+DODO = """
+from gamebear_tasks import artifact
+
+def task_x():
+    return artifact("x.py", outputs=["build/x"])
+
+def task_y():
+    return artifact("y.py", outputs=["build/y"])
+"""
+
+VFS = "gamebear: on local: the image store uses the vfs driver, which copies the whole base image for every container: "
+VFS += "install fuse-overlayfs there (sudo apt install fuse-overlayfs)\n"
+
+GOOD = Facts("1.28.2", True, (), "overlay", "chroot", True, "amd64", ())
+
+
+@pytest.fixture
+def mine(project: Project) -> Project:
+    project.write("dodo.py", DODO)
+    for name in "xy":
+        project.write(f"{name}.py", f"open({name!r}, 'w').close()")
+    said = [line for line in project.doit().ok().err.splitlines() if line.startswith("gamebear: on ")]
+    assert all("to reach the disk" in line for line in said), (
+        "an ordinary machine, if not a busy one, has nothing to tell"
+    )
+    assert json.loads((project.store / "sync.json").read_text())["seconds"] > 0
+    (project.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 0.01}))
+    project.doit("-a").ok()
+    return project
+
+
+def built(project: Project, *arguments: str) -> str:
+    """Have both jobs built again; return what is said besides."""
+    for name in "xy":
+        path = project.folder / f"{name}.py"
+        path.write_text(f"{path.read_text()}\n#")
+    return project.doit(*arguments).ok().err
+
+
+def set_driver(project: Project, driver: str) -> None:
+    path = project.store / "facts.json"
+    probed = json.loads(path.read_text())
+    probed["facts"]["driver"] = driver
+    path.write_text(json.dumps(probed))
+
+
+def test_it_is_said_once_and_again_when_it_is_so_again(mine: Project) -> None:
+    set_driver(mine, "vfs")
+    assert built(mine).count(VFS) == 1
+    assert "gamebear: on local:" not in built(mine)
+    assert "vfs driver" not in (mine.folder / "build" / "logs" / "x.log").read_text(), "a log is the job's"
+    set_driver(mine, "overlay")
+    assert "gamebear: on local:" not in built(mine)
+    set_driver(mine, "vfs")
+    assert built(mine, "-n", "2").count(VFS) == 1
+    said = " ".join(mine.doit("doctor").out.split())
+    assert "! storage the image store uses the vfs driver" in said
+
+
+def test_where_nothing_can_be_noted_it_is_said_in_each_run(mine: Project) -> None:
+    set_driver(mine, "vfs")
+    told = mine.home / ".cache" / "gamebear-tasks" / "told"
+    told.parent.mkdir(exist_ok=True)
+    told.write_text("in the way")
+    assert [built(mine).count(VFS) for _ in range(2)] == [1, 1]
+
+
+def test_a_card_that_is_slow_is_told_with_the_way_out(mine: Project) -> None:
+    (mine.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 2.5}))
+    said = built(mine)
+    assert "on local: a small file takes more than 1 second to reach the disk of" in said
+    assert "have the store on a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in said
+
+
+def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mine: Project) -> None:
+    path = mine.write(str(mine.home / ".config/gamebear/builder.json"), '{"slots": 2,}')
+    said = f"{path} is not JSON and is not heeded"
+    assert built(mine).count(f"gamebear: on local: {said}") == 1
+    assert (mine.folder / "build" / "logs" / "x.log").read_text().count(said) == 1
+    assert said not in built(mine), "that was said before"
+    run = mine.doit("doctor", "--json", "builder=local:")
+    found = {finding["name"]: finding for finding in json.loads(run.out)["places"][1]["findings"]}
+    assert found["builder.json"]["state"] == "note" and said in found["builder.json"]["what"]
+    assert found["builder.json"]["remedy"] == 'Have all of it say {"slots": 2}, say, or remove it.'
+
+
+# on the builder
+
+
+@pytest.mark.parametrize(
+    ("text", "heeded", "words"),
+    [
+        ("{}", None, ""),
+        ('{"slots": 2}', 2, ""),
+        ('{"slots": "two"}', None, 'are "two", which is not heeded'),
+        ('{"slots": 0}', None, "are 0, which is not heeded"),
+        ('{"slots": true}', None, "are true, which is not heeded"),
+        ('{"slots": 2, "slot\\n": 3}', 2, 'also says "slot\\n", which means nothing'),
+        ("[2]", None, "is not an object of JSON"),
+        ("", None, "is not JSON"),
+        ("[" * 100_000, None, "is not JSON"),
+    ],
+)
+def test_what_a_builder_json_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, heeded: int | None, words: str
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    default = slots.slot_count()
+    (tmp_path / "gamebear").mkdir()
+    (tmp_path / "gamebear" / "builder.json").write_text(text)
+    said = builder_config.read()
+    assert said.slots == heeded and slots.slot_count() == (heeded or default)
+    assert words in said.wrong and bool(said.wrong) == bool(said.remedy) == bool(words)
+    assert "\n" not in said.wrong
+
+
+def test_a_builder_json_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "gamebear" / "builder.json").mkdir(parents=True)
+    assert "cannot be read and is not heeded (Is a directory)" in builder_config.read().wrong
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes a store on a small file system."""
+    root = tmp_path / "small" / "v1"
+    root.mkdir(parents=True)
+
+    def mount(options: str) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", root], check=True)
+        (root / "tmp").mkdir()
+        return root
+
+    yield mount
+    subprocess.run(["umount", root], check=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=1000M", ["has less than 1 GiB left: make room there, say with doit prune --older 30 --images"]),
+        ("size=2G,nr_inodes=10000", ["can hold only few more files (df -i)"]),
+        ("size=2G,nr_inodes=0", []),
+        ("size=2G,nr_inodes=100000", []),
+    ],
+)
+def test_a_disk_that_is_nearly_full_is_told(mounted: Callable[[str], Path], options: str, words: list[str]) -> None:
+    found = list(performance_warnings.notices(mounted(options), GOOD).values())
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+def test_a_builder_without_namespaces_is_told(mounted: Callable[[str], Path]) -> None:
+    (found,) = performance_warnings.notices(mounted("size=2G"), GOOD._replace(pid_namespace=False)).values()
+    assert "no PID namespace to be had" in found and "--privileged" in found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best", "asked"), [([0.1], 0.1, 1), ([9.0, 0.01], 0.01, 2), ([9.0, 3.0, 5.0], 3.0, 3)]
+)
+def test_the_best_of_a_few_tries_counts_and_is_remembered_for_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: list[float], best: float, asked: int
+) -> None:
+    left = list(seconds)
+    monkeypatch.setattr(performance_warnings, "_sync_once", lambda folder: left.pop(0))
+    for _ in range(3):
+        assert performance_warnings.sync_seconds(tmp_path) == best
+    assert len(seconds) - len(left) == asked
+    now = time.time()
+    for later in (2 * performance_warnings.DAY, -performance_warnings.DAY):
+        left = [0.02]
+        monkeypatch.setattr(time, "time", lambda: now + later)  # noqa: B023
+        assert performance_warnings.sync_seconds(tmp_path) == 0.02
