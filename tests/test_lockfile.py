@@ -12,6 +12,7 @@ from project import Project
 from upstreams import call_git, commit, no_programs
 
 from gamebear_tasks.errors import SourceError
+from gamebear_tasks.runner.util.atomic_files import sha256_of
 from gamebear_tasks.sources.base import TREES
 from gamebear_tasks.sources.declare import debian, either, git
 from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
@@ -42,7 +43,8 @@ def test_branches_and_tags_are_locked_to_their_commits(
     assert lines == [f"git {url} {rev}: {revs[rev]}{tags.get(rev, '')}" for rev in sorted(revs)]
     lock = Lock.read(lock_path)
     assert {rev: git(url, rev).identity(lock)["git"] for rev in revs} == revs
-    assert git(url, "v1").fetch(cache, lock).name == f"git-{first}.{TREES}.tar"
+    tar = git(url, "v1").fetch(cache, lock)
+    assert tar.name == f"git-{first}.{TREES}.{sha256_of(tar)}.tar"
 
 
 def test_the_tag_of_a_branchs_commit_is_locked(upstream: Path, lock_path: Path, cache: Path) -> None:

@@ -397,6 +397,16 @@ def test_what_a_killed_fetch_left_is_removed(upstream: Path, cache: Path) -> Non
     assert left_over(cache) == []
 
 
+@pytest.mark.parametrize("damage", [b"", b"x", None])
+def test_a_damaged_tree_in_the_cache_is_fetched_again(upstream: Path, cache: Path, damage: bytes | None) -> None:
+    source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
+    tar = source.fetch(cache, NOTHING_LOCKED)
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1] + b"!" if damage is None else damage)
+    assert source.fetch(cache, NOTHING_LOCKED).read_bytes() == whole
+    assert len([*cache.glob("*.tar")]) == 1
+
+
 def test_a_damaged_repository_in_the_cache_is_fetched_anew(upstream: Path, cache: Path) -> None:
     """An object is gone."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))

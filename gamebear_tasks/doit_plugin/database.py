@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shlex
 from collections.abc import Iterator
@@ -36,6 +37,11 @@ class Told:
     """
 
     def __init__(self, name: str, *more: Any, **named: Any) -> None:
+        for file in glob.glob(f"{glob.escape(name)}*"):
+            if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+                raise DatabaseError(  # opening a FIFO would block
+                    f"doit's database {file} cannot be opened: it is not a regular file.", f"Remove it: rm {file}"
+                )
         with _told(name, "opened"):
             super().__init__(name, *more, **named)  # type: ignore[call-arg]
         self._file = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import JobError
-from ..runner.util.atomic_files import read_json
+from ..runner.util.atomic_files import check_regular, read_json
 from ..util.locations import LOGS
 from ..util.messages import notice
 from ..util.text import line_of, printable, size, without_escapes
@@ -138,6 +139,8 @@ class TaskLog:
 
     def __enter__(self) -> TaskLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(os.stat(self.path), self.path)  # opening a FIFO would block
         self._file = self.path.open("ab", buffering=0)
         return self
 

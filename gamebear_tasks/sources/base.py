@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
 from ..errors import SettingsError, SourceError
-from ..runner.util.atomic_files import locked, written_aside
+from ..runner.util.atomic_files import locked, sha256_of, sync_folder
 from .declare import LOCK_FILE
 from .lockfile import Lock
 from .program import ProgramError
@@ -104,9 +105,10 @@ class BaseSource(ABC, Generic[PinT]):
         """Return the metadata of a pin."""
 
     def fetch(self, cache: Path, lock: Lock) -> Path:
-        """Return the tree as a tar file (see `tree`) in the cache; fetched only if it is not there.
+        """Return the tree as a tar file (see `deterministic_tar`) in the cache; fetch it if it is missing or damaged.
 
-        Threads and processes may ask for the same at the same time; one fetches, the others wait.
+        The file's name ends with its SHA-256, so that a damaged file is noticed and fetched again.
+        Threads and processes may ask for the same tree at the same time; one fetches, the others wait.
 
         Args:
             cache: a folder of the user's own; made if need be.
@@ -116,30 +118,34 @@ class BaseSource(ABC, Generic[PinT]):
             SourceError: it cannot be had, or is not what its pin says.
         """
         pin = self.pinned(lock)
-        target = cache / f"{pin.file_name}.{TREES}.tar"
-        if target.is_file():
-            with contextlib.suppress(OSError):
-                os.utime(target)  # says when it was last used
-            return target
+        name = f"{pin.file_name}.{TREES}"
         try:
+            if found := _cached(cache, name):
+                return found
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(cache / f".{target.name}.lock"):
-                if not target.is_file():
-                    self._fetch(pin, target)
+            with locked(cache / f".{name}.lock"):
+                return _cached(cache, name) or self._fetch(pin, cache, name)
         except OSError as error:
             raise SourceError(
                 f"{self} cannot be kept in {cache}: {error.strerror or error}.", "Is there space, and is it yours?"
             ) from error
-        return target
 
-    def _fetch(self, pin: PinT, target: Path) -> None:
-        for stale in target.parent.glob(f".{target.name}.*"):  # left by one that was killed
+    def _fetch(self, pin: PinT, cache: Path, name: str) -> Path:
+        for stale in cache.glob(f".{glob.escape(name)}.*"):  # left by a process that was killed
             if stale.suffix != ".lock":
                 remove(stale)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=cache))
         try:
-            with written_aside(target) as out:
-                self._write_tar(out, pin, target.parent, scratch)
+            tree = scratch / "tree.tar"
+            (scratch / "parts").mkdir()
+            with tree.open("wb") as out:
+                self._write_tar(out, pin, cache, scratch / "parts")
+                out.flush()
+                os.fsync(out.fileno())
+            target = cache / f"{name}.{sha256_of(tree)}.tar"
+            tree.rename(target)
+            sync_folder(cache)
+            return target
         except ProgramError as error:
             raise self.error(f"cannot be fetched: {error.reason}", error.hint) from error
         finally:
@@ -155,6 +161,17 @@ class BaseSource(ABC, Generic[PinT]):
         hint = hint or "It is not in the cache, so the network is needed this once."
         others = " or ".join(f"`doit sources={name}`" for name in self.alternatives)
         return SourceError(f"{self} {what}.", f"{hint} Another source for it: {others}." if others else hint)
+
+
+def _cached(cache: Path, name: str) -> Path | None:
+    """Return the tar of a tree in the cache; remove a damaged one. None where there is none."""
+    for path in sorted(cache.glob(f"{glob.escape(name)}.*.tar")):
+        with contextlib.suppress(OSError):
+            os.utime(path)  # the time of last use
+        if path.is_file() and sha256_of(path) == path.name.split(".")[-2]:
+            return path
+        remove(path)
+    return None
 
 
 def remove(path: Path) -> None:

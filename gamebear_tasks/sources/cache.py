@@ -2,7 +2,8 @@
 
 The time of a file or folder among the sources says when it was last used::
 
-    <name>.tar, <sha256>        what is sent to builders; `.<name>.lock` is held while it is made
+    <name>.<sha256>.tar         a source's tree; `.<name>.lock` is held while it is fetched
+    <sha256>                    other files for builders
     git/<hash>.git              what was fetched of a repository; `git/<hash>.lock` while it is
     apt/<suite>/                a private apt's lists; `.lock` in it while it runs
 """
@@ -34,7 +35,7 @@ def keep(data: bytes) -> Path:
     path = sources_folder() / hashlib.sha256(data).hexdigest()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_file():
+        if path.is_file() and path.read_bytes() == data:
             os.utime(path)
         else:
             write_bytes(path, data)
@@ -62,7 +63,8 @@ def _kept(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Give each thing that is kept, and its lock."""
     for path in sorted(folder.glob("[!.]*")):
         if path.is_file():
-            yield path, folder / f".{path.name}.lock"
+            name = path.name.rsplit(".", 2)[0] if path.suffix == ".tar" else path.name
+            yield path, folder / f".{name}.lock"
     for path in sorted(folder.glob("git/*.git")):
         yield path, path.with_suffix(".lock")
     for path in sorted(folder.glob("apt/*")):
