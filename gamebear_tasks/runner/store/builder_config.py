@@ -1,11 +1,11 @@
-"""`builder.json`: what belongs to a builder and is said on it, for all who build there.
+"""`builder.json`: settings of a builder, made on the builder for all of its users.
 
-An object of JSON in `$XDG_CONFIG_HOME/gamebear/builder.json` (by default `~/.config/gamebear/builder.json`); nothing
-needs to be said::
+The file is a JSON object in `$XDG_CONFIG_HOME/gamebear/builder.json` (by default `~/.config/gamebear/builder.json`).
+Every setting is optional::
 
     {"slots": 2}
 
-`slots` is how many jobs run at once. What makes no sense is not heeded, and that is said to whoever builds there.
+`slots` is the number of jobs that run at once. An invalid setting is ignored, and users of the builder are notified.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import NamedTuple
 from ..util.atomic_files import open_regular
 
 MOST_SLOTS = 999_999
-"""More jobs at once than any builder runs."""
+"""Upper limit of `slots`."""
 
 
-class Said(NamedTuple):  # as `Facts`
-    """What is said of a builder.
+class Said(NamedTuple):  # cheaper to import than a dataclass, as `Facts`
+    """Settings of a builder.
 
     Attributes:
-        slots: how many jobs run at once; None where that is not said.
-        wrong: what of it is not heeded and why, as what may follow "on this builder"; empty where all of it is.
-        remedy: what mends that.
+        slots: number of jobs that run at once; None if not set.
+        wrong: which setting is ignored and why, worded to follow "on this builder"; empty if all are valid.
+        remedy: how to fix that.
     """
 
     slots: int | None = None
@@ -36,14 +36,14 @@ class Said(NamedTuple):  # as `Facts`
 
 
 def path() -> Path:
-    """Return where the file is, or would be."""
+    """Return the path of the file, whether it exists or not."""
     home = os.environ.get("XDG_CONFIG_HOME", "")
     folder = Path(home) if home.startswith("/") else Path.home() / ".config"
     return folder / "gamebear" / "builder.json"
 
 
 def read() -> Said:
-    """Return what is said of this builder."""
+    """Read this builder's settings. An unreadable or invalid file is reported in `wrong` and does not raise."""
     file = path()
     example = 'have all of it say {"slots": 2}, say, or remove it'
     try:

@@ -1,13 +1,13 @@
-"""For how long a result holds: what the package images that it was built with say of their own age and base.
+"""Expiry of results, derived from the age and the base of the package images that they were built with.
 
-A result's state has `policies`, a list with one object for each package image that may grow old:
+A result's state has `policies`, a list with one object for each package image that may expire:
 
-    packages    what was asked for, for people
-    base        the base's name as the script says it, and
-    base_id     the image that it meant; both empty where the base is an image's id, or nothing hangs on its name
+    packages    the requested packages, for display
+    base        the base's name in the script, and
+    base_id     the image that it resolved to; both empty if the base is an image id, or its name is irrelevant
     arch        Debian's name of the job's architecture
     made        when the image was made, in seconds since 1970 by the builder's clock
-    max_age     seconds after which it is too old; None: never
+    max_age     seconds after which it expires; None: never
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def policy_of(
     """Return the policy of a package image.
 
     Args:
-        base: the base as the script says it.
-        base_id: the id that it had.
+        base: the base, as written in the script.
+        base_id: the image id that it resolved to.
         names: the packages.
         arch: Debian's name of the job's architecture.
-        annotations: the image's.
-        max_age_days: what the script says.
+        annotations: annotations of the package image.
+        max_age_days: maximum age in days that the script sets; None or infinite for no limit.
     """
     by_name = not re.fullmatch(r"(sha256:)?[0-9a-f]{12,64}", base)
     listed = " ".join(sorted(set(names)))
@@ -51,21 +51,21 @@ def policy_of(
 
 
 def seconds_left(state: Mapping[str, Any]) -> float | None:
-    """Return for how many seconds from now a result still holds, 0 where it is too old; None: for ever.
+    """Return the seconds from now until a result expires, 0 if it has expired; None: never.
 
-    However the clock was put, it is never more than the age that the script allows.
+    A clock that was set back cannot make it exceed the maximum age that the script sets.
     """
     left = [_seconds_left(policy) for policy in _policies(state)]
     return min((seconds for seconds in left if seconds is not None), default=None)
 
 
 def why_expired(state: Mapping[str, Any], meaning: Callable[[str, str], str]) -> str:
-    """Return why a result holds no more, as a sentence's part for people; empty where it does.
+    """Return why a result has expired, as a clause for display; empty if it is still valid.
 
     Args:
-        state: the job's.
-        meaning: given an image's name and an architecture, returns the id of the image on this builder that it means
-            now; empty where there is none, or where that cannot be told.
+        state: state of the job.
+        meaning: returns the id of the image on this builder that an image's name and an architecture resolve to now;
+            empty if there is none, or if it cannot be determined.
     """
     for policy in _policies(state):
         if _seconds_left(policy) == 0:
@@ -78,8 +78,8 @@ def why_expired(state: Mapping[str, Any], meaning: Callable[[str, str], str]) ->
 
 
 def _made_at(annotations: Mapping[str, str]) -> float:
-    """Return when a package image was made, in seconds since 1970; 0 where it does not say."""
-    import calendar  # slow to load, and a session of a client's has no need of it
+    """Return when a package image was made, in seconds since 1970; 0 if its annotations do not contain a valid time."""
+    import calendar  # slow to load, and not needed in a client's session
 
     try:
         return float(calendar.timegm(time.strptime(annotations.get("gamebear.created", ""), "%Y-%m-%dT%H:%M:%SZ")))

@@ -1,4 +1,4 @@
-"""Where time goes: spans with a name, one after the other, counted from a beginning."""
+"""Timing of a job's phases: consecutive named spans, measured from a common start."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LIMIT = 64
-"""How many spans are kept apart; the time of further ones is added to the last of their name."""
+"""Maximum number of separate spans; the time of further ones is added to the last span of the same name."""
 
 SHORT = 0.001
-"""Seconds below which a span is not noted."""
+"""Seconds below which a span is not recorded."""
 
 
 def note(folder: Path, name: str) -> None:
-    """Note which phase a job is in, for whoever looks on: in its folder; nothing depends on it."""
+    """Record a job's current phase in its folder, for display. Best effort."""
     with contextlib.suppress(OSError):
         (folder / "phase").write_text(name)
 
 
 def noted(folder: Path) -> str:
-    """Return the phase that a job is in; empty where that is not known."""
+    """Return a job's current phase; empty if unknown."""
     with contextlib.suppress(OSError, ValueError):
         return (folder / "phase").read_text("ascii")[:20]
     return ""
 
 
 class Phases:
-    """The spans of something that goes on; several threads may add to them.
+    """The spans of one activity. Thread-safe.
 
     Args:
-        began: the beginning, by the monotonic clock of the machine, which all of its processes share; now by default.
-        tell: called with the name of each span as it begins, or goes on.
+        began: start time by the machine's monotonic clock, which all of its processes share; now by default.
+        tell: called with the name of each span when it begins or resumes.
 
     Attributes:
-        began: the same.
-        spans: name, start and length of each, in seconds.
+        began: start time by the monotonic clock.
+        spans: name, start and length of each span; start and length in seconds.
     """
 
     def __init__(self, began: float | None = None, tell: Callable[[str], None] | None = None) -> None:
@@ -49,7 +49,7 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Note a block as a span; the span of a block around it ends where this one begins, and goes on after it."""
+        """Record a block as a span. The span of an enclosing block pauses when this one begins, then resumes."""
         outer: str | None = getattr(self._open, "name", None)
         self._switch(outer, name)
         try:
@@ -66,8 +66,14 @@ class Phases:
             self._tell(new)
 
     def add(self, name: str, start: float, end: float) -> None:
-        """Note a span that has ended, by the monotonic clock."""
-        if not end - start >= SHORT:  # nor is what is no number
+        """Record a span that has ended.
+
+        Args:
+            name: name of the span.
+            start: its start by the monotonic clock, in seconds.
+            end: its end by the monotonic clock, in seconds.
+        """
+        if not end - start >= SHORT:  # also false for NaN
             return
         begun, seconds = round(start - self.began, 3), round(end - start, 3)
         with self._lock:

@@ -1,4 +1,4 @@
-"""Slots: how many jobs run at once on a builder, and who is next."""
+"""Slots: limit the number of jobs that run at once on a builder; the others queue in order of arrival."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from . import builder_config
 from .store import Lock, Store
 
 SLOTS_VARIABLE = "GAMEBEAR_SLOTS"
-"""The environment variable by which what starts a runner says how many jobs run at once."""
+"""Environment variable with the number of slots, set by a process that starts the runner."""
 
 
 def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: Callable[[str], None]) -> Lock:
-    """Return one of the builder's slots, held; wait for it, first come first served.
+    """Wait for one of the builder's slots, first come first served, and return its acquired lock.
 
     Args:
-        store: whose slots.
-        name: tells this waiter from the others.
-        check_stop: called while waiting; what it raises ends the wait.
-        say: tells a person that there is something to wait for.
+        store: store whose slots are used.
+        name: unique name of this waiter.
+        check_stop: called while waiting; an exception that it raises ends the wait.
+        say: reports to the user that the job waits for a slot.
     """
     check_stop()
     with locked(store.slots / "line"):
@@ -48,19 +48,20 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
 
 
 def line(store: Store) -> list[str]:
-    """Return the names of those who wait for a slot, first who is next."""
+    """Return the names in the queue for a slot, the next one first."""
     return [path.name.split("-", 2)[2] for path in _those_who_wait(store.slots)]
 
 
 def _those_who_wait(folder: Path) -> list[Path]:
-    """Return the tickets of those who wait, first who is next; those of the dead are removed."""
+    """Return the tickets in the queue, the next one first; remove tickets of dead processes."""
     return [ticket for ticket in sorted(folder.glob("wait-*")) if not _is_dead(ticket)]
 
 
 def _ticket(folder: Path, name: str, waiting: list[Path]) -> Lock:
-    """Return a place at the end of the line, held for as long as we live; its file is there only once it is held.
+    """Return an acquired ticket at the end of the queue. Its file appears under its final name only once it is locked.
 
-    The line is counted and not timed: clocks are put back, and those of small machines begin anywhere.
+    Tickets are numbered, not ordered by time: clocks are set back, and a small machine without a clock boots with any
+    time. The ticket is held until it is released or this process dies.
     """
     for other in folder.glob(".wait-*"):
         _is_dead(other)
@@ -75,10 +76,10 @@ def _ticket(folder: Path, name: str, waiting: list[Path]) -> Lock:
 
 
 def slot_count() -> int:
-    """Return how many jobs run at once: `slots` in `builder.json`, else one for four processors and a GiB of memory.
+    """Return the number of slots: `slots` in `builder.json`, else one per four processors and GiB of memory.
 
-    That is: what there is enough of for each of them, and at least one. A compiler takes a few hundred MiB.
-    A Dask worker says it in the environment instead, by its resources.
+    There is at least one. Each slot needs both, because one compiler process takes a few hundred MiB. A Dask worker
+    sets the environment variable instead, from its resources; it has precedence.
     """
     said = os.environ.get(SLOTS_VARIABLE, "")
     if re.fullmatch("[1-9][0-9]{0,5}", said):
@@ -100,7 +101,7 @@ def _free_slot(folder: Path, count: int) -> Lock | None:
 
 
 def _is_first_in_line(folder: Path, ticket: Lock) -> bool:
-    """Say whether nobody who still lives came before."""
+    """Return whether no living process is ahead in the queue."""
     for other in sorted(folder.glob("wait-*")):
         if other.name >= ticket.path.name:
             return True
@@ -110,7 +111,7 @@ def _is_first_in_line(folder: Path, ticket: Lock) -> bool:
 
 
 def _is_dead(ticket: Path) -> bool:
-    """Say whether nobody holds a ticket any more; if so it is removed."""
+    """Return whether nobody holds a ticket any more; if so, remove it."""
     if not ticket.exists():
         return True
     with Lock.opened(ticket) as lock:

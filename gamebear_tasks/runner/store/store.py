@@ -1,28 +1,29 @@
-"""The store on the builder: blobs by SHA-256, jobs by digest, slots. Who holds a job's lock is building it.
+"""The store on the builder: blobs by SHA-256, jobs by digest, file locks. A running job's lock is always held.
 
 <cache>/gamebear/v1/            mode 0700
-    blobs/<sha256>              inputs; every use checks the content, so they need no sync
-    jobs/<digest>/job.json      the canonical text; its SHA-256 is the digest
-                  order.json    what this attempt needs besides: the blobs of the sources, the time limit; and who asked
-                  images        the ids of the images that were used, one a line
-                  materials.json  what is known of them, see `materials`
+    blobs/<sha256>              inputs; every use verifies the content, so they are not synced
+    jobs/<digest>/job.json      the canonical JSON; its SHA-256 is the digest
+                  order.json    parameters of this attempt: blobs of the sources, time limit, who submitted it
+                  images        ids of the images that were used, one a line
+                  materials.json  what is known of these images, see `server/materials.py`
                   lock          held (flock) by the supervisor for as long as it lives
-                  state.json    see `State`; written aside, synced, renamed
-                  log           bytes, only ever appended to within one attempt
-                  cancel-<attempt>  there when somebody asked to stop that attempt; empty, for a disk may be full
-                  seen-<attempt>  there when a client was told how that attempt ended
-                  clients/<id>  touched while that client follows the job; who it is
-                  work/         the program's folder while it runs
+                  state.json    see `State`; atomic rename, synced when final
+                  log           bytes, append-only within one attempt
+                  cancel-<attempt>  exists when somebody requested to stop it; empty, because the disk may be full
+                  seen-<attempt>  exists when a client has acknowledged how that attempt ended
+                  clients/<id>  touched while that client follows the job; contains the user's display name
+                  work/         the program's working directory while it runs
                   out-<attempt>/<name>  the outputs
-    kept/<digest>               there as long as what a failed job left is kept, see `kept`; locked by who looks at it
-    live/<digest>               there from before a job starts until it has been cleaned up after
-    slots/<n>                   locked by the job that has the slot
-    images/                     locks; <id>.used is touched when an image is used, in-use.lock is shared meanwhile;
-                                it may hold what the image is for: architecture of its job, OCI's, the variant, the user
-    notices.json                what costs this builder much, see `performance_warnings`
-    trash/                      what is pruned is renamed to here, and then removed
+    kept/<digest>               exists while a failed job's containers are retained, see `retained_containers`; locked
+                                (shared) by open shells
+    live/<digest>               exists from before a job starts until it has been cleaned up after
+    slots/<n>                   locked by the job that occupies the slot
+    images/                     locks; <id>.used is touched when an image is used, in-use.lock is held (shared) then;
+                                <id>.used may contain architecture of the job, OCI architecture, variant and user
+    notices.json                what makes this builder slow, see `performance_warnings`
+    trash/                      pruned entries are renamed to here, then removed
     storage/, run/, venvs/, ccache/<key>/, runner/<sha256>/
-    tmp/                        parts of files; <digest's beginning>/ is a job's own and goes with what else it left
+    tmp/                        partial files; <digest[:16]>/ is a job's scratch folder, removed with its leftovers
 """
 
 from __future__ import annotations
@@ -43,32 +44,35 @@ from ..util.atomic_files import is_file_name, is_sha256, read_json, sha256_of, s
 from ..util.errors import RunnerError
 
 VERSION = "v1"
-"""The store's layout. A release that lays it out otherwise takes another number and leaves this one alone."""
+"""Version of the store's layout. A release with another layout uses another version and leaves this store untouched."""
 
 FINAL = ("done", "failed", "cancelled")
-"""The states in which nothing of a job runs any more."""
+"""States in which nothing of a job runs any more."""
 
 CLIENT_KEPT = 86400.0
-"""Seconds after which a client that was never heard of again is forgotten."""
+"""Seconds of silence after which a client is forgotten."""
 
 WHO = 200
-"""The most bytes of what a client says of who it is."""
+"""Maximum length of a client's display name, in bytes."""
 
 COMPANY = 60.0
-"""Seconds for which a client that has asked for a job counts as still waiting for it."""
+"""Seconds after its last request for which a client still counts as waiting for a job."""
 
 CLOCK_STEP = 5.0
-"""Seconds by which a clock may be put right between two looks at it, and nothing is made of it."""
+"""Seconds that a clock may be set back between two checks without effect."""
 
 State = dict[str, Any]
-"""A job's state: `state` (queued, running, done, failed, cancelled, lost), `attempt`, `since` (seconds since 1970),
-`phases` (name, start and seconds of each, see `phases`), and when done `outputs` by name (`size` in bytes, `sha256`,
-`executable`), when failed `failure`: `kind`, `message`, `command`, `status` and `where` where a command failed,
-`containers` where there were any, `kept` where they are kept."""
+"""State of a job: `state` (queued, running, done, failed, cancelled, lost), `attempt`, `since` (seconds since 1970),
+`phases` (name, start and seconds of each, see `phases`). When done: `outputs` by name (`size` in bytes, `sha256`,
+`executable`). When failed: `failure` with `kind`, `message`, `command`, `status` and `where` if a command failed,
+`containers` if there were any, `kept` if they are retained."""
 
 
 def cache_home() -> Path:
-    """Return `$XDG_CACHE_HOME`, by default `~/.cache` (XDG Base Directory Specification: a relative one is ignored)."""
+    """Return `$XDG_CACHE_HOME`, by default `~/.cache`.
+
+    A relative path is ignored, as the XDG Base Directory Specification requires.
+    """
     text = os.environ.get("XDG_CACHE_HOME", "")
     return Path(text) if text.startswith("/") else Path.home() / ".cache"
 
@@ -80,7 +84,7 @@ class StoreError(RunnerError):
 
 
 def storage_failure(error: OSError) -> StoreError:
-    """Return what a person reads of an error of the store's file system."""
+    """Return the error to report to the user for an OSError of the store's file system, classified by errno."""
     where = cache_home() / "gamebear"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
@@ -102,22 +106,22 @@ def storage_failure(error: OSError) -> StoreError:
 
 
 class Lock:
-    """An exclusive lock on a file, held until it is released or its last holder dies (flock)."""
+    """An exclusive file lock, held until it is released or its last holder dies (flock(2))."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def acquire(self, wait: bool = False) -> bool:
-        """Take the lock; say whether it was had. With `wait`, sleep until it is."""
+        """Try to acquire the lock, or block until it is acquired if `wait`; return whether it is acquired."""
         return self._flock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
     def is_free(self) -> bool:
-        """Say whether nobody has the lock now. Two that only look do not get in each other's way."""
+        """Return whether nobody holds the lock now. Concurrent checks use a shared lock and do not block each other."""
         return self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def is_current(self) -> bool:
-        """Say whether the file is still at its path; a folder that is pruned takes its lock away with it."""
+        """Return whether the file is still at its path: pruning a folder moves its lock file away."""
         return _is_at(self.fd, self.path)
 
     def _flock(self, operation: int) -> bool:
@@ -128,7 +132,7 @@ class Lock:
         return True
 
     def release(self) -> None:
-        """Give the lock back; a process that inherited it keeps it."""
+        """Release the lock; a process that inherited it still holds it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -136,7 +140,7 @@ class Lock:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, path: Path) -> Iterator[Lock]:
-        """Give a lock that is not taken yet, and release it at the end of the block."""
+        """Yield a lock that is not acquired yet, and release it at the end of the block."""
         lock = cls(path)
         try:
             yield lock
@@ -167,7 +171,11 @@ class Store:
         self.notices = self.root / "notices.json"
 
     def prepare(self) -> None:
-        """Make the folders that are missing, closed to other users; raises OSError."""
+        """Create missing folders with mode 0700.
+
+        Raises:
+            OSError: a folder cannot be created.
+        """
         self.root.parent.mkdir(parents=True, exist_ok=True)
         for folder in (self.root.parent, self.root):
             with contextlib.suppress(FileExistsError):
@@ -176,13 +184,21 @@ class Store:
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def blob(self, sha256: str) -> Path:
-        """Return where a blob is, or would be."""
+        """Return the path of a blob, whether it exists or not.
+
+        Raises:
+            ValueError: the argument is not a SHA-256.
+        """
         if not is_sha256(sha256):
             raise ValueError(f"{sha256!r} is not a SHA-256")
         return self.blobs / sha256
 
     def job(self, digest: str) -> StoredJob:
-        """Return a job's place in the store, whether it is there or not."""
+        """Return a job's entry in the store, whether it exists or not.
+
+        Raises:
+            ValueError: the argument is not a digest.
+        """
         if not is_sha256(digest):
             raise ValueError(f"{digest!r} is not a digest")
         return StoredJob(self, digest)
@@ -203,12 +219,20 @@ class StoredJob:
 
     @property
     def container_prefix(self) -> str:
-        """What the names of this job's containers begin with; another store may have the job, and its images here."""
+        """Name prefix of this job's containers.
+
+        It contains a hash of the store's path, because another store may have the same job and share the image store.
+        """
         store = hashlib.sha256(os.fsencode(os.path.realpath(self.store.root))).hexdigest()
         return f"gamebear-{store[:8]}-{self.digest[:16]}-"
 
     def document(self) -> dict[str, Any]:
-        """Return the job's JSON; raises ValueError when what is stored is not what the digest names."""
+        """Return the job's JSON.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: the stored text does not match the digest.
+        """
         path = self.folder / "job.json"
         if sha256_of(path) != self.digest:
             raise ValueError(f"the stored description of job {self.digest} is damaged")
@@ -216,11 +240,15 @@ class StoredJob:
         return document
 
     def lock(self) -> Lock:
-        """Return the lock that whoever builds the job holds."""
+        """Return the lock that the builder of this job holds, not acquired.
+
+        Raises:
+            OSError: it cannot be opened; FileNotFoundError if the job does not exist.
+        """
         return Lock(self.folder / "lock")
 
     def is_locked(self) -> bool:
-        """Say whether somebody builds the job now."""
+        """Return whether the job is being built now."""
         try:
             lock = self.lock()
         except FileNotFoundError:
@@ -231,32 +259,41 @@ class StoredJob:
             lock.release()
 
     def state(self) -> State:
-        """Return the job's state; `state` is `absent` when it was never asked for, `lost` when its supervisor died."""
+        """Return the job's state; `state` is `absent` if it was never submitted, `lost` if its supervisor died."""
         state = self.written_state()
         if state["state"] in ("queued", "running") and not self.is_locked():
-            state = self.written_state()  # it may have ended between the two looks
+            state = self.written_state()  # race: it may have ended after the first read
             if state["state"] in ("queued", "running"):
                 state["state"] = "lost"
         return state
 
     def written_state(self) -> State:
-        """Return the state as it was last written, without a look at the lock."""
+        """Return the state as it was last written, without a check of the lock."""
         state = read_json(self.folder / "state.json")
         return state if _is_state(state) else {"state": "absent"}
 
     def write_state(self, state: State) -> None:
-        """Replace the job's state; raises OSError.
+        """Replace the job's state by atomic rename.
 
-        Only an end is synced, for a power cut makes a lost job of any that has not ended; syncing is what a small
-        card is slowest at.
+        Only a final state is synced: after a power cut, a job that has not ended is lost in any case, and syncing is
+        the slowest operation of a small memory card.
+
+        Raises:
+            OSError: it cannot be written.
         """
         ended = state["state"] in FINAL
         write_json(self.folder / "state.json", {**state, "since": time.time()}, sync=ended)
 
     def begin_attempt(self, order: dict[str, Any]) -> str:
-        """Lay down a new attempt under the lock, which the caller holds, and return its name; raises OSError.
+        """Prepare a new attempt and return its name. The caller holds the job's lock.
 
-        The state comes last: until it is there, the job is what it was, and less whatever was removed here.
+        The state is written last. Until then the job keeps its previous state, minus what has been removed here.
+
+        Args:
+            order: parameters of the attempt, stored as `order.json`.
+
+        Raises:
+            OSError: the store cannot be written.
         """
         attempt = os.urandom(8).hex()
         after_lost = self.mark.exists()
@@ -268,23 +305,23 @@ class StoredJob:
         for old in self.folder.glob("out-*"):
             shutil.rmtree(old, ignore_errors=True)
         write_json(self.folder / "order.json", {**order, "after_lost": after_lost}, sync=False)
-        self.log.unlink(missing_ok=True)  # a session that reads it goes on reading the old one
+        self.log.unlink(missing_ok=True)  # a session that is reading it keeps the old file
         self.log.touch(mode=0o600)
         self.write_state({"state": "queued", "attempt": attempt})
         return attempt
 
     def begun_by(self) -> str:
-        """Return whom people know the client as that began the attempt; empty where it did not say."""
+        """Return the display name of the client that began the attempt; empty if it did not send one."""
         order = read_json(self.folder / "order.json")
         return str(order.get("who") or "")[:WHO] if isinstance(order, dict) else ""
 
     def is_kept(self) -> bool:
-        """Say whether what the last attempt left is kept (see `kept`)."""
+        """Return whether the last attempt's containers are retained (see `retained_containers`)."""
         return self.kept.exists() and not self.mark.exists()
 
     @contextlib.contextmanager
     def held_kept(self) -> Iterator[bool]:
-        """Keep what is kept from being removed for the block; give whether it is there."""
+        """Prevent the removal of retained containers for the block; yield whether there are any."""
         while True:
             try:
                 fd = os.open(self.kept, os.O_RDWR | os.O_CLOEXEC)
@@ -292,9 +329,9 @@ class StoredJob:
                 yield False
                 return
             try:
-                fcntl.flock(fd, fcntl.LOCK_SH)  # who removes it holds it for a moment
+                fcntl.flock(fd, fcntl.LOCK_SH)  # blocks briefly while another process removes it
                 if not _is_at(fd, self.kept):
-                    continue  # that is of an attempt before this one
+                    continue  # it belonged to an earlier attempt
                 os.utime(fd)
                 yield self.is_kept()
                 return
@@ -302,9 +339,12 @@ class StoredJob:
                 os.close(fd)
 
     def release_kept(self) -> bool:
-        """Have what is kept cleaned up after as any attempt is; say whether nobody looks at it, without which it stays.
+        """Mark retained containers for normal cleanup; return False, and retain them, if a shell is open in one.
 
-        The caller holds the job's lock. Raises OSError.
+        The caller holds the job's lock.
+
+        Raises:
+            OSError: the store cannot be written.
         """
         if not self.kept.exists():
             return True
@@ -317,19 +357,23 @@ class StoredJob:
         return True
 
     def outputs(self, attempt: str) -> Path:
-        """Return the folder of an attempt's outputs."""
+        """Return the folder of an attempt's outputs.
+
+        Raises:
+            ValueError: the argument cannot be the name of an attempt.
+        """
         if not is_file_name(attempt):
             raise ValueError(f"{attempt!r} is not an attempt")
         return self.folder / f"out-{attempt}"
 
     @contextlib.contextmanager
     def held_outputs(self, attempt: str) -> Iterator[None]:
-        """Keep an attempt's outputs from being pruned for the block, where they are there."""
+        """Prevent pruning of an attempt's outputs for the block, if they exist."""
         fd = -1
         try:
             with contextlib.suppress(OSError):
                 fd = os.open(self.outputs(attempt), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                fcntl.flock(fd, fcntl.LOCK_SH)  # a prune holds it for a moment
+                fcntl.flock(fd, fcntl.LOCK_SH)  # blocks briefly while a prune holds it
             yield
         finally:
             if fd >= 0:
@@ -337,7 +381,7 @@ class StoredJob:
 
     @contextlib.contextmanager
     def seized_outputs(self) -> Iterator[bool]:
-        """Keep every output from being held for the block; give whether nobody holds any."""
+        """Lock all outputs exclusively for the block; yield whether nobody else holds any."""
         with contextlib.ExitStack() as stack:
             free = True
             for path in self.folder.glob("out-*"):
@@ -351,11 +395,11 @@ class StoredJob:
                 except BlockingIOError:
                     free = False
                 except OSError:
-                    pass  # a file system without locks on folders: nobody can hold one
+                    pass  # the file system has no locks on folders: nobody can hold one
             yield free
 
     def output_is_sound(self, state: State) -> bool:
-        """Say whether a done job's outputs still are what they were (size and SHA-256 of each)."""
+        """Return whether a finished job's outputs still match their recorded size and SHA-256."""
         try:
             folder = self.outputs(state["attempt"])
             for name, about in state["outputs"].items():
@@ -367,26 +411,30 @@ class StoredJob:
         return True
 
     def ask_to_stop(self, attempt: str) -> None:
-        """Ask the supervisor to end an attempt; raises OSError."""
+        """Request the supervisor to stop an attempt.
+
+        Raises:
+            OSError: the request cannot be written.
+        """
         if is_file_name(attempt):
             (self.folder / f"cancel-{attempt}").touch()
 
     def is_asked_to_stop(self, attempt: str) -> bool:
-        """Say whether somebody asked to end an attempt."""
+        """Return whether somebody requested to stop an attempt."""
         return (self.folder / f"cancel-{attempt}").exists()
 
     def note_seen(self, attempt: str) -> None:
-        """Note that a client was told how an attempt ended; in an empty file, for which a full disk has room."""
+        """Record that a client acknowledged how an attempt ended. The file is empty, so that it fits on a full disk."""
         if is_file_name(attempt):
             with contextlib.suppress(OSError):
                 (self.folder / f"seen-{attempt}").touch()
 
     def was_seen(self, attempt: str) -> bool:
-        """Say whether a client was told how an attempt ended."""
+        """Return whether a client acknowledged how an attempt ended."""
         return (self.folder / f"seen-{attempt}").exists()
 
     def touch_client(self, client: str, who: str = "") -> None:
-        """Note that a client follows the job now, where there is room to; and who it is, as people know it."""
+        """Record that a client follows the job now, and its display name if set. Best effort: the disk may be full."""
         if is_file_name(client):
             folder = self.folder / "clients"
             with contextlib.suppress(OSError):
@@ -395,24 +443,24 @@ class StoredJob:
                     (folder / client).write_text(who, "utf-8", "backslashreplace")
                 else:
                     (folder / client).touch()
-                os.utime(folder)  # by which a prune sees that the job was used
+                os.utime(folder)  # the last use, for garbage collection
 
     def touch(self) -> None:
-        """Note that the job is used now."""
+        """Update the job's last use. Best effort."""
         with contextlib.suppress(OSError):
             (self.folder / "clients").mkdir(mode=0o700, exist_ok=True)
             os.utime(self.folder / "clients")
 
     def forget_client(self, client: str) -> None:
-        """Note that a client follows the job no more."""
+        """Record that a client no longer follows the job."""
         if is_file_name(client):
             with contextlib.suppress(OSError):
                 (self.folder / "clients" / client).unlink()
 
     def other_clients(self, client: str, within: float) -> list[str]:
-        """Return who else followed the job within the last `within` seconds; "" for one that did not say who it is.
+        """Return the display names of other clients that followed the job within `within` seconds; "" if unknown.
 
-        A stamp from the future is from before somebody put the clock back, and says nothing.
+        A timestamp in the future was written before the clock was set back; it is ignored.
         """
         found = []
         with contextlib.suppress(OSError):
@@ -424,15 +472,15 @@ class StoredJob:
         return found
 
     def last_use(self) -> float:
-        """Return when the job was last asked for, followed, or changed its state, in seconds since 1970."""
+        """Return when the job was last submitted, followed, or changed its state, in seconds since 1970."""
         return max(map(stamp, self.stamps()))
 
     def stamps(self) -> list[Path]:
-        """Return the files whose times tell when the job was last used."""
+        """Return the files whose timestamps define the job's last use."""
         return [self.folder / name for name in ("clients", "state.json", "job.json")]
 
     def forget_old_clients(self) -> None:
-        """Forget the clients that were not heard of for long, or will be."""
+        """Forget clients whose timestamp is more than `CLIENT_KEPT` seconds in the past or in the future."""
         with contextlib.suppress(OSError):
             for path in (self.folder / "clients").iterdir():
                 if abs(time.time() - stamp(path)) > CLIENT_KEPT:
@@ -440,12 +488,12 @@ class StoredJob:
 
 
 def runner_folder() -> Path:
-    """Return the folder that Python starts the runner from: the one that its package is in."""
+    """Return the folder from which Python runs the runner: the one that contains its package."""
     return Path(__file__).resolve().parents[2]
 
 
 def hold_runner() -> None:
-    """Note that the runner whose code this is was used now, and keep it from being pruned while this process lives."""
+    """Update the last use of this runner, and prevent its removal by garbage collection while this process lives."""
     folder = runner_folder()
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -453,7 +501,7 @@ def hold_runner() -> None:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Say whether an open file is the one at a path."""
+    """Return whether an open file is the one at a path."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -461,7 +509,7 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def stamp(path: Path) -> float:
-    """Return when a file was last changed, in seconds since 1970; 0 where it is not there."""
+    """Return a file's modification time in seconds since 1970; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -469,7 +517,7 @@ def stamp(path: Path) -> float:
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a file; 0 where it is not there."""
+    """Return a file's size in bytes; 0 if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -477,7 +525,7 @@ def size_of(path: Path) -> int:
 
 
 def _is_state(state: object) -> bool:
-    """Say whether what was read is a whole state; anything else is taken for none."""
+    """Validate a state that was read from disk; an invalid one is treated as absent."""
     if not isinstance(state, dict) or not isinstance(state.get("state"), str):
         return False
     if not is_file_name(state.get("attempt")):
