@@ -1,1 +1,1 @@
-"""The runner: what travels to the builder and runs jobs there. Standard library only, Python 3.9."""
+"""The runner: the program that is uploaded to the builder and runs jobs there. Standard library only, Python 3.9."""

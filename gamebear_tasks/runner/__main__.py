@@ -1,4 +1,4 @@
-"""The runner's command line: `serve` for a client; `supervise`, `build`, `materials` and `enter` for a job."""
+"""Command line of the runner: `serve` for a client; `supervise`, `build`, `materials` and `enter` for a job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 def main(argv: Sequence[str]) -> int:
     """Run one of the runner's commands and return its exit status.
 
-    Each imports only what it needs: starting Python is most of what a short command costs on a small machine.
+    Each branch imports only its own command, because Python's start is most of a short command's cost on a small
+    machine.
     """
     command, *rest = argv
     if command == "serve":

@@ -1,6 +1,6 @@
-"""One client's session: answers requests on standard input and output until the client goes away.
+"""One client's session: answers requests on standard input and output until the client disconnects.
 
-A session builds nothing itself and holds nothing that a job needs: it may end at any byte.
+A session does not build anything and holds no state that a job needs, so the connection may be cut at any byte.
 """
 
 from __future__ import annotations
@@ -45,59 +45,61 @@ if TYPE_CHECKING:
     from ..protocol.pty import Attended
 
 IDLE_LIMIT = 3600.0
-"""Seconds without a request after which a session ends: its client is gone, whatever TCP says."""
+"""Seconds without a request after which a session ends: the client has gone, even if TCP does not report it."""
 
 SMALL = 64 << 10
-"""The most bytes of outputs that come with the answer that the job is done, and of a log that nobody asked for."""
+"""Maximum bytes of outputs sent inline with the final state, and maximum log size that a submit reply includes
+unrequested."""
 
 LOG_CHUNK = 256 << 10
-"""The most bytes of log in one reply."""
+"""Maximum bytes of log in one reply."""
 
 PRUNE_SECONDS = 15.0
-"""Seconds after which a prune answers, done or not."""
+"""Seconds after which a prune replies, whether it is complete or not."""
 
 CANCEL_SECONDS = 30.0
-"""Seconds after which a cancel answers, whether the job has ended or not; below what a client waits for an answer."""
+"""Seconds after which a cancel replies, whether the job has ended or not. Shorter than the client's reply timeout."""
 
 USE_NOTED = 10.0
-"""Seconds after which it is noted again that an output is being fetched."""
+"""Seconds between updates of a job's last-use timestamp while an output is being fetched."""
 
 HOLE = 64 << 10
-"""The smallest hole of a sparse output that is not sent as zeros, in bytes."""
+"""Bytes of the smallest hole of a sparse output that is skipped; smaller holes are sent as zeros."""
 
 HOLES = 10_000
-"""The most holes of one reply; what follows them is sent whole."""
+"""Maximum number of holes in one reply; the rest of the file is sent in full."""
 
 SKIPPED = 64 << 20
-"""The most bytes of a refused upload that are read to their end; of a longer one the stream is ended."""
+"""Maximum bytes of a refused upload that are read and dropped. For a longer one the session ends."""
 
 MEANING_SECONDS = 5.0
-"""Seconds that buildah may take to say what the names of all images of a result mean, before it is given as it is; less
-than another client waits for the job's lock."""
+"""Timeout in seconds for buildah to resolve all image names of a result, after which the result is returned unchecked.
+Shorter than another client's wait for the job's lock."""
 
 PIPE = 1 << 20
-"""Bytes that may be under way between us and sshd, each way; more is root's privilege."""
+"""Bytes of pipe buffer between the runner and sshd, in each direction. Only root may set more (pipe(7))."""
 
 F_SETPIPE_SZ = 1031
-"""The operation of fcntl(2); Python 3.9 has no name for it."""
+"""Operation of fcntl(2) that sets a pipe's capacity; Python 3.9 has no constant for it."""
 
 Answer = tuple[Reply, Optional[Callable[[Reply], None]]]
-"""A reply, and what sends it where it has a body."""
+"""A reply, and the function that sends it if it has a body."""
 
 
 class Session:
-    """What a client may ask: each operation is a method, its parameters are the request's fields.
+    """The operations of a client: each is a method, and the fields of the request are its parameters.
 
     Args:
-        store: the builder's.
-        umask: that of the programs which a person runs; -1 for ours.
+        store: the builder's store.
+        umask: umask of the programs that a person runs through this session; -1 for the runner's umask.
     """
 
     def __init__(self, store: Store, umask: int = -1) -> None:
         self.store = store
         self._umask = umask
         self._alive: dict[str, int] = {}
-        """By attempt: a pipe from each supervisor that we have started, which ends when its job has ended."""
+        """Per attempt, a pipe from each supervisor that this session started. It reaches end of file when the job has
+        ended."""
         self._examination: Any = None
 
     def run(self) -> None:
@@ -114,7 +116,7 @@ class Session:
                 reply, send = _refusal(error), None
                 if reader.left > SKIPPED:
                     _write(wire.encode(reply))
-                    return  # the client, which cannot send the rest, finds the answer
+                    return  # the client cannot send the rest; it reads this reply
             reader.skip()
             if send is None:
                 _write(wire.encode(reply))
@@ -161,7 +163,7 @@ class Session:
         raise RunnerError(f"The runner does not know the operation {operation!r}.", NOT_OURS)
 
     def _hello(self) -> Reply:
-        """Say what this builder is, without touching buildah."""
+        """Describe this builder, without running buildah."""
         import platform  # slow to load, and seldom needed
 
         return {
@@ -175,7 +177,7 @@ class Session:
         }
 
     def _known(self) -> Reply:
-        """Return what the last job found out about this builder."""
+        """Return the builder facts that the last job stored."""
         probed = read_json(self.store.root / "facts.json")
         found = probed.get("facts") if isinstance(probed, dict) else None
         known = {name: found.get(name) for name in ("driver", "isolation")} if isinstance(found, dict) else {}
@@ -185,7 +187,7 @@ class Session:
     # jobs
 
     def _submit_and_wait(self, body: Body, wait: float = 0.0, **order: Any) -> Answer:
-        """Take a job, and answer with its end where that is known within `wait` seconds: see `_submit`, `_with_end`."""
+        """Accept a job, and include its end if it finishes within `wait` seconds: see `_submit` and `_with_end`."""
         reply = self._submit(body=body, **order)
         stored = self.store.job(order["digest"])
         attempt = reply.get("attempt", "")
@@ -216,26 +218,32 @@ class Session:
         who: str = "",
         keep: bool = False,
     ) -> Reply:
-        """Take a job: start it, join it where it runs already, or say what it still lacks.
+        """Accept a job: start it, attach to it if it is running, or report the blobs that are missing.
 
         Args:
-            body: the content of `blobs`, one after the other.
-            digest: the job's name.
-            job: its canonical text.
-            client: a name for this client, the same for all of its sessions.
-            blobs: SHA-256 and size of each blob in the body.
-            trees: the blobs of the sources, by source name; None when the client has not looked yet.
-            needs: the SHA-256 of every other blob that the job needs.
-            time_limit: seconds after which the job is ended; 0 for none.
-            base: where Debian's base images come from.
-            python: the version (major.minor) that a pickled function needs.
-            again: start anew even if the last attempt failed and nobody has seen it.
-            who: whom people know the client as.
-            keep: if it fails, leave its containers to be looked at.
+            body: content of `blobs`, concatenated.
+            digest: digest of the job.
+            job: canonical JSON of the job.
+            client: identifier of this client, the same in all of its sessions.
+            blobs: SHA-256 and size in bytes of each blob in the body.
+            trees: SHA-256 of the blob of each source, by source name; None if the client has not resolved the sources
+                yet.
+            needs: SHA-256 of every other blob that the job needs.
+            time_limit: seconds after which the job is stopped; 0 for no limit.
+            base: policy that selects the origin of Debian's base images.
+            python: Python version (major.minor) that a pickled function needs.
+            again: start a new attempt even if the last one failed or was cancelled and no client has acknowledged that.
+            who: display name of the client's user.
+            keep: retain the containers for inspection if the job fails.
 
         Returns:
-            `state` and `attempt`, or `missing` (SHA-256 and bytes already here of each) and `trees_wanted`. `valid`:
-            for how many seconds from now a result holds, where not for ever. `expired`: why an earlier one does not.
+            `state` and `attempt`, or `missing` (SHA-256 of each missing blob and the bytes already uploaded) and
+            `trees_wanted`. `valid`: seconds from now until the result expires, absent if it never does. `expired`: why
+            an earlier result expired.
+
+        Raises:
+            RunnerError: the job does not match its digest, needs another Python, or a shell is open in a retained
+                container.
         """
         for sha256, size in blobs:
             take_blob(self.store, body, sha256, size)
@@ -290,9 +298,9 @@ class Session:
             lock.release()
 
     def _start_supervisor(self, stored: StoredJob, attempt: str, lock: Lock) -> None:
-        """Start the job's supervisor in a session of its own; it inherits the lock, so there is no gap."""
+        """Start the job's detached supervisor in its own process session. It inherits the lock, so there is no gap."""
         for name, fd in list(self._alive.items()):
-            if select.select([fd], [], [], 0)[0]:  # it has ended, and another session has followed it
+            if select.select([fd], [], [], 0)[0]:  # that job has ended, and another session followed it
                 os.close(self._alive.pop(name))
         runner = runner_folder()
         ours, theirs = os.pipe()
@@ -325,7 +333,7 @@ class Session:
         self._alive[attempt] = ours
 
     def _meaning(self, name: str, arch: str, base: str, until: float) -> str:
-        """Return the id of the image that a name means on this builder now; empty where that cannot be told soon."""
+        """Return the id of the image that a name resolves to on this builder now; empty if unknown or timed out."""
         from ..host.buildah import outside
         from ..host.probe import facts
         from ..images.base_images import meaning  # slow to load, and seldom needed
@@ -337,7 +345,7 @@ class Session:
             known = facts(self.store.root)
             return meaning(ask, name, arch, base)
         except (RunnerError, OSError, ValueError):
-            return ""  # the result is as good as it was
+            return ""  # unknown: the result stays valid
 
     def _has_outputs(self, stored: StoredJob, state: State) -> bool:
         folder = stored.outputs(state["attempt"])
@@ -346,7 +354,7 @@ class Session:
         return False
 
     def _now(self, stored: StoredJob, attempt: str) -> list[Any]:
-        """Return the phase that a job is in, and, where it waits for a slot, how many are before it."""
+        """Return a job's current phase and, while it waits for a slot, the number of jobs ahead of it in the queue."""
         phase = noted(stored.folder)
         waiting = line(self.store) if phase == "queue" else []
         return [phase, waiting.index(attempt) if attempt in waiting else None]
@@ -354,10 +362,10 @@ class Session:
     def _follow(
         self, digest: str, attempt: str, client: str, offset: int, wait: float, now: list[Any] | None = None
     ) -> Answer:
-        """Give the log from an offset and the state; wait up to `wait` seconds for news: that is also another `now`.
+        """Return the log from an offset and the state; wait up to `wait` seconds for a change of either or of `now`.
 
-        The state is read before the log, so that a final state comes with the end of the log. Who looks on without a
-        name (`client` is empty) does not wait for the job, has not seen how it ended, and gets no outputs.
+        The state is read before the log, so that a final state is sent with the complete log. An observer (`client` is
+        empty) does not count as waiting for the job, does not acknowledge how it ended, and receives no outputs.
         """
         stored = self.store.job(digest)
         stored.touch_client(client)
@@ -372,9 +380,16 @@ class Session:
         return self._with_end(_told(state), stored, attempt, offset, bool(client))
 
     def _wait(self, stored: StoredJob, attempt: str, until: float, is_enough: Callable[[int], bool]) -> State:
-        """Wait until an attempt is over, the log's size is enough, or it is `until` (monotonic); return the state.
+        """Wait until an attempt is over, its log is long enough, or the deadline passes; return the state.
 
-        The supervisor's end wakes the session that has started it; all else is looked for now and then.
+        The supervisor's end wakes the session that started it. Everything else is polled, with backoff up to 0.25
+        seconds.
+
+        Args:
+            stored: the job.
+            attempt: the attempt to wait for.
+            until: deadline, by the monotonic clock.
+            is_enough: returns whether a log of the passed size in bytes ends the wait.
         """
         pause = 0.005
         while True:
@@ -385,16 +400,16 @@ class Session:
             alive = self._alive.get(attempt, -1)
             ready, _, _ = select.select([0] if alive < 0 else [0, alive], [], [], pause)
             if 0 in ready:
-                return state  # a client asks nothing while it waits: its end of the stream is closed
+                return state  # a client sends nothing while it waits: its end of the stream is closed
             if ready:
                 os.close(self._alive.pop(attempt))
             pause = min(pause * 1.5, 0.25)
 
     def _with_end(self, reply: Reply, stored: StoredJob, attempt: str, offset: int, waits: bool = True) -> Answer:
-        """Return an answer with the log from an offset on, and, where it ends with that, the outputs that are small.
+        """Return a reply with the log from an offset and, if the log and the job are complete, the small outputs.
 
-        The body is the log's part, `log` bytes long, and the outputs one after the other; `contents` has the name and
-        the size in bytes of each. For a client that does not wait for the job there is the log only.
+        The body is `log` bytes of log, followed by the concatenated outputs; `contents` has the name and the size in
+        bytes of each. An observer, which does not wait for the job (`waits` is false), receives the log only.
         """
         size = size_of(stored.log)
         log = _part_of(stored.log, offset, min(size - offset, LOG_CHUNK)) if size > offset else b""
@@ -410,10 +425,13 @@ class Session:
         return reply, lambda reply: _write(b"".join([wire.encode(reply, sum(map(len, body))), *body]))
 
     def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> Answer:
-        """Give an output from an offset to its end; a prune leaves the job alone meanwhile.
+        """Send an output from an offset to its end. A prune does not remove the job meanwhile.
 
         Returns:
-            `size`, the output's, and `holes`: offset and length of each part that is zeros and is not in the body.
+            `size` of the output in bytes, and `holes`: offset and length of each zero-filled part that the body omits.
+
+        Raises:
+            RunnerError: the name is invalid, or the output is not in the store.
         """
         stored = self.store.job(digest)
         if not is_file_name(name):
@@ -438,18 +456,19 @@ class Session:
         return {"size": size, **({"holes": holes} if holes else {})}, send
 
     def _cancel(self, digest: str, attempt: str, client: str, force: bool = False, who: str = "") -> Reply:
-        """Stop an attempt, unless another client waits for the same job; wait a while until it has ended.
+        """Stop an attempt unless another client waits for the same job; wait up to `CANCEL_SECONDS` for its end.
 
         Args:
-            digest: the job.
-            attempt: which; empty for whichever is queued or running.
-            client: who asks.
-            force: stop it all the same; whoever waits then still has to be told.
-            who: whom people know the client as, where it does not wait for the job itself; whoever began it is told.
+            digest: digest of the job.
+            attempt: attempt to stop; empty for the one that is queued or running.
+            client: client that cancels.
+            force: stop it even if other clients wait. They are still notified.
+            who: display name of the user, if the client does not wait for the job itself. The user who began the job is
+                then notified.
 
         Returns:
-            `others`, who waits for the job and keeps it from being stopped, and `state`: `running` where it has not
-            ended in time.
+            `others`, the clients that wait for the job and prevent the cancellation, and `state`: `running` if the
+            attempt has not ended in time.
         """
         stored = self.store.job(digest)
         stored.forget_client(client)
@@ -459,7 +478,7 @@ class Session:
         asked = ""
         until = time.monotonic() + CANCEL_SECONDS
         while True:
-            running = stored.is_locked()  # before the state: what it says then is not older
+            running = stored.is_locked()  # read before the state, so that the state is not older
             state = stored.written_state()
             current = state.get("attempt", "")
             wanted = attempt or current
@@ -478,7 +497,7 @@ class Session:
         return {"state": "running" if state["state"] == "queued" else state["state"], "others": []}
 
     def _discard(self, digest: str, attempt: str) -> Reply:
-        """Look whether the outputs still are what they were, and forget the result where they are not."""
+        """Verify a result's outputs, and invalidate the result if they are corrupted."""
         stored = self.store.job(digest)
         if not stored.folder.is_dir():
             return {"discarded": False}
@@ -496,25 +515,28 @@ class Session:
             lock.release()
 
     def _list(self, skip: int, limit: int, prefix: str) -> Reply:
-        """Say which jobs there are; see `listing`."""
+        """List the jobs in the store; see `job_list.listing`."""
         from .job_list import listing  # seldom needed
 
         return listing(self.store, int(skip), int(limit), str(prefix))
 
     def _materials(self, digest: str, attempt: str) -> Reply:
-        """Say what a result was built in; see `materials`."""
+        """Return the images and packages that a result was built in; see `materials`."""
         from .materials import materials  # seldom needed
 
         return materials(self.store, digest, attempt)
 
     def _prune(self, older: float | None, size: int | None, keep: int | None, images: bool) -> Reply:
-        """Remove what a policy says, for as long as a client may wait for an answer; `more`: ask again for the rest.
+        """Prune the store for a bounded time; if the reply has `more`, the client requests the rest.
 
         Args:
-            older: seconds.
-            size: bytes.
-            keep: results per target.
-            images: whether images go too.
+            older: age limit in seconds.
+            size: size limit in bytes.
+            keep: number of results to retain per target.
+            images: also remove images.
+
+        Raises:
+            RunnerError: a limit is not a number, or is negative.
         """
         import dataclasses  # slow to load, and seldom needed
 
@@ -528,25 +550,25 @@ class Session:
     # with a terminal
 
     def _kept(self, digest: str) -> Reply:
-        """Say which containers are kept of a job."""
+        """Return the retained containers of a job."""
         from ..maintenance.retained_containers import listed
 
         return listed(self.store.job(digest))
 
     def _run(self, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
-        """Start a program of this machine's, see `terminal`."""
+        """Start a program on this machine; see `pty`."""
         from ..protocol.pty import started
 
         return self._attended(started(words, dict(os.environ), Path.home(), terminal, umask=self._umask))
 
     def _enter(self, digest: str, container: int, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
-        """Start a command in a container that is kept of a job, see `kept`."""
+        """Start a command in a retained container of a job; see `retained_containers`."""
         from ..maintenance.retained_containers import entered
 
         return self._attended(entered(self.store.job(digest), container, words, terminal))
 
     def _attended(self, program: Attended) -> Answer:
-        """Answer that a program runs; from then on the session is its input and output, and ends with it."""
+        """Reply that a program is running. From then on the session carries its input and output, and ends with it."""
 
         def attend(reply: Reply) -> None:
             _write(wire.encode(reply))
@@ -556,7 +578,7 @@ class Session:
         return {}, attend
 
     def _examine(self, arches: list[str], base: str, wait: float) -> Reply:
-        """Say what this builder is and has; see `examine`."""
+        """Return a description of this builder for `doctor`; see `diagnostics`."""
         from .diagnostics import Examination  # slow to load, and seldom needed
 
         if self._examination is None or self._examination.asked != (tuple(arches), base):
@@ -569,14 +591,18 @@ class Session:
 
 
 def _part_of(path: Path, offset: int, length: int) -> bytes:
-    """Return part of a file, or what there is of it; raises OSError."""
+    """Return part of a file, shorter at its end.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         return file.read(length)
 
 
 def _small_outputs(stored: StoredJob, state: State) -> list[tuple[str, bytes]]:
-    """Return the names and contents of a done job's smallest outputs, `SMALL` bytes of them at the most."""
+    """Return names and contents of a finished job's smallest outputs, up to `SMALL` bytes in total."""
     found: list[tuple[str, bytes]] = []
     left = SMALL
     with stored.held_outputs(state["attempt"]), contextlib.suppress(OSError):
@@ -585,20 +611,20 @@ def _small_outputs(stored: StoredJob, state: State) -> list[tuple[str, bytes]]:
             if left < 0:
                 break
             data = _part_of(stored.outputs(state["attempt"]) / name, 0, about["size"] + 1)
-            if len(data) == about["size"]:  # otherwise the client finds it out as it fetches
+            if len(data) == about["size"]:  # otherwise the client detects the corruption when it fetches
                 found.append((name, data))
     return found
 
 
 def _told(state: State) -> Reply:
-    """Return a state as a client is told it: for how long it holds in seconds from now, for clocks differ."""
+    """Return a state for the client. Its expiry is in seconds from now, because clocks differ."""
     left = seconds_left(state)
     told = {name: value for name, value in state.items() if name != "policies"}
     return told if left is None else {**told, "valid": left}
 
 
 def _take_or_join(stored: StoredJob) -> Lock | None:
-    """Return a job's lock, held, and its folder made where it is not there; None where the job runs."""
+    """Return a job's acquired lock, creating the job's folder if it is missing; None if the job is running."""
     while True:
         if not stored.folder.is_dir():
             with contextlib.suppress(FileExistsError):
@@ -607,7 +633,7 @@ def _take_or_join(stored: StoredJob) -> Lock | None:
         try:
             lock = stored.lock()
         except FileNotFoundError:
-            continue  # it was pruned in this moment
+            continue  # race: it has just been pruned
         try:
             runs = not _acquire_or_join(stored, lock)
         except BaseException:
@@ -621,10 +647,13 @@ def _take_or_join(stored: StoredJob) -> Lock | None:
 
 
 def _acquire_or_join(stored: StoredJob, lock: Lock) -> bool:
-    """Take a job's lock, or find that the job runs.
+    """Acquire a job's lock and return True, or return False if the job is running.
 
-    The lock is busy for a moment, too, when another session only looks, starts the job, or when its supervisor has
-    written the final state and is about to end: none of that is a running job.
+    The lock is also busy briefly while another session checks or starts the job, or while its supervisor exits after it
+    has written the final state. Neither means that the job is running, so acquiring is retried for up to 10 seconds.
+
+    Raises:
+        RunnerError: the lock stays busy although the job is not running.
     """
     until = time.monotonic() + 10.0
     while not lock.acquire():
@@ -661,12 +690,12 @@ def _write(data: bytes) -> None:
 
 
 def _pass_on(fd: int, most: int) -> int:
-    """Send the next bytes of a file without a look at them; return how many."""
+    """Send the next bytes of a file to the client with sendfile(2); return the number of bytes sent."""
     return os.sendfile(1, fd, None, most)
 
 
 def _holes(path: Path, start: int, end: int) -> list[list[int]]:
-    """Return offset and length of the holes of a file between two offsets, as far as they are worth leaving out."""
+    """Return offset and length of the holes of a file between two offsets that are large enough to skip."""
     holes: list[list[int]] = []
     with path.open("rb", buffering=0) as file:
         done = start
@@ -690,7 +719,18 @@ def _between(holes: list[list[int]], start: int, end: int) -> list[tuple[int, in
 
 
 def _write_file(reply: Reply, path: Path, parts: list[tuple[int, int]], note_use: Callable[[], None]) -> None:
-    """Send a reply with parts of a file, start and end of each, as its body; call `note_use` now and then."""
+    """Send a reply whose body is parts of a file.
+
+    Args:
+        reply: header of the reply.
+        path: the file.
+        parts: start and end of each part, in bytes.
+        note_use: called every `USE_NOTED` seconds.
+
+    Raises:
+        OSError: the file cannot be read, or the client has gone.
+        SystemExit: the file has become shorter.
+    """
     _write(wire.encode(reply, sum(end - start for start, end in parts)))
     noted = time.monotonic()
     with path.open("rb", buffering=0) as file:
@@ -702,18 +742,18 @@ def _write_file(reply: Reply, path: Path, parts: list[tuple[int, int]], note_use
                     noted = time.monotonic()
                 sent = _pass_on(file.fileno(), min(end - start, CHUNK))
                 if not sent:
-                    raise SystemExit(1)  # the file has shrunk under us: end the stream rather than send something else
+                    raise SystemExit(1)  # the file was truncated: end the stream rather than send wrong bytes
                 start += sent
 
 
 def _widen(pipe: int) -> None:
-    """Let more be under way in a pipe than the usual 64 KiB, so that its ends wait for each other less."""
-    with contextlib.suppress(OSError):  # no pipe, or the user has many
+    """Enlarge a pipe's buffer beyond the usual 64 KiB, so that its two ends wait for each other less."""
+    with contextlib.suppress(OSError):  # not a pipe, or the user's limit of pipe memory is reached
         fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE)
 
 
 def main() -> int:
-    """Serve the client on standard input and output until it goes away."""
+    """Serve the client on standard input and output until it disconnects; return the exit status."""
     umask = os.umask(0o077)
     _widen(0)
     _widen(1)

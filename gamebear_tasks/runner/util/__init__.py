@@ -1,1 +1,1 @@
-"""Atomic files and errors."""
+"""Atomic files and error types."""
