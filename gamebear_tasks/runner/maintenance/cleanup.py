@@ -1,4 +1,4 @@
-"""What builds may leave behind, removed: containers, folders, what a build had for its own use; lost jobs are told."""
+"""Cleanup after builds: remove containers, folders and scratch files that a build left, and mark lost jobs as lost."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from ..util.errors import RunnerError
 
 
 def clean_up(stored: StoredJob, containers: bool = True) -> None:
-    """Remove what a build may have left, and if all of it is gone, the mark which says that there may be something.
+    """Remove everything that a build may have left and, if all of it is gone, its `live` mark.
 
     The caller holds the job's lock.
+
+    Args:
+        stored: the job.
+        containers: whether there may be containers.
     """
     if remove_leftovers(stored, containers):
         with contextlib.suppress(OSError):
@@ -25,12 +29,12 @@ def clean_up(stored: StoredJob, containers: bool = True) -> None:
 
 
 def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection[str] = ()) -> bool:
-    """Remove what a build may have left: containers, the program's folder; say whether nothing stayed.
+    """Remove a build's containers, working directory and scratch files; return whether all of them are gone.
 
     Args:
         stored: the job.
-        containers: whether there may be any.
-        but: containers that are to stay, and the folder, to which their mounts lead, with them.
+        containers: whether there may be containers.
+        but: containers to retain. The working directory, which their mounts refer to, is then retained too.
     """
     root = stored.store.root
     gone = True
@@ -47,7 +51,7 @@ def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection
         names.append("kept.json")
         shutil.rmtree(stored.work, ignore_errors=True)
         with contextlib.suppress(RunnerError, OSError):
-            if stored.work.exists():  # files of a container's other users are in the way
+            if stored.work.exists():  # it contains files owned by other users of a container
                 remove_tree(root, facts(root), stored.work)
     for path in (*(stored.folder / name for name in names), *stored.folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
@@ -56,13 +60,18 @@ def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection
 
 
 def clean_up_after_lost_jobs(store: Store, but: str) -> None:
-    """Clean up after jobs whose supervisor died, and say in their state that they are lost."""
+    """Clean up after jobs whose supervisor died, mark them as lost, and empty the trash. Best effort.
+
+    Args:
+        store: store to clean up.
+        but: digest of a job to skip.
+    """
     with contextlib.suppress(OSError):
         for mark in list(store.live.iterdir()):
             if mark.name != but and is_sha256(mark.name):
-                with contextlib.suppress(OSError):  # somebody else may be removing the same
+                with contextlib.suppress(OSError):  # another process may be removing the same
                     _clean_up_if_lost(store.job(mark.name))
-        for path in store.trash.iterdir():  # of a prune that was killed
+        for path in store.trash.iterdir():  # left by a prune that was killed
             with contextlib.suppress(OSError, RunnerError):
                 remove_tree(store.root, facts(store.root), path)
 

@@ -1,8 +1,9 @@
-"""Pruning the store, also while jobs run: results, blobs and images that are no longer used, by age, number and size.
+"""Garbage collection of the store, also while jobs run: prunes unused results, blobs and images by age, count and size.
 
-Whatever goes is renamed into the trash first, in one step and under its lock, and then removed: a prune that is killed
-leaves a whole store and some trash, which the next one, or the next job, removes. A job whose lock is held is left.
-A blob may go between a job's arrival and its start; that job fails with the kind `blob`, and is sent again.
+Every entry is first moved to the trash by an atomic rename under its lock, and then removed. A prune that is killed
+leaves a consistent store and some trash, which the next prune or the next job removes. A job whose lock is held is
+skipped. Race: a blob may be removed between a job's submission and its start. That job fails with the kind `blob`, and
+the client submits it again.
 """
 
 from __future__ import annotations
@@ -30,28 +31,30 @@ from ..util.errors import RunnerError
 from .cleanup import clean_up, clean_up_after_lost_jobs
 
 RECENT = 60.0
-"""Seconds after its last use for which a job is left alone: somebody may be about to fetch its outputs."""
+"""Seconds after its last use during which a job is not removed: a client may be about to fetch its outputs."""
 
 FRESH = 3600.0
-"""Seconds after its last use for which a blob that no job names is left alone: one that does may be on its way."""
+"""Seconds after its last use during which an unreferenced blob is not removed: the job that needs it may be on its
+way."""
 
 DAY = 86400.0
-"""Seconds for which a runner, a broken-off upload or a virtual environment is kept at least."""
+"""Minimum seconds for which a runner, an incomplete upload or a virtual environment is retained."""
 
 TRIES = 5
-"""How often a busy lock is tried, as somebody may only be looking whether it is free."""
+"""Attempts to acquire a busy lock, because another process may only be checking whether it is free."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What may go.
+    """Limits that select the entries to remove.
 
     Attributes:
-        older: what was not used for so many seconds; None: age is no reason.
-        size: so much that jobs, blobs and compiler caches take no more than this, in bytes; failed jobs whose
-            containers are kept go first, then the least recently used.
-        keep: all but the last so many results of each target (architecture, program and outputs).
-        images: also images of ours that no job that stays has used, and nobody for `older` seconds.
+        older: seconds since the last use after which an entry is removed; None: no age limit.
+        size: maximum bytes of jobs, blobs and compiler caches together. Failed jobs with retained containers are
+            removed first, then the least recently used entries.
+        keep: number of latest results to retain per target (architecture, program and outputs).
+        images: also remove images made by the runner that no remaining job has used and that are unused for `older`
+            seconds.
     """
 
     older: float | None = None
@@ -62,16 +65,16 @@ class Policy:
 
 @dataclass
 class Pruned:
-    """What went.
+    """Result of a prune.
 
     Attributes:
-        jobs: how many jobs.
-        blobs: how many blobs and broken-off uploads.
-        images: how many images.
-        others: how many runners of other versions, compiler caches, virtual environments and temporary files.
-        freed: bytes.
-        left: why something was left, a sentence each.
-        more: the time was up before all was done.
+        jobs: number of jobs removed.
+        blobs: number of blobs and incomplete uploads removed.
+        images: number of images removed.
+        others: number of other runner versions, compiler caches, virtual environments and temporary files removed.
+        freed: bytes freed.
+        left: reasons why entries were not removed, one sentence each.
+        more: the time limit expired before everything was processed.
     """
 
     jobs: int = 0
@@ -84,7 +87,8 @@ class Pruned:
 
 
 _sizes: dict[tuple[str, float], int] = {}
-"""The size of each job that does not run, by folder and last use: the next call need not walk a slow disk again."""
+"""Bytes of each job that is not running, by folder and last use. A cache, so that the next prune in the same process
+does not walk a slow disk again."""
 
 
 class _TimeIsUp(Exception):
@@ -93,7 +97,7 @@ class _TimeIsUp(Exception):
 
 @dataclass(frozen=True)
 class _Entry:
-    """Something that may go: a job, or a file."""
+    """A candidate for removal: a job or a file."""
 
     last_use: float
     size: int
@@ -105,9 +109,9 @@ class Prune:
     """One prune of a store.
 
     Args:
-        store: which.
-        policy: what may go.
-        seconds: for how long to go on before it is left to another call.
+        store: store to prune.
+        policy: limits that select the entries to remove.
+        seconds: time limit, after which the rest is left to another call.
     """
 
     def __init__(self, store: Store, policy: Policy, seconds: float) -> None:
@@ -119,7 +123,12 @@ class Prune:
         self._busy: set[str] = set()
 
     def run(self) -> Pruned:
-        """Prune; raises RunnerError."""
+        """Prune the store and return what was removed.
+
+        Raises:
+            RunnerError: buildah failed.
+            OSError: the store cannot be read or written.
+        """
         try:
             clean_up_after_lost_jobs(self.store, but="")
             self._empty_trash()
@@ -136,7 +145,7 @@ class Prune:
         return self.pruned
 
     def _go_on(self) -> None:
-        """Stop where the time is up, but not before something went: each call gets further, however slow the disk."""
+        """Stop at the time limit, but not before something was removed: every call progresses, even on a slow disk."""
         pruned = self.pruned
         went = pruned.jobs or pruned.blobs or pruned.images or pruned.others or pruned.freed
         if went and time.monotonic() > self._until:
@@ -148,7 +157,7 @@ class Prune:
         return [self.store.job(path.name) for path in self.store.jobs.iterdir() if is_sha256(path.name)]
 
     def _jobs(self) -> None:
-        """Remove jobs by age and by number."""
+        """Remove jobs by age and by count."""
         going: dict[str, StoredJob] = {}
         results: dict[str, list[StoredJob]] = {}
         for job in self._all_jobs():
@@ -170,7 +179,7 @@ class Prune:
             self._remove_job(job)
 
     def _is_news(self, job: StoredJob, state: dict[str, Any]) -> bool:
-        """Say whether a job without a result still has to be told about, or goes on."""
+        """Return whether a job without a result is running, or its end is not acknowledged by a client yet."""
         if state["state"] in ("queued", "running"):
             return job.is_locked()
         if state["state"] in ("failed", "cancelled"):
@@ -178,7 +187,7 @@ class Prune:
         return False
 
     def _remove_job(self, job: StoredJob) -> bool:
-        """Remove a job that nobody uses; say whether it went."""
+        """Remove a job that is not in use; return whether it was removed."""
         try:
             lock = job.lock()
         except FileNotFoundError:
@@ -211,7 +220,7 @@ class Prune:
     # blobs
 
     def _blobs(self) -> None:
-        """Remove blobs that no job names, by age."""
+        """Remove unreferenced blobs by age."""
         if self.policy.older is None and self.policy.keep is None:
             return
         limit = min(
@@ -226,13 +235,18 @@ class Prune:
                 self._remove_file(path, limit)
 
     def _remove_file(self, path: Path, unused_for: float) -> bool:
-        """Remove a blob or a broken-off upload, unless it was used meanwhile; say whether it is gone."""
+        """Remove a blob or an incomplete upload unless it is in use; return whether it is gone.
+
+        Args:
+            path: the file.
+            unused_for: minimum seconds since its last use.
+        """
         with contextlib.suppress(FileNotFoundError):
             about = path.stat()
             if self._age(about.st_mtime, path) < unused_for:
                 return False
             with Lock.opened(path) as lock:
-                if not lock.acquire():  # a session that receives an upload holds it
+                if not lock.acquire():  # held by a session that receives the upload
                     return False
                 path.unlink()
                 self.pruned.blobs += 1
@@ -242,7 +256,7 @@ class Prune:
     # size
 
     def _down_to_size(self) -> None:
-        """Remove the least recently used jobs, blobs and compiler caches until what is left is small enough."""
+        """Remove the least recently used jobs, blobs and compiler caches until the rest fits into `Policy.size`."""
         if self.policy.size is None:
             return
         jobs = self._all_jobs()
@@ -277,10 +291,10 @@ class Prune:
             _sizes[key] = _allocated(job.folder)
         return _Entry(last_use, _sizes[key], job.folder, job)
 
-    # what else there is
+    # other entries
 
     def _others(self) -> None:
-        """Remove runners, virtual environments, temporary files and kept packages that nobody uses."""
+        """Remove unused runners, compiler caches, virtual environments, temporary files and cached packages."""
         limit = max(self.policy.older or 0.0, DAY)
         self.pruned.freed += trim(self.store.root / POOL, self._now - limit if self.policy.older is not None else None)
         own = runner_folder()
@@ -306,9 +320,9 @@ class Prune:
                     lock.unlink(missing_ok=True)
 
     def _remove_unheld(self, path: Path) -> bool:
-        """Remove a folder that nobody uses; say whether it went.
+        """Remove a folder that is not in use; return whether it was removed.
 
-        Whoever runs from a runner, or has a compiler cache mounted, holds its folder's lock, shared.
+        A process that runs from a runner's folder, or mounts a compiler cache, holds a shared lock on that folder.
         """
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -331,12 +345,12 @@ class Prune:
     # images
 
     def _images(self) -> None:
-        """Remove images of ours that nobody uses; not while anybody is looking for one or making one."""
+        """Remove unused images made by the runner, unless a job is resolving or making an image."""
         in_use = self.store.images / IMAGES_IN_USE
         try:
             known = facts(self.store.root)
         except RunnerError:
-            return  # no buildah, no images
+            return  # without buildah there are no images
         locks = [path for path in self.store.images.glob("*.lock") if path != in_use]
         with contextlib.ExitStack() as held:
             for path in [in_use, *locks]:
@@ -349,7 +363,7 @@ class Prune:
                 self._unused_images(known)
             finally:
                 self.pruned.freed += max(0, _free(self.store.root) - before)
-            for path in locks:  # held by nobody else; one that is wanted again is made anew
+            for path in locks:  # held by nobody else, and created again on demand
                 path.unlink(missing_ok=True)
 
     def _unused_images(self, known: Facts) -> None:
@@ -365,7 +379,7 @@ class Prune:
             ours = [name for name in names if name.startswith("localhost/gamebear-")]
             used_at = stamp(self.store.images / f"{identity}.used")
             if not used_at or (names and not ours):
-                continue  # it is somebody else's
+                continue  # not made by the runner
             if identity in used or self._age(used_at) < (self.policy.older or 0.0):
                 continue
             try:
@@ -382,10 +396,17 @@ class Prune:
     # removing
 
     def _age(self, last_use: float, path: Path | None = None) -> float:
-        """Return the seconds since a time; a time from the future, of before a clock was put back, counts as now."""
+        """Return the seconds since a last use, at least 0.
+
+        A time in the future was written before the clock was set back.
+
+        Args:
+            last_use: the time, in seconds since 1970.
+            path: file whose timestamp is reset to now if it is more than a day in the future.
+        """
         if last_use > self._now + DAY and path is not None:
             with contextlib.suppress(OSError):
-                os.utime(path)  # or it would never grow old
+                os.utime(path)  # otherwise it would never expire
         return max(0.0, self._now - last_use)
 
     def _thrown_away(self, path: Path) -> Path:
@@ -394,7 +415,7 @@ class Prune:
         return away
 
     def _remove(self, path: Path) -> None:
-        """Remove something in the trash, whichever of a container's users owns what is in it."""
+        """Remove an entry of the trash, including files owned by other users of a container."""
         self.pruned.freed += _allocated(path)
         shutil.rmtree(path, ignore_errors=True)
         if path.exists():
@@ -410,7 +431,7 @@ class Prune:
 
 
 def target_of(job: StoredJob) -> str:
-    """Return what is the same for each result of one target: architecture, program and outputs."""
+    """Return a key that all results of one target share: architecture, program and outputs."""
     try:
         document = job.document()
         program = document.get("script") or document["function"]
@@ -420,7 +441,7 @@ def target_of(job: StoredJob) -> str:
 
 
 def _blobs_of(jobs: Iterable[StoredJob]) -> set[str]:
-    """Return every SHA-256 that some jobs name."""
+    """Return every SHA-256 that any of the jobs refers to."""
     named: set[str] = set()
     for job in jobs:
         for name in ("job.json", "order.json"):
@@ -445,7 +466,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _allocated(path: Path) -> int:
-    """Return the bytes that a file or folder takes on the disk, as far as we may look."""
+    """Return the bytes that a file or folder occupies on the disk. Unreadable parts are not counted."""
     total = 0
     with contextlib.suppress(OSError):
         total += path.lstat().st_blocks * 512

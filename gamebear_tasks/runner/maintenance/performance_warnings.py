@@ -1,7 +1,7 @@
-"""What costs a builder much time, or will cost it a build, in words for whoever builds there: each with its remedy.
+"""Warnings about conditions that slow builds down on this builder or make them fail, each with its remedy.
 
-The supervisor looks when a job begins and leaves the words in `notices.json`, from which every client is told. They
-hold no figures that change, because a client repeats nothing that it has said before.
+The supervisor checks them when a job begins and stores the texts in `notices.json`, from which every client receives
+them. The texts contain no changing figures, because a client shows each text once.
 """
 
 from __future__ import annotations
@@ -18,26 +18,29 @@ from ..store.store import Store
 from ..util.atomic_files import read_json, write_json
 
 LITTLE_ROOM = 1 << 30
-"""Free bytes below which a disk counts as nearly full; one package image takes that much."""
+"""Free bytes below which a disk counts as nearly full; one package image needs that much."""
 
 FEW_INODES = 20_000
-"""Files that can still be made, below which there are few; one Debian base image has about ten thousand."""
+"""Number of free inodes below which a warning is shown; one Debian base image has about ten thousand files."""
 
 SLOW_SYNC = 1.0
-"""Seconds for a small file to reach the disk that are too many; cards and hard disks need 0.01 to 0.2."""
+"""Seconds to sync a small file above which a disk counts as slow; memory cards and hard disks need 0.01 to 0.2."""
 
 SYNC_TRIES = 3
-"""How often that is measured at most; the best counts, for other programs write too."""
+"""Maximum number of measurements of a sync; the fastest counts, because other programs write too."""
 
 DAY = 86400.0
 
 
 def notices(root: Path, known: Facts) -> dict[str, str]:
-    """Return what costs much here, by what it is about, each as what may follow "on this builder"; raises OSError.
+    """Return the warnings that apply, by topic, each worded to follow "on this builder".
 
     Args:
         root: the versioned store folder.
-        known: what the builder can do.
+        known: capabilities of the builder.
+
+    Raises:
+        OSError: the file system cannot be queried or written.
     """
     found = {}
     said = builder_config.read()
@@ -73,7 +76,7 @@ def notices(root: Path, known: Facts) -> dict[str, str]:
 
 
 def keep_notices(store: Store, known: Facts) -> None:
-    """Leave what costs much here for clients to be told; what cannot be found out or written is not said."""
+    """Store the warnings for clients. Best effort: an error of the file system is ignored."""
     with contextlib.suppress(OSError):
         found = list(notices(store.root, known).values())
         if found != read_json(store.notices):
@@ -81,7 +84,11 @@ def keep_notices(store: Store, known: Facts) -> None:
 
 
 def sync_seconds(root: Path) -> float:
-    """Return for how long a small file takes to reach the disk; measured once a day and boot. Raises OSError."""
+    """Return the seconds that a small file needs to reach the disk; measured once per boot and day.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path = root / "sync.json"
     known = read_json(path)
     with contextlib.suppress(TypeError, KeyError, ValueError):
@@ -97,7 +104,7 @@ def sync_seconds(root: Path) -> float:
 
 
 def _sync_once(folder: Path) -> float:
-    path = folder / "sync"  # always the same, so that one who was killed leaves no more than the next removes
+    path = folder / "sync"  # a fixed name: the next measurement removes the file of a killed one
     try:
         with path.open("wb") as file:
             file.write(os.urandom(4096))

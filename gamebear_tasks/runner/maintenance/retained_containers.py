@@ -1,13 +1,14 @@
-"""What a failed job leaves to be looked at where that was asked for: its containers, and the folder that it worked in.
+"""Containers of failed jobs that are retained for inspection on request, with the working directory of the job.
 
-    jobs/<digest>/kept.json   written by the build as it goes: {"attempt": …, "last": NAME, "containers": {NAME:
-                              {"image": what it was made from, "command": words of its last command, "options": those of
-                              `buildah run` that it had, "status": how it ended, null as long as it runs}}}
-    kept/<digest>             there as long as they are; everyone who has a shell in one of them holds it, shared
+    jobs/<digest>/kept.json   written by the build as it progresses: {"attempt": …, "last": NAME, "containers": {NAME:
+                              {"image": what it was made from, "command": words of its last command, "options": its
+                              `buildah run` options, "status": its exit status, null while it runs}}}
+    kept/<digest>             exists while the containers do; every open shell in one of them holds its lock, shared
 
-A job's containers are either to be cleaned up after (`live/<digest>` is there) or kept. Going from the one to the other
-takes the job's lock, and its next attempt begins with the first. So nothing else has to know that there are any.
-They go with the job's next attempt, with the job when it is pruned, and unasked when there are too many or too old.
+A job's containers are either pending cleanup (`live/<digest>` exists) or retained. The transition requires the job's
+lock. The next attempt first returns them to pending cleanup, so no other code has to know about retained containers.
+They are removed with the job's next attempt, when the job is pruned, and automatically when there are too many or they
+are too old.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ if TYPE_CHECKING:
     from ..protocol.pty import Attended
 
 MOST = 3
-"""How many failed jobs' containers a store keeps: those of the last ones."""
+"""Maximum number of failed jobs, the latest ones, whose containers a store retains."""
 
 AGE = 7 * 86400.0
-"""Seconds after which they are removed, when the next job begins: counted from the failure, or from the last shell."""
+"""Seconds since the failure, or since the last shell, after which they are removed when the next job begins."""
 
 FINISHED = 3
-"""How many containers whose with-block is over are still there when a job fails: the last ones."""
+"""Number of containers, the latest ones, that still exist after their with-block when a job fails."""
 
 KEEP_VARIABLE = "GAMEBEAR_KEEP"
-"""Environment variable with the attempt's name where its containers are to be kept if it fails; else empty."""
+"""Environment variable with the attempt's name if its containers are retained on failure; else empty."""
 
 SHELL = ("/bin/sh", "-c", "if [ -x /bin/bash ]; then exec /bin/bash; fi; exec /bin/sh")
-"""What is run in a container where nothing else is asked for."""
+"""Default command in a container."""
 
 
 class Notes:
-    """What a build writes down of its containers.
+    """Record of a build's containers, written to `kept.json`. Best effort.
 
     Args:
-        path: where.
-        attempt: which attempt of the job it is.
+        path: file to write.
+        attempt: attempt of the job.
     """
 
     def __init__(self, path: Path, attempt: str) -> None:
@@ -64,22 +65,22 @@ class Notes:
         self._written: dict[str, Any] = {"attempt": attempt, "last": "", "containers": {}}
 
     def made(self, name: str, image: str) -> None:
-        """Note a container and what it was made from."""
+        """Record a container and the image that it was made from."""
         self._written["containers"][name] = {"image": image, "command": [], "options": [], "status": None}
         self._last(name)
 
     def begun(self, name: str, command: Sequence[str], options: Sequence[str]) -> None:
-        """Note that a command runs."""
+        """Record that a command runs in a container."""
         self._written["containers"][name].update(command=list(command), options=list(options), status=None)
         self._last(name)
 
     def ended(self, name: str, status: int) -> None:
-        """Note how it ended."""
+        """Record the exit status of a container's command."""
         self._written["containers"][name]["status"] = status
         self._write()
 
     def removed(self, *names: str) -> None:
-        """Note that containers are gone."""
+        """Record that containers were removed."""
         for name in names:
             self._written["containers"].pop(name, None)
         self._write()
@@ -93,8 +94,8 @@ class Notes:
             write_json(self._path, self._written, sync=False)
 
 
-# With chroot isolation buildah says of a command that has failed that it has, and says it into the container's own
-# terminal. So the command ends well there, and how it ended is told by way of a file that both sides see.
+# With chroot isolation buildah reports a failed command by printing an error into the container's own terminal.
+# To avoid that, the command exits with 0 there and its status is passed through a file that both sides can access.
 _TELLING = """\
 f=$1
 shift
@@ -108,7 +109,7 @@ s=$?
 
 
 def noted(stored: StoredJob, attempt: str) -> dict[str, Any]:
-    """Return the containers that an attempt has noted, by name, in the order in which they were made."""
+    """Return the containers that an attempt recorded, by name, in order of creation."""
     found = read_json(stored.folder / "kept.json")
     if not isinstance(found, dict) or found.get("attempt") != attempt or not isinstance(found.get("containers"), dict):
         return {}
@@ -116,7 +117,11 @@ def noted(stored: StoredJob, attempt: str) -> dict[str, Any]:
 
 
 def keep(stored: StoredJob) -> None:
-    """Let a job's containers and its folder be kept from now on; the caller holds its lock. Raises OSError."""
+    """Retain a job's containers and its working directory from now on. The caller holds the job's lock.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
     stored.kept.parent.mkdir(mode=0o700, exist_ok=True)
     stored.kept.touch(mode=0o600)
     os.utime(stored.kept)
@@ -125,7 +130,7 @@ def keep(stored: StoredJob) -> None:
 
 
 def trim(store: Store) -> None:
-    """Remove what is kept of more than the last few failed jobs, or for too long; not while somebody looks at it."""
+    """Remove retained containers that exceed `MOST` or `AGE`, except those with an open shell. Best effort."""
     with contextlib.suppress(OSError):
         marks = sorted(store.kept.iterdir(), key=stamp, reverse=True)
         for number, mark in enumerate(marks):
@@ -142,7 +147,12 @@ def trim(store: Store) -> None:
 
 
 def listed(stored: StoredJob) -> dict[str, Any]:
-    """Return what is kept of a job, as a client is told it: empty where nothing is."""
+    """Return a job's retained containers, as sent to a client; empty if there are none.
+
+    Returns:
+        `attempt`; `age`, seconds since the failure; `last`, index of the last container used; and `containers`, with
+        `image`, `command` and `status` of each.
+    """
     attempt = stored.written_state().get("attempt", "")
     containers = noted(stored, attempt)
     if not containers or not stored.is_kept():
@@ -164,18 +174,18 @@ def listed(stored: StoredJob) -> dict[str, Any]:
 
 
 def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: Mapping[str, Any] | None) -> Attended:
-    """Return a command that has been started in a kept container.
+    """Start a command in a retained container and return it.
 
     Args:
         stored: the job.
-        container: its number, from 0.
-        words: the command; none for a shell.
-        terminal: the client's, as for `Attended`.
+        container: index of the container, from 0.
+        words: the command; empty for a shell.
+        terminal: the client's terminal, as for `Attended`.
 
     Raises:
-        RunnerError: there is no such container.
+        RunnerError: the container does not exist, or the command cannot be started.
     """
-    from ..protocol.pty import started  # which no build needs
+    from ..protocol.pty import started  # not needed by builds
 
     number = int(container)
     if not 0 <= number < len(listed(stored).get("containers", ())):
@@ -190,21 +200,21 @@ def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: M
     stored.touch()
     stored.scratch.mkdir(mode=0o700, exist_ok=True)
     env = {**environment(root, known), "TMPDIR": str(stored.scratch)}
-    return started(command, env, stored.work, terminal, within=True, umask=0o022)  # as a build has it
+    return started(command, env, stored.work, terminal, within=True, umask=0o022)  # the umask of a build
 
 
 def main(digest: str, number: str, *command: str) -> int:
-    """Run a command in a kept container, where and as what its last one ran; in the namespace of a build.
+    """Run a command in a retained container with the options of its last command. Runs in the namespace of a build.
 
     Args:
-        digest: the job.
-        number: the container's, counted from 0.
+        digest: digest of the job.
+        number: index of the container, from 0.
         command: its words; none for a shell.
 
     Returns:
-        The command's exit status, 125 where it was not begun.
+        The command's exit status, or 125 if it was not started.
     """
-    for signum in (signal.SIGHUP, signal.SIGTERM):  # process 1 of a namespace is ended only by what it handles
+    for signum in (signal.SIGHUP, signal.SIGTERM):  # process 1 of a namespace ignores unhandled signals
         signal.signal(signum, lambda signum, _: os._exit(128 + signum))
     store = Store()
     stored = store.job(digest)
@@ -229,7 +239,7 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
         return buildah.run_in(name, command or SHELL, *options, stdin=0, out=out, err=err)
     options += ["--terminal", "--env", f"TERM={os.environ.get('TERM', 'dumb')}"]
     if not command and about["command"]:
-        # Bash runs it before its first prompt: so the command that failed is one arrow key away.
+        # Bash runs it before its first prompt: the arrow key then recalls the command that failed.
         line = shlex.quote(shlex.join(about["command"]))
         options += ["--env", f"PROMPT_COMMAND=unset PROMPT_COMMAND; history -s -- {line}"]
     words = command or SHELL
@@ -238,7 +248,7 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
         if known.isolation == "chroot" and os.access(streams.SHARED, os.W_OK):
             told = stack.enter_context(streams.file_for_all(name))
             words = ("/bin/sh", "-c", _TELLING, "sh", str(told), *words)
-        # The container's program has a terminal of its own; what comes here is buildah's.
+        # The container's program has a separate terminal; this stderr is that of buildah alone.
         process = subprocess.Popen(
             buildah.command("run", *options, name, "--", *words),
             env=environment(store.root, known),
@@ -255,7 +265,7 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
 
 
 def _without_what_is_gone(options: list[str]) -> list[str]:
-    """Return options without mounts of what was there for the command only, as a temporary folder is; say so."""
+    """Return options without mounts whose source is gone, such as a temporary folder; report each on stderr."""
     words = [option for option in options if option != "--terminal"]
     kept: list[str] = []
     for option, value in zip(words[::2], words[1::2]):

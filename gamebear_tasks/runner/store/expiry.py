@@ -4,7 +4,7 @@ A result's state has `policies`, a list with one object for each package image t
 
     packages    the requested packages, for display
     base        the base's name in the script, and
-    base_id     the image that it resolved to; both empty if the base is an image id, or its name is irrelevant
+    base_id     the id of the image that it resolved to; both empty if the script passes an image id
     arch        Debian's name of the job's architecture
     made        when the image was made, in seconds since 1970 by the builder's clock
     max_age     seconds after which it expires; None: never
