@@ -1,7 +1,7 @@
-"""A job's supervisor: detached from every connection, it takes a slot, runs the job, keeps the result.
+"""A job's supervisor: a detached process that waits for a slot, runs the job and stores the result.
 
-It holds the job's lock from before it was started (the session that starts it hands the lock down) until it ends, so
-that *state says running and the lock is free* can mean one thing only.
+It holds the job's file lock from before its start (the session that starts it passes the lock down) until it ends.
+State `running` with a free lock therefore always means that the job is lost.
 """
 
 from __future__ import annotations
@@ -39,31 +39,34 @@ from . import workspace
 from .workspace import JobFailed
 
 LOG_LIMIT = 1 << 30
-"""Bytes of log after which a build is ended: it is caught in a loop, and would fill the disks of both sides."""
+"""Bytes of log after which a build is stopped: it is in an endless loop and would fill the disks of both sides."""
 
 LOG_TAIL = 16 << 10
-"""Bytes at the end of a failed build's log that are searched for the reason."""
+"""Bytes at the end of a failed build's log that are searched for the cause."""
 
 NO_ROOM = 1 << 20
-"""Free bytes below which a build that failed is taken to have failed because of that."""
+"""Free bytes below which a failed build is reported as failed by a full disk."""
 
 GO = b"\n"
-"""What a build is told when its folder is there."""
+"""Sent to a build when its working directory is ready."""
 
 GRACE = 5.0
-"""Seconds between asking a build to end and killing it."""
+"""Seconds between SIGTERM and SIGKILL to a build."""
 
 
 POLL = 0.2
-"""Seconds between two looks whether an attempt is to end."""
+"""Seconds between two checks whether an attempt must stop."""
 
 
 class Stopped(BaseException):
-    """The attempt is to end. No handler of ordinary errors may catch it: it is raised at any point of a phase."""
+    """The attempt must stop.
+
+    Raised at any point of a phase; a BaseException, so that no handler of ordinary errors catches it.
+    """
 
 
 class Cancelled(Stopped):
-    """Somebody asked to end the attempt."""
+    """A client requested to stop the attempt."""
 
 
 class TimeUp(Stopped):
@@ -71,7 +74,12 @@ class TimeUp(Stopped):
 
 
 class Supervisor:
-    """Runs one attempt of one job."""
+    """Runs one attempt of one job.
+
+    Args:
+        stored: the job.
+        attempt: name of the attempt.
+    """
 
     def __init__(self, stored: StoredJob, attempt: str) -> None:
         self.stored = stored
@@ -83,15 +91,19 @@ class Supervisor:
         order = read_json(stored.folder / "order.json")
         order = order if isinstance(order, dict) else {}
         self.keeps = bool(order.get("keep"))
-        """What a failed build leaves is to be kept."""
+        """Whether to retain the containers of a failed build."""
         self.tidy = not order.get("after_lost")
-        """There are no containers: neither of an earlier attempt nor of a build of ours that has not removed them."""
+        """Whether there are certainly no containers, neither of an earlier attempt nor of this one."""
         self.limit = 0.0
-        """Seconds that the attempt may take once it has its slot, 0 for any."""
+        """Seconds that the attempt may take once it has its slot; 0 for no limit."""
         self._deadline = math.inf
 
     def run(self) -> None:
-        """Build the job and write how it ended; never raises for what the job does."""
+        """Build the job and write its final state. Failures of the job are recorded, not raised.
+
+        Raises:
+            OSError: the final state cannot be written.
+        """
         try:
             said = builder_config.read()
             if said.wrong:
@@ -127,7 +139,7 @@ class Supervisor:
         self._write_final_state(**final)
 
     def say(self, text: str) -> None:
-        """Write a line of our own to the job's log."""
+        """Write a message of the supervisor to the job's log. Best effort."""
         with contextlib.suppress(OSError):
             os.write(self.log, f"gamebear: {text}\n".encode("utf-8", "backslashreplace"))
 
@@ -135,9 +147,12 @@ class Supervisor:
         self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases.spans, **more})
 
     def _write_final_state(self, **final: Any) -> None:
-        """Write how the attempt ended; where the disk is too full even for that, make room of what is needed no more.
+        """Write the final state; on a full disk, first free space by removing the order, which is no longer needed.
 
         If it cannot be written at all, the attempt counts as lost.
+
+        Raises:
+            OSError: it cannot be written.
         """
         try:
             self._write_state(**final)
@@ -148,10 +163,10 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _stopped_in_time(self) -> Iterator[None]:
-        """Raise Stopped within the block as soon as the attempt is to end, whatever the block does.
+        """Raise Stopped within the block as soon as the attempt must stop, whatever the block is doing.
 
-        A timer's signal interrupts it, so that no phase has to look: neither a program that is waited for, nor a lock,
-        nor the hash of a large file. The exception is raised once, and may then unwind undisturbed.
+        A timer signal interrupts the block, so no phase needs to poll: not while it waits for a program or a lock, nor
+        while it hashes a large file. The exception is raised only once, so that unwinding is not interrupted.
         """
         active = True
 
@@ -239,14 +254,17 @@ class Supervisor:
     # the program
 
     def _start_program(self, known: Facts, base: str) -> subprocess.Popen[bytes]:
-        """Start the build in its namespace, which takes a while: it waits to be told that its folder is there."""
+        """Start the build in its namespace. That takes a while, so it overlaps with filling the working directory.
+
+        The build waits for `GO` before it begins.
+        """
         with contextlib.suppress(FileNotFoundError):
             self._result.unlink()
         runner = runner_folder()
         self.stored.scratch.mkdir(mode=0o700, exist_ok=True)
         return subprocess.Popen(
             [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
-            stdin=subprocess.PIPE,  # its end tells the build that we are gone
+            stdin=subprocess.PIPE,  # end of file tells the build that the supervisor has died
             stdout=self.log,
             stderr=self.log,
             cwd=self.stored.folder,
@@ -254,19 +272,24 @@ class Supervisor:
                 **environment(self.store.root, known),
                 "TMPDIR": str(self.stored.scratch),
                 "GAMEBEAR_BASE": base,
-                "PYTHONHASHSEED": "0",  # a set of strings is in the same order each time
+                "PYTHONHASHSEED": "0",  # makes the order of sets of strings reproducible
                 retained_containers.KEEP_VARIABLE: self.attempt if self.keeps else "",
             },
             start_new_session=True,
         )
 
     def _run_program(self, process: subprocess.Popen[bytes]) -> None:
-        """Have the build run until it ends."""
+        """Start the prepared build and wait until it ends.
+
+        Raises:
+            JobFailed: the build failed.
+            Stopped: the attempt must stop.
+        """
         assert process.stdin is not None
         self.tidy = False
         started = time.monotonic()
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has failed to start, which its status tells
+            with contextlib.suppress(BrokenPipeError):  # it failed to start; its exit status is checked below
                 process.stdin.write(GO)
                 process.stdin.flush()
             status = self._wait(process)
@@ -293,9 +316,9 @@ class Supervisor:
         )
 
     def _note_phases(self, result: Any, started: float) -> None:
-        """Note where the build says that the time went; what came before and after is the build's too."""
+        """Record the phases that the build reports; the time before and after them counts as `build`."""
         now = time.monotonic()
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # it was killed, or the script was at its result
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # it was killed, or the script changed its result
             began = float(result["began"])
             for name, start, seconds in sorted(result["phases"], key=lambda span: float(span[1])):
                 begun = min(max(began + float(start), started), now)
@@ -305,7 +328,12 @@ class Supervisor:
         self.phases.add("build", started, now)
 
     def _check_room(self, said: str, failure: dict[str, Any]) -> None:
-        """Raise the failure of a full disk where a build has failed because of one: it shows in many guises."""
+        """Raise JobFailed for a full disk if that made the build fail: programs report it in many different ways.
+
+        Args:
+            said: error message of the build, searched together with the end of the log.
+            failure: details of the failure.
+        """
         tail = ""
         with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
@@ -335,7 +363,18 @@ class Supervisor:
     # what comes out
 
     def _keep_outputs(self, names: list[str]) -> dict[str, Any]:
-        """Move the outputs from the program's folder to their place, synced; return size and SHA-256 of each."""
+        """Move the outputs from the working directory into the store and sync them.
+
+        Args:
+            names: file names of the outputs.
+
+        Returns:
+            By name: `size` in bytes, `data` (bytes that are not in holes), `sha256` and `executable`.
+
+        Raises:
+            JobFailed: an output cannot be read, or is not a regular file.
+            OSError: an output cannot be stored.
+        """
         folder = self.stored.outputs(self.attempt)
         folder.mkdir(mode=0o700)
         sync_folder(self.stored.folder)
@@ -367,10 +406,10 @@ class Supervisor:
         return outputs
 
     def _clean_up(self, final: dict[str, Any]) -> None:
-        """Remove what the attempt has left, or have it kept, which its failure then says."""
+        """Remove the attempt's leftovers, or retain its containers and record that in its failure."""
         failure = final.get("failure", {})
         names = retained_containers.noted(self.stored, self.attempt) if self.keeps and failure else {}
-        if not names or failure["kind"] == StoreError.kind:  # a full disk needs the room
+        if not names or failure["kind"] == StoreError.kind:  # a full disk needs the space
             clean_up(self.stored, containers=not self.tidy)
         elif remove_leftovers(self.stored, containers=not self.tidy, but=names):
             with contextlib.suppress(OSError):
@@ -383,7 +422,7 @@ class Supervisor:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a build and all that it has started: ask, wait, kill."""
+    """End a build and all of its processes: SIGTERM, wait, SIGKILL."""
     assert process.stdin is not None
     with contextlib.suppress(OSError):
         process.stdin.close()
@@ -399,10 +438,14 @@ def main(digest: str, attempt: str, lock_fd: int, alive_fd: int) -> int:
     """Supervise an attempt.
 
     Args:
-        digest: the job.
-        attempt: which.
-        lock_fd: the job's lock, an open file descriptor.
-        alive_fd: a pipe to the session that has started us, which waits for its end: that is when the job has ended.
+        digest: digest of the job.
+        attempt: name of the attempt.
+        lock_fd: file descriptor of the job's lock, already held.
+        alive_fd: write end of a pipe to the session that started this process. It is closed when the job has ended,
+            which wakes the session.
+
+    Returns:
+        Exit status: 0, or 1 if the final state cannot be written.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(lock_fd, False)

@@ -1,13 +1,13 @@
-"""The process that executes a job: process 1 of its namespace, which watches, and its child, which builds.
+"""The process that executes a job: process 1 of its namespace, which watches the supervisor, and a child, which builds.
 
-The first one holds the pipe to the supervisor: when that closes, everything ends. It adopts and reaps what the build
-leaves behind. The child runs the buildscript or the function in the working directory and writes down what came of it:
+The first process holds the pipe to the supervisor and ends everything when that closes. It adopts and reaps orphaned
+processes of the build. The child runs the buildscript or function in the working directory and writes the result:
 
-    result.json     {"ok": true} with "policies" (see `policy`) and, where the script returned an image, "image" (id and
-                    names, in one text), or
-                    {"ok": false, "kind": …, "message": …} with "command" and "status" where a command failed.
-                    "containers" is there where there were any when it failed, "containers_left" where some are left:
-                    they could not be removed, or are to be kept (see `kept`). "phases" is where the time went (see
+    result.json     {"ok": true} with "policies" (see `expiry`) and, if the script returned an image, "image" (id and
+                    names, in one string), or
+                    {"ok": false, "kind": …, "message": …} with "command" and "status" if a command failed.
+                    "containers" is set if there were any when it failed, "containers_left" if some remain: they
+                    could not be removed, or are retained (see `retained_containers`). "phases" has the timing (see
                     `phases`), counted from "began" by the monotonic clock.
 
 Kinds of failure: `script` (an exception, a syntax error, a wrong argument), `command`, `image`, `output`, `runner`.
@@ -49,27 +49,30 @@ from ..util.atomic_files import read_json, write_json
 from ..util.errors import RunnerError
 
 KILLED = 128 + signal.SIGKILL
-"""The exit status of a build whose supervisor is gone."""
+"""Exit status of a build whose supervisor has died."""
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 """Options of prctl(2)."""
 
 NAMES_SHOWN = 12
-"""How many of the files that a script has left a message lists."""
+"""Maximum number of file names that a message lists."""
 
 
 class OutputError(RunnerError):
-    """An output is not what it was to be."""
+    """An output is missing or is not a regular file."""
 
     kind = "output"
 
 
 def main(digest: str) -> int:
-    """Build a job when its supervisor says so; the working directory is the job's, standard input the pipe to it.
+    """Build a job once its supervisor sends `GO`.
+
+    Runs in the job's folder, with the supervisor's pipe as standard input.
 
     Returns:
-        0 when it is built, else 1, or 128 plus the number of the signal that ended the child.
+        Does not return: the process exits with 0 if the job was built, else 1, or 128 plus the number of the signal
+        that ended the child.
     """
     supervisor = os.dup(0)
     if not os.read(supervisor, 1):
@@ -89,14 +92,14 @@ def main(digest: str) -> int:
             if os.getppid() != 1:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             status = build(digest)
-        except BaseException:  # noqa: BLE001 - a fault of ours; nothing may return into the parent's code
+        except BaseException:  # noqa: BLE001 - a bug in the runner; the child must not continue in the parent's code
             traceback.print_exc()
         finally:
             os._exit(status)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None if _ending.locked() else _end(128 + number))
     threading.Thread(target=_watch, args=(supervisor,), daemon=True).start()
-    with contextlib.suppress(ChildProcessError):  # the other thread may have reaped it, and is ending us
+    with contextlib.suppress(ChildProcessError):  # race: the other thread has reaped it and is ending this process
         while True:
             pid, outcome = os.waitpid(-1, 0)
             if pid == child:
@@ -109,7 +112,7 @@ _ending = threading.Lock()
 
 
 def _watch(supervisor: int) -> None:
-    """Wait until the supervisor is gone; then end everything."""
+    """Wait until the supervisor has died, then end everything."""
     while True:
         with contextlib.suppress(InterruptedError):
             if not os.read(supervisor, 1 << 10):
@@ -117,10 +120,11 @@ def _watch(supervisor: int) -> None:
 
 
 def _end(status: int) -> NoReturn:
-    """End this process and everything that it has started.
+    """End this process and all of its descendants.
 
-    The end of process 1 is that of its namespace. Otherwise the descendants are killed, until there are none: as
-    their reaper, this process is the parent of every one whose own is gone. Of two threads, the first one ends it.
+    If it is process 1 of a namespace, the kernel kills the others. Otherwise the descendants are killed until none is
+    left; as subreaper, this process is the parent of all orphans. If two threads call this, the first one proceeds and
+    the second blocks.
     """
     if not _ending.acquire(blocking=False):
         threading.Event().wait()
@@ -139,7 +143,7 @@ def _end(status: int) -> NoReturn:
 
 
 def _descendants(ancestor: int) -> list[int]:
-    """Return the living processes below one, by proc_pid_stat(5)."""
+    """Return the process ids of all living descendants, from proc_pid_stat(5)."""
     parents: dict[int, int] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -172,14 +176,14 @@ def build(digest: str) -> int:
     result: dict[str, Any] = {"ok": True}
     try:
         _execute(digest, folder, result)
-    except BaseException as error:  # noqa: BLE001 - whatever a script raises
+    except BaseException as error:  # noqa: BLE001 - a script may raise anything
         result = {**result, "ok": False, **_failure(error)}
     write_json(folder / "result.json", result, sync=False)
     return 0 if result["ok"] else 1
 
 
 def _unbuffered(fd: int) -> TextIO:
-    """Return a text file whose writes reach the log at once, in order with those of the programs that we start."""
+    """Return an unbuffered text file, so that its output and that of child processes reach the log in order."""
     raw = cast(io.BufferedWriter, io.FileIO(fd, "wb", closefd=False))
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
@@ -243,11 +247,11 @@ def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], re
 
 
 def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
-    """Run the job's script or function; return what it returns."""
+    """Run the job's script or function; return its return value."""
     work = str(Path.cwd())
     runner = str(runner_folder())
     sys.path[:] = [work, *(path for path in sys.path if path not in ("", runner, work))]
-    sys.dont_write_bytecode = True  # what is new in the working directory is the script's
+    sys.dont_write_bytecode = True  # only the script adds files to its working directory
     seen = {
         "Container": Container,
         "Image": Image,
@@ -268,7 +272,7 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
         language.add_requirements(root, program.requirements)
         values = language.bind(program, document.get("args") or {})
         sys.argv = [str(path)]
-        module = types.ModuleType("__script__")  # a module that can be found, as dataclasses and pickle need it
+        module = types.ModuleType("__script__")  # dataclasses and pickle look the module up in sys.modules
         sys.modules["__script__"] = module
         names = vars(module)
         names.update(seen, __file__=str(path), __args__=values)
@@ -277,12 +281,12 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
 
 
 def _metadata(document: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Return what the script sees of its sources: what the job says, and the one time that all files of each have."""
+    """Return each source's metadata for the script, with the common timestamp of its files as `date`."""
     return {name: {**said, "date": _date(Path.cwd() / name)} for name, said in (document.get("metadata") or {}).items()}
 
 
 def _date(folder: Path) -> str:
-    """Return the time of a source in UTC, as ISO 8601 has it; an empty text where it has no files."""
+    """Return the timestamp of a source in UTC, in ISO 8601; an empty string if it has no files."""
     with os.scandir(folder) as entries:
         for entry in entries:
             return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.stat(follow_symlinks=False).st_mtime))
@@ -291,7 +295,7 @@ def _date(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _ended_by_exit() -> Iterator[None]:
-    """Let `sys.exit()` end a script well; the block then gives nothing."""
+    """Treat a successful `sys.exit()` as the normal end of a script."""
     try:
         yield
     except SystemExit as error:
@@ -304,7 +308,7 @@ def _call_function(folder: Path, document: dict[str, Any]) -> object:
     sys.path.insert(1, str(folder / "cloudpickle.zip"))
     try:
         function = _Unpickler(folder).load()
-    except Exception as error:  # noqa: BLE001 - unpickling raises whatever its modules do
+    except Exception as error:  # noqa: BLE001 - unpickling may raise anything
         raise language.ScriptError(
             f"The function {name} cannot be loaded on the builder: {type(error).__name__}: {error}.",
             "What it uses has to be there: the standard library, or modules that are sent along with it.",
@@ -316,19 +320,19 @@ def _call_function(folder: Path, document: dict[str, Any]) -> object:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads a function's pickle, in which the places of its code are persistent ids such as `file 3`."""
+    """Loads a function's pickle, in which the code locations are persistent ids such as `file 3`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(io.BytesIO((folder / "function.pickle").read_bytes()))
         self._lines = json.loads((folder / "function.lines").read_bytes())
 
     def persistent_load(self, pid: str) -> str | int | bytes:
-        """Return the file name, first line or line table of a piece of code; a default where it is not known."""
+        """Return the file name, first line or line table of a code object; a default if unknown."""
         part, _, number = pid.partition(" ")
         try:
             file, first, table = self._lines[int(number)]
             known = str(file), int(first), base64.b64decode(table)
-        except (IndexError, KeyError, TypeError, ValueError):  # lines serve tracebacks only
+        except (IndexError, KeyError, TypeError, ValueError):  # line numbers are only needed for tracebacks
             known = "<function>", 1, b""
         return known[("file", "first", "table").index(part)]
 
@@ -344,10 +348,10 @@ def _names(image: Image) -> list[str]:
 
 
 def _check_outputs(document: dict[str, Any]) -> None:
-    """See that every output is a regular file in the working directory, and give it to our user.
+    """Ensure that every output is a regular file in the working directory, owned and readable by the builder's user.
 
     Raises:
-        OutputError: one is not.
+        OutputError: an output is missing or is not a regular file.
     """
     for name in document["outputs"]:
         try:
@@ -376,7 +380,7 @@ def _check_outputs(document: dict[str, Any]) -> None:
 
 
 def _whats_new(document: dict[str, Any]) -> str:
-    """Say what a script has left in its working directory besides what it found there."""
+    """Describe the files that the script added to its working directory."""
     given = {path.split("/")[0] for part in ("modules", "inputs", "sources") for path in document.get(part) or ()}
     given.add((document.get("script") or {}).get("name", ""))
     new = sorted(set(os.listdir()) - given - {"__pycache__"})
@@ -384,16 +388,16 @@ def _whats_new(document: dict[str, Any]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Return names for a message, those with odd characters quoted."""
+    """Format file names for a message, quoting those with special characters."""
     shown = [name if shlex.quote(name) == name else repr(name) for name in names[:NAMES_SHOWN]]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-# what went wrong
+# failures
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    """Return what a result says of an exception; print the traceback to the log where that helps."""
+    """Return the part of a result that describes an exception; print the traceback to the log if it is useful."""
     where = _place(error)
     if isinstance(error, SyntaxError) and not where:
         print("".join(traceback.format_exception_only(type(error), error)), end="", file=sys.stderr)
@@ -419,18 +423,18 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def _result(kind: str, message: str, **more: Any) -> dict[str, Any]:
-    """Return a failure as it is written; whatever a script put into it can be written."""
+    """Return a failure that can be serialized, whatever text a script put into it."""
     return {"kind": kind, "message": message.encode("utf-8", "backslashreplace").decode(), **more}
 
 
 def _place(error: BaseException) -> str:
-    """Return the last of the script's own lines that an exception came through, to begin a message with."""
+    """Return file and line of the innermost frame in the script's own code, as a message prefix; empty if none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_the_users(frame.filename)]
     return f"{_shown(frames[-1].filename)}, line {frames[-1].lineno}: " if frames else ""
 
 
 def _print_traceback(error: BaseException) -> None:
-    """Print an exception and those it came from, with the frames of the script and its modules only."""
+    """Print an exception and its causes, with only the frames of the script and its modules."""
     found = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
     waiting = [found]
@@ -449,7 +453,7 @@ def _print_traceback(error: BaseException) -> None:
 
 
 def _is_the_users(filename: str) -> bool:
-    """Say whether code from a file is the script's, and not ours, Python's or a package's."""
+    """Return whether a file belongs to the script, and not to the runner, Python or a package."""
     if filename.startswith(str(Path.cwd())):
         return True
     if filename.startswith("<") or "/site-packages/" in filename or "/dist-packages/" in filename:
@@ -460,6 +464,6 @@ def _is_the_users(filename: str) -> bool:
 
 
 def _shown(filename: str) -> str:
-    """Return a file's name as a message has it: relative to the working directory where it is in it."""
+    """Return a file's name for display: relative if it is in the working directory."""
     work = f"{Path.cwd()}/"
     return filename[len(work) :] if filename.startswith(work) else filename

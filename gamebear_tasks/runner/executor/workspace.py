@@ -1,8 +1,8 @@
-"""The program's folder: a fresh one that holds the script, its modules, every input and every source.
+"""A job's working directory: a fresh folder with the script, its modules, all inputs and all sources.
 
-Modes are set and never left to the umask, which is 077 here: a container's users and an artifact see them. Folders are
-755. The folder itself is, too, because scripts mount and copy it; that other users of the builder cannot enter it is
-due to the job's folder, which is 700.
+Modes are set explicitly and do not depend on the umask, which is 077 here, because a container's users and artifacts
+depend on them. Folders have mode 755. So has the working directory itself, because scripts mount and copy it. Other
+users of the builder cannot enter it, because the job's folder has mode 700.
 """
 
 from __future__ import annotations
@@ -23,11 +23,21 @@ if TYPE_CHECKING:  # slow to load, and many jobs have no source
     import tarfile
 
 BROKEN_SOURCE = "No source of ours has one: remove it from gamebear-tasks/sources of your cache, then run doit again."
-"""What to do about a tar that our sources do not make."""
+"""Suggested fix for a tar file that none of the project's sources produces."""
 
 
 class JobFailed(RunnerError):
-    """The job cannot be built; `failure` is what the state says of it."""
+    """The job cannot be built.
+
+    Args:
+        kind: kind of failure.
+        message: what failed.
+        hint: suggested fix.
+        details: further fields of the failure.
+
+    Attributes:
+        failure: the failure, as recorded in the job's state.
+    """
 
     def __init__(self, kind: str, message: str, hint: str = "", **details: Any) -> None:
         super().__init__(message, hint)
@@ -35,18 +45,18 @@ class JobFailed(RunnerError):
 
 
 def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]) -> None:
-    """Lay out a job's folder; every blob is checked on the way.
+    """Create a job's working directory; the SHA-256 of every blob is verified while it is copied.
 
     Args:
         stored: the job.
-        job: its description.
-        trees: SHA-256 of the tar of each source, by the source's name; of `/function.lines` and `/cloudpickle.zip`
-            where the job is a function.
-        check_stop: called now and then; raises what ends it.
+        job: the job's JSON.
+        trees: SHA-256 of the tar file of each source, by source name; of `/function.lines` and `/cloudpickle.zip` if
+            the job is a function.
+        check_stop: called repeatedly; an exception that it raises ends the operation.
 
     Raises:
-        JobFailed: a blob is missing or damaged, or the description names something that it must not.
-        OSError: no space, for example.
+        JobFailed: a blob is missing or corrupted, or the job contains an invalid name.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     try:
         _fill(stored, job, trees, check_stop)
@@ -59,7 +69,10 @@ def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_st
 def _remove_damaged(
     stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]
 ) -> None:
-    """Remove all damaged blobs of a job, so that all are sent at once: after a power cut it is seldom one."""
+    """Remove all corrupted blobs of a job, so that the client sends them all at once.
+
+    A power cut often corrupts several.
+    """
     files = [*job["modules"].values(), *job["inputs"].values(), job.get("script") or job["function"]]
     for sha256 in {*(file["sha256"] for file in files), *filter(is_sha256, trees.values())}:
         check_stop()
@@ -113,7 +126,12 @@ def _tree(trees: dict[str, str], name: str) -> str:
 def _lay(
     stored: StoredJob, check_stop: Callable[[], None], sha256: str, folder: Path, name: str, executable: bool
 ) -> None:
-    """Copy a blob to its place, and check on the way that it still is what its name says."""
+    """Copy a blob to its place and verify its SHA-256 on the way.
+
+    Raises:
+        JobFailed: the name is invalid, or the blob is missing or corrupted.
+        OSError: the file cannot be written.
+    """
     if not is_relative_path(name):
         raise JobFailed("job", f"{name!r} cannot be the name of a file of the job.")
     path = folder / name
@@ -143,20 +161,29 @@ def _make_folder(path: Path) -> None:
 
 
 def _make_folders(path: Path, top: Path) -> None:
-    """Make a folder below `top`, and those between, where they are missing; raises OSError."""
+    """Create a folder below `top` and its missing parents.
+
+    Raises:
+        OSError: a folder cannot be created.
+    """
     if path != top and not path.is_dir():
         _make_folders(path.parent, top)
         _make_folder(path)
 
 
 def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = lambda: None) -> None:
-    """Unpack a source tree: folders, files and links below the folder, nothing else.
+    """Unpack a source tree, which is untrusted: only folders, regular files and symbolic links, only below the folder.
 
-    Links are made as they are in the tree, wherever they point to; nothing is written through them, because every
-    member's folder must be a real one.
+    Links are created as they are, wherever they point. Nothing is written through them, because the parent of every
+    member must be a real folder.
+
+    Args:
+        tar: tar file of the source.
+        folder: folder to unpack into.
+        check_stop: called for every member; an exception that it raises ends the operation.
 
     Raises:
-        RunnerError: a member would be written elsewhere, or is neither folder, file nor link.
+        RunnerError: a member leads out of the folder, or is neither a folder, a regular file nor a symbolic link.
     """
     folders: list[tuple[Path, float]] = []
     for member in tar:
@@ -190,5 +217,5 @@ def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = 
             raise RunnerError(
                 f"The source's archive has a member of a kind that sources do not have: {member.name!r}.", BROKEN_SOURCE
             )
-    for path, mtime in reversed(folders):  # what is written into a folder changes its time
+    for path, mtime in reversed(folders):  # last, because writing into a folder changes its timestamp
         os.utime(path, (mtime, mtime))

@@ -239,7 +239,7 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
         return buildah.run_in(name, command or SHELL, *options, stdin=0, out=out, err=err)
     options += ["--terminal", "--env", f"TERM={os.environ.get('TERM', 'dumb')}"]
     if not command and about["command"]:
-        # Bash runs it before its first prompt: the arrow key then recalls the command that failed.
+        # Bash runs it before its first prompt: the up-arrow key then recalls the command that failed.
         line = shlex.quote(shlex.join(about["command"]))
         options += ["--env", f"PROMPT_COMMAND=unset PROMPT_COMMAND; history -s -- {line}"]
     words = command or SHELL
