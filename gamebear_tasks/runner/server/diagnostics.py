@@ -1,7 +1,7 @@
-"""What a builder is and has, as plain data for `doit doctor`: nothing is judged and nothing changed here.
+"""Diagnostics of a builder as plain data, for `doit doctor`. Read-only: this module neither rates nor changes anything.
 
-Whoever asks waits no longer than a request may take. What takes long, such as the size of an image store on a memory
-card, is given up after a while and is None then: not measured.
+Every reply arrives within a request's time limit. Slow measurements, such as the size of an image store on a memory
+card, have a timeout and are None if it expires.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ PROGRAMS = (
     *("apt-get", "buildah", "crun", "debootstrap", "fuse-overlayfs", "mmdebstrap", "newgidmap", "newuidmap", "runc"),
     *("sudo", "timedatectl", "usermod"),
 )
-"""What is looked for."""
+"""Programs to search in the PATH."""
 
 SYSCTLS = (
     "kernel.unprivileged_userns_clone",
     "kernel.apparmor_restrict_unprivileged_userns",
     "user.max_user_namespaces",
 )
-"""What may forbid user namespaces; not every kernel has all of them."""
+"""Kernel settings that may forbid user namespaces; not every kernel has all of them."""
 
 MEASURING = 10.0
 """Seconds that measuring one folder may take."""
 
 ASKING = 20.0
-"""Seconds that buildah may take to list its images."""
+"""Timeout in seconds of a program such as `buildah`, `unshare` or `dpkg`."""
 
 MIRROR_SECONDS = 5.0
-"""Seconds that the mirror may take to answer."""
+"""Timeout in seconds of a request to the mirror."""
 
 Said = dict[str, Any]
 
 
 class Examination:
-    """A look at this builder, which goes on while nobody waits for it.
+    """A diagnosis of this builder, which runs in a background thread.
 
     Args:
-        store: the builder's.
-        arches: the architectures that are wanted of it, by Debian's names.
-        base: where Debian's base images come from.
+        store: the builder's store.
+        arches: requested architectures, by Debian's names.
+        base: policy that selects the origin of Debian's base images.
     """
 
     def __init__(self, store: Store, arches: Sequence[str], base: str) -> None:
@@ -78,11 +78,15 @@ class Examination:
     def _run(self, store: Store, arches: Sequence[str], base: str) -> None:
         try:
             self._found = examine(store, arches, base)
-        except Exception as error:  # noqa: BLE001 - whoever waits for us raises it
+        except Exception as error:  # noqa: BLE001 - raised again by answer()
             self._error = error
 
     def answer(self, wait: float) -> Said:
-        """Return what was found; `more` where that takes longer than `wait` seconds: ask again."""
+        """Return the findings, or `more` if they need longer than `wait` seconds: the client then repeats the request.
+
+        Raises:
+            OSError: the store cannot be read.
+        """
         self._thread.join(wait)
         if self._thread.is_alive():
             return {"more": True}
@@ -92,12 +96,15 @@ class Examination:
 
 
 def examine(store: Store, arches: Sequence[str], base: str) -> Said:
-    """Return all that is to be known of this builder; raises OSError where the store cannot be used.
+    """Collect everything that is known about this builder.
 
     Args:
-        store: the builder's.
-        arches: the architectures that are wanted of it.
-        base: where Debian's base images come from.
+        store: the builder's store.
+        arches: requested architectures, by Debian's names; at most 8 are checked.
+        base: policy that selects the origin of Debian's base images.
+
+    Raises:
+        OSError: the store cannot be read.
     """
     found = {
         **_system(),
@@ -137,7 +144,7 @@ def examine(store: Store, arches: Sequence[str], base: str) -> Said:
 
 
 def _own_architecture() -> Said:
-    """Return what is known of architectures where no container can be run yet."""
+    """Return this machine's architectures, also if containers do not work yet."""
     from ..host.arch import ARCHITECTURES
 
     arch = ARCHITECTURES.get(platform.machine(), platform.machine())
@@ -183,7 +190,7 @@ def _user() -> str:
 
 
 def _namespaces() -> Said:
-    """Say whether an ordinary user gets a user namespace, and which settings may be why not."""
+    """Return whether an unprivileged user can create a user namespace, and the kernel settings that may forbid it."""
     settings: dict[str, int] = {}
     for name in SYSCTLS:
         with contextlib.suppress(OSError, ValueError):
@@ -204,14 +211,14 @@ def _namespaces() -> Said:
 
 
 def _subordinate() -> Said:
-    """Return how many subordinate ids we have, and the first of those that nobody has."""
+    """Return how many subordinate ids this user has, and the first id that is not assigned to any user."""
     uids, gids = subordinate_ids(_user())
     ends = [start + count for path in SUBORDINATE_IDS for _, start, count in subordinate_ranges(path)]
     return {"uids": uids, "gids": gids, "enough": ENOUGH_IDS, "free": max([100000, *ends])}
 
 
 def _memory() -> Said:
-    """Return the bytes of memory and of swap, proc_meminfo(5)."""
+    """Return the bytes of memory and swap, from proc_meminfo(5)."""
     sizes = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -222,7 +229,7 @@ def _memory() -> Said:
 
 
 def _heat() -> Said:
-    """Return the processor's temperature in degrees Celsius, and on a Raspberry Pi what its firmware complains of.
+    """Return the processor's temperature in degrees Celsius and, on a Raspberry Pi, the firmware's throttling bits.
 
     The bits are those of `vcgencmd get_throttled`, in Raspberry Pi's documentation of config.txt.
     """
@@ -251,7 +258,7 @@ def _heat() -> Said:
 
 
 def _kills_user_processes() -> bool:
-    """Say whether logind ends what a session has started when that ends (KillUserProcesses, logind.conf(5))."""
+    """Return whether logind kills a session's processes when it ends (KillUserProcesses, logind.conf(5))."""
     if not Path("/run/systemd/system").is_dir():
         return False
     kills = False
@@ -278,7 +285,7 @@ def _disk(root: Path) -> Said:
 
 
 def _jobs(store: Store) -> Said:
-    """Count the jobs that are there, those that run and those that wait."""
+    """Return the number of slots, and of stored, running and queued jobs."""
     states = [store.job(path.name).state()["state"] for path in store.live.iterdir() if len(path.name) == 64]
     return {
         "slots": slot_count(),
@@ -289,13 +296,13 @@ def _jobs(store: Store) -> Said:
 
 
 def _settings() -> Said:
-    """Return what of the builder's own settings is not heeded."""
+    """Return which of the builder's own settings is ignored, and how to fix it."""
     said = builder_config.read()
     return {"wrong": said.wrong, "remedy": said.remedy}
 
 
 def _sizes(root: Path, known: Facts | None) -> dict[str, int | None]:
-    """Return the bytes on the disk of each part of the store, and of the images; None: not measured."""
+    """Return the bytes on disk of each part of the store and of the images; None: not measured."""
     names = {"inputs": "blobs", "jobs": "jobs", "packages": "debs", "compiler caches": "ccache"}
     sizes: dict[str, int | None] = {
         name: _size([], root / folder) for name, folder in names.items() if (root / folder).is_dir()
@@ -311,7 +318,13 @@ def _sizes(root: Path, known: Facts | None) -> dict[str, int | None]:
 
 
 def _size(before: Sequence[str], folder: Path, env: Mapping[str, str] | None = None) -> int | None:
-    """Return what a folder takes on the disk, in bytes; None where that takes too long or cannot be told."""
+    """Return the bytes that a folder occupies on the disk; None after a timeout or an error.
+
+    Args:
+        before: command prefix that enters a namespace; empty for none.
+        folder: the folder.
+        env: environment of the command; None for this process's.
+    """
     command = [*before, "timeout", f"{MEASURING:g}", "du", "-skx", "--", str(folder)]
     try:
         done = subprocess.run(
@@ -325,12 +338,12 @@ def _size(before: Sequence[str], folder: Path, env: Mapping[str, str] | None = N
     except (OSError, subprocess.SubprocessError):
         return None
     words = done.stdout.split()
-    # Status 1: something went away or could not be read; what it has counted is near enough.
+    # Status 1: something was removed or unreadable; the sum of the rest is close enough.
     return int(words[0]) * 1024 if done.returncode in (0, 1) and words and words[0].isdigit() else None
 
 
 def _base(root: Path, known: Facts | None, arch: str, policy: str) -> Said:
-    """Say whether the base image that `debian` means is there for an architecture, and where it would come from."""
+    """Return whether the base image `debian` exists for an architecture, and from which mirror it would be made."""
     suite = debian_suite("debian") or apt_sources.STABLE
     found: Said = {"name": tag_of(suite, arch), "suite": suite, "there": None}
     if known is not None:
@@ -356,7 +369,7 @@ def _base(root: Path, known: Facts | None, arch: str, policy: str) -> Said:
 
 
 def _unreachable(url: str) -> str:
-    """Return why something cannot be fetched; empty where it can."""
+    """Return why a URL cannot be fetched; empty if it can."""
     answer = [f"no answer within {MIRROR_SECONDS:g} seconds"]
 
     def ask() -> None:
@@ -371,7 +384,7 @@ def _unreachable(url: str) -> str:
         except (OSError, ValueError) as error:
             answer[0] = str(error)
 
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
+    asking = threading.Thread(target=ask, daemon=True)  # in a thread, because name resolution has no timeout
     asking.start()
     asking.join(MIRROR_SECONDS + 1.0)
     return answer[0]

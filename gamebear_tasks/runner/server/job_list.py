@@ -1,6 +1,7 @@
-"""Which jobs a store has: what runs first, then the newest, a page at a time; thousands cost a look at each one's date.
+"""List the jobs of a store, in pages: running and queued ones first, then the latest.
 
-Nothing is taken for used because it was listed, and no lock is held but for a moment, by what says that it runs.
+Each page costs one stat(2) per stored job, and there may be thousands. Listing does not count as use of a job. Locks
+are held only briefly, to check whether a job is running.
 """
 
 from __future__ import annotations
@@ -15,34 +16,34 @@ from ..store.store import COMPANY, FINAL, State, Store, StoredJob, size_of, stam
 from ..util.atomic_files import is_sha256, read_json
 
 PAGE = 500
-"""The most jobs in one answer."""
+"""Maximum number of jobs in one reply."""
 
 SHORTEST = 8
-"""The fewest digits of a digest that a person is shown."""
+"""Minimum number of digits of an abbreviated digest."""
 
 NAMES = 8
-"""The most outputs of a job that are named."""
+"""Maximum number of outputs that are named per job."""
 
 CLIENTS = 20
-"""The most who are said to wait for a job."""
+"""Maximum number of waiting clients that are named per job."""
 
 
 def listing(store: Store, skip: int, limit: int, prefix: str) -> dict[str, Any]:
     """Return a page of the store's jobs.
 
     Args:
-        store: which.
-        skip: how many to leave out at the beginning.
-        limit: how many to give at the most.
-        prefix: what the digests begin with.
+        store: store to list.
+        skip: number of jobs to skip.
+        limit: maximum number of jobs to return.
+        prefix: prefix of the digests.
 
     Returns:
-        `jobs`, and `total`: how many there are. Each job has `digest`; `digits`, how many of these no other has;
-        `state` and `attempt`; `place` in the line, counted from 1, where it is queued and that is known; `age`, seconds
-        since it came to this state; `took`, seconds from its begin to its end; `used`, seconds since somebody asked for
-        it; `kept`, whether it failed and its containers are kept; `size` in bytes of its outputs; `log`, bytes of it;
-        `by`, who had it built; `waiting`, who waits for it now; `arch`, `program`, `outputs` (names) and `more` (how
-        many are not named), as far as that can be read.
+        `total`, the number of matching jobs, and `jobs`. Each job has `digest`; `digits`, the number of leading digits
+        that make it unique; `state` and `attempt`; `place` in the queue, from 1, if it is queued and that is known;
+        `age`, seconds since it entered this state; `took`, seconds from submission to end; `used`, seconds since its
+        last use; `kept`, whether it failed and its containers are retained; `size` of its outputs and `log`, both in
+        bytes; `by`, who submitted it; `waiting`, who waits for it now; `arch`, `program`, `outputs` (names) and `more`
+        (number of outputs not named), as far as they can be read.
     """
     digests = sorted(entry.name for entry in os.scandir(store.jobs) if is_sha256(entry.name))
     digits = _digits(digests)
@@ -60,7 +61,7 @@ def listing(store: Store, skip: int, limit: int, prefix: str) -> dict[str, Any]:
 
 
 def _digits(digests: list[str]) -> dict[str, int]:
-    """Return how many digits of each of some sorted digests tell it from all the others."""
+    """Return for each of some sorted digests the number of leading digits that distinguish it from all the others."""
     digits = dict.fromkeys(digests, SHORTEST)
     for one, other in zip(digests, digests[1:]):
         shared = next(n for n, (a, b) in enumerate(zip(one, other), 1) if a != b)
@@ -70,7 +71,7 @@ def _digits(digests: list[str]) -> dict[str, int]:
 
 
 def _current(store: Store) -> dict[str, State]:
-    """Return the states of the jobs that wait or run; each has its mark."""
+    """Return the states of all queued and running jobs; each of these has a file in `live/`."""
     found = {}
     for entry in os.scandir(store.live):
         if is_sha256(entry.name):
@@ -83,7 +84,7 @@ def _current(store: Store) -> dict[str, State]:
 def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict[str, Any]:
     now = time.time()
     state = state or stored.state()
-    name = "lost" if state["state"] == "absent" else state["state"]  # what is damaged is built again, too
+    name = "lost" if state["state"] == "absent" else state["state"]  # a damaged state, too, causes a rebuild
     attempt = str(state.get("attempt", ""))
     since = _number(state.get("since")) or stamp(stored.folder / "state.json")
     begun = stamp(stored.folder / "order.json")
@@ -109,7 +110,7 @@ def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict
 
 
 def _what(path: Path) -> dict[str, Any]:
-    """Return what a job is, as far as its description can be read."""
+    """Return architecture, program and outputs of a job, as far as its description can be read."""
     document = _mapping(read_json(path))
     program = _mapping(document.get("script") or document.get("function")).get("name")
     outputs = document.get("outputs")

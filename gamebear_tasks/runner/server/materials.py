@@ -1,7 +1,7 @@
-"""What a job was built in: its images and the Debian packages in them, for whoever asks where a result comes from.
+"""Materials of a job: its images and the Debian packages in them, for provenance.
 
-A build notes what it knows at no cost. What is missing (an image's origin, what is installed in a base) is looked up
-when somebody first asks, while the image is there, and kept with the result::
+A build records everything that it knows at no cost. The rest (an image's origin, the packages installed in a base) is
+determined at the first request, while the image exists, and stored with the result::
 
     materials.json  {"complete": true, "by": {"python": "3.11.2", "buildah": "1.28.2", "isolation": "rootless"},
                      "images": {"<id>": {
@@ -9,7 +9,7 @@ when somebody first asks, while the image is there, and kept with the result::
                         "names": ["localhost/gamebear-base:…"], "manifest": "sha256:…",
                         "packages": [["gcc", "4:12.2.0-3", "armhf"], …]}}}
 
-`used`: containers were made of it; others are what those images were made of.
+`used`: containers were made from it. The other images are bases of used ones.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ from ..util.atomic_files import is_sha256, read_json, write_json
 from ..util.errors import RunnerError
 
 IMAGES = 20
-"""The most images of a job that are told of."""
+"""Maximum number of images reported per job."""
 
 PACKAGES = 20_000
-"""The most packages that are told of."""
+"""Maximum number of packages reported per job."""
 
 SECONDS = 50.0
-"""Seconds for which what is missing is looked for; below what a client waits for an answer."""
+"""Time limit in seconds for determining missing materials. Shorter than the client's reply timeout."""
 
 NOTES = ("gamebear.base", "gamebear.base-id", "gamebear.created", "gamebear.date", "gamebear.mirror", "gamebear.suite")
-"""The annotations that are told."""
+"""Annotations that are reported."""
 
 
 def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
-    """Return what a result was built in.
+    """Return the materials of a result.
 
     Returns:
-        `images`: `id`, `name`, `used`, `gone` (it was removed before anybody asked), `names`, `manifest`, `notes` and
-        `packages` of each, as far as known. `begun` and `ended`, in seconds since 1970 by this builder's clock.
-        `host`, `machine`, `python`, `buildah` and `isolation`: where, and with what.
+        `images`: `id`, `name`, `used`, `gone` (it was removed before the first request), `names`, `manifest`, `notes`
+            and `packages` of each, as far as known. `begun` and `ended`, in seconds since 1970 by this builder's clock.
+            `host`, `machine`, `python`, `buildah` and `isolation`: the environment of the build.
 
     Raises:
-        RunnerError: the result is not here any more.
+        RunnerError: the result is not in the store, or its materials cannot be determined.
     """
     stored = store.job(digest)
     state = stored.written_state()
@@ -112,14 +112,14 @@ def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
 
 
 def _noted_programs(stored: StoredJob) -> dict[str, str]:
-    """Return what `programs` was for a job; nothing where an earlier release built it."""
+    """Return the `programs` recorded for a job; empty if it was built by a release that did not record them."""
     known = read_json(stored.folder / MATERIALS)
     noted = known.get("by") if isinstance(known, dict) else None
     return noted if isinstance(noted, dict) else {}
 
 
 def _images(stored: StoredJob) -> dict[str, Any] | None:
-    """Return what is known of a job's images, None where that is not yet all."""
+    """Return the recorded images of a job; None if the record is incomplete."""
     known = read_json(stored.folder / MATERIALS)
     if not isinstance(known, dict) or known.get("complete") is not True or not isinstance(known.get("images"), dict):
         return None
@@ -131,13 +131,13 @@ def _prefix(stored: StoredJob) -> str:
 
 
 def main(digest: str) -> int:
-    """Look up what is not known yet of a job's images, inside the namespace; return the exit status."""
+    """Determine the missing materials of a job's images. Runs inside the namespace; returns the exit status."""
     store = Store()
     stored = store.job(digest)
     known = read_json(stored.folder / MATERIALS)
     noted = known.get("images") if isinstance(known, dict) else None
     images: dict[str, Any] = dict(noted) if isinstance(noted, dict) else {}
-    if not images:  # an earlier release built it
+    if not images:  # built by a release that did not record them
         with contextlib.suppress(OSError):
             images = {line: {"used": True} for line in (stored.folder / "images").read_text().splitlines()}
     buildah = Buildah(store.root, facts(store.root), _prefix(stored))
@@ -160,7 +160,7 @@ def main(digest: str) -> int:
 
 
 def _looked_up(buildah: Buildah, identity: str, image: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known of an image together with what the store says of it."""
+    """Return the recorded description of an image, completed from the image store."""
     notes = image.get("notes") or {}
     described: dict[str, Any] = {"name": image.get("name", ""), "used": bool(image.get("used")), "gone": False}
     try:
@@ -177,19 +177,19 @@ def _looked_up(buildah: Buildah, identity: str, image: Mapping[str, Any]) -> dic
         packages = _noted(notes)
         origin = notes
     ours = _is_ours(described.get("names", ())) or bool(notes)
-    told = NOTES if ours else NOTES[2:]  # what an image of a script's own has of its base's notes is no longer true
+    told = NOTES if ours else NOTES[2:]  # a script's image inherits its base's notes; the first two no longer hold
     described["notes"] = {name: str(origin[name])[:500] for name in told if name in origin}
     described["packages"] = [[word[:500] for word in package] for package in packages]
     return described
 
 
 def _is_ours(names: Collection[str]) -> bool:
-    """Say whether an image is one of ours with packages, as it is called."""
+    """Return whether an image is a package image, by its names."""
     return any(name.startswith(f"localhost/{NAME}:") for name in names)
 
 
 def _noted(notes: Mapping[str, str]) -> list[list[str]]:
-    """Return the packages that a package image's annotations name: name, version, architecture (empty: not known)."""
+    """Return the packages that a package image's annotations list: name, version, architecture (empty: unknown)."""
     every = set(str(notes.get("gamebear.all", "")).split())
     arch = str(notes.get("gamebear.arch", "")) if "gamebear.all" in notes else ""
     packages = []
@@ -201,7 +201,11 @@ def _noted(notes: Mapping[str, str]) -> list[list[str]]:
 
 
 def _packages_in(buildah: Buildah, identity: str) -> list[list[str]]:
-    """Return the packages that an image's dpkg knows as installed; raises BuildahError."""
+    """Return the packages that dpkg in an image lists as installed: name, version, architecture.
+
+    Raises:
+        BuildahError: a container of the image cannot be made.
+    """
     container = f"{buildah.prefix}{os.urandom(4).hex()}"
     folder = Path(tempfile.mkdtemp(prefix="materials-", dir=buildah.environment["TMPDIR"]))
     try:

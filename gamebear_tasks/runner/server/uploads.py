@@ -1,4 +1,4 @@
-"""What clients send: blobs, small ones whole, large ones from where they broke off; each checked against its name."""
+"""Uploads of blobs: small ones in full, large ones resumable. The SHA-256 of each is verified."""
 
 from __future__ import annotations
 
@@ -19,25 +19,38 @@ from ..util.atomic_files import CHUNK, is_sha256, write_all
 from ..util.errors import RunnerError
 
 SILENCE = 300.0
-"""Seconds for which a client may be silent in the middle of a request."""
+"""Seconds for which a client may be silent within a request."""
 
 AHEAD = 64 << 10
-"""Bytes that are read at once where there are many small files."""
+"""Minimum size of a read, in bytes, to reduce system calls when there are many small files."""
 
 TAKE_OVER = 20.0
-"""Seconds for which a file that another session is receiving is waited for; below what a client waits for an answer."""
+"""Seconds to wait for a blob that another session is receiving. Shorter than the client's reply timeout."""
 
 
 class Body:
-    """What is left of a request's body."""
+    """The unread rest of a request's body.
+
+    Args:
+        size: length of the body in bytes.
+    """
 
     def __init__(self, size: int) -> None:
         self.left = size
         self._ahead = memoryview(b"")
-        """What is read of that already."""
+        """Bytes that were read ahead."""
 
     def read(self, size: int, is_wanted: Callable[[], bool] | None = None) -> bytes:
-        """Return some of it; end the session where the client is silent, at once if somebody wants its place."""
+        """Return up to `size` bytes; empty at the end of the body.
+
+        Args:
+            size: maximum number of bytes.
+            is_wanted: polled while the client is silent; returns whether another session wants to receive the same
+                blob.
+
+        Raises:
+            SystemExit: the client has gone, is silent for `SILENCE` seconds, or is silent while another session waits.
+        """
         if not self.left:
             return b""
         if not self._ahead:
@@ -58,11 +71,15 @@ class Body:
                 raise SystemExit(0)
         data = os.read(0, size)
         if not data:
-            raise SystemExit(0)  # the client is gone in the middle of a request
+            raise SystemExit(0)  # the client disconnected within a request
         return data
 
     def read_all(self, size: int) -> bytes:
-        """Return the next `size` bytes of it; raises RunnerError where there are fewer."""
+        """Return the next `size` bytes.
+
+        Raises:
+            RunnerError: the body is shorter.
+        """
         if size > self.left:
             raise RunnerError("A request's body is shorter than it says.", NOT_OURS)
         parts = []
@@ -72,7 +89,7 @@ class Body:
         return b"".join(parts)
 
     def skip(self) -> None:
-        """Read it to its end."""
+        """Read and discard the rest."""
         while self.read(CHUNK):
             pass
 
@@ -88,18 +105,23 @@ def _part(store: Store, sha256: str) -> Path:
 
 
 def size_so_far(store: Store, sha256: str) -> int:
-    """Return the bytes that are here of a blob that is not whole yet."""
+    """Return how many bytes of an incomplete blob are stored."""
     return size_of(_part(store, sha256))
 
 
 def have(store: Store, sha256: str) -> Reply:
-    """Say how many bytes of a blob are here."""
+    """Return how many bytes of a blob are stored."""
     blob = store.blob(sha256)
     return {"have": blob.stat().st_size if blob.is_file() else size_so_far(store, sha256)}
 
 
 def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
-    """Take a whole small blob from the body."""
+    """Receive a small blob in full.
+
+    Raises:
+        RunnerError: the content does not match the SHA-256.
+        OSError: it cannot be stored.
+    """
     data = body.read_all(size)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise RunnerError(f"A file arrived damaged: its content is not {sha256}.", "Run doit again.")
@@ -108,10 +130,10 @@ def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
     while not use(blob):
         with Lock(part) as lock:
             if not lock.is_current():
-                continue  # another session has made the blob of it
+                continue  # another session has just completed the blob
             try:
                 write_all(lock.fd, data)
-                os.ftruncate(lock.fd, size)  # a broken-off upload may have left more
+                os.ftruncate(lock.fd, size)  # an interrupted upload may have left more
                 os.replace(part, blob)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -121,13 +143,21 @@ def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
 
 
 def put(store: Store, body: Body, blobs: list[list[Any]] | None = None, **one: Any) -> Reply:
-    """Take blobs: several small ones whole, or one from an offset on.
+    """Receive several small blobs in full, or resume one at an offset.
 
     Args:
-        store: where they go.
-        body: their content.
-        blobs: SHA-256 and size of each, when they are whole.
-        one: `sha256`, `size` (the whole's) and `offset` of one that may have been begun before.
+        store: store to write to.
+        body: content of the blobs.
+        blobs: SHA-256 and size of each blob, if they are sent in full.
+        one: `sha256`, `size` (total, in bytes) and `offset` of one blob that may be partially stored.
+
+    Returns:
+        Nothing for blobs in full. For one blob `have`, the bytes stored now, and `damaged` if its SHA-256 did not match
+        and it has to be sent again.
+
+    Raises:
+        RunnerError: the request is invalid.
+        OSError: the blob cannot be stored.
     """
     if blobs is not None:
         for sha256, size in blobs:
@@ -169,10 +199,10 @@ def put(store: Store, body: Body, blobs: list[list[Any]] | None = None, **one: A
 
 
 def _take_over(store: Store, part: Path, sha256: str) -> Lock | None:
-    """Return the lock on the part of a blob, None where the blob is here already.
+    """Return the acquired lock of an incomplete blob; None if the blob is complete.
 
-    Another session may have it: one whose client is sending the same, or has reconnected and is now our own; the
-    latter, which hears nothing any more, leaves when it sees that somebody wants the part.
+    Another session may hold the lock: its client sends the same blob, or our client has reconnected and left it behind.
+    A session that was left behind receives no more data and exits when it detects that another one wants the blob.
     """
     until = time.monotonic() + TAKE_OVER
     while not _has(store, sha256):
@@ -184,7 +214,7 @@ def _take_over(store: Store, part: Path, sha256: str) -> Lock | None:
                 part.unlink()
         lock.release()
         if time.monotonic() > until:
-            raise SystemExit(0)  # the client asks how much there is now, and comes again
+            raise SystemExit(0)  # the client queries the stored size and retries
         _wanted(part).touch()
         time.sleep(0.1)
     with contextlib.suppress(FileNotFoundError):
@@ -193,7 +223,7 @@ def _take_over(store: Store, part: Path, sha256: str) -> Lock | None:
 
 
 def use(blob: Path) -> bool:
-    """Say whether a blob is here; if so it counts as used now."""
+    """Return whether a blob is stored; if so, update its last use."""
     try:
         os.utime(blob)
     except FileNotFoundError:
@@ -202,5 +232,5 @@ def use(blob: Path) -> bool:
 
 
 def _wanted(part: Path) -> Path:
-    """Return the file that tells whoever receives a part that another session wants to."""
+    """Return the file that notifies the session receiving a blob that another session waits for it."""
     return part.with_suffix(".wanted")
