@@ -1,13 +1,13 @@
-"""A program that somebody sits before: started here, with a terminal of its own, its input and output carried away.
+"""Interactive programs: start one on the builder, in a pseudo-terminal or with pipes, and relay its input and output.
 
-The terminal is the runner's and not sshd's, so it is the same over every connection that a session can have, needs no
-second command on the builder, and no leave of sshd's (`PermitTTY`). Once the program has been started the session
-carries frames instead of requests: a letter, the length as four bytes, most significant first, and as many bytes.
+The pseudo-terminal belongs to the runner, not to sshd. It therefore works the same over every kind of connection, needs
+no second command on the builder, and does not depend on sshd's `PermitTTY`. Once the program has started, the session
+carries frames instead of requests: a letter, the length as a 4-byte big-endian integer, and that many bytes.
 
-    i   to the program: what it reads          o   from it: what it prints
-    e   to the program: there is no more       x   from it: what it prints as errors, where it has no terminal
-    w   the window's rows and columns,         s   how it ended: its exit status, 128 and the number of a signal;
-        two bytes each                             two bytes, the last of the session
+    i   to the program: its input              o   from it: its output
+    e   to the program: end of input           x   from it: its stderr, if it has no terminal
+    w   the window's rows and columns,         s   its exit status, or 128 plus the number of a signal;
+        two bytes each                             two bytes, the last frame of the session
 """
 
 from __future__ import annotations
@@ -31,44 +31,45 @@ INPUT, END, WINDOW = b"i", b"e", b"w"
 OUTPUT, ERRORS, STATUS = b"o", b"x", b"s"
 
 SIZES = struct.Struct(">HH")
-"""A window's rows and columns."""
+"""Rows and columns of a window."""
 
 STATUSES = struct.Struct(">H")
 """An exit status."""
 
 LONGEST = 1 << 20
-"""Bytes; no frame is longer."""
+"""Maximum length of a frame, in bytes."""
 
 HELD = 256 << 10
-"""Bytes in each direction that are held for a side which takes nothing; then the other side waits."""
+"""Bytes buffered in each direction for a side that does not read; above that the other side has to wait."""
 
 GRACE = 1.0
-"""Seconds between telling a program that its terminal is gone and killing it; below what `local:` gives a runner."""
+"""Seconds between SIGHUP and SIGKILL to a program whose client has gone; shorter than the time that `local:` grants a
+runner."""
 
 _HEAD = struct.Struct(">cI")
 _PIECE = 64 << 10
 
 
 class FrameError(Exception):
-    """What came is no frame."""
+    """The received data is not a valid frame."""
 
 
 def frame(kind: bytes, data: bytes = b"") -> bytes:
-    """Return a frame's bytes."""
+    """Encode a frame."""
     return _HEAD.pack(kind, len(data)) + data
 
 
 class Frames:
-    """Puts frames together again out of what comes."""
+    """Decoder of a stream of frames."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Take what came; give each frame that is whole with it: its letter and its bytes.
+        """Add received data; yield letter and content of each frame that is now complete.
 
         Raises:
-            FrameError: a frame claims to be longer than any.
+            FrameError: a frame claims to be longer than `LONGEST`.
         """
         self._rest += data
         while len(self._rest) >= _HEAD.size:
@@ -83,15 +84,15 @@ class Frames:
 
 
 class Attended:
-    """A program that runs with its client's terminal, or at the ends of its pipes.
+    """An interactive program, attached to a pseudo-terminal or to pipes.
 
     Args:
         words: the command line.
-        environment: all of its variables.
-        folder: where it runs.
-        terminal: `term`, `rows` and `columns` of the client's terminal; None where it has none.
-        within: whether the program makes a terminal of its own for what it runs, and does not keep up its size.
-        umask: its umask, see umask(2); -1 for ours.
+        environment: its complete environment.
+        folder: its working directory.
+        terminal: `term`, `rows` and `columns` of the client's terminal; None to use pipes.
+        within: whether the program creates another terminal for its child and does not propagate size changes to it.
+        umask: its umask, see umask(2); -1 for this process's.
 
     Raises:
         OSError: it cannot be started.
@@ -110,7 +111,7 @@ class Attended:
         self._to_program = bytearray()
         self._to_client = bytearray()
         self._ended = False
-        """Whether the program gets no further input."""
+        """Whether the program receives no further input."""
         if terminal is None:
             self._process = subprocess.Popen(
                 words,
@@ -154,11 +155,11 @@ class Attended:
             os.set_blocking(fd, False)
 
     def attend(self, source: int, target: int) -> None:
-        """Carry input and output until the program has ended; where the client goes away, end it.
+        """Relay input and output until the program has ended; end it if the client disconnects.
 
         Args:
-            source: frames come from it.
-            target: frames go to it.
+            source: file descriptor to read frames from.
+            target: file descriptor to write frames to.
         """
         os.set_blocking(target, False)
         frames = Frames()
@@ -178,7 +179,7 @@ class Attended:
                         self._take(kind, piece)
                 self._feed()
             for fd in list(self._outputs):
-                left = LONGEST  # what it left behind may go on printing: its own end counts
+                left = LONGEST  # bounded, because background processes may keep printing
                 while left > 0 and (count := self._read(fd)):
                     left -= count
             status = self._process.returncode
@@ -195,7 +196,7 @@ class Attended:
                     os.close(fd)
 
     def _wait(self, source: int, target: int, ended: int) -> dict[int, int]:
-        """Wait until something can be done; give what, as poll does."""
+        """Wait until a file descriptor is ready; return the events by file descriptor, as poll(2) does."""
         wanted = {source: select.POLLIN if len(self._to_program) < HELD else 0, ended: select.POLLIN}
         if self._to_client:
             wanted[target] = select.POLLOUT
@@ -210,17 +211,17 @@ class Attended:
         return dict(poll.poll())
 
     def _read(self, fd: int) -> int:
-        """Take some of what the program prints; return how many bytes."""
+        """Read some of the program's output; return the number of bytes."""
         try:
             data = os.read(fd, _PIECE)
         except BlockingIOError:
             return 0
-        except OSError:  # so a terminal ends (EIO)
+        except OSError:  # a terminal reports its end as EIO
             data = b""
         if data:
             self._to_client += frame(self._outputs[fd], data)
         elif fd == self._master:
-            if self._process.poll() is None:  # nobody has it open at this moment
+            if self._process.poll() is None:  # no process has it open at this moment
                 select.select([], [], [], 0.02)
         else:
             del self._outputs[fd]
@@ -241,7 +242,7 @@ class Attended:
                 _resize_within(self._process.pid, self._outer, *SIZES.unpack(piece))
 
     def _feed(self) -> None:
-        """Give the program what it takes of its input."""
+        """Write pending input to the program, as far as it accepts it."""
         if self._input < 0:
             return
         try:
@@ -249,7 +250,7 @@ class Attended:
                 del self._to_program[: os.write(self._input, self._to_program[:_PIECE])]
         except BlockingIOError:
             return
-        except OSError:  # it reads no more
+        except OSError:  # it has closed its input
             self._ended = True
             self._to_program.clear()
         if self._ended and not self._to_program and self._master < 0:
@@ -257,7 +258,7 @@ class Attended:
             self._input = -1
 
     def _hang_up(self) -> None:
-        """End the program as its terminal would that is switched off."""
+        """End the program as a disconnected terminal does: SIGHUP, then SIGKILL after `GRACE` seconds."""
         if self._master >= 0:
             os.close(self._master)
             self._input, self._outputs = -1, {}
@@ -277,7 +278,7 @@ def started(
     within: bool = False,
     umask: int = -1,
 ) -> Attended:
-    """Return a program that has been started; its parameters are those of `Attended`.
+    """Start an interactive program and return it; the parameters are those of `Attended`.
 
     Raises:
         RunnerError: it cannot be started.
@@ -294,7 +295,7 @@ def started(
 
 
 def term_of(terminal: Mapping[str, Any]) -> str:
-    """Return what a client's terminal is, for `TERM`."""
+    """Return a valid value of `TERM` for a client's terminal; `dumb` if the client sends an invalid one."""
     term = terminal.get("term")
     return term if isinstance(term, str) and re.fullmatch(r"[\w.+-]{1,64}", term, re.ASCII) else "dumb"
 
@@ -305,11 +306,11 @@ def _resize(fd: int, rows: int, columns: int) -> None:
 
 
 def _resize_within(ancestor: int, outer: tuple[int, int], rows: int, columns: int) -> None:
-    """Resize the terminal that a program below ours has made for what it runs.
+    """Resize the terminal that a descendant of the program has created for its child.
 
-    `buildah run --terminal` gives the container's program a terminal of its own, and with chroot isolation its size is
-    that of ours only at the start. It is reached by way of the first process that has it for its input, because a
-    container may have terminals of its own numbering.
+    `buildah run --terminal` creates a terminal for the container's program. With chroot isolation it copies the size of
+    the outer terminal only at the start. It is found through the first process that has it as its standard input,
+    because a container may number its terminals independently.
     """
     children: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
@@ -332,6 +333,6 @@ def _resize_within(ancestor: int, outer: tuple[int, int], rows: int, columns: in
 
 
 def _identity(fd: int) -> tuple[int, int]:
-    """Return what tells a terminal from others, also from one of the same number in a container."""
+    """Return a key that identifies a terminal, even among terminals of the same number in a container."""
     about = os.fstat(fd)
     return about.st_dev, about.st_rdev

@@ -1,9 +1,9 @@
-"""How client and runner talk: requests and replies, each a JSON header and a body of bytes.
+"""Wire format between client and runner: requests and responses, each a JSON header with an optional binary body.
 
-A message is the header's length as four bytes, most significant first; the header, a JSON object in UTF-8; and the
-body, whose length in bytes is the header's `body` (none: no body). The client asks, the runner answers, one after the
-other.
-Before the first message the runner writes one line, `PREAMBLE` and a word: whatever a login shell prints is before it.
+A message consists of the header's length as a 4-byte big-endian integer; the header, a JSON object in UTF-8; and the
+body, whose length in bytes is the header's `body` (absent: no body). The client sends a request and the runner
+responds, strictly alternating. Before the first message the runner writes one line, `PREAMBLE` and a word. The client
+discards everything before it, which a login shell may have printed.
 """
 
 from __future__ import annotations
@@ -14,33 +14,34 @@ from collections.abc import Callable
 from typing import Any
 
 PREAMBLE = b"gamebear-runner:"
-"""What the line begins with that ends everything a login shell may have printed."""
+"""Start of the line that separates a login shell's output from the messages."""
 
 MAX_HEADER = 4 << 20
-"""The longest header that is read, in bytes."""
+"""Maximum length of a header that is accepted, in bytes."""
 
 MAX_BODY = 1 << 62
-"""More bytes than any body has; what claims more is not a message."""
+"""Maximum length of a body, in bytes; a message that claims more is invalid."""
 
 NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit runs."
-"""What to do about requests that our client does not send."""
+"""Suggested fix for invalid requests, which the project's client does not send."""
 
 MAX_NUMBER = 1 << 63
-"""A larger number of a header, and infinity, is read as this one: it never overflows, and is no valid size or time."""
+"""Limit to which larger numbers of a header, and infinity, are clamped. It never overflows, and is not a valid size or
+time."""
 
 MAX_DEPTH = 32
-"""How deep objects and arrays of a header may be nested."""
+"""Maximum nesting depth of objects and arrays in a header."""
 
 _LENGTH = struct.Struct(">I")
 
 Header = dict[str, Any]
 
 Reply = Header
-"""The header of an answer."""
+"""Header of a response."""
 
 
 class WireError(Exception):
-    """What came is not a message."""
+    """The received data is not a valid message."""
 
 
 class CutOff(WireError):
@@ -48,14 +49,14 @@ class CutOff(WireError):
 
 
 def encode(header: Header, body: int = 0) -> bytes:
-    """Return the bytes of a message up to its body.
+    """Encode a message up to its body.
 
     Args:
         header: the JSON object.
-        body: how many bytes of body will follow.
+        body: length in bytes of the body that follows.
 
     Raises:
-        WireError: the header is longer than the other side would read.
+        WireError: the header is longer than `MAX_HEADER`.
     """
     text = json.dumps({**header, "body": body} if body else header, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER:
@@ -64,16 +65,17 @@ def encode(header: Header, body: int = 0) -> bytes:
 
 
 def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
-    """Read the next message up to its body.
+    """Read the next message up to its body, and validate its header.
 
     Args:
-        read: returns exactly as many bytes as it is asked for; fewer only at the end of the stream.
+        read: returns exactly the requested number of bytes; fewer only at the end of the stream.
 
     Returns:
-        The header and the length of the body that follows, in bytes; None at the end of the stream.
+        The header and the length in bytes of the body that follows; None at the end of the stream.
 
     Raises:
-        WireError: this is not a message; CutOff: not all of one.
+        CutOff: the stream ends within the message.
+        WireError: the message is invalid.
     """
     start = read(_LENGTH.size)
     if not start:
@@ -88,7 +90,7 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
         raise CutOff("the stream ends within a message")
     try:
         header = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_float)
-    except (ValueError, RecursionError) as error:  # the latter: a million brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: a million nested brackets
         raise WireError("a header is not JSON") from error
     if not isinstance(header, dict):
         raise WireError("a header is not a JSON object")
@@ -100,14 +102,14 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
 
 
 def _integer(text: str) -> int:
-    """Return an integer of a header, bounded; a long text is not converted, which could take minutes."""
+    """Parse an integer of a header, clamped. Long digit strings are not converted, because that could take minutes."""
     if len(text) > len(str(-MAX_NUMBER)):
         return -MAX_NUMBER if text.startswith("-") else MAX_NUMBER
     return max(-MAX_NUMBER, min(int(text), MAX_NUMBER))
 
 
 def _float(text: str) -> float:
-    """Return another number of a header, bounded; NaN stays, which no comparison lets pass."""
+    """Parse another number of a header, clamped. NaN is retained: it fails every comparison."""
     return max(min(float(text), float(MAX_NUMBER)), -float(MAX_NUMBER))
 
 

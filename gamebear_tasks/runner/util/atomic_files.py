@@ -1,4 +1,4 @@
-"""Files as the runner handles them: hashing, writing aside and renaming, names that are safe to join to a path."""
+"""File helpers: hashing, sparse files, atomic writes, file locks, and validation of names that become paths."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK = 1 << 20
-"""Bytes read or written at once."""
+"""Bytes per read or write."""
 
 ZEROS = bytes(CHUNK)
-"""The content of a hole of a sparse file, a piece of it."""
+"""A piece of the content of a hole in a sparse file."""
 
 
 def sha256(file: BinaryIO) -> str:
-    """Return the SHA-256 of what is left to read of a file, in lower-case hex."""
+    """Return the SHA-256 of the rest of an open file, in lower-case hex."""
     digest = hashlib.sha256()
     while chunk := file.read(CHUNK):
         digest.update(chunk)
@@ -29,7 +29,11 @@ def sha256(file: BinaryIO) -> str:
 
 
 def sha256_of(path: os.PathLike[str] | str) -> str:
-    """Return the SHA-256 of a file's content, in lower-case hex; raises OSError."""
+    """Return the SHA-256 of a file's content, in lower-case hex.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         for data in content(file.fileno()):
@@ -38,7 +42,7 @@ def sha256_of(path: os.PathLike[str] | str) -> str:
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each extent of data between two offsets of a file; the rest is holes (lseek(2)).
+    """Yield start and end of each data extent between two offsets of a file; the rest is holes (lseek(2)).
 
     A file without holes, or on a file system that does not report them, is one extent.
     """
@@ -47,7 +51,7 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             first = os.lseek(fd, start, os.SEEK_DATA)
             last = min(os.lseek(fd, first, os.SEEK_HOLE), end)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # ENXIO: there is no data behind `start`
+            if error.errno != errno.ENXIO:  # ENXIO: no data after `start`
                 yield start, end
             return
         if first < last:
@@ -56,7 +60,7 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def content(fd: int) -> Iterator[bytes]:
-    """Yield a file's content in pieces; holes are not read from the disk. The file's offset moves."""
+    """Yield a file's content in pieces. Holes are not read from the disk. The file's offset changes."""
     size = os.fstat(fd).st_size
     done = 0
     for first, last in data_extents(fd, 0, size):
@@ -65,24 +69,24 @@ def content(fd: int) -> Iterator[bytes]:
             data = os.pread(fd, min(CHUNK, last - offset), offset)
             yield data
             if len(data) < min(CHUNK, last - offset):
-                return  # somebody has cut it
+                return  # the file was truncated meanwhile
         done = last
     yield from zeros(size - done)
 
 
 def zeros(count: int) -> Iterator[bytes]:
-    """Yield a number of zero bytes, in pieces."""
+    """Yield `count` zero bytes, in pieces."""
     for left in range(count, 0, -CHUNK):
         yield ZEROS[:left]
 
 
 def open_regular(path: os.PathLike[str] | str) -> BinaryIO:
-    """Open a regular file, or a link to one, for reading.
+    """Open a regular file, or a symbolic link to one, for reading.
 
-    A FIFO would block until somebody writes to it, and a device such as /dev/zero never ends.
+    Opening a FIFO would block until another process writes to it, and a device such as /dev/zero has no end.
 
     Raises:
-        OSError: it is something else (EINVAL, or EISDIR for a folder), or cannot be opened.
+        OSError: it is not a regular file (EINVAL, or EISDIR for a folder), or cannot be opened.
     """
     check_regular(os.stat(path), path)  # before open(), which has side effects on some devices
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -95,7 +99,15 @@ def open_regular(path: os.PathLike[str] | str) -> BinaryIO:
 
 
 def check_regular(about: os.stat_result, path: os.PathLike[str] | str) -> None:
-    """Raise OSError unless a status is that of a regular file."""
+    """Raise OSError unless a stat result is that of a regular file.
+
+    Args:
+        about: stat result to check.
+        path: path for the error.
+
+    Raises:
+        OSError: EISDIR for a folder, EINVAL for anything else.
+    """
     if stat.S_ISDIR(about.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(about.st_mode):
@@ -103,12 +115,12 @@ def check_regular(about: os.stat_result, path: os.PathLike[str] | str) -> None:
 
 
 def is_sha256(text: object) -> bool:
-    """Say whether something is a SHA-256 in lower-case hex."""
+    """Return whether a value is a SHA-256 in lower-case hex."""
     return isinstance(text, str) and len(text) == 64 and not text.strip("0123456789abcdef")
 
 
 def is_file_name(name: object) -> bool:
-    """Say whether something can name one entry of a folder: no separator, not `.` or `..`, at most 255 bytes."""
+    """Return whether a value can name one entry of a folder: no separator, not `.` or `..`, at most 255 bytes."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     try:
@@ -118,12 +130,16 @@ def is_file_name(name: object) -> bool:
 
 
 def is_relative_path(name: object) -> bool:
-    """Say whether something is a path of safe names that stays below the folder it is joined to."""
+    """Return whether a value is a path of valid file names, which stays below the folder that it is joined to."""
     return isinstance(name, str) and all(is_file_name(part) for part in name.split("/"))
 
 
 def sync_folder(folder: os.PathLike[str] | str) -> None:
-    """Make renames and removals in a folder survive a power cut (fsync of the folder)."""
+    """Make renames and removals in a folder survive a power cut (fsync of the folder).
+
+    Raises:
+        OSError: the folder cannot be opened or synced.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -133,10 +149,17 @@ def sync_folder(folder: os.PathLike[str] | str) -> None:
 
 @contextlib.contextmanager
 def opened_alone(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[int]:
-    """Open a file, made where there is none, and hold it for the length of the block, waiting for it; raises OSError.
+    """Open a file, creating it if it is missing, and hold a lock on it for the block. Blocks until the lock is free.
 
-    Whoever held it may have renamed or removed it by then: what is given is what is at the path. A holder's death frees
-    it.
+    A previous holder may have renamed or removed the file meanwhile; then the file that is now at the path is opened.
+    The lock is released if its holder dies.
+
+    Args:
+        path: path of the file.
+        shared: acquire a shared lock instead of an exclusive one.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
     """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -153,15 +176,22 @@ def opened_alone(path: os.PathLike[str] | str, shared: bool = False) -> Iterator
     try:
         yield fd
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile
+        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone does not unlock if another thread has forked meanwhile
         os.close(fd)
 
 
 @contextlib.contextmanager
 def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file for the length of the block, waiting for it; a holder's death frees it. Raises OSError.
+    """Hold a lock file for the block. Blocks until the lock is free; it is released if its holder dies.
 
-    Who holds it alone may remove the file at the end of the block: others that wait for it then take a new one.
+    An exclusive holder may remove the file at the end of the block; waiting processes then create a new one.
+
+    Args:
+        path: path of the lock file.
+        shared: acquire a shared lock instead of an exclusive one.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
     """
     with opened_alone(path, shared):
         yield
@@ -169,11 +199,18 @@ def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]
 
 @contextlib.contextmanager
 def written_aside(path: Path, mode: int = 0o600, sync: bool = True) -> Iterator[BinaryIO]:
-    """Give a temporary file in the same folder that becomes `path` when the block ends well.
+    """Yield a temporary file in the same folder that replaces `path` by atomic rename at the end of the block.
 
-    It is synced before it is renamed, the folder after; when the block raises, nothing of it is left and `path` is
-    as it was. Without `sync`, a power cut may leave the old one, an empty one or none. What a writer that was killed
-    has left is used by the next one.
+    The file is synced before the rename, and the folder after it. If the block raises, the temporary file is removed
+    and `path` is unchanged. The temporary file of a killed process is reused by the next one.
+
+    Args:
+        path: file to replace.
+        mode: permissions of the file.
+        sync: if false, nothing is synced: a power cut may leave the old file, an empty one or none.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     aside = path.with_name(f".{os.fsencode(path.name)[:100].decode('utf-8', 'ignore')}.tmp")
     with opened_alone(aside) as fd:
@@ -194,28 +231,40 @@ def written_aside(path: Path, mode: int = 0o600, sync: bool = True) -> Iterator[
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of some bytes to an open file or pipe; raises OSError."""
+    """Write all bytes to an open file or pipe.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a whole file, aside, synced and renamed; raises OSError."""
+    """Write a file atomically and sync it; see `written_aside`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with written_aside(path, mode) as file:
         file.write(data)
 
 
 def write_json(path: Path, value: Any, sync: bool = True) -> None:
-    """Write a value as JSON as `written_aside` does; raises OSError."""
+    """Write a value as JSON atomically; see `written_aside`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     with written_aside(path, sync=sync) as file:
         file.write(json.dumps(value, sort_keys=True).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; None where there is none or where it is damaged."""
+    """Read a JSON file; None if it is missing, unreadable or invalid."""
     try:
         with open_regular(path) as file:
             return json.loads(file.read())
-    except (OSError, ValueError, RecursionError, MemoryError):  # the last two: a million brackets
+    except (OSError, ValueError, RecursionError, MemoryError):  # the last two: a million nested brackets
         return None

@@ -1,4 +1,4 @@
-"""Errors that a person can act on."""
+"""Errors with a suggested fix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 
 
 class RunnerError(Exception):
-    """Something failed on the builder in a way that a person can act on.
+    """A failure on the builder that the user can fix.
 
     Args:
         message: what failed.
-        hint: what to do now.
+        hint: suggested fix.
     """
 
     kind = "runner"
@@ -26,5 +26,8 @@ class RunnerError(Exception):
 
 
 def tells_of_full_disk(text: str) -> bool:
-    """Say whether what a program says is that there was no room: all have the words of strerror(3), Go's a small n."""
+    """Return whether a program's output reports a full disk.
+
+    It is searched for the text of strerror(3), ignoring case, because Go writes it with a small n.
+    """
     return os.strerror(errno.ENOSPC).casefold() in text.casefold()
