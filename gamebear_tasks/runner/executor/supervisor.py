@@ -95,7 +95,7 @@ class Supervisor:
         self.tidy = not order.get("after_lost")
         """Whether there are certainly no containers, neither of an earlier attempt nor of this one."""
         self.limit = 0.0
-        """Seconds that the attempt may take once it has its slot; 0 for no limit."""
+        """Time limit of the attempt in seconds, counted from when it has its slot; 0 for no limit."""
         self._deadline = math.inf
 
     def run(self) -> None:
@@ -147,7 +147,7 @@ class Supervisor:
         self.stored.write_state({"state": state, "attempt": self.attempt, "phases": self.phases.spans, **more})
 
     def _write_final_state(self, **final: Any) -> None:
-        """Write the final state; on a full disk, first free space by removing the order, which is no longer needed.
+        """Write the final state; on a full disk, first free space by removing the unneeded order.
 
         If it cannot be written at all, the attempt counts as lost.
 
@@ -251,10 +251,10 @@ class Supervisor:
             raise JobFailed("blob", f"The stored order of job {self.stored.digest} is damaged.", "Run doit again.")
         return order
 
-    # the program
+    # the build process
 
     def _start_program(self, known: Facts, base: str) -> subprocess.Popen[bytes]:
-        """Start the build in its namespace. That takes a while, so it overlaps with filling the working directory.
+        """Start the build in its namespace. That is slow, so it overlaps with filling the working directory.
 
         The build waits for `GO` before it begins.
         """
@@ -264,7 +264,7 @@ class Supervisor:
         self.stored.scratch.mkdir(mode=0o700, exist_ok=True)
         return subprocess.Popen(
             [*namespace(known), sys.executable, "-u", str(runner), "build", self.stored.digest],
-            stdin=subprocess.PIPE,  # end of file tells the build that the supervisor has died
+            stdin=subprocess.PIPE,  # the build reads end of file when the supervisor has died
             stdout=self.log,
             stderr=self.log,
             cwd=self.stored.folder,
@@ -360,7 +360,7 @@ class Supervisor:
         finally:
             os.close(pidfd)
 
-    # what comes out
+    # outputs
 
     def _keep_outputs(self, names: list[str]) -> dict[str, Any]:
         """Move the outputs from the working directory into the store and sync them.

@@ -272,7 +272,7 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
         language.add_requirements(root, program.requirements)
         values = language.bind(program, document.get("args") or {})
         sys.argv = [str(path)]
-        module = types.ModuleType("__script__")  # dataclasses and pickle look the module up in sys.modules
+        module = types.ModuleType("__script__")  # dataclasses and pickle search sys.modules for it
         sys.modules["__script__"] = module
         names = vars(module)
         names.update(seen, __file__=str(path), __args__=values)

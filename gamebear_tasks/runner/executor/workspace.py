@@ -19,7 +19,7 @@ from ..store.store import StoredJob
 from ..util.atomic_files import CHUNK, is_file_name, is_relative_path, is_sha256, sha256_of, write_all
 from ..util.errors import RunnerError
 
-if TYPE_CHECKING:  # slow to load, and many jobs have no source
+if TYPE_CHECKING:  # slow to import, and many jobs have no source
     import tarfile
 
 BROKEN_SOURCE = "No source of ours has one: remove it from gamebear-tasks/sources of your cache, then run doit again."

@@ -102,7 +102,7 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
 
 
 def _integer(text: str) -> int:
-    """Parse an integer of a header, clamped. Long digit strings are not converted, because that could take minutes."""
+    """Parse an integer of a header, clamped. Long digit strings are not converted, which could last minutes."""
     if len(text) > len(str(-MAX_NUMBER)):
         return -MAX_NUMBER if text.startswith("-") else MAX_NUMBER
     return max(-MAX_NUMBER, min(int(text), MAX_NUMBER))

@@ -48,7 +48,7 @@ SYSCTLS = (
 """Kernel settings that may forbid user namespaces; not every kernel has all of them."""
 
 MEASURING = 10.0
-"""Seconds that measuring one folder may take."""
+"""Timeout in seconds of measuring one folder."""
 
 ASKING = 20.0
 """Timeout in seconds of a program such as `buildah`, `unshare` or `dpkg`."""
@@ -373,7 +373,7 @@ def _unreachable(url: str) -> str:
     answer = [f"no answer within {MIRROR_SECONDS:g} seconds"]
 
     def ask() -> None:
-        import urllib.error  # slow to load on a small machine
+        import urllib.error  # slow to import on a small machine
         import urllib.request
 
         try:

@@ -164,7 +164,7 @@ class Session:
 
     def _hello(self) -> Reply:
         """Describe this builder, without running buildah."""
-        import platform  # slow to load, and seldom needed
+        import platform  # slow to import, and rarely needed
 
         return {
             "python": platform.python_version(),
@@ -336,7 +336,7 @@ class Session:
         """Return the id of the image that a name resolves to on this builder now; empty if unknown or timed out."""
         from ..host.buildah import outside
         from ..host.probe import facts
-        from ..images.base_images import meaning  # slow to load, and seldom needed
+        from ..images.base_images import meaning  # slow to import, and rarely needed
 
         def ask(*words: str) -> str:
             return outside(self.store.root, known, *words, timeout=max(0.1, until - time.monotonic()))
@@ -483,7 +483,7 @@ class Session:
             current = state.get("attempt", "")
             wanted = attempt or current
             if wanted != asked and (running or attempt):
-                with contextlib.suppress(FileNotFoundError):  # the job was pruned
+                with contextlib.suppress(FileNotFoundError):  # race: the job was pruned
                     stored.ask_to_stop(wanted)
                 asked = wanted
             if not running or current != wanted or time.monotonic() >= until:
@@ -516,13 +516,13 @@ class Session:
 
     def _list(self, skip: int, limit: int, prefix: str) -> Reply:
         """List the jobs in the store; see `job_list.listing`."""
-        from .job_list import listing  # seldom needed
+        from .job_list import listing  # rarely needed
 
         return listing(self.store, int(skip), int(limit), str(prefix))
 
     def _materials(self, digest: str, attempt: str) -> Reply:
         """Return the images and packages that a result was built in; see `materials`."""
-        from .materials import materials  # seldom needed
+        from .materials import materials  # rarely needed
 
         return materials(self.store, digest, attempt)
 
@@ -538,7 +538,7 @@ class Session:
         Raises:
             RunnerError: a limit is not a number, or is negative.
         """
-        import dataclasses  # slow to load, and seldom needed
+        import dataclasses  # slow to import, and rarely needed
 
         from ..maintenance.garbage_collection import Policy, Prune
 
@@ -547,7 +547,7 @@ class Session:
                 raise RunnerError(f"{number!r} is no age, size or number.", NOT_OURS)
         return dataclasses.asdict(Prune(self.store, Policy(older, size, keep, images), PRUNE_SECONDS).run())
 
-    # with a terminal
+    # interactive programs
 
     def _kept(self, digest: str) -> Reply:
         """Return the retained containers of a job."""
@@ -579,7 +579,7 @@ class Session:
 
     def _examine(self, arches: list[str], base: str, wait: float) -> Reply:
         """Return a description of this builder for `doctor`; see `diagnostics`."""
-        from .diagnostics import Examination  # slow to load, and seldom needed
+        from .diagnostics import Examination  # slow to import, and rarely needed
 
         if self._examination is None or self._examination.asked != (tuple(arches), base):
             self._examination = Examination(self.store, [str(arch) for arch in arches], str(base))

@@ -201,8 +201,8 @@ def put(store: Store, body: Body, blobs: list[list[Any]] | None = None, **one: A
 def _take_over(store: Store, part: Path, sha256: str) -> Lock | None:
     """Return the acquired lock of an incomplete blob; None if the blob is complete.
 
-    Another session may hold the lock: its client sends the same blob, or our client has reconnected and left it behind.
-    A session that was left behind receives no more data and exits when it detects that another one wants the blob.
+    Another session may hold the lock: another client sends the same blob, or this client has reconnected. After a
+    reconnect the old session receives no more data, and exits when it detects that another one wants the blob.
     """
     until = time.monotonic() + TAKE_OVER
     while not _has(store, sha256):

@@ -79,7 +79,7 @@ def why_expired(state: Mapping[str, Any], meaning: Callable[[str, str], str]) ->
 
 def _made_at(annotations: Mapping[str, str]) -> float:
     """Return when a package image was made, in seconds since 1970; 0 if its annotations do not contain a valid time."""
-    import calendar  # slow to load, and not needed in a client's session
+    import calendar  # slow to import, and not needed in a client's session
 
     try:
         return float(calendar.timegm(time.strptime(annotations.get("gamebear.created", ""), "%Y-%m-%dT%H:%M:%SZ")))

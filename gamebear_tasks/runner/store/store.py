@@ -9,7 +9,7 @@
                   lock          held (flock) by the supervisor for as long as it lives
                   state.json    see `State`; atomic rename, synced when final
                   log           bytes, append-only within one attempt
-                  cancel-<attempt>  exists when somebody requested to stop it; empty, because the disk may be full
+                  cancel-<attempt>  exists when a client requested to stop it; empty, because the disk may be full
                   seen-<attempt>  exists when a client has acknowledged how that attempt ended
                   clients/<id>  touched while that client follows the job; contains the user's display name
                   work/         the program's working directory while it runs
@@ -287,7 +287,7 @@ class StoredJob:
     def begin_attempt(self, order: dict[str, Any]) -> str:
         """Prepare a new attempt and return its name. The caller holds the job's lock.
 
-        The state is written last. Until then the job keeps its previous state, minus what has been removed here.
+        The state is written last. Until then the job has its previous state, minus what has been removed here.
 
         Args:
             order: parameters of the attempt, stored as `order.json`.
@@ -305,7 +305,7 @@ class StoredJob:
         for old in self.folder.glob("out-*"):
             shutil.rmtree(old, ignore_errors=True)
         write_json(self.folder / "order.json", {**order, "after_lost": after_lost}, sync=False)
-        self.log.unlink(missing_ok=True)  # a session that is reading it keeps the old file
+        self.log.unlink(missing_ok=True)  # a session that is reading it still has the old file
         self.log.touch(mode=0o600)
         self.write_state({"state": "queued", "attempt": attempt})
         return attempt
@@ -420,7 +420,7 @@ class StoredJob:
             (self.folder / f"cancel-{attempt}").touch()
 
     def is_asked_to_stop(self, attempt: str) -> bool:
-        """Return whether somebody requested to stop an attempt."""
+        """Return whether a client requested to stop an attempt."""
         return (self.folder / f"cancel-{attempt}").exists()
 
     def note_seen(self, attempt: str) -> None:
