@@ -1,1 +1,1 @@
-"""The names that a buildscript sees."""
+"""The buildscript environment: everything that a buildscript can use."""

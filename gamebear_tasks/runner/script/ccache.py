@@ -1,19 +1,19 @@
-"""Compilers cached across builds with ccache, for the containers of scripts that ask for it.
+"""Compiler cache: ccache across builds, for the containers of scripts that enable it.
 
-    ccache/<key>/       in the store; held (flock, shared) by every job that uses it; mounted while a command runs
-        bin/<compiler>  what the container's commands find first under the compiler's name: a link to
-        compiler        which runs the compiler of that name with ccache, or without
-        preprocess      what ccache runs the preprocessor with
-        cache/          ccache's own
+    ccache/<key>/       in the store; locked (flock, shared) by every job that uses it; mounted while a command runs
+        bin/<compiler>  found first in the container's PATH under the compiler's name: a link to
+        compiler        script that runs the compiler of that name with ccache, or without
+        preprocess      script that ccache runs the preprocessor with
+        cache/          ccache's own folder
 
-The key stands for the image, the architecture and every file that a compiler of the container is made of, so that no
-other compiler's results are ever looked at. ccache is used where it is known to be right, and kept away from the rest:
+The key is a hash of the image, the architecture and every file that belongs to a compiler of the container, so that
+results of another compiler are never used. ccache is used only where it is known to be correct:
 
-- Only the preprocessor's output decides. The direct mode, which looks at the files that were included the last time,
-  does not notice a new one that would now be found before them.
-- What the assembler reads by itself (`.include`, `.incbin`), ccache does not see, or only in its plainest form. So what
-  is assembled is not cached, nor what has such a word in the preprocessor's output; see `COMPILER` and `PREPROCESS`.
-- Entries have a checksum since ccache 4; one that was damaged counts as none.
+- Only the preprocessor's output decides. ccache's direct mode checks the files that were included last time. It misses
+  a new file that would now be found before them.
+- ccache does not see files that the assembler itself reads (`.include`, `.incbin`), or only in their plainest form. So
+  assembly is not cached, nor is code with such a word in the preprocessor's output; see `COMPILER` and `PREPROCESS`.
+- Entries have a checksum since ccache 4; a damaged entry counts as a miss.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from ..util.atomic_files import write_bytes
 from ..util.errors import RunnerError
 
 FORMAT = 1
-"""Version of the key, the scripts and the settings; another number begins every cache anew."""
+"""Version of the key, the scripts and the settings; a new number invalidates every cache."""
 
 PLACE = "/run/gamebear-ccache"
-"""Where the folder is mounted in a container."""
+"""Mount point of the folder in a container."""
 
 SIZE = "1G"
-"""How much one cache holds; ccache removes what was not used for longest."""
+"""Size limit of one cache; ccache evicts the least recently used entries."""
 
 OLDEST = (4, 0)
-"""The first release of ccache that notices damage."""
+"""First release of ccache that detects damaged entries."""
 
 BINARIES = ("bin", "usr/bin", "usr/local/bin")
-"""Where a container's compilers, assemblers and ccache are."""
+"""Folders of a container's compilers, assemblers and ccache."""
 
 PARTS = ("usr/lib/gcc", "usr/lib/gcc-cross", "usr/libexec/gcc", "usr/local/lib", "usr/local/libexec")
-"""Where the parts of a compiler are that its program starts or loads; Debian's own are known by their packages."""
+"""Folders of files that a compiler runs or loads; those from Debian are covered by the package versions."""
 
 PACKAGES = "var/lib/dpkg/status"
-"""Which packages are installed, with their versions."""
+"""List of the installed packages with their versions."""
 
 COMPILER_NAME = re.compile(r"([\w+.]+-)*(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-\d+(\.\d+)*)?", re.ASCII)
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""What buildah takes where an image has no PATH."""
+"""PATH that buildah sets if an image has none."""
 
 COMPILER = b"""\
 #!/bin/sh
@@ -88,42 +88,46 @@ LC_ALL=C grep -qiE 'incbin|[.]include([^[:alnum:]_]|$)' "${made:-/proc/$$/fd/1}"
 SETTINGS = {
     "CCACHE_BASEDIR": "",
     "CCACHE_COMPILERCHECK": "content",
-    "CCACHE_CONFIGPATH": "/dev/null",  # no settings but these, neither the image's nor the folder's
+    "CCACHE_CONFIGPATH": "/dev/null",  # ignore settings of the image and of the folder
     "CCACHE_DIR": f"{PLACE}/cache",
-    "CCACHE_HASHDIR": "1",  # debug information has the working directory
+    "CCACHE_HASHDIR": "1",  # debug information contains the working directory
     "CCACHE_IGNOREOPTIONS": "",
     "CCACHE_MAXSIZE": SIZE,
     "CCACHE_NODEPEND": "1",
     "CCACHE_NODIRECT": "1",
-    "CCACHE_NOHARDLINK": "1",  # or what changes an object file later on would change the cache
+    "CCACHE_NOHARDLINK": "1",  # otherwise a later change of an object file would change the cache
     "CCACHE_PREFIX_CPP": f"{PLACE}/preprocess",
     "CCACHE_SLOPPINESS": "",
 }
 
 
 class CacheError(RunnerError):
-    """A container's compilers cannot be cached."""
+    """The compilers of a container cannot be cached."""
 
     kind = "script"
 
 
 class Cache:
-    """The cache of one container's compilers, held until it is closed.
+    """The cache of one container's compilers, locked until it is closed.
 
     Args:
-        root: the versioned store folder.
-        files: the container's.
-        image: the id of the container's image.
+        root: The versioned store folder.
+        files: The container's file system.
+        image: Id of the container's image.
         arch: Debian's name of its architecture.
 
     Raises:
-        CacheError: the container has no ccache, no compiler, or no grep.
+        CacheError: The container has no ccache, no compiler, or no grep.
+
+    Attributes:
+        folder: The cache's folder in the store.
+        compilers: Names of the container's compilers.
     """
 
     def __init__(self, root: Path, files: Rootfs, image: str, arch: str) -> None:
         binaries = [entry for folder in BINARIES for entry in files.listing(folder, depth=1)]
         names = {entry[0].rpartition("/")[2] for entry in binaries}
-        for needed in ("ccache", "grep"):  # without grep nothing would ever be cached
+        for needed in ("ccache", "grep"):  # without grep, nothing would ever be cached
             if needed not in names:
                 raise CacheError(
                     f"There is no {needed} in the container.", f'Install it: packages_image(…, ["{needed}", "gcc", …])'
@@ -145,17 +149,17 @@ class Cache:
 
     @property
     def is_checked(self) -> bool:
-        """Whether this ccache has been found to be good enough."""
+        """Whether this ccache is known to be recent enough."""
         return (self.folder / "checked").exists()
 
     def check(self, version: str) -> None:
-        """Note that this ccache is good enough.
+        """Verify that this ccache is recent enough, and record it.
 
         Args:
-            version: what `ccache --version` says.
+            version: Output of `ccache --version`.
 
         Raises:
-            CacheError: it is too old.
+            CacheError: The release is too old.
         """
         numbers = re.search(r"(\d+)\.(\d+)", version)
         if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST:
@@ -172,14 +176,14 @@ class Cache:
         return {**SETTINGS, "PATH": f"{PLACE}/bin:{path}", "CCACHE_PATH": path}
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder's lock."""
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
 
 
 def _held(folder: Path) -> int:
-    """Return the open folder, made if need be; it stays as long as it is open, and counts as used now."""
+    """Return a descriptor of the folder, created if missing, that holds a shared lock; update its time of last use."""
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -191,4 +195,4 @@ def _held(folder: Path) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # a prune has taken it away in this moment
+        os.close(fd)  # race: garbage collection removed the folder before it was locked

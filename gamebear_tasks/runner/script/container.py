@@ -1,8 +1,8 @@
-"""`Container`, as a buildscript sees it.
+"""`Container`: working containers, as buildscripts use them.
 
-A buildah command costs 30 to 150 ms on a PC and far more on a Pi, so there are as few as can be: settings are gathered
-and go along with the next command, files are copied through one mount per container, an image's settings are read only
-when the script asks for them.
+A buildah command costs 30 to 150 ms on a PC and far more on a Pi, so this module runs as few as possible. Settings are
+collected and applied with the next command. Files are copied through one mount per container. An image's settings are
+read only when the script accesses them.
 """
 
 from __future__ import annotations
@@ -35,37 +35,57 @@ from .image import Image, called, image_of, resolve
 BUILDAHS_OWN = re.compile(
     r"_?(LD|GO|XDG|SSL|TMP|STORAGE|CONTAINERS?|BUILDAH|REGISTRY|DBUS|NOTIFY|.*proxy\b)", re.IGNORECASE
 )
-"""Variables of a container that would mean something to buildah, too."""
+"""Names of environment variables that buildah itself interprets."""
 
 DOWNLOAD_SECONDS = 60.0
-"""How long a server may be silent during `add_url`."""
+"""Seconds that a server may be silent during `add_url`."""
 
 
 class Container:
-    """A working container, there from its construction to the end of its with-block, of the job at the latest.
+    """A working container: a copy of an image's files and settings, in which commands run.
+
+    The container is created by the constructor. It is removed at the end of its `with` block, or else at the end of the
+    job. After that, every method that needs buildah raises ValueError.
+
+    The settings below are initially the image's. Each can be read, assigned and, if it is a dict, list or set, changed
+    in place. A change applies to the next `run` and to images made with `commit`. An assignment to any other attribute
+    raises AttributeError.
 
     Args:
-        image: an `Image`, an image's name or id, or `scratch` for an empty container.
-        mounts: what is mounted in it for as long as it lives: `(folder outside, folder inside, *options)` each.
+        image: An `Image`, an image's name or id, or `"scratch"` for an empty container.
+        mounts: Bind mounts that last as long as the container, each `(outside, inside, *options)` or
+            `"outside:inside:options"`. A relative path outside starts in the working directory.
 
     Raises:
-        ImageNotFoundError: the image cannot be had.
+        ImageNotFoundError: The image does not exist or cannot be fetched.
+        ValueError: A mount does not have at least two parts.
         CommandError: buildah failed.
 
     Attributes:
-        environ: environment variables.
-        command: what a container of the image runs by default; list of words.
-        entrypoint: what that is appended to; list of words.
-        labels: the image's labels.
-        volumes: folders that containers of the image keep outside of it.
-        workdir: where commands run; where relative paths in the container start.
-        user: whom commands run as.
-        ccache: whether compilers are cached across builds.
-        healthcheck_cmd: words of the command that checks a container's health, or one text for its shell.
-        healthcheck_interval: time between checks, in Go's notation (`5m`), or seconds.
-        healthcheck_timeout: how long a check may take.
-        healthcheck_start_period: time after the start in which a failed check does not count.
-        healthcheck_retries: failed checks after which the container is unhealthy.
+        environ: Environment variables, a dict of strings.
+        command: Default command of containers made from the image; a list of words.
+        entrypoint: Words that `command` is appended to; a list.
+        labels: Labels of the image, a dict of strings.
+        volumes: Folders that containers of the image store in volumes, outside the image; a set of paths.
+        workdir: Folder in which commands run and relative paths in the container start; empty means `/`.
+        user: User that runs commands: a name, a number or `user:group`; empty means root.
+        ccache: Whether compilers are cached across builds with ccache.
+        healthcheck_cmd: Command that checks a container's health: a list of words, one line for the container's shell,
+            or None for no check.
+        healthcheck_interval: Time between two checks, in seconds or in Go's notation (`5m`).
+        healthcheck_timeout: Time limit of one check, in seconds or in Go's notation.
+        healthcheck_start_period: Time after the start during which failed checks do not count, in seconds or in Go's
+            notation.
+        healthcheck_retries: Number of failed checks after which the container is unhealthy.
+
+    Example:
+        ```python
+        with Container("debian:bookworm") as c:
+            c.environ["LANG"] = "C.UTF-8"
+            c.copy_in("source", "/src")
+            c.run(["cp", "/src/README", "/tmp/README"])
+            c.copy_out("/tmp/README", "README")
+        ```
     """
 
     command = Setting(as_words)
@@ -114,11 +134,11 @@ class Container:
 
     @property
     def name(self) -> str:
-        """The container's name, of no use beyond messages."""
+        """Name of the container, for messages only."""
         return self._name
 
     def __setattr__(self, name: str, value: object) -> None:
-        # A misspelt setting would be lost without a word. A class of the script's own may have attributes of its own.
+        # A misspelt setting would be silently ignored. Subclasses in scripts may have attributes of their own.
         if type(self) is Container and not name.startswith("_") and name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, 1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(SETTINGS))}"
@@ -142,7 +162,7 @@ class Container:
         except CommandError as failed:
             if error is None:
                 raise
-            print(f"gamebear: {failed}", file=sys.stderr)  # what went wrong first matters more
+            print(f"gamebear: {failed}", file=sys.stderr)  # the first error is more important
         else:
             self._job.open.pop(self.name, None)
 
@@ -164,7 +184,7 @@ class Container:
 
     @property
     def environ(self) -> Table:
-        """Environment variables; what is assigned is made text."""
+        """Environment variables; assigned values are converted to strings."""
         return self._environ
 
     @environ.setter
@@ -173,7 +193,7 @@ class Container:
 
     @property
     def labels(self) -> Table:
-        """The image's labels; what is assigned is made text."""
+        """Labels of the image; assigned values are converted to strings."""
         return self._labels
 
     @labels.setter
@@ -181,7 +201,7 @@ class Container:
         self._labels.replace(values)
 
     def _live(self, name: str) -> Any:
-        """Return what buildah knows of a setting."""
+        """Return the value of a setting that buildah currently has."""
         if not self._loaded:
             self._load(json.loads(self._buildah("inspect", self.name)))
         return self._applied[name]
@@ -212,14 +232,14 @@ class Container:
         return self._now[name]
 
     def _pending(self) -> dict[str, Any]:
-        """Return the settings that buildah does not know yet."""
+        """Return the settings that were changed and not yet applied to buildah's container."""
         if "volumes" in self._now:
             self._live("volumes")
         unknown = object()
         return {name: value for name, value in self._now.items() if value != self._applied.get(name, unknown)}
 
     def _apply(self, *more: str) -> None:
-        """Tell buildah all settings that it does not know, in one command; `more` are further options for it."""
+        """Apply all pending settings in one `buildah config`; `more` are additional options of it."""
         pending = self._pending()
         options = list(more)
         variables: dict[str, str] = {}
@@ -230,7 +250,7 @@ class Container:
                 variables[key] = value  # not in the command line, which every user of the machine can read
                 options += ["--env", key]
             else:
-                # buildah expands $NAME in it, and makes $ of $$
+                # buildah expands $NAME in the value, and turns $$ into $
                 options += ["--env", f"{key}-" if value is None else f"{key}={value.replace('$', '$$')}"]
         for key, value in self._labels.changes.items():
             options += ["--label", f"{key}-" if value is None else f"{key}={value}"]
@@ -256,11 +276,18 @@ class Container:
             table.changes.clear()
 
     def _is_free(self, key: str) -> bool:
-        """Say whether a variable means nothing to buildah itself, nor its name to `buildah config --env`."""
+        """Return whether a variable is safe in buildah's own environment.
+
+        It is not if buildah itself interprets it, or if its name ends in `-`: `buildah config --env` removes such a
+        variable.
+        """
         return key not in self._job.buildah.environment and not BUILDAHS_OWN.match(key) and not key.endswith("-")
 
     def _health(self) -> list[str]:
-        """Return the options for the health check, all of them: buildah sets defaults for what is left out."""
+        """Return the options for the health check.
+
+        All of them are set, because buildah replaces missing ones by its defaults.
+        """
         test = self.healthcheck_cmd
         if test is None:
             return ["--healthcheck", ""]
@@ -275,7 +302,14 @@ class Container:
 
     @property
     def ccache(self) -> bool:
-        """Whether the compilers that commands run are cached across builds; ccache has to be in the container."""
+        """Whether ccache caches the results of compilers across builds; False by default.
+
+        Set it after ccache and the compilers are installed in the container. Only commands that run as root use the
+        cache.
+
+        Raises:
+            CacheError: The container has no ccache, one that is too old, no compiler, or no grep.
+        """
         return self._ccache is not None
 
     @ccache.setter
@@ -295,13 +329,13 @@ class Container:
         self._ccache = cache
 
     def _ccache_options(self, further: dict[str, str], user: str | int | None) -> list[str]:
-        """Return the options that let a command use the compiler cache, and add its variables to `further`.
+        """Return the options that mount the compiler cache for a command, and add its variables to `further`.
 
-        The cache belongs to the container's root, as whom alone it can be written.
+        Commands of other users than root run without the cache: only the container's root can write to it.
         """
         if self._ccache is None:
             return []
-        whom = self.user if user is None else str(user)  # what buildah may have to be asked for
+        whom = self.user if user is None else str(user)  # may need a `buildah inspect`
         if whom not in ("", "0", "root", "0:0", "root:root"):
             return []
         further.update(self._ccache.environment(further.get("PATH") or self.environ.get("PATH", "")))
@@ -327,28 +361,39 @@ class Container:
         stderr: int | IO[Any] | None = None,
         text: bool | None = None,
     ) -> subprocess.CompletedProcess[Any]:
-        """Run a command in the container; what it prints goes to the log as it comes.
+        """Run a command in the container and wait for it; by default its output is appended to the log.
 
         Args:
-            cmd: its words; with `shell`, one line for `/bin/sh`.
-            shell: have the container's shell read the line.
-            pwd: the folder that it runs in, instead of `workdir`.
-            env: further environment variables, for this command only.
-            user: whom it runs as, instead of the container's user: name, number, or `user:group`; empty means root.
-            volumes: mounted for this command only: `outside:inside[:options]`, or the three as a sequence.
-            mounts: the same as mappings for `buildah run --mount`: `{"type": "bind", "src": …, "dst": …}`.
-            terminal: give it a terminal.
-            stdin: what it reads, as for `subprocess.run`; nothing by default.
-            input: text or bytes that it reads.
-            stdout: as for `subprocess.run`; `PIPE` to have it in the result.
-            stderr: the same.
-            text: False to have bytes and not text in the result.
+            cmd: Words of the command: strings, paths or numbers. With `shell`, one command line.
+            shell: Run the line with the container's `/bin/sh -c`. A list is quoted and joined first.
+            pwd: Folder to run in, instead of `workdir`. A relative path starts in `workdir`.
+            env: Additional environment variables, for this command only.
+            user: User to run as, instead of the container's `user`: a name, a number or `user:group`; empty means root.
+            volumes: Bind mounts for this command only, each `"outside:inside[:options]"` or a sequence of these parts.
+            mounts: Mounts for this command only, as mappings of the fields of `buildah run --mount`: `{"type": "bind",
+                "src": …, "dst": …}`.
+            terminal: Allocate a terminal for the command.
+            stdin: Standard input, as for `subprocess.run`; empty by default.
+            input: Text or bytes for the standard input. Overrides `stdin`.
+            stdout: Standard output, as for `subprocess.run`: None for the log, `PIPE` to capture it, `DEVNULL` or a
+                file.
+            stderr: Standard error, likewise; `STDOUT` merges it into the standard output.
+            text: If False, captured output is bytes. Otherwise it is decoded as UTF-8, with invalid bytes escaped.
 
         Returns:
-            The finished process, with the command, status 0, and what was asked for of its output.
+            The completed process: the command as `args`, status 0, and the output that was captured with `PIPE`.
 
         Raises:
-            CommandError: it failed.
+            CommandError: The command ended with another status than 0, or could not be started.
+            TypeError: `cmd` is one string and `shell` is not set.
+            ValueError: There are no words, a mount does not have at least two parts, or the container is removed.
+
+        Example:
+            ```python
+            c.run(["make", "-j4"], pwd="/src", env={"CFLAGS": "-O2"})
+            c.run("./configure && make", shell=True, pwd="/src")
+            version = c.run(["git", "--version"], stdout=subprocess.PIPE).stdout
+            ```
         """
         words = _command(cmd, shell)
         self._check_there()
@@ -368,7 +413,7 @@ class Container:
                 options = []
             options += cache
             if user is not None:
-                options += ["--user", str(user) or "0:0"]  # the container's user is what buildah takes an empty one for
+                options += ["--user", str(user) or "0:0"]  # buildah replaces an empty user by the container's user
             if self._job.facts.isolation != "chroot":
                 options += ["--network", "host"]
             if terminal:
@@ -408,7 +453,7 @@ class Container:
         return subprocess.CompletedProcess(words, 0, *texts)
 
     def _is_roots(self) -> bool:
-        """Say whether commands run as root because nobody has ever said otherwise."""
+        """Return whether commands run as root because neither the image nor the script sets a user."""
         if self._job.facts.isolation != "chroot" or "user" in self._now:
             return False
         if self._loaded:
@@ -416,7 +461,7 @@ class Container:
         return self._image == "scratch" or not base_images.user(self._job.buildah, self._image)
 
     def _run_options(self, further: dict[str, str], folder: str | None) -> list[str]:
-        """Return the options that give one command its settings, so that buildah need not be told them before."""
+        """Return the `buildah run` options that pass the settings to one command, to save a `buildah config`."""
         removed = None in self._environ.changes.values()
         if "volumes" in self._pending() or removed or (self._environ.changes and self._job.takes_variables()):
             self._apply()
@@ -435,7 +480,10 @@ class Container:
 
     @contextlib.contextmanager
     def _changed_for_now(self, further: dict[str, str], folder: str | None) -> Iterator[None]:
-        """Have other settings for the block, where `buildah run` has no options for them."""
+        """Change environment and working directory for the length of the block.
+
+        Used if `buildah run` has no options for them, and to keep variables off the command line.
+        """
         before = {key: self.environ.get(key) for key in further}
         workdir = None if folder is None else self.workdir
         self.environ.update(further)
@@ -455,7 +503,7 @@ class Container:
     # files
 
     def _absolute(self, path: str) -> str:
-        """Return a path in the container from its root; a relative one starts in `workdir`."""
+        """Return an absolute path in the container; a relative path starts in `workdir`."""
         return path if path.startswith("/") else posixpath.join("/", self.workdir, path)
 
     def _files(self) -> Rootfs:
@@ -465,51 +513,79 @@ class Container:
         return self._rootfs
 
     def copy_in(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-        """Copy a file or a folder's contents into the container; the copies belong to its root.
+        """Copy a file or the contents of a folder into the container.
 
-        Missing folders are made, folders are merged. Modes, times, hard links, holes and the extended attributes
-        `user.*`, `security.capability` and `security.ima` are kept.
+        The container's root owns the copies. Missing folders are created, existing folders are merged, existing files
+        and links are replaced. Symbolic links in a folder stay links. Modes, times, hard links, holes and the extended
+        attributes `user.*`, `security.capability` and `security.ima` are preserved. An existing folder keeps its own
+        mode, times and attributes.
 
         Args:
-            src: a path outside; relative to the working directory.
-            dst: a path in the container, with the file's name; a file goes into a folder that is there, or that is
-                named with a slash at the end. Relative to `workdir`.
+            src: Path outside; a relative path starts in the working directory.
+            dst: Path in the container, including the file's name. A file is copied *into* `dst` if that is an existing
+                folder or ends in a slash. A relative path starts in `workdir`.
 
         Raises:
-            OSError: `src` is missing, something is of the wrong kind, or an attribute cannot be kept there.
+            FileNotFoundError: `src` does not exist.
+            IsADirectoryError: A folder exists where a file or link belongs.
+            NotADirectoryError: A part of the path is not a folder.
+            OSError: The file system cannot store an attribute, or a file is neither a regular file, a folder nor a
+                link.
+
+        Example:
+            ```python
+            c.copy_in("source", "/src")          # the contents of source become the contents of /src
+            c.copy_in("settings.h", "/src/")     # becomes /src/settings.h
+            ```
         """
         self._files().copy_in(Path(src), self._absolute(os.fspath(dst)))
 
     def copy_out(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-        """Copy a file or a folder's contents out of the container.
+        """Copy a file or the contents of a folder out of the container.
 
-        Missing folders are made, folders are merged. The same is kept as by `copy_in`, but for set-user-ID and
-        set-group-ID of files. Links are followed inside the container; in a folder, those that lead to something in
-        that folder stay links.
+        The script's user owns the copies. Missing folders are created, existing folders are merged, existing files and
+        links are replaced. The same metadata is preserved as by `copy_in`, except that files lose set-user-ID and
+        set-group-ID. Symbolic links are followed inside the container, never to the builder's own files. In a folder, a
+        link to something in the same folder stays a link.
 
         Args:
-            src: a path in the container, from its root.
-            dst: a path outside, with the file's name; a file goes into a folder that is there. Relative to the working
-                directory.
+            src: Path in the container, relative to its root.
+            dst: Path outside, including the file's name. A file is copied *into* `dst` if that is an existing folder. A
+                relative path starts in the working directory.
 
         Raises:
-            OSError: `src` is missing, something is of the wrong kind, or an attribute cannot be kept there.
+            FileNotFoundError: `src` does not exist.
+            IsADirectoryError: A folder exists where a file or link belongs.
+            NotADirectoryError: A part of the path is not a folder.
+            OSError: The file system cannot store an attribute, or a file is neither a regular file, a folder nor a
+                link.
+
+        Example:
+            ```python
+            c.copy_out("/src/hello", "hello")    # the file becomes the output hello
+            ```
         """
         self._files().copy_out(os.fspath(src), Path(dst))
 
     def add_url(self, url: str, dest: str | os.PathLike[str], *, chmod: int | None = None) -> None:
         """Download a file into the container.
 
+        The content is not verified and is not part of the job's digest. For build inputs, an `archive` source with a
+        checksum is safer.
+
         Args:
-            url: http, https or ftp.
-            dest: a path in the container with the file's name; in a folder that is there, or that is named with a
-                slash at the end, the file has the name it has in the URL. Relative to `workdir`.
-            chmod: its mode, 0o644 by default.
+            url: `http`, `https` or `ftp` URL.
+            dest: Path in the container, including the file's name. If it is an existing folder or ends in a slash, the
+                file's name is the last part of the URL. A relative path starts in `workdir`.
+            chmod: Mode of the file; 0o644 by default.
 
         Raises:
-            URLError: it cannot be had; HTTPError where the server says why.
+            ValueError: The URL has another scheme.
+            HTTPError: The server refused the request (`urllib.error`).
+            URLError: The server cannot be reached (`urllib.error`).
+            OSError: The server was silent for 60 seconds, or `dest` is not a possible place for a file.
         """
-        import urllib.error  # with TLS and all it takes as long to load as everything else together
+        import urllib.error  # deferred: with TLS, importing it takes as long as importing everything else
         import urllib.parse
         import urllib.request
 
@@ -534,9 +610,17 @@ class Container:
 
     @contextlib.contextmanager
     def mount(self) -> Iterator[Path]:
-        """Give the folder that holds the container's files, for as long as the block and the container last.
+        """Return a context manager that yields the folder of the container's files, a `Path` on the builder.
 
-        It is a folder of the builder: a link in it that is absolute leads to the builder's own files.
+        The folder is valid until the end of the block or of the container, whichever is first. It is not a chroot: an
+        absolute symbolic link in it leads to the builder's own files, and `root / "/etc"` is the builder's `/etc`.
+        Write `root / "etc"`.
+
+        Example:
+            ```python
+            with c.mount() as root:
+                (root / "motd").write_text("hello")
+            ```
         """
         self._files()
         assert self._path is not None
@@ -545,20 +629,34 @@ class Container:
     # images
 
     def inspect(self) -> dict[str, Any]:
-        """Return what `buildah inspect` says about the container, its settings applied."""
+        """Apply the settings and return the output of `buildah inspect` for the container, as a dict.
+
+        Raises:
+            CommandError: buildah failed.
+        """
         self._apply()
         inspected: dict[str, Any] = json.loads(self._buildah("inspect", self.name))
         return inspected
 
     def commit(self) -> Image:
-        """Make an image of the container as it is now, and return it.
+        """Create an image of the container's current files and settings, and return it.
 
-        Without a name (`Image.add_tag`) it lasts until the job ends, unless the script returns it. An image with a
-        health check is in Docker's format; OCI's has none.
+        The container stays usable. An image without a tag (see `Image.add_tag`) is removed at the end of the job,
+        unless the script returns it. The format is OCI, or Docker if the image has a health check, which OCI images
+        cannot have.
+
+        Raises:
+            CommandError: buildah failed.
+
+        Example:
+            ```python
+            image = c.commit()
+            image.add_tag("hello:1")
+            ```
         """
         health = self.healthcheck_cmd
         if self._ccache_was_mounted:
-            self._files().remove_empty(PLACE)  # buildah has made it to mount the cache there
+            self._files().remove_empty(PLACE)  # mount point that buildah created for the cache
         self._apply("--annotation", f"{ARCHITECTURE_ANNOTATION}={self._job.arch}")
         form = ["--format", "docker"] if health else []
         said = self._buildah("commit", "--quiet", *form, self.name).split()
@@ -573,11 +671,11 @@ SETTINGS = {
     for name, value in vars(Container).items()
     if isinstance(value, Setting) or (isinstance(value, property) and value.fset is not None)
 }
-"""What can be assigned to."""
+"""Attributes of a container that a script can assign."""
 
 
 def _command(cmd: Any, shell: bool) -> list[str]:
-    """Return the words of what a script wants to run."""
+    """Return the words of the command that a script passed to `run`."""
     if shell:
         line = cmd if isinstance(cmd, str) else shlex.join(str(word) for word in cmd)
         return ["/bin/sh", "-c", line]
@@ -598,7 +696,7 @@ def _volume(value: Any) -> str:
 
 
 def _mount(value: Mapping[str, object]) -> str:
-    """Return a mapping as `--mount` takes it; a relative source starts in the working directory."""
+    """Return a mapping in the syntax of `--mount`; a relative source starts in the working directory."""
     fields = {key: str(field) for key, field in value.items()}
     for key in ("src", "source"):
         if key in fields and fields.get("type", "bind") == "bind":
@@ -607,13 +705,18 @@ def _mount(value: Mapping[str, object]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a field of a comma-separated line (RFC 4180)."""
+    """Return a field of a comma-separated line, quoted if necessary (RFC 4180)."""
     quoted = text.replace('"', '""')
     return f'"{quoted}"' if set(text) & set(',"\n') else text
 
 
 def _sink(where: int | IO[Any] | None, usual: int) -> tuple[Sink, bytearray | None]:
-    """Return what takes a command's output, as `subprocess.run` is told, and what it keeps of it."""
+    """Return the sink for an output of a command, and the buffer that it fills with `PIPE`.
+
+    Args:
+        where: The argument of `run`, as for `subprocess.run`.
+        usual: File descriptor for None.
+    """
     if where == subprocess.PIPE:
         kept = bytearray()
         return kept.extend, kept

@@ -1,4 +1,4 @@
-"""What a container's settings are made of: attributes that are read late and checked early, and tables."""
+"""Attributes of containers for their settings: lazily read, validated on assignment, applied when needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Configured(Protocol):
-    """Something with settings: a container, whose other names are for scripts."""
+    """An object with settings: a container without the attributes that scripts use."""
 
     _now: dict[str, Any]
 
@@ -19,10 +19,10 @@ class Configured(Protocol):
 
 
 class Setting(Generic[T]):
-    """A setting of a container, read from its image when it is first looked at, applied when it is needed.
+    """A setting of a container: read from its image on first access, applied when a command needs it.
 
     Args:
-        check: turns what the script assigns into the value, or raises TypeError or ValueError.
+        check: Converts the assigned value, or raises TypeError or ValueError.
     """
 
     def __init__(self, check: Callable[[Any], T]) -> None:
@@ -47,10 +47,13 @@ class Setting(Generic[T]):
 
 
 class Table(MutableMapping[str, str]):
-    """Environment variables or labels: the image's, and the script's changes over them.
+    """Environment variables or labels: those of the image, overlaid with the script's changes.
 
     Args:
-        applied: returns what buildah knows already.
+        applied: Returns the values that buildah already has.
+
+    Attributes:
+        changes: Values that buildah does not have yet; None for a deleted key.
     """
 
     def __init__(self, applied: Callable[[], dict[str, str]]) -> None:
@@ -104,7 +107,7 @@ class Table(MutableMapping[str, str]):
         self |= values
 
     def applied(self) -> None:
-        """Note that buildah knows the changes now."""
+        """Record that buildah has the changes now."""
         known = self._all()
         self.changes.clear()
         base = self._applied()
@@ -113,14 +116,14 @@ class Table(MutableMapping[str, str]):
 
 
 def as_words(value: Any) -> list[str]:
-    """Return a list of words, none for None."""
+    """Return a list of words, empty for None."""
     if isinstance(value, (str, bytes)):
         raise TypeError(f"a list of words is wanted, such as {shlex.split(os.fsdecode(value))}, not the text {value!r}")
     return [str(word) for word in value or ()]
 
 
 def as_health_check(value: Any) -> list[str] | None:
-    """Return a health check as images have it: CMD and words, or CMD-SHELL and a line for the shell."""
+    """Return a health check in the form that images have: CMD and words, or CMD-SHELL and a command line."""
     if not value:
         return None
     if isinstance(value, str):

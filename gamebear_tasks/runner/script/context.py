@@ -1,4 +1,4 @@
-"""The job that this process builds: what its containers and images belong to, and how a command of it fails."""
+"""The job that this process builds: owner of its containers and images, and the errors of its commands."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from ..maintenance.retained_containers import FINISHED, Notes
 from ..store.phases import Phases
 
 RUN_TAKES_SETTINGS = (1, 22)
-"""The first release whose `buildah run` has `--env` and `--workingdir`."""
+"""First buildah release whose `run` has `--env` and `--workingdir`."""
 
 
 CONFIG_TAKES_VARIABLES = (1, 28)
-"""The first release that is known to have values from its environment for `buildah config --env NAME`; 1.19 has not."""
+"""First buildah release known to read the value from its environment for `config --env NAME`; 1.19 does not."""
 
 MATERIALS = "materials.json"
-"""The file in the job's folder with what it was built in, see `materials`."""
+"""File in the job's folder that records the images and programs used for the build; see `server.materials`."""
 
 PHASES = {"commit": "commit", "from": "container", "rm": "container"}
-"""What buildah's time is for, by its command; all else is the build."""
+"""Phase that the duration of a buildah command counts toward, by command; all others count as the build."""
 
 
 class CommandError(subprocess.CalledProcessError):
     """A command in a container failed, or buildah itself did.
 
     Attributes:
-        cmd: the command, as the script gave it.
-        returncode: its exit status, negative for a signal.
-        where: the container or image that it was about.
+        cmd: Words of the command, as in the script.
+        returncode: Exit status, negative for a signal.
+        where: The container or image that the command was for, as messages call it.
+        stdout: Captured output, if `stdout=PIPE`.
+        stderr: Captured errors, if `stderr=PIPE`; for buildah's own commands, its error output.
     """
 
     def __init__(
@@ -56,20 +58,23 @@ class CommandError(subprocess.CalledProcessError):
 
 
 def programs(known: Facts) -> dict[str, str]:
-    """Return what builds here now, which may be another release when somebody asks."""
+    """Return the programs that build here now, with versions.
+
+    They are recorded during the build, because the builder may be upgraded before the record is requested.
+    """
     return {"python": sys.version.split()[0], "buildah": known.version, "isolation": known.isolation}
 
 
 class Job:
-    """What the containers of this process belong to; there is one job for each process.
+    """The job that owns the containers and images of this process; one per process.
 
     Args:
-        buildah: to run buildah with, inside the namespace.
-        facts: what the builder can do.
-        arch: Debian's name of the architecture that images are to have.
-        prefix: what the names of the containers begin with.
-        tell: called with each phase as it begins.
-        notes: where its containers are noted if they are to be kept should it fail; else None.
+        buildah: Runs buildah, inside the namespace.
+        facts: Capabilities of the builder.
+        arch: Debian's name of the architecture of the job's images.
+        prefix: Prefix of the containers' names.
+        tell: Called with each phase when it begins.
+        notes: Records the containers, if they are retained after a failure; otherwise None.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class Job:
     ) -> None:
         self.notes = notes
         self.finished: list[str] = []
-        """The containers whose with-block is over and that are still there, in case the job fails."""
+        """Containers whose `with` block has ended and that still exist, in case the job fails."""
         self.buildah = buildah
         self.facts = facts
         self.arch = arch
@@ -94,21 +99,21 @@ class Job:
         self.committed: list[str] = []
         self.phases = Phases(tell=tell)
         self.images: dict[str, dict[str, Any]] = {}
-        """What is known of the images that were used, by their ids, see `materials`."""
+        """Facts about the images that were used, by id; see `server.materials`."""
         self.policies: list[dict[str, Any]] = []
-        """What the result's validity hangs on, see `policy`."""
+        """Conditions for the validity of the result; see `store.expiry`."""
 
     def note_image(self, identity: str, **known: Any) -> None:
-        """Note something about an image that is used: see `materials`."""
+        """Record facts about a used image, unless the job itself committed it; see `server.materials`."""
         if identity not in self.committed:
             self.images.setdefault(identity, {}).update(known)
 
     def run_takes_settings(self) -> bool:
-        """Say whether environment and working directory can be had for one command only."""
+        """Return whether `buildah run` accepts environment and working directory for one command."""
         return self._version >= RUN_TAKES_SETTINGS
 
     def takes_variables(self) -> bool:
-        """Say whether a container's variables can be told by buildah's own environment, where nobody else sees them."""
+        """Return whether buildah reads a container's variables from its own environment, hidden from other users."""
         return self._version >= CONFIG_TAKES_VARIABLES
 
     @property
@@ -116,11 +121,13 @@ class Job:
         return tuple(int(number) for number in re.findall(r"\d+", self.facts.version)[:2])
 
     def remove(self, container: str, where: str) -> None:
-        """Remove a container whose with-block is over: at once, or some time later where it is noted.
+        """Remove a container whose `with` block has ended: at once, or later if containers may be retained.
+
+        With `notes`, the last few containers are left until the job ends.
 
         Args:
-            container: its name.
-            where: what it is called in messages.
+            container: Its name.
+            where: Its name in messages.
 
         Raises:
             CommandError: buildah failed.
@@ -133,7 +140,7 @@ class Job:
             self._remove(self.finished.pop(0))
 
     def remove_finished(self) -> None:
-        """Remove the containers whose with-block is over, for they have images that are to go."""
+        """Remove the containers whose `with` block has ended, because they block the removal of their images."""
         while self.finished:
             self._remove(self.finished.pop(0))
 
@@ -143,18 +150,18 @@ class Job:
             self.notes.removed(container)
 
     def let_go(self) -> None:
-        """Let go of the containers' files, and leave the containers."""
+        """Release the containers' files (mounts, compiler caches) and leave the containers."""
         for let_go in self.open.values():
             let_go()
 
     def close(self, keep: str = "") -> None:
-        """Remove the containers that are left, and the images that were committed and then neither named nor returned.
+        """Remove the remaining containers, and the committed images that have no name and were not returned.
 
         Args:
-            keep: the id of the image that the script returned.
+            keep: Id of the image that the script returned.
 
         Raises:
-            BuildahError: a container stays.
+            BuildahError: A container could not be removed.
         """
         self.let_go()
         left = [*self.open, *self.finished]
@@ -178,25 +185,32 @@ _job: Job | None = None
 
 
 def begin(job: Job | None) -> None:
-    """Make a job the one that new containers and images belong to."""
+    """Set the job that owns new containers and images; None for no job."""
     global _job
     _job = job
 
 
 def current() -> Job:
-    """Return the job of this process."""
+    """Return the job of this process.
+
+    Raises:
+        RuntimeError: This process does not build a job.
+    """
     if _job is None:
         raise RuntimeError("There are containers and images only in a build.")
     return _job
 
 
 def run_buildah(where: str, *args: str, variables: Mapping[str, str] | None = None) -> str:
-    """Run buildah quietly; what fails is an error that a script can catch like that of a command.
+    """Run buildah quietly and return its output.
 
     Args:
-        where: the container or image that it is about.
-        args: the command and its options.
-        variables: more of its environment.
+        where: The container or image that the command is for, as messages call it.
+        args: The command and its options.
+        variables: Additional environment variables.
+
+    Raises:
+        CommandError: buildah failed; scripts can catch it like a failed command of theirs.
     """
     job = current()
     try:

@@ -1,4 +1,4 @@
-"""`Image` and `packages_image`, as a buildscript sees them."""
+"""`Image` and `packages_image`: images, as buildscripts use them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .context import CommandError, current, run_buildah
 
 
 class ImageNotFoundError(Exception):
-    """There is no such image, or it cannot be had."""
+    """The image, or a package of it, does not exist or cannot be fetched."""
 
 
 def resolve(name: str) -> str:
-    """Return the id of the image that a container is to be made of."""
+    """Return the id of the image that a container is created from, after pulling or bootstrapping it if necessary."""
     job = current()
     try:
         with job.phases.phase("packages"):
@@ -30,9 +30,9 @@ def resolve(name: str) -> str:
 
 
 def _find(name: str) -> str:
-    """Return the id of a local image, empty where there is none for this architecture; asks no network.
+    """Return the id of a local image for the job's architecture, or an empty string. Uses no network.
 
-    An image that a job has committed is found again by jobs for the same architecture, whatever it holds.
+    An image that a job committed matches every job for the same architecture, whatever the image contains.
     """
     job = current()
     hexadecimal = re.fullmatch(r"(?:sha256:)?([0-9a-f]{12,64})", name)
@@ -77,14 +77,29 @@ def _names_registry(name: str) -> bool:
 class Image:
     """An image on the builder.
 
-    With `with`, it is removed when the block ends, unless it has a name by then.
+    `str(image)` is its id. Images are equal if their ids are. With `with image:`, the image is removed at the end of
+    the block, unless it has a tag by then.
 
     Args:
-        ident: its id (12 digits or more), or a name. Only a name with a registry's host in it
-            (`docker.io/library/debian`) is asked for there; any other is one on the builder, or none.
+        ident: Another `Image`, an id of 12 or more hexadecimal digits, or a name. Only a name with a registry's host
+            (`docker.io/library/debian`) is looked up in a registry. Any other name must be on the builder.
 
     Raises:
-        ImageNotFoundError: it is not there.
+        ImageNotFoundError: There is no such image for the job's architecture.
+
+    Attributes:
+        id: Id of the image, 64 hexadecimal digits.
+
+    Example:
+        ```python
+        try:
+            image = Image("gamebear-tools:1")
+        except ImageNotFoundError:
+            with Container("debian:bookworm") as c:
+                c.run(["mkdir", "/tools"])
+                image = c.commit()
+            image.add_tag("gamebear-tools:1")
+        ```
     """
 
     id: str
@@ -129,31 +144,42 @@ class Image:
             return
         job = current()
         if job.notes is not None and error is not None:
-            return  # what is kept may have been made from it; it goes as any that nobody uses
+            return  # a retained container may use it; garbage collection removes the image later
         try:
             job.remove_finished()
             run_buildah(f"image {self.id[:12]}", "rmi", self.id)
         except CommandError as failed:
             if error is None:
                 raise
-            print(f"gamebear: {failed}", file=sys.stderr)  # what went wrong first matters more
+            print(f"gamebear: {failed}", file=sys.stderr)  # the first error is more important
 
     @classmethod
     def pull(cls, name: str) -> Image:
-        """Return the image of a name, fetched where it is not on the builder.
+        """Return the image with a name; it is pulled or bootstrapped if the builder does not have it.
+
+        An image that is already on the builder is not requested again.
+
+        Args:
+            name: Name of an image, as `Container` accepts it.
 
         Raises:
-            ImageNotFoundError: it cannot be had.
+            ImageNotFoundError: The image does not exist or cannot be fetched.
         """
         return image_of(resolve(name), name)
 
     @classmethod
     def list(cls, name: str | None = None, *, all: bool = False) -> Iterator[dict[str, Any]]:
-        """Give the images on the builder as `buildah images --json` describes them, with full ids.
+        """Yield the images on the builder, of every architecture.
 
         Args:
-            name: only those of this name, any tag where it has none.
-            all: intermediate images too.
+            name: Only images with this name. Without a tag, it matches every tag.
+            all: Include intermediate images.
+
+        Yields:
+            A dict in the format of `buildah images --json`, with the full `id` and a list of `names`.
+
+        Raises:
+            CommandError: buildah failed.
         """
         wanted = set()
         if name is not None:
@@ -169,7 +195,11 @@ class Image:
                 yield entry
 
     def tags(self) -> Sequence[str]:
-        """Return the image's names, registry and tag in each."""
+        """Return the image's names, each with registry and tag (`localhost/hello:1`).
+
+        Raises:
+            CommandError: buildah failed.
+        """
         try:
             listed = current().buildah.images(True)
         except BuildahError as error:
@@ -177,17 +207,32 @@ class Image:
         return next((entry["names"] for entry in listed if entry["id"] == self.id), ())
 
     def add_tag(self, tag: str) -> None:
-        """Give the image a further name, `:latest` where it has no tag; one without a registry is `localhost/…`."""
+        """Add a name to the image.
+
+        An image with a name stays on the builder until it is removed explicitly.
+
+        Args:
+            tag: The name. Without a registry it becomes `localhost/…`, without a tag `…:latest`.
+
+        Raises:
+            CommandError: buildah failed.
+        """
         run_buildah(f"image {self.id[:12]}", "tag", self.id, tag)
 
     def inspect(self) -> dict[str, Any]:
-        """Return what `buildah inspect` says about the image."""
+        """Return the output of `buildah inspect` for the image, as a dict.
+
+        `["OCIv1"]["config"]` has the settings, `["ImageAnnotations"]` the annotations of a package image.
+
+        Raises:
+            CommandError: buildah failed.
+        """
         found: dict[str, Any] = json.loads(run_buildah(f"image {self.id[:12]}", "inspect", "--type", "image", self.id))
         return found
 
 
 def image_of(identity: str, name: str = "") -> Image:
-    """Return the image of a full id, which is known to be there; `name` is what to call it in messages."""
+    """Return an `Image` for the full id of an existing image; `name` is its name in messages."""
     image = Image.__new__(Image)
     image.id = identity
     image._called = name
@@ -195,12 +240,12 @@ def image_of(identity: str, name: str = "") -> Image:
 
 
 def called(image: Image) -> str:
-    """Return what to call an image in messages: what the script called it by, else the beginning of its id."""
+    """Return an image's name for messages: the name that the script used, or else the first digits of the id."""
     return image._called or image.id[:12]
 
 
 def _with_tag(name: str) -> str:
-    """Return a name with the tag `latest` in place of its own."""
+    """Return a name with its tag or digest replaced by `latest`."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{last.partition('@')[0].partition(':')[0]}:latest"
 
@@ -213,18 +258,31 @@ def packages_image(
     max_age_days: float | None = None,
     rebuild: str = "base",
 ) -> Image:
-    """Return the image of a base with Debian packages installed, built where the builder has none yet.
+    """Return an image with Debian packages installed into a base image; it is built if the builder does not have it.
+
+    The image is cached on the builder, for all jobs, under a tag that is a hash of the base, the architecture, the set
+    of packages and the options. Jobs that need the same image at the same time share one installation.
 
     Args:
-        base: the base image, or its name.
-        names: the packages, in any order; `name=version` and `name:architecture` too.
-        recommends: whether to install what they recommend as well.
-        max_age_days: build it anew when it is older than this; None: however old it is.
-        rebuild: `base`: build it anew when the base's name has come to mean another image; `never`: not even then.
+        base: Base image, or its name. It must contain `apt-get`.
+        names: The packages, in any order; `name=version`, `name/suite` and `name:architecture` are possible. Without
+            packages, the result is the base.
+        recommends: Also install the recommended packages.
+        max_age_days: Days after which the image is rebuilt; None: never because of its age.
+        rebuild: `"base"`: rebuild the image if the base's name refers to another image now. `"never"`: keep it even
+            then.
 
     Raises:
-        ImageNotFoundError: the base or a package cannot be had.
+        ImageNotFoundError: The base or a package does not exist or cannot be fetched.
+        ValueError: An argument is invalid, or `rebuild="never"` is combined with `max_age_days`.
         CommandError: buildah failed.
+
+    Example:
+        ```python
+        image = packages_image("debian:bookworm", ["gcc", "libc6-dev", "make"], max_age_days=30)
+        with Container(image) as c:
+            c.run(["gcc", "--version"])
+        ```
     """
     job = current()
     wanted = names if isinstance(names, str) else list(names)

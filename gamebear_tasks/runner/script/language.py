@@ -1,8 +1,8 @@
 """The buildscript language: Python with `#|` lines, args as globals and a top-level `return`.
 
-A script is compiled with Python's own compiler, under its own name and with its own line numbers. What the language
-adds is done on the syntax tree: a script that returns at top level becomes the body of a function whose names are all
-declared global, so that the rest of it cannot tell.
+Python's own compiler compiles a script, under its own name and with its own line numbers. The extensions are
+transformations of the syntax tree. A script with a top-level `return` becomes the body of a function that declares all
+its names global, so that the script behaves as a module otherwise.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from ..util.atomic_files import locked
 from ..util.errors import RunnerError
 
 DIRECTIVE = re.compile(r"#\|(?P<kind>[^:]*):(?P<data>.*)")
-"""A `#|` line, in a comment that begins its line. One without a colon is an ordinary comment."""
+"""A `#|` line: a comment that starts in the first column. Without a colon it is an ordinary comment."""
 
 ARGUMENT = re.compile(r"(?P<name>\w+)\s*(?::\s*(?P<type>[\w.]+)\s*)?(?:=\s*(?P<default>.+))?")
-"""What follows `#| arg:`: a name, a type (a dotted name), a default (a Python literal)."""
+"""The part after `#| arg:`: a name, a type (a dotted name), a default (a Python literal)."""
 
 BODY = "<module>"
-"""The name of a script's outermost frame in a traceback, as for any Python file."""
+"""Name of a script's outermost frame in a traceback, as for any Python file."""
 
 
 class ScriptError(RunnerError):
-    """A buildscript is not what the language allows, or was given arguments that it does not take."""
+    """A buildscript violates the language's rules, or was given arguments that it does not accept."""
 
     kind = "script"
 
 
-class Argument(NamedTuple):  # see `capabilities.Facts`
-    """An arg as a script declares it.
+class Argument(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts`
+    """An arg that a script declares.
 
     Attributes:
-        name: the global that it becomes.
-        type: dotted name of what makes its value from a string; empty for none.
-        default: its value when none is given; `...` makes the arg required.
-        line: where it is declared.
+        name: The global that it becomes.
+        type: Dotted name of the callable that converts the value; empty for no conversion.
+        default: Value if none is given; `...` makes the arg required.
+        line: Line of the declaration.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Program(NamedTuple):
     """A compiled buildscript.
 
     Attributes:
-        name: its file's name, as it appears in tracebacks.
-        requirements: what pip is to install for it, in order.
-        arguments: by name.
-        code: the module's code.
-        returns: whether the code defines the script as a function, which then has to be called.
-        doc: the script's docstring.
+        name: Name of the file, as it appears in tracebacks.
+        requirements: Requirements for pip, in order.
+        arguments: Declared args, by name.
+        code: Code of the module.
+        returns: Whether the code defines the script as a function, which must then be called.
+        doc: Docstring of the script.
     """
 
     name: str
@@ -81,10 +81,10 @@ class Program(NamedTuple):
     doc: str | None
 
     def run(self, names: dict[str, object]) -> object:
-        """Execute the script with these globals and return what it returns.
+        """Execute the script with these globals and return its return value.
 
         Args:
-            names: its globals; afterwards they hold what it has bound.
+            names: Globals of the script; afterwards they include the names that the script bound.
         """
         names.setdefault("__builtins__", builtins)
         names["__doc__"] = self.doc
@@ -103,7 +103,7 @@ class Program(NamedTuple):
 
 
 class Finished(BaseException):
-    """Carries what a script returns out of a function of it that called `__return__`."""
+    """Carries the script's return value out of a function that called `__return__`."""
 
     def __init__(self, value: object) -> None:
         super().__init__()
@@ -111,31 +111,31 @@ class Finished(BaseException):
 
 
 def finish(value: object = None) -> None:
-    """End the script from anywhere in it, as a top-level `return value` does; the script knows it as `__return__`."""
+    """End the script from any function, like a top-level `return value`; scripts call it `__return__`."""
     raise Finished(value)
 
 
 class TemporaryDirectory(tempfile.TemporaryDirectory[str]):
-    """A temporary folder whose with-block gives a `Path`; it goes when the block ends."""
+    """A temporary folder whose `with` block yields a `Path`; it is removed at the end of the block."""
 
-    def __enter__(self) -> Path:  # type: ignore[override]  # the standard library's gives a str
+    def __enter__(self) -> Path:  # type: ignore[override]  # the standard library's returns a str
         """Return the folder."""
         return Path(self.name)
 
 
-# reading
+# parsing
 
 
 def read(source: bytes, name: str) -> Program:
     """Compile a buildscript.
 
     Args:
-        source: its content.
-        name: its file's name.
+        source: Content of the file.
+        name: Name of the file.
 
     Raises:
-        SyntaxError: it is not Python; carries file, line and text.
-        ScriptError: one of its `#|` lines makes no sense.
+        SyntaxError: The file is not valid Python; the error has file, line and text.
+        ScriptError: The file contains null bytes, or one of its `#|` lines is invalid.
     """
     try:
         tree = ast.parse(source, name)
@@ -155,12 +155,12 @@ IMPORT_STAR = "__import_star__"
 
 
 def _compile(tree: ast.AST, name: str) -> types.CodeType:
-    # dont_inherit: this module's own __future__ imports are not the script's
+    # dont_inherit: this module's __future__ imports must not apply to the script
     return compile(cast(ast.Module, tree), name, "exec", dont_inherit=True)
 
 
 class _TopLevel(ast.NodeTransformer):
-    """Visits the statements of a module that are in no function and no class."""
+    """Visits the statements of a module that are outside of functions and classes."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return node
@@ -176,9 +176,9 @@ class _TopLevel(ast.NodeTransformer):
 
 
 class _WithoutReturns(_TopLevel):
-    """Takes the top-level returns out, so that the compiler says about the rest what it would say about a module.
+    """Removes top-level returns, so that the compiler reports the same errors as for a module.
 
-    Without this, a script's `yield` or `nonlocal` at top level would mean something inside our function.
+    Otherwise a `yield` or `nonlocal` at top level would be valid, because the script's body becomes a function.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class _WithoutReturns(_TopLevel):
 
 
 class _IntoFunction(_TopLevel):
-    """Rewrites what a module may do and a function that declares its names global may not."""
+    """Rewrites statements that are valid in a module but not in a function that declares its names global."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         if not isinstance(node.target, ast.Name):
@@ -199,7 +199,7 @@ class _IntoFunction(_TopLevel):
         return ast.copy_location(plain, node)
 
     def visit_Global(self, node: ast.Global) -> ast.AST:
-        return ast.copy_location(ast.Pass(), node)  # they all are
+        return ast.copy_location(ast.Pass(), node)  # every name is global already
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
         if node.names[0].name != "*":
@@ -213,7 +213,7 @@ class _IntoFunction(_TopLevel):
 
 
 def _as_function(tree: ast.Module) -> ast.Module:
-    """Make the module one that defines the script as a function."""
+    """Transform the module into one that defines the script as a function."""
     future = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
     body = [node for node in tree.body if node not in future]
     body = [_IntoFunction().visit(node) for node in body]
@@ -221,7 +221,7 @@ def _as_function(tree: ast.Module) -> ast.Module:
     function.body = body
     module = ast.Module([*future, function], [])
     ast.fix_missing_locations(module)
-    # The compiler's own symbol table knows every way of binding a name; it reads text only.
+    # The compiler's symbol table covers every way of binding a name. It accepts source text only.
     table = symtable.symtable(ast.unparse(module), "", "exec")
     inner = next(child for child in table.get_children() if child.get_name() == FUNCTION)
     names = sorted(symbol.get_name() for symbol in inner.get_symbols() if symbol.is_local())
@@ -235,7 +235,7 @@ def _qualified(name: str) -> dict[str, Any]:
 
 
 def _star_importer(names: dict[str, object]) -> Callable[[str, int], None]:
-    """Return what `from module import *` becomes."""
+    """Return the function that replaces `from module import *`."""
 
     def import_star(module: str, level: int) -> None:
         if level:
@@ -248,7 +248,7 @@ def _star_importer(names: dict[str, object]) -> Callable[[str, int], None]:
 
 
 def _directives(source: bytes, name: str) -> tuple[tuple[str, ...], dict[str, Argument]]:
-    """Return what the `#|` lines say: requirements, and args by name."""
+    """Return the content of the `#|` lines: requirements, and args by name."""
     requirements: list[str] = []
     arguments: dict[str, Argument] = {}
     for token in tokenize.tokenize(io.BytesIO(source).readline):
@@ -295,15 +295,15 @@ def _argument(data: str, script: str, line: int) -> Argument:
 def bind(program: Program, given: Mapping[str, object]) -> dict[str, object]:
     """Return the value of every arg of a script.
 
-    A string goes through the arg's type; so does any other value that is not of that type already. None counts as not
-    given. An arg that was not given has its default, None when it has none.
+    The arg's type converts strings and all other values that are not exactly of that type. None counts as not given. An
+    arg that was not given has its default, or None.
 
     Args:
-        program: the script.
-        given: values from the job, by name.
+        program: The script.
+        given: Values from the job, by name.
 
     Raises:
-        ScriptError: an arg is unknown or missing, or its value is none for its type.
+        ScriptError: An arg is unknown or missing, or its type rejects the value.
     """
     unknown = sorted(set(given) - set(program.arguments))
     if unknown:
@@ -334,7 +334,7 @@ def _convert(argument: Argument, value: object, script: str) -> object:
         return value
     try:
         return _boolean(value) if kind is bool else kind(value)
-    except Exception as error:  # noqa: BLE001 - whatever the script's own type raises
+    except Exception as error:  # noqa: BLE001 - the script's own type may raise anything
         declared = f"{argument.name}: {argument.type}"
         raise ScriptError(
             f"{script}, line {argument.line}: {value!r} is no value for arg {declared} ({error}).",
@@ -343,7 +343,7 @@ def _convert(argument: Argument, value: object, script: str) -> object:
 
 
 def _boolean(value: object) -> bool:
-    """Read a truth value as people write it."""
+    """Return a boolean from the words that people use for it."""
     text = str(value).strip().lower()
     if text in ("true", "yes", "on", "1"):
         return True
@@ -353,7 +353,7 @@ def _boolean(value: object) -> bool:
 
 
 def _type(argument: Argument, script: str) -> Callable[[object], object] | None:
-    """Return what the dotted name stands for: something of a module, else of the builtins."""
+    """Return the object with the arg's dotted name: from a module, or else a builtin."""
     if not argument.type:
         return None
     found = _lookup(argument.type.split("."))
@@ -386,15 +386,15 @@ def _lookup(names: Sequence[str]) -> object:
     return found
 
 
-# what a script's modules and functions see
+# names for modules and functions
 
 
 def inject(names: Mapping[str, object]) -> None:
-    """Make names visible everywhere: in the script, in the modules it imports, in functions sent to the builder.
+    """Make names visible in the script, in modules that it imports, and in functions sent to the builder.
 
-    They go into `builtins`, because only there are they found from every module: a module that a script imports has
-    globals of its own, and a function that cloudpickle has sent keeps those of the module it came from. Helper modules
-    written for buildahscript's pseudo-module `__buildah__` find them there too.
+    They are added to `builtins`, the only namespace that every module searches. An imported module has its own globals,
+    and a function unpickled by cloudpickle keeps the globals of its original module. Helper modules written for
+    buildahscript's pseudo-module `__buildah__` find the names there too.
     """
     for name, value in names.items():
         setattr(builtins, name, value)
@@ -409,13 +409,13 @@ def inject(names: Mapping[str, object]) -> None:
 
 
 def add_requirements(root: Path, requirements: Iterable[str]) -> None:
-    """Make what pip installs for these requirements importable, after the script's folder and before all else.
+    """Install requirements with pip, and make them importable after the script's folder and before everything else.
 
-    Each set of requirements has one virtual environment in the store, made once for each version of Python and used
-    by every job; a requirement without a version stays at what was newest then.
+    Each set of requirements has one virtual environment in the store, created once for each version of Python and
+    shared by all jobs. A requirement without a version stays at the release that was newest at that time.
 
     Raises:
-        ScriptError: it cannot be installed; the log has what pip says.
+        ScriptError: The installation failed; pip's output is in the log.
     """
     wanted = sorted(set(requirements))
     if not wanted:
@@ -428,7 +428,7 @@ def add_requirements(root: Path, requirements: Iterable[str]) -> None:
         if not whole.exists():
             shutil.rmtree(folder, ignore_errors=True)
             _make_environment(folder, wanted)
-        whole.touch()  # also when it is used
+        whole.touch()  # records the last use too
     before = list(sys.path)
     for packages in sorted(folder.glob("lib/python*/site-packages")):
         site.addsitedir(str(packages))
