@@ -1,11 +1,11 @@
-"""The builder's own apt, at work for a container: package lists, what to install in which order, the packages.
+"""The builder's own apt, run for a container: package lists, installation plan, package downloads.
 
-A container's own apt can do all of that too, but where the container is emulated it takes ten times as long. Only
-dpkg has to run in the container, because of the packages' scripts. What decides is the container's: its sources, keys,
-preferences, architectures and installed packages are copied out first. What its apt would do besides (run a
-command after an update, for example) is not done here: then it is `Unfit`, and its own apt has to do the work.
+A container's own apt can do the same, but it takes ten times as long in an emulated container. Only dpkg must run in
+the container, because of the packages' maintainer scripts. The container's configuration decides: its sources, keys,
+preferences, architectures and installed packages are copied out first. Apt features that are not reproduced here (a
+hook after an update, for example) raise `Unfit`, and the container's own apt is the fallback.
 
-Packages are kept in the store by their SHA-256, for all images and architectures.
+The store caches packages by SHA-256, for all images and architectures.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from . import sources_list
 from .sources_list import Source
 
 POOL = "debs"
-"""The folder of the store that keeps packages, each under its SHA-256."""
+"""Folder of the store that caches packages, each under its SHA-256."""
 
 POOL_LIMIT = 1 << 30
-"""Bytes that the kept packages may take; the least recently used go first."""
+"""Bytes that the cached packages may use; the least recently used are removed first."""
 
 TAKEN = re.compile(
     r"APT::(?:Default-Release|Install-Suggests)|DPkg::Options::"
@@ -39,7 +39,7 @@ TAKEN = re.compile(
     r"|(?:https?|ftp)::(?:Proxy|Timeout|Dl-Limit|Pipeline-Depth|No-Cache|No-Store|Max-Age)(?:::[\w.-]+)?)",
     re.IGNORECASE,
 )
-"""Settings of the container's apt that count here as well."""
+"""Settings of the container's apt that are applied here as well."""
 
 LEFT = re.compile(
     r"APT::(?:NeverAutoRemove|VersionedKernelPackages|Never-MarkAuto-Sections|Move-Autobit-Sections|Architectures"
@@ -48,22 +48,22 @@ LEFT = re.compile(
     r"|Acquire::(?:Languages|GzipIndexes|CompressionTypes)(?:::.*)?",
     re.IGNORECASE,
 )
-"""Settings of the container's apt that change nothing of what is installed; commands of its own see `HARMLESS`."""
+"""Settings of the container's apt that do not affect the installed packages; hooks among them must match `HARMLESS`."""
 
 HARMLESS = re.compile(r"rm -f [/\w.* -]+(?:\|\| true)?|/usr/sbin/dpkg-preconfigure --apt \|\| true")
-"""Commands that Debian's images have apt run, and that mean nothing here: caches removed, questions asked early."""
+"""Hooks in Debian's images that have no effect here: they remove caches or ask debconf's questions early."""
 
 
 class Unfit(Exception):
-    """The container's own apt has to do it; says why."""
+    """The builder's apt cannot be used, for this reason; the container's own apt is the fallback."""
 
 
 class AptError(RunnerError):
     """Apt failed.
 
     Args:
-        status: its exit status.
-        said: what it had to say.
+        status: Its exit status.
+        said: Its output.
     """
 
     def __init__(self, status: int, said: str) -> None:
@@ -75,13 +75,13 @@ class AptError(RunnerError):
         self.said = said
 
 
-class Package(NamedTuple):  # see `capabilities.Facts`
-    """A package that is to be installed.
+class Package(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts`
+    """A package to install.
 
     Attributes:
-        name: without its architecture.
-        version: as dpkg knows it.
-        arch: its architecture; `all` for one that fits each.
+        name: Name without the architecture.
+        version: Version, as dpkg reports it.
+        arch: Architecture; `all` for a package that fits every one.
     """
 
     name: str
@@ -90,22 +90,22 @@ class Package(NamedTuple):  # see `capabilities.Facts`
 
     @property
     def file(self) -> str:
-        """The file that apt downloads it to."""
+        """Name of the file that apt downloads the package to."""
         return f"{self.name}_{self.version.replace(':', '%3a')}_{self.arch}.deb"
 
     @property
     def dpkg_name(self) -> str:
-        """What dpkg knows it as without doubt."""
+        """Unambiguous name for dpkg."""
         return self.name if self.arch == "all" else f"{self.name}:{self.arch}"
 
 
 class Plan(NamedTuple):
-    """What apt would do.
+    """An installation that apt has planned.
 
     Attributes:
-        command: what was asked of apt-get.
-        steps: what dpkg is to do, in this order: `unpack` or `configure`, and which packages.
-        sha256: of each package, by its file.
+        command: Arguments of apt-get.
+        steps: Steps for dpkg, in order: `unpack` or `configure`, and the packages.
+        sha256: SHA-256 of each package, by file name.
     """
 
     command: tuple[str, ...]
@@ -119,16 +119,21 @@ class Plan(NamedTuple):
 
 
 class Apt:
-    """The builder's apt with the settings and the packages of one container.
+    """The builder's apt with the settings and the installed packages of one container.
 
     Args:
-        folder: an empty folder of its own.
-        pool: where packages are kept.
-        rootfs: the container's files.
-        environment: of the programs that are run.
+        folder: An empty folder for its exclusive use.
+        pool: Folder that caches packages.
+        rootfs: The container's file system.
+        environment: Environment of the programs that it runs.
 
     Raises:
-        Unfit: there is none here, or it would not do what the container's own does.
+        Unfit: The builder has no apt, or its apt would not do the same as the container's.
+
+    Attributes:
+        arch: Debian's name of the container's architecture.
+        debs: Folder of the packages that `fetch` prepared.
+        dpkg_options: Additional options of dpkg from the container's settings.
     """
 
     def __init__(self, folder: Path, pool: Path, rootfs: Rootfs, environment: Mapping[str, str]) -> None:
@@ -152,7 +157,7 @@ class Apt:
     # settings
 
     def _take_files(self, rootfs: Rootfs) -> None:
-        """Copy what decides out of the container."""
+        """Copy apt's and dpkg's configuration and state out of the container."""
         taken = {
             "etc/apt/sources.list": "etc",
             "etc/apt/sources.list.d": "etc/sources.list.d",
@@ -179,16 +184,20 @@ class Apt:
             raise Unfit(str(error)) from None
 
     def _with_keys(self, sources: str, suffix: str, rootfs: Rootfs) -> str:
-        """Return what is enabled of an apt sources file, all of it of the web, with copies of its files of keys."""
+        """Return the enabled sources of an apt sources file, with its key files replaced by copies.
+
+        Raises:
+            Unfit: The file has unusual syntax, or a source that is not http or https.
+        """
         if re.search(r'[^\S \t\n]|[\x00-\x08\x0e-\x1f"]', sources) or re.search(r"(?i)\bsigned-by[+-]", sources):
-            raise Unfit("its sources are written in an unusual way")  # apt might read them in another way than we do
+            raise Unfit("its sources are written in an unusual way")  # apt might parse them differently
         found = sources_list.parse(sources, suffix)
         if not all(uri.lower().startswith(("http://", "https://")) for source in found for uri in source.uris):
             raise Unfit("it has a source that is not of the web")
         return sources_list.text_of(self._with_copied_keys(source, rootfs) for source in found)
 
     def _with_copied_keys(self, source: Source, rootfs: Rootfs) -> Source:
-        """Return a source with copies of the container's files of keys instead of these."""
+        """Return a source that refers to copies of the container's key files."""
         keys = []
         for key in source.keys:
             if key.startswith("/"):
@@ -203,7 +212,7 @@ class Apt:
         return source._replace(options={**source.options, "signed-by": separator.join(keys)})
 
     def _configure(self) -> None:
-        """Write the settings that all programs of apt go by."""
+        """Write the configuration file for all programs of apt."""
         status = (self.folder / "status").read_text("utf-8", "replace") if (self.folder / "status").exists() else ""
         own = re.search(r"^Package: dpkg\n(?:.+\n)*?Architecture: ([a-z0-9-]+)$", status, re.MULTILINE)
         if not own:
@@ -223,7 +232,7 @@ class Apt:
             ("APT::Architecture", architectures[0]),
             *(("APT::Architectures::", name) for name in architectures),
             ("APT::Get::Assume-Yes", "true"),
-            ("APT::Sandbox::User", "root"),  # the namespace's, which is our user
+            ("APT::Sandbox::User", "root"),  # root of the namespace is the builder's own user
             ("Acquire::ForceHash", "SHA256"),
             ("Acquire::Languages", "none"),
             ("Acquire::Retries", "3"),
@@ -233,7 +242,11 @@ class Apt:
         (self.folder / "apt.conf").write_text(text)
 
     def _settings(self) -> list[tuple[str, str]]:
-        """Return those settings of the container's apt that count."""
+        """Return the container's apt settings that must be applied.
+
+        Raises:
+            Unfit: A setting is not in one of the lists above.
+        """
         without, known = (set(self._dump(self.folder / name)) for name in ("none", "all"))
         found = []
         for line in sorted(known - without):
@@ -251,11 +264,11 @@ class Apt:
         return found
 
     def _dump(self, folder: Path) -> list[str]:
-        """Return all settings that apt has with the files in a folder."""
+        """Return all settings that apt has with the configuration files of a folder."""
         first = folder / "first"
         first.write_text(f'Dir::Etc::main "{folder}/apt.conf";\nDir::Etc::parts "{folder}/apt.conf.d/";\n')
-        # What is said here counts, and not what the files say: apt-config would run the dpkg that they name, to ask for
-        # the architectures, and what it shows would be as they like.
+        # These options override the untrusted files. Otherwise apt-config would run the dpkg that they name, to query
+        # the architectures, and they could change its output.
         command = ("apt-config", "dump", "--empty", '--format=%F "%v";%n')
         fixed = ("APT::Architectures::=all", "Dir::Bin::dpkg=/bin/false", "DPkg::Chroot-Directory=/")
         status, said, errors = self._run(*command, *(f"--option={setting}" for setting in fixed), APT_CONFIG=str(first))
@@ -280,17 +293,21 @@ class Apt:
     # work
 
     def update(self, *options: str) -> tuple[int, str]:
-        """Fetch the package lists; return apt's status and what it said, which is in the log too."""
+        """Fetch the package lists; return apt's status and output, which is also logged."""
         return streamed(["apt-get", "--quiet", *options, "update"], self.environment)
 
     def plan(self, packages: Sequence[str], recommends: bool) -> Plan:
-        """Return what is to be done to have packages installed.
+        """Return the steps that install packages.
+
+        Args:
+            packages: Names of the packages.
+            recommends: Whether to install recommended packages too.
 
         Raises:
-            AptError: it cannot be done.
-            Unfit: something would have to be removed, or has no SHA-256.
+            AptError: The packages cannot be installed.
+            Unfit: A package would have to be removed, or has no SHA-256.
         """
-        # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
+        # An explicit value instead of --no-install-recommends overrides the base's own configuration in both cases.
         option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
         command = (option, "install", "--", *packages)
         said = self._said("--simulate", *command)
@@ -315,7 +332,11 @@ class Apt:
         return plan
 
     def outdated(self) -> set[str]:
-        """Return the names of the packages that an upgrade would replace or remove; raises AptError."""
+        """Return the names of the packages that an upgrade would replace or remove.
+
+        Raises:
+            AptError: apt failed.
+        """
         said = self._said("--simulate", "dist-upgrade")
         return {match.group(1) for match in re.finditer(r"^(?:Inst|Remv) ([^\s:]+)(?::\S+)? \[", said, re.MULTILINE)}
 
@@ -326,21 +347,23 @@ class Apt:
         return said
 
     def fetch(self, plan: Plan, unpacked: bool) -> None:
-        """Have all packages of a plan in `debs`, each checked against its SHA-256.
+        """Download all packages of a plan into `debs`, each verified against its SHA-256.
 
         Args:
-            plan: which packages.
-            unpacked: leave their contents uncompressed, which is quicker here than in an emulated container.
+            plan: The plan.
+            unpacked: Store the packages uncompressed, because decompression is faster here than in an emulated
+                container.
 
         Raises:
-            AptError: one cannot be had.
+            AptError: A package cannot be downloaded, or its content is wrong.
         """
-        from concurrent.futures import ThreadPoolExecutor  # takes long to import, and most builds never come here
+        from concurrent.futures import ThreadPoolExecutor  # deferred: slow to import, and most builds never need it
 
         archives = self.folder / "cache/archives"
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             list(threads.map(lambda file: self._take(plan.sha256[file], archives / file), plan.sha256))
-            # Also where all are there: this is what refuses packages that no key of the container's vouches for.
+            # Runs even if every package is cached: this command rejects packages that the container's keys do not
+            # authenticate.
             status, said = streamed(["apt-get", "--quiet", "--download-only", *plan.command], self.environment)
             if status:
                 raise AptError(status, said)
@@ -348,7 +371,7 @@ class Apt:
             list(threads.map(lambda file: self._lay(archives / file, unpacked), plan.sha256))
 
     def _take(self, sha256: str, archive: Path) -> None:
-        """Take a package that is kept, unless it was damaged."""
+        """Link a package from the pool, or remove it there if it is damaged."""
         kept = self.pool / sha256
         with contextlib.suppress(FileNotFoundError):
             if sha256_of(kept) == sha256:
@@ -358,7 +381,11 @@ class Apt:
                 kept.unlink()
 
     def _keep(self, archive: Path, sha256: str) -> None:
-        """Check a package, and keep it for the images to come; raises AptError."""
+        """Verify a downloaded package and add it to the pool.
+
+        Raises:
+            AptError: The package is missing, or differs from the package list.
+        """
         if not archive.exists() or sha256_of(archive) != sha256:
             raise AptError(1, f"E: {archive.name} is not what the package list says")
         with contextlib.suppress(FileExistsError):
@@ -370,7 +397,7 @@ class Apt:
 
 
 def _planned(said: str) -> Iterable[tuple[str, Package | None]]:
-    """Give each step that a simulation names; the package where it is to be installed."""
+    """Yield each step of a simulation, with the package if it is to be installed."""
     for line in said.splitlines():
         match = re.match(r"(Inst|Conf|Remv|Purg) (\S+)(?: \[[^\]]*\])?(?: \((\S+) .*\[([a-z0-9-]+)\]\))?", line)
         if match:
@@ -379,7 +406,7 @@ def _planned(said: str) -> Iterable[tuple[str, Package | None]]:
 
 
 class _Member(io.RawIOBase):
-    """The next bytes of a file, as a file."""
+    """The next bytes of a file, as a file object."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file = file
@@ -396,11 +423,14 @@ class _Member(io.RawIOBase):
 
 
 def _unpack(source: Path, target: Path) -> bool:
-    """Write a Debian package anew with its contents uncompressed; say whether its format is one we know.
+    """Rewrite a Debian package with its members uncompressed; return False for an unknown compression.
 
-    The format is in deb(5): an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*`.
+    The format is described in deb(5): an `ar` archive of `debian-binary`, `control.tar.*` and `data.tar.*`.
+
+    Raises:
+        AptError: The file is not a Debian package.
     """
-    from gzip import GzipFile  # these take long to import on a small machine, and are for those that emulate one
+    from gzip import GzipFile  # deferred: slow to import on a small machine, used with emulation only
     from lzma import LZMAFile
 
     with source.open("rb") as file, target.open("xb") as out:
@@ -429,15 +459,15 @@ def _unpack(source: Path, target: Path) -> bool:
 
 
 def trim(pool: Path, older: float | None = None, limit: int = POOL_LIMIT) -> int:
-    """Remove kept packages, the least recently used first, until the rest takes `limit` bytes at most.
+    """Remove cached packages, the least recently used first, until the rest uses at most `limit` bytes.
 
     Args:
-        pool: where they are kept.
-        older: remove also what was last used before this time, in seconds since 1970.
-        limit: bytes.
+        pool: Folder that caches packages.
+        older: Also remove packages that were last used before this time, in seconds since 1970.
+        limit: Limit in bytes.
 
     Returns:
-        The bytes that became free.
+        The number of bytes that were freed.
     """
     kept = []
     with contextlib.suppress(FileNotFoundError):

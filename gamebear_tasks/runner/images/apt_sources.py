@@ -1,4 +1,4 @@
-"""The archives that the builder's own apt uses: which is Debian's main one, its keys, whether an extra one is whole."""
+"""The apt archives of the builder: Debian's main archive, its keys, and checks of additional archives."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from . import sources_list
 
 RELEASES = {"11": "bullseye", "12": "bookworm", "13": "trixie", "14": "forky"}
 STABLE = "bookworm"
-"""The release that `debian` means on a builder that does not run Debian itself."""
+"""Release that `debian` refers to on a builder that does not run Debian itself."""
 
 UNPACKED_LIMIT = 1 << 30
-"""Bytes beyond which an index is not unpacked any further; Debian's largest has less than a tenth of it."""
+"""Bytes after which decompression of an index stops; Debian's largest index has less than a tenth of it."""
 
 UNPACKED_MEMORY = 256 << 20
-"""Bytes of memory that unpacking an index may take."""
+"""Bytes of memory that decompression of an index may use."""
 
 MIRROR_SECONDS = 20.0
-"""How long a mirror may be silent when an extra suite's index is looked at."""
+"""Seconds that a mirror may be silent while an additional suite's index is checked."""
 
 
-class Archive(NamedTuple):  # see `capabilities.Facts`
+class Archive(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts`
     """One suite of an apt archive.
 
     Attributes:
-        uri: where it is, without credentials and without a slash at its end.
-        suite: for instance `bookworm` or `bookworm-security`.
-        components: for instance `("main",)`.
-        keyring: the file with the keys that may sign it, empty where the sources don't say.
+        uri: URI without credentials and without a trailing slash.
+        suite: For example `bookworm` or `bookworm-security`.
+        components: For example `("main",)`.
+        keyring: File with the keys that may sign the archive; empty if the sources do not specify it.
     """
 
     uri: str
@@ -43,7 +43,7 @@ class Archive(NamedTuple):  # see `capabilities.Facts`
     keyring: str = ""
 
     def line(self) -> str:
-        """Return the line for sources.list; the keys are the system's."""
+        """Return the line for sources.list; it relies on the system's keys."""
         return f"deb {self.uri} {self.suite} {' '.join(self.components)}"
 
 
@@ -61,7 +61,10 @@ def own_release() -> tuple[str, str]:
 
 
 def distribution_for(arch: str) -> str:
-    """Return whose packages a base has: Raspbian's are for every Pi's 32-bit CPU, Debian's armhf needs an ARMv7."""
+    """Return the distribution of a base.
+
+    Raspbian's packages run on every Pi's 32-bit CPU, Debian's armhf needs an ARMv7.
+    """
     return "raspbian" if arch == "armhf" and own_release()[0] == "raspbian" else "debian"
 
 
@@ -72,11 +75,11 @@ KEYRINGS = {
 
 
 def archives(text: str, deb822: bool) -> list[Archive]:
-    """Return the binary archives (http, https) that the text of an apt sources file names.
+    """Return the binary archives (http, https) in the text of an apt sources file.
 
     Args:
-        text: the file's content; the formats are in sources.list(5).
-        deb822: whether it is a `.sources` file and not a `.list`.
+        text: Content of the file; the formats are described in sources.list(5).
+        deb822: Whether it is a `.sources` file instead of a `.list` file.
     """
     return [
         archive
@@ -97,7 +100,7 @@ def _archive(uri: str, suite: str, components: tuple[str, ...], keys: tuple[str,
 
 
 def own_sources() -> list[Archive]:
-    """Return what this builder's apt uses."""
+    """Return the archives of the builder's own apt."""
     found: list[Archive] = []
     folder = Path("/etc/apt")
     for path in [folder / "sources.list", *sorted((folder / "sources.list.d").glob("*"))]:
@@ -109,7 +112,7 @@ def own_sources() -> list[Archive]:
 
 
 def _is_official(archive: Archive, distribution: str) -> bool:
-    """Say whether an archive is the distribution's main one, by what apt knows of it, else by its address."""
+    """Return whether an archive is the distribution's main one, by apt's copy of its Release file, or by its URI."""
     host = urllib.parse.urlsplit(archive.uri).hostname or ""
     if host.startswith("archive.raspberrypi.") or "security" in archive.suite or "security" in archive.uri:
         return False
@@ -124,7 +127,11 @@ def _is_official(archive: Archive, distribution: str) -> bool:
 
 
 def main_archive(suite: str, distribution: str) -> Archive:
-    """Return the archive to bootstrap from, which is the builder's own mirror; raises ImageError where it has none."""
+    """Return the archive to bootstrap from: the builder's own mirror.
+
+    Raises:
+        ImageError: The builder's apt has no mirror of the distribution.
+    """
     own = [archive for archive in own_sources() if _is_official(archive, distribution) and "main" in archive.components]
     own.sort(key=lambda archive: archive.suite not in (suite, "stable", own_release()[1]))
     if not own:
@@ -138,7 +145,11 @@ def main_archive(suite: str, distribution: str) -> Archive:
 
 
 def keyrings_for(archive: Archive, distribution: str) -> list[str]:
-    """Return the files or folders with the keys that may sign an archive; raises ImageError where there are none."""
+    """Return the files or folders with the keys that may sign an archive.
+
+    Raises:
+        ImageError: There are none.
+    """
     stated = [archive.keyring, KEYRINGS[distribution], KEYRINGS[distribution][: -len(".gpg")] + ".pgp"]
     for path in stated:
         if path and Path(path).is_file():
@@ -153,7 +164,7 @@ def keyrings_for(archive: Archive, distribution: str) -> list[str]:
 
 
 def extra_archives(main: Archive, arch: str) -> list[Archive]:
-    """Return the security suite and the updates, where the builder uses them and their index is whole."""
+    """Return the archives of security and other updates that the builder uses, if their indexes are intact."""
     wanted = (f"{main.suite}-security", f"{main.suite}-updates")
     extras: list[Archive] = []
     for archive in own_sources():
@@ -168,12 +179,12 @@ def extra_archives(main: Archive, arch: str) -> list[Archive]:
 
 
 def _index_failure(archive: Archive, arch: str) -> str:
-    """Return why apt would stumble over an archive's index; empty when it would not.
+    """Return the reason why apt would fail on an archive's index, or an empty string.
 
-    This is no check of authenticity, that is apt's; a mirror whose index does not fit its own list of hashes
+    This check does not authenticate the index, which apt does. A mirror whose index differs from its own list of hashes
     would make every installation fail.
     """
-    import lzma  # these take long to import on a small machine, and most builds never come here
+    import lzma  # deferred: slow to import on a small machine, and most builds never need it
     import urllib.error
     import urllib.request
 
@@ -196,7 +207,11 @@ def _index_failure(archive: Archive, arch: str) -> str:
 
 
 def _check_xz(content: bytes) -> None:
-    """Unpack xz data and keep nothing of it; raises LZMAError where it is not whole, or is more than any index."""
+    """Decompress xz data and discard the result.
+
+    Raises:
+        LZMAError: The data is truncated, damaged, or larger than any index.
+    """
     import lzma
 
     unpacked = 0
@@ -211,4 +226,4 @@ def _check_xz(content: bytes) -> None:
                 raise lzma.LZMAError(f"it unpacks to more than {UNPACKED_LIMIT >> 20} MiB")
         content = stream.unused_data.lstrip(b"\0")
         if not unpacked and not content:
-            return  # an index of no packages
+            return  # an index without packages

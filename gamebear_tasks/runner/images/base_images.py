@@ -1,8 +1,8 @@
-"""Base images: a name becomes an image of the wanted architecture, from the local store, a registry or a bootstrap.
+"""Base images: resolve a name to an image of an architecture, from the local store, a registry or a bootstrap.
 
-Short names mean what they mean to Docker (`debian` is `docker.io/library/debian`). Debian's official images can be
-made on the builder instead, from its own apt mirror, checked against Debian's keys; an image made so is kept under
-`gamebear-base:debian-<suite>-<arch>` and says in its labels where it comes from.
+Short names are resolved as by Docker (`debian` is `docker.io/library/debian`). Debian's official images can be
+bootstrapped on the builder instead, from its own apt mirror, verified with Debian's keys. A bootstrapped image is
+stored as `gamebear-base:debian-<suite>-<arch>`; its labels record its origin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .apt_sources import RELEASES, STABLE, own_release
 from .bootstrap import bootstrap, tag_of
 
 POLICY_VARIABLE = "GAMEBEAR_BASE"
-"""`auto` (local, registry, bootstrap), `registry` (no bootstrap) or `bootstrap` (no registry)."""
+"""Environment variable: `auto` (local, registry, bootstrap), `registry` (no bootstrap) or `bootstrap` (no registry)."""
 
 REGISTRY_FOLDERS = {
     "amd64": "amd64",
@@ -39,27 +39,27 @@ REGISTRY_FOLDERS = {
     "riscv64": "riscv64",
     "s390x": "s390x",
 }
-"""Docker Hub's folders of official images for one architecture, to Debian's name of it."""
+"""Docker Hub's folders of official images for one architecture, mapped to Debian's name of the architecture."""
 
 FIRST_ANSWER_SECONDS = 30.0
-"""How long a registry may take until it has sent an image's manifest."""
+"""Seconds that a registry may be silent until it has sent an image's manifest."""
 
 LAYER_SECONDS = 1800.0
-"""How long a registry may be silent while it sends a layer."""
+"""Seconds that a registry may be silent while it sends a layer."""
 
 
 def resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
-    """Return the full id of the image of a name, fetched or made where it is not there yet.
+    """Return the full id of the image with a name; it is pulled or bootstrapped if necessary.
 
     Args:
-        buildah: to run buildah with, inside the namespace.
-        facts: what the builder can do.
-        name: an image's id or name, as in `FROM`.
-        arch: Debian's name of the wanted architecture; a name that holds one itself (`arm32v7/debian`) goes first.
+        buildah: Runs buildah, inside the namespace.
+        facts: Capabilities of the builder.
+        name: Id or name of an image, as in `FROM`.
+        arch: Debian's name of the architecture; an architecture in the name (`arm32v7/debian`) has precedence.
 
     Raises:
-        ImageError: it cannot be had; says what was tried and why each try failed.
-        RunnerError: programs of that architecture do not run here.
+        ImageError: The image cannot be found, pulled or bootstrapped; the error lists each attempt and its failure.
+        RunnerError: Programs of that architecture do not run here, or the policy is invalid.
     """
     with buildah.looking_for_image():
         identity = _resolve(buildah, facts, name, arch)
@@ -117,13 +117,13 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
 
 
 def meaning(buildah: Callable[..., str], name: str, arch: str, policy: str) -> str:
-    """Return the id of the image that a name means in the local store, empty where there is none; asks no network.
+    """Return the id of the image that a name refers to in the local store, or an empty string. Uses no network.
 
     Args:
-        buildah: runs buildah and returns what it prints.
-        name: as a script says it.
+        buildah: Runs buildah and returns its output.
+        name: Name of the image, as in the script.
         arch: Debian's name of the job's architecture.
-        policy: where Debian's base images come from: `auto`, `registry` or `bootstrap`.
+        policy: Origin of Debian's base images: `auto`, `registry` or `bootstrap`.
     """
     wanted = _named_architecture(name) or arch
     suite = debian_suite(name) if policy != "registry" else ""
@@ -131,7 +131,11 @@ def meaning(buildah: Callable[..., str], name: str, arch: str, policy: str) -> s
 
 
 def check_runs(facts: Facts, arch: str) -> None:
-    """Raise RunnerError where programs of an architecture do not run on this builder."""
+    """Verify that programs of an architecture run on this builder.
+
+    Raises:
+        RunnerError: They do not, or the architecture is unknown.
+    """
     if arch not in PLATFORMS:
         raise RunnerError(f"There is no architecture {arch!r}.", f"Known are {', '.join(sorted(PLATFORMS))}.")
     if arch != facts.arch and arch not in facts.emulated:
@@ -143,7 +147,7 @@ def check_runs(facts: Facts, arch: str) -> None:
 
 
 def qualified(name: str) -> str:
-    """Return the name with registry and tag, as Docker completes it."""
+    """Return a name completed with registry and tag, as Docker does it."""
     host, slash, rest = name.partition("/")
     if not (slash and ("." in host or ":" in host or host == "localhost")):
         host, rest = "docker.io", name
@@ -154,7 +158,7 @@ def qualified(name: str) -> str:
 
 
 def is_local_only(name: str) -> bool:
-    """Say whether a name can only be a local cache's tag, about which no registry is asked."""
+    """Return whether a name can only be a local cache's tag, for which no registry is queried."""
     host, slash, _ = name.partition("/")
     if host == "localhost":
         return True
@@ -167,9 +171,9 @@ def is_local_only(name: str) -> bool:
 
 
 def debian_suite(name: str) -> str:
-    """Return the suite that a name of one of Debian's official images means; empty for every other image.
+    """Return the suite of a name of one of Debian's official images; an empty string for every other image.
 
-    The builder's own release stands for `debian`, `debian:latest` and `debian:stable` where it runs Debian.
+    `debian`, `debian:latest` and `debian:stable` mean the builder's own release if the builder runs Debian.
     """
     folders = "|".join(["library", *REGISTRY_FOLDERS])
     match = re.fullmatch(rf"docker\.io/(?:{folders})/debian:([\w.-]+)", qualified(name))
@@ -204,7 +208,7 @@ def _check_name(name: str) -> None:
 
 
 def _by_id(buildah: Buildah, name: str) -> str:
-    """Return the full id where the name is the start of one (12 digits or more) in the local store."""
+    """Return the full id if the name is the start of one (12 digits or more) in the local store, or an empty string."""
     match = re.fullmatch(r"(?:sha256:)?([0-9a-f]{12,64})", name)
     if match:
         for identity in _names(buildah):
@@ -214,13 +218,13 @@ def _by_id(buildah: Buildah, name: str) -> str:
 
 
 def _names(buildah: Callable[..., str]) -> dict[str, list[str]]:
-    """Return the full id of every local image and its names."""
+    """Return the names of every local image, by full id."""
     listed = json.loads(buildah("images", "--all", "--no-trunc", "--json") or "null") or []
     return {str(image["id"]).rpartition(":")[2]: list(image.get("names") or []) for image in listed}
 
 
 def _places(name: str, arch: str, suite: str) -> list[str]:
-    """Return the local store's names to look under, first the nearest."""
+    """Return the names to search for in the local store, best first."""
     last = name.rpartition("/")[2]
     tagged = name if ":" in last or "@" in last else f"{name}:latest"
     places = [tagged, f"localhost/{tagged}", qualified(name), f"localhost/{_pulled_tag(name, arch)}"]
@@ -230,15 +234,20 @@ def _places(name: str, arch: str, suite: str) -> list[str]:
 
 
 def _pulled_tag(name: str, arch: str) -> str:
-    """Return where a pulled image is also kept: its own name may pass to another architecture's image."""
+    """Return the second name of a pulled image: its own name may move to an image of another architecture."""
     return f"gamebear-base:pulled-{hashlib.sha256(f'{qualified(name)} {arch}'.encode()).hexdigest()[:32]}"
 
 
 def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str, notes: Path | None = None) -> str:
-    """Return the id of the first local image under one of the names that is of the wanted architecture.
+    """Return the id of the first local image with one of the names and the wanted architecture, or an empty string.
 
-    What is found is going to be used where `notes` is given: the folder with the notes of which images are. What an
-    image is for is kept there, too, for it stays the same as long as its id does, and to ask buildah takes a while.
+    Args:
+        buildah: Runs buildah and returns its output.
+        places: Names to search for.
+        wanted: Debian's name of the image's architecture.
+        job: Debian's name of the job's architecture; an image that a job for it committed matches, too.
+        notes: Folder that records the images in use, if the found image is going to be used. The image's properties are
+            cached there, because they never change for an id and `buildah inspect` is slow.
     """
     named = {place: identity for identity, places in _names(buildah).items() for place in places}
     for place in places:
@@ -256,7 +265,7 @@ def _local(buildah: Callable[..., str], places: list[str], wanted: str, job: str
 
 
 def user(buildah: Buildah, identity: str) -> str:
-    """Return whom commands in containers of an image that is used run as, by its full id; empty for root."""
+    """Return the user that runs commands in containers of an image in use, by the image's full id; empty for root."""
     note = made_folder(buildah.root / "images") / f"{identity}.used"
     about = _kept(note)
     if about is None:
@@ -266,7 +275,7 @@ def user(buildah: Buildah, identity: str) -> str:
 
 
 def _inspected(buildah: Callable[..., str], identity: str) -> list[Any]:
-    """Return the architecture that an image was made for, OCI's, the variant, and the user."""
+    """Return an image's properties: architecture of the job that made it, OCI architecture, OCI variant, user."""
     inspected = json.loads(buildah("inspect", "--type", "image", identity))
     made_for = (inspected.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
     config = (inspected.get("OCIv1") or {}).get("config") or {}
@@ -274,19 +283,22 @@ def _inspected(buildah: Callable[..., str], identity: str) -> list[Any]:
 
 
 def _kept(note: Path) -> list[Any] | None:
-    """Return what the note that an image is used says of it; see `_inspected`."""
+    """Return the properties that the usage note of an image caches, or None; see `_inspected`."""
     known = read_json(note)
     return known if isinstance(known, list) and len(known) == 4 else None
 
 
 def _keep(note: Path, about: list[Any]) -> None:
-    """Write what an image is into the note that it is used; only of one that is, for a prune goes by the note."""
+    """Write an image's properties into its usage note.
+
+    Only for images in use: garbage collection reads the time of the note.
+    """
     with contextlib.suppress(OSError):
         note.write_text(json.dumps(about))
 
 
 def _fits(found: str, variant: str, arch: str) -> bool:
-    """Say whether an image of an OCI architecture and variant is for one that Debian has a name of."""
+    """Return whether an image with an OCI architecture and variant is for a Debian architecture."""
     wanted, _ = PLATFORMS.get(arch, (arch, ""))
     if arch == "armhf":
         return found == wanted and variant != "v5"
@@ -296,7 +308,11 @@ def _fits(found: str, variant: str, arch: str) -> bool:
 
 
 def _pull(buildah: Buildah, name: str, arch: str) -> str:
-    """Fetch an image from its registry and return its id; raises BuildahError."""
+    """Pull an image from its registry and return its id.
+
+    Raises:
+        BuildahError: The pull failed, or the image is for another architecture.
+    """
     usage = buildah("pull", "--help")
     wanted, variant = PLATFORMS[arch]
     command = ["pull", "--arch", wanted]

@@ -1,4 +1,4 @@
-"""Debian's base images made on the builder, from its own apt mirror, checked against Debian's keys."""
+"""Bootstrap Debian base images on the builder from its own apt mirror, verified with Debian's keys."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from .apt_sources import Archive, distribution_for, extra_archives, keyrings_for
 
 
 def tag_of(suite: str, arch: str) -> str:
-    """Return the name under which a bootstrapped base is kept."""
+    """Return the name of a bootstrapped base in the image store."""
     return f"gamebear-base:{distribution_for(arch)}-{suite}-{arch}"
 
 
 def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
     """Install Debian's minimal system into a new image and return the image's id.
 
+    mmdebstrap is tried first, debootstrap is the fallback.
+
     Raises:
-        ImageError: it cannot be had; where that is for want of room, a NoRoomError.
+        ImageError: The bootstrap failed; a NoRoomError if the disk is full.
     """
     distribution = distribution_for(arch)
     tools = [tool for tool in ("mmdebstrap", "debootstrap") if shutil.which(tool, path=buildah.environment["PATH"])]
@@ -82,8 +84,9 @@ def _no_room(distribution: str, suite: str, arch: str) -> NoRoomError:
 def _mmdebstrap(
     buildah: Buildah, tree: Path, main: Archive, all_archives: list[Archive], keyrings: list[str], arch: str
 ) -> tuple[int, str]:
-    # Straight into the mounted container, in "root" mode: inside the user namespace that mode finds by itself that
-    # device nodes cannot be made, and does without. Its check for qemu looks at a /proc that has no binfmt_misc.
+    # Installs directly into the mounted container, in "root" mode. Inside the user namespace this mode detects that
+    # device nodes cannot be created, and skips them. mmdebstrap's check for qemu reads a /proc without binfmt_misc, so
+    # it is skipped.
     command = [
         "mmdebstrap",
         "--mode=root",
@@ -104,7 +107,8 @@ def _mmdebstrap(
 
 
 def _debootstrap(buildah: Buildah, tree: Path, main: Archive, keyring: str, arch: str) -> tuple[int, str]:
-    # As "lxc" it binds the host's device nodes where it cannot make its own, which no user namespace allows.
+    # With container=lxc, debootstrap bind-mounts the host's device nodes where it cannot create its own, which is not
+    # possible in a user namespace.
     command = [
         "debootstrap",
         "--variant=minbase",
@@ -119,7 +123,7 @@ def _debootstrap(buildah: Buildah, tree: Path, main: Archive, keyring: str, arch
 
 
 def _finish(tree: Path, all_archives: list[Archive]) -> None:
-    """Make a bootstrapped tree what Docker's images are: no services started, no caches, nothing of the builder."""
+    """Make a bootstrapped tree equivalent to Docker's images: no started services, no caches, no builder state."""
     for name in ("dev", "proc", "run", "sys", "tmp", "var/cache/apt/archives", "var/lib/apt/lists"):
         for path in (tree / name).iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -158,7 +162,7 @@ def _commit(buildah: Buildah, container: str, main: Archive, distribution: str, 
     }
     options = ["--os", "linux", "--arch", wanted, "--cmd", "bash"]
     options += ["--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
-    # The buildah of Debian 11 cannot write the variant down; an ARM image without one counts as armhf.
+    # The buildah of Debian 11 cannot record the variant; an ARM image without one counts as armhf.
     if variant and "--variant" in buildah("config", "--help"):
         options += ["--variant", variant]
     for key, value in said.items():

@@ -1,7 +1,7 @@
-"""Package images: a base plus a set of Debian packages, installed once and kept in the image store under a tag.
+"""Package images: a base plus a set of Debian packages, installed once and cached in the image store under a tag.
 
-The tag is a hash over everything the image comes from: the base's identity, the architecture, the set of packages,
-the options and this recipe's version. What was installed is written on the image as annotations.
+The tag is a hash over all inputs: the base's identity, the architecture, the set of packages, the options and the
+recipe's version. Annotations of the image record the installed packages.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .base_images import check_runs, resolve
 
 RECIPE = 2
-"""Version of what is done below; another number makes every package image be built anew."""
+"""Version of the recipe below; a new number causes every package image to be rebuilt."""
 
 NAME = "gamebear-packages"
-"""The name under which package images are kept; the tag is the hash."""
+"""Name of package images in the image store; the tag is the hash."""
 
 ENVIRONMENT = ("env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
-"""What programs that install something are started with."""
+"""Prefix of the commands that install something."""
 
 APT = (
     "apt-get",
@@ -46,7 +46,7 @@ APT = (
     "--option=Dpkg::Use-Pty=0",
     "--option=Dpkg::Options::=--force-unsafe-io",
 )
-"""apt-get as it is run in the container; dpkg's fsyncs are for machines that may lose power halfway."""
+"""apt-get for the container, without dpkg's fsyncs: these only protect machines that may lose power midway."""
 
 LEFTOVERS = (
     "/tmp/*",
@@ -59,13 +59,13 @@ LEFTOVERS = (
     "/var/log/apt/*",
     "/var/log/dpkg.log",
 )
-"""What an installation leaves that no build needs."""
+"""Files that an installation creates and no build needs."""
 
-# In the container, where a link that a strange image has put there cannot lead out of it.
+# Runs inside the container, so that a link in an untrusted image cannot lead outside.
 REMOVE_LEFTOVERS = f"rm -rf {' '.join(LEFTOVERS)}"
 
 UPDATE_PAUSES = (3.0, 15.0)
-"""Seconds to wait before each further attempt to fetch the package lists."""
+"""Seconds to wait before each retry of fetching the package lists."""
 
 DAY = 86400.0
 
@@ -81,21 +81,21 @@ def packages_image(
     max_age_days: float | None = None,
     rebuild: str = "base",
 ) -> str:
-    """Return the full id of the image of a base with packages installed; built where it is not there yet.
+    """Return the full id of an image with packages installed into a base; it is built if necessary.
 
     Args:
-        buildah: to run buildah with, inside the namespace.
-        facts: what the builder can do.
-        base: the base image's name or id, see `base_images.resolve`.
-        packages: names of Debian packages, `name=version` and `name:arch` too; their order means nothing.
+        buildah: Runs buildah, inside the namespace.
+        facts: Capabilities of the builder.
+        base: Name or id of the base image, see `base_images.resolve`.
+        packages: Names of Debian packages in any order, also `name=version`, `name/suite` and `name:arch`.
         arch: Debian's name of the job's architecture.
-        recommends: whether to install what the packages recommend as well.
-        max_age_days: build it anew when it is older than this; None: however old it is.
-        rebuild: `base`: build it anew when the base's name has come to mean another image; `never`: not even then.
+        recommends: Whether to install recommended packages too.
+        max_age_days: Days after which the image is rebuilt; None: never because of its age.
+        rebuild: `base`: rebuild the image if the base's name refers to another image now; `never`: keep it even then.
 
     Raises:
-        ImageError: the base or a package cannot be had; no image and no container is left of the attempt.
-        ValueError: an argument makes no sense.
+        ImageError: The base or a package cannot be fetched; the attempt leaves no image and no container.
+        ValueError: An argument is invalid.
     """
     if rebuild not in ("base", "never"):
         raise ValueError(f"rebuild is {rebuild!r}; it may be 'base' or 'never'")
@@ -148,7 +148,7 @@ def _found_or_built(
         built = _build(buildah, facts, base, identity, wanted, tag, arch=arch, recommends=recommends)
         buildah("tag", built, by_name)
         if stale and stale != built:
-            # It stays where a container of another job is still made from it.
+            # It stays if a container of another job still uses it.
             with contextlib.suppress(BuildahError):
                 buildah("rmi", stale)
         return built
@@ -162,7 +162,7 @@ def _tag(base: str, arch: str, packages: Sequence[str], recommends: bool) -> str
 
 
 def _kept(buildah: Buildah, tag: str, max_age_days: float | None) -> str:
-    """Return the id of the image under a tag where there is one that is young enough, else nothing."""
+    """Return the id of the image with a tag if there is one and it is recent enough, or an empty string."""
     try:
         inspected = json.loads(buildah("inspect", "--type", "image", f"localhost/{tag}"))
     except BuildahError:
@@ -170,7 +170,7 @@ def _kept(buildah: Buildah, tag: str, max_age_days: float | None) -> str:
     if max_age_days is not None:
         made = (inspected.get("ImageAnnotations") or {}).get("gamebear.created", "")
         try:
-            import calendar  # slow to load; strptime does so, too
+            import calendar  # deferred: slow to import; strptime imports it too
 
             age = time.time() - calendar.timegm(time.strptime(made, "%Y-%m-%dT%H:%M:%SZ"))
         except ValueError:
@@ -181,7 +181,7 @@ def _kept(buildah: Buildah, tag: str, max_age_days: float | None) -> str:
 
 
 class _Unsuitable(Exception):
-    """An image that holds some of the packages cannot be gone on from."""
+    """An image with some of the packages cannot be extended."""
 
 
 def _build(
@@ -215,13 +215,13 @@ def _build(
     return built
 
 
-class _Part(NamedTuple):  # see `capabilities.Facts`
-    """An image to begin with.
+class _Part(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts`
+    """An image to start from.
 
     Attributes:
-        identity: its id.
-        packages: which of the packages are in it.
-        added: the names of all packages that are in it and not in its base.
+        identity: Its id.
+        packages: The wanted packages that it already has.
+        added: Names of all packages in it that its base does not have.
     """
 
     identity: str
@@ -230,14 +230,14 @@ class _Part(NamedTuple):  # see `capabilities.Facts`
 
 
 def _part(buildah: Buildah, notes: Mapping[str, str]) -> _Part | None:
-    """Return the package image of the same base that has most of the packages, and no other ones."""
+    """Return the package image of the same base that has the most of the wanted packages and no other ones."""
     same = ("gamebear.base-id", "gamebear.recipe", "gamebear.recommends", ARCHITECTURE_ANNOTATION)
     wanted = set(notes["gamebear.packages"].split())
     parts = []
     for image in buildah.images():
         if not any(str(name).startswith(f"localhost/{NAME}:") for name in image["names"]):
             continue
-        with contextlib.suppress(BuildahError):  # it may have been removed meanwhile
+        with contextlib.suppress(BuildahError):  # race: it may have been removed
             identity = image["id"]
             found = json.loads(buildah("inspect", "--type", "image", identity)).get("ImageAnnotations") or {}
             has = tuple(found.get("gamebear.packages", "").split())
@@ -256,11 +256,11 @@ def _installed(
     *,
     recommends: bool,
 ) -> str:
-    """Install what is missing in an image, keep it and return its id.
+    """Install the missing packages into an image, commit it and return its id.
 
     Raises:
-        ImageError: it cannot be had.
-        _Unsuitable: what the image has is not what would be installed today.
+        ImageError: The installation failed.
+        _Unsuitable: The packages in the image differ from those that would be installed today.
     """
     base, arch = notes["gamebear.base"], notes[ARCHITECTURE_ANNOTATION]
     container = f"{buildah.prefix}packages-{os.urandom(4).hex()}"
@@ -314,7 +314,11 @@ def _installed(
 
 
 def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Plan, base: str, arch: str) -> None:
-    """Have the container's dpkg install the packages that are there, as apt would have it."""
+    """Install the downloaded packages with the container's dpkg, in the order that apt planned.
+
+    Raises:
+        ImageError: dpkg failed.
+    """
     dpkg = ["dpkg", "--force-unsafe-io", *apt.dpkg_options]
     lines = ["set -e"]
     for step, packages in plan.steps:
@@ -327,7 +331,8 @@ def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Pla
     lines.append(shlex.join([*dpkg, "--configure", "--pending"]))
     (apt.debs / "install.sh").write_text("\n".join([*lines, REMOVE_LEFTOVERS, ""]))
     mounts = ["--volume", f"{apt.debs}:/mnt:ro"]
-    # dpkg syncs each change of a package's state, about ten a package; a container that is interrupted is removed.
+    # dpkg syncs each change of a package's state, about ten per package. That is not needed: an interrupted container
+    # is removed.
     mounts += ["--mount", "type=tmpfs,dst=/var/lib/dpkg/updates"]
     status, said = buildah.logged_in(container, [*ENVIRONMENT, "sh", "/mnt/install.sh"], *_network(facts), *mounts)
     if status:
@@ -335,7 +340,7 @@ def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Pla
 
 
 def _mark_automatic(rootfs: Rootfs, folder: Path, apt: Apt, plan: Plan, wanted: Sequence[str]) -> None:
-    """Note, as apt does, which packages are there only because others need them."""
+    """Record, as apt does, the packages that are installed only as dependencies."""
     named = {re.split("[:=/]", name)[0] for name in wanted}
     known = apt.folder / "state/extended_states"
     text = known.read_text() if known.exists() else ""
@@ -352,13 +357,17 @@ def _mark_automatic(rootfs: Rootfs, folder: Path, apt: Apt, plan: Plan, wanted: 
 def _install_inside(
     buildah: Buildah, facts: Facts, container: str, packages: Sequence[str], recommends: bool, base: str, arch: str
 ) -> None:
-    """Have the container's own apt install packages."""
+    """Install packages with the container's own apt.
+
+    Raises:
+        ImageError: apt failed.
+    """
 
     def run(*words: str) -> tuple[int, str]:
         return buildah.logged_in(container, [*ENVIRONMENT, *words], *_network(facts))
 
     _update(lambda *options: run(*APT, *options, "update"))
-    # Not with --no-install-recommends, so that what a base's own configuration says does not count either.
+    # An explicit value instead of --no-install-recommends overrides the base's own configuration in both cases.
     option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
     status, said = run(*APT, option, "install", "--", *packages)
     if status:
@@ -371,13 +380,13 @@ def _network(facts: Facts) -> list[str]:
 
 
 class Installed(NamedTuple):
-    """A package that is installed.
+    """An installed package.
 
     Attributes:
-        name: its name.
-        version: its version.
-        arch: its own architecture, `all` for one that has none.
-        shown: the name that dpkg shows it under: with the architecture where there may be several.
+        name: Its name.
+        version: Its version.
+        arch: Its own architecture, `all` if it is independent of it.
+        shown: Its name in dpkg's output: with the architecture if several can be installed.
     """
 
     name: str
@@ -387,11 +396,11 @@ class Installed(NamedTuple):
 
 
 def installed(rootfs: Rootfs, folder: Path) -> list[Installed]:
-    """Return the packages that a container's dpkg knows as installed, by their names.
+    """Return the packages that are installed according to the container's dpkg, sorted by name.
 
     Args:
-        rootfs: the container's files.
-        folder: where to put a file aside.
+        rootfs: The container's file system.
+        folder: Folder for a temporary file.
     """
     aside = folder / "status"
     try:
@@ -409,14 +418,20 @@ def installed(rootfs: Rootfs, folder: Path) -> list[Installed]:
 
 
 def _versions(packages: Iterable[Installed]) -> dict[str, str]:
-    """Return the version of each package by the name that dpkg shows it under."""
+    """Return the version of each package, by its name in dpkg's output."""
     return {package.shown: package.version for package in packages}
 
 
 def _update(update: Callable[..., tuple[int, str]]) -> None:
-    """Fetch the package lists; a mirror may be busy for a moment."""
+    """Fetch the package lists, with retries because a mirror may be busy.
+
+    Raises:
+        NoRoomError: The disk is full.
+        ImageError: All attempts failed.
+    """
     for pause in (*UPDATE_PAUSES, None):
-        # Without the option a list that is missing is a warning, and its packages are "not found" later on.
+        # Without the option a missing list is only a warning, and its packages are "not found" later. The last attempt
+        # accepts that.
         status, said = update(*(["--option=APT::Update::Error-Mode=any"] if pause is not None else []))
         if not status:
             return
@@ -453,6 +468,6 @@ def _installation_error(base: str, arch: str, status: int, said: str, program: s
 
 
 def _reasons(said: str) -> str:
-    """Return apt's own error lines, else the last lines of all."""
+    """Return apt's error lines, or the last lines if there are none."""
     errors = [line for line in said.splitlines() if line.startswith("E: ")]
     return last_lines("\n".join(errors) or said)

@@ -1,4 +1,4 @@
-"""Apt's sources, in both of their formats, as sources.list(5) and apt's own reader (`sourcelist.cc`) have them."""
+"""Apt's sources in both formats, according to sources.list(5) and apt's own parser (`sourcelist.cc`)."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 SUFFIXES = (".list", ".sources")
-"""What names of files of sources end with: that of one-line files, that of deb822 files."""
+"""Suffixes of source files: the one-line format, the deb822 format."""
 
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
-"""Apt ignores files of other names."""
+"""Apt ignores files with other names."""
 
 _WORD = r'(?:"[^"]*"|\[[^\]]*\]|[^\s"\[])+'
-"""A word of a line: brackets and quotes may hold spaces (`ParseQuoteWord`)."""
+"""A word of a line: brackets and quotes may contain spaces (`ParseQuoteWord`)."""
 
 _LINE = re.compile(rf"\s*(deb|deb-src)\s+(?:\[([^\]]*)\]\s+)?({_WORD})\s+({_WORD})(.*)")
 
 _COMMENT = re.compile(r"((?:\[[^\]]*\]|[^#])*)")
-"""What of a line is before its comment; a `#` in brackets begins none."""
+"""The part of a line before its comment; a `#` in brackets does not start a comment."""
 
 
-class Source(NamedTuple):  # see `capabilities.Facts`
-    """A line, or a stanza, that is enabled.
+class Source(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts`
+    """An enabled source: a line or a stanza.
 
     Attributes:
         types: `deb`, `deb-src` or both.
-        uris: where its archives are.
-        suites: for instance `bookworm`; exact paths end with a slash.
-        components: for instance `main`; none with an exact path.
-        options: the other options or fields, names in lower case and as its format has them: `signed-by`, `arch` or
-            `architectures`, …; a value of several lines has its line breaks and what follows them.
-        deb822: whether it is a stanza.
+        uris: URIs of the archives.
+        suites: For example `bookworm`; exact paths end with a slash.
+        components: For example `main`; empty with an exact path.
+        options: The other options or fields, with lower-case names as in its format: `signed-by`, `arch` or
+            `architectures`, …; a multi-line value keeps its line breaks and indentation.
+        deb822: Whether it is a stanza.
     """
 
     types: tuple[str, ...]
@@ -44,14 +44,14 @@ class Source(NamedTuple):  # see `capabilities.Facts`
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The files and fingerprints of `signed-by`; none where a key itself is in the text."""
+        """Files and fingerprints of `signed-by`; empty if the text contains the key itself."""
         value = self.options.get("signed-by", "")
         if "-----BEGIN" in value:
             return ()
         return tuple(value.split() if self.deb822 else filter(None, value.split(",")))
 
     def text(self) -> str:
-        """Return it as lines: one for each type, or a stanza."""
+        """Return the source as text: one line for each type, or a stanza."""
         if not self.deb822:
             options = " ".join(f"{name}={value}" for name, value in self.options.items())
             words = [f"[{options}]"] * bool(options) + [*self.uris, *self.suites, *self.components]
@@ -67,7 +67,7 @@ _NAMES = {"uris": "URIs"}
 
 
 def is_file_of_sources(path: Path) -> bool:
-    """Say whether apt reads a file of its folder of sources."""
+    """Return whether apt reads a file of its sources folder."""
     return path.suffix in SUFFIXES and _NAME.fullmatch(path.name) is not None and path.is_file()
 
 
@@ -75,21 +75,21 @@ def parse(text: str, suffix: str) -> list[Source]:
     """Return the enabled sources in the text of a file.
 
     Args:
-        text: its content.
-        suffix: of the file's name: `.sources`, or `.list`, which is for all other names, too.
+        text: Content of the file.
+        suffix: Suffix of the file's name. `.sources` selects deb822, every other suffix the one-line format.
     """
     return list(_stanzas(text) if suffix == SUFFIXES[1] else _lines(text))
 
 
 def text_of(sources: Iterable[Source]) -> str:
-    """Return the text of a file with some sources of one format, each once."""
+    """Return the text of a file with some sources of one format, without duplicates."""
     found = list(sources)
     between = "\n" if any(source.deb822 for source in found) else ""
     return between.join(dict.fromkeys(source.text() for source in found))
 
 
 def is_off(value: str) -> bool:
-    """Say whether a yes/no value is a no, as apt's `StringToBool` reads it; an unknown word is none."""
+    """Return whether a boolean value is false, as apt's `StringToBool` parses it; an unknown word is not."""
     return re.fullmatch(r"\s*(?:no|false|without|off|disable|[+-]?0(?:x?0+)?)\s*", value, re.IGNORECASE) is not None
 
 

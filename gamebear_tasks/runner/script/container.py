@@ -278,8 +278,7 @@ class Container:
     def _is_free(self, key: str) -> bool:
         """Return whether a variable is safe in buildah's own environment.
 
-        It is not if buildah itself interprets it, or if its name ends in `-`: `buildah config --env` removes such a
-        variable.
+        It is not if buildah itself interprets it, or if its name ends in `-`: `buildah config --env NAME-` removes NAME.
         """
         return key not in self._job.buildah.environment and not BUILDAHS_OWN.match(key) and not key.endswith("-")
 
@@ -545,8 +544,9 @@ class Container:
 
         The script's user owns the copies. Missing folders are created, existing folders are merged, existing files and
         links are replaced. The same metadata is preserved as by `copy_in`, except that files lose set-user-ID and
-        set-group-ID. Symbolic links are followed inside the container, never to the builder's own files. In a folder, a
-        link to something in the same folder stays a link.
+        set-group-ID. Existing folders get the mode, times and attributes of the copied ones, `dst` itself only the
+        times. Symbolic links are followed inside the container, never to the builder's own files. In a folder, a link
+        to something in the same folder stays a link.
 
         Args:
             src: Path in the container, relative to its root.
