@@ -1,1 +1,1 @@
-"""Capabilities of this machine, and the programs that are run on it."""
+"""Capabilities of this machine, and the programs that run on it."""

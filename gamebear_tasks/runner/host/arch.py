@@ -1,4 +1,4 @@
-"""What Debian calls the architectures, and what others call them."""
+"""Names of architectures: Debian's, the kernel's and OCI's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARCHITECTURES = {
     "s390x": "s390x",
     "x86_64": "amd64",
 }
-"""Debian's name of an architecture, by what `uname -m` calls the machine."""
+"""Kernel's name of a machine (`uname -m`), mapped to Debian's name of its architecture."""
 
 PLATFORMS = {
     "amd64": ("amd64", ""),
@@ -33,7 +33,7 @@ PLATFORMS = {
     "riscv64": ("riscv64", ""),
     "s390x": ("s390x", ""),
 }
-"""Debian's name of an architecture to the OCI image format's architecture and variant."""
+"""Debian's name of an architecture, mapped to architecture and variant in the OCI image format."""
 
 ARCHITECTURE_ANNOTATION = "gamebear.arch"
-"""The architecture of the job that made an image; a script's own tags are found again by it."""
+"""Annotation with the architecture of the job that made an image; needed to find a script's own tags again."""

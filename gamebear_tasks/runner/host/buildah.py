@@ -1,4 +1,4 @@
-"""The one way to run buildah."""
+"""Run buildah with this builder's image store, isolation and environment."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from .capabilities import Facts, environment, made_folder, namespace
 from .subprocesses import captured, last_lines
 
 IMAGES_IN_USE = "in-use.lock"
-"""The file in `images/` whose lock is shared by all who look for an image; a prune of images holds it alone."""
+"""Lock file in `images/`.
+
+Jobs that search for an image share the lock; garbage collection of images holds it exclusively.
+"""
 
 
 class BuildahError(RunnerError):
     """A buildah command failed.
 
     Args:
-        command: what followed `buildah` and its storage options.
-        status: exit status, negative for a signal.
-        stderr: what it had to say, as much as was kept.
+        command: The arguments after `buildah` and its storage options.
+        status: Exit status, negative for a signal.
+        stderr: Error output, possibly only its end.
     """
 
     kind = "command"
@@ -45,23 +48,23 @@ class BuildahError(RunnerError):
 
 
 class ImageError(RunnerError):
-    """An image cannot be had."""
+    """An image cannot be found, fetched or built."""
 
     kind = "image"
 
 
 class NoRoomError(ImageError):
-    """An image cannot be had because the disk is full; that another way to it is tried would not help."""
+    """An image cannot be stored because the disk is full, so a fallback would fail as well."""
 
 
 class Buildah:
-    """Buildah with this builder's store and isolation, to be used inside the namespace.
+    """Buildah with this builder's store and isolation, for use inside the namespace.
 
     Args:
-        root: the versioned store folder.
-        facts: what the builder can do.
-        prefix: what the names of containers that we make for ourselves start with.
-        used: the file that notes the ids of the images which the job uses.
+        root: The versioned store folder.
+        facts: Capabilities of the builder.
+        prefix: Prefix of the names of containers that the runner creates for itself.
+        used: File that records the ids of the images that the job uses.
     """
 
     def __init__(self, root: Path, facts: Facts, prefix: str = "gamebear-", used: Path | None = None) -> None:
@@ -72,7 +75,7 @@ class Buildah:
         self.environment = environment(root, facts)
 
     def command(self, *args: str) -> list[str]:
-        """Return the command line for `buildah args...` on this builder's store."""
+        """Return the command line of `buildah args...` for this builder's store."""
         return ["buildah", *self.facts.storage, *args]
 
     def __call__(
@@ -82,16 +85,16 @@ class Buildah:
         timeout: float | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> str:
-        """Run buildah quietly and return what it printed.
+        """Run buildah quietly and return its output.
 
         Args:
-            args: the command and its options.
-            input: what it reads; nothing by default.
-            timeout: seconds after which it is killed and counts as failed.
-            variables: more of its environment; what it needs itself stays.
+            args: The command and its options.
+            input: Standard input; empty by default.
+            timeout: Seconds after which buildah is killed and counts as failed.
+            variables: Additional environment variables; those that buildah itself needs have precedence.
 
         Raises:
-            BuildahError: it failed.
+            BuildahError: buildah failed.
         """
         env = {**(variables or {}), **self.environment}
         status, stdout, stderr = captured(self.command(*args), env, input, timeout)
@@ -100,10 +103,13 @@ class Buildah:
         return stdout
 
     def images(self, every: bool = False) -> list[dict[str, Any]]:
-        """Return the local images as buildah lists them, with plain full ids and a list of names; raises BuildahError.
+        """Return the local images as buildah lists them, with full ids without a prefix and a list of names.
 
         Args:
-            every: intermediate images too.
+            every: Include intermediate images.
+
+        Raises:
+            BuildahError: buildah failed.
         """
         listed = json.loads(self("images", "--no-trunc", "--json", *(["--all"] if every else [])) or "null") or []
         return [
@@ -113,13 +119,16 @@ class Buildah:
 
     @contextlib.contextmanager
     def looking_for_image(self) -> Iterator[None]:
-        """Keep every image for the length of the block, in which one is found or made and noted (see `prune`)."""
+        """Protect all images from garbage collection for the length of the block.
+
+        The block finds or builds an image and records its use with `note_use`.
+        """
         folder = made_folder(self.root / "images")
         with locked(folder / IMAGES_IN_USE, shared=True):
             yield
 
     def note_use(self, image: str) -> None:
-        """Note that the job uses an image, by its full id."""
+        """Record that the job uses an image, by its full id."""
         with contextlib.suppress(OSError):
             (made_folder(self.root / "images") / f"{image}.used").touch()
             if self.used is not None:
@@ -139,13 +148,13 @@ class Buildah:
         """Run a command in a container and return its exit status.
 
         Args:
-            container: its name.
-            words: the command.
-            options: of `buildah run`.
-            stdin: what the command reads.
-            out: gets what it prints, as it comes.
-            err: gets what it prints as errors; None: in order with the rest.
-            is_root: the container's user is root, and so who runs it.
+            container: Name of the container.
+            words: The command.
+            options: Options of `buildah run`.
+            stdin: Standard input of the command.
+            out: Sink for the output, called with each piece as it arrives.
+            err: Sink for the error output; None: it goes to `out`, in order with the rest.
+            is_root: Whether the container's user is root, so that root runs the command.
         """
 
         def numbered(words: Sequence[str]) -> list[str]:
@@ -164,7 +173,17 @@ class Buildah:
         )
 
     def logged_in(self, container: str, words: Sequence[str], *options: str, kept: int = 1 << 16) -> tuple[int, str]:
-        """Run a command in a container with its output going to the log; see `run_in` and `streamed`."""
+        """Run a command in a container and log its output; see `run_in`.
+
+        Args:
+            container: Name of the container.
+            words: The command.
+            options: Options of `buildah run`.
+            kept: Bytes of output to return at most.
+
+        Returns:
+            The exit status and the end of the output.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         log, tail = streams.descriptor(1), bytearray()
@@ -179,10 +198,16 @@ class Buildah:
 
 
 def remove_containers(root: Path, facts: Facts, prefix: str, but: Collection[str] = ()) -> None:
-    """Remove every container whose name starts with `prefix`, but some; to be called from outside the namespace.
+    """Remove all containers with a name prefix, with exceptions; for use outside the namespace.
+
+    Args:
+        root: The versioned store folder.
+        facts: Capabilities of the builder.
+        prefix: Prefix of the names.
+        but: Names of containers to keep.
 
     Raises:
-        BuildahError: one of them stays.
+        BuildahError: A container could not be removed.
     """
     streams.remove_leftovers(prefix)
     before, store, env = namespace(facts), list(facts.storage), environment(root, facts)
@@ -202,10 +227,10 @@ def remove_containers(root: Path, facts: Facts, prefix: str, but: Collection[str
 
 
 def remove_tree(root: Path, facts: Facts, path: Path) -> None:
-    """Remove a file or folder, whichever of the namespace's users owns what is in it; a missing one is well.
+    """Remove a file or folder whose content may belong to other users of the namespace; a missing one is not an error.
 
     Raises:
-        RunnerError: something of it is left.
+        RunnerError: A part could not be removed.
     """
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
@@ -224,13 +249,16 @@ def remove_tree(root: Path, facts: Facts, path: Path) -> None:
 
 
 def outside(root: Path, facts: Facts, *args: str, timeout: float | None = None) -> str:
-    """Run buildah from outside the namespace and return what it printed; raises BuildahError.
+    """Run buildah from outside the namespace and return its output.
 
     Args:
-        root: the versioned store folder.
-        facts: what the builder can do.
-        args: the command and its options.
-        timeout: seconds after which it is killed and counts as failed.
+        root: The versioned store folder.
+        facts: Capabilities of the builder.
+        args: The command and its options.
+        timeout: Seconds after which buildah is killed and counts as failed.
+
+    Raises:
+        BuildahError: buildah failed.
     """
     command = [*namespace(facts), "buildah", *facts.storage, *args]
     status, stdout, stderr = captured(command, environment(root, facts), timeout=timeout)

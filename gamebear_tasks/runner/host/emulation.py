@@ -1,4 +1,4 @@
-"""Which architectures' programs run on this machine, apart from its own."""
+"""Foreign architectures whose programs run on this machine, by emulation or by the CPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import subprocess
 from pathlib import Path
 
 HANDLERS = Path("/proc/sys/fs/binfmt_misc")
-"""Where the kernel shows its handlers of foreign programs (binfmt-misc.rst)."""
+"""Folder in which the kernel lists its handlers of foreign programs (binfmt-misc.rst)."""
 
 PROBE_SECONDS = 120.0
-"""How long one step of finding out what a builder can do may take; a Pi with a slow card takes a few seconds."""
+"""Seconds that one step of a probe may last; a Pi with a slow card needs a few."""
 
-# A program for each architecture that only does exit(0): bits, byte order, ELF machine, ELF flags, code.
+# Programs that only call exit(0), by architecture: bits, byte order, ELF machine, ELF flags, code.
 PROGRAMS: dict[str, tuple[int, str, int, int, bytes]] = {
     "armhf": (32, "<", 40, 0x05000400, bytes.fromhex("0000a0e3 0170a0e3 000000ef")),
     "arm64": (64, "<", 183, 0, bytes.fromhex("000080d2 a80b80d2 010000d4")),
@@ -29,8 +29,8 @@ PROGRAMS: dict[str, tuple[int, str, int, int, bytes]] = {
 def emulated(arch: str) -> tuple[str, ...]:
     """Return Debian's names of the architectures, apart from `arch`, whose programs run here.
 
-    Found out by running one: that answers alike for qemu through binfmt_misc and for 32-bit ARM on a 64-bit
-    kernel (which not every CPU can do). A handler without the flag F does not count: it would not work in a
+    The test runs a program of each architecture. This covers qemu through binfmt_misc as well as 32-bit ARM on a 64-bit
+    kernel, which not every CPU supports. A handler without the flag F does not count, because it does not work in a
     container.
     """
     names = [name for name in PROGRAMS if name != arch and _runs(name) and _reaches_containers(name)]
@@ -40,19 +40,20 @@ def emulated(arch: str) -> tuple[str, ...]:
 
 
 def handlers() -> list[str] | None:
-    """Return what runs other architectures' programs here, as the kernel describes it; None where that is not shown.
+    """Return the kernel's handlers of foreign programs as text, or None if the kernel does not show them.
 
-    As long as it stays the same, so does what is `emulated`: whatever else that hangs on is the kernel and the CPU.
+    The result of `emulated` is valid as long as they do not change; it otherwise depends only on the kernel and the
+    CPU.
     """
     try:
         found = [path for path in HANDLERS.iterdir() if path.name != "register"]
         return sorted(f"{path.name}: {path.read_text('utf-8', 'replace')}" for path in found)
-    except OSError:  # binfmt_misc is not mounted, as in some containers; the kernel may have handlers all the same
+    except OSError:  # binfmt_misc is not mounted, as in some containers; the kernel may still have handlers
         return None
 
 
 def _program(arch: str) -> bytes:
-    """Return the smallest ELF file: one header, one segment, code (System V ABI, chapter 4 and 5)."""
+    """Return the smallest ELF file: one header, one segment, code (System V ABI, chapters 4 and 5)."""
     bits, order, machine, flags, code = PROGRAMS[arch]
     ident = b"\x7fELF" + bytes([bits // 32, 1 if order == "<" else 2, 1]) + bytes(9)
     base = 0x10000

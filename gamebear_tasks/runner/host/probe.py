@@ -1,8 +1,7 @@
-"""Finding out what this builder can do: storage, isolation, namespaces, processors.
+"""Probe this builder's capabilities: storage, isolation, namespaces, architecture.
 
-Nothing is configured and nothing is guessed from versions: each way is tried with a container of the host's
-own `/usr`, best first, and what worked is remembered until the next boot or until a program that matters has
-changed.
+Nothing is configured, and nothing is derived from versions. The probe tests each combination with a container of the
+host's own `/usr`, best first. The result is cached until the next boot, or until a relevant program or setting changes.
 """
 
 from __future__ import annotations
@@ -35,25 +34,25 @@ from .emulation import PROBE_SECONDS, emulated, handlers
 from .subprocesses import SYSTEM_FOLDERS, captured, last_lines
 
 REASON = 400
-"""Characters that are told of why no container runs; buildah says many more."""
+"""Characters of buildah's long error output that a message quotes at most."""
 
 RECIPE = 2
-"""Version of the probe; another number makes every builder probe again."""
+"""Version of the probe; a new number causes every builder to probe again."""
 
 SUBORDINATE_IDS = ("/etc/subuid", "/etc/subgid")
 
 ENOUGH_IDS = 65536
-"""Subordinate ids, of users and of groups, without which packages cannot be installed in a container."""
+"""Minimum of subordinate user ids, and of group ids, for installing packages in a container."""
 
 
 def facts(root: Path) -> Facts:
-    """Return what this builder can do; probed once, remembered in `root/facts.json`.
+    """Return this builder's capabilities; probed once, cached in `root/facts.json`.
 
     Args:
-        root: the versioned store folder.
+        root: The versioned store folder.
 
     Raises:
-        RunnerError: no container can be run here; the hint is the command that changes it.
+        RunnerError: No container can be run here; the hint is the command that fixes it.
     """
     if FACTS_VARIABLE in os.environ:
         return from_json(json.loads(os.environ[FACTS_VARIABLE]))
@@ -88,7 +87,7 @@ def _forget_other_boots(root: Path, facts: Facts) -> None:
 
 
 def _key(root: Path) -> dict[str, Any]:
-    """Everything that the probe's outcome hangs on."""
+    """Return the cache key: everything that the result of the probe depends on."""
     path = own_environment(root, False)["PATH"]
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path("~/.config").expanduser(), "containers")
     programs = ("buildah", "crun", "runc", "fuse-overlayfs", "newuidmap", "newgidmap", "unshare")
@@ -118,7 +117,11 @@ def _stamp(path: str) -> list[int]:
 
 
 def _probe(root: Path) -> Facts:
-    """Find out what works here, best first; raises RunnerError when nothing does."""
+    """Test what works here, best first.
+
+    Raises:
+        RunnerError: Nothing works.
+    """
     rootless = os.geteuid() != 0
     env = own_environment(root, rootless)
     env["BUILDAH_ISOLATION"] = "chroot"
@@ -166,7 +169,7 @@ def _probe(root: Path) -> Facts:
 
 
 def _stores(root: Path, rootless: bool, env: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Give each image store to try, best first: driver, buildah's options."""
+    """Yield each image store to try, best first: driver, buildah's options."""
     runtime = ("--runroot", str(made_folder(runtime_folder(root)) / "containers"))
     status, stdout, _ = captured(["buildah", "info"], env, timeout=PROBE_SECONDS)
     try:
@@ -184,7 +187,7 @@ def _stores(root: Path, rootless: bool, env: dict[str, str]) -> Iterator[tuple[s
 
 
 def _try(root: Path, tried: Facts) -> str:
-    """Run the host's own `true` in a container; return why that failed, nothing when it did not."""
+    """Run the host's own `true` in a container; return the reason of a failure, or an empty string."""
     env = environment(root, tried)
     before = [*namespace(tried), "buildah", *tried.storage]
     name = f"gamebear-probe-{os.urandom(6).hex()}"
@@ -205,8 +208,12 @@ def _try(root: Path, tried: Facts) -> str:
 
 
 def _check_user_namespace(env: dict[str, str]) -> None:
-    """Raise RunnerError where an ordinary user gets no user namespace with at least 65536 user ids."""
-    import getpass  # slow to load, and seldom needed
+    """Verify that an ordinary user gets a user namespace with at least 65536 user ids and group ids.
+
+    Raises:
+        RunnerError: There is no such namespace, or a program for it is missing.
+    """
+    import getpass  # deferred: slow to import, and rarely needed
 
     user = getpass.getuser()
     missing = [name for name in ("newuidmap", "newgidmap") if not shutil.which(name, path=env["PATH"])]
@@ -239,7 +246,7 @@ def _check_user_namespace(env: dict[str, str]) -> None:
 
 
 def subordinate_ids(user: str) -> tuple[int, int]:
-    """Return how many subordinate user and group ids we have, as that user or as our number."""
+    """Return the numbers of subordinate user ids and group ids of a user, by name or by the process's user id."""
     names = (user, str(os.geteuid()))
     uids, gids = (
         sum(count for name, _, count in subordinate_ranges(path) if name in names) for path in SUBORDINATE_IDS
@@ -248,7 +255,7 @@ def subordinate_ids(user: str) -> tuple[int, int]:
 
 
 def subordinate_ranges(path: str) -> list[tuple[str, int, int]]:
-    """Return the ranges in a file like /etc/subuid: whose, the first id, how many; see subuid(5)."""
+    """Return the ranges in a file like /etc/subuid: owner, first id, count; see subuid(5)."""
     try:
         lines = [line.split(":") for line in Path(path).read_text(errors="replace").splitlines()]
     except OSError:

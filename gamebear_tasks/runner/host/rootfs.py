@@ -1,8 +1,8 @@
-"""A container's file system seen from outside: paths resolved inside its root, files copied in and out.
+"""A container's file system accessed from outside: resolve paths inside its root, copy files in and out.
 
-Nothing here follows a path of the container by name. Each component is opened relative to the folder before it and
-without following links; a link is read and walked by hand, from the container's root where it is absolute. So no link
-in a container leads to the host's files, whatever a process in it does meanwhile.
+The container is untrusted, so no path of it is followed by name. Each component is opened relative to the folder before
+it, without following links. A link is read and resolved by hand, from the container's root if it is absolute. So a link
+in a container never leads to the host's files, whatever its processes do meanwhile (no race).
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pathlib import Path
 from ..util.atomic_files import CHUNK, sha256, write_all
 
 MAX_LINKS = 40
-"""Links followed on one path, as in the kernel (path_resolution(7))."""
+"""Maximum of links followed on one path, as in the kernel (path_resolution(7))."""
 
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 XATTRS = ("security.capability", "security.ima", "user.")
-"""The extended attributes that a copy keeps (a dot at the end: all of that namespace), as `buildah copy` does."""
+"""Extended attributes that a copy preserves, as `buildah copy` does; a trailing dot means the whole namespace."""
 
 NO_LINK = (errno.EMLINK, errno.ENOENT, errno.ENOTSUP, errno.EPERM, errno.EXDEV)
-"""Errors of link(2) after which the content is copied once more."""
+"""Errors of link(2) after which the content is copied again instead."""
 
 
 class Place:
-    """A place below a container's root: an open folder and a name in it, which may be there or not.
+    """A place below a container's root: an open folder and a name in it, which may not exist.
 
     Args:
-        folder: file descriptor of the folder that holds it.
-        name: its name there; `.` for the folder itself.
-        path: what it was asked for as, for messages.
+        folder: File descriptor of the folder that holds it.
+        name: Its name there; `.` for the folder itself.
+        path: The requested path, for messages.
     """
 
     def __init__(self, folder: int, name: str, path: str) -> None:
@@ -47,17 +47,17 @@ class Place:
 
     @property
     def info(self) -> os.stat_result | None:
-        """What is there now, a link not followed; None when nothing is."""
+        """Current status without following a link; None if nothing exists there."""
         return _look(self.name, self.folder)
 
     def is_folder(self) -> bool:
-        """Say whether it is a folder, not a link to one."""
+        """Return whether it is a folder, as opposed to a link to one."""
         info = self.info
         return info is not None and stat.S_ISDIR(info.st_mode)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """Open the folder that it is."""
+        """Open it as a folder and yield the file descriptor."""
         with _opened(self.name, READ_FOLDER | os.O_NOFOLLOW, self) as fd:
             yield fd
 
@@ -66,33 +66,33 @@ class Rootfs:
     """The root of a container's file system.
 
     Args:
-        path: where it is mounted.
+        path: Its mount point.
     """
 
     def __init__(self, path: os.PathLike[str] | str) -> None:
         self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        """Let go of the file system."""
+        """Close the file descriptor of the root."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     @contextlib.contextmanager
     def place(self, path: str, *, follow: bool = True, parents: bool = False) -> Iterator[Place]:
-        """Find a path inside the container.
+        """Resolve a path inside the container.
 
         `..` stops at the root, an absolute link starts from the root.
 
         Args:
-            path: relative to the root, a leading slash or not.
-            follow: follow the link that the last component may be.
-            parents: make the folders that are missing on the way, mode 0755.
+            path: Path relative to the root, with or without a leading slash.
+            follow: Follow a link in the last component.
+            parents: Create missing folders of the path, with mode 0755.
 
         Raises:
-            FileNotFoundError: a folder on the way is missing.
-            NotADirectoryError: something on the way is no folder.
-            OSError: too many links (ELOOP).
+            FileNotFoundError: A folder of the path does not exist.
+            NotADirectoryError: A part of the path is not a folder.
+            OSError: There are too many links (ELOOP).
         """
         folders = [os.dup(self.fd)]
         try:
@@ -104,7 +104,11 @@ class Rootfs:
 
     @contextlib.contextmanager
     def opened(self, path: str) -> Iterator[int]:
-        """Open a folder inside the container, and no other folder with it for as long; raises as `place` does."""
+        """Open a folder inside the container and yield its file descriptor; the folders above it are closed again.
+
+        Raises:
+            OSError: As for `place`, or the path is not a folder.
+        """
         with self.place(path) as place:
             fd = _open(place.name, READ_FOLDER | os.O_NOFOLLOW, place.folder, path)
         try:
@@ -113,7 +117,7 @@ class Rootfs:
             os.close(fd)
 
     def _walk(self, folders: list[int], path: str, follow: bool, parents: bool) -> str:
-        """Open the folders on a path one after the other; return the name of the last component."""
+        """Open the folders of a path one after the other; return the name of the last component."""
         ahead = collections.deque(_parts(path))
         links = 0
         while ahead:
@@ -144,7 +148,7 @@ class Rootfs:
         return "."
 
     def is_folder(self, path: str) -> bool:
-        """Say whether a path, links followed, is a folder."""
+        """Return whether a path, with links followed, is a folder."""
         try:
             with self.place(path) as place:
                 return place.is_folder()
@@ -152,11 +156,11 @@ class Rootfs:
             return False
 
     def listing(self, path: str, depth: int = 100) -> list[tuple[str, int, int, str]]:
-        """Return what is below a folder, sorted: path from the folder, size, time (ns), where a link leads to.
+        """Return the entries below a folder, sorted: path from the folder, size, modification time (ns), link target.
 
         Args:
-            path: the folder; nothing is below one that is not there.
-            depth: how many levels.
+            path: The folder; the list is empty if it does not exist.
+            depth: Number of levels.
         """
         found: list[tuple[str, int, int, str]] = []
         with contextlib.suppress(OSError), self.place(path) as place, place.opened() as top:
@@ -171,25 +175,25 @@ class Rootfs:
         return sorted(found)
 
     def sha256_of(self, path: str) -> str:
-        """Return the SHA-256 of a file; empty where there is none."""
+        """Return the SHA-256 of a file, or an empty string if there is none."""
         with contextlib.suppress(OSError), self.place(path) as place, _source(place.name, place) as fd:
             return sha256(open(fd, "rb", closefd=False))
         return ""
 
     def remove_empty(self, path: str) -> None:
-        """Remove a folder if there is nothing in it."""
+        """Remove a folder if it is empty."""
         with contextlib.suppress(OSError), self.place(path, follow=False) as place:
             os.rmdir(place.name, dir_fd=place.folder)
 
     def copy_in(self, source: Path, path: str) -> None:
-        """Copy a file or a folder's contents into the container; what is new belongs to its root.
+        """Copy a file or the contents of a folder into the container; the container's root owns the copies.
 
-        A file's copy goes into a `path` that is a folder or ends in a slash, under its own name. Folders are merged,
-        files and links replaced. Missing folders are made. Modes, times, `XATTRS`, hard links and holes are kept; a
-        folder that is already there keeps its own mode, times and attributes.
+        If `path` is a folder or ends in a slash, a file is copied into it under its own name. Folders are merged, files
+        and links replaced. Missing folders are created. Modes, times, `XATTRS`, hard links and holes are preserved. An
+        existing folder keeps its own mode, times and attributes.
 
         Raises:
-            OSError: something is missing or of the wrong kind, or an attribute cannot be set.
+            OSError: A file is missing or has the wrong type, or an attribute cannot be set.
         """
         if source.is_dir():
             new = self._make_folder(path)
@@ -207,7 +211,7 @@ class Rootfs:
         """Copy an open file, from its beginning, to a path in the container, with its mode and times.
 
         Raises:
-            OSError: the path is a folder, or something on the way to it is none.
+            OSError: The path is a folder, or a part of it is not.
         """
         os.lseek(file, 0, os.SEEK_SET)
         with self.place(path, follow=False, parents=True) as place:
@@ -216,7 +220,7 @@ class Rootfs:
             _write(file, place.folder, place.name)
 
     def _make_folder(self, path: str) -> bool:
-        """Make a folder and its parents; return whether it was missing, so that `_set` has to follow."""
+        """Create a folder and its parents; return whether it was missing, in which case `_set` must follow."""
         with self.place(path, parents=True) as place:
             if place.info is None:
                 os.mkdir(place.name, 0o700, dir_fd=place.folder)
@@ -226,7 +230,7 @@ class Rootfs:
             return False
 
     def _fill(self, source: Path, path: str, links: _HardLinks) -> None:
-        """Copy what is in a folder outside to a folder of the container."""
+        """Copy the entries of a folder outside to a folder of the container."""
         with self.opened(path) as folder:
             for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
                 place = Place(folder, entry.name, f"{path}/{entry.name}")
@@ -241,7 +245,7 @@ class Rootfs:
                         links.write(file, place)
 
     def _fill_folder(self, entry: os.DirEntry[str], place: Place, links: _HardLinks) -> None:
-        new = self._make_folder(place.path)  # by its path: `/lib` may be a link to a folder, and stays one
+        new = self._make_folder(place.path)  # resolves the path: `/lib` may be a link to a folder, and stays one
         self._fill(Path(entry.path), place.path, links)
         if new:
             original = _opened(entry.path, READ_FOLDER | os.O_NOFOLLOW, None)
@@ -249,15 +253,15 @@ class Rootfs:
                 _set(folder, fd)
 
     def copy_out(self, path: str, target: Path) -> None:
-        """Copy a file or a folder's contents out of the container, to files that belong to us.
+        """Copy a file or the contents of a folder out of the container; the current user owns the copies.
 
-        A file's copy goes into a `target` that is a folder, under its own name. Folders are merged, files and links
+        If `target` is a folder, a file is copied into it under its own name. Folders are merged, files and links
         replaced. Modes (of files without set-user-ID and set-group-ID), times, `XATTRS`, hard links and holes are
-        kept. A link inside a folder stays a link where it leads to something in that folder; any other is followed,
-        inside the container, so that no copy leads from the container to the host's files.
+        preserved. A link inside a folder stays a link if it leads to something in that folder. Any other link is
+        followed inside the container, so that no copied link leads to the host's files.
 
         Raises:
-            OSError: something is missing or of the wrong kind, or an attribute cannot be set.
+            OSError: A file is missing or has the wrong type, or an attribute cannot be set.
         """
         with self.place(path) as place:
             if place.is_folder():
@@ -278,15 +282,19 @@ class Rootfs:
     def _drain(
         self, folder: int, path: str, copy: int, inside: str, links: _HardLinks, above: tuple[tuple[int, int], ...]
     ) -> None:
-        """Copy what is in an open folder of the container to an open folder outside.
+        """Copy the entries of an open folder of the container to an open folder outside.
 
         Args:
-            folder: file descriptor of the one in the container.
-            path: its path there.
-            copy: file descriptor of the one outside.
-            inside: its path below the folder that all is copied to, with a slash at the end; empty for that folder.
-            links: what has been copied so far.
-            above: device and inode of the folders in the container that hold this one.
+            folder: File descriptor of the one in the container.
+            path: Its path there.
+            copy: File descriptor of the one outside.
+            inside: Its path below the folder that everything is copied to, with a trailing slash; empty for that
+                folder.
+            links: Files copied so far.
+            above: Device and inode of the folders in the container that hold this one.
+
+        Raises:
+            OSError: A link forms a loop (ELOOP), or an entry cannot be copied.
         """
         info = os.fstat(folder)
         if (info.st_dev, info.st_ino) in above:
@@ -320,21 +328,21 @@ class Rootfs:
 
 
 class _HardLinks:
-    """What one copy of a folder has made of files with several names: their further names become links to it.
+    """Files with several names that one copy of a folder has met: further names become links to the first copy.
 
     Args:
-        root: the file system that the copies are in.
-        keep: the bits of their modes that files keep.
+        root: The file system of the copies.
+        keep: Mask of the mode bits that files keep.
     """
 
     def __init__(self, root: Rootfs, keep: int = 0o7777) -> None:
         self._root = root
         self._keep = keep
         self._copies: dict[tuple[int, int], tuple[str, os.stat_result]] = {}
-        """By device and inode of the original: path and status of the copy."""
+        """Path and status of the copy, by device and inode of the original."""
 
     def write(self, source: int, place: Place) -> None:
-        """Copy an open file to a place, or link the place to the copy that there is."""
+        """Copy an open file to a place, or link the place to an existing copy."""
         info = os.fstat(source)
         if info.st_nlink == 1:
             _write(source, place.folder, place.name, self._keep)
@@ -343,14 +351,14 @@ class _HardLinks:
             self._copies[info.st_dev, info.st_ino] = place.path, copy
 
     def _link(self, original: os.stat_result, place: Place) -> bool:
-        """Link a place to the copy of a file; return False where there is none, or none that can be linked to."""
+        """Link a place to the copy of a file; return False if there is none, or none that can be linked to."""
         path, copy = self._copies.get((original.st_dev, original.st_ino), ("", None))
         if copy is None:
             return False
         aside = _aside(place.name)
         try:
             with self._root.place(path, follow=False) as first:
-                # Another file may have replaced it: `/lib/x` and `/usr/lib/x` may be two files of one place.
+                # Another file may have replaced it: `/lib/x` and `/usr/lib/x` may be the same place.
                 if first.info is None or not os.path.samestat(first.info, copy):
                     return False
                 os.link(first.name, aside, src_dir_fd=first.folder, dst_dir_fd=place.folder, follow_symlinks=False)
@@ -361,7 +369,7 @@ class _HardLinks:
         try:
             os.replace(aside, place.name, src_dir_fd=place.folder, dst_dir_fd=place.folder)
         finally:
-            with contextlib.suppress(FileNotFoundError):  # rename(2) does nothing where both are one file already
+            with contextlib.suppress(FileNotFoundError):  # rename(2) does nothing if both are links to one file
                 os.unlink(aside, dir_fd=place.folder)
         return True
 
@@ -395,7 +403,11 @@ def _opened(name: str, flags: int, place: Place | None) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _source(name: str, place: Place | None) -> Iterator[int]:
-    """Open a regular file to read; without waiting, should it be a pipe."""
+    """Open a regular file for reading, without blocking if it is a FIFO.
+
+    Raises:
+        OSError: It is not a regular file (EINVAL), or cannot be opened.
+    """
     with _opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, place) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "neither a file, a folder nor a link", place.path if place else name)
@@ -403,19 +415,19 @@ def _source(name: str, place: Place | None) -> Iterator[int]:
 
 
 def _aside(name: str) -> str:
-    """Return a name for a file that is to be renamed to `name`, in the same folder."""
+    """Return the name of a temporary file in the same folder as `name`, for an atomic rename."""
     parent, slash, _ = name.rpartition("/")
     return f"{parent}{slash}.{os.urandom(8).hex()}.tmp"
 
 
 def _write(source: int, folder: int | None, name: str, keep: int = 0o7777) -> os.stat_result:
-    """Copy an open file to a name, aside and renamed; return the status of the copy.
+    """Copy an open file to a name with an atomic rename; return the status of the copy.
 
     Args:
-        source: what is copied, with its holes, `XATTRS`, mode and times.
-        folder: descriptor of the folder that `name` is relative to; None for the working directory.
-        name: where to.
-        keep: the bits of the mode that are kept.
+        source: File to copy, with its holes, `XATTRS`, mode and times.
+        folder: Descriptor of the folder that `name` is relative to; None for the working directory.
+        name: Name of the copy.
+        keep: Mask of the mode bits that are kept.
     """
     aside = _aside(name)
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
@@ -436,7 +448,7 @@ def _write(source: int, folder: int | None, name: str, keep: int = 0o7777) -> os
 def _copy_content(source: int, target: int) -> None:
     """Copy the content of an open file to an empty one; holes stay holes."""
     info = os.fstat(source)
-    if info.st_blocks * 512 >= info.st_size:  # none; and what /proc calls empty has to be read to its end
+    if info.st_blocks * 512 >= info.st_size:  # no holes; files of /proc report size 0 and must be read to the end
         while data := os.read(source, CHUNK):
             write_all(target, data)
         return
@@ -449,12 +461,12 @@ def _copy_content(source: int, target: int) -> None:
         while start < end and (data := os.read(source, min(CHUNK, end - start))):
             write_all(target, data)
             start += len(data)
-        size = max(size, end) if start == end else start  # files of /sys are shorter than they say
+        size = max(size, end) if start == end else start  # files of /sys are shorter than reported
     os.ftruncate(target, size)
 
 
 def _data(file: int, start: int) -> int:
-    """Return where the next data of an open file begins, -1 where only a hole is left."""
+    """Return the offset of the next data of an open file, -1 if only a hole is left."""
     try:
         return os.lseek(file, start, os.SEEK_DATA)
     except OSError as error:
@@ -464,34 +476,34 @@ def _data(file: int, start: int) -> int:
 
 
 def _set(fd: int, source: int, keep: int = 0o7777) -> None:
-    """Give an open file or folder our user and group, and the mode, `XATTRS` and times of another."""
+    """Set the group of an open file or folder to the process's, and copy mode, `XATTRS` and times from another."""
     info = os.fstat(source)
-    _own(fd)  # before the rest: a change of owner takes capabilities away
+    _own(fd)  # first, because a change of owner removes capabilities
     _copy_xattrs(source, fd)
     os.fchmod(fd, info.st_mode & keep)
     os.utime(fd, ns=_times(info))
 
 
 def _set_top(fd: int, source: int) -> None:
-    """Give an open folder that was missing what it takes of the one whose contents are copied to it.
+    """Set the metadata of a new folder from the folder whose contents are copied to it.
 
-    Its mode is 755 at the least, as `buildah copy` makes it: the contents of private temporary folders are copied too.
+    Its mode is at least 755, as with `buildah copy`, because private temporary folders are copied too.
     """
     _set(fd, source)
     os.fchmod(fd, stat.S_IMODE(os.fstat(source).st_mode) | 0o755)
 
 
 def _own(fd: int) -> None:
-    """Give an open file or folder our group; in a folder with set-group-ID, it has that folder's."""
+    """Set the group of an open file or folder to the process's; in a set-group-ID folder it differs."""
     if os.fstat(fd).st_gid != os.getegid():
         os.fchown(fd, -1, os.getegid())
 
 
 def _copy_xattrs(source: int, target: int) -> None:
-    """Copy those of `XATTRS` that an open file or folder has.
+    """Copy those `XATTRS` that an open file or folder has.
 
     Raises:
-        OSError: the target's file system cannot keep one.
+        OSError: The target's file system cannot store one.
     """
     try:
         names = os.listxattr(source)
@@ -505,7 +517,8 @@ def _copy_xattrs(source: int, target: int) -> None:
         try:
             value = os.getxattr(source, name)
         except OSError as error:
-            # EOVERFLOW: capabilities(7), a capability of another user namespace's root, which counts for nothing here.
+            # EOVERFLOW: the capability belongs to the root of another user namespace and has no effect here
+            # (capabilities(7)).
             if error.errno in (errno.ENODATA, errno.EOVERFLOW):
                 continue
             raise
@@ -517,12 +530,12 @@ def _copy_xattrs(source: int, target: int) -> None:
 
 
 def _make_folder(name: str, folder: int, path: str) -> None:
-    """Make a folder of mode 755 and of our group, whatever the umask and the folder above say.
+    """Create a folder with mode 755 and the process's group, independent of umask and parent folder.
 
     Args:
-        name: its name.
-        folder: file descriptor of the folder above.
-        path: what it was asked for as, for messages.
+        name: Its name.
+        folder: File descriptor of the parent folder.
+        path: The requested path, for messages.
     """
     os.mkdir(name, 0o700, dir_fd=folder)
     with Place(folder, name, path).opened() as fd:
@@ -531,7 +544,7 @@ def _make_folder(name: str, folder: int, path: str) -> None:
 
 
 def _make_folders(path: Path) -> bool:
-    """Make a folder outside and those that lead to it, of mode 755; return whether it was missing."""
+    """Create a folder outside and its parents, with mode 755; return whether it was missing."""
     if path.is_dir():
         return False
     _make_folders(path.parent)
@@ -541,7 +554,7 @@ def _make_folders(path: Path) -> bool:
 
 
 def _link(leads_to: str, info: os.stat_result, folder: int, name: str) -> None:
-    """Make a symbolic link in place of what may be there."""
+    """Create a symbolic link, replacing an existing file or link."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
     os.symlink(leads_to, name, dir_fd=folder)
@@ -553,9 +566,9 @@ def _times(info: os.stat_result) -> tuple[int, int]:
 
 
 def _stays_below(leads_to: str, depth: int) -> bool:
-    """Say whether a link `depth` folders below a folder leads to something in that folder, by its text alone.
+    """Return whether a link `depth` folders below a folder leads to something in that folder, judged by its text.
 
-    `..` counts only at its beginning: after a name, which may be a link too, it could lead anywhere.
+    `..` is allowed only at the beginning: after a name, which may be a link too, it could lead anywhere.
     """
     parts = _parts(leads_to)
     up = 0

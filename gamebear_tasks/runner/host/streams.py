@@ -1,8 +1,8 @@
-"""What a command in a container prints, brought out whole and in order.
+"""Output of commands in containers, delivered completely and in order.
 
-With chroot isolation buildah copies a command's output itself, and ends as soon as the command has, whether or not
-it has copied the last of it (seen with 1.28: one command in a hundred on a busy machine loses its last lines). There
-the command gets a FIFO of ours instead, in /dev/shm, which that isolation shares with its containers.
+With chroot isolation buildah copies a command's output itself, and exits when the command has exited, even if output is
+left to copy (observed with 1.28: on a busy machine, one command in a hundred loses its last lines). As a workaround the
+command writes to a FIFO of the runner, in /dev/shm, which chroot isolation shares with its containers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import IO, Any
 
 Sink = Callable[[bytes], object]
-"""What is given the output, piece by piece, as it comes."""
+"""Callable that receives the output, piece by piece, as it arrives."""
 
 SHARED = Path("/dev/shm")
-"""The folder that is the same one inside and outside of a container with chroot isolation."""
+"""Folder that is the same inside and outside of a container with chroot isolation."""
 
-# Either `begun` is written to and the command runs, or it has not run at all. A user who is not root says so, and the
-# FIFOs are given to them; nobody else on the builder can write to them.
-# Who runs it as root by number has no other groups: `$2` says whether that has to be so anyway.
+# Either this script writes to `begun` and the command runs, or the command does not run at all. If its user is not
+# root, it prints the user's number, and the FIFOs are chowned to that user. No other user of the builder can write to
+# them. A process that runs as root by number has no supplementary groups. With `$2` = number, the script exits if root
+# would have others.
 _SHELL = """\
 f=$1
 by=$2
@@ -64,19 +65,20 @@ echo >"$f/begun"
 exec "$@" >"$f/out" 2>"$f/err"
 """
 
-# What buildah says of a command that failed, and the script is told anyway.
+# Redundant messages: the script gets the exit status of a failed command anyway.
 _NOISE = re.compile(rb"(?m)^(?:subprocess exited with status \d+|Error: exit status \d+|exit status \d+)\n?")
 
 
 def without_noise(said: bytes) -> bytes:
-    """Return what buildah says without what it says of the command's status, which is told anyway."""
+    """Return buildah's error output without its lines on the command's exit status, which is reported anyway."""
     return _NOISE.sub(b"", said.replace(b"\r\n", b"\n"))
 
 
 def without_panic(said: bytes, status: int) -> tuple[bytes, int]:
-    """Return what buildah says and its status as if it had not panicked while it cleaned up after a command.
+    """Return buildah's error output and status, corrected if buildah panicked during the cleanup after a command.
 
-    That of Debian 12 (1.28) does where another run in the same container has ended before: two shells in one.
+    Debian 12's release (1.28) panics if another run in the same container ended earlier: two concurrent shells, for
+    example.
     """
     before, panic, where = said.partition(b"panic: runtime error: ")
     if not panic or b"buildah.(*Builder).Run.func" not in where:
@@ -89,13 +91,13 @@ _NOTHING = ("/bin/sh", "-c", ":")
 
 _PIECE = 1 << 16
 
-_F_GETPIPE_SZ = 1032  # which Python's fcntl has only from 3.10 on
+_F_GETPIPE_SZ = 1032  # in Python's fcntl since 3.10 only
 
 _works: dict[tuple[str, ...], bool] = {}
-"""Whether commands can be given FIFOs, by the command line that runs them."""
+"""Whether FIFOs can be passed to commands, by the command line that runs them."""
 
 Command = Callable[[Sequence[str]], list[str]]
-"""Gives the command line that runs some words in a container."""
+"""Callable that returns the command line that runs some words in a container."""
 
 
 def descriptor(fd: int) -> Sink:
@@ -124,19 +126,20 @@ def run(
     """Run a command in a container and return its exit status, negative for a signal to buildah.
 
     Args:
-        command: gives the `buildah run`.
-        numbered: gives one for root by number, if it is root who runs it: buildah starts itself three times (1.28) to
-            look up by root's name what almost always comes to the same; it is tried where that can be seen.
-        words: the command.
-        environment: buildah's.
-        prefix: what the names of what it needs begin with, see `remove_leftovers`.
-        is_shared: whether the container sees this machine's /dev/shm.
-        stdin: what it reads.
-        out: gets what it prints.
-        err: gets what it prints as errors; None: in order with the rest.
+        command: Returns the `buildah run` command line.
+        numbered: Returns one that runs the command as root by number, if root runs it. To look up root by name, buildah
+            starts itself three times (1.28), and the result is almost always the same. It is used if the container's
+            files show that it is the same.
+        words: The command.
+        environment: Environment of buildah.
+        prefix: Prefix of the names of temporary files, see `remove_leftovers`.
+        is_shared: Whether the container shares this machine's /dev/shm.
+        stdin: Standard input of the command.
+        out: Sink for the output.
+        err: Sink for the error output; None: it goes to `out`, in order with the rest.
     """
     if is_shared and os.access(SHARED, os.W_OK):
-        if stdin != subprocess.DEVNULL:  # what is read in vain could not be read again
+        if stdin != subprocess.DEVNULL:  # input that a failed attempt has read is lost
             numbered = None
             if (way := tuple(command(()))) not in _works:
                 _works[way] = _through_fifos(command, _NOTHING, environment, prefix, subprocess.DEVNULL, len, None) == 0
@@ -176,9 +179,9 @@ def _through_fifos(
     err: Sink | None,
     by: str = "name",
 ) -> int | None:
-    """Run a command with FIFOs for its output; None where it cannot be, and has not been run at all.
+    """Run a command with FIFOs for its output; return None if that is impossible, in which case it has not run at all.
 
-    With `by="number"`, it is run only where root of the container is in no group but its own.
+    With `by="number"`, the command runs only if the container's root is in no group but its own.
     """
     begun = False
     said = bytearray()
@@ -193,7 +196,7 @@ def _through_fifos(
         if asked and not begun:
             user = int(asked[1])
             del said[asked.start() : asked.end()]
-            for name in ("begun", "err", "out"):  # in this order: `out` is what it waits for
+            for name in ("begun", "err", "out"):  # in this order: the script waits for `out`
                 with contextlib.suppress(OSError):
                     os.chown(folder / name, user, -1, follow_symlinks=False)
 
@@ -201,7 +204,8 @@ def _through_fifos(
         sinks: dict[int, Sink] = {}
         for name, sink in (("begun", begin), ("out", out), ("err", err)):
             if sink is not None:
-                # Opened for both, so that it does not end before the command opens it, and not after each writer.
+                # Opened for reading and writing: otherwise it would be at end-of-file before the first writer and after
+                # each one.
                 fd = os.open(folder / name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
                 sinks[fd] = sink
@@ -221,7 +225,7 @@ def _through_fifos(
             os.close(writer)
         status = _pumped(process, sinks)
     if not begun and status:
-        return None  # no shell there, or a /dev/shm of its own
+        return None  # the container has no shell, or a separate /dev/shm
     rest, status = without_panic(bytes(said), status)
     if rest := without_noise(rest):
         (err or out)(rest)
@@ -230,7 +234,10 @@ def _through_fifos(
 
 @contextlib.contextmanager
 def _passable_folder(prefix: str) -> Iterator[Path]:
-    """Give a folder in `SHARED` through which every user can pass who is told a name in it, and remove it."""
+    """Yield a folder in `SHARED` that is removed afterwards. Users can traverse it but not list it.
+
+    Only a user that knows the random name of an entry can access it.
+    """
     top = SHARED / f"{prefix}{os.urandom(8).hex()}"
     top.mkdir(0o700)
     try:
@@ -242,7 +249,7 @@ def _passable_folder(prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
-    """Give a folder with the FIFOs `out`, `err` and `begun`, which only root of the container can open."""
+    """Yield a folder with the FIFOs `out`, `err` and `begun`, which only root of the container can open."""
     with _passable_folder(prefix) as top:
         folder = top / os.urandom(8).hex()
         folder.mkdir()
@@ -258,7 +265,7 @@ def _fifos(prefix: str, merged: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def file_for_all(prefix: str) -> Iterator[Path]:
-    """Give an empty file in `SHARED` that every user of a container can write to who is told its name."""
+    """Yield an empty file in `SHARED` that every user of a container can write to who knows its random name."""
     with _passable_folder(prefix) as top:
         path = top / os.urandom(16).hex()
         path.touch()
@@ -267,9 +274,9 @@ def file_for_all(prefix: str) -> Iterator[Path]:
 
 
 def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
-    """Give what comes to its sinks until a process has ended and nothing of it is left; return its exit status.
+    """Pass output to its sinks until a process has exited and its output is drained; return its exit status.
 
-    Its own end counts, not that of the output: it may have left a daemon behind that keeps it open.
+    The exit of the process counts, not the end of its output: a daemon that it started may keep the output open.
     """
     ended, end = os.pipe()
 
@@ -292,7 +299,7 @@ def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
                 elif data is not None:
                     poll.unregister(fd)
         for fd, sink in sinks.items():
-            left = fcntl.fcntl(fd, _F_GETPIPE_SZ)  # what is more was written since, by what the command left behind
+            left = fcntl.fcntl(fd, _F_GETPIPE_SZ)  # more than this was written by a daemon since the exit
             while left > 0 and (data := _read(fd)):
                 left -= len(data)
                 sink(data)
@@ -305,7 +312,7 @@ def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
 
 
 def _read(fd: int) -> bytes | None:
-    """Return a piece of what there is, None for nothing yet, no bytes for the end."""
+    """Return a piece of the available data, None if there is none yet, or empty bytes at the end."""
     try:
         return os.read(fd, _PIECE)
     except BlockingIOError:
@@ -313,6 +320,6 @@ def _read(fd: int) -> bytes | None:
 
 
 def remove_leftovers(prefix: str) -> None:
-    """Remove what commands leave whose build was killed; `prefix` is theirs."""
+    """Remove the temporary files of commands whose build was killed, by the prefix of their names."""
     for left in SHARED.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Running the programs of this machine: quietly, or with what they print going to the log."""
+"""Run programs of this machine, with their output captured or logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", 
 def captured(
     command: Sequence[str], env: dict[str, str], input: bytes | None = None, timeout: float | None = None
 ) -> tuple[int, str, str]:
-    """Run a command; return its status, its output and its errors."""
+    """Run a command; return its status, its output and its errors.
+
+    Args:
+        command: The command.
+        env: Its complete environment.
+        input: Its standard input; empty by default.
+        timeout: Seconds after which it is killed.
+
+    Returns:
+        The exit status is negative for a signal, 124 after the timeout, and 127 if the command cannot be started.
+    """
     given: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
     try:
         done = subprocess.run(command, env=env, check=False, capture_output=True, timeout=timeout, **given)
@@ -37,17 +47,17 @@ def streamed(
     silence: Callable[[str], float] | None = None,
     kept: int = 1 << 16,
 ) -> tuple[int, str]:
-    """Run a command with its output going to the log as it comes.
+    """Run a command and log its output as it arrives.
 
     Args:
-        command: what to run.
-        env: its whole environment.
-        cwd: where it runs.
-        silence: given what was said last, how many seconds it may say nothing before it is killed.
-        kept: how many of the last bytes to return.
+        command: The command.
+        env: Its complete environment.
+        cwd: Its working directory.
+        silence: Given the last output, returns the seconds without output after which the command is killed.
+        kept: Bytes of output to return at most.
 
     Returns:
-        Its exit status (negative for a signal) and the end of what it said.
+        The exit status (negative for a signal, 127 if the command cannot be started) and the end of the output.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -64,7 +74,8 @@ def streamed(
     waited = 0.0
     try:
         while True:
-            # A daemon that a command left behind may keep the pipe open: the command's own end counts.
+            # The exit of the command counts, not the end of the output: a daemon that it started may keep the pipe
+            # open.
             ready, _, _ = select.select([reader], [], [], 0.5)
             if ready:
                 data = os.read(reader, 1 << 16)
@@ -91,12 +102,12 @@ def streamed(
 
 
 def last_lines(text: str, count: int = 4) -> str:
-    """Return the last few lines that say something, as one line."""
+    """Return the last nonempty lines, joined to one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " / ".join(lines[-count:])
 
 
 def search_path() -> str:
-    """Return where programs are looked for: our own `PATH`, and where Debian has those of root."""
+    """Return the search path for programs: the process's own `PATH`, plus Debian's folders, including root's."""
     folders = [folder for folder in os.environ.get("PATH", "").split(":") if folder]
     return ":".join([*folders, *(folder for folder in SYSTEM_FOLDERS if folder not in folders)])
