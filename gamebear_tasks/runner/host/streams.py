@@ -1,6 +1,6 @@
 """Output of commands in containers, delivered completely and in order.
 
-With chroot isolation buildah copies a command's output itself, and exits when the command has exited, even if output is
+With chroot isolation buildah copies a command's output itself. It exits when the command has exited, even if output is
 left to copy (observed with 1.28: on a busy machine, one command in a hundred loses its last lines). As a workaround the
 command writes to a FIFO of the runner, in /dev/shm, which chroot isolation shares with its containers.
 """

@@ -1,6 +1,6 @@
 """The builder's own apt, run for a container: package lists, installation plan, package downloads.
 
-A container's own apt can do the same, but it takes ten times as long in an emulated container. Only dpkg must run in
+A container's own apt can do the same, but is ten times slower in an emulated container. Only dpkg must run in
 the container, because of the packages' maintainer scripts. The container's configuration decides: its sources, keys,
 preferences, architectures and installed packages are copied out first. Apt features that are not reproduced here (a
 hook after an update, for example) raise `Unfit`, and the container's own apt is the fallback.

@@ -6,8 +6,8 @@
         preprocess      script that ccache runs the preprocessor with
         cache/          ccache's own folder
 
-The key is a hash of the image, the architecture and every file that belongs to a compiler of the container, so that
-results of another compiler are never used. ccache is used only where it is known to be correct:
+The key is a hash of the image, the architecture and every file that belongs to a compiler of the container. So results
+of another compiler are never used. ccache is used only where it is known to be correct:
 
 - Only the preprocessor's output decides. ccache's direct mode checks the files that were included last time. It misses
   a new file that would now be found before them.

@@ -278,7 +278,8 @@ class Container:
     def _is_free(self, key: str) -> bool:
         """Return whether a variable is safe in buildah's own environment.
 
-        It is not if buildah itself interprets it, or if its name ends in `-`: `buildah config --env NAME-` removes NAME.
+        It is unsafe if buildah itself interprets it, or if its name ends in `-`, because `buildah config --env NAME-`
+        removes NAME.
         """
         return key not in self._job.buildah.environment and not BUILDAHS_OWN.match(key) and not key.endswith("-")
 

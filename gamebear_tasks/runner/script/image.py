@@ -260,8 +260,8 @@ def packages_image(
 ) -> Image:
     """Return an image with Debian packages installed into a base image; it is built if the builder does not have it.
 
-    The image is cached on the builder, for all jobs, under a tag that is a hash of the base, the architecture, the set
-    of packages and the options. Jobs that need the same image at the same time share one installation.
+    The image is cached on the builder, for all jobs. Its tag is a hash of the base, the architecture, the set of
+    packages and the options. Jobs that need the same image at the same time share one installation.
 
     Args:
         base: Base image, or its name. It must contain `apt-get`.

@@ -1,8 +1,8 @@
 """The buildscript language: Python with `#|` lines, args as globals and a top-level `return`.
 
 Python's own compiler compiles a script, under its own name and with its own line numbers. The extensions are
-transformations of the syntax tree. A script with a top-level `return` becomes the body of a function that declares all
-its names global, so that the script behaves as a module otherwise.
+transformations of the syntax tree. A script with a top-level `return` becomes the body of a function. The function
+declares all its names global, so that the script otherwise behaves as a module.
 """
 
 from __future__ import annotations
