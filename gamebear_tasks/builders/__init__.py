@@ -1,1 +1,1 @@
-"""Builders: where jobs run."""
+"""Builders: places where jobs run."""

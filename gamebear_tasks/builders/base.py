@@ -1,4 +1,9 @@
-"""Builders: where jobs run. Each is opened by the scheme of its URL; others come by entry point."""
+"""Interface of a builder: the methods and the data types of the builder API.
+
+`Builder` is required. The runtime-checkable protocols `Keeper`, `Terminal`, `Listed`, `Examined`, `Several` and
+`Traced` are optional capabilities. Builders are opened by the scheme of their URL (see `registry`); other packages
+register schemes as entry points.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +18,17 @@ from ..records.task_record import Phase
 
 @dataclass(frozen=True)
 class Order:
-    """A job, and where its parts are on this machine.
+    """A job, and the local files that it consists of.
 
     Attributes:
-        job: what to build.
-        files: the local file of each SHA-256 that the job names (script, modules, inputs).
-        fetch_trees: gives the tar of each of the job's sources, by name, and the pickle of a function; called only if
-            the job must be built, because it may have to download them. Raises SourceError.
-        time_limit: seconds after which the builder ends the job; 0 for none.
-        base: where Debian's base images come from: `auto`, `registry` or `bootstrap`.
-        python: `major.minor` of the Python that a pickled function needs, None for a buildscript.
-        keep_failed: if it fails, have its containers kept (see `Keeper`).
+        job: the job to build.
+        files: local path of each file that the job names by SHA-256 (script, modules, inputs).
+        fetch_trees: returns the local path of the tar of each source, by source name, and the parts of a pickled
+            function. Call it only if the job must be built, because it may download the sources. Raises SourceError.
+        time_limit: seconds after which the builder stops the job; 0 for no limit.
+        base: origin of Debian's base images: `auto`, `registry` or `bootstrap`.
+        python: `major.minor` version of the Python that a pickled function needs; None for a buildscript.
+        keep_failed: whether to keep the job's containers if it fails (see `Keeper`).
     """
 
     job: Job
@@ -37,13 +42,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Output:
-    """What a builder says of an artifact: to be checked, not believed.
+    """A builder's untrusted description of an artifact; the client verifies it.
 
     Attributes:
-        size: in bytes.
-        sha256: of its content.
-        executable: whether the program left it executable.
-        data: how many of its bytes are not holes of a sparse file; None where the builder does not say.
+        size: bytes of the content.
+        sha256: SHA-256 of the content, in hexadecimal.
+        executable: whether the program left the file executable.
+        data: bytes outside the holes of a sparse file; None if the builder does not report it.
     """
 
     size: int
@@ -53,22 +58,23 @@ class Output:
 
     @property
     def room(self) -> int:
-        """Bytes that it takes on a disk."""
+        """Bytes that the file occupies on disk."""
         return self.size if self.data is None else self.data
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a job failed.
+    """The reason why a job failed.
 
     Attributes:
-        kind: what failed: `script`, `command`, `output`, `image`, `arch`, `time`, `blob`, `store`, `killed`, …
-        message: a paragraph for a person, the way out included.
-        command: words of the command that failed, where one did.
-        status: its exit status, negative for a signal.
-        where: the container or image that it was about.
+        kind: category of the failure: `script`, `command`, `output`, `image`, `arch`, `time`, `blob`, `store`,
+            `killed`, … The client submits the job again after `blob` (a blob was missing or damaged).
+        message: a paragraph for the user, including the fix.
+        command: words of the command that failed, if one did.
+        status: exit status of that command, negative for a signal.
+        where: the container or image concerned.
         containers: whether the job had containers.
-        kept: whether they are kept (see `Keeper`).
+        kept: whether these containers are kept (see `Keeper`).
     """
 
     kind: str
@@ -82,21 +88,23 @@ class Failure:
 
 @dataclass(frozen=True)
 class Status:
-    """Where a job is.
+    """State of a job.
 
     Attributes:
-        state: `queued`, `running`, `done`, `failed`, `cancelled`, or `lost` (its supervisor died, or nobody knows it).
-        attempt: tells one run of the job from the next; the log's offsets count within one attempt.
-        joined: it was there already when it was submitted.
-        outputs: by name, when done.
-        failure: when failed.
-        phases: where the time went on the builder, counted from when it was told of the job.
-        valid: for how many seconds from now a result holds; None: for ever.
-        expired: why an earlier result did not count when the job was submitted; empty where there was none.
-        notices: what costs the builder much, each with its remedy and as what may follow "on this builder"; with a
+        state: `queued`, `running`, `done`, `failed`, `cancelled`, or `lost` (its supervisor died, or the builder does
+            not know the job).
+        attempt: identifier of one run of the job. Log offsets count within one attempt.
+        joined: whether the job existed already when it was submitted.
+        outputs: the outputs by name; set if the state is `done`.
+        failure: the reason; set if the state is `failed`.
+        phases: time spent in each phase on the builder; starts count from the moment at which the builder received the
+            job.
+        valid: seconds from now until the result expires; None if it never expires.
+        expired: reason why an earlier result was not used when the job was submitted; empty if there was none.
+        notices: performance problems of the builder, each with its fix, phrased to follow "on this builder"; set with a
             final state.
-        phase: which of `task_record.BUILDER` it is in, as long as it runs; empty where the builder does not say.
-        ahead: how many jobs are before it where it waits for a slot; None where that is not known.
+        phase: current phase, one of `task_record.BUILDER`, while the job runs; empty if the builder does not report it.
+        ahead: number of jobs before this one in the queue for a slot; None if unknown.
     """
 
     state: str
@@ -113,21 +121,21 @@ class Status:
 
     @property
     def is_final(self) -> bool:
-        """Nothing of this attempt runs any more."""
+        """Whether this attempt has ended; nothing of it runs any more."""
         return self.state in ("done", "failed", "cancelled", "lost")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a prune has removed.
+    """The entries that a prune removed.
 
     Attributes:
-        jobs: how many jobs, with their outputs and logs.
-        blobs: how many inputs and broken-off uploads.
-        images: how many images.
-        others: how many old runners, virtual environments and temporary files.
-        freed: in bytes.
-        left: why something was left, a sentence each.
+        jobs: number of jobs, with their outputs and logs.
+        blobs: number of inputs and incomplete uploads.
+        images: number of images.
+        others: number of old runners, virtual environments and temporary files.
+        freed: bytes freed.
+        left: reasons why entries were not removed, one sentence each.
     """
 
     jobs: int = 0
@@ -140,27 +148,27 @@ class Pruned:
 
 @dataclass(frozen=True)
 class JobEntry:
-    """A job as a builder lists it.
+    """One entry of a builder's job list.
 
     Attributes:
-        digest: its name.
-        digits: how many digits of it no other job of the builder begins with.
+        digest: the job's digest.
+        digits: length of the shortest prefix of the digest that is unique on the builder.
         state: see `Status`.
-        attempt: which run of it.
-        program: what the program is called; empty where the builder can no longer tell.
-        outputs: the names of its outputs, of the first ones where there are many.
-        more: how many outputs are not named.
-        arch: Debian's name of the architecture.
-        place: its place in the line for a slot, from 1, while it is queued and that is known.
-        age: seconds since it came to its state.
-        took: seconds from its begin to its end.
-        used: seconds since somebody asked for it.
-        kept: it failed, and its containers are kept.
+        attempt: identifier of the run.
+        program: name of the script or function; empty if the builder cannot determine it any more.
+        outputs: names of the outputs; only the first ones if there are many.
+        more: number of outputs that are not named.
+        arch: architecture, by Debian's name.
+        place: position in the queue for a slot, from 1; None if the job is not queued or the position is unknown.
+        age: seconds since the job entered its state.
+        took: seconds from start to end; None if unknown.
+        used: seconds since a client last requested the job.
+        kept: whether the job failed and its containers are kept.
         size: bytes of its outputs.
         log: bytes of its log.
-        by: who had it built, as `user@host`; empty where that is not known.
-        waiting: who waits for it now.
-        where: which of several machines has it.
+        by: client that started the build, as `user@host`; empty if unknown.
+        waiting: clients that wait for the job now.
+        where: the machine that has the job, if the builder consists of several.
     """
 
     digest: str
@@ -184,101 +192,103 @@ class JobEntry:
 
     @property
     def is_final(self) -> bool:
-        """Nothing of it runs any more."""
+        """Whether the job has ended; nothing of it runs any more."""
         return self.state not in ("queued", "running")
 
 
 class Sink(Protocol):
-    """Where an output's content goes."""
+    """Destination of an output's content."""
 
     def write(self, data: bytes, /) -> object:
-        """Take all of `data`, the next bytes of the content."""
+        """Append all of `data`, the next bytes of the content."""
         ...
 
     def skip(self, count: int, /) -> object:
-        """Take a hole: the next `count` bytes of the content are zeros."""
+        """Append a hole: the next `count` bytes of the content are zeros."""
         ...
 
 
 class Builder(Protocol):
-    """Anything that can be told "this job, please", and be asked about it later by its digest.
+    """A place where jobs run: accepts jobs and answers requests about them by digest.
 
-    Its methods may be called from several threads at once. Each raises `BuilderError` when the builder cannot do what
-    it is asked, and `BuilderLost` when it stays out of reach; what it runs goes on all the same.
+    Several threads, and several processes after a fork, may call the methods at once. Each method raises `BuilderError`
+    if the builder cannot do what is requested. It raises `BuilderLost` if the builder stays unreachable; jobs on the
+    builder continue nevertheless.
     """
 
     url: str
     patience: float
-    """Seconds for which a lost connection is tried again; set by whoever opens the builder."""
+    """Seconds for which to retry a lost connection; set by the code that opens the builder."""
 
     def submit(self, order: Order, again: bool = False) -> Status:
-        """Have a job built, unless it runs or is done already.
+        """Start a job, unless it is running or done already.
 
         Args:
-            order: the job and its parts.
-            again: build it even if its last attempt failed and nobody has seen that failure.
+            order: the job and its files.
+            again: build the job even if its last attempt failed and no client has seen that failure. Otherwise such a
+                failure is returned as the job's status.
         """
         ...
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
-        """Wait a while for news of a job.
+        """Wait a bounded time for a change of a job's state or for more log.
 
         Returns:
-            Where the job is, and the log from `offset` on; a final status comes with the last of the log.
+            The job's status, and the log from `offset` on. A final status is returned together with the end of the log.
         """
         ...
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
-        """Give an output's content from `offset` on to a sink, each byte once whatever happens on the way.
+        """Write an output's content from `offset` on to a sink; write each byte exactly once, even across reconnects.
 
         Args:
             digest: the job.
-            attempt: the attempt which made the output.
+            attempt: the attempt that produced the output.
             name: the output.
-            offset: where to begin, in bytes.
-            target: where it goes.
-            limit: the most bytes to take.
+            offset: offset of the first byte to write.
+            target: the destination.
+            limit: maximum number of bytes to write.
         """
         ...
 
     def cancel(self, digest: str, attempt: str) -> bool:
-        """End a job, unless somebody else waits for it too; say whether it was ended."""
+        """Cancel a job, unless another client waits for it; return whether it was cancelled."""
         ...
 
     def discard(self, digest: str, attempt: str) -> None:
-        """Have the builder check a result that did not match its digest, and forget it if it is damaged."""
+        """Verify a result on the builder after a digest mismatch; drop the result if it is damaged."""
         ...
 
     def prune(
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
     ) -> Pruned:
-        """Remove what is kept on the builder and no longer used; what runs goes on.
+        """Remove unused entries of the builder's store; running jobs are not affected.
 
         Args:
-            older: what was not used for so many seconds.
-            size: the least recently used, until jobs and inputs take no more than so many bytes.
-            keep: all but the last so many results of each target: architecture, program and outputs.
-            images: also images which no job that stays has used, and nobody for `older` seconds.
+            older: remove entries that were not used for this many seconds.
+            size: remove the least recently used entries until jobs and inputs occupy at most this many bytes.
+            keep: remove all but the last this many results of each target (architecture, program and outputs).
+            images: also remove images that no remaining job has used and that were not used for `older` seconds.
         """
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """Say what the builder is: Python's version, machine, host name, free bytes, …"""
+        """Return properties of the builder by name: Python version, machine, host name, free bytes, …"""
         ...
 
     def close(self) -> None:
-        """Close connections; nothing that runs on the builder minds. Never raises."""
+        """Close the connections; jobs on the builder are not affected. Never raises."""
         ...
 
 
 @dataclass(frozen=True)
 class KeptContainer:
-    """A container that is kept of a failed job.
+    """A container kept from a failed job.
 
     Attributes:
-        image: what it was made from.
-        command: words of the last command in it; empty where there was none.
-        status: how that ended; None where it was ended with the job.
+        image: the image from which it was created.
+        command: words of the last command that ran in it; empty if none did.
+        status: exit status of that command; None if it was stopped together with the job.
     """
 
     image: str
@@ -288,12 +298,12 @@ class KeptContainer:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a failed job.
+    """The containers kept from a failed job.
 
     Attributes:
-        containers: in the order in which they were made.
-        last: the number of the one in which something happened last, from 0.
-        age: seconds since it failed.
+        containers: the containers, in order of creation.
+        last: index, from 0, of the container that was active last.
+        age: seconds since the job failed.
     """
 
     containers: tuple[KeptContainer, ...]
@@ -303,45 +313,46 @@ class Kept:
 
 @runtime_checkable
 class Keeper(Protocol):
-    """What a builder may have besides: it keeps the containers of failed jobs where `Order.keep_failed` asks for it."""
+    """Optional capability: keeps the containers of failed jobs for which `Order.keep_failed` is set."""
 
     def kept(self, digest: str) -> Kept | None:
-        """Say what is kept of a job's last attempt; None where nothing is."""
+        """Return what is kept of a job's last attempt; None if nothing is."""
         ...
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
-        """Run a command in a kept container as `Terminal.run_program` does on the builder.
+        """Run a command in a kept container, with the terminal of the caller as in `Terminal.run_program`.
 
-        It runs where and as what the container's last command ran, with its mounts and variables; the container stays
-        as long as it runs.
+        The command runs with the working directory, user, mounts and variables of the container's last command. The
+        container is not removed while it runs.
 
         Args:
             digest: the job.
-            container: its number, from 0.
-            words: the command; none for a shell.
+            container: index of the container, from 0.
+            words: the command; empty for a shell.
         """
         ...
 
 
 @runtime_checkable
 class Terminal(Protocol):
-    """What a builder may have besides: programs that run on it with the terminal of whoever sits here."""
+    """Optional capability: runs programs on the builder with the terminal of the caller."""
 
     def run_program(self, words: Sequence[str]) -> int:
-        """Run a program of the builder's own, as the account that builds; return its exit status.
+        """Run a program that is installed on the builder, as the build account; return its exit status.
 
-        It has a terminal of our terminal's kind and size where our standard input and output are one, which is raw
-        meanwhile, so that all keys are the program's. Otherwise they are its input and output, byte for byte. In both
-        cases it ends when the connection does. To be called by the main thread.
+        If standard input and output are a terminal, the program gets a terminal of the same type and size. The local
+        terminal is in raw mode meanwhile, so that all keys reach the program. Otherwise standard input and output are
+        passed on byte for byte. In both cases the program ends when the connection does. Call it from the main thread
+        only.
 
         Args:
             words: the command line, such as `["sudo", "apt-get", "install", "buildah"]`.
 
         Returns:
-            Its exit status; 128 and the number of the signal that ended it.
+            The exit status; 128 plus the signal number if a signal ended the program.
 
         Raises:
-            BuilderError: it cannot be started, or the builder has no place for it.
+            BuilderError: the program cannot be started, or the builder offers no further session.
             BuilderLost: the connection broke.
         """
         ...
@@ -349,79 +360,80 @@ class Terminal(Protocol):
 
 @runtime_checkable
 class Listed(Protocol):
-    """A builder that can say which jobs it has, whoever asked for them; not every builder can."""
+    """Optional capability: lists all jobs of the builder, whichever client submitted them."""
 
     def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
-        """Return the jobs, first those that run or wait, then the newest; and how many there are.
+        """Return the jobs, queued and running ones first, then the newest; and the total number of jobs.
 
         Args:
-            limit: the most to return; None: all.
-            prefix: what their digests begin with.
+            limit: maximum number of jobs to return; None for all.
+            prefix: prefix of the digests to select.
         """
         ...
 
     def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
-        """Wait a while for news of a job, as `follow` does, without counting as somebody who waits for it."""
+        """Follow a job read-only: like `follow`, but the caller does not count as waiting for the job."""
         ...
 
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
-        """End a job, unless others wait for it; return who does, nobody where it was ended.
+        """Cancel a job, unless others wait for it; return those who do, or an empty tuple if it was cancelled.
 
         Args:
             digest: the job.
-            attempt: which run of it.
-            force: end it all the same.
+            attempt: identifier of the run.
+            force: cancel the job even if others wait for it.
         """
         ...
 
 
 @runtime_checkable
 class Examined(Protocol):
-    """What a builder may have besides: it says what it is and has, and can be mended, for `doit doctor`."""
+    """Optional capability: reports diagnostics and runs fixes, for `doit doctor`."""
 
     def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
-        """Say what the builder is and has, as `runner/server/diagnostics.py` does; nothing is changed by it.
+        """Return diagnostics as in `runner/server/diagnostics.py`; changes nothing.
 
         Args:
-            arches: the architectures that are wanted of it, by Debian's names.
-            base: where Debian's base images come from.
+            arches: architectures that the builder shall support, by Debian's names.
+            base: origin of Debian's base images.
 
         Raises:
-            BuilderError: it cannot be asked; which kind tells how far we got.
+            BuilderError: the builder cannot be examined. The subclass indicates which step failed: host key, log-in,
+                Python or store.
         """
         ...
 
     def execute(self, script: str, out: Callable[[bytes], object]) -> int:
-        """Run a POSIX shell's script as the account that builds, without input; return its exit status.
+        """Run a POSIX shell script as the build account, without input; return its exit status.
 
         Args:
             script: the script.
-            out: is given what it prints and complains of, as it comes.
+            out: called with each piece of the script's standard output and standard error.
 
         Raises:
-            BuilderError: it cannot be run, or its end is not known.
+            BuilderError: the script cannot be run, or its exit status is unknown.
         """
         ...
 
 
 @runtime_checkable
 class Several(Protocol):
-    """What a builder may be: several behind one name."""
+    """Optional capability: several builders behind one name."""
 
     def members(self) -> Mapping[str, Builder | str]:
-        """Return each of them by its name, or why it cannot be used; raises BuilderError."""
+        """Return each member by its name, or the reason why it cannot be used; raises BuilderError."""
         ...
 
 
 @runtime_checkable
 class Traced(Protocol):
-    """What a builder may have besides: it tells what a result was built in."""
+    """Optional capability: reports the materials of a result, for `doit provenance`."""
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
-        """Return what a result was built in, as JSON to be read by `materials.Materials.of_document`.
+        """Return the materials of a result (images, packages, machine) for `materials.Materials.of_document`.
 
         Args:
-            digest: the job, which is done.
-            attempt: which run of it.
+            digest: the job, whose state is `done`.
+            attempt: identifier of the run.
         """
         ...

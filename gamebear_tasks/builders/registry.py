@@ -1,4 +1,4 @@
-"""Open a builder by its URL: the scheme names an entry point."""
+"""Open builders by URL: the scheme selects an entry point."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from ..util.urls import shown
 from .base import Builder
 
 GROUP = "gamebear_tasks.builders"
-"""The entry-point group: the scheme is the entry point's name, its object a function from a URL to a builder."""
+"""Entry-point group of builders: an entry point is named after its scheme and maps a URL to a builder."""
 
 
 def open_builder(url: str) -> Builder:
-    """Open the builder that a URL names; connects only when it is first asked something.
+    """Open the builder of a URL; it connects on the first request.
 
     Raises:
-        SettingsError: the URL is not one, no installed builder has its scheme, or the one that has is broken.
+        SettingsError: the URL is invalid, no installed package provides the scheme, several do, or its entry point
+            cannot be loaded.
     """
     scheme, colon, _ = url.partition(":")
     if not colon or not scheme:

@@ -1,1 +1,1 @@
-"""A builder behind a Dask scheduler."""
+"""Builder that consists of the workers of a Dask scheduler."""

@@ -1,1 +1,1 @@
-"""Client side of the protocol that the runner speaks."""
+"""Client side of the runner protocol."""

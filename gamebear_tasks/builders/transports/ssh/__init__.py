@@ -1,1 +1,1 @@
-"""The SSH transport, on paramiko."""
+"""SSH transport, based on paramiko."""
