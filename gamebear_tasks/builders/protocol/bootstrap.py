@@ -1,13 +1,13 @@
-"""The runner as it travels: one file, named by its content, and the command that starts it on a builder.
+"""Runner bundle and bootstrap: one content-addressed file, and the command that starts it on a builder.
 
-The file is a zip of the package `gamebear_runner` and a `__main__.py`. The command is a few lines for the builder's
-`python3` that unpack it under `<cache>/gamebear/v1/runner/<sha256>/` if it is not there yet, and run it from there;
-nothing else is installed. Mitogen's bootstrap is the model: what must be on the other side is Python, and what travels
-is measured (`docs/architecture.md`).
+The bundle is a zip of the package `gamebear_runner` and a `__main__.py`. The command is a short program for the
+builder's `python3`. It unpacks the bundle under `<cache>/gamebear/v1/runner/<sha256>/` if it is not there yet, and runs
+it from there. Nothing else is installed. The model is Mitogen's bootstrap: the builder only needs Python, and the size
+of the upload is measured (`docs/architecture.md`).
 
-The client does not wait to see whether the runner is there: the first request follows the command at once. Where it
-is not, the request is read and thrown away, `send` is said, and the client sends the length of what is packed (four
-bytes, most significant first), that, and the request again.
+The client does not wait to learn whether the bundle is there: the first request follows the command at once. If the
+bundle is missing, the command prints `send` and discards the request. The client then sends the length of the
+compressed bundle (four bytes, most significant first), the compressed bundle, and the request again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ if TYPE_CHECKING:
 _MAIN = b"import sys\n\nfrom gamebear_runner.__main__ import main\n\nsys.exit(main(sys.argv[1:]))\n"
 
 _PARTS = ("json", "lzma", "symtable", "tarfile")
-"""Parts of the standard library that the runner or its jobs need and a builder may lack: Debian's python3-minimal has
-not all of them, nor has a Python that was built without liblzma. It is found out before anything is sent."""
+"""Modules of the standard library that the runner or its jobs need and a builder may lack.
 
-# Runs on whatever the builder has as python3, so its own syntax is old. `-I` keeps the user's environment out, `-S`
-# saves the time of looking for site-packages. It comes in base64, so that no login shell finds anything to expand.
-# Only who holds the folder's lock unpacks, so what is found unpacked halfway is of one that was killed.
+Debian's python3-minimal lacks some of them, and a Python built without liblzma lacks lzma. The command checks for them
+before the client sends the bundle.
+"""
+
+# Runs on any version of python3, so the syntax is old. `-I` ignores the user's environment; `-S` skips the search for
+# site-packages, which saves time. Base64 prevents expansion by any login shell. Only the holder of the folder's file
+# lock unpacks, so an incomplete folder is the remainder of a killed process.
 _START = """\
 import os, sys
 def say(text):
@@ -108,12 +111,12 @@ sys.exit(main(["serve"]))
 
 @dataclass(frozen=True)
 class Bundle:
-    """The runner, packed.
+    """The packed runner.
 
     Attributes:
         sha256: the runner's version: SHA-256 of the zip.
-        data: the zip, not compressed.
-        command: what starts a session on a builder, for any login shell.
+        data: the zip, uncompressed.
+        command: command line that starts a session on a builder, for any login shell.
     """
 
     sha256: str
@@ -122,13 +125,13 @@ class Bundle:
 
     @property
     def packed(self) -> bytes:
-        """What is sent to a builder that lacks it: the zip, compressed as a whole (zlib), its length before it."""
+        """Bytes to send to a builder that lacks the bundle: length prefix and the zip, compressed as a whole (zlib)."""
         packed = zlib.compress(self.data, 9)
         return len(packed).to_bytes(4, "big") + packed
 
 
 def _modules(folder: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the path in the zip and the content of each module in a folder and below it."""
+    """Yield path in the zip and content of each module in a folder, recursively."""
     for entry in folder.iterdir():
         if entry.is_dir():
             yield from _modules(entry, f"{path}/{entry.name}")
@@ -138,7 +141,7 @@ def _modules(folder: Traversable, path: str) -> Iterator[tuple[str, bytes]]:
 
 @cache
 def bundle() -> Bundle:
-    """Pack the runner; the same files give the same version on every machine."""
+    """Pack the runner reproducibly: equal files give an equal version on every machine."""
     files = {"__main__.py": _MAIN}
     files.update(_modules(resources.files("gamebear_tasks.runner"), "gamebear_runner"))
     buffer = io.BytesIO()

@@ -1,6 +1,6 @@
-"""A builder that runs our runner, wherever a connection can start a program: what `local:` and `ssh:` share.
+"""Builder that uses the runner over any connection that can start programs; shared by `local:`, `ssh:` and `dask:`.
 
-Every request may be repeated: what broke off is asked again, over whatever session is to be had then.
+Requests are idempotent: after a lost connection they are retried on another session.
 """
 
 from __future__ import annotations
@@ -31,39 +31,42 @@ from .session_pool import SessionPool
 from .transport import Connection
 
 INLINE = 16 << 10
-"""Bytes of small files that travel with the first request, on the chance that the builder lacks them."""
+"""Bytes of small files sent with the first request, because the builder probably lacks them."""
 
 BATCH = 4 << 20
 """Bytes of small files in one request."""
 
 FOLLOW = 20.0
-"""Seconds for which a builder holds back its answer while there is no news."""
+"""Seconds for which a builder holds its answer while there is no news (long polling)."""
 
 SOON = 1.0
-"""Seconds for which a builder holds back its answer to a new job, which may be done by then."""
+"""Seconds for which a builder holds its answer to a new job, because the job may finish within this time."""
 
 ENDS = 16
-"""How many ends of jobs that came with another answer are kept until they are asked for: 128 KiB of each, or 320."""
+"""Number of cached job results that arrived with another answer, until they are requested.
+
+One takes up to 128 KiB from the answer to `submit`, and up to 320 KiB from the answer to `follow`.
+"""
 
 SHORT = 0.2
-"""Seconds within which no runner answers that it has no news."""
+"""Minimum seconds before an answer without news. A runner never answers earlier; a faster builder is throttled."""
 
 KEPT = 100
-"""The most containers that are kept of one job."""
+"""Maximum number of containers accepted in the list of a job's kept containers."""
 
 PAGE = 500
-"""How many jobs are asked for at once; of all that there are, `JOBS` are looked at."""
+"""Jobs requested at once; `JOBS` limits their total number."""
 
 JOBS = 100_000
 
 EXAMINATION = 300.0
-"""Seconds for which a builder may find out what it can do; the first time, a Pi with a slow card takes a minute."""
+"""Seconds within which a builder must finish its diagnostics; the first run takes a minute on a Pi with a slow card."""
 
 SILENT_SCRIPT = 900.0
-"""Seconds for which a script may print nothing: packages are unpacked slowly on a memory card."""
+"""Seconds for which a script may print nothing: unpacking packages is slow on a memory card."""
 
 TRIES = 8
-"""How often a request may break off without any progress before that is the builder's fault and not the network's."""
+"""Consecutive failures of a request without progress after which the builder, not the network, is considered broken."""
 
 
 class RunnerBuilder:
@@ -71,8 +74,8 @@ class RunnerBuilder:
 
     Args:
         url: the builder's name in messages and settings.
-        place: what to call it in messages, such as `pi@buildpi`.
-        connect: opens a connection; raises BuilderLost if it may work later, BuilderError if not.
+        place: the builder's name in error messages, such as `pi@buildpi`.
+        connect: opens a connection. Raises BuilderLost if a retry may succeed, BuilderError if not.
     """
 
     def __init__(self, url: str, place: str, connect: Callable[[], Connection]) -> None:
@@ -85,17 +88,17 @@ class RunnerBuilder:
 
     @property
     def patience(self) -> float:
-        """Seconds for which a lost connection is tried again."""
+        """Seconds for which to retry a lost connection."""
         return self._sessions.patience
 
     @patience.setter
     def patience(self, seconds: float) -> None:
         self._sessions.patience = seconds
 
-    # what a builder does
+    # builder interface
 
     def submit(self, order: Order, again: bool = False) -> Status:
-        """Have a job built, unless it runs or is done already."""
+        """Start a job, unless it is running or done already."""
         job = order.job
         files = dict(order.files)
         has_trees = bool(job.sources) or job.is_function
@@ -150,7 +153,7 @@ class RunnerBuilder:
         )
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
-        """Wait a while for news of a job."""
+        """Wait a bounded time for news of a job."""
         known = self._ends.get((digest, attempt))
         if known is not None and known.offset <= offset:
             return known.status, known.log[offset - known.offset :]
@@ -185,11 +188,11 @@ class RunnerBuilder:
         log = self._log_of(digest, status, reply, bytes(body), offset) if client else bytes(body)
         has_news = log or status.is_final or self._now.get((digest, attempt)) != known
         if not has_news and time.monotonic() - asked < SHORT:
-            time.sleep(SHORT)  # it should have waited for some
+            time.sleep(SHORT)  # throttle: a runner holds its answer until there is news
         return status, log
 
     def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
-        """Return the log's part of an answer's body; keep what else it says of a job's end for whoever asks next."""
+        """Return the log from a reply's body; cache the job's phase, and at the end its status and small outputs."""
         if status.phase:
             self._now[digest, status.attempt] = [status.phase, status.ahead]
         else:
@@ -214,7 +217,7 @@ class RunnerBuilder:
         return log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
-        """Give an output's content from `offset` on to a sink."""
+        """Write an output's content from `offset` on to a sink."""
         known = self._ends.get((digest, attempt))
         content = known.contents.pop(name, b"") if known is not None else b""
         if content and len(content) == offset + limit:
@@ -253,14 +256,14 @@ class RunnerBuilder:
             before = got
             try:
                 self._ask_once(header, None, take, limit - got, begun)
-                take(b"")  # the holes at its end
+                take(b"")  # holes at the end of the file
                 return
             except BuilderLost as error:
                 setbacks.another(error)
                 rounds.another(got - before >= CHUNK)
 
     def cancel(self, digest: str, attempt: str) -> bool:
-        """End a job, unless somebody else waits for it too."""
+        """Cancel a job, unless another client waits for it."""
         reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client})
         if not reply.get("others") and reply.get("state") == "running":
             raise BuilderError(
@@ -269,7 +272,7 @@ class RunnerBuilder:
         return not reply.get("others")
 
     def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
-        """Return the jobs, first those that run or wait, then the newest; and how many there are."""
+        """Return the jobs, queued and running ones first, then the newest; and the total number of jobs."""
         found: dict[str, JobEntry] = {}
         skip = 0
         rounds = Rounds(f"The jobs of {self.place}")
@@ -288,11 +291,11 @@ class RunnerBuilder:
             rounds.another(len(page) == most)
 
     def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
-        """Wait a while for news of a job, without counting as somebody who waits for it."""
+        """Wait a bounded time for news of a job, without counting as waiting for it."""
         return self._follow(digest, attempt, offset, "")
 
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
-        """End a job, unless others wait for it; return who does."""
+        """Cancel a job, unless others wait for it; return those who do."""
         named = {"op": "cancel", "digest": digest, "attempt": attempt}
         reply = self._ask({**named, "client": self.client, "who": _who(), "force": force})
         others = reply.get("others")
@@ -310,23 +313,23 @@ class RunnerBuilder:
         return ()
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
-        """Return what a result was built in."""
+        """Return the materials of a result."""
         return self._ask({"op": "materials", "digest": digest, "attempt": attempt})
 
     def discard(self, digest: str, attempt: str) -> None:
-        """Have the builder check a result, and forget it if it is damaged."""
+        """Verify a result on the builder, and drop it if it is damaged."""
         self._ends.pop((digest, attempt), None)
         self._ask({"op": "discard", "digest": digest, "attempt": attempt})
 
     @property
     def has_given_up(self) -> bool:
-        """Whether the builder is held to be out of reach for the rest of this run."""
+        """Whether the builder counts as unreachable for the rest of this run."""
         return self._sessions.given_up is not None
 
     def prune(
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
     ) -> Pruned:
-        """Remove what is kept on the builder and no longer used."""
+        """Remove unused entries of the builder's store."""
         counts = dict.fromkeys(("jobs", "blobs", "images", "others", "freed"), 0)
         rounds = Rounds(f"The things that {self.place} has pruned")
         while True:
@@ -341,16 +344,16 @@ class RunnerBuilder:
         return Pruned(**counts, left=tuple(map(words_of, left)) if isinstance(left, list) else ())
 
     def describe(self) -> Mapping[str, Any]:
-        """Say what the builder is."""
+        """Return properties of the builder by name."""
         said = self._ask({"op": "hello"})
         return {words_of(name): value if responses.is_size(value) else words_of(value) for name, value in said.items()}
 
     def run_program(self, words: Sequence[str]) -> int:
-        """Run a program on the builder with our terminal; return its exit status."""
+        """Run a program on the builder with the local terminal; return its exit status."""
         return self._attended({"op": "run", "words": list(words)})
 
     def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
-        """Say what the builder is and has."""
+        """Return the builder's diagnostics."""
         until = time.monotonic() + EXAMINATION
         while True:
             header = {"op": "examine", "arches": list(arches), "base": base, "wait": FOLLOW}
@@ -363,7 +366,7 @@ class RunnerBuilder:
                     f"{self.place} has not found out in {EXAMINATION:g} seconds what it can do.",
                     "See what it is busy with (top, dmesg), then run doit doctor again.",
                 )
-            time.sleep(SHORT)  # it should have waited
+            time.sleep(SHORT)  # throttle: a runner holds its answer until the diagnostics are complete
         about: dict[str, Any] = responses.checked(said)
         clock = about.pop("time", None)
         about["ahead"] = clock - heard if type(clock) in (int, float) else None
@@ -372,7 +375,7 @@ class RunnerBuilder:
 
     def execute(self, script: str, out: Callable[[bytes], object]) -> int:
         """Run a script on the builder, without a runner; return its exit status."""
-        self._sessions.close_idle()  # one may be all that it allows
+        self._sessions.close_idle()  # the builder may allow only one session
         packed = base64.b64encode(script.encode()).decode()
         channel = self._sessions.connection().start(
             f"exec sh -c 'eval \"$(echo {packed} | base64 -d)\" 2>&1 < /dev/null'"
@@ -388,7 +391,7 @@ class RunnerBuilder:
         return status
 
     def kept(self, digest: str) -> Kept | None:
-        """Say which containers are kept of a failed job."""
+        """Return the containers kept from a failed job."""
         reply = self._ask({"op": "kept", "digest": digest})
         found = reply.get("containers")
         containers = [responses.kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
@@ -400,11 +403,11 @@ class RunnerBuilder:
         return Kept(tuple(containers), last, age)
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
-        """Run a command in a container that is kept of a failed job with our terminal; return its exit status."""
+        """Run a command in a container of a failed job with the local terminal; return its exit status."""
         return self._attended({"op": "enter", "digest": digest, "container": container, "words": list(words)})
 
     def _attended(self, header: Mapping[str, Any]) -> int:
-        """Have a program started that takes over its session, and sit before it until it has ended."""
+        """Start a program that takes over its session, and connect it to the local terminal until it ends."""
         from .tty import attend
 
         session = self._sessions.borrow()
@@ -421,13 +424,13 @@ class RunnerBuilder:
         """Close the connection."""
         self._sessions.close()
 
-    # files
+    # uploads
 
     def _upload(self, missing: object, files: Mapping[str, Path]) -> list[tuple[str, bytes]]:
-        """Send blobs that the builder lacks: large ones from where they broke off, small ones many at a time.
+        """Upload missing blobs: resume large ones at the offset that the builder has, batch small ones.
 
         Returns:
-            The last of the small ones, which go with the next request.
+            The last batch of small blobs, to be sent with the next request.
         """
         if not isinstance(missing, list):
             raise BuilderError(f"{self.place} does not say what it lacks.", NONSENSE)
@@ -494,7 +497,7 @@ class RunnerBuilder:
         sink: Take | None = None,
         limit: int = 0,
     ) -> dict[str, Any]:
-        """Ask until there is an answer; `body` is called for each try."""
+        """Send a request, and retry until there is a reply; `body` is called for each attempt."""
         setbacks = _Setbacks(self)
         while True:
             try:
@@ -519,7 +522,7 @@ class RunnerBuilder:
                 raise BuilderLost(f"{error.message} {session.channel_says}", error.hint) from error
             raise
         except BaseException:
-            self._sessions.drop(session, broken=False)  # in the middle of an answer: of no use to anybody else
+            self._sessions.drop(session, broken=False)  # the rest of the reply is unread: not reusable
             raise
         self._sessions.give_back(session)
         if "error" in reply:
@@ -529,13 +532,13 @@ class RunnerBuilder:
 
 @dataclass(frozen=True)
 class _End:
-    """How a job has ended, as it came with another answer.
+    """The end of a job, cached because it arrived with another answer.
 
     Attributes:
-        status: the final one.
-        offset: where in the log `log` begins.
-        log: from there to its end.
-        contents: small outputs, by name.
+        status: the final status.
+        offset: offset of `log` in the job's log.
+        log: the log from there to its end.
+        contents: contents of small outputs, by name.
     """
 
     status: Status
@@ -545,14 +548,14 @@ class _End:
 
 
 class _Setbacks:
-    """How often in a row something broke off without any progress."""
+    """Counter of consecutive failures without progress."""
 
     def __init__(self, builder: RunnerBuilder) -> None:
         self.count = 0
         self._builder = builder
 
     def another(self, error: BuilderLost) -> None:
-        """Count one and wait a little; raises it where it is to be borne no longer."""
+        """Count a failure and wait, with exponential backoff; raise BuilderLost if no retry is left."""
         self.count += 1
         if self._builder.has_given_up:
             raise error
@@ -571,7 +574,7 @@ def _files_of(job: Job) -> Iterable[File]:
 
 
 def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
-    """Return how many bytes a builder lacks of files, by what it says; what makes no sense is not counted."""
+    """Return the number of bytes that a builder reports as missing; malformed items are ignored."""
     length = 0
     for item in missing:
         sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
@@ -583,7 +586,10 @@ def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
 
 
 def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) -> list[tuple[str, bytes]]:
-    """Return small files, by their SHA-256, `limit` bytes of them; the newest first, which builders lack most often."""
+    """Return contents of small files by SHA-256, up to `limit` bytes in total.
+
+    The newest come first, because builders lack them most often.
+    """
     small = []
     about = {sha256: files[sha256].stat() for sha256 in needs}
     for sha256 in sorted(needs, key=lambda sha256: about[sha256].st_mtime, reverse=True):
@@ -596,7 +602,7 @@ def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) ->
 
 @cache
 def _who() -> str:
-    """Return what people may recognise this client by."""
+    """Return `user@host`, by which people recognize this client."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # an account without a name

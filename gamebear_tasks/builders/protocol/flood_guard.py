@@ -1,21 +1,21 @@
-"""How often a builder is asked on, where nothing but its own word says that there is more."""
+"""Limit on the number of requests that a builder can cause by claiming each time that there is more."""
 
 from __future__ import annotations
 
 from ...errors import NONSENSE, BuilderError
 
 ROUNDS = 1000
-"""The most answers that bring less than what is worth a question, before that is the builder's fault."""
+"""Maximum number of small answers, after which the builder is considered faulty."""
 
 WORTH = 4 << 10
-"""Bytes of a log that are worth a question; how many bytes there can be is bounded elsewhere."""
+"""Bytes of log from which an answer is not small; the total number of bytes is bounded elsewhere."""
 
 
 class Rounds:
-    """Counts the answers of a builder that says each time that there is more.
+    """Counter of a builder's answers that each claim that there is more.
 
     Args:
-        what: what has no end otherwise; begins the error.
+        what: the items that never end; begins the error message.
     """
 
     def __init__(self, what: str) -> None:
@@ -23,10 +23,10 @@ class Rounds:
         self._count = 0
 
     def another(self, is_worth_it: bool = False) -> None:
-        """Count an answer, unless it brings as much as is worth a question.
+        """Count an answer, unless it is large enough to be worth a request.
 
         Raises:
-            BuilderError: there were too many.
+            BuilderError: there were too many small answers.
         """
         self._count += not is_worth_it
         if self._count > ROUNDS:

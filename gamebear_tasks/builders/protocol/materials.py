@@ -1,4 +1,4 @@
-"""What a result was built in, as a builder says it: to be checked, not believed."""
+"""Materials of a result, as reported by a builder: untrusted, validated here."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from ...runner.util.atomic_files import is_sha256
 from .session import words_of
 
 IMAGES = 20
-"""The most images that are believed."""
+"""Maximum number of images, and of names and notes of each."""
 
 PACKAGES = 20_000
-"""The most packages of an image that are believed."""
+"""Maximum number of packages per image."""
 
 CENTURIES = 1e10
-"""Seconds since 1970 beyond which no time is believed."""
+"""Seconds since 1970; later timestamps are rejected."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A Debian package that was installed.
+    """An installed Debian package.
 
     Attributes:
-        name: its name.
-        version: its version.
-        arch: its own architecture, `all` for one that has none; empty where that is not known.
+        name: name of the package.
+        version: version of the package.
+        arch: architecture of the package, `all` if it is independent of one; empty if unknown.
     """
 
     name: str
@@ -39,14 +39,14 @@ class UsedImage:
     """An image that a job used.
 
     Attributes:
-        id: SHA-256 of its configuration, its name in the image store.
-        name: what the script, or the image made of it, called it.
-        used: containers were made of it; else images that were used were made of it.
-        gone: it was removed before anybody asked, and what is known is what the build noted.
-        names: what it is called in the store.
-        manifest: the digest that a registry knows it by, as `sha256:…`; empty where there is none.
-        notes: what it says of itself: `base`, `base-id`, `created`, `mirror`, `suite`, …
-        packages: what is installed in it.
+        id: SHA-256 of the image's configuration, its id in the image store.
+        name: name by which the script, or the image built on it, refers to it.
+        used: whether containers were created from it; False if only images that were used are built on it.
+        gone: whether the image was removed before this request; its description then comes from the build's own notes.
+        names: names in the image store.
+        manifest: digest in a registry, as `sha256:…`; empty if there is none.
+        notes: annotations: `base`, `base-id`, `created`, `mirror`, `suite`, …
+        packages: installed packages.
     """
 
     id: str
@@ -61,17 +61,17 @@ class UsedImage:
 
 @dataclass(frozen=True)
 class Materials:
-    """What a result was built in.
+    """The images and the machine with which a result was built.
 
     Attributes:
         images: the images.
-        begun: when the job was begun, in seconds since 1970 by the builder's clock; 0 where that is not known.
-        ended: when it ended.
-        host: the machine's name.
-        machine: its kind, as `uname -m` has it.
-        python: the version of the Python that the runner has.
-        buildah: the version of buildah.
-        isolation: how buildah ran commands.
+        begun: start of the job in seconds since 1970, by the builder's clock; 0 if unknown.
+        ended: end of the job, likewise.
+        host: host name of the machine.
+        machine: machine type, as in `uname -m`.
+        python: version of the runner's Python.
+        buildah: version of buildah.
+        isolation: isolation with which buildah ran commands.
     """
 
     images: tuple[UsedImage, ...] = ()
@@ -85,7 +85,7 @@ class Materials:
 
     @classmethod
     def of_document(cls, said: Mapping[str, Any]) -> Materials:
-        """Read what a builder says; what makes no sense is left out."""
+        """Parse a builder's reply; invalid entries are left out."""
         images = [_image(item) for item in _items(said.get("images"), IMAGES)]
         return cls(
             images=tuple(image for image in images if image is not None),
@@ -133,6 +133,6 @@ def _text(value: object) -> str:
 
 
 def _time(value: Any) -> float:
-    if type(value) in (int, float) and 0 <= value < CENTURIES:  # and so no NaN
+    if type(value) in (int, float) and 0 <= value < CENTURIES:  # rejects NaN
         return float(value)
     return 0.0

@@ -1,4 +1,4 @@
-"""A connection that all threads share: opened when it is first needed, and again where it was lost, with patience."""
+"""Connection shared by all threads: opened on first use, and reopened with backoff after it was lost."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ...util.messages import notice
 C = TypeVar("C")
 
 PATIENCE = 600.0
-"""Seconds for which a lost connection is tried again, unless whoever opened the builder says otherwise."""
+"""Seconds for which to retry a lost connection, unless the code that opens the builder sets another value."""
 
 FIRST_PATIENCE = 3.0
-"""Seconds for which the first connection of a run is tried again."""
+"""Seconds for which to retry the first connection of a run."""
 
 CROWD_PATIENCE = 30.0
-"""The same where the builder is there, and only takes no further connection at this moment (`MaxStartups`)."""
+"""Seconds for which to retry the first connection if the builder accepts no further one now (`MaxStartups`)."""
 
 PAUSES = 0.5, 15.0
-"""Seconds, the first and the longest, between two tries; each pause is twice the one before."""
+"""Seconds, first and longest, between two attempts (exponential backoff: each pause is twice the one before)."""
 
 
 class Reconnecting(Generic[C]):
     """The connection with a builder.
 
     Args:
-        place: what to call the builder.
-        connect: opens a connection; raises BuilderLost if it may work later, BuilderError if not.
+        place: the builder's name in error messages.
+        connect: opens a connection. Raises BuilderLost if a retry may succeed, BuilderError if not.
 
     Attributes:
-        given_up: why the builder is held to be out of reach for the rest of this run.
-        met: whether there was a connection in this run.
+        given_up: the reason why the builder counts as unreachable for the rest of this run; None if it does not.
+        met: whether this run had a connection before.
     """
 
     def __init__(self, place: str, connect: Callable[[], C]) -> None:
@@ -49,19 +49,19 @@ class Reconnecting(Generic[C]):
 
     @property
     def open(self) -> C | None:
-        """The connection, where there is one."""
+        """The open connection; None if there is none."""
         return self._open
 
     def get(self, patience: float | None, wait: float = threading.TIMEOUT_MAX) -> C:
-        """Return the connection; open it where there is none.
+        """Return the connection; open it if there is none.
 
         Args:
-            patience: seconds for which that is tried again; None: it is tried once, and others may try later.
-            wait: seconds for which another thread may be at it.
+            patience: seconds for which to retry. None: try once, and permit later attempts by others.
+            wait: seconds to wait for another thread that is connecting.
 
         Raises:
-            BuilderError: there is none to be had, for good.
-            BuilderLost: the builder is out of reach, and has been for as long as we have patience.
+            BuilderError: no connection is possible, permanently.
+            BuilderLost: the builder was unreachable for `patience` seconds, or another thread is still connecting.
         """
         if not self._connecting.acquire(timeout=min(wait, threading.TIMEOUT_MAX)):
             raise BuilderLost(f"{self._place} is out of reach.", "Run doit again when it is back.")
@@ -76,7 +76,7 @@ class Reconnecting(Generic[C]):
             self._connecting.release()
 
     def drop(self, connection: C) -> bool:
-        """Forget a connection that was lost; say whether nobody had done so before. Closing it is the caller's."""
+        """Forget a lost connection; return whether this call is the first to do so. The caller closes it."""
         with self._changing:
             was, self._open = self._open, None if self._open is connection else self._open
         return was is connection
@@ -91,7 +91,7 @@ class Reconnecting(Generic[C]):
             try:
                 connection = self._connect()
             except BuilderLost as error:
-                if self.given_up is not None:  # it was closed meanwhile, and that may be why
+                if self.given_up is not None:  # `given_up` may be the cause: set by `close` meanwhile
                     raise self.given_up from None
                 bound = self._bounded(patience, error)
                 left = start + bound - time.monotonic()
@@ -100,7 +100,7 @@ class Reconnecting(Generic[C]):
                 if self.met and not has_said:
                     has_said = True
                     notice(f"lost the connection to {self._place}; trying again for {bound:g} seconds")
-                # Not all at the same moment: several processes may have lost it, or wait to be let in.
+                # Random jitter: several processes may have lost the connection at once, or wait for admission.
                 time.sleep(min(pause * random.uniform(0.5, 1.0), max(left, 0.05)))
                 pause = min(pause * 2, longest)
             except BuilderError as error:
@@ -113,7 +113,7 @@ class Reconnecting(Generic[C]):
                 return connection
 
     def _bounded(self, patience: float | None, error: BuilderLost) -> float:
-        """Return for how many seconds it is tried, after it failed so."""
+        """Return the seconds for which to retry after an error."""
         if self.met or patience is None:
             return patience or 0.0
         return min(patience, CROWD_PATIENCE if isinstance(error, BuilderCrowded) else FIRST_PATIENCE)

@@ -1,4 +1,4 @@
-"""What a builder answers, read: nothing in it is believed that does not have to be, or reaches a terminal as it is."""
+"""Parsers for a builder's replies, which are untrusted: validate, bound and sanitize them."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from ..base import Failure, JobEntry, KeptContainer, Output, Status
 from .session import words_of
 
 CROWD = 9999
-"""The most jobs that are believed to wait for a builder."""
+"""Maximum number of jobs accepted as waiting ahead of a job."""
 
 WORDS = 1000
-"""The most words of a command that failed."""
+"""Maximum number of words of a failed command."""
 
 NOTICES = 10
-"""The most that a builder may say of itself at once."""
+"""Maximum number of notices in one reply."""
 
 VALID = 10 * 365 * 86400.0
-"""Seconds beyond which no result is believed to hold."""
+"""Maximum validity of a result in seconds."""
 
 CENTURY = 100 * 366 * 86400.0
-"""Seconds; nothing on a builder is older."""
+"""Seconds; ages of a century or more are rejected."""
 
 STATES = ("queued", "running", "done", "failed", "cancelled", "lost")
-"""Of a job."""
+"""States of a job."""
 
 WAITING = 20
-"""The most who are said to wait for a job."""
+"""Maximum number of clients listed as waiting for a job, and of outputs listed for it."""
 
 YEAR = 366 * 86400.0
-"""Seconds; no job takes longer."""
+"""Seconds; phases that start after a year or last that long are rejected."""
 
 MOST_FACTS = 100
-"""The most that a builder may say of itself of one kind."""
+"""Maximum number of entries in each object and array of the diagnostics."""
 
 
 def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status:
-    """Return where a job is.
+    """Return the state of a job.
 
     Args:
-        place: what to call the builder in messages.
-        reply: what it said.
-        joined: whether the job was there already.
+        place: the builder's name in error messages.
+        reply: the builder's reply.
+        joined: whether the job existed already.
 
     Raises:
-        BuilderError: it makes no sense.
+        BuilderError: the reply is invalid.
     """
     state = reply.get("state")
     attempt = reply.get("attempt")
@@ -99,7 +99,7 @@ def holes(reply: Mapping[str, Any], start: int, end: int, place: str) -> list[tu
     """Return offset and length of each hole of a file between two offsets, in order.
 
     Raises:
-        BuilderError: they overlap, or are elsewhere.
+        BuilderError: the holes overlap, are not in order, or exceed the offsets.
     """
     given = reply.get("holes", [])
     found: list[tuple[int, int]] = []
@@ -113,7 +113,7 @@ def holes(reply: Mapping[str, Any], start: int, end: int, place: str) -> list[tu
 
 
 def checked(value: Any, depth: int = 5) -> Any:
-    """Return what a builder says of itself with nothing in it that is not bounded or that a terminal would act on."""
+    """Sanitize diagnostics: bound depth, counts, numbers and texts, and remove terminal control characters."""
     if isinstance(value, dict) and depth:
         return {words_of(name)[:100]: checked(item, depth - 1) for name, item in islice(value.items(), MOST_FACTS)}
     if isinstance(value, list) and depth:
@@ -121,22 +121,22 @@ def checked(value: Any, depth: int = 5) -> Any:
     if isinstance(value, str):
         return words_of(value)
     if isinstance(value, float):
-        return value if abs(value) < float(1 << 63) else None  # NaN is not less than anything
+        return value if abs(value) < float(1 << 63) else None  # rejects NaN
     return value if value is None or is_size(value) else None
 
 
 def _phases_in(reply: Mapping[str, Any]) -> Iterator[Phase]:
-    """Give what makes sense of where a builder says that the time went."""
+    """Yield the valid phases that a builder reports."""
     spans = reply.get("phases")
     for span in spans[: 2 * SPANS] if isinstance(spans, list) else ():
         if not isinstance(span, list) or len(span) != 3 or span[0] not in BUILDER:
             continue
-        if all(type(number) in (int, float) and 0 <= number < YEAR for number in span[1:]):  # and so no NaN
+        if all(type(number) in (int, float) and 0 <= number < YEAR for number in span[1:]):  # rejects NaN
             yield Phase(span[0], float(span[1]), float(span[2]))
 
 
 def _command_in(value: object) -> tuple[str, ...]:
-    """Return the words of a command, as they may be shown."""
+    """Return the sanitized words of a command."""
     return tuple(words_of(word) for word in value[:WORDS]) if isinstance(value, list) else ()
 
 
@@ -145,7 +145,7 @@ def _status_in(value: object) -> int | None:
 
 
 def kept_container(about: object) -> KeptContainer:
-    """Return a container that is kept."""
+    """Return the description of a kept container."""
     about = mapping(about)
     return KeptContainer(
         words_of(about.get("image", ""))[:400], _command_in(about.get("command")), _status_in(about.get("status"))
@@ -161,12 +161,12 @@ def _is_digest(value: object) -> TypeGuard[str]:
 
 
 def is_size(value: object) -> bool:
-    """Say whether something is a number of bytes, or a truth value."""
+    """Return whether a value is a number of bytes or a boolean."""
     return isinstance(value, bool) or (isinstance(value, int) and 0 <= value < 1 << 63)
 
 
 def _now(value: object) -> tuple[str, int | None]:
-    """Return the phase that a job is in, empty where the builder says none, and how many jobs are before it."""
+    """Return a job's phase, empty if not reported, and the number of jobs ahead of it."""
     phase, ahead = value if isinstance(value, list) and len(value) == 2 else ("", None)
     if phase not in BUILDER:
         return "", None
@@ -174,7 +174,7 @@ def _now(value: object) -> tuple[str, int | None]:
 
 
 def entry(item: object) -> JobEntry | None:
-    """Return what a builder says of one of its jobs; None where it makes no sense."""
+    """Return an entry of a builder's job list; None if it is invalid."""
     said = mapping(item)
     digest, state, attempt = said.get("digest"), said.get("state"), said.get("attempt")
     if not _is_digest(digest) or state not in STATES or not (_is_name(attempt) or attempt == ""):
@@ -202,28 +202,28 @@ def entry(item: object) -> JobEntry | None:
 
 
 def line(value: object) -> str:
-    """Return a builder's words as a part of a line."""
+    """Return untrusted text as part of one line."""
     return " ".join(words_of(value)[:200].split())
 
 
 def count(value: object) -> int:
-    """Return a number of things, or of bytes; 0 for what is none."""
+    """Return a number of items or bytes; 0 if the value is invalid."""
     return value if type(value) is int and 0 <= value < 1 << 63 else 0
 
 
 def seconds(value: Any) -> float | None:
-    """Return a span of time in seconds; None for what is none."""
-    if type(value) in (int, float) and 0 <= value < CENTURY:  # and so no NaN
+    """Return a duration in seconds; None if the value is invalid."""
+    if type(value) in (int, float) and 0 <= value < CENTURY:  # rejects NaN
         return float(value)
     return None
 
 
 def _notices(value: object) -> tuple[str, ...]:
-    """Return what a builder has to say of itself, a line each and no more than a screen has."""
+    """Return a builder's notices, one line each, limited in number and length."""
     given = value[:NOTICES] if isinstance(value, list) else []
     return tuple(" ".join(words_of(text)[:500].split()) for text in given if isinstance(text, str))
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """Return an object of JSON, empty for what is none."""
+    """Return a JSON object; empty if the value is not one."""
     return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""A session with a runner: one channel to it, one request at a time, its answers read and not believed."""
+"""Session with a runner: one channel, one request at a time, untrusted replies."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .bootstrap import bundle
 from .transport import Channel, Connection
 
 CHUNK = 256 << 10
-"""Bytes sent or received at once."""
+"""Bytes to send or receive at once."""
 
 SILENCE = 60.0
-"""Seconds after which an unanswered request means that the connection is dead."""
+"""Seconds without a byte after which the connection of an unanswered request counts as dead."""
 
 QUIET = 1e6
-"""Seconds for which a program with a terminal may print nothing: a week and more."""
+"""Seconds for which a program with a terminal may print nothing: more than a week."""
 
 Take = Callable[[bytes], object]
-"""What is given an answer's body, piece by piece."""
+"""Callback for each piece of a reply's body."""
 
 
 class Session:
     """One runner, which answers one request at a time.
 
-    Nobody waits for it to be ready: the first request follows its command at once, which saves a round trip.
+    The first request follows the command at once, without waiting for the runner to be ready; this saves a round trip.
 
     Args:
-        connection: what the channel belongs to.
-        channel: to the runner, which has just been started.
-        place: what to call the builder.
+        connection: the connection of the channel.
+        channel: channel to the runner, which was just started.
+        place: the builder's name in error messages.
     """
 
     def __init__(self, connection: Connection, channel: Channel, place: str) -> None:
@@ -46,10 +46,10 @@ class Session:
         self._has_begun = False
 
     def _begin(self, request: bytes) -> None:
-        """Read what a runner begins with; where it is not there yet, send it, and the request again.
+        """Read the runner's preamble; if the runner is missing, upload it and send the request again.
 
         Raises:
-            BuilderError: the builder lacks what a runner needs.
+            BuilderError: the builder does not meet the runner's requirements.
             BuilderLost: the connection broke.
         """
         self._has_begun = True
@@ -78,7 +78,7 @@ class Session:
         )
 
     def _preamble(self) -> str:
-        """Read up to the line that the runner begins with; a login shell may have printed anything before it."""
+        """Read up to the runner's preamble line and return its text; skip any output of the login shell before it."""
         seen = bytearray()
         while True:
             start = seen.find(wire.PREAMBLE)
@@ -115,9 +115,9 @@ class Session:
         limit: int,
         begun: Callable[[dict[str, Any], int], object] | None = None,
     ) -> dict[str, Any]:
-        """Send a request and read its reply; the reply's body goes to `sink`, `limit` bytes of it at the most.
+        """Send a request and read its reply; pass the reply's body, at most `limit` bytes, to `sink`.
 
-        `begun` gets the reply and the length of its body before the body comes.
+        `begun` is called with the reply and the length of its body before the body is read.
         """
         length = body.length if body is not None else 0
         try:
@@ -131,12 +131,12 @@ class Session:
             start += b"".join(body)
             body = None
         if body is not None and not self._has_begun:
-            self.ask({"op": "hello"}, None, None, 0)  # a request that may have to be sent twice is a short one
+            self.ask({"op": "hello"}, None, None, 0)  # the bootstrap may need the first request twice: keep it short
         try:
             self._send(start)
             for piece in body or ():
                 self._send(piece)
-        except BuilderLost as lost:  # it may have refused the body before it had all of it, and ended
+        except BuilderLost as lost:  # the runner may have rejected the body early and ended
             if not self._has_begun:
                 self._begin(start)
             raise self._refusal() or lost from lost
@@ -162,7 +162,7 @@ class Session:
         return reply
 
     def _refusal(self) -> BuilderError | None:
-        """Return what the runner said last, if that is why it ended."""
+        """Return the runner's last error if that is why it ended."""
         try:
             message = self._message()
         except BuilderError:
@@ -207,11 +207,11 @@ class Session:
         return data
 
     def push(self, data: bytes) -> None:
-        """Send what is no request; raises BuilderLost."""
+        """Send bytes outside the request protocol; raises BuilderLost."""
         self._send(data)
 
     def pull(self) -> bytes:
-        """Return what comes and is no answer, however long nothing does, b"" at the end; raises BuilderLost."""
+        """Return bytes outside the request protocol, however late they arrive; b"" at the end. Raises BuilderLost."""
         if self._buffer:
             return self._read(len(self._buffer))
         data = self._channel.receive(CHUNK, QUIET)
@@ -219,12 +219,12 @@ class Session:
         return data
 
     def close(self) -> None:
-        """Close the channel; the connection stays."""
+        """Close the channel; the connection stays open."""
         self._channel.close()
 
 
 class Body:
-    """A request's body: its length in bytes, and its pieces."""
+    """Body of a request: its length in bytes, and its pieces."""
 
     length: int
 
@@ -233,7 +233,7 @@ class Body:
 
 
 class Bytes(Body):
-    """What is in memory already."""
+    """Body that is in memory."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.length = sum(map(len, pieces))
@@ -242,7 +242,7 @@ class Bytes(Body):
     def __iter__(self) -> Iterator[bytes]:
         gathered: list[bytes] = []
         length = 0
-        for piece in self._pieces:  # each that is given costs a packet, on both sides
+        for piece in self._pieces:  # each yielded piece costs a packet on both sides
             gathered.append(piece)
             length += len(piece)
             if length >= CHUNK:
@@ -253,7 +253,10 @@ class Bytes(Body):
 
 
 class FileFrom(Body):
-    """A file's content from an offset on; cut or filled to the length that was said, the digest tells."""
+    """Content of a file from an offset on.
+
+    It is truncated or zero-padded to the specified length if the file changed; the digest check detects that.
+    """
 
     def __init__(self, path: Path, offset: int, length: int) -> None:
         self.length = length - offset
@@ -271,12 +274,12 @@ class FileFrom(Body):
 
 
 def words_of(value: object) -> str:
-    """Return a builder's words: bounded, and without what a terminal would act on."""
+    """Sanitize untrusted text of a builder: bound its length, and remove terminal control characters."""
     return printable(str(value)[:4000])
 
 
 def last_lines_of(data: bytes) -> str:
-    """Return the last few lines that say something, as one line."""
+    """Return the last three non-empty lines as one line."""
     lines = words_of(data[-4000:].decode("utf-8", "replace")).splitlines()
-    lines = [line.strip()[:300] for line in lines if line.strip(" ^~\t")]  # what Python underlines is not shown
+    lines = [line.strip()[:300] for line in lines if line.strip(" ^~\t")]  # without the underlines of Python tracebacks
     return " / ".join(lines[-3:])

@@ -1,4 +1,4 @@
-"""The sessions with one builder: a few, kept open and borrowed; where their connection is lost, it is opened again."""
+"""Pool of sessions with one builder, shared by all threads; it reopens a lost connection."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from .session import Session
 from .transport import Connection
 
 SESSIONS = 6
-"""The most sessions with one builder: below the ten that sshd allows a connection by default (`MaxSessions`)."""
+"""Maximum number of sessions with one builder, below sshd's default limit of ten per connection (`MaxSessions`)."""
 
 BUSY_PATIENCE = 10.0
-"""Seconds for which a builder may need to notice that a session of ours has ended, before it gives the next."""
+"""Seconds for which to retry the first session: a builder may not have noticed yet that an earlier session has
+ended."""
 
 
 class SessionPool:
     """Sessions with runners over one connection, for all threads of this process.
 
-    A process that was forked begins with an empty pool: what its parent has open is the parent's.
+    A forked process starts with an empty pool, because the open connection belongs to its parent.
 
     Args:
-        place: what to call the builder.
-        connect: opens a connection; raises BuilderLost if it may work later, BuilderError if not.
+        place: the builder's name in error messages.
+        connect: opens a connection. Raises BuilderLost if a retry may succeed, BuilderError if not.
     """
 
     def __init__(self, place: str, connect: Callable[[], Connection]) -> None:
@@ -53,27 +54,27 @@ class SessionPool:
 
     @property
     def are_scarce(self) -> bool:
-        """Whether a request that is held back would keep others from a session."""
+        """Whether a long-polling request would keep other requests from getting a session."""
         self._leave_to_parent()
         with self._changed:
             return bool(self._queue) or self._open + (not self._idle) >= self._limit
 
     @property
     def given_up(self) -> BuilderError | None:
-        """Why the builder is held to be out of reach for the rest of this run."""
+        """The reason why the builder counts as unreachable for the rest of this run; None if it does not."""
         return self._connection.given_up
 
     @property
     def described(self) -> Mapping[str, str]:
-        """What the connection says of itself."""
+        """The connection's description of itself."""
         return dict(getattr(self._connection.open, "described", {}))
 
     def borrow(self) -> Session:
-        """Return a session, for one request; whoever has it gives it back, or drops it.
+        """Return a session for one request; the caller must return it with `give_back` or `drop`.
 
         Raises:
-            BuilderError: there is none to be had, for good.
-            BuilderLost: the builder is out of reach, and has been for as long as we have patience.
+            BuilderError: no session is available, permanently.
+            BuilderLost: the builder was unreachable for `patience` seconds.
         """
         self._leave_to_parent()
         until = time.monotonic() + BUSY_PATIENCE
@@ -105,10 +106,10 @@ class SessionPool:
                 raise
 
     def _wait_in_line(self) -> None:
-        """Wait until there is a session to be had, first come first served; the caller holds `_changed`.
+        """Wait until a session is idle or may be opened, first come first served; the caller holds `_changed`.
 
-        In line, because whoever gives a session back and asks again at once would have it again before one that waits
-        wakes up: a follower would keep out what ends the job that it follows.
+        The order is FIFO to avoid starvation. Otherwise a thread that returns a session and requests one again at once
+        gets it before a waiting thread wakes up: a follower would block the cancellation of the job that it follows.
         """
         turn = object()
         self._queue.append(turn)
@@ -120,7 +121,7 @@ class SessionPool:
             self._changed.notify_all()
 
     def give_back(self, session: Session) -> None:
-        """Return a session that has answered."""
+        """Return a session after a complete reply, for reuse."""
         with self._changed:
             if session.connection is self._connection.open:
                 self._idle.append(session)
@@ -131,7 +132,7 @@ class SessionPool:
         session.close()
 
     def drop(self, session: Session, broken: bool) -> None:
-        """Close a session; where it broke, see whether its connection did."""
+        """Close a session; if it broke, also check its connection."""
         session.close()
         with self._changed:
             self._open -= 1
@@ -140,7 +141,7 @@ class SessionPool:
             self._forget(session.connection, close=not session.connection.is_alive)
 
     def close_idle(self) -> None:
-        """Close the sessions that nobody uses."""
+        """Close the idle sessions."""
         self._leave_to_parent()
         with self._changed:
             stale = self._take_idle()
@@ -148,7 +149,7 @@ class SessionPool:
             session.close()
 
     def close(self) -> None:
-        """Close the connection, unless it is our parent's."""
+        """Close the connection, unless it belongs to the parent process."""
         if self._pid != os.getpid():
             return
         self.close_idle()
@@ -157,19 +158,19 @@ class SessionPool:
             connection.close()
 
     def _take_idle(self) -> list[Session]:
-        """Return the sessions that nobody uses, no longer counted; the caller holds `_changed`."""
+        """Remove the idle sessions from the pool and return them; the caller holds `_changed`."""
         idle, self._idle = self._idle, []
         self._open -= len(idle)
         self._changed.notify_all()
         return idle
 
     def _forget(self, connection: Connection, close: bool = True) -> None:
-        """Close a connection that broke, once, for all who use it.
+        """Close a broken connection, once for all threads.
 
         Args:
-            connection: the one.
-            close: whether it did break; otherwise only the sessions are closed that nobody uses, which may be no better
-                than the one that has ended, and those in use go on.
+            connection: the connection.
+            close: whether the connection itself broke. Otherwise only the idle sessions are closed, because they may be
+                as broken as the session that ended; sessions in use continue.
         """
         with self._changed:
             if not (self._connection.drop(connection) if close else self._connection.open is connection):
@@ -183,7 +184,7 @@ class SessionPool:
             connection.close()
 
     def connection(self) -> Connection:
-        """Return the connection; open it again where it was lost, for as long as we have patience."""
+        """Return the connection; reconnect for up to `patience` seconds if it was lost."""
         self._leave_to_parent()
         return self._connection.get(self.patience)
 

@@ -1,68 +1,71 @@
-"""A channel: a two-way stream of bytes to one program that a builder has started for us."""
+"""Interface of a transport: a connection that starts programs on a builder, and a channel to each of them."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 SEND_SILENCE = 300.0
-"""Seconds without an accepted byte after which whoever should take what is sent counts as lost.
+"""Seconds without an accepted byte after which the receiver counts as lost.
 
-Longer than for an answer: a slow disk may hold up a runner that has megabytes to write.
+Longer than the timeout for an answer, because a slow disk may delay a runner that has megabytes to write.
 """
 
 
 class Channel(Protocol):
-    """The standard input and output of a program on the builder.
+    """Standard input and output of a program on the builder.
 
-    Every method raises `BuilderLost` when the connection is gone or silent for longer than the time-out.
+    Every method raises `BuilderLost` if the connection is gone or is silent for longer than the timeout.
     """
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of `data`; lost after `SEND_SILENCE` seconds in which none of it is taken."""
+        """Send all of `data`; raises BuilderLost after `SEND_SILENCE` seconds in which no byte is accepted."""
         ...
 
     def receive(self, size: int, timeout: float) -> bytes:
-        """Return 1 to `size` bytes, or `b""` when the program has closed its output.
+        """Return 1 to `size` bytes, or `b""` once the program has closed its output.
 
         Args:
-            size: the most bytes to return.
+            size: maximum number of bytes to return.
             timeout: seconds without a byte after which the connection counts as lost.
         """
         ...
 
     def errors(self) -> bytes:
-        """Return what the program has written to its standard error so far (the last 64 KiB at most)."""
+        """Return the standard error of the program so far (at most the last 64 KiB)."""
         ...
 
     def exit_status(self, timeout: float) -> int | None:
-        """Return the program's exit status once it has ended, None when it is not known within `timeout` seconds."""
+        """Return the exit status once the program has ended; None if it is not known within `timeout` seconds."""
         ...
 
     def close(self) -> None:
-        """Close the stream; the program sees the end of its input. Never raises."""
+        """Close the channel, so that the program reads end-of-file. Never raises."""
         ...
 
 
 class Connection(Protocol):
-    """A way to start programs on a builder, kept open for a whole run.
+    """A connection that starts programs on a builder and stays open for a whole run.
 
-    One that has something to say of itself may have `described`, words by name, which `doit doctor` shows.
+    A connection may have an attribute `described`, a mapping of names to texts, which `doit doctor` shows.
     """
 
     @property
     def is_alive(self) -> bool:
-        """Whether further programs can, as far as is known, be started; a channel may break and its connection live."""
+        """Whether further programs can be started, as far as is known.
+
+        A channel may break while its connection lives.
+        """
         ...
 
     def start(self, command: str) -> Channel:
         """Start a program.
 
         Args:
-            command: a command line for a POSIX shell or another login shell: words of plain ASCII in single quotes.
+            command: command line for a POSIX shell or another login shell: plain ASCII words in single quotes.
 
         Raises:
-            BuilderError: the builder refuses, for good.
-            BuilderBusy: no further channel now, but those that are open work (sshd's `MaxSessions`).
+            BuilderError: the builder refuses permanently.
+            BuilderBusy: no further channel is available now, but the open ones work (sshd's `MaxSessions`).
             BuilderLost: the connection is gone.
         """
         ...

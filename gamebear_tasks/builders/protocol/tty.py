@@ -1,4 +1,4 @@
-"""Our terminal for a program that runs on a builder: keys go there, what it prints comes here, also at a new size."""
+"""Local terminal for a program on a builder: forwards keys, output and changes of the window size."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from ...runner.util.atomic_files import write_all
 from .session import Session, words_of
 
 PIECE = 64 << 10
-"""The most bytes of input in one frame."""
+"""Maximum bytes of input in one frame."""
 
 JOINING = 2.0
-"""Seconds for which what a broken connection has still brought is waited for."""
+"""Seconds to wait for output that arrived before the connection broke."""
 
-# Ends what a program has begun that could not end it itself: the other screen, a hidden cursor, reports of the mouse,
-# marks around what is pasted, colours (xterm's control sequences, which today's terminals share).
+# Resets terminal modes that a killed program could not reset itself: alternate screen, hidden cursor, mouse reports,
+# bracketed paste, colours (xterm's control sequences, which today's terminals share).
 _SOBER = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[0m\r\n"
 
 
 def attend(session: Session, header: Mapping[str, Any], place: str) -> int:
-    """Ask for a program that takes the session over, and be its terminal until it ends; return its exit status.
+    """Start a program that takes over the session; forward the local terminal to it, and return its exit status.
 
-    What it prints reaches our terminal as it is: who opens a shell on a builder trusts it as with `ssh`.
+    The program's output is not sanitized: a shell on a builder is trusted as with `ssh`.
 
     Args:
-        session: of no use afterwards.
-        header: what to ask.
-        place: what to call the builder.
+        session: not usable afterwards.
+        header: the request that starts the program.
+        place: the builder's name in error messages.
 
     Raises:
-        BuilderError: it cannot be started, or the builder makes no sense.
+        BuilderError: the program cannot be started, or the builder violates the protocol.
         BuilderLost: the connection broke.
     """
     has_terminal = os.isatty(0) and os.isatty(1)
@@ -75,7 +75,7 @@ def attend(session: Session, header: Mapping[str, Any], place: str) -> int:
             listener.start()
             try:
                 _send_keys(session, listener, woken, has_terminal)
-            except BuilderLost as error:  # it may have ended at this moment
+            except BuilderLost as error:  # the program may have ended just now
                 listener.join(JOINING)
                 if listener.status is None and listener.error is None:
                     listener.error = error
@@ -94,7 +94,7 @@ def attend(session: Session, header: Mapping[str, Any], place: str) -> int:
 
 
 def _send_keys(session: Session, listener: _Listener, woken: int, has_terminal: bool) -> None:
-    """Send what we read, and the window's size when it changes, until the program has ended."""
+    """Forward input, and the window size when it changes, until the program has ended."""
     sources = [woken, 0]
     while not listener.is_over:
         ready, _, _ = select.select(sources, [], [])
@@ -115,16 +115,16 @@ def _send_keys(session: Session, listener: _Listener, woken: int, has_terminal: 
 
 
 class _Listener(threading.Thread):
-    """Prints what the program prints.
+    """Thread that prints the program's output.
 
     Args:
-        session: what it comes through.
-        wake: is written to when there is no more.
-        place: what to call the builder.
+        session: session of the program.
+        wake: file descriptor to which one byte is written at the end of the output.
+        place: the builder's name in error messages.
 
     Attributes:
-        status: how the program has ended, None as long as that is not known.
-        error: why there is no more where the program has not ended.
+        status: exit status of the program; None until it is known.
+        error: the reason why the output ended before the program did.
     """
 
     def __init__(self, session: Session, wake: int, place: str) -> None:
@@ -157,7 +157,7 @@ class _Listener(threading.Thread):
 
 
 def _size() -> tuple[int, int]:
-    """Return the rows and columns of our terminal."""
+    """Return rows and columns of the local terminal."""
     try:
         about = os.get_terminal_size(1)
         return about.lines, about.columns
@@ -167,19 +167,19 @@ def _size() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _raw() -> Iterator[None]:
-    """Give every key as it is pressed for the length of the block, Ctrl-C too; then the terminal is as it was."""
+    """Set the terminal to raw mode for the block, so that every key is read at once, Ctrl-C too; then restore it."""
     before = termios.tcgetattr(0)
     try:
         tty.setraw(0, termios.TCSADRAIN)
         yield
     finally:
-        with contextlib.suppress(termios.error):  # its window was closed
+        with contextlib.suppress(termios.error):  # the terminal window was closed
             termios.tcsetattr(0, termios.TCSANOW, before)
 
 
 @contextlib.contextmanager
 def _signals(wake: int) -> Iterator[None]:
-    """Have a resized window wake us, and a signal that would end us end the block first."""
+    """Wake the main loop when the window is resized; raise SystemExit on SIGTERM and SIGHUP to unwind the block."""
 
     def resized(_: int, __: FrameType | None) -> None:
         with contextlib.suppress(OSError):
