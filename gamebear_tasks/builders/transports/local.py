@@ -1,4 +1,4 @@
-"""The builder `local:`: this machine. The same runner and the same store, over a pipe instead of SSH."""
+"""Builder `local:`: this machine, with the same runner and store as over SSH, through pipes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..protocol.client import RunnerBuilder
 from ..protocol.transport import SEND_SILENCE, Channel
 
 CLOSING = 2.0
-"""Seconds for which a runner may go on after its input was closed."""
+"""Seconds for which a runner may continue after its input was closed."""
 
 _ERRORS_KEPT = 64 << 10
 
 
 class ProcessChannel:
-    """A channel to a program on this machine."""
+    """Channel to a program on this machine."""
 
     def __init__(self, argv: list[str]) -> None:
         self._process = subprocess.Popen(
@@ -30,7 +30,7 @@ class ProcessChannel:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us to act on
+            start_new_session=True,  # the client handles Ctrl-C
         )
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._stdin = self._process.stdin.fileno()
@@ -69,26 +69,26 @@ class ProcessChannel:
             raise BuilderLost(f"The runner on this machine has ended ({error.strerror}).") from error
 
     def errors(self) -> bytes:
-        """Return the last of what the program wrote to its standard error."""
+        """Return the end of the program's standard error."""
         self._drain.join(0.2)
         return bytes(self._errors)
 
     def exit_status(self, timeout: float) -> int | None:
-        """Return the program's exit status, None while it runs."""
+        """Return the program's exit status; None while it runs."""
         try:
             return self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
 
     def close(self) -> None:
-        """Close the stream."""
+        """Close the channel."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe
             with contextlib.suppress(OSError):
                 pipe.close()
         try:
             self._process.wait(CLOSING)
-        except subprocess.TimeoutExpired:  # it may end at any moment, and whatever it has started is not in its group
+        except subprocess.TimeoutExpired:  # safe at any moment: supervisors are outside its process group
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -99,10 +99,10 @@ class ProcessChannel:
 
 
 class ProcessConnection:
-    """Starts programs with a command line of this machine.
+    """Starts programs with a command line on this machine.
 
     Args:
-        prefix: put before `sh -c COMMAND`, such as `["sudo", "-u", "builder"]`.
+        prefix: words before `sh -c COMMAND`, such as `["sudo", "-u", "builder"]`.
     """
 
     is_alive = True
@@ -122,14 +122,14 @@ class ProcessConnection:
             raise BuilderError(f"{command} cannot be started: {error.strerror}.", hint) from error
 
     def close(self) -> None:
-        """There is nothing to close but the channels."""
+        """Do nothing: only the channels hold resources."""
 
 
 def open_builder(url: str) -> RunnerBuilder:
     """Open `local:`.
 
     Raises:
-        SettingsError: something follows the colon.
+        SettingsError: the URL has text after the colon.
     """
     if url != "local:":
         raise SettingsError(

@@ -1,6 +1,6 @@
-"""Logging in over SSH: the agent's keys, key files and certificates, and what only a person knows.
+"""SSH authentication: agent keys, key files, certificates, passphrases and passwords.
 
-Importing this module imports paramiko; nothing does before a connection is opened.
+Importing this module imports paramiko, so it is imported only when a connection is opened.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from .config import Host
 from .transport import Login, Transport
 
 AUTH_TIMEOUT = 60.0
-"""Seconds for which a server may think about one key: PAM and reverse name look-ups are slow on some."""
+"""Seconds within which a server must answer one key: PAM and reverse DNS lookups are slow on some."""
 PATIENCE = 300.0
-"""Seconds for which a person may think about a server's question."""
+"""Seconds within which the user must answer a server's prompt."""
 
 _KINDS: dict[str, type[PKey]] = {
     "ssh-ed25519": paramiko.Ed25519Key,
@@ -44,30 +44,30 @@ _KINDS: dict[str, type[PKey]] = {
     **{f"ecdsa-sha2-nistp{size}": paramiko.ECDSAKey for size in (256, 384, 521)},
 }
 _PKCS8 = "PKCS #8"
-"""The kind of a key file that does not say before it is decrypted which kind of key it holds."""
+"""Kind of a key file whose kind of key is unknown until it is decrypted."""
 
 _TRIES = 3
-"""How often a person may mistype a passphrase."""
+"""Attempts at entering a passphrase."""
 
 
 class _Refused(Exception):
-    """The server has ended the connection while we tried to log in, or has nothing left to try."""
+    """The server disconnected during the log-in, or there is no method left to try."""
 
 
 def log_in(transport: Transport, host: Host, place: str, starts: str) -> str:
-    """Log in, by all means that the configuration and the server leave, in the order in which `ssh` would try them.
+    """Log in with the methods that the configuration and the server permit, in the same order as `ssh`.
 
     Args:
-        transport: with its keys agreed on and its host key checked.
-        host: who is there.
-        place: what to call it in errors.
-        starts: the command that starts what is to run there first; it is asked for at once, where it is known.
+        transport: transport after the key exchange, with a verified host key.
+        host: the host.
+        place: the host's name in error messages.
+        starts: command to start first; its request is pipelined behind the first key, if the server permits.
 
     Returns:
-        What let us in.
+        The method that succeeded.
 
     Raises:
-        LogInError: the server does not let us in.
+        LogInError: the server rejects the log-in.
         BuilderLost: the connection broke.
     """
     transport.auth_timeout = AUTH_TIMEOUT
@@ -86,7 +86,7 @@ def log_in(transport: Transport, host: Host, place: str, starts: str) -> str:
 
 @dataclass
 class _Attempt:
-    """One try to log in, and what became of each key."""
+    """State of a log-in, with the outcome of each key."""
 
     transport: Transport
     host: Host
@@ -100,12 +100,12 @@ class _Attempt:
     done: bool = False
 
     def run(self, agent: AgentSSH | None) -> None:
-        """Try everything; raises _Refused at the end of the list."""
-        # Most servers take a key, and the first that there is: no question before. A refusal says what else they take.
+        """Try all methods; raises _Refused if none succeeds."""
+        # Most servers accept keys, so the first key is sent without a query before it. A refusal lists the methods.
         self._offer(["publickey"])
         for label, key in self._keys(agent):
             if "rsa" in key.get_name() and not self.asked:
-                self._ask()  # how such a key signs depends on what the server has said by the time it answers this
+                self._ask()  # the server announces its RSA signature algorithms before it answers
             if self.done or "publickey" not in self.offered:
                 break
             self.tried.append(label)
@@ -126,7 +126,7 @@ class _Attempt:
             raise _Refused
 
     def _show(self, key: PKey) -> None:
-        """Show that a key is ours; the first time, with a request for the program behind it."""
+        """Authenticate with a key; pipeline the request for the program behind the first one."""
 
         def show(done: threading.Event) -> None:
             first = not self.asked
@@ -137,11 +137,11 @@ class _Attempt:
         self._try(show)
 
     def _ask(self) -> None:
-        """Ask what the server takes, without any proof, as ssh does first."""
+        """Query the server's methods with the method `none`, as ssh does first."""
         self._try(lambda done: self.login.auth_none(self.host.user, done))
 
     def _try(self, method: Callable[[threading.Event], None]) -> None:
-        """Send what a way to log in begins with; note whether it was enough, and what else the server would take."""
+        """Try a method; record whether it suffices, and the methods that the server permits next."""
         done = threading.Event()
         self.login.methods = []
         try:
@@ -149,7 +149,7 @@ class _Attempt:
             self.asked = True
             further = self.login.wait_for_response(done)
         except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
-            if self.login.is_authenticated():  # and it hung up since, on what was asked for ahead
+            if self.login.is_authenticated():  # it then disconnected because of the pipelined request
                 self.done = True
                 return
             if not self.transport.is_active():
@@ -171,18 +171,18 @@ class _Attempt:
         self.offered = frozenset(methods) & self.host.methods
 
     def _answer(self, title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
-        """Put a server's questions to a person."""
+        """Ask the user a server's questions."""
         answers = []
         for prompt, _shown in prompts:
             words = "".join(char for char in f"({self.host.user}@{self.host.hostname}) {prompt}" if char.isprintable())
             answer = _secret(words, self.host.may_ask, keep=False)
-            answers.append(answer or "")  # an exception here would end paramiko's thread, and the connection
+            answers.append(answer or "")  # an exception would end paramiko's thread, and the connection
         if prompts:
             self.tried.append("what you typed")
         return answers
 
     def _keys(self, agent: AgentSSH | None) -> Iterator[tuple[str, PKey]]:
-        """Give the keys to try with what to call each: configured ones that the agent has, its others, files."""
+        """Yield each key to try and its label: configured keys in the agent, the agent's other keys, files."""
         files = [file for path in dict.fromkeys(self.host.identities) if (file := _KeyFile.read(path)) is not None]
         certificates = [blob for path in self.host.certificates if (blob := _certificate(path)) is not None]
         held: dict[bytes, AgentKey] = {key.blob: key for key in agent.get_keys()} if agent else {}
@@ -224,7 +224,7 @@ class _Attempt:
                 self.unusable.append(f"{file.path} (damaged)")
                 return None
         if not self.asked:
-            self._ask()  # nobody is to type a passphrase for a server that takes no keys
+            self._ask()  # no passphrase prompt if the server accepts no keys
         if self.done or "publickey" not in self.offered:
             return None
         prompt = f"Passphrase for {file.path}: "
@@ -245,7 +245,7 @@ class _Attempt:
 
 
 def _error(attempt: _Attempt, place: str, farewell: str) -> LogInError:
-    """Say why we were not let in, which keys were tried, and what to do."""
+    """Return an error with the reason, the keys that were tried, and the fix."""
     host = attempt.host
     words = host.address.words
     tried = "; ".join(attempt.tried) if attempt.tried else "nothing, for want of a key that can be used"
@@ -282,8 +282,8 @@ class _KeyFile:
     """A file with a private key.
 
     Attributes:
-        blob: its public half, b"" where that cannot be told without the passphrase.
-        problem: why it cannot be used, "" if it can.
+        blob: the public half; b"" if it is unknown without the passphrase.
+        problem: reason why the key cannot be used; "" if it can.
     """
 
     path: Path
@@ -298,7 +298,8 @@ class _KeyFile:
 
     @classmethod
     def read(cls, path: Path) -> _KeyFile | None:
-        """Look at a private key, or, as with ssh, at a public one whose private half the agent has; None: no file."""
+        """Inspect a private key, or, as ssh does, a public key whose private half the agent has; None without a
+        file."""
         try:
             data = path.read_bytes()
             status = path.stat()
@@ -329,11 +330,11 @@ def _unreadable(path: Path) -> str:
 
 
 def _pkcs8(data: bytes, passphrase: str | None) -> PKey:
-    """Load a key in PKCS #8 (RFC 5958), which paramiko does not read, by way of OpenSSH's own format.
+    """Load a key in PKCS #8 (RFC 5958), which paramiko cannot read, through conversion to OpenSSH's format.
 
     Raises:
-        ValueError: it is damaged, or the passphrase is another.
-        UnsupportedAlgorithm: SSH has no such keys, or its encryption is unknown here.
+        ValueError: the key is damaged, or the passphrase is wrong.
+        UnsupportedAlgorithm: SSH has no such keys, or the encryption is not supported.
     """
     try:
         key = serialization.load_pem_private_key(data, passphrase.encode() if passphrase is not None else None)
@@ -358,7 +359,7 @@ def _pkcs8(data: bytes, passphrase: str | None) -> PKey:
 
 
 def _inspect(data: bytes) -> tuple[str, bytes, bool]:
-    """Tell a private key's kind, its public half where that is in the clear, and whether it is encrypted.
+    """Return a private key's kind, its public half if it is not encrypted, and whether the key is encrypted.
 
     The format is OpenSSH's PROTOCOL.key; older keys are PEM, and those of other programs PKCS #8.
     """
@@ -388,7 +389,7 @@ def _inspect(data: bytes) -> tuple[str, bytes, bool]:
 
 
 def _public(path: Path) -> bytes:
-    """Return the key in a file of one public key; b"" if it is none."""
+    """Return the key in a file of one public key; b"" if there is none."""
     try:
         words = path.read_text(encoding="utf-8", errors="replace").split()
         blob = base64.b64decode(words[1], validate=True)
@@ -405,7 +406,7 @@ def _certificate(path: Path) -> PublicBlob | None:
 
 
 def _plain(blob: bytes) -> bytes:
-    """Return the key in a certificate, b"" if it is damaged."""
+    """Return the key in a certificate; b"" if the certificate is damaged."""
     try:
         return known_hosts.certified_key(blob)
     except known_hosts.HostKeyRefused:
@@ -421,16 +422,17 @@ def _fingerprint(blob: bytes) -> str:
 
 @contextlib.contextmanager
 def _agent(path: str | None) -> Iterator[AgentSSH | None]:
-    """Connect to the agent at a socket; None where there is none or it does not speak the protocol."""
+    """Connect to an agent's socket; yield None if there is no agent or it does not speak the protocol."""
     if path is None:
         yield None
         return
     agent = AgentSSH()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(AUTH_TIMEOUT)  # it may ask a person to touch something
+        connection.settimeout(AUTH_TIMEOUT)  # a hardware key may wait for a touch
         try:
             connection.connect(path)
-            # paramiko.Agent knows only $SSH_AUTH_SOCK, not IdentityAgent; this is what it does with its connection.
+            # paramiko.Agent supports only $SSH_AUTH_SOCK, not IdentityAgent; it initializes its connection with the
+            # same call.
             agent._connect(connection)  # type: ignore[attr-defined]
         except (OSError, paramiko.SSHException):
             yield None
@@ -438,14 +440,14 @@ def _agent(path: str | None) -> Iterator[AgentSSH | None]:
         yield agent
 
 
-# what only a person knows
+# prompts
 
 _asking = threading.Lock()
 _secrets: dict[str, str | None] = {}
 
 
 def _secret(prompt: str, may_ask: bool, keep: bool = True) -> str | None:
-    """Ask a person at the terminal, once per process and prompt; None where there is nobody to ask."""
+    """Prompt the user at the terminal, once per process and prompt; None if there is no terminal."""
     with _asking:
         if keep and prompt in _secrets:
             return _secrets[prompt]
@@ -469,7 +471,7 @@ def _forget(prompt: str) -> None:
 
 
 def _has_terminal() -> bool:
-    """Say whether a person sits at the terminal and this process is in its foreground."""
+    """Return whether the user can be prompted: there is a terminal, and this process is in its foreground."""
     is_seen = sys.__stderr__ is not None and sys.__stderr__.isatty()
     if not is_seen and not events.is_elsewhere():
         return False

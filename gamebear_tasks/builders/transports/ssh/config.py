@@ -1,4 +1,4 @@
-"""Where a builder's `ssh://` URL leads to: what OpenSSH's configuration says about a host, as `ssh` would read it."""
+"""Resolve a builder's `ssh://` URL with OpenSSH's configuration, as `ssh` does."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ....errors import SettingsError
 from ....util.urls import shown
 
 CONNECT_TIMEOUT = 15.0
-"""Seconds to wait for a connection where the configuration has no `ConnectTimeout`."""
+"""Seconds to wait for a connection if the configuration has no `ConnectTimeout`."""
 ALIVE_INTERVAL = 15.0
-"""Seconds of silence before a sign of life is asked for where the configuration has no `ServerAliveInterval`."""
+"""Seconds of silence before a keepalive request if the configuration has no `ServerAliveInterval`."""
 
 _HOST = re.compile(r"(?!-)[A-Za-z0-9_.+~=-]+\Z")
 _ADDRESS_6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[A-Za-z0-9_.-]+)?\Z")
@@ -30,12 +30,12 @@ _USER = re.compile(r"(?!-)[^\s\x00-\x1f'\"`$\\;&<>|(){}\[\]/:*?]+\Z")
 
 @dataclass(frozen=True)
 class Address:
-    """A host as a person names it, before any configuration is read.
+    """A host as named by the user, before the configuration is read.
 
     Attributes:
-        host: an alias of the configuration, a name or a numeric address.
-        user: None: as configured.
-        port: None: as configured.
+        host: an alias in the configuration, a host name or a numeric address.
+        user: None for the configured user.
+        port: None for the configured port.
     """
 
     host: str
@@ -44,28 +44,28 @@ class Address:
 
     @property
     def words(self) -> str:
-        """The arguments by which `ssh` and `ssh-copy-id` would reach it."""
+        """Arguments with which `ssh` and `ssh-copy-id` reach the host."""
         port = f"-p {self.port} " if self.port else ""
         return f"{port}{f'{self.user}@' if self.user else ''}{self.host}"
 
 
 @dataclass(frozen=True)
 class Host:
-    """All that there is to know before connecting to a host.
+    """Connection parameters of a host.
 
     Attributes:
-        address: how it was named.
+        address: the address that the user specified.
         family: AF_UNSPEC, AF_INET or AF_INET6.
         alias: `HostKeyAlias`, or "".
-        known_hosts: files, the person's own first.
-        revoked: `RevokedHostKeys`, if any.
-        host_key_algorithms: those allowed; empty: all. So too ciphers and macs.
-        identities: files of private keys, present or not.
-        agent: the path of the agent's socket, if any.
-        jumps: hosts to go through, the nearest first.
-        proxy_command: a shell command to speak through, expanded, or "".
-        methods: the ways to log in that the configuration leaves.
-        may_ask: whether a person may be asked for a password.
+        known_hosts: known_hosts files, the user's own first.
+        revoked: file of `RevokedHostKeys`, if any.
+        host_key_algorithms: permitted algorithms; empty for all. The same applies to ciphers and macs.
+        identities: files of private keys, existing or not.
+        agent: path of the agent's socket, if any.
+        jumps: jump hosts, the nearest first.
+        proxy_command: shell command that connects to the host, expanded, or "".
+        methods: authentication methods that the configuration permits.
+        may_ask: whether the user may be asked for a password.
         connect_timeout: seconds.
         alive_interval: seconds.
     """
@@ -95,7 +95,7 @@ class Host:
 
     @property
     def known_as(self) -> str:
-        """The name under which its host keys stand in known_hosts."""
+        """Name of the host in known_hosts."""
         if self.alias:
             return self.alias
         name = self.hostname.lower()
@@ -103,13 +103,13 @@ class Host:
 
 
 def parse_url(url: str) -> Address:
-    """Read a builder's URL, ssh://[user@]host[:port].
+    """Parse a builder's URL, ssh://[user@]host[:port].
 
     Raises:
-        SettingsError: it is anything else.
+        SettingsError: the URL is invalid.
     """
     what = f"The builder {shown(url)!r}"
-    # Up to the last @: who writes a password there does not think of escaping a `/` in it.
+    # Match up to the last @, because a password in the URL may contain an unescaped `/`.
     match = re.match(r"ssh://(?:(.*)@)?([^/?#@]*)([^@]*)\Z", url, re.DOTALL)
     if match is None:
         raise SettingsError(
@@ -132,7 +132,7 @@ def parse_url(url: str) -> Address:
 
 
 def _address(place: str, user: str | None, what: str) -> Address:
-    """Take apart host[:port]; `what` begins the sentence that says what is wrong with it."""
+    """Parse host[:port]; `what` begins the error message."""
     hint = "Write it as ssh://[user@]host[:port], an IPv6 address in brackets."
     if not place:
         raise SettingsError(f"{what} names no host.", hint)
@@ -140,7 +140,7 @@ def _address(place: str, user: str | None, what: str) -> Address:
     if match is None:
         raise SettingsError(f"{what} has no host that can be understood in {place!r}.", hint)
     host, port = match[1].strip("[]"), match[2]
-    if not (_HOST.match(host) or _ADDRESS_6.match(host)):  # `ssh -G` puts names and IPv4 addresses in brackets too
+    if not (_HOST.match(host) or _ADDRESS_6.match(host)):  # `ssh -G` also prints names and IPv4 addresses in brackets
         raise SettingsError(f"{what} has a host, {host!r}, that is neither a name nor an address.", hint)
     if user is not None and not _USER.match(user):
         raise SettingsError(f"{what} has a user, {user!r}, that no system would have.", hint)
@@ -153,12 +153,12 @@ def _address(place: str, user: str | None, what: str) -> Address:
 
 
 def read(address: Address) -> Host:
-    """Return what OpenSSH's configuration says about a host.
+    """Read OpenSSH's configuration for a host.
 
-    `ssh -G` is asked where there is an `ssh`; otherwise paramiko reads `~/.ssh/config`, without `Include`. What would
-    make the host key check weaker is ignored: `StrictHostKeyChecking no` and `accept-new` mean `yes` here.
-    Not supported: `KexAlgorithms` (paramiko's own choice is used), `KnownHostsCommand`, `VerifyHostKeyDNS`,
-    `PKCS11Provider`, host-based and Kerberos log-in. Hardware keys work through the agent.
+    `ssh -G` reads it if `ssh` is installed. Otherwise paramiko reads `~/.ssh/config`, without `Include`. Options that
+    weaken the host key check are ignored: `StrictHostKeyChecking no` and `accept-new` are treated as `yes`. Not
+    supported: `KexAlgorithms` (paramiko's own choice is used), `KnownHostsCommand`, `VerifyHostKeyDNS`,
+    `PKCS11Provider`, host-based and Kerberos authentication. Hardware keys work through the agent.
 
     Raises:
         SettingsError: the configuration cannot be read.
@@ -168,7 +168,7 @@ def read(address: Address) -> Host:
 
 
 def home() -> Path:
-    """Return the person's home folder ($HOME, as everywhere else in the project)."""
+    """Return the user's home folder ($HOME, as everywhere in this project)."""
     return Path(os.environ.get("HOME") or _account_home())
 
 
@@ -177,13 +177,13 @@ def _account_home() -> str:
 
 
 def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
-    """Return the configuration by lower-case keyword, each with its values, as `ssh -G` prints it."""
+    """Return the values of each keyword, in lower case, from the output of `ssh -G`."""
     command = [ssh, "-G"]
     try:
         differs = not os.path.samefile(home(), _account_home())
     except (OSError, KeyError):
         differs = True
-    if differs:  # ssh takes the home folder from the user database
+    if differs:  # ssh reads the home folder from the user database
         config = home() / ".ssh" / "config"
         command += ["-F", str(config) if config.exists() else "none"]
     if address.port:
@@ -231,7 +231,7 @@ def _ask_paramiko(address: Address) -> dict[str, list[str]]:
         )
     try:
         found = paramiko.SSHConfig.from_text(text).lookup(address.host)
-    except Exception as error:  # paramiko's own and others, all of them about the file
+    except Exception as error:  # paramiko's errors and others, all caused by the file
         raise SettingsError(f"The SSH configuration {path} cannot be read: {error}.", "Mend it there.") from error
     options = {key: [value] if isinstance(value, str) else list(value) for key, value in found.items()}
     if address.port:
@@ -249,7 +249,7 @@ def _host(address: Address, options: Mapping[str, list[str]]) -> Host:
         return Path(_untilde(_variables(_tokens(text, tokens))))
 
     def paths(keyword: str, default: str) -> list[Path]:
-        # The home folder first, because its name may have a space, which separates files here.
+        # Replace the home folder first: its name may contain a space, which separates files here.
         text = one(keyword, default)
         for folder in {str(home()), _account_home()}:
             text = text.replace(folder.rstrip("/") + "/.", "~/.")
@@ -345,7 +345,7 @@ def _jump(word: str, address: Address) -> Address:
 
 
 def _seconds(text: str, default: float) -> float:
-    """Read a number of seconds; nothing, `none`, 0 and what is no number mean the default."""
+    """Parse a number of seconds; return the default for an empty text, `none`, 0 or an invalid number."""
     return float(text) if re.match(r"0*[1-9][0-9]*\Z", text) else default
 
 
@@ -357,7 +357,7 @@ def _login() -> str:
 
 
 def _tokens(text: str, tokens: Mapping[str, str]) -> str:
-    """Expand %h and the like; ssh_config(5), TOKENS."""
+    """Expand tokens such as %h; ssh_config(5), TOKENS."""
 
     def expand(match: re.Match[str]) -> str:
         name = match[1]

@@ -1,8 +1,7 @@
-"""The builder `ssh://`: one SSH connection, made as `ssh` itself would make it, with many channels.
+"""Builder `ssh://`: one SSH connection with many channels, established like that of `ssh` itself.
 
-Paramiko is imported when the first connection is opened, and not before. The parts: `config` reads where a URL
-leads to, `known_hosts` tells whether the server is the right one, `authentication` gets us in, `transport` and
-`packetizer` mend paramiko.
+Paramiko is imported only when the first connection is opened. The parts are: `config` resolves the URL, `known_hosts`
+verifies the host key, `authentication` logs in, `transport` and `packetizer` fix and accelerate paramiko.
 """
 
 from __future__ import annotations
@@ -33,11 +32,13 @@ if TYPE_CHECKING:
     from .transport import Session, Transport
 
 HANDSHAKE_TIMEOUT = 60.0
-"""Seconds for agreeing on keys: a small board under load needs ten."""
+"""Seconds for the key exchange: a small board under load needs ten."""
 
 INTRODUCTION = "SSH-2.0-gamebear_tasks"
-"""What we say first (RFC 4253, section 4.2), as soon as there is a connection: without it no server begins with the key
-exchange."""
+"""Identification string (RFC 4253, section 4.2), sent as soon as the TCP connection is open.
+
+No server starts the key exchange before it has received this string.
+"""
 
 _MOST_JUMPS = 8
 _SETTLING = 0.5
@@ -47,22 +48,22 @@ _connections: weakref.WeakSet[SSHConnection] = weakref.WeakSet()
 
 
 class SSHConnection:
-    """An SSH connection to a builder, with the jump hosts on the way to it.
+    """An SSH connection to a builder, with its jump hosts.
 
-    Its host key must be known; nothing is ever accepted by itself. It may be used from several threads. In a process
-    that is forked off it is dead, and closing it there does not disturb it here.
+    The host key must be known; unknown keys are never accepted automatically. Several threads may use the connection.
+    In a forked process the connection is dead, and closing it there does not affect the parent process.
 
     Args:
-        url: ssh://[user@]host[:port]; host may be an alias of ~/.ssh/config.
-        first: the command that is as good as certain to be started first; it is, as soon as we are let in.
+        url: ssh://[user@]host[:port]; the host may be an alias in ~/.ssh/config.
+        first: command that is almost certain to be started first; its request is pipelined behind the log-in.
 
     Attributes:
-        described: the server's version, its host key, who we are there and what let us in.
+        described: the server's version and host key, the user, and the log-in method.
 
     Raises:
-        SettingsError: the URL or the configuration makes no sense.
-        BuilderLost: the builder cannot be reached now (no such host, refused, time-out, `MaxStartups`).
-        BuilderError: the host key or the log-in is refused.
+        SettingsError: the URL or the configuration is invalid.
+        BuilderLost: the builder cannot be reached now (no such host, refused, timeout, `MaxStartups`).
+        BuilderError: the host key or the log-in is rejected.
     """
 
     def __init__(self, url: str, first: str = "") -> None:
@@ -87,7 +88,7 @@ class SSHConnection:
         """Start a program."""
         import paramiko
 
-        # One at a time: paramiko keeps only one refusal for all threads.
+        # Serialized: paramiko stores only one refusal for all threads.
         with self._opening:
             self._check()
             try:
@@ -130,13 +131,13 @@ class SSHConnection:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the connection is, as far as is known, still there."""
+        """Whether the connection is still there, as far as is known."""
         return os.getpid() == self._process and not self._closed and self._transport.is_active()
 
     def survives(self) -> bool:
-        """Say whether the connection is still there after a channel has ended for no good reason.
+        """Return whether the connection is still there after a channel has ended unexpectedly.
 
-        Paramiko's thread closes the channels of a broken connection a moment before it says that it is broken.
+        Paramiko's thread closes the channels of a broken connection shortly before it marks the connection as broken.
         """
         until = time.monotonic() + _SETTLING
         while self.is_alive and time.monotonic() < until:
@@ -144,7 +145,7 @@ class SSHConnection:
         return self.is_alive
 
     def lost(self, error: BaseException | None = None) -> BuilderLost:
-        """Return the error that says why the connection is gone."""
+        """Return an error with the reason why the connection is gone."""
         if self._closed:
             return BuilderLost(f"{self.place}: the connection was closed.")
         farewell = self._transport.farewell
@@ -153,7 +154,7 @@ class SSHConnection:
         return BuilderLost(f"{self.place} is gone: {why}.")
 
     def abandon(self) -> None:
-        """Forget the connection, without a word to the builder: this process is a fork of the one that uses it."""
+        """Forget the connection without a message to the builder, in a fork of the process that uses it."""
         for transport in self._transports:
             transport.abandon()
 
@@ -166,21 +167,21 @@ class SSHConnection:
     # connecting
 
     def _connect(self, address: Address, jumps: Sequence[Address] | None, depth: int) -> Transport:
-        """Connect and log in to a host, through its jump hosts, or these if they are given."""
+        """Connect and log in to a host, through its configured jump hosts or the specified ones."""
         if depth > _MOST_JUMPS:
             raise SettingsError(
                 f"{self.place} is behind more than {_MOST_JUMPS} jump hosts.",
                 f"See whether ProxyJump goes round in a circle in ~/.ssh/config, at {address.host}.",
             )
         loading = threading.Thread(target=_load_paramiko_ahead)
-        loading.start()  # while `ssh -G` reads the configuration, and the host answers
+        loading.start()  # in parallel with `ssh -G` and the TCP connection
         try:
             host = config.read(address)
             jumps = host.jumps if jumps is None else jumps
             place = self.place if not depth else f"{self.place}: its jump host {address.host}"
             dial = _Dial(host, place) if not (jumps or host.proxy_command) else None
         finally:
-            loading.join()  # and not be in the midst of it when Python ends
+            loading.join()  # must not run during interpreter shutdown
         from . import authentication
         from .transport import Transport
 
@@ -188,7 +189,7 @@ class SSHConnection:
             sock: socket.socket | paramiko.Channel = dial.connected()
         elif jumps:
             *before, last = jumps
-            # As with ssh -J: the nearest is reached as configured, each further one through those before it.
+            # As with ssh -J: the first jump host is reached as configured, each further one through those before it.
             through = self._connect(last, before or None, depth + 1)
             sock = self._forward(through, host, place)
             introduce(sock)
@@ -293,12 +294,12 @@ class SSHConnection:
             raise BuilderLost(f"{place} cannot be reached through the host before it: {_why(error)}.") from error
 
     def _run_proxy(self, host: Host) -> socket.socket:
-        """Start `ProxyCommand` at one end of a pair of sockets; return the other."""
+        """Start `ProxyCommand` at one end of a socket pair; return the other end."""
         ours, theirs = socket.socketpair()
         with theirs:
             errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the connection
             self._proxy_errors.append(errors)
-            # It keeps the terminal, where it may have to ask for something, but not the Ctrl-C that is meant for us.
+            # It keeps the terminal, because it may have to prompt, but ignores Ctrl-C, which the client handles.
             self._proxies.append(
                 subprocess.Popen(
                     ["/bin/sh", "-c", f"trap '' INT; exec {host.proxy_command}"],
@@ -320,7 +321,7 @@ class SSHConnection:
 
 
 class SSHChannel:
-    """A program on the builder: its input, its output and its errors."""
+    """Standard input, output and error of a program on the builder."""
 
     def __init__(self, connection: SSHConnection, channel: Session) -> None:
         self._connection = connection
@@ -336,14 +337,14 @@ class SSHChannel:
         except Exception as error:
             raise self._lost(error) from error
         while view:
-            # Not by the channel's own time-out, which belongs to `receive`.
+            # The channel's own timeout is reserved for `receive`.
             if not self._may_send(until - time.monotonic()):
                 raise BuilderLost(f"{self._connection.place} has taken nothing for {SEND_SILENCE:g} seconds.")
             try:
                 sent = self._channel.send(bytes(view[:_PIECE]))
-            except TimeoutError:  # another thread has used the window up
+            except TimeoutError:  # another thread has used up the window
                 continue
-            except Exception as error:  # whatever paramiko and its socket come up with
+            except Exception as error:  # any error of paramiko or its socket
                 raise self._lost(error) from error
             if not sent:
                 raise self._lost(None)
@@ -351,7 +352,7 @@ class SSHChannel:
             until = time.monotonic() + SEND_SILENCE
 
     def _may_send(self, timeout: float) -> bool:
-        """Wait until the server takes more, or the channel is closed; say whether that was within the time-out."""
+        """Wait until the window opens or the channel is closed; return whether that happened before the timeout."""
         channel = self._channel
         with channel.lock:
             return channel.out_buffer_cv.wait_for(
@@ -359,13 +360,13 @@ class SSHChannel:
             )
 
     def receive(self, size: int, timeout: float) -> bytes:
-        """Return 1 to `size` bytes, or `b""` when the program has closed its output."""
+        """Return 1 to `size` bytes, or `b""` once the program has closed its output."""
         self._channel.settimeout(timeout)
         try:
             data = self._channel.recv(size)
         except TimeoutError as error:
             raise BuilderLost(f"{self._connection.place} has been silent for {timeout:g} seconds.") from error
-        except Exception as error:  # whatever paramiko and its socket come up with
+        except Exception as error:  # any error of paramiko or its socket
             raise self._lost(error) from error
         if (
             not data
@@ -376,11 +377,11 @@ class SSHChannel:
         return data
 
     def errors(self) -> bytes:
-        """Return the last 64 KiB of what the program has written to its standard error."""
+        """Return the last 64 KiB of the program's standard error."""
         return self._channel.errors.tail
 
     def exit_status(self, timeout: float) -> int | None:
-        """Return the program's exit status; None while it runs, and when a signal has ended it."""
+        """Return the program's exit status; None while it runs, or if a signal ended it."""
         if not self._channel.status_event.wait(timeout):
             return None
         if self._channel.exit_status == -1:
@@ -390,7 +391,7 @@ class SSHChannel:
         return self._channel.exit_status
 
     def close(self) -> None:
-        """Close the stream. Never raises."""
+        """Close the channel. Never raises."""
         self._closed = True
         if self._connection.is_alive:
             with contextlib.suppress(Exception):
@@ -409,13 +410,13 @@ class SSHChannel:
 
 
 def introduce(sock: socket.socket | paramiko.Channel) -> None:
-    """Say who we are; whether that arrived shows in the answer."""
+    """Send the identification string; a failure shows when the answer is read."""
     with contextlib.suppress(OSError):
         sock.sendall(f"{INTRODUCTION}\r\n".encode())
 
 
 class _Dial(threading.Thread):
-    """Connects to a host's port, and introduces us there, while others do something else, such as load paramiko."""
+    """Thread that connects to a host's port and sends the identification string, while paramiko is imported."""
 
     def __init__(self, host: Host, place: str) -> None:
         super().__init__(daemon=True)
@@ -429,11 +430,11 @@ class _Dial(threading.Thread):
         try:
             self._outcome = sock = _dial(self._host, self._place)
             introduce(sock)
-        except Exception as error:  # noqa: BLE001 - whoever waits for us raises it
+        except Exception as error:  # noqa: BLE001 - `connected` raises it
             self._outcome = error
 
     def connected(self) -> socket.socket:
-        """Return the connected socket; raises what `_dial` does."""
+        """Return the connected socket; raises the errors of `_dial`."""
         self.join()
         if isinstance(self._outcome, Exception):
             raise self._outcome
@@ -442,20 +443,20 @@ class _Dial(threading.Thread):
 
 
 def _load_paramiko_ahead() -> None:
-    """Import paramiko while something else is waited for; where that fails, who needs it says why."""
+    """Import paramiko in the background; a failure is reported by the code that needs it."""
     with contextlib.suppress(ImportError, OSError, MemoryError):
         _load_paramiko()
 
 
 def _load_paramiko() -> None:
-    """Import paramiko, but not invoke, if that is not there anyway.
+    """Import paramiko, but skip its import of invoke unless invoke is loaded already.
 
-    Paramiko imports it for its own reader of `~/.ssh/config`, which we do not use, and does without where it is not
-    installed; it takes longer to load than all else of paramiko.
+    Paramiko needs invoke only for its own reader of `~/.ssh/config`, which is not used here, and works without it.
+    Invoke takes longer to load than the rest of paramiko.
     """
     if "paramiko" in sys.modules or "invoke" in sys.modules:
         return
-    sys.modules["invoke"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+    sys.modules["invoke"] = None  # type: ignore[assignment]  # marks the module as missing
     try:
         import paramiko  # noqa: F401
     finally:
@@ -463,7 +464,7 @@ def _load_paramiko() -> None:
 
 
 def _dial(host: Host, place: str) -> socket.socket:
-    """Connect to a host's port, by each of its addresses in turn."""
+    """Connect to a host's port, trying each of its addresses in turn."""
     try:
         addresses = socket.getaddrinfo(host.hostname, host.port, host.family, socket.SOCK_STREAM)
     except UnicodeError as error:
@@ -502,7 +503,7 @@ def _dial(host: Host, place: str) -> socket.socket:
 def _host_key_error(
     refused: known_hosts.HostKeyRefused, host: Host, blob: bytes, place: str, indirect: bool
 ) -> HostKeyError:
-    """Say why a host key is refused, and the command that mends it."""
+    """Return the error for a rejected host key, with the command that fixes it."""
     shown = known_hosts.fingerprint(blob)
     words = host.address.words
     places = ", ".join(line.place for line in refused.lines)
@@ -541,7 +542,7 @@ def _host_key_error(
 
 
 def _why(error: BaseException | None) -> str:
-    """Say in a few words what an exception of paramiko or a socket means."""
+    """Return the reason in an exception of paramiko or a socket, in a few words."""
     if isinstance(error, TimeoutError):
         return "it takes too long to answer"
     if isinstance(error, OSError) and error.strerror:
@@ -562,11 +563,11 @@ def open_builder(url: str) -> RunnerBuilder:
     """Open `ssh://[user@]host[:port]`.
 
     Raises:
-        SettingsError: the URL is not one.
+        SettingsError: the URL is invalid.
     """
     address = config.parse_url(url)
     place = f"{address.user}@{address.host}" if address.user else address.host
-    first = [bundle().command]  # not on another connection: a server that hangs up on it is to be met without
+    first = [bundle().command]  # first connection only: a server may disconnect because of the pipelined request
 
     def connect() -> SSHConnection:
         return SSHConnection(url, first.pop() if first else "")

@@ -1,7 +1,7 @@
-"""Whether a server is the one it should be: known_hosts, revoked keys, host certificates.
+"""Verification of host keys: known_hosts, revoked keys, host certificates.
 
-The format is that of sshd(8), SSH_KNOWN_HOSTS FILE FORMAT; certificates are those of OpenSSH's PROTOCOL.certkeys.
-Paramiko's own reader knows neither markers nor patterns, and paramiko checks nothing about a certificate.
+The format is that of sshd(8), SSH_KNOWN_HOSTS FILE FORMAT; certificates follow OpenSSH's PROTOCOL.certkeys. Paramiko's
+own reader supports neither markers nor patterns, and paramiko does not verify certificates.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ ALGORITHMS = {
     "ecdsa-sha2-nistp521": ("ecdsa-sha2-nistp521",),
     "ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256"),
 }
-"""The signature algorithms of each kind of host key, best first; SHA-1 is not among them."""
+"""Signature algorithms of each kind of host key, best first; SHA-1 is excluded."""
 
 _CERTIFICATE = "-cert-v01@openssh.com"
 _FOR_HOSTS = 2
 
 
 class HostKeyRefused(Exception):
-    """A host key is not to be trusted.
+    """A host key is not trusted.
 
     Args:
-        reason: unknown, other (its kind is unknown, keys of another kind are known), changed, revoked or certificate.
-        detail: what to say about it besides.
-        lines: the lines of known_hosts it stands against.
+        reason: unknown, other (keys of another kind are known), changed, revoked or certificate.
+        detail: further explanation.
+        lines: conflicting lines of known_hosts.
     """
 
     def __init__(self, reason: str, detail: str = "", lines: Sequence[Line] = ()) -> None:
@@ -57,10 +57,10 @@ class Line:
 
     Attributes:
         marker: "", "@revoked" or "@cert-authority".
-        hosts: names, patterns or a hashed name, as they stand there.
-        kind: the kind of the key, such as ssh-ed25519.
+        hosts: names, patterns or a hashed name, as written in the file.
+        kind: kind of the key, such as ssh-ed25519.
         blob: the key.
-        place: file and number of the line.
+        place: file and line number.
     """
 
     marker: str
@@ -72,7 +72,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Known:
-    """What known_hosts says about one host: keys to trust, keys never to trust, authorities for certificates."""
+    """Entries of known_hosts for one host: trusted keys, revoked keys, certificate authorities."""
 
     trusted: tuple[Line, ...]
     revoked: tuple[Line, ...]
@@ -80,10 +80,10 @@ class Known:
 
 
 def known(host: Host) -> Known:
-    """Read what is known about a host from all of its known_hosts files; damaged lines are passed over, as by ssh."""
+    """Read the entries for a host from all of its known_hosts files; damaged lines are skipped, as by ssh."""
     names = [host.known_as]
     if not host.alias and host.port != 22:
-        names.append(host.hostname.lower())  # as ssh: its keys are good on a port that has none of its own
+        names.append(host.hostname.lower())  # as ssh: its keys are valid on a port without keys
     lines = [line for path in host.known_hosts for line in _read(path)]
     found = [line for line in lines if any(matches(line.hosts, name) for name in names)]
     exact = [line for line in found if matches(line.hosts, names[0])]
@@ -95,10 +95,9 @@ def known(host: Host) -> Known:
 
 
 def algorithms(host: Host, known: Known) -> list[str]:
-    """Return what to ask a server to identify itself with: first what can be checked, then the rest.
+    """Return the host key algorithms to request, those that can be verified first.
 
-    So a server that has several keys shows the one that is known. Certificates are asked for where there is an
-    authority for them.
+    So a server with several keys presents the known one. Certificates are requested if there is an authority for them.
     """
     kinds = [line.kind for line in known.trusted] + list(ALGORITHMS)
     plain = [name for kind in dict.fromkeys(kinds) for name in ALGORITHMS.get(kind, ())]
@@ -108,10 +107,10 @@ def algorithms(host: Host, known: Known) -> list[str]:
 
 
 def check(host: Host, known: Known, blob: bytes) -> None:
-    """Say whether to trust the key or certificate with which a server has identified itself.
+    """Verify the key or certificate with which a server has identified itself.
 
     Raises:
-        HostKeyRefused: not to be trusted.
+        HostKeyRefused: the key is not trusted.
     """
     kind = split_string(blob)[0].decode("ascii", "replace")
     certificate = _Certificate.parse(blob) if kind.endswith(_CERTIFICATE) else None
@@ -131,13 +130,13 @@ def check(host: Host, known: Known, blob: bytes) -> None:
         return
     if same:
         raise HostKeyRefused("changed", lines=same)
-    if any(line.blob == key for line in known.trusted):  # only now for the plain name, whatever its port
+    if any(line.blob == key for line in known.trusted):  # last: keys of the plain name, whatever its port
         return
     raise HostKeyRefused("other" if exact else "unknown", lines=exact)
 
 
 def fingerprint(blob: bytes) -> str:
-    """Return the fingerprint of a key as OpenSSH prints it, SHA256:… and its kind; of a certificate: of its key."""
+    """Return fingerprint and kind of a key as OpenSSH prints them, SHA256:…; for a certificate, those of its key."""
     kind = split_string(blob)[0].decode("ascii", "replace")
     key = _Certificate.parse(blob).key if kind.endswith(_CERTIFICATE) else blob
     digest = base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
@@ -146,12 +145,12 @@ def fingerprint(blob: bytes) -> str:
 
 
 def certified_key(blob: bytes) -> bytes:
-    """Return the key in a certificate; raises HostKeyRefused where it is damaged."""
+    """Return the key in a certificate; raises HostKeyRefused if the certificate is damaged."""
     return _Certificate.parse(blob).key
 
 
 def matches(hosts: str, name: str) -> bool:
-    """Say whether the first field of a line of known_hosts means a host."""
+    """Return whether the first field of a known_hosts line matches a host."""
     if hosts.startswith("|1|"):
         try:
             salt, digest = (base64.b64decode(part, validate=True) for part in hosts[3:].split("|"))
@@ -195,7 +194,7 @@ def _read(path: Path) -> list[Line]:
 
 
 def _check_revoked(path: Path, blob: bytes) -> None:
-    """Look a key up in `RevokedHostKeys`, a list or a KRL; as with ssh, one that cannot be read refuses all keys."""
+    """Look up a key in `RevokedHostKeys`, a list or a KRL; as with ssh, an unreadable file rejects all keys."""
     program = shutil.which("ssh-keygen")
     if program is None:
         raise HostKeyRefused("revoked", f"{path} (RevokedHostKeys) cannot be read without ssh-keygen")
@@ -225,7 +224,7 @@ class _Certificate:
 
     @classmethod
     def parse(cls, blob: bytes) -> _Certificate:
-        """Take a certificate apart; raises HostKeyRefused where it is damaged."""
+        """Parse a certificate; raises HostKeyRefused if it is damaged."""
         try:
             kind, rest = split_string(blob)
             plain = kind.decode().removesuffix(_CERTIFICATE).encode()
@@ -253,7 +252,7 @@ class _Certificate:
         return cls(key, type_, tuple(names), after, before, critical, authority, signed, signature)
 
     def check(self, name: str) -> None:
-        """Raise HostKeyRefused unless its authority has certified it for a host of that name, for now."""
+        """Verify that the authority certified the key for the host, and the validity; raises HostKeyRefused."""
         from paramiko.message import Message
         from paramiko.pkey import PKey
 
@@ -278,7 +277,7 @@ def _packed(text: bytes) -> bytes:
 
 
 def split_string(data: bytes) -> tuple[bytes, bytes]:
-    """Split off SSH's `string` (RFC 4251, section 5); raises struct.error where there is none."""
+    """Split off an SSH `string` (RFC 4251, section 5); raises struct.error if the data is too short."""
     (size,) = struct.unpack_from(">I", data)
     if len(data) < 4 + size:
         raise struct.error("cut short")

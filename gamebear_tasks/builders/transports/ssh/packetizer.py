@@ -1,6 +1,6 @@
-"""Paramiko's packets read fast and watched, and what becomes of a channel's data; knows nothing of logging in.
+"""Fast packet reader with keepalive, and receive buffers of channels; independent of authentication.
 
-Importing this module imports paramiko; nothing does before a connection is opened.
+Importing this module imports paramiko, so it is imported only when a connection is opened.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from paramiko.packet import NeedRekeyException
 from paramiko.packet import Packetizer as ParamikoPacketizer
 
 POLL = 0.1
-"""Seconds for which paramiko lets one read or write of its socket wait."""
+"""Seconds after which paramiko interrupts one read or write of its socket."""
 
 SMALL = 1024
-"""Bytes; pieces of a channel's data below it are put together, for each costs some hundred bytes besides."""
+"""Bytes; smaller pieces of a channel's data are merged, because each piece has an overhead of some hundred bytes."""
 
 MAX_PACKET = 256 << 10
-"""The longest packet that is read, in bytes: OpenSSH's own limit (`PACKET_MAX_SIZE`)."""
+"""Maximum length of a packet in bytes: OpenSSH's own limit (`PACKET_MAX_SIZE`)."""
 
 _DATA = struct.Struct(">BBII")
-"""What a packet with a channel's data begins with: the padding's length, the kind, the channel, the data's length."""
+"""Start of a packet with channel data: padding length, message number, channel, data length."""
 _TAG = 16
 _LENGTH = struct.Struct(">I")
 
 
 class PeerSilent(paramiko.SSHException):
-    """The peer has answered nothing for as long as the settings allow."""
+    """The peer did not answer for as long as the settings allow."""
 
 
 class Owner(Protocol):
-    """What a reader of packets asks of the transport that it belongs to."""
+    """Methods of the transport that its packet reader uses."""
 
     def inflow(self, number: int) -> Inflow | None:
-        """Return the buffer of a channel whose data may be put there now."""
+        """Return a channel's buffer if it may receive data directly now."""
         ...
 
     def is_authenticated(self) -> bool:
-        """Say whether we are logged in."""
+        """Return whether the log-in has succeeded."""
         ...
 
     def ask_for_life(self) -> None:
-        """Ask the peer for a sign of life."""
+        """Send a keepalive request."""
         ...
 
 
 class Packetizer(ParamikoPacketizer):
-    """Paramiko's reader and writer of packets, which reads fast, and asks a silent peer whether it is still there.
+    """Paramiko's packet reader and writer, with fast reads and keepalive requests.
 
-    Paramiko reads each packet with two calls and copies it many times on its way to whoever waits for it. Here as much
-    is read at once as is there, and with AES-GCM, which every OpenSSH since 2013 speaks, a channel's data goes from the
-    cipher's output to the channel's buffer. All other packets, and all those of other ciphers, go paramiko's way.
+    Paramiko reads each packet with two calls and copies it many times. This class reads all available bytes at once.
+    With AES-GCM, which every OpenSSH since 2013 supports, it passes a channel's data from the cipher's output directly
+    to the channel's buffer. All other packets, and all packets of other ciphers, use paramiko's code.
 
-    OpenSSH asks for signs of life as well (`ServerAliveInterval`, `ServerAliveCountMax`). Paramiko's own keep-alive
-    expects no answer, and its `write_all` tries for ever where the peer takes nothing.
+    Keepalive requests work as in OpenSSH (`ServerAliveInterval`, `ServerAliveCountMax`). Paramiko's own keepalive
+    expects no answer, and its `write_all` retries without limit if the peer accepts nothing.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -79,9 +79,9 @@ class Packetizer(ParamikoPacketizer):
         self._buffer = bytearray(2 * MAX_PACKET)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        """What is read and not used yet is between these in the buffer."""
+        """Bounds of the unread bytes in the buffer."""
         self._engine: Any = None
-        """The cipher of what comes in, where it is AES-GCM."""
+        """Cipher for incoming packets if it is AES-GCM."""
         self._nonce = b""
         self._compressed = False
         self._sequence = 0
@@ -91,24 +91,25 @@ class Packetizer(ParamikoPacketizer):
     # reading
 
     def set_inbound_cipher(self, *args: Any, **kwargs: Any) -> None:
-        """Take a new cipher for what comes in."""
+        """Set the cipher for incoming packets."""
         super().set_inbound_cipher(*args, **kwargs)
         self._engine = kwargs.get("block_engine") if kwargs.get("aead") else None
         self._nonce = kwargs.get("iv_in") or b""
         self._received = 0
 
     def set_inbound_compressor(self, compressor: Any) -> None:
-        """Take a compressor for what comes in."""
+        """Set the compressor for incoming packets."""
         super().set_inbound_compressor(compressor)
         self._compressed = True
 
     def reset_seqno_in(self) -> None:
-        """Count packets from 0 again."""
+        """Reset the sequence number of incoming packets to 0."""
         super().reset_seqno_in()
         self._sequence = 0
 
     def readline(self, timeout: float) -> str:
-        """Read a line of the peer's introduction, without its end; raises EOFError, and TimeoutError after seconds."""
+        """Return a line of the peer's identification, without its end; raises EOFError, or TimeoutError at the
+        timeout."""
         until = time.monotonic() + timeout
         while (end := self._buffer.find(b"\n", self._start, self._end)) < 0:
             if self._end - self._start > 8192:
@@ -123,7 +124,7 @@ class Packetizer(ParamikoPacketizer):
         return line.removesuffix(b"\r").decode("utf-8", "replace")
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:
-        """Read exactly `n` bytes; raises EOFError, and NeedRekeyException if asked to and nothing came yet."""
+        """Read exactly `n` bytes; raises EOFError, or NeedRekeyException if requested and nothing was received yet."""
         if n > MAX_PACKET:
             raise paramiko.SSHException(f"a packet of {n} bytes is longer than any")
         self._await(n, check_rekey)
@@ -132,7 +133,7 @@ class Packetizer(ParamikoPacketizer):
         return data
 
     def read_message(self) -> tuple[int, Message]:
-        """Read the next message that is not a channel's data; that is put into its channel's buffer on the way."""
+        """Return the next message other than channel data; channel data goes directly into the channel's buffer."""
         if self._engine is None or self._compressed:
             kind, message = super().read_message()
             self._sequence = message.seqno + 1
@@ -153,12 +154,12 @@ class Packetizer(ParamikoPacketizer):
             return kind, message
 
     def _inflow(self, number: int) -> Inflow | None:
-        """Return the buffer of a channel whose data may be put there now, in the midst of no key exchange."""
+        """Return a channel's buffer if it may receive data directly now; None during a key exchange."""
         owner = self.owner() if self.owner else None
         return owner.inflow(number) if owner is not None else None
 
     def _decrypted(self) -> bytes:
-        """Read and decrypt a packet: RFC 5647, as OpenSSH's PROTOCOL says; from its padding's length on."""
+        """Read and decrypt a packet (RFC 5647, as in OpenSSH's PROTOCOL); return it from the padding length on."""
         self._await(_LENGTH.size, True)
         (length,) = _LENGTH.unpack_from(self._buffer, self._start)
         if not 16 <= length <= MAX_PACKET or length % 16:
@@ -170,7 +171,7 @@ class Packetizer(ParamikoPacketizer):
             self._nonce, self._view[start : start + length + _TAG], self._view[self._start : start]
         )
         self._start += whole
-        # Its last eight bytes count the packets.
+        # The last eight bytes are the invocation counter.
         self._nonce = self._nonce[:4] + (int.from_bytes(self._nonce[4:], "big") + 1 & (1 << 64) - 1).to_bytes(8, "big")
         if packet[0] > length - 2:
             raise paramiko.SSHException("Mangled packet: nothing but padding")
@@ -184,11 +185,11 @@ class Packetizer(ParamikoPacketizer):
         return packet
 
     def _await(self, count: int, at_start: bool) -> None:
-        """Read until there are as many bytes.
+        """Read until the buffer has enough bytes.
 
         Args:
-            count: of bytes.
-            at_start: whether they are a packet's first.
+            count: number of bytes.
+            at_start: whether they are the first bytes of a packet.
         """
         while self._end - self._start < count:
             if self.handshake_timed_out():
@@ -202,7 +203,7 @@ class Packetizer(ParamikoPacketizer):
             self._check_keepalive()
 
     def _read_more(self) -> bool:
-        """Read what is there; say whether it was anything. Raises EOFError at the end, OSError."""
+        """Read the available bytes; return whether there were any. Raises EOFError at the end, or OSError."""
         for inflow in self._fed:
             inflow.wake()
         self._fed.clear()
@@ -231,11 +232,11 @@ class Packetizer(ParamikoPacketizer):
         self._unanswered = 0
         return True
 
-    # writing, and whether the peer is alive
+    # writing and keepalive
 
     def write_all(self, out: bytes) -> None:  # type: ignore[override]
-        """Write bytes; raises EOFError where the connection is gone or takes nothing any more."""
-        if self.is_introduced:  # the introduction is what paramiko begins with
+        """Write bytes; raises EOFError if the connection is gone or the peer accepts nothing any more."""
+        if self.is_introduced:  # skip paramiko's identification string: it was sent already
             self.is_introduced = False
             return
         waited = 0.0
@@ -259,9 +260,9 @@ class Packetizer(ParamikoPacketizer):
             self._writing = False
 
     def _check_keepalive(self) -> None:
-        """Ask for a sign of life where there was none for a while (paramiko calls this when a read has waited).
+        """Send a keepalive request after a period of silence (paramiko calls this when a read has timed out).
 
-        It counts questions and not time: after the process has been stopped for an hour the peer gets its chance.
+        It counts requests, not time: if the process was stopped for an hour, the peer still gets the chance to answer.
         """
         owner = self.owner() if self.owner else None
         if owner is None or not owner.is_authenticated():
@@ -284,10 +285,10 @@ else:
 
 
 class ErrorTail(_BytePipe):
-    """The last of what a program has written to its standard error; takes the place of a channel's own buffer.
+    """End of a program's standard error; replaces the channel's own buffer.
 
-    It takes everything at once and tells the server so: both streams share one window, and a program that writes much
-    to its standard error would otherwise come to a halt.
+    It accepts all data at once and widens the window accordingly. Both streams share one window, so a program that
+    writes much to its standard error would block otherwise.
     """
 
     LIMIT = 64 * 1024
@@ -298,7 +299,7 @@ class ErrorTail(_BytePipe):
         self.tail = b""
 
     def feed(self, data: bytes) -> None:
-        """Keep the last of the data and widen the window by all of it (called by paramiko's thread)."""
+        """Keep the end of the data and widen the window by its length (called by paramiko's thread)."""
         super().feed(data)
         channel = self._channel()
         if channel is not None:
@@ -306,12 +307,12 @@ class ErrorTail(_BytePipe):
 
 
 class Inflow(_BytePipe):
-    """What a channel has received and nobody has taken yet; takes the place of a channel's own buffer.
+    """Unread data of a channel; replaces the channel's own buffer.
 
-    It keeps the pieces as they come and gives many at once, where paramiko's copies each twice.
+    It stores pieces as received and returns many at once, whereas paramiko's buffer copies each twice.
 
     Args:
-        channel: whose; its window is what may be in here.
+        channel: the channel; twice its window limits the size of this buffer.
     """
 
     def __init__(self, channel: paramiko.Channel) -> None:
@@ -321,10 +322,10 @@ class Inflow(_BytePipe):
         self._ended = False
         self._size = 0
         self._most = 2 * channel.in_window_size
-        channel.in_window_threshold = channel.in_window_size // 2  # each time that it widens costs a packet
+        channel.in_window_threshold = channel.in_window_size // 2  # each widening costs a packet
 
     def put(self, data: memoryview) -> None:
-        """Add data, without waking who waits for it; raises SSHException for more than was allowed."""
+        """Append data without waking readers; raises SSHException if it exceeds the limit."""
         with self._changed:
             if self._pieces and len(self._pieces[-1]) + len(data) <= SMALL:
                 self._pieces[-1] = memoryview(b"".join((self._pieces[-1], data)))
@@ -335,27 +336,27 @@ class Inflow(_BytePipe):
                 raise paramiko.SSHException("the server sends more than it was allowed to")
 
     def wake(self) -> None:
-        """Wake who waits for data."""
+        """Wake the threads that wait for data."""
         with self._changed:
             self._changed.notify_all()
 
     def feed(self, data: bytes) -> None:
-        """Add data (called by paramiko's thread)."""
+        """Append data (called by paramiko's thread)."""
         self.put(memoryview(data))
         self.wake()
 
     def close(self) -> None:
-        """Note that no more comes."""
+        """Mark the end of the data."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def read_ready(self) -> bool:
-        """Say whether there is anything."""
+        """Return whether there is any data."""
         return bool(self._size)
 
     def read(self, nbytes: int, timeout: float | None = None) -> bytes:
-        """Return 1 to `nbytes` bytes, b"" at the end; raises PipeTimeout after seconds without any."""
+        """Return 1 to `nbytes` bytes, or b"" at the end; raises PipeTimeout after `timeout` seconds without data."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._pieces or self._ended, timeout):
                 raise PipeTimeout
@@ -371,7 +372,7 @@ class Inflow(_BytePipe):
         return b"".join(taken)
 
     def empty(self) -> bytes:
-        """Return all that there is."""
+        """Return all available data."""
         return self.read(self._size, 0.0) if self._size else b""
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""Paramiko's transport with its re-keying mended and a peer that has gone silent noticed.
+"""Paramiko transport with safe re-keying, pipelined requests and detection of a silent peer.
 
-Importing this module imports paramiko; nothing does before a connection is opened.
+Importing this module imports paramiko, so it is imported only when a connection is opened.
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ from paramiko.message import Message
 
 from .packetizer import POLL, ErrorTail, Inflow, Packetizer
 
-# What goes wrong is told in our own errors; Python would print paramiko's, with their tracebacks, on standard error.
+# Failures are raised as this package's errors. Without a handler, Python prints paramiko's, with tracebacks, on stderr.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 if logging.getLogger("paramiko").level == logging.NOTSET:
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
 
 AHEAD = 256 << 10
-"""Bytes that are sent to a program before the server has said how many it takes; OpenSSH takes 2 MiB
-(`CHAN_SES_WINDOW_DEFAULT`)."""
+"""Bytes sent to a program before the server has announced its window.
+
+OpenSSH grants 2 MiB (`CHAN_SES_WINDOW_DEFAULT`).
+"""
 
 FIRST_SESSION = 0
-"""The server's number of a connection's first session: OpenSSH takes the lowest that is free (`channel_new`)."""
+"""The server's number of a connection's first session: OpenSSH uses the lowest free one (`channel_new`)."""
 
 
 class Transport(paramiko.Transport):
-    """A client's SSH transport on which re-keying is safe, however many channels and threads there are.
+    """SSH client transport with safe re-keying for any number of channels and threads.
 
     Args:
         sock: a connected socket, or a channel of another transport.
-        introduction: how we have introduced ourselves to the server.
-        host_key_algorithms: what to ask the server to identify itself with, best first.
-        ciphers: those allowed; empty: all that paramiko has.
-        macs: the same for message authentication.
-        alive_interval: seconds of silence after which the peer is asked for a sign of life.
-        alive_count: how many of these questions may stay unanswered.
+        introduction: the identification string that was sent to the server.
+        host_key_algorithms: host key algorithms to request, best first.
+        ciphers: permitted ciphers; empty for all that paramiko supports.
+        macs: permitted message authentication codes, likewise.
+        alive_interval: seconds of silence before a keepalive request.
+        alive_count: number of keepalive requests that may stay unanswered.
     """
 
     def __init__(
@@ -68,11 +70,11 @@ class Transport(paramiko.Transport):
         alive_count: int,
     ) -> None:
         super().__init__(sock, packetizer_class=Packetizer)
-        self.local_version = introduction  # which is part of what the key exchange signs
+        self.local_version = introduction  # the key exchange signs it
         self.host_key_blob = b""
-        """The host key or host certificate that the server has identified itself with."""
+        """The server's host key or host certificate."""
         self.farewell = ""
-        """Why the server has disconnected, in its words."""
+        """The server's reason for disconnecting, in its own words."""
         self._host_key_algorithms = tuple(host_key_algorithms)
         self._ciphers = ciphers
         self._macs = macs
@@ -86,33 +88,33 @@ class Transport(paramiko.Transport):
         self.packetizer.alive_interval = alive_interval
         self.packetizer.alive_count = alive_count
         self.packetizer.owner = weakref.ref(self)
-        # The server's answer to our request for new keys queues up behind what it has sent already: at 50 kB/s that
-        # is longer than the 30 s for which paramiko waits. Whether the peer is alive is the packetizer's business.
+        # The server's answer to a re-key request queues behind the data that it has sent already: at 50 kB/s that
+        # exceeds paramiko's timeout of 30 s. The packetizer detects a dead peer instead.
         self.clear_to_send_timeout = float("inf")
 
     @property
     def preferred_keys(self) -> Sequence[str]:
-        """The host key algorithms to ask for."""
+        """Host key algorithms to request."""
         return self._host_key_algorithms
 
     @property
     def preferred_ciphers(self) -> Sequence[str]:
-        """The ciphers to ask for: GCM first, half as fast again as CTR with a MAC, and at two thirds of its cost."""
+        """Ciphers to request: GCM first, half as fast again as CTR with a MAC, at two thirds of its cost."""
         available = super().preferred_ciphers
         allowed = [name for name in available if name in self._ciphers] or available
         return sorted(allowed, key=lambda name: "-gcm@" not in name)
 
     @property
     def preferred_macs(self) -> Sequence[str]:
-        """The message authentication codes to ask for."""
+        """Message authentication codes to request."""
         available = super().preferred_macs
         return [name for name in available if name in self._macs] or available
 
     def shake_hands(self, timeout: float) -> None:
-        """Agree on keys; raises SSHException, EOFError or OSError.
+        """Perform the key exchange; raises SSHException, EOFError or OSError.
 
         Args:
-            timeout: seconds for all of it.
+            timeout: seconds for the whole handshake.
         """
         done = threading.Event()
         self.handshake_timeout = timeout
@@ -120,25 +122,25 @@ class Transport(paramiko.Transport):
         until = time.monotonic() + timeout
         while not done.wait(POLL) and self.active and time.monotonic() < until:
             pass
-        # Ends paramiko's timer: it is a thread that would keep a process whose handshake failed from ending.
+        # Stop paramiko's timer thread, which would keep a process from exiting after a failed handshake.
         self.packetizer.complete_handshake()
         if not self.active:
             raise self.saved_exception or EOFError()
         if not self.initial_kex_done:
             raise TimeoutError
 
-    # Round trips are spared where nothing is waited for that is as good as certain: a session and the program in it are
-    # asked for behind the request to log in, and a program's input is sent behind the request to start it.
+    # Pipelining saves round trips if an answer is almost certain. The requests for a session and its program follow the
+    # log-in request at once, and a program's input follows the request to start it.
 
     @property
     def takes_ahead(self) -> bool:
-        """Whether the server is known to take messages that build on an answer which it has not given yet."""
+        """Whether the server accepts pipelined messages, which depend on an answer that it has not sent yet."""
         return "-OpenSSH_" in self.remote_version
 
     def start_ahead(self, command: str) -> None:
-        """Ask for a session with a program before it is known whether we are let in; `begin_session` returns it.
+        """Request a session with a program before the log-in result is known; `begin_session` returns it.
 
-        A server whose first session has another number than `FIRST_SESSION` hangs up.
+        A server whose first session has another number than `FIRST_SESSION` disconnects.
         """
         if self.takes_ahead and self._opened_ahead is None:
             self._opened_ahead = self._ask_for_session()
@@ -146,7 +148,7 @@ class Transport(paramiko.Transport):
             self._opened_ahead.execute(command)
 
     def forget_ahead(self) -> None:
-        """Forget the session that was asked for: we were not let in, and the request for it went unheard."""
+        """Forget the pipelined session: the log-in failed, so the server has ignored the request."""
         session, self._opened_ahead = self._opened_ahead, None
         if session is not None:
             self.channel_events.pop(session.chanid, None)
@@ -156,12 +158,12 @@ class Transport(paramiko.Transport):
         """Return a new session with a program.
 
         Args:
-            command: starts it.
-            timeout: seconds for the server to give the session; whether the program was started shows later.
+            command: command line of the program.
+            timeout: seconds within which the server must open the session; a failure to start the program shows later.
 
         Raises:
-            ChannelException: the server gives none.
-            TimeoutError: it does not answer.
+            ChannelException: the server refuses the session.
+            TimeoutError: the server does not answer.
             SSHException: the connection is gone.
         """
         session, self._opened_ahead = self._opened_ahead, None
@@ -187,7 +189,7 @@ class Transport(paramiko.Transport):
             raise session.refusal or self.get_exception() or paramiko.SSHException("the connection broke")
 
     def _ask_for_session(self) -> Session:
-        # What `open_channel` does before it waits.
+        # Paramiko's `open_channel` up to the point where it waits.
         with self.lock:
             number = self._next_channel()  # type: ignore[attr-defined]
             session = Session(number, self, self.default_window_size, self.default_max_packet_size)
@@ -204,14 +206,14 @@ class Transport(paramiko.Transport):
         return session
 
     def inflow(self, number: int) -> Inflow | None:
-        """Return the buffer of a channel whose data may be put there now, in the midst of no key exchange."""
+        """Return a channel's buffer if it may receive data directly now; None for others and during a key exchange."""
         if self._expected_packet:  # type: ignore[attr-defined]
             return None
         channel = self._channels.get(number)  # type: ignore[attr-defined]
         return channel.in_buffer if channel is not None and isinstance(channel.in_buffer, Inflow) else None
 
     def ask_for_life(self) -> None:
-        """Send a request that every server answers, if only by saying that it does not know it."""
+        """Send a keepalive request, which every server answers, if only with a failure."""
         if not self.clear_to_send.is_set():
             return
         request = Message()
@@ -221,21 +223,21 @@ class Transport(paramiko.Transport):
         self._send_user_message(request)
 
     def cut(self) -> None:
-        """Shut the socket down, so that no thread waits for it any more. Never raises."""
+        """Shut down the socket, so that no thread blocks on it any more. Never raises."""
         if isinstance(self.sock, socket.socket):
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
 
     def hang_up(self) -> None:
-        """Close the connection at once, whatever other threads are doing with it. Never raises."""
+        """Close the connection at once, even while other threads use it. Never raises."""
         self.cut()
         with contextlib.suppress(Exception):
             self.close()
 
     def abandon(self) -> None:
-        """Forget the connection in a process that was forked off: close its copy of the socket, send nothing.
+        """Forget the connection in a forked process: close its copy of the socket without sending anything.
 
-        Locks may be held by threads that the new process does not have, so they are replaced.
+        Threads that do not exist in the forked process may hold locks, so the locks are replaced.
         """
         self.active = False
         self._channels._lock = threading.Lock()  # type: ignore[attr-defined]
@@ -246,17 +248,18 @@ class Transport(paramiko.Transport):
         if isinstance(self.sock, socket.socket):
             self.sock.close()
 
-    # Paramiko's thread, which reads and handles all messages, also answers some of them (a channel's CLOSE with EOF and
-    # CLOSE, a failed request) by `_send_user_message`. Between our KEXINIT and the server's, which may still send what
-    # it likes, that call waits for the end of the key exchange, which only the waiting thread could bring about: after
-    # 30 s the connection dies of "Key-exchange timed out waiting for key negotiation". (paramiko/transport.py,
-    # `_send_user_message`, and paramiko/channel.py, `_handle_close`, in 3.4 to 5.1; https://github.com/paramiko/
-    # paramiko/issues/822.) The larger a channel's window, the more is under way at that moment, and the likelier it is.
-    # So here that thread never waits: what it wants to say is held back and said when the new keys are in use.
+    # Re-key deadlock: paramiko's reader thread handles all messages, and also answers some of them by
+    # `_send_user_message` (a channel's CLOSE with EOF and CLOSE, a failed request). Between the client's KEXINIT and
+    # the server's, which may send any message before its own, that call waits for the end of the key exchange. Only the
+    # waiting thread could complete it, so after 30 s the connection fails with "Key-exchange timed out waiting for key
+    # negotiation". See paramiko/transport.py, `_send_user_message`, and paramiko/channel.py, `_handle_close`, in 3.4 to
+    # 5.1; https://github.com/paramiko/paramiko/issues/822. A larger channel window means more data in flight, and makes
+    # it more likely. Here the reader thread never waits: its messages are queued, and sent when the new keys are in
+    # use.
     #
-    # A message that another thread had ready while the channel's CLOSE went out must not follow it: OpenSSH disconnects
-    # a client that writes to a channel that is no more ("nonexistent channel"), and with it every other channel. Such a
-    # message is dropped, also where the server has given the channel's number to a new one meanwhile.
+    # Close race: a message that another thread had ready while the channel's CLOSE was sent must not follow it. OpenSSH
+    # disconnects a client that writes to a closed channel ("nonexistent channel"), which ends all other channels too.
+    # Such a message is dropped, even if the server has assigned the channel's number to a new channel meanwhile.
 
     def _send_user_message(self, data: Message) -> None:
         if os.getpid() != self._process:
@@ -300,7 +303,7 @@ class Transport(paramiko.Transport):
         session = self._channels.get(message.get_int())  # type: ignore[attr-defined]
         reason = message.get_int()
         message.rewind()
-        if isinstance(session, Session):  # paramiko keeps it until the server hangs up, as on what was sent ahead
+        if isinstance(session, Session):  # a disconnect, likely after pipelined data, overwrites paramiko's copy
             session.refusal = paramiko.ChannelException(reason, CONNECTION_FAILED_CODE.get(reason, "(unknown code)"))
         super()._parse_channel_open_failure(message)  # type: ignore[misc]
 
@@ -311,13 +314,13 @@ class Transport(paramiko.Transport):
             self._send_user_message(data)
 
     def _activate_outbound(self) -> None:
-        # Paramiko thinks here that the key exchange is over, though the server's NEWKEYS are still to come; reaching
-        # its own limit in between it would start the next one in the middle of this one.
+        # Paramiko considers the key exchange complete here, but the server's NEWKEYS is still to come. Reaching
+        # paramiko's re-key limit before that would start the next key exchange within this one.
         super()._activate_outbound()  # type: ignore[misc]
         self.in_kex = True
 
     def _parse_global_request(self, message: Message) -> None:
-        # Paramiko answers even in the middle of a key exchange, which RFC 4253, section 7.1, forbids.
+        # Paramiko replies even during a key exchange, which RFC 4253, section 7.1, forbids.
         message.get_text()
         if message.get_boolean():
             reply = Message()
@@ -337,10 +340,10 @@ class Transport(paramiko.Transport):
 
 
 class Login(AuthHandler):
-    """Paramiko's side of a log-in, which asks for the service once, and waits for no leave before it says who we are.
+    """Authentication handler that requests the service once, and does not wait for its acceptance.
 
     Attributes:
-        methods: what the server would go on with, after it has refused something.
+        methods: methods that the server permits after a refusal.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -359,7 +362,7 @@ class Login(AuthHandler):
         super()._parse_service_accept(accepted)  # type: ignore[misc]
 
     def _parse_service_accept(self, message: Message) -> None:
-        """Take note of the leave that was not waited for."""
+        """Ignore the acceptance, for which `_request_auth` does not wait."""
 
     def _parse_userauth_failure(self, message: Message) -> None:
         self.methods = message.get_list()
@@ -368,18 +371,18 @@ class Login(AuthHandler):
 
 
 class Session(paramiko.Channel):
-    """A channel for one program, which says what it has to say without waiting for answers.
+    """Channel for one program; sends its requests without waiting for replies.
 
     Args:
-        number: ours of the channel.
+        number: client-side channel number.
         transport: the connection.
-        window: bytes that the server may send before they are taken.
-        packet: the most bytes in one packet.
+        window: bytes that the server may send before they are read.
+        packet: maximum bytes in one packet.
 
     Attributes:
-        answered: set when the server has given the session or refused it.
-        command: what starts its program, once that was asked for.
-        refusal: why the server has refused the session.
+        answered: set once the server has opened or refused the session.
+        command: command line of the program, once it was requested.
+        refusal: the server's reason for refusing the session.
     """
 
     def __init__(self, number: int, transport: Transport, window: int, packet: int) -> None:
@@ -395,7 +398,7 @@ class Session(paramiko.Channel):
         self.in_buffer = Inflow(self)
 
     def execute(self, command: str) -> None:
-        """Ask for a program to be started; whether it was shows in `is_refused`, and in that the channel is closed."""
+        """Request the start of a program; a refusal shows in `is_refused`, and in that the channel is closed."""
         self.command = command
         request = Message()
         request.add_byte(cMSG_CHANNEL_REQUEST)
@@ -412,9 +415,9 @@ class Session(paramiko.Channel):
         return self.event.is_set() and not self.event_ready and self.owner.is_active()
 
     def send_ahead(self, data: memoryview) -> int:
-        """Send what the server has not said yet that it takes, if it is known that it will; return how many bytes.
+        """Send data before the server has announced its window, if the server permits it; return the bytes sent.
 
-        It is taken off the window that the server opens when the program is started.
+        They are subtracted from the window that the server opens when it starts the program.
         """
         with self.lock:
             taken = len(data)
