@@ -1,8 +1,8 @@
-"""The builder `dask://scheduler:8786` (`dask+tls://`): many builders behind one name.
+"""Builder `dask://scheduler:8786` (`dask+tls://`): a cluster of workers behind one URL.
 
-Dask places the jobs, one slot each, on workers that have their architecture. With the worker that has a job we speak as
-with any other builder, directly: its runner, its store, its supervisor. So a job is as safe there as behind SSH.
-Nothing of Dask is imported before something has to be built.
+Dask places the jobs on workers of the right architecture, one slot each. The client then uses the worker directly like
+any other builder, with the same runner, store and supervisor. So a job survives the same faults as over SSH. Dask is
+imported only when something must be built.
 """
 
 from __future__ import annotations
@@ -38,40 +38,40 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WAIT = 20.0
-"""Seconds for which the scheduler holds back its answer while there is no slot; the first time, `FIRST_WAIT`."""
+"""Seconds for which the scheduler holds its answer while there is no free slot; `FIRST_WAIT` for the first request."""
 
 FIRST_WAIT = 2.0
 
 COMING_BACK = 30.0
-"""Seconds for which a job is looked for whose worker has gone: it may come back under another address."""
+"""Seconds for which to search for a job whose worker has gone: the worker may return under another address."""
 
 TRIES = 5
-"""How often in a row a worker may go away that the scheduler has just named for a job."""
+"""Consecutive times that a worker may disappear right after the scheduler has named it."""
 
 PAUSE = 0.5
-"""Seconds before the scheduler is asked again for a worker, where the one that it named has gone."""
+"""Seconds before requesting a worker again after the named one has disappeared."""
 
 WORKERS = 1000
-"""The most workers that are looked at; of those which cannot be used, `TOLD` are told."""
+"""Maximum number of workers processed; at most `TOLD` unusable ones are listed in a message."""
 
 TOLD = 5
 
 AT_ONCE = 8
-"""How many workers are asked at once what they are."""
+"""Number of workers to query concurrently."""
 
 _SCHEMES = {"dask": "tcp", "dask+tls": "tls"}
 
 
 class WorkerGone(BuilderError):
-    """The worker is no longer there; what it built may be found elsewhere, or is built again."""
+    """The worker has gone; its jobs may be found on another worker, or are built again."""
 
 
 class DaskBuilder:
-    """The workers of a Dask scheduler.
+    """The workers of a Dask scheduler, as one builder.
 
     Args:
         url: the builder's name in messages and settings.
-        address: the scheduler's, as Dask has it.
+        address: the scheduler's Dask address.
     """
 
     def __init__(self, url: str, address: str) -> None:
@@ -90,10 +90,10 @@ class DaskBuilder:
         self._gone: Counter[str] = Counter()
         self._said: set[str] = set()
 
-    # what a builder does
+    # builder interface
 
     def submit(self, order: Order, again: bool = False) -> Status:
-        """Have a job built, unless it runs or is done already; wait for a slot where it has to be built."""
+        """Start a job, unless it is running or done already; wait for a slot if it must be built."""
         digest = order.job.digest
         self._ended.discard(digest)
         try:
@@ -112,12 +112,12 @@ class DaskBuilder:
             if status.is_final:
                 self._release(digest)
         except Exception:
-            self._release(digest)  # nobody else may have the slot that we do not use
+            self._release(digest)  # free the unused slot for others
             raise
         return self._told(worker, status)
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
-        """Wait a while for news of a job, wherever it is."""
+        """Wait a bounded time for news of a job, on any worker."""
         place = self._find(digest)
         if place is None:
             return Status("lost", attempt), b""
@@ -133,12 +133,12 @@ class DaskBuilder:
             del self._gone[digest]
             return Status("lost", attempt), b""
         self._gone.pop(digest, None)
-        if status.is_final and status.state != "lost" and not log:  # what is lost is submitted again, on the same lease
+        if status.is_final and status.state != "lost" and not log:  # a lost job is resubmitted on the same lease
             self._release(digest)
         return self._told(worker, status), log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
-        """Give an output's content from `offset` on to a sink."""
+        """Write an output's content from `offset` on to a sink."""
         got = _Counted(target)
         for _ in range(TRIES):
             place = self._find(digest)
@@ -156,8 +156,8 @@ class DaskBuilder:
         )
 
     def cancel(self, digest: str, attempt: str) -> bool:
-        """End a job, unless somebody else waits for it too."""
-        self._ended.add(digest)  # a thread that waits for a place has none any more
+        """Cancel a job, unless another client waits for it."""
+        self._ended.add(digest)  # a thread that waits for its placement stops
         worker = self._places.get(digest)
         try:
             return worker is None or self._runner(worker).cancel(digest, attempt)
@@ -167,7 +167,7 @@ class DaskBuilder:
             self._release(digest)
 
     def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
-        """Return the jobs that the workers have; one that cannot be asked is left out, and said."""
+        """Return the workers' jobs; workers that cannot be queried are reported and left out."""
         found: list[JobEntry] = []
         total = 0
         for worker, answer in self._each(lambda runner: runner.jobs(limit, prefix)).items():
@@ -179,11 +179,11 @@ class DaskBuilder:
             found += [replace(entry, where=worker) for entry in entries]
         found.sort(key=lambda entry: (entry.is_final, entry.age))
         for entry in reversed(found):
-            self._places[entry.digest] = entry.where  # where several have had it: where it runs
+            self._places[entry.digest] = entry.where  # several attempts: prefer the running one
         return (found if limit is None else found[:limit]), total
 
     def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
-        """Wait a while for news of a job, without counting as somebody who waits for it."""
+        """Wait a bounded time for news of a job, without counting as waiting for it."""
         place = self._find(digest)
         if place is None:
             return Status("lost", attempt), b""
@@ -196,21 +196,21 @@ class DaskBuilder:
         return self._told(worker, status), log
 
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
-        """End a job, unless others wait for it; return who does."""
+        """Cancel a job, unless others wait for it; return those who do."""
         place = self._find(digest)
         if place is None:
             raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `doit jobs`.")
         return place[1].end(digest, attempt, force)
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
-        """Return what a result was built in, on the worker that has it."""
+        """Return the materials of a result, from the worker that has it."""
         place = self._find(digest)
         if place is None:
             raise BuilderError(f"No worker of {self.url} has job {digest[:12]} any more.", "Have it built again.")
         return place[1].materials(digest, attempt)
 
     def discard(self, digest: str, attempt: str) -> None:
-        """Have the worker check a result, and forget it if it is damaged."""
+        """Verify a result on its worker, and drop it if it is damaged."""
         place = self._find(digest)
         if place is None:
             return
@@ -218,10 +218,10 @@ class DaskBuilder:
         try:
             runner.discard(digest, attempt)
         except WorkerGone:
-            self._forget(worker)  # and its result with it
+            self._forget(worker)  # its result is gone too
 
     def kept(self, digest: str) -> Kept | None:
-        """Say which containers the worker keeps that has built a job."""
+        """Return the containers that the job's worker keeps."""
         runner = self._builder_of(digest)
         return None if runner is None else runner.kept(digest)
 
@@ -233,14 +233,14 @@ class DaskBuilder:
         return runner.enter(digest, container, words)
 
     def _builder_of(self, digest: str) -> RunnerBuilder | None:
-        """Return the worker that has a job, None where it is not there now."""
+        """Return the worker that has a job; None if it is not available now."""
         worker = self._places.get(digest) or self._ask("where", digest=digest).get("worker")
         return self._runner(_address(worker, self.url)) if worker else None
 
     def prune(
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
     ) -> Pruned:
-        """Remove what is kept on each worker and no longer used; a `size` is each one's."""
+        """Remove unused entries of each worker's store; `size` applies to each worker."""
         total = Pruned()
         for worker, pruned in self._each(lambda runner: runner.prune(older, size, keep, images)).items():
             if isinstance(pruned, BuilderError):
@@ -255,7 +255,7 @@ class DaskBuilder:
         return total
 
     def describe(self) -> Mapping[str, Any]:
-        """Say which workers there are, and what each is."""
+        """Return the workers and their properties."""
         said = self._each(lambda runner: runner.describe())
         about: dict[str, Any] = {"scheduler": self.address}
         for item in self._workers():
@@ -273,7 +273,7 @@ class DaskBuilder:
         return about
 
     def members(self) -> Mapping[str, Builder | str]:
-        """Return each worker as the builder that it is, or why it cannot be used."""
+        """Return each worker as a builder, or the reason why it cannot be used."""
         return {
             item["worker"]: item["error"]
             or (self._runner(item["worker"]) if item["slots"] else "it offers no architecture (--resources)")
@@ -281,9 +281,9 @@ class DaskBuilder:
         }
 
     def close(self) -> None:
-        """Close the connections; whoever asks afterwards opens them again."""
+        """Close the connections; the next request opens them again."""
         if self._pid != os.getpid():
-            return  # they are our parent's
+            return  # the connections belong to the parent process
         with self._lock:
             link, self._link = self._link, None
             runners = list(self._runners.values())
@@ -292,10 +292,10 @@ class DaskBuilder:
         if link is not None:
             link.close()
 
-    # where jobs are
+    # placement
 
     def _place(self, order: Order, again: bool) -> str:
-        """Return the worker that is to build a job; wait for a slot, and say so."""
+        """Return the worker for a job; wait for a slot, and notify the user of the wait."""
         job = order.job
         target = json.dumps([job.arch, job.program, sorted(job.outputs)])
         until: float | None = None
@@ -320,7 +320,7 @@ class DaskBuilder:
                 if "workers" in answer:
                     self._say(f"{self.url} has no free slot for {job.arch} now; waiting for one")
                 else:
-                    time.sleep(0.1)  # it came and went, which is said at once
+                    time.sleep(0.1)  # the lease has just ended; the scheduler answers this at once
                 continue
             there = _known_slots(answer.get("workers"))
             if until is None:
@@ -336,12 +336,12 @@ class DaskBuilder:
                 )
 
     def _check_wanted(self, digest: str) -> None:
-        """Raise BuilderError where a job was cancelled since it was submitted, by another thread."""
+        """Raise BuilderError if another thread has cancelled the job since it was submitted."""
         if digest in self._ended:
             raise BuilderError(f"Job {digest[:12]} was taken out of the line of {self.url}.", "Run doit again.")
 
     def _find(self, digest: str) -> tuple[str, RunnerBuilder] | None:
-        """Return the worker that has a job, where it is to be found; a worker may come back."""
+        """Return the worker that has a job; wait for a worker that may return; None if none has it."""
         until: float | None = None
         while True:
             worker = self._places.get(digest)
@@ -357,7 +357,7 @@ class DaskBuilder:
             time.sleep(PAUSE)
 
     def _forget(self, worker: str) -> None:
-        """Note that a worker has gone."""
+        """Forget a worker that has gone."""
         with self._lock:
             runner = self._runners.pop(worker, None)
             for digest in [digest for digest, place in self._places.items() if place == worker]:
@@ -366,7 +366,7 @@ class DaskBuilder:
             runner.close()
 
     def _runner(self, worker: str) -> RunnerBuilder:
-        """Return a worker as the builder that it is."""
+        """Return a worker as a builder."""
         self._connected()
         with self._lock:
             runner = self._runners.get(worker)
@@ -382,15 +382,15 @@ class DaskBuilder:
         return self._connected().connection(worker)
 
     def _release(self, digest: str) -> None:
-        """Tell the scheduler that we have seen a job's end, or no longer wait for it."""
-        with contextlib.suppress(BuilderError):  # the lease finds out itself
+        """Notify the scheduler that the job's end was seen, or that this client no longer waits for it."""
+        with contextlib.suppress(BuilderError):  # best effort: the lease notices by itself
             self._ask("release", patience=0.0, digest=digest)
 
-    # the scheduler
+    # scheduler
 
     def _connected(self) -> Link:
         if self._pid != os.getpid():
-            self._reset()  # a fork of the process that connected: the connections are the parent's
+            self._reset()  # forked: the connections belong to the parent process
         with self._lock:
             if self._link is None:
                 from .client import Link
@@ -405,7 +405,7 @@ class DaskBuilder:
         return _checked_workers(self._ask("workers").get("workers"), self.url)
 
     def _each(self, ask: Callable[[RunnerBuilder], T]) -> dict[str, T | BuilderError]:
-        """Ask each worker that builds for us."""
+        """Query each usable worker."""
 
         def one(worker: str) -> T | BuilderError:
             try:
@@ -418,7 +418,7 @@ class DaskBuilder:
             return dict(zip(workers, pool.map(one, workers), strict=True))
 
     def _told(self, worker: str, status: Status) -> Status:
-        """Return a status that says where it failed."""
+        """Return a status whose failure message names the worker."""
         if status.failure is None:
             return status
         return replace(
@@ -426,7 +426,7 @@ class DaskBuilder:
         )
 
     def _say(self, text: str) -> None:
-        """Tell a person something once."""
+        """Show a notice once."""
         with self._lock:
             if text in self._said:
                 return
@@ -435,25 +435,25 @@ class DaskBuilder:
 
 
 class _Counted:
-    """Counts what goes to a sink."""
+    """Sink that counts the bytes written to another sink."""
 
     def __init__(self, target: Sink) -> None:
         self.count = 0
         self._target = target
 
     def write(self, data: bytes, /) -> None:
-        """Take all of `data`."""
+        """Append all of `data`."""
         self._target.write(data)
         self.count += len(data)
 
     def skip(self, count: int, /) -> None:
-        """Take a hole."""
+        """Append a hole."""
         self._target.skip(count)
         self.count += count
 
 
 def _address(text: object, url: str) -> str:
-    """Return a worker's address, which came from outside."""
+    """Validate a worker's address, which is untrusted."""
     if isinstance(text, str) and len(text) < 300 and re.fullmatch(r"(tcp|tls)://[\w.:\[\]%-]+:\d+", text, re.ASCII):
         return text
     raise BuilderError(
@@ -488,7 +488,7 @@ def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 
 
 def _known_slots(workers: object) -> str:
-    """Return what a scheduler says there is instead of what was asked for."""
+    """Return a summary of the available slots and unusable workers, for the message that no worker fits."""
     total: dict[str, int] = {}
     broken: list[str] = []
     count = 0
@@ -509,7 +509,7 @@ def open_builder(url: str) -> DaskBuilder:
     """Open `dask://scheduler[:port]`, or `dask+tls://`.
 
     Raises:
-        SettingsError: the URL names no scheduler, or Dask is not installed here.
+        SettingsError: the URL does not name a scheduler, or Dask is not installed here.
     """
     scheme, _, place = url.partition("://")
     host, _, port = place.rpartition(":") if re.search(r":\d{,5}\Z", place, re.ASCII) else (place, "", "8786")

@@ -1,4 +1,4 @@
-"""The connection of a run with a Dask scheduler: one, shared by all threads, opened again where it was lost."""
+"""Connection with a Dask scheduler: one per run, shared by all threads, reopened after it was lost."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .comm import PLUGIN, PROTOCOL, DaskConnection, Loop, closed, connect, conne
 from .scheduler_plugin import SchedulerPart
 
 GREETING = 30.0
-"""Seconds that a scheduler may take to load our part and to answer."""
+"""Seconds within which a scheduler must load the plug-in and answer."""
 
 CONNECTING = 5.0
-"""Seconds for which whoever has no patience waits while another thread connects."""
+"""Seconds for which a request without patience waits while another thread connects."""
 
 SETTLING = 1.0
-"""Seconds that a scheduler may need to see that a worker has gone."""
+"""Seconds within which a scheduler notices that a worker has gone."""
 
 
 class Stream:
-    """One connection with our part of the scheduler: many questions at once, each with its answer.
+    """One connection with the scheduler plug-in; multiplexes requests and matches replies by number.
 
     Args:
-        comm: open, and greeted.
+        comm: open connection after the handshake.
     """
 
     def __init__(self, comm: Comm) -> None:
@@ -46,11 +46,11 @@ class Stream:
 
     @classmethod
     async def open(cls, address: str, args: Mapping[str, Any], client: str) -> Stream:
-        """Connect to a scheduler, and give it our part where it does not have it yet.
+        """Connect to a scheduler, and register the plug-in if the scheduler does not have it yet.
 
         Raises:
-            BuilderLost: it does not answer.
-            BuilderError: it cannot or may not load our part, or has that of another release.
+            BuilderLost: the scheduler does not answer.
+            BuilderError: the scheduler cannot or may not load the plug-in, or has that of another release.
         """
         comm = await connect(address, args)
         try:
@@ -64,7 +64,7 @@ class Stream:
 
     @classmethod
     async def _greet(cls, comm: Comm, address: str, client: str) -> Stream:
-        part = pickle.dumps(SchedulerPart(), protocol=4)  # only its name travels
+        part = pickle.dumps(SchedulerPart(), protocol=4)  # pickled by reference: only the name is sent
         await write(
             comm, {"op": "register_scheduler_plugin", "plugin": part, "name": PLUGIN, "idempotent": True, "reply": True}
         )
@@ -110,7 +110,7 @@ class Stream:
                     waiting.set_exception(self.lost or BuilderLost(_CLOSED))
 
     async def ask(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Ask, and wait for the answer; raises BuilderLost."""
+        """Send a request and wait for the reply; raises BuilderLost."""
         if self.lost is not None:
             raise self.lost
         number = next(self._numbers)
@@ -123,17 +123,17 @@ class Stream:
             del self._answers[number]
 
     def close(self) -> None:
-        """Close the connection; from the loop's thread."""
+        """Close the connection; call it from the loop's thread."""
         self._reading.cancel()
         self._comm.abort()
 
 
 class Link:
-    """What a run asks a scheduler.
+    """A run's requests to a scheduler.
 
     Args:
-        url: the builder's.
-        address: the scheduler's, as Dask has it.
+        url: the builder's URL.
+        address: the scheduler's Dask address.
     """
 
     def __init__(self, url: str, address: str) -> None:
@@ -146,16 +146,16 @@ class Link:
         self._relayed: set[str] = set()
 
     def ask(self, ask: str, patience: float, **more: Any) -> Mapping[str, Any]:
-        """Ask our part of the scheduler; again where the connection was lost.
+        """Send a request to the scheduler plug-in; retry after a lost connection.
 
         Args:
-            ask: what.
-            patience: seconds for which a lost connection is tried again.
-            more: the question's fields.
+            ask: name of the request.
+            patience: seconds for which to retry a lost connection.
+            more: fields of the request.
 
         Raises:
-            BuilderLost: the scheduler stays out of reach.
-            BuilderError: it refuses.
+            BuilderLost: the scheduler stays unreachable.
+            BuilderError: the scheduler refuses.
         """
         until = time.monotonic() + patience
         while True:
@@ -178,14 +178,14 @@ class Link:
                 return answer
 
     def connection(self, worker: str) -> DaskConnection:
-        """Return what starts programs on a worker: directly, or through the scheduler where that is the only way."""
+        """Return a connection that starts programs on a worker: direct, with the scheduler as relay as a fallback."""
         if not worker.startswith(self.address.partition("://")[0] + "://"):
             raise BuilderError(
                 f"{self.url} names a worker {words_of(worker)[:100]}, which is not as safe as itself.",
                 "Start its workers with the scheduler's tls:// address.",
             )
         if worker not in self._relayed and not self._reaches(worker):
-            time.sleep(SETTLING)  # it may have ended, and the scheduler not know yet
+            time.sleep(SETTLING)  # the scheduler may not have noticed yet that it ended
             if self.ask("worker", 0.0, worker=worker).get("there") and not self._reaches(worker):
                 self._relayed.add(worker)
                 notice(f"{worker} cannot be reached from here; what it builds comes through {self.url}")
@@ -218,12 +218,12 @@ class Link:
             ) from error
 
     def _forget(self, stream: Stream) -> None:
-        stream.lost = stream.lost or BuilderLost(_CLOSED)  # `_connected` has another opened
+        stream.lost = stream.lost or BuilderLost(_CLOSED)  # makes `_connected` reconnect
         self.loop.begin(_closed(stream))
 
     def close(self) -> None:
         """Close the connection. Never raises."""
-        self._stream.given_up = BuilderLost(_CLOSED)  # for who is connecting at this moment
+        self._stream.given_up = BuilderLost(_CLOSED)  # stops a thread that is connecting now
         self.loop.close()
 
 

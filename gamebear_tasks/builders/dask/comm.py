@@ -1,10 +1,10 @@
-"""Dask's connections, as a client of ours uses them: what comes back is numbers, texts and bytes, and never unpickled.
+"""Client-side Dask connections to untrusted peers: messages are numbers, texts and bytes, and are never unpickled.
 
-Dask's own client unpickles what schedulers and workers send it: results, exceptions, even parts of its own messages.
-What comes from a builder is not to be believed, so Dask's client is not used here, nor what it reads messages with.
-We take Dask's connections (with its TLS), and read the frames ourselves: the first one is msgpack, and is read as plain
-msgpack; whatever Dask would rebuild objects from is left where it is. The frames are those of `distributed.comm.tcp`:
-the length of all, how many there are, the length of each (64 bits each), the frames.
+Dask's own client unpickles data from schedulers and workers: results, exceptions, even parts of its own messages. Data
+from a builder is untrusted, so neither Dask's client nor its message reader is used here. This module opens Dask's
+connections (with its TLS), and parses the frames itself. The first frame is parsed as plain msgpack; the parts from
+which Dask would rebuild objects are ignored. The frames are those of `distributed.comm.tcp`: total length, number of
+frames, length of each frame (64 bits each), frames.
 """
 
 from __future__ import annotations
@@ -30,38 +30,39 @@ from ..protocol.transport import SEND_SILENCE, Channel
 T = TypeVar("T")
 
 PLUGIN = "gamebear"
-"""What our part of a scheduler, and the operation that reaches it, are called."""
+"""Name of the scheduler plug-in and of the operation that addresses it."""
 
 PROTOCOL = 1
-"""Version of what clients, schedulers and workers of ours say to each other."""
+"""Version of the protocol between this package's clients, schedulers and workers."""
 
 LIMIT = 2 << 20
-"""The longest message that is read, in bytes. Outputs come in pieces of `CHUNK`."""
+"""Maximum length of a received message in bytes. Outputs are sent in pieces of `CHUNK`."""
 
 FRAMES = 4096
-"""The most frames that a message may have."""
+"""Maximum number of frames in a message."""
 
 CONNECTING = 10.0
-"""Seconds that opening a connection may take."""
+"""Seconds within which a connection must open."""
 
 _LENGTH = struct.Struct("Q")
 
 
 class Loop:
-    """An event loop in a thread of its own, for callers who wait."""
+    """Event loop in its own thread, for blocking callers."""
 
     def __init__(self) -> None:
         for name in ("distributed.comm", "distributed.core"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what breaks is told by us
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported by this package
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gamebear-dask", daemon=True)
         self._thread.start()
 
     def wait_for(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
-        """Have some work done, and return what comes of it.
+        """Run a coroutine and return its result.
 
         Raises:
-            TimeoutError: it is not done in time, and was given up.
+            TimeoutError: it did not finish in time, and was cancelled.
+            BuilderLost: the loop was closed.
         """
         if not self._thread.is_alive():
             work.close()
@@ -80,21 +81,21 @@ class Loop:
             raise
 
     def begin(self, work: Coroutine[Any, Any, object]) -> None:
-        """Have some work done, and do not wait."""
+        """Start a coroutine without waiting for it."""
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(work, self._loop)
         else:
             work.close()
 
     def close(self) -> None:
-        """End what is left to do, and the thread."""
+        """Cancel all tasks, and end the thread."""
 
         async def end() -> None:
             mine = asyncio.current_task()
             while others := [task for task in asyncio.all_tasks() if task is not mine]:
                 for task in others:
                     task.cancel()
-                await asyncio.wait(others, timeout=0.05)  # again: Python 3.11's wait_for may swallow a cancel
+                await asyncio.wait(others, timeout=0.05)  # repeat: Python 3.11's wait_for may swallow a cancellation
 
         with contextlib.suppress(Exception):
             self.wait_for(end(), 2.0)
@@ -105,10 +106,10 @@ class Loop:
 
 
 def connection_args(address: str) -> Mapping[str, Any]:
-    """Return what Dask opens a connection with: its TLS settings, from Dask's configuration or `DASK_…` variables.
+    """Return the arguments for opening a Dask connection: TLS settings from Dask's configuration or `DASK_…` variables.
 
     Raises:
-        BuilderError: they are missing or broken.
+        BuilderError: the settings are missing or invalid.
     """
     try:
         args: dict[str, Any] = Security().get_connection_args("client")
@@ -131,8 +132,8 @@ async def connect(address: str, args: Mapping[str, Any]) -> Comm:
     """Open a connection to a scheduler or worker.
 
     Raises:
-        BuilderLost: nobody answers there now.
-        BuilderError: its certificate, or ours, is refused; or there is no such address.
+        BuilderLost: nothing answers there now.
+        BuilderError: one side rejects the other's certificate, or the address is invalid.
     """
     scheme, _, place = address.partition("://")
     connector = backends[scheme].get_connector()
@@ -146,7 +147,7 @@ async def connect(address: str, args: Mapping[str, Any]) -> Comm:
                 f"{address} and we do not trust each other: {error.__cause__ or error}.", _TLS
             ) from error
         raise BuilderLost(f"{address} cannot be reached: {_reason(error)}.") from error
-    except (ValueError, OverflowError) as error:  # a name that cannot be looked up, a port that there is not
+    except (ValueError, OverflowError) as error:  # an invalid host name or port
         raise BuilderError(
             f"{address} is no address to connect to: {words_of(error)}.",
             "See which HOST:PORT the builder's URL names, and its workers say (dask worker --host).",
@@ -170,7 +171,7 @@ def _reason(error: BaseException) -> str:
 
 
 async def write(comm: Comm, message: Mapping[str, Any]) -> None:
-    """Send a message, and wait until it has left: what is queued in memory is never more than one.
+    """Send a message, and wait until it is flushed, so that at most one message is buffered in memory.
 
     Raises:
         BuilderLost: the connection broke.
@@ -183,18 +184,18 @@ async def write(comm: Comm, message: Mapping[str, Any]) -> None:
 
 
 async def drained(comm: Comm) -> None:
-    """Wait until everything that was written to a connection has left; raises OSError."""
+    """Wait until all data written to a connection is flushed; raises OSError."""
     stream = getattr(comm, "stream", None)
     if stream is not None and stream.writing():
         await stream.write(b"")
 
 
 async def read(comm: Comm) -> Any:
-    """Read a message: what plain msgpack can say, and nothing else.
+    """Read a message as plain msgpack.
 
     Raises:
         BuilderLost: the connection broke.
-        BuilderError: this is not a message, or too long a one.
+        BuilderError: the data is not a message, or the message is too long.
     """
     stream = getattr(comm, "stream", None)
     try:
@@ -209,7 +210,7 @@ async def read(comm: Comm) -> Any:
             raise ValueError(f"{count} frames")
         lengths = struct.unpack_from(f"{count}Q", data, _LENGTH.size)
         start = _LENGTH.size * (1 + count)
-        rest = start + sum(lengths) - length  # frames which Dask reads to a place of their own
+        rest = start + sum(lengths) - length  # frames that Dask reads into separate buffers
         if not 0 <= rest <= LIMIT or start + lengths[0] > length:
             raise ValueError(f"frames of {sum(lengths)} bytes")
         if rest:
@@ -226,7 +227,7 @@ async def read(comm: Comm) -> Any:
 
 
 class DaskChannel:
-    """The standard input and output of a program that a worker has started for us."""
+    """Standard input and output of a program that a worker has started."""
 
     def __init__(self, loop: Loop, comm: Comm, broken: Callable[[], None]) -> None:
         self._loop = loop
@@ -282,15 +283,15 @@ class DaskChannel:
             raise
 
     def errors(self) -> bytes:
-        """Return the last of what the program wrote to its standard error, once it has ended."""
+        """Return the end of the program's standard error, once it has ended."""
         return self._errors
 
     def exit_status(self, timeout: float) -> int | None:
-        """Return the program's exit status, where it has ended."""
+        """Return the program's exit status; None if it has not ended."""
         return self._status
 
     def close(self) -> None:
-        """Close the stream."""
+        """Close the channel."""
         self._loop.begin(closed(self._comm))
 
 
@@ -298,10 +299,10 @@ class DaskConnection:
     """Starts programs on a worker.
 
     Args:
-        loop: where its connections live.
-        address: the worker's.
-        args: what Dask opens a connection with.
-        relay: the address of the scheduler, where the worker itself cannot be reached.
+        loop: event loop of the connections.
+        address: the worker's Dask address.
+        args: arguments for opening a Dask connection.
+        relay: the scheduler's address if the worker cannot be reached directly; otherwise empty.
     """
 
     is_alive = True
@@ -335,7 +336,7 @@ class DaskConnection:
         self.is_alive = False
 
     def close(self) -> None:
-        """There is nothing to close but the channels."""
+        """Do nothing: only the channels hold resources."""
 
 
 async def closed(comm: Comm) -> None:

@@ -1,9 +1,9 @@
-"""What runs in a Dask scheduler: it has Dask place a lease for each job that clients ask for, and knows who has what.
+"""Dask scheduler plug-in: places one lease for each requested job, and records which worker has which job.
 
-Dask decides where a lease goes, by resources and load, and places it anew when its worker dies. What is decided here is
-only what Dask cannot know: which workers have a job's result, its package image or its inputs already; and no more
-leases are given to Dask than there are slots, so that none waits behind a long job while another slot becomes free.
-The futures are kept here and not by the clients, whose coming and going changes nothing for what runs.
+Dask decides the placement of a lease, by resources and load, and places it again if its worker dies. The plug-in only
+adds information that Dask lacks: which workers already have a job's result, package image or inputs. It also submits no
+more leases than there are slots. Otherwise a lease could wait behind a long job while another slot becomes free. The
+plug-in holds the futures, not the clients, so that connecting and disconnecting clients do not affect running jobs.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from . import worker_plugin
 from .comm import PLUGIN, PROTOCOL, drained
 
 GRACE = 60.0
-"""Seconds for which a client that has gone may come back before it counts as no longer interested."""
+"""Seconds within which a disconnected client may return before its interest in jobs expires."""
 
 LOOKING = 5.0
-"""Seconds that a worker may take to say what it has before it is asked for a job's place without it."""
+"""Seconds to wait for a worker's list of jobs and blobs before a job is placed without it."""
 
 STALE = 5.0
-"""Seconds after which what workers have is asked again when a client comes."""
+"""Seconds after which the workers' lists are refreshed when a client connects."""
 
 
 @dataclass(eq=False)
@@ -44,18 +44,18 @@ class Lease:
     """A slot for a job.
 
     Attributes:
-        number: the lease's.
+        number: identifier of the lease.
         digest: the job.
-        arch: the resource that it takes one of.
-        name: what the dashboard calls it.
+        arch: resource of which the lease takes one unit.
+        name: name in Dask's dashboard.
         target: see `runner.maintenance.garbage_collection.target_of`.
-        blobs: the job's files.
-        prefer: the only worker that will do as long as it is there: the job runs on it already.
-        waiters: the clients that want it.
-        future: once Dask has it.
-        worker: the address of the worker where it was placed.
-        error: why it cannot be had.
-        changed: set when one of these was.
+        blobs: SHA-256 of the job's files.
+        prefer: the only acceptable worker while it is available, because the job already runs on it.
+        waiters: clients that want the job.
+        future: Dask's future, once the lease is submitted.
+        worker: address of the worker on which the lease was placed.
+        error: reason why the lease cannot be placed.
+        changed: set when one of these attributes was changed.
     """
 
     number: int
@@ -73,20 +73,20 @@ class Lease:
 
     @property
     def key(self) -> str:
-        """What Dask calls it."""
+        """Dask's key of the lease."""
         return f"{self.name}-{self.digest[:12]}-{self.number}"
 
 
 @dataclass
 class Known:
-    """What a worker has.
+    """Contents of a worker's store.
 
     Attributes:
-        jobs: their states by digest.
-        targets: what it has built before, so that the package images of it are there.
-        blobs: by SHA-256.
-        error: why it cannot be used.
-        asked: when it was asked (`time.monotonic`); 0 as long as it has not answered, and may not be used.
+        jobs: states of the jobs, by digest.
+        targets: targets that it has built before, so that their package images are available.
+        blobs: SHA-256 of each blob.
+        error: reason why the worker cannot be used.
+        asked: time of the query (`time.monotonic`); 0 until the worker has answered, and may not be used.
     """
 
     jobs: dict[str, str] = field(default_factory=dict)
@@ -96,40 +96,40 @@ class Known:
     asked: float = 0.0
 
 
-class SchedulerPart(SchedulerPlugin):  # type: ignore[misc]  # to us Dask has no types
-    """Puts our part on a scheduler; a client sends it by name."""
+class SchedulerPart(SchedulerPlugin):  # type: ignore[misc]  # Dask has no types here
+    """Plug-in that installs `Cluster` on a scheduler; clients register it, pickled by reference."""
 
     def __init__(self) -> None:
         self.name = PLUGIN
         self.cluster: Cluster | None = None
 
     async def start(self, scheduler: Scheduler) -> None:
-        """Begin; two clients may come at the same moment, so nothing is waited for."""
+        """Install the cluster, without awaiting anything: two clients may register the plug-in concurrently."""
         self.cluster = _clusters.get(id(scheduler))
         if self.cluster is None:
             self.cluster = _clusters[id(scheduler)] = Cluster(scheduler)
 
     async def before_close(self) -> None:
-        """End, before the scheduler does."""
+        """Close the cluster before the scheduler closes."""
         if self.cluster is not None:
             await self.cluster.close()
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
-        """Note that a worker has come."""
+        """Register a new worker."""
         if self.cluster is not None:
             self.cluster.add_worker(worker)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
-        """Note that a worker has gone."""
+        """Unregister a worker that has gone."""
         if self.cluster is not None:
             self.cluster.remove_worker(worker)
 
     def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
-        """Note that a task finds no worker: those that a lease was for may have gone before Dask had it."""
+        """Handle a task without a worker: the workers for its lease may have gone before Dask received it."""
         if self.cluster is None or finish != "no-worker":
             return
         if self.cluster.scheduler.tasks[key].worker_restrictions:
-            asyncio.get_running_loop().call_soon(self.cluster.loosen)  # not in the midst of the scheduler's work
+            asyncio.get_running_loop().call_soon(self.cluster.loosen)  # not during the scheduler's own transition
 
 
 class Cluster:
@@ -142,7 +142,7 @@ class Cluster:
         self.known: dict[str, Known] = {}
         self.looks: dict[str, asyncio.Task[None]] = {}
         self.present: Counter[str] = Counter()
-        self._numbers = itertools.count(int(time.time() * 1000) << 8)  # not those of a scheduler before
+        self._numbers = itertools.count(int(time.time() * 1000) << 8)  # differ from those of an earlier scheduler
         self._client: Client | None = None
         self._opening = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -159,7 +159,7 @@ class Cluster:
         return task
 
     async def client(self) -> Client:
-        """Return the Dask client that places leases, opened when it is first needed."""
+        """Return the Dask client that places leases; open it on first use."""
         async with self._opening:
             if self._client is None:
                 self._client = await Client(
@@ -172,7 +172,7 @@ class Cluster:
             return self._client
 
     async def close(self) -> None:
-        """Let go of the Dask client."""
+        """Close the Dask client."""
         for task in self._tasks:
             task.cancel()
         if self._client is not None:
@@ -181,12 +181,12 @@ class Cluster:
     # workers
 
     def add_worker(self, worker: str) -> None:
-        """Note that a worker has come: look what it has, and use it."""
+        """Register a new worker: query its store, then use it."""
         self.known[worker] = Known()
         self._look(worker)
 
     def remove_worker(self, worker: str) -> None:
-        """Note that a worker has gone: Dask places its leases again."""
+        """Unregister a worker that has gone: Dask places its leases again."""
         self.known.pop(worker, None)
         task = self.looks.pop(worker, None)
         if task is not None:
@@ -197,9 +197,9 @@ class Cluster:
         self.loosen()
 
     def loosen(self) -> None:
-        """Let leases go to any worker of their architecture whose own workers have gone.
+        """Permit any worker of the right architecture for leases whose own workers have gone.
 
-        Dask's `allow_other_workers` would do so too, but forgets the architecture where none of it is left.
+        Dask's `allow_other_workers` does the same, but also ignores the architecture if no worker of it is left.
         """
         for lease in list(self.leases.values()):
             task = self.scheduler.tasks.get(lease.key)
@@ -232,7 +232,7 @@ class Cluster:
                 known.jobs = {digest: state for digest, (state, _) in found["jobs"].items()}
                 known.targets = {target for _, target in found["jobs"].values()}
                 known.blobs = set(found["blobs"])
-        except Exception as error:  # noqa: BLE001 - whatever it is, this worker is not used
+        except Exception as error:  # noqa: BLE001 - after any error the worker is not used
             known.error = f"it does not answer ({error})"
         if worker in self.known:
             self.known[worker] = known
@@ -240,7 +240,7 @@ class Cluster:
             self._admit()
 
     async def _end_orphans(self, worker: str) -> None:
-        """End what runs on a worker that has come back, and was begun elsewhere meanwhile."""
+        """Stop jobs on a returned worker that were started elsewhere meanwhile."""
         for digest, state in list(self.known[worker].jobs.items()):
             lease = self.leases.get(digest)
             if state in _RUNS and lease is not None and lease.worker not in ("", worker):
@@ -248,7 +248,7 @@ class Cluster:
                     await self.scheduler.rpc(worker).gamebear_stop(digest=digest)
 
     async def _look_at_all(self, older: float) -> None:
-        """See that what is known of the workers is no older than that; do not wait long."""
+        """Refresh lists of workers' stores older than `older` seconds, for a bounded time."""
         now = time.monotonic()
         looks = [self._look(worker) for worker, known in self.known.items() if now - known.asked > older]
         if looks:
@@ -265,7 +265,7 @@ class Cluster:
         ]
 
     def _why_not(self, state: WorkerState) -> str:
-        """Return why a worker that has slots cannot be used."""
+        """Return the reason why a worker with slots cannot be used."""
         known = self.known.get(state.address, Known())
         return known.error or ("" if known.asked or not _architectures(state) else "it has not said yet what it has")
 
@@ -278,7 +278,7 @@ class Cluster:
     # leases
 
     def _admit(self) -> None:
-        """Give Dask the leases for which there are slots, first come first served."""
+        """Submit the leases for which there are slots to Dask, first come first served."""
         for lease in list(self.queue):
             usable = self._usable(lease.arch)
             taken = sum(other.future is not None and other.arch == lease.arch for other in self.leases.values())
@@ -289,11 +289,11 @@ class Cluster:
                 state for state in usable if state.resources[lease.arch] - state.used_resources.get(lease.arch, 0) >= 1
             ]
             places = [lease.prefer] if lease.prefer else self._best(lease, free)
-            lease.future = _PLACING  # it has its slot from now on
+            lease.future = _PLACING  # holds its slot from now on
             self._begin(self._place(lease, places))
 
     def _best(self, lease: Lease, free: Iterable[WorkerState]) -> list[str]:
-        """Return those free workers which have most of what a job needs: its package images, then its files."""
+        """Return the free workers that have most of a job's needs: first its package images, then its files."""
         scores = {}
         for state in free:
             known = self.known[state.address]
@@ -319,7 +319,7 @@ class Cluster:
                 lease.error = _why(await future.exception())
         except asyncio.CancelledError:
             lease.error = "Dask has cancelled it"
-        except Exception as error:  # noqa: BLE001 - whatever a task may raise
+        except Exception as error:  # noqa: BLE001 - a task may raise anything
             lease.error = _why(error)
         self._over(lease)
 
@@ -333,7 +333,7 @@ class Cluster:
         self._admit()
 
     def _drop(self, lease: Lease) -> None:
-        """Let a lease go that nobody wants, or whose job has ended."""
+        """End a lease that no client wants, or whose job has ended."""
         if lease.worker:
             self._begin(self._release(lease))
         elif not lease.waiters and lease.future is None:
@@ -344,7 +344,7 @@ class Cluster:
             await self.scheduler.rpc(lease.worker).gamebear_release(number=lease.number)
 
     async def report(self, digest: str, number: int, worker: str, entry: list[str] | str | None = "") -> bool:
-        """Take note of what a lease says from its worker: it is there; or, with `entry`, how its job ended."""
+        """Handle a report from a lease on its worker: its placement, or, with `entry`, the result of its job."""
         lease = self.leases.get(digest)
         if lease is None or lease.number != number:
             return False
@@ -364,7 +364,7 @@ class Cluster:
     # clients
 
     async def serve(self, comm: Comm, protocol: int, client: str) -> Status:
-        """Answer a client's questions, many at once, until it goes away."""
+        """Answer a client's requests concurrently until it disconnects."""
         await comm.write({"protocol": PROTOCOL, "version": version("gamebear-tasks")})
         if protocol != PROTOCOL:
             return Status.dont_reply
@@ -402,7 +402,7 @@ class Cluster:
         await asyncio.wait([looking], timeout=LOOKING)
         try:
             answer = await getattr(self, f"ask_{ask}")(client, **more)
-        except Exception as error:  # noqa: BLE001 - told to the client, who is waiting
+        except Exception as error:  # noqa: BLE001 - reported to the waiting client
             answer = {"error": f"The scheduler cannot answer ({error!r})."}
         with contextlib.suppress(OSError):
             await comm.write({**answer, "id": id})
@@ -418,7 +418,7 @@ class Cluster:
         again: bool,
         wait: float,
     ) -> Mapping[str, Any]:
-        """Say which worker is to build a job; wait a while for a slot."""
+        """Return the worker for a job; wait up to `wait` seconds for a slot."""
         lease = self.leases.get(digest)
         if lease is None or not lease.worker:
             holder = self._holder(digest, ("done",) if again else ("done", "failed", "cancelled"))
@@ -426,7 +426,7 @@ class Cluster:
                 return {"worker": holder}
         runs_on = self._holder(digest, _RUNS)
         if lease is None and runs_on and not self.scheduler.workers[runs_on].resources.get(arch, 0):
-            return {"worker": runs_on}  # it had a slot for it once, and no lease can be there
+            return {"worker": runs_on}  # it has no slots any more, so no lease can be placed there
         if lease is None:
             lease = Lease(next(self._numbers), digest, arch, name, target, frozenset(blobs), runs_on)
             self.leases[digest] = lease
@@ -444,14 +444,14 @@ class Cluster:
         if lease.worker and not lease.error:
             return {"worker": lease.worker}
         if lease.error == "over":
-            return {"waiting": True, "slots": 1}  # it came and went: ask again
+            return {"waiting": True, "slots": 1}  # the lease has just ended: request again
         if lease.error:
             return {"error": lease.error}
         slots = sum(int(state.resources[arch]) for state in self._usable(arch))
         return {"waiting": True, "slots": slots, "workers": self._workers()}
 
     async def ask_release(self, client: str, digest: str) -> Mapping[str, Any]:
-        """Take note that a client no longer waits for a job, or has seen its end."""
+        """Note that a client no longer waits for a job, or has seen its end."""
         lease = self.leases.get(digest)
         if lease is not None:
             lease.waiters.discard(client)
@@ -460,7 +460,7 @@ class Cluster:
         return {}
 
     async def ask_where(self, client: str, digest: str) -> Mapping[str, Any]:
-        """Say which worker has a job, whatever has become of it."""
+        """Return the worker that has a job, in any state."""
         lease = self.leases.get(digest)
         if lease is not None and lease.worker:
             return {"worker": lease.worker}
@@ -470,11 +470,11 @@ class Cluster:
         return {"worker": self._holder(digest, states), "queued": lease is not None}
 
     async def ask_worker(self, client: str, worker: str) -> Mapping[str, Any]:
-        """Say whether a worker is there."""
+        """Return whether a worker is available."""
         return {"there": worker in self.scheduler.workers}
 
     async def ask_workers(self, client: str) -> Mapping[str, Any]:
-        """Say which workers there are, with their resources."""
+        """Return the workers with their resources."""
         await self._look_at_all(STALE)
         return {"workers": self._workers()}
 
@@ -491,7 +491,7 @@ class Cluster:
         ]
 
     async def relay(self, comm: Comm, worker: str, command: str) -> Status:
-        """Connect a client, which cannot reach a worker itself, with a program there; piece by piece."""
+        """Relay between a client and a program on a worker that the client cannot reach directly."""
         try:
             if worker not in self.scheduler.workers:
                 raise OSError(f"{worker} has gone")
@@ -522,7 +522,7 @@ async def _pump(source: Comm, target: Comm) -> None:
 _RUNS = ("queued", "running")
 
 _PLACING: Any = object()
-"""Stands for the future of a lease that is on its way to Dask."""
+"""Placeholder for the future of a lease that is being submitted to Dask."""
 
 _clusters: dict[int, Cluster] = {}
 
@@ -532,7 +532,7 @@ def _architectures(state: WorkerState) -> list[str]:
 
 
 def _as_client(security: Security | None) -> Security | None:
-    """Return a scheduler's TLS settings as a client of it has them; a scheduler may know only its own certificate."""
+    """Return a scheduler's TLS settings for a client of it; the scheduler's certificate is the fallback."""
     if security is None or not security.tls_scheduler_cert:
         return security
     return Security(

@@ -1,9 +1,9 @@
-"""What runs on a Dask worker: leases on its slots, a look at its store, and channels to runners that clients start.
+"""Dask worker plug-in: leases on slots, listings of the store, and channels to runners that clients start.
 
-A *lease* is the task that Dask places, one for each job that is to be built: it takes the slot, says where it is, and
-lasts as long as the job. It builds nothing itself. The client that asked gives the job to the runner, over a channel
-to this worker, as it would over SSH; from then on the job is its supervisor's, and neither client, lease, worker nor
-scheduler is needed for it to end well.
+A *lease* is the task that Dask places, one for each job to build. It takes a slot, reports its worker, and lasts as
+long as the job. It does not build anything itself. The client that requested it gives the job to the runner, over a
+channel to this worker, as over SSH. From then on the supervisor completes the job even if client, lease, worker or
+scheduler disappears.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from ..protocol.session import CHUNK
 from .comm import drained
 
 ASK_AGAIN = 10.0
-"""Seconds after which a lease whose job has not begun asks whether anybody still wants it."""
+"""Seconds after which a lease whose job has not started asks whether any client still wants it."""
 
 PAUSE = 0.25
-"""The most seconds between two looks at a job."""
+"""Maximum seconds between two checks of a job."""
 
 CLOSING = 2.0
-"""Seconds for which a runner may go on after its input was closed."""
+"""Seconds for which a runner may continue after its input was closed."""
 
 KNOWN = 5000
-"""The most jobs, and blobs, that a worker says it has: those used last."""
+"""Maximum number of jobs, and of blobs, that a worker lists: the most recently used."""
 
 _ERRORS_KEPT = 64 << 10
 
 Entry = tuple[str, str]
-"""A job's state (`failed seen` where a client was told), and its target (architecture, program, outputs)."""
+"""A job's state (`failed seen` if a client has seen it), and its target (architecture, program, outputs)."""
 
 
 class WorkerPart:
-    """What a worker answers us."""
+    """Request handlers on a worker."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -60,18 +60,18 @@ class WorkerPart:
         worker.handlers["gamebear_stop"] = self.stop
 
     async def release(self, number: int) -> None:
-        """Have a lease look at its job now: it has ended, or nobody will begin it."""
+        """Make a lease check its job now: the job has ended, or no client will start it."""
         if number in self.hints:
             self.hints[number].set()
 
     async def stop(self, digest: str) -> None:
-        """End a job that runs elsewhere by now."""
+        """Stop a job that runs on another worker by now."""
         job = self.store.job(digest)
         if job.state()["state"] in _RUNS:
             job.ask_to_stop(job.written_state()["attempt"])
 
     async def look(self) -> Mapping[str, Any]:
-        """Say what is in the store: jobs with their states, blobs."""
+        """Return the jobs in the store with their states, and the blobs."""
         return await asyncio.to_thread(self._look)
 
     def _look(self) -> Mapping[str, Any]:
@@ -94,7 +94,7 @@ class WorkerPart:
         return state, target
 
     async def channel(self, comm: Comm, command: str) -> Status:
-        """Start a program, and be its standard input and output until it ends or the client goes away."""
+        """Start a program, and connect its standard input and output until it ends or the client disconnects."""
         try:
             process = await asyncio.create_subprocess_exec(
                 *("sh", "-c", command),
@@ -102,7 +102,7 @@ class WorkerPart:
                 stdout=PIPE,
                 stderr=PIPE,
                 env={**os.environ, SLOTS_VARIABLE: str(self._slots())},
-                start_new_session=True,  # Ctrl-C at the worker is the worker's
+                start_new_session=True,  # Ctrl-C at the worker is for the worker only
             )
         except OSError as error:
             await comm.write({"end": None, "error": f"sh cannot be started: {error.strerror}"})
@@ -129,7 +129,7 @@ class WorkerPart:
         return Status.dont_reply
 
     def _slots(self) -> int:
-        """Return how many jobs this worker runs at once: what its resources give the architectures, all in all."""
+        """Return the number of jobs that this worker runs at once: the sum of its architecture resources."""
         total = self.worker.state.total_resources
         return max(1, int(sum(total.get(arch, 0) for arch in set(ARCHITECTURES.values()))))
 
@@ -141,9 +141,9 @@ async def _feed(comm: Comm, process: Process) -> None:
             process.stdin.write(data)
             await process.stdin.drain()
     except OSError:
-        pass  # either end is gone
+        pass  # one end is gone
     finally:
-        process.stdin.close()  # a runner ends when its client has gone
+        process.stdin.close()  # a runner ends when its client is gone
 
 
 async def _last_of(process: Process) -> bytes:
@@ -158,13 +158,13 @@ async def _end(process: Process) -> None:
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(process.wait(), CLOSING)
         return
-    with contextlib.suppress(ProcessLookupError):  # whatever it has started for good is not in its group
+    with contextlib.suppress(ProcessLookupError):  # detached programs are outside its process group
         os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
 
 
 def _latest(folder: os.PathLike[str]) -> list[str]:
-    """Return the names of the last changed entries of a folder."""
+    """Return the names of the most recently changed entries of a folder."""
     with contextlib.suppress(OSError):
         with os.scandir(folder) as entries:
             stamps = []
@@ -181,7 +181,7 @@ _parts: dict[int, WorkerPart] = {}
 
 
 def install(dask_worker: Worker) -> str:
-    """Put our part on a worker where it is not there yet; return the release of it."""
+    """Install the handlers on a worker, unless they are there already; return the release of this package."""
     from importlib.metadata import version
 
     if id(dask_worker) not in _parts:
@@ -190,11 +190,11 @@ def install(dask_worker: Worker) -> str:
 
 
 async def lease(digest: str, number: int) -> None:
-    """Hold a slot for a job: until it has been built, or nobody wants it any more.
+    """Hold a slot for a job until the job has ended, or no client wants it any more.
 
     Args:
         digest: the job.
-        number: the lease's.
+        number: identifier of the lease.
     """
     worker = get_worker()
     install(worker)
@@ -210,7 +210,7 @@ async def lease(digest: str, number: int) -> None:
         pause = 0.02
         while begun or wanted:
             hinted = hint.is_set()
-            hint.clear()  # before we look and ask: what comes meanwhile counts
+            hint.clear()  # before the check and the request, so that no later hint is missed
             state = await asyncio.to_thread(job.state)
             begun = begun or state.get("attempt") != before.get("attempt") or state["state"] in _RUNS
             if begun and state["state"] not in _RUNS:

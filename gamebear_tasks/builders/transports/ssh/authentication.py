@@ -298,8 +298,7 @@ class _KeyFile:
 
     @classmethod
     def read(cls, path: Path) -> _KeyFile | None:
-        """Inspect a private key, or, as ssh does, a public key whose private half the agent has; None without a
-        file."""
+        """Inspect a private key, or, as ssh does, a public key whose private half the agent has; None if missing."""
         try:
             data = path.read_bytes()
             status = path.stat()

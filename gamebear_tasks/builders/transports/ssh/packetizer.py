@@ -108,8 +108,7 @@ class Packetizer(ParamikoPacketizer):
         self._sequence = 0
 
     def readline(self, timeout: float) -> str:
-        """Return a line of the peer's identification, without its end; raises EOFError, or TimeoutError at the
-        timeout."""
+        """Return a line of the peer's identification, without its end; raises EOFError, or TimeoutError if none."""
         until = time.monotonic() + timeout
         while (end := self._buffer.find(b"\n", self._start, self._end)) < 0:
             if self._end - self._start > 8192:
