@@ -588,7 +588,7 @@ def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
 def _small_files(needs: Sequence[str], files: Mapping[str, Path], limit: int) -> list[tuple[str, bytes]]:
     """Return contents of small files by SHA-256, up to `limit` bytes in total.
 
-    The newest come first, because builders lack them most often.
+    The newest are first, because builders lack them most often.
     """
     small = []
     about = {sha256: files[sha256].stat() for sha256 in needs}

@@ -171,7 +171,7 @@ class _Attempt:
         self.offered = frozenset(methods) & self.host.methods
 
     def _answer(self, title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
-        """Ask the user a server's questions."""
+        """Prompt the user for the answers to a server's questions."""
         answers = []
         for prompt, _shown in prompts:
             words = "".join(char for char in f"({self.host.user}@{self.host.hostname}) {prompt}" if char.isprintable())

@@ -83,7 +83,7 @@ def known(host: Host) -> Known:
     """Read the entries for a host from all of its known_hosts files; damaged lines are skipped, as by ssh."""
     names = [host.known_as]
     if not host.alias and host.port != 22:
-        names.append(host.hostname.lower())  # as ssh: its keys are valid on a port without keys
+        names.append(host.hostname.lower())  # as ssh: a port without keys uses those of the plain name
     lines = [line for path in host.known_hosts for line in _read(path)]
     found = [line for line in lines if any(matches(line.hosts, name) for name in names)]
     exact = [line for line in found if matches(line.hosts, names[0])]

@@ -108,7 +108,16 @@ class Packetizer(ParamikoPacketizer):
         self._sequence = 0
 
     def readline(self, timeout: float) -> str:
-        """Return a line of the peer's identification, without its end; raises EOFError, or TimeoutError if none."""
+        """Return a line of the peer's identification, without its end.
+
+        Args:
+            timeout: seconds to wait.
+
+        Raises:
+            EOFError: the peer has closed the connection.
+            TimeoutError: no complete line was received in time.
+            SSHException: the line is too long.
+        """
         until = time.monotonic() + timeout
         while (end := self._buffer.find(b"\n", self._start, self._end)) < 0:
             if self._end - self._start > 8192:
