@@ -1,1 +1,1 @@
-"""SD-card images: a base plus artifacts and settings, baked without root."""
+"""SD-card images: a base image plus artifacts and settings, built without root."""

@@ -1,4 +1,4 @@
-"""Bakes: the base on a copy of its own, what goes in, the checks, and the result renamed to its target."""
+"""Build (bake) an image: unpack the base, add the contents, check the file systems, rename the result atomically."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from .recipe import SUFFIXES, Recipe, state_of
 from .workdir import workshop
 
 TRIES = 4
-"""How often a file system grows until there is room: each growth takes a little for itself."""
+"""Maximum number of attempts to grow the file system: each growth itself uses some of the new space, for metadata."""
 
 PROGRAMS = ("/sbin/init", "/bin/sh", "/usr/bin/env")
-"""What tells which architecture a base is of."""
+"""Programs whose ELF headers identify the architecture of the base."""
 
 
 def bake(recipe: Recipe, task: str) -> BaseFail | str:
-    """Bake an image, and return the state that it was baked from; a doit action of the task of that name."""
+    """Bake an image and return the hash of the state that it was baked from; the doit action of the named task."""
     try:
         with running():
             return Baking(recipe, task).run()
@@ -58,11 +58,11 @@ def bake(recipe: Recipe, task: str) -> BaseFail | str:
 
 
 class Baking:
-    """An image that is being baked.
+    """One image build.
 
     Args:
-        recipe: what goes in.
-        task: the task's name.
+        recipe: Declaration of the image.
+        task: Name of the doit task.
     """
 
     def __init__(self, recipe: Recipe, task: str) -> None:
@@ -75,7 +75,12 @@ class Baking:
         self._record: task_record.Record | None = None
 
     def run(self) -> str:
-        """Bake, and return the state that the image was baked from; raises ImageError and OSError."""
+        """Bake the image and return the hash of the state that it was baked from.
+
+        Raises:
+            ImageError: The recipe and the base do not fit together, or a program failed.
+            OSError: A file cannot be read or written.
+        """
         with self.watch.running(), run_journal.noted(self.note):
             target = self.recipe.output
             absent = rebuild_reasons.missing([str(target)])
@@ -95,11 +100,11 @@ class Baking:
         return state
 
     def note(self, state: str, failure: str = "") -> task_record.Record:
-        """Keep how the task went, once, and return it."""
+        """Record the outcome of the task and return the record. Only the first call has an effect."""
         if self._record is not None:
             return self._record
         if state != "done" and ending.is_set():
-            state, failure = "interrupted", ""  # what it worked in is gone before its thread is
+            state, failure = "interrupted", ""  # an interrupt removes the work folder before this thread ends
         target = self.recipe.output
         made = task_record.Made(target.name, str(target), target.stat().st_size, "") if state == "done" else None
         self._record = replace(
@@ -138,12 +143,16 @@ def _bake(recipe: Recipe, before: list[str], state: str) -> None:
                 os.fsync(file.fileno())
             os.replace(done, target)
             with contextlib.suppress(OSError):
-                statement_of(target).unlink()  # it is about what was there before
+                statement_of(target).unlink()  # the statement describes the previous target
             sync_folder(target.parent)
 
 
 def _stamps(recipe: Recipe) -> list[str]:
-    """Return the version of each file that goes in; raises ImageError where one is not there."""
+    """Return the version stamp of each input file.
+
+    Raises:
+        ImageError: A file is missing or not a regular file.
+    """
     found = []
     for path in recipe.files:
         try:
@@ -159,12 +168,12 @@ def _stamps(recipe: Recipe) -> list[str]:
 
 
 def _fill(recipe: Recipe, image: Path, name: str) -> None:
-    """Put everything into an image, and check it.
+    """Add the recipe's contents to an image and check its file systems.
 
     Args:
-        recipe: what goes in.
-        image: a copy of the base.
-        name: what a person calls the base.
+        recipe: Declaration of the image.
+        image: Copy of the base; modified in place.
+        name: Display name of the base.
     """
     card = partitions.read(image, name)
     about = ext4.superblock(image, card.root)
@@ -203,7 +212,7 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
 
 
 def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
-    """Return the boot file system, in a file of its own."""
+    """Copy the boot file system to a separate file. Return None if the image has none."""
     if card.boot is None:
         return None
     path = image.parent / "boot"
@@ -214,7 +223,10 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
 
 
 def _put_back(boot: Path, image: Path, part: Partition) -> None:
-    """Write the boot file system back to where it was: what holds something now, and what held something before."""
+    """Write the boot file system back into the image.
+
+    Both the extents that held data before and those that hold data now are written, so that old data is overwritten.
+    """
     with boot.open("rb", buffering=0) as source, image.open("r+b") as out:
         before = data_extents(out.fileno(), part.start, part.start + part.size)
         parts = [(first - part.start, end - part.start) for first, end in before]
@@ -227,7 +239,7 @@ def _put_back(boot: Path, image: Path, part: Partition) -> None:
 
 
 def _grow(image: Path, card: Disk, size: int, now: int) -> Disk:
-    """Grow an image and its root file system to so many bytes; return what is in it now."""
+    """Grow an image and its root file system to `size` bytes. Return the new partition layout."""
     root = image.parent / "root"
     root.touch()
     base_image.copy_part(image, card.root.start, card.root.size, root, 0)
@@ -243,7 +255,7 @@ def _grow(image: Path, card: Disk, size: int, now: int) -> Disk:
 
 
 def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
-    """Put all that a recipe has into the tree and on the boot file system."""
+    """Add everything that a recipe declares to the tree and to the boot file system."""
     other = _architecture(tree)
     if other and other != recipe.arch:
         raise ImageError(
@@ -263,14 +275,14 @@ def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
             notice(f"{recipe.output}: user({recipe.user.name!r}) has neither a key nor a password to log in with")
         users.set_user(tree, boot, recipe.user, keys)
         if keys and tree.exists("/lib/systemd/system/ssh.service"):
-            systemd_units.enable(tree, "ssh.service")  # Raspberry Pi OS has it, and has it off
+            systemd_units.enable(tree, "ssh.service")  # Raspberry Pi OS installs the unit, but disables it
     for unit in recipe.enable:
         systemd_units.enable(tree, unit)
     _configure(recipe, tree, boot, name)
 
 
 def _architecture(tree: Tree) -> str:
-    """Return Debian's name of what the image's own programs are for; empty where it has none."""
+    """Return Debian's name for the architecture of the image's programs; empty if none of them is found."""
     for path in PROGRAMS:
         data = tree.read(path)
         if data and (found := elf.architecture(data[:64])):
@@ -279,7 +291,7 @@ def _architecture(tree: Tree) -> str:
 
 
 def _boot_mount(tree: Tree) -> str:
-    """Return where the boot file system is mounted in the running image; empty where that is not said."""
+    """Return the mount point of the boot file system in the running image; empty if /etc/fstab does not list it."""
     for line in (tree.read("/etc/fstab") or b"").decode("utf-8", "surrogateescape").splitlines():
         words = line.split()
         is_fat = len(words) >= 3 and not words[0].startswith("#") and words[2] in ("vfat", "msdos", "auto")
@@ -289,7 +301,7 @@ def _boot_mount(tree: Tree) -> str:
 
 
 def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
-    """Put in the lines and words for the boot loader and the kernel."""
+    """Add the recipe's lines to config.txt and its words to cmdline.txt."""
     if not recipe.config and not recipe.cmdline:
         return
     if boot is None:
@@ -313,7 +325,11 @@ def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
 
 
 def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, name: str) -> Disk:
-    """Grow the root file system as far as is asked for or needed; raises ImageError before anything is put in."""
+    """Grow the root file system as requested or required, before any content is written. Return the new layout.
+
+    Raises:
+        ImageError: The contents do not fit, or the file system cannot grow.
+    """
     have = image.stat().st_size
     if recipe.size is not None and recipe.size < have:
         raise ImageError(
@@ -322,7 +338,7 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
         )
     wanted = recipe.size or 0
     about = ext4.superblock(image, card.root)
-    # What a base has free behind its root, and behind what the file system takes of its partition, comes first.
+    # Use free space in the base first: behind the root partition, and in the partition behind the file system.
     is_filled = (
         bool(card.fixed) or partitions.grown(card, have).root.size < about.blocks * about.block + partitions.ALIGNED
     )
@@ -350,7 +366,7 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
                 f"The root file system of {recipe.output} would be full: {what}.",
                 f"Give a larger size than {size(recipe.size)}, or none: then it grows as needed.",
             )
-        # What is added takes something for itself: tables of inodes, and what is kept for root.
+        # New space is partly used for inode tables and for the blocks that are reserved for root.
         more = max(missing * 9 // 8, groups * about.blocks_per_group)
         wanted = max(
             partitions.size_for(card, (about.blocks + more) * about.block), have + is_filled * partitions.ALIGNED

@@ -1,4 +1,4 @@
-"""The image that a baked one begins as: found or downloaded, unpacked, its empty parts left as holes."""
+"""Base images: found or downloaded, and unpacked to a sparse file."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .program import check_installed, environment, failure
 
 
 class Readable(Protocol):
-    """What a plain image is read from."""
+    """Source of an uncompressed image."""
 
     def read(self, size: int, /) -> bytes:
-        """Return up to so many bytes; none at the end."""
+        """Return up to `size` bytes, or an empty value at the end."""
 
 
 BLOCK = 1 << 16
-"""Bytes that become a hole if they are all zero."""
+"""Bytes of a block. All-zero blocks become holes."""
 
 ZEROS = bytes(BLOCK)
 
 MOST_READ = 64 << 20
-"""Bytes of a file of the base or of a tar that are read into memory, such as a table of users or a program."""
+"""Maximum bytes of a file from the base or a tar that is read into memory, such as a user table or a program."""
 
 MAGIC = {
     b"\xfd7zXZ\0": "xz",
@@ -39,19 +39,19 @@ MAGIC = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
 }
-"""How each kind of compressed file begins."""
+"""Magic numbers of the supported compression formats."""
 
 
 def unpack(base: Path | Archive, target: Path) -> None:
-    """Write a base image, plain, to a new file.
+    """Write the uncompressed base image to a new file.
 
     Args:
-        base: plain or compressed (xz, zstd, gzip, or a zip file with one image in it), as its first bytes say.
-        target: the new file.
+        base: Plain or compressed image (xz, zstd, gzip, or a zip file with one image), detected by its first bytes.
+        target: The new file.
 
     Raises:
-        ImageError: it is damaged, or holds no image.
-        SourceError: it cannot be downloaded.
+        ImageError: The base is damaged, or contains no image.
+        SourceError: The base cannot be downloaded.
     """
     from ..sources.cache import sources_folder
 
@@ -69,7 +69,7 @@ def unpack(base: Path | Archive, target: Path) -> None:
 
 @contextlib.contextmanager
 def _reader(path: Path, kind: str) -> Iterator[Readable]:
-    """Give what a compressed file holds."""
+    """Yield the decompressed content of a file."""
     import gzip
     import lzma
     import zipfile
@@ -84,7 +84,7 @@ def _reader(path: Path, kind: str) -> Iterator[Readable]:
                 yield plain
             return
         with zipfile.ZipFile(path) as archive:
-            # What macOS keeps of a file besides its content has its name, too.
+            # macOS stores resource forks and metadata in this folder, under the file's name.
             names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
             images = [name for name in names if name.lower().endswith((".img", ".raw"))]
             if len(images) != 1:
@@ -106,7 +106,7 @@ def _reader(path: Path, kind: str) -> Iterator[Readable]:
 
 @contextlib.contextmanager
 def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
-    """Give what a program makes of a file; xz with all processors."""
+    """Yield the output of a program that reads a file from stdin. xz uses all processors."""
     check_installed(command[:1])
     threads = ["--threads=0"] if command[0] == "xz" else []
     with (
@@ -128,14 +128,14 @@ def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_bounded(path: Path, name: str) -> bytes:
-    """Return what is in a file that is to be a short one: the base, a tar or a builder decides how long it is.
+    """Return the content of a file that is expected to be short. Its size is untrusted: a base, tar or builder sets it.
 
     Args:
-        path: the file.
-        name: what a person knows it as.
+        path: The file.
+        name: Display name.
 
     Raises:
-        ImageError: it is longer than `MOST_READ`; nothing of it was read.
+        ImageError: The file is longer than `MOST_READ`. It is not read.
     """
     with path.open("rb") as file:
         check_readable(os.fstat(file.fileno()).st_size, name)
@@ -143,7 +143,11 @@ def read_bounded(path: Path, name: str) -> bytes:
 
 
 def check_readable(count: int, name: str) -> None:
-    """Refuse to read so many bytes of a file into memory; raises ImageError."""
+    """Validate the size of a file before it is read into memory.
+
+    Raises:
+        ImageError: It exceeds `MOST_READ`.
+    """
     if count > MOST_READ:
         raise ImageError(
             f"{name} has {readable_size(count)}, and no more than {readable_size(MOST_READ)} of such a file are read.",
@@ -152,7 +156,7 @@ def check_readable(count: int, name: str) -> None:
 
 
 def write_sparse(source: Readable, out: IO[bytes]) -> None:
-    """Write all of a stream to a file, with holes for what is zero."""
+    """Write a stream to a file, with holes for all-zero blocks."""
     size = 0
     while data := source.read(CHUNK):
         size += len(data)
@@ -173,7 +177,7 @@ def _write_blocks(data: bytes, out: IO[bytes]) -> None:
 
 
 def copy_sparse(source: Path, out: IO[bytes]) -> None:
-    """Write a whole file to another, empty one; holes stay holes, and what is zero becomes one."""
+    """Copy a whole file to an empty one. Holes stay holes, and all-zero blocks become holes."""
     with source.open("rb", buffering=0) as file:
         end = os.fstat(file.fileno()).st_size
         for start, stop in data_extents(file.fileno(), 0, end):
@@ -187,16 +191,18 @@ def copy_sparse(source: Path, out: IO[bytes]) -> None:
 
 
 def copy_part(source: Path, start: int, size: int, target: Path, at: int) -> None:
-    """Copy a part of a file into another, which has a hole there, or the same holes; holes stay holes.
+    """Copy a byte range of a file into another file. Holes are skipped.
+
+    The target range must be a hole, or have holes wherever the source has holes.
 
     Args:
-        source: the file.
-        start: the part's first byte.
-        size: its bytes.
-        target: the other file.
-        at: where the part goes there.
+        source: File to read.
+        start: Offset of the range.
+        size: Bytes to copy.
+        target: File to write.
+        at: Offset in the target.
     """
-    # Unbuffered, because asking for holes moves the place that a buffer believes to read from.
+    # Unbuffered, because lseek(SEEK_DATA) moves the file offset, which a buffered reader does not notice.
     with source.open("rb", buffering=0) as file, target.open("r+b") as out:
         for first, end in data_extents(file.fileno(), start, start + size):
             file.seek(first)

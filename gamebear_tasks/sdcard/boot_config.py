@@ -1,6 +1,6 @@
-"""Lines of config.txt and words of cmdline.txt, as Raspberry Pi's firmware reads them.
+"""Add lines to config.txt and words to cmdline.txt, as Raspberry Pi's firmware reads them. Both edits are idempotent.
 
-See https://www.raspberrypi.com/documentation/computers/config_txt.html. Nothing is put in twice.
+See https://www.raspberrypi.com/documentation/computers/config_txt.html.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from typing import TypeAlias
 SECTION = re.compile(r"\[([^\]]*)\]")
 
 ALL = "all"
-"""The heading that ends every filter; what stands before the first heading is for every machine too."""
+"""Heading that resets all filters. Lines before the first heading also apply to every machine."""
 
 WORD = re.compile(r'(?:[^\s"]|"[^"]*"?)+')
-"""A parameter of the kernel, which may have spaces in quotes (Linux, admin-guide/kernel-parameters)."""
+"""A kernel parameter, which may contain quoted spaces (Linux, admin-guide/kernel-parameters)."""
 
 Filters: TypeAlias = tuple[tuple[str, str], ...]
-"""The headings that a line stands under, each with its kind: one replaces another of its kind, and joins the others."""
+"""Kind and text of each filter heading that applies to a line.
+
+A heading replaces an earlier one of the same kind. Headings of different kinds are combined.
+"""
 
 
 def with_lines(text: str, wanted: Sequence[str]) -> str:
-    """Return a config.txt that has some lines, each under its headings.
+    """Return a config.txt that contains the specified lines, each under its filter headings.
 
     Args:
-        text: what is in it.
-        wanted: the lines; a heading such as `[pi4]` among them filters those after it, and those before it are for all.
+        text: Current content.
+        wanted: Lines to add. A heading such as `[pi4]` filters the lines after it; those before any apply to all.
     """
     lines, end = _filtered(text.splitlines())
     there = {(_key(filters), line) for filters, line in lines}
@@ -36,19 +39,19 @@ def with_lines(text: str, wanted: Sequence[str]) -> str:
             continue
         there.add((_key(filters), line))
         if _key(filters) != _key(end):
-            new += [f"[{ALL}]"] if end else []  # else those before would hold, too
+            new += [f"[{ALL}]"] if end else []  # the new headings alone would be combined with the active filters
             new += [f"[{heading}]" for _, heading in filters]
             end = filters
         new.append(line)
     if not new:
         return text
     if end:
-        new.append(f"[{ALL}]")  # what somebody adds later is for all, as they expect
+        new.append(f"[{ALL}]")  # so that lines appended later apply to every machine
     return f"{text}{'' if not text or text.endswith(chr(10)) else chr(10)}" + "".join(f"{line}\n" for line in new)
 
 
 def _filtered(lines: Sequence[str]) -> tuple[list[tuple[Filters, str]], Filters]:
-    """Return the lines with what each stands under, and what another one at the end would."""
+    """Return each line with the filters that apply to it, and the filters that apply at the end."""
     found = []
     filters: dict[str, str] = {}
     for raw in lines:
@@ -64,7 +67,7 @@ def _filtered(lines: Sequence[str]) -> tuple[list[tuple[Filters, str]], Filters]
 
 
 def _kind(heading: str) -> str:
-    """Return which kind of filter a heading is: of a serial number, a pin, a display, …, else of models."""
+    """Return the kind of a filter heading: serial number, GPIO pin, display and so on, or by default the model."""
     if heading.startswith("0x"):
         return "serial"
     name, separator, _ = re.sub("[:=]", "=", heading, count=1).partition("=")
@@ -76,7 +79,7 @@ def _key(filters: Filters) -> frozenset[tuple[str, str]]:
 
 
 def with_words(text: str, wanted: Sequence[str]) -> str:
-    """Return a cmdline.txt that has some words, at the end of its one line."""
+    """Return a cmdline.txt with the specified words appended to its only line."""
     first, newline, rest = text.partition("\n")
     words = WORD.findall(first)
     new = []

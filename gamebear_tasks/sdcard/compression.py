@@ -1,4 +1,4 @@
-"""The finished image is compressed as its name says, with all processors; the same bytes on every machine."""
+"""Reproducible, multi-threaded compression of the finished image."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .program import environment, failure
 
 
 def pack(image: Path, target: Path, program: str) -> None:
-    """Compress an image to a new file, or rename it where nothing compresses it.
+    """Compress an image to a new file, or rename it if it is to stay uncompressed.
 
     Args:
-        image: the file.
-        target: the new one, in the same file system.
-        program: xz, zstd, or empty.
+        image: The image file.
+        target: The new file, on the same file system.
+        program: `xz`, `zstd`, or empty for no compression.
 
     Raises:
-        ImageError: there is no room, for instance.
+        ImageError: Compression failed, for instance because the disk is full.
     """
     if not program:
         os.rename(image, target)
         return
-    # xz's default takes minutes for a card's image, and wins little over -1; zstd's is quick already.
-    # How many threads there are does not show in the result, but one alone of xz writes another format.
+    # xz's default level needs minutes for a card image and saves little compared to -1. zstd's default is fast.
+    # The output does not depend on the number of threads, except that single-threaded xz writes another format.
     threads = max(2, os.cpu_count() or 1)
     options = ["-1", "--quiet", "--stdout", f"--threads={threads}"] if program == "xz" else ["-q", "-c", f"-T{threads}"]
     with image.open("rb") as plain, target.open("wb") as out:

@@ -1,4 +1,4 @@
-"""Files and tars that go into an image: read, checked, and put into its tree."""
+"""Read and validate the files and tars of an image, and add them to its tree."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .file_tree import Entry, Tree
 from .recipe import File, Tar
 
 XATTR = "SCHILY.xattr."
-"""What star and GNU tar call an extended attribute in a pax header."""
+"""Prefix of extended attributes in pax headers, as written by star and GNU tar."""
 
 ACL = ("SCHILY.acl.", "SCHILY.xattr.system.posix_acl_")
 
 LARGEST = 2**44
-"""Bytes that a file on ext4 can have at most."""
+"""Maximum bytes of a file on ext4."""
 
 EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
@@ -35,13 +35,13 @@ EXTENDED = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-"""The kinds of headers that describe the member after them."""
+"""Types of headers that describe the following member."""
 
 LONGEST_HEADER = 1 << 20
-"""Bytes of such a header: a name has 4096 at most, attributes on ext4 64 KiB."""
+"""Maximum bytes of such a header. A name has at most 4096 bytes, attributes on ext4 at most 64 KiB."""
 
 YEARS = 5 * 2**31
-"""Seconds after 1970 up to which (April 2310) e2fsck believes a time; it takes later ones for those before 1970."""
+"""Seconds since 1970 (April 2310) from which e2fsck misreads a time as one before 1970."""
 
 TYPES = {
     tarfile.CHRTYPE: stat.S_IFCHR,
@@ -51,15 +51,15 @@ TYPES = {
 
 
 def put(item: File | Tar, tree: Tree, arch: str) -> None:
-    """Put an item into a tree; its contents are staged.
+    """Add an item to a tree and stage its content.
 
     Args:
-        item: a file or a tar.
-        tree: where it goes.
-        arch: Debian's name of the image's architecture.
+        item: A file or a tar.
+        tree: The tree of the image.
+        arch: Debian's name for the image's architecture.
 
     Raises:
-        ImageError: it cannot be read, is for another architecture, or cannot be where it would go.
+        ImageError: The item cannot be read, is for another architecture, or conflicts with the tree.
     """
     try:
         if isinstance(item, File):
@@ -94,7 +94,11 @@ def _put_file(item: File, tree: Tree, arch: str) -> None:
 
 
 def _stage(source: IO[bytes], target: Path, arch: str, name: str) -> int:
-    """Copy a content to where it is staged, and return its size; raises ImageError where it is a foreign program."""
+    """Copy content to a staging file and return its size in bytes.
+
+    Raises:
+        ImageError: The content is a program for another architecture.
+    """
     with target.open("w+b") as out:
         write_sparse(source, out)
         out.seek(0)
@@ -108,12 +112,12 @@ def _stage(source: IO[bytes], target: Path, arch: str, name: str) -> int:
 
 
 def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
-    entries: dict[str, Entry] = {}  # hard links lead to what had a name when they were packed
+    entries: dict[str, Entry] = {}  # a hard link refers to the name of an earlier member
     with _opened(item.path) as archive:
         for member in _members(archive):
             name = _name(member.name, item.path)
             if not name:
-                continue  # the folder that was packed: it says nothing about the one that it goes over
+                continue  # the packed folder itself must not change the folder that it is unpacked over
             origin = f"{item.path}: {name if name.isprintable() else ascii(name)}"
             if member.islnk():
                 linked = entries.get(_name(member.linkname, item.path))
@@ -131,19 +135,19 @@ def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
 
 
 class _Member(tarfile.TarInfo):
-    """A header of a tar; `tarfile` reads what long names and attributes take into memory, as much as it says."""
+    """Tar header of bounded size: `tarfile` reads long names and attributes into memory, whatever size they claim."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
         member: _Member = super().frombuf(buf, encoding, errors)
         if member.type in EXTENDED and member.size > LONGEST_HEADER:
-            raise ValueError(f"{member.size} bytes")  # a ReadError would have `tarfile` try other compressions
+            raise ValueError(f"{member.size} bytes")  # not a ReadError: `tarfile` would then try other compressions
         return member
 
 
 @contextlib.contextmanager
 def _reading_headers() -> Iterator[None]:
-    """While the block runs `tarfile` reads headers: what it falls over in them is a TarError, too."""
+    """Convert the exceptions that malformed headers cause in `tarfile` to TarError."""
     try:
         yield
     except (ArithmeticError, ValueError, MemoryError) as error:
@@ -156,12 +160,12 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _read_to_the_end(archive: tarfile.TarFile) -> None:
-    """See that all members were read, and the check sums that compressed files end with.
+    """Ensure that all members were read, and verify the checksums at the end of compressed files.
 
-    `tarfile` takes a damaged header, and a part of one, for the end of the tar.
+    `tarfile` treats a damaged or truncated header as the end of the tar.
 
     Raises:
-        TarError: it has no end, which is a block of zeros; and those of decompression.
+        TarError: The end marker, a block of zeros, is missing. Errors of the decompression are raised, too.
     """
     assert archive.fileobj
     archive.fileobj.seek(archive.offset)
@@ -183,7 +187,7 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
             yield archive
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         said = " ".join(str(error).split())
-        if said.startswith("file could not be opened"):  # and what each way of decompression says
+        if said.startswith("file could not be opened"):  # followed by the error of each decompressor
             said = "it does not begin as one"
         raise ImageError(
             f"{path} cannot be unpacked: {said}.",
@@ -192,11 +196,15 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ImageError(f"{path} cannot be unpacked: {error}.", "Make it again.") from error  # gzip's and bz2's own
+        raise ImageError(f"{path} cannot be unpacked: {error}.", "Make it again.") from error  # gzip, bz2: no errno
 
 
 def _name(name: str, path: Path) -> str:
-    """Return a member's name from the folder that the tar goes over; an absolute one begins there, too."""
+    """Return a member's name relative to the destination folder. Absolute names are relative to it, too.
+
+    Raises:
+        ImageError: The name contains `..`.
+    """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise ImageError(f"{path} holds the name {name!r}, which leads out of it.", "Such a tar is not baked.")
@@ -245,7 +253,11 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, tree: Tree, arch: 
 
 
 def _time(value: str | float, origin: str) -> int:
-    """Return a time in nanoseconds, exactly; a float would not be."""
+    """Return a time in nanoseconds. Decimal is exact, a float is not.
+
+    Raises:
+        ImageError: ext4 cannot store the time.
+    """
     try:
         time = int(Decimal(value) * 10**9)
     except (ArithmeticError, ValueError):

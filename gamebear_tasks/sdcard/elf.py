@@ -1,11 +1,11 @@
-"""Which architecture a program is for, by its ELF header (System V ABI, chapter 4; ARM's supplement for its flags)."""
+"""Architecture of a program, from its ELF header (System V ABI, chapter 4; flags in ARM's supplement)."""
 
 from __future__ import annotations
 
 import struct
 
 HEADER = 52
-"""Bytes of the shorter header, a 32-bit program's."""
+"""Bytes of the header of a 32-bit program. The 64-bit header is longer."""
 
 BIG, LITTLE = 2, 1
 ARM = 40
@@ -23,13 +23,13 @@ MACHINES = {
     (2, BIG, 22): "s390x",
     (2, LITTLE, 258): "loong64",
 }
-"""Debian's names by class, byte order and machine."""
+"""Debian's architecture names by ELF class, byte order and machine."""
 
 
 def architecture(header: bytes) -> str:
-    """Return Debian's name of what a file's first bytes are a program or library for.
+    """Return Debian's architecture name for the program or library that starts with the specified bytes.
 
-    Empty for what is no ELF file, and for one of a processor that runs no Debian: firmware and the like is for devices.
+    Return an empty string for other files, and for architectures without a Debian port: they are firmware for devices.
     """
     if len(header) < HEADER or not header.startswith(b"\x7fELF"):
         return ""

@@ -1,4 +1,4 @@
-"""The root file system inside its image, read and written with e2fsprogs: they need neither root nor a loop device."""
+"""Access to the ext4 root file system inside an image with e2fsprogs, which need neither root nor a loop device."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from .partitions import Partition
 from .program import environment, failure, run
 
 BATCH = 24 << 10
-"""Bytes of commands that debugfs is given before we read its answers: fewer than a pipe holds, so nobody waits."""
+"""Bytes of commands sent to debugfs before its answers are read. Fewer than a pipe holds, which prevents a deadlock."""
 
 LINE = 8000
-"""Bytes that a command may have: debugfs reads no longer lines."""
+"""Maximum bytes of a command. debugfs does not read longer lines."""
 
 LARGEST_BLOCK = 6
-"""How often a block of 1024 bytes is doubled at most."""
+"""Maximum log2 of the block size divided by 1024 bytes."""
 
 LINKS = 40
-"""How many links are followed for one name, as in Linux."""
+"""Maximum number of symbolic links followed per path, as in Linux."""
 
 LONGEST_LINK = 4095
-"""Bytes that a symbolic link may lead to (path_resolution(7), PATH_MAX)."""
+"""Maximum bytes of a symbolic link's target (path_resolution(7), PATH_MAX)."""
 
 MOST_SAID = 64 << 20
-"""Bytes that debugfs may answer to one command: the listing of a folder of a million names has fewer."""
+"""Maximum bytes of debugfs's answer to one command. The listing of a folder with a million names is shorter."""
 
 
 @dataclass(frozen=True)
 class Superblock:
-    """What a file system says of itself (Linux, Documentation/filesystems/ext4/super.rst).
+    """Fields of an ext4 superblock (Linux, Documentation/filesystems/ext4/super.rst).
 
     Attributes:
-        block: bytes of a block.
-        blocks: how many there are.
-        free_blocks: those that ordinary users can have: what is reserved for root is not among them.
-        free_inodes: how many more files, folders and links it can have.
-        blocks_per_group: how many blocks come with a group.
-        inodes_per_group: how many inodes come with a group.
-        inode: bytes of an inode.
-        time: when it was last written, mounted or checked, in seconds since 1970.
-        has_quotas: it counts what each user has.
-        has_journal_to_play: it was not unmounted.
+        block: Bytes of a block.
+        blocks: Number of blocks.
+        free_blocks: Free blocks for ordinary users, without those that are reserved for root.
+        free_inodes: Free inodes: how many more files, folders and links fit.
+        blocks_per_group: Blocks of a block group.
+        inodes_per_group: Inodes of a block group.
+        inode: Bytes of an inode.
+        time: Time of the last write, mount or check, in seconds since 1970.
+        has_quotas: Quota accounting is enabled.
+        has_journal_to_play: The file system was not unmounted cleanly.
     """
 
     block: int
@@ -68,7 +68,11 @@ class Superblock:
 
 
 def superblock(image: Path, root: Partition) -> Superblock:
-    """Return what the root file system of an image says of itself; raises ImageError where that makes no sense."""
+    """Read the superblock of an image's root file system.
+
+    Raises:
+        ImageError: The superblock is truncated or invalid.
+    """
     with image.open("rb") as file:
         file.seek(root.start + 1024)
         data = file.read(1024)
@@ -98,13 +102,14 @@ def superblock(image: Path, root: Partition) -> Superblock:
 
 
 def mend(image: Path, root: Partition, now: int, name: str) -> None:
-    """Bring a file system that was not unmounted into order, as at boot.
+    """Check a file system, and repair it as at boot if it was not unmounted cleanly: replay its journal.
 
     Raises:
-        ImageError: it is damaged beyond that.
+        ImageError: The damage cannot be repaired automatically.
     """
     if root.start and superblock(image, root).has_journal_to_play:
-        # Once e2fsck has done that, it looks for the file system where the file begins.
+        # After e2fsck has replayed a journal, it reopens the file system at the beginning of the file, ignoring the
+        # offset.
         alone = image.parent / "root"
         alone.touch()
         copy_part(image, root.start, root.size, alone, 0)
@@ -123,42 +128,47 @@ def mend(image: Path, root: Partition, now: int, name: str) -> None:
 
 
 def check(image: Path, root: Partition, now: int) -> None:
-    """Check a file system, and make holes of its free space; raises ImageError where there was anything to mend."""
+    """Check a file system, and punch holes for its free space.
+
+    Raises:
+        ImageError: The check found an error.
+    """
     what = "The baked root file system is not in order, which is a fault of gamebear-tasks"
     run(["e2fsck", "-f", "-p", "-E", "discard", _at(image, root)], folder=image.parent, now=now, what=what)
     run(["e2fsck", "-f", "-n", _at(image, root)], folder=image.parent, now=now, what=what)
 
 
 def resize(path: Path, now: int) -> None:
-    """Let a file system take all of the file that it is in.
+    """Grow a file system to the size of its file.
 
-    That file has nothing else in it: resize2fs cuts a file to the size of its file system, wherever in it that begins.
+    The file must contain nothing else: resize2fs truncates it to the size of the file system, ignoring an offset.
     """
     run(["resize2fs", path.name], folder=path.parent, now=now, what="The root file system cannot be grown")
 
 
 def _at(image: Path, root: Partition) -> str:
-    """Return what e2fsprogs call a file system that is a part of a file."""
+    """Return the argument by which e2fsprogs address a file system inside a file."""
     return f"{image.name}?offset={root.start}"
 
 
 def quoted(name: str | bytes) -> bytes:
-    """Return a word for debugfs, whose quotes are doubled inside quotes; it knows no backslash."""
+    """Quote an argument for debugfs: quotes inside quotes are doubled; a backslash has no special meaning."""
     data = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
     return b'"' + data.replace(b'"', b'""') + b'"'
 
 
 class Debugfs:
-    """A session with debugfs, which ends with the block.
+    """A debugfs process for the duration of a `with` block.
 
-    It ends well whatever fails in it, so each command is followed by a comment, which debugfs repeats: what stands
-    before that is the command's answer.
+    debugfs exits with status 0 whatever fails. Therefore each command is followed by a comment with a nonce, which
+    debugfs
+    echoes. The output before the comment is the answer to the command.
 
     Args:
-        image: the image; debugfs runs in its folder.
-        root: the file system.
-        now: what it takes for the time.
-        write: for writing.
+        image: The image. debugfs runs in its folder.
+        root: Partition of the file system.
+        now: Time that debugfs writes, in seconds since 1970.
+        write: Open the file system for writing.
     """
 
     def __init__(self, image: Path, root: Partition, now: int, *, write: bool = False) -> None:
@@ -193,7 +203,11 @@ class Debugfs:
             raise self._failed(said)
 
     def ask(self, commands: Sequence[bytes]) -> list[bytes]:
-        """Give commands and return what debugfs answers to each."""
+        """Send commands and return debugfs's answer to each.
+
+        Raises:
+            ImageError: A command is too long or has a line break, an answer is too long, or debugfs exited.
+        """
         answers: list[bytes] = []
         batch = b""
         waiting: list[bytes] = []
@@ -209,7 +223,7 @@ class Debugfs:
             batch += text
             waiting.append(marker)
         answers += self._send(batch, waiting)
-        return [answer.partition(b"\n")[2] for answer in answers[1:]]  # the first line repeats the command
+        return [answer.partition(b"\n")[2] for answer in answers[1:]]  # the first line echoes the command
 
     def _send(self, batch: bytes, markers: Iterable[bytes]) -> list[bytes]:
         assert self._process.stdin and self._process.stdout
@@ -239,10 +253,10 @@ class Debugfs:
         return answers
 
     def do(self, commands: Sequence[bytes]) -> None:
-        """Give commands that say nothing when they succeed, or only which inode they made.
+        """Send commands that print nothing on success, except the inode that they allocate.
 
         Raises:
-            ImageError: one failed.
+            ImageError: A command failed.
         """
         for command, answer in zip(commands, self.ask(commands), strict=True):
             if not re.fullmatch(rb"\s*(Allocated inode: \d+)?\s*", answer):
@@ -263,14 +277,14 @@ class Debugfs:
 
 @dataclass(frozen=True)
 class Inode:
-    """What a name in the base image stands for.
+    """A directory entry of the base image.
 
     Attributes:
-        number: the inode.
-        mode: type and permissions, as in stat(2).
-        uid: owner.
-        gid: group.
-        size: bytes.
+        number: Inode number.
+        mode: Type and permissions, as in stat(2).
+        uid: User id of the owner.
+        gid: Group id.
+        size: Bytes.
     """
 
     number: int
@@ -281,15 +295,15 @@ class Inode:
 
 
 ENTRY = re.compile(rb"/(\d+)/(\d{6})/(-?\d+)/(-?\d+)/([^/]*)/(\d*)/$", re.MULTILINE | re.DOTALL)
-"""A line of debugfs's `ls -p`; a name may have a line break in it."""
+"""Line of debugfs's `ls -p`. A name may contain line breaks."""
 
 
 class Reader:
-    """Reads the base's root file system, each folder once.
+    """Reader of the base's root file system that caches directory listings.
 
     Args:
-        session: with debugfs.
-        folder: where debugfs runs, and leaves what it dumps.
+        session: Session of debugfs.
+        folder: Working folder of debugfs, which receives dumped files.
     """
 
     def __init__(self, session: Debugfs, folder: Path) -> None:
@@ -298,7 +312,7 @@ class Reader:
         self._folders: dict[int, Mapping[str, Inode]] = {}
 
     def listing(self, number: int) -> Mapping[str, Inode]:
-        """Return what is in a folder, by name."""
+        """Return the entries of a folder by name."""
         if number not in self._folders:
             (said,) = self._session.ask([b"ls -p <%d>" % number])
             found = {}
@@ -311,15 +325,23 @@ class Reader:
         return self._folders[number]
 
     def content(self, inode: Inode, name: str) -> bytes:
-        """Return what is in a file; raises ImageError, too, where it is too long to be read."""
-        check_readable(inode.size, name)  # before debugfs writes all of it, zeros for holes
+        """Return the content of a file.
+
+        Raises:
+            ImageError: It cannot be read, or is too large.
+        """
+        check_readable(inode.size, name)  # first, because debugfs dumps holes as zeros
         dumped = self._folder / "dumped"
         dumped.unlink(missing_ok=True)
         self._session.do([b"dump <%d> dumped" % inode.number])
-        return read_bounded(dumped, name)[: inode.size]  # debugfs has zeros after what is kept in an inode
+        return read_bounded(dumped, name)[: inode.size]  # debugfs pads inline data with zeros
 
     def target(self, inode: Inode) -> str:
-        """Return where a symbolic link leads; raises ImageError where it is longer than any in Linux."""
+        """Return the target of a symbolic link.
+
+        Raises:
+            ImageError: The target is longer than Linux allows.
+        """
         if inode.size > LONGEST_LINK:
             raise ImageError(
                 f"A symbolic link of the base has {inode.size} bytes (inode {inode.number}).",

@@ -1,4 +1,4 @@
-"""Puts what goes into an image into its root file system, and counts beforehand what that takes."""
+"""Write the contents of an image into its root file system with debugfs, and estimate the required space."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .ext4 import Debugfs, Superblock, quoted
 from .file_tree import Entry, Tree
 
 FAST_LINK = 60
-"""Bytes from which on a link's target takes a block."""
+"""Bytes from which a link's target occupies a block."""
 
 SMALLEST = 128
-"""Bytes of an inode that keeps no parts of seconds, and no time after 2038."""
+"""Bytes of a small inode, which stores neither nanoseconds nor times after 2038."""
 
 DEVICE = 65535
-"""The largest major or minor number that debugfs can write."""
+"""Largest major or minor device number that debugfs can write."""
 
 
 def room(tree: Tree, block: int) -> tuple[int, int]:
-    """Return how many blocks and inodes a tree's entries take, rather too many than too few.
+    """Return an upper estimate of the blocks and inodes that a tree's new entries need.
 
     Args:
-        tree: what goes in.
-        block: bytes of a block.
+        tree: The tree.
+        block: Bytes of a block.
     """
     blocks = 16
     inodes = 0
@@ -41,26 +41,26 @@ def room(tree: Tree, block: int) -> tuple[int, int]:
         seen.add(id(entry))
         inodes += 1
         data = -(-entry.size // block)
-        blocks += data + data // 64 + (1 if data > 4 else 0)  # its extents
+        blocks += data + data // 64 + (1 if data > 4 else 0)  # blocks of the extent tree
         blocks += 1 if entry.is_folder or len(entry.target.encode("utf-8", "surrogateescape")) >= FAST_LINK else 0
         blocks += -(-sum(len(value) + 64 for value in entry.xattrs.values()) // block)
-    # A block of a folder may be half empty: an entry does not go over its end.
+    # Directory blocks may be half empty, because an entry does not cross the end of a block.
     return blocks + sum(2 * size // block + 1 for size in names.values()), inodes
 
 
 def write(session: Debugfs, tree: Tree, about: Superblock) -> bool:
-    """Put a tree's entries in.
+    """Write the new entries of a tree.
 
     Args:
-        session: with debugfs, for writing; it runs in the folder where contents are staged.
-        tree: what goes in.
-        about: what the file system says of itself.
+        session: Session of debugfs, opened for writing, in the staging folder.
+        tree: The tree.
+        about: Superblock of the file system.
 
     Returns:
-        Whether e2fsck has to mend what debugfs has left: the attributes of files that went, and users' quotas.
+        Whether e2fsck has to repair what debugfs leaves inconsistent: attribute blocks of removed files, and quotas.
 
     Raises:
-        ImageError: debugfs could not.
+        ImageError: debugfs failed, or cannot write an entry.
     """
     _check(tree, about)
     leaves = about.has_quotas or _leaves_attributes(session, tree)
@@ -91,7 +91,11 @@ def write(session: Debugfs, tree: Tree, about: Superblock) -> bool:
 
 
 def _check(tree: Tree, about: Superblock) -> None:
-    """Refuse what debugfs cannot write."""
+    """Reject entries that debugfs or ext4 cannot represent.
+
+    Raises:
+        ImageError: There is such an entry.
+    """
     for name, entry in tree.added.items():
         if any(char in text for text in (name, entry.target) for char in "\r\n\0"):
             raise ImageError(
@@ -120,7 +124,10 @@ def _check(tree: Tree, about: Superblock) -> None:
 
 
 def _in_folders(tree: Tree, parts: Iterable[tuple[str, list[bytes]]]) -> list[bytes]:
-    """Return commands that work on names, each in its folder: so no command is long, and no name taken for an inode."""
+    """Return commands with a change of folder before them, so that each uses the last part of a name only.
+
+    This keeps commands short, and debugfs cannot mistake a name for an inode number.
+    """
     commands = []
     here: str | None = None
     for name, wanted in parts:
@@ -142,7 +149,7 @@ def _here(name: str) -> bytes:
 
 
 def _leaves_attributes(session: Debugfs, tree: Tree) -> bool:
-    """Say whether something goes that has attributes in a block of their own, which debugfs does not free."""
+    """Return whether a file to be replaced has an attribute block, which debugfs does not free."""
     inodes = {inode.number for name in tree.added if (inode := tree.inode(name)) and not stat.S_ISDIR(inode.mode)}
     answers = session.ask([b"stat <%d>" % number for number in sorted(inodes)])
     return any(re.search(rb"^File ACL: [1-9]", said, re.MULTILINE) for said in answers)
@@ -173,13 +180,13 @@ def _creation(name: str, entry: Entry) -> bytes:
 
 
 def _numbers(session: Debugfs, tree: Tree, names: list[str]) -> list[int]:
-    """Return the inodes of names that have been made."""
+    """Return the inode numbers of existing names."""
     answers = session.ask(_in_folders(tree, ((name, [b"stat " + _here(name)]) for name in names)))
     return [int(match[1]) for said in answers if (match := re.match(rb"Inode: (\d+) ", said))]
 
 
 def _link(session: Debugfs, tree: Tree, name: str, number: int) -> None:
-    """Give a file a further name. debugfs makes no room for it in its folder by itself."""
+    """Create a hard link. debugfs does not extend a full directory by itself."""
     cd = _in_folders(tree, [(name, [])])
     command = b"ln <%d> %s" % (number, _last(name))
     session.do(cd)
@@ -187,22 +194,22 @@ def _link(session: Debugfs, tree: Tree, name: str, number: int) -> None:
     if b"No free space in the directory" in said:
         session.do([b"expand_dir .", command])
     elif said.strip():
-        session.do([command])  # it fails again, and says why
+        session.do([command])  # repeat the command to raise its error
 
 
 def _description(name: str, entry: Entry, links: int, inode_size: int) -> list[bytes]:
-    """Return the commands that set what an entry is but for its content."""
+    """Return the commands that set an entry's metadata."""
     fields = [(b"mode", b"0%o" % entry.mode), (b"uid", b"%d" % entry.uid), (b"gid", b"%d" % entry.gid)]
     if links > 1:
         fields.append((b"links_count", b"%d" % links))
     for kind, time in ((b"mtime", entry.mtime), (b"atime", entry.atime)):
         seconds, nanoseconds = divmod(time, 10**9)
         if inode_size == SMALLEST:
-            seconds = min(seconds, 2**31 - 1)  # as Linux has it there
+            seconds = min(seconds, 2**31 - 1)  # the limit that Linux uses for such inodes
         low = seconds & 0xFFFFFFFF
         fields.append((kind, b"@%d" % low))
         if inode_size > SMALLEST:
-            # Two bits more of the seconds, whose lower 32 are signed, and the rest (ext4's i_mtime_extra).
+            # Two upper bits that extend the signed 32-bit seconds, then the nanoseconds (ext4's i_mtime_extra).
             epoch = ((seconds - (low - 2**32 if low >= 2**31 else low)) >> 32) & 3
             fields.append((kind + b"_extra", b"%d" % (nanoseconds << 2 | epoch)))
     return [b"sif %s %s %s" % (_here(name), key, value) for key, value in fields]

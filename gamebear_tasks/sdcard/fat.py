@@ -1,4 +1,4 @@
-"""The boot file system: read and written with mtools, in a file of its own that goes back into the image at the end."""
+"""Read and write the FAT boot file system with mtools, in a separate file that is copied back into the image."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .file_tree import Entry
 from .program import run
 
 YEAR_1980 = 315532800
-"""Seconds from 1970 to where FAT's time begins."""
+"""Seconds since 1970 of the earliest time on FAT."""
 
 YEAR_2108 = 4354819200
-"""Seconds from 1970 to where it ends."""
+"""Seconds since 1970 of the end of FAT's time range."""
 
 FORBIDDEN = re.compile(
     r"""[^ -~]|["*:<>?\\|\[\]]|[. ](/|$)|~[0-9]|[^/]{256}|(^|/)(con|prn|aux|nul|com[1-4]|lpt[1-4])(/|$)""",
     re.ASCII | re.IGNORECASE,
 )
-"""What no name on a FAT has (Microsoft, FAT specification, section 7), or mtools would write as another one."""
+"""Names that FAT does not allow (Microsoft, FAT specification, section 7), or that mtools would change."""
 
 
 class Fat:
-    """A FAT file system and what goes into it.
+    """A FAT file system and the entries to be added to it.
 
     Args:
-        path: the file that it is in.
-        now: the time of what has no other, in seconds since 1970.
-        name: what a person calls the image that it is from.
+        path: File that contains the file system.
+        now: Time of new entries, in seconds since 1970.
+        name: Display name of the image.
 
     Raises:
-        ImageError: it is damaged.
+        ImageError: The file system is damaged.
     """
 
     def __init__(self, path: Path, now: int, name: str) -> None:
@@ -57,10 +57,10 @@ class Fat:
         return run(argv, folder=self.path.parent, now=self._now, what=what, allowed=allowed, hint=hint)
 
     def add(self, name: str, entry: Entry) -> None:
-        """Put a file or a folder in. It has no owner, mode or attributes there.
+        """Add a file or a folder. FAT does not store owner, mode or attributes.
 
         Raises:
-            ImageError: it is something else, has a name that FAT does not know, or a folder and a file change places.
+            ImageError: FAT does not support its type or its name, or a folder would replace a file or vice versa.
         """
         if not (entry.is_folder or stat.S_ISREG(entry.mode)):
             raise ImageError(
@@ -90,11 +90,11 @@ class Fat:
         self._added[name] = entry
 
     def is_folder(self, name: str) -> bool:
-        """Say whether there is a folder of a name."""
+        """Return whether a name is a folder."""
         return self._there.get(name.lower(), "").endswith("/")
 
     def read(self, name: str) -> bytes | None:
-        """Return what is in a file; None where there is none."""
+        """Return the content of a file, or None if it does not exist."""
         for other, entry in self._added.items():
             if other.lower() == name.lower():
                 return read_bounded(self.path.parent / entry.staged, entry.origin)
@@ -106,7 +106,11 @@ class Fat:
         return read_bounded(read, f"{name} on the boot file system")
 
     def check_room(self, name: str) -> None:
-        """See that there is room; raises ImageError."""
+        """Ensure that the new entries fit.
+
+        Raises:
+            ImageError: They do not.
+        """
         needed = sum(-(-max(entry.size, 1) // self._cluster) + 1 for entry in self._added.values())
         if self._added and needed > self._free:
             needed -= self._replaced()
@@ -118,14 +122,18 @@ class Fat:
             )
 
     def _replaced(self) -> int:
-        """Return how many clusters the files have that others take the place of: mcopy frees them first."""
+        """Return the number of clusters of the files to be replaced, which mcopy frees first."""
         said = self._run(["mdu", "-i", self.path.name, "-a", "::"], "The boot file system cannot be read")
         added = {name.lower() for name, entry in self._added.items() if not entry.is_folder}
         taken = (line.removeprefix("::/").rpartition(" ") for line in said.splitlines())
         return sum(int(clusters) for name, _, clusters in taken if name.lower() in added)
 
     def write(self) -> None:
-        """Put everything in, and check the whole; raises ImageError."""
+        """Write the new entries, then check the file system.
+
+        Raises:
+            ImageError: A program failed, or the check found an error.
+        """
         what = "The boot file system cannot be written"
         before = set(
             self._run(["mdir", "-i", self.path.name, "-b", "-/", "-a", "::"], what, (0, 1)).lower().splitlines()

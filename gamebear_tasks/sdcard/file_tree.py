@@ -1,7 +1,7 @@
-"""What the image will hold: its base's files, and over them what goes in. Names are looked up in it and nowhere else.
+"""The virtual file tree of an image: the base's files, overlaid with the new entries.
 
-A name leads where it would lead in the running image: links are followed with the image's root as `/`, those of the
-base and those that are put in. So nothing can lead outside, whatever a tar holds.
+Names are resolved as in the running image: symbolic links, of the base or new, are followed with the image's root as
+`/`. Therefore no path can lead outside the image, whatever a tar contains.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from .base_image import read_bounded
 from .ext4 import LINKS, Inode, Reader
 
 ROOT_INODE = 2
-"""The root folder's, in every ext4 file system."""
+"""Inode of the root folder in every ext4 file system."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Something that goes into the image. One that has several names is a file with hard links.
+    """A new file, folder, link or device of the image. An entry with several names is a file with hard links.
 
     Attributes:
-        mode: type and permissions, as in stat(2).
-        origin: what brings it, for people.
-        uid: owner.
-        gid: group.
-        mtime: time of modification, in nanoseconds since 1970.
-        atime: time of access, likewise.
-        size: bytes of a file.
-        staged: the name of the file's content in the folder that we work in.
-        target: where a symbolic link leads.
-        device: major and minor number.
-        xattrs: extended attributes.
+        mode: Type and permissions, as in stat(2).
+        origin: Display name of the source of the entry.
+        uid: User id of the owner.
+        gid: Group id.
+        mtime: Modification time, in nanoseconds since 1970.
+        atime: Access time, in nanoseconds since 1970.
+        size: Bytes of a file.
+        staged: Name of the file's content in the staging folder.
+        target: Target of a symbolic link.
+        device: Major and minor device number.
+        xattrs: Extended attributes.
     """
 
     mode: int
@@ -51,20 +51,22 @@ class Entry:
 
     @property
     def is_folder(self) -> bool:
-        """It is a folder."""
+        """Whether the entry is a folder."""
         return stat.S_ISDIR(self.mode)
 
 
 class Tree:
-    """The files of an image to be.
+    """The files of the image to be built.
 
     Args:
-        base: what is there already.
-        staging: the folder where contents are kept until they are put in.
-        now: the time of what has no other, in seconds since 1970.
+        base: Reader of the base's root file system.
+        staging: Folder that stores contents until they are written.
+        now: Default time of entries, in seconds since 1970.
 
     Attributes:
-        added: what goes in, by its name from the root, without the first slash.
+        added: The new entries, by name relative to the root, without a leading slash.
+        now: Default time of entries, in nanoseconds since 1970.
+        staging: Folder that stores contents until they are written.
     """
 
     def __init__(self, base: Reader, staging: Path, now: int) -> None:
@@ -74,30 +76,30 @@ class Tree:
         self.staging = staging
         self._inodes: dict[str, Inode | None] = {"": Inode(ROOT_INODE, stat.S_IFDIR | 0o755, 0, 0, 0)}
         self._targets: dict[int, str] = {}
-        self._implied: set[str] = set()  # folders that go in because something in them does
+        self._implied: set[str] = set()  # parent folders that were created only for their content
         self._staged = 0
         self._mount = ""
         self._add_there: Callable[[str, Entry], None]
         self._is_folder_there: Callable[[str], bool]
 
     def mount(self, path: str, add: Callable[[str, Entry], None], is_folder: Callable[[str], bool]) -> None:
-        """Have what goes below a folder go to another file system.
+        """Redirect everything below a folder to another file system.
 
         Args:
-            path: the folder.
-            add: puts in what goes there, by its name from there.
-            is_folder: says whether there is a folder of such a name.
+            path: The folder.
+            add: Adds an entry to the other file system, by its name relative to the folder.
+            is_folder: Returns whether a relative name is a folder there.
         """
         self._mount = self.resolve(path, path)
         self._add_there = add
         self._is_folder_there = is_folder
 
     def _is_mounted(self, name: str) -> bool:
-        """Say whether a name is below the other file system's folder."""
+        """Return whether a name is below the mounted folder."""
         return bool(self._mount) and name.startswith(f"{self._mount}/")
 
     def inode(self, name: str) -> Inode | None:
-        """Return what the base has under a name; no link is followed."""
+        """Return the base's inode of a name, or None. Links are not followed."""
         if name not in self._inodes:
             folder, _, last = name.rpartition("/")
             above = self.inode(folder)
@@ -108,14 +110,14 @@ class Tree:
         return self._inodes[name]
 
     def mode(self, name: str) -> int:
-        """Return the mode of what will have a name, 0 if nothing will; no link is followed."""
+        """Return the mode of a name, or 0 if it does not exist. Links are not followed."""
         if name in self.added:
             return self.added[name].mode
         inode = self.inode(name)
         return inode.mode if inode else 0
 
     def link(self, name: str) -> str:
-        """Return where the link of a name leads."""
+        """Return the target of a symbolic link."""
         if name in self.added:
             return self.added[name].target
         inode = self.inode(name)
@@ -125,15 +127,15 @@ class Tree:
         return self._targets[inode.number]
 
     def resolve(self, path: str, origin: str, *, last: bool = True) -> str:
-        """Return the name that a path has when all links on the way are followed.
+        """Return the name of a path after following all symbolic links.
 
         Args:
-            path: from the root.
-            origin: who asks, for the error.
-            last: follow a link at its end, too.
+            path: Path from the root.
+            origin: Display name of the requesting item, for errors.
+            last: Follow a link in the last part of the path, too.
 
         Raises:
-            ImageError: it goes through a file, or through links without end.
+            ImageError: A file is in the middle of the path, or there is a loop of links.
         """
         parts = [part for part in reversed(path.split("/")) if part not in ("", ".")]
         name = ""
@@ -166,20 +168,21 @@ class Tree:
         return name
 
     def add(self, path: str, entry: Entry) -> str:
-        """Put something in, with the folders above it, and return its name.
+        """Add an entry and its missing parent folders, and return its name.
 
-        A file, link or device takes the place of another. A folder that is there, or a link to one, stays, and gets the
-        owner, mode and times.
+        A file, link or device replaces another one. An existing folder, or a link to one, remains; its owner, mode and
+        times
+        change.
 
         Raises:
-            ImageError: a folder would take the place of something else, or something else a folder's.
+            ImageError: A folder would replace something else or vice versa.
         """
         name = self.resolve(path, entry.origin, last=entry.is_folder)
         if self._is_mounted(name):
             self._add_there(name[len(self._mount) + 1 :], entry)
             return name
         if self._mount and name == self._mount and entry.is_folder:
-            return name  # the root of the other one stays as it is
+            return name  # the root of the mounted file system does not change
         for above in _above(name):
             if not self.mode(above):
                 self.added[above] = Entry(stat.S_IFDIR | 0o755, entry.origin, mtime=self.now, atime=self.now)
@@ -197,31 +200,35 @@ class Tree:
         return name
 
     def entry(self, data: bytes, origin: str, mode: int, owner: tuple[int, int] = (0, 0)) -> Entry:
-        """Return a file to be put in."""
+        """Stage data and return an entry for a regular file."""
         staged = self.new_staged()
         (self.staging / staged).write_bytes(data)
         return Entry(stat.S_IFREG | mode, origin, *owner, mtime=self.now, atime=self.now, size=len(data), staged=staged)
 
     def new_staged(self) -> str:
-        """Return a name for a content that the caller writes."""
+        """Return a new name in the staging folder. The caller writes the content."""
         self._staged += 1
         return f"content-{self._staged}"
 
-    # What the image says itself, and is told: text files, changed in place.
+    # Access to the image's text files, which are changed in place.
 
     def exists(self, path: str) -> bool:
-        """Say whether there is something of a name, at the end of its links."""
+        """Return whether a path exists, following links."""
         return bool(self.mode(self.resolve(path, path)))
 
     def is_folder(self, path: str) -> bool:
-        """Say whether there is a folder of a name, at the end of its links."""
+        """Return whether a path is a folder, following links."""
         name = self.resolve(path, path)
         if self._is_mounted(name):
             return self._is_folder_there(name[len(self._mount) + 1 :])
         return stat.S_ISDIR(self.mode(name))
 
     def read(self, path: str) -> bytes | None:
-        """Return what is in a file, None where there is none; raises ImageError where it is too long to be read."""
+        """Return the content of a file, or None if the path is not a regular file.
+
+        Raises:
+            ImageError: The file is too large.
+        """
         name = self.resolve(path, path)
         if not stat.S_ISREG(self.mode(name)):
             return None
@@ -232,10 +239,10 @@ class Tree:
         return self._base.content(inode, f"/{name} of the base")
 
     def write(self, path: str, data: bytes, origin: str, mode: int = 0o644, owner: tuple[int, int] = (0, 0)) -> None:
-        """Put a file in; one that is there keeps its owner and mode. No change where it says that already.
+        """Write a file unless it already has that content. An existing file keeps its owner and mode.
 
         Raises:
-            ImageError: what is there is no file.
+            ImageError: The path exists and is not a regular file.
         """
         if self.read(path) == data:
             return
@@ -249,20 +256,20 @@ class Tree:
         self.add(name, entry)
 
     def folder(self, path: str, origin: str, mode: int, owner: tuple[int, int]) -> None:
-        """Make a folder; one that is there stays as it is."""
+        """Create a folder unless it exists."""
         if not self.is_folder(path):
             self.add(path, Entry(stat.S_IFDIR | mode, origin, *owner, mtime=self.now, atime=self.now))
 
     def give(self, path: str, owner: tuple[int, int], mode: int) -> bool:
-        """Give somebody a folder and those below it, but for what the base or contents describe.
+        """Set the owner of a folder and its subfolders, except those that the base or a tar describes.
 
         Args:
-            path: the folder.
-            owner: user and group.
-            mode: of the folder itself.
+            path: The folder.
+            owner: User and group id.
+            mode: Mode of the folder itself.
 
         Returns:
-            Whether that was for us to say, too.
+            Whether the folder itself was changed.
         """
         top = self.resolve(path, path)
         for name in self._implied:
@@ -273,14 +280,14 @@ class Tree:
         return top in self._implied
 
     def symlink(self, path: str, target: str, origin: str, owner: tuple[int, int] = (0, 0)) -> None:
-        """Make a symbolic link; no change where there is that link already."""
+        """Create a symbolic link unless the same link exists."""
         name = self.resolve(path, origin, last=False)
         if stat.S_ISLNK(self.mode(name)) and self.link(name) == target:
             return
         self.add(name, Entry(stat.S_IFLNK | 0o777, origin, *owner, mtime=self.now, atime=self.now, target=target))
 
     def names(self, path: str) -> Iterator[str]:
-        """Yield what is in a folder, sorted."""
+        """Yield the names in a folder, sorted."""
         folder = self.resolve(path, path)
         inode = self.inode(folder)
         found = set(self._base.listing(inode.number)) if inode and stat.S_ISDIR(inode.mode) else set()
@@ -289,7 +296,7 @@ class Tree:
 
 
 def _above(name: str) -> Iterator[str]:
-    """Yield the folders above a name, the outermost first."""
+    """Yield the parent folders of a name, outermost first."""
     parts = name.split("/")[:-1]
     for count in range(1, len(parts) + 1):
         yield "/".join(parts[:count])

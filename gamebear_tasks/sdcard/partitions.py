@@ -1,4 +1,4 @@
-"""The partitions of an image: found with sfdisk, told by what is in them, the last one grown."""
+"""Partition tables: read with sfdisk, identified by file system; the last partition can be grown."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from ..errors import ImageError
 from .program import run
 
 ALIGNED = 4 << 20
-"""Bytes that a grown image is a multiple of: an SD card erases that much at once, and Raspberry Pi OS does it so."""
+"""Bytes that the size of a grown image is a multiple of: the erase block of an SD card, as in Raspberry Pi OS."""
 
 GPT_ENTRIES = 128
-"""How many partitions a GPT has room for where nobody said otherwise."""
+"""Default number of entries of a GPT."""
 
 GPT_ENTRY = 128
-"""Bytes that it keeps of each; it is kept twice, the second time at the end (UEFI specification, 5.3)."""
+"""Bytes of a GPT entry. A backup of the table is at the end of the disk (UEFI specification, 5.3)."""
 
 LOGICAL = 5
-"""The number of an MBR's first partition that is inside another one."""
+"""Number of the first logical partition of an MBR."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A part of an image.
+    """A partition of an image.
 
     Attributes:
-        number: as sfdisk counts.
-        start: its first byte.
-        size: its bytes.
+        number: Partition number of sfdisk.
+        start: Offset of the first byte.
+        size: Bytes.
     """
 
     number: int
@@ -39,15 +39,15 @@ class Partition:
 
 @dataclass(frozen=True)
 class Disk:
-    """What is in an image.
+    """Partition layout of an image.
 
     Attributes:
         label: `dos` (MBR) or `gpt`.
-        sector: bytes of a sector.
-        tail: bytes that the table takes at the end of the image.
-        boot: the FAT partition; None where there is none.
-        root: the ext4 partition.
-        fixed: why the root partition cannot grow; empty where it can.
+        sector: Bytes of a sector.
+        tail: Bytes at the end of the image that the backup table occupies.
+        boot: The FAT partition, or None.
+        root: The ext4 partition.
+        fixed: Reason why the root partition cannot grow; empty if it can.
     """
 
     label: str
@@ -59,14 +59,14 @@ class Disk:
 
 
 def read(image: Path, name: str) -> Disk:
-    """Return what is in an image.
+    """Read the partition layout of an image.
 
     Args:
-        image: the file.
-        name: what a person calls it.
+        image: The image file.
+        name: Display name.
 
     Raises:
-        ImageError: it has no partition table, or not one ext4 file system and at most one FAT.
+        ImageError: It has no partition table, or does not have exactly one ext4 and at most one FAT file system.
     """
     said = run(
         ["sfdisk", "--json", image.name],
@@ -75,7 +75,7 @@ def read(image: Path, name: str) -> Disk:
         what=f"{name} has no partition table",
         hint="It must be the image of a whole card, plain or compressed with xz, zstd, gzip or zip.",
     )
-    table = json.JSONDecoder().raw_decode(said, said.index("{"))[0]["partitiontable"]  # warnings may be around it
+    table = json.JSONDecoder().raw_decode(said, said.index("{"))[0]["partitiontable"]  # may be among warnings
     sector = int(table.get("sectorsize", 512))
     size = image.stat().st_size
     fats: list[Partition] = []
@@ -112,23 +112,23 @@ def read(image: Path, name: str) -> Disk:
 
 
 def grown(disk: Disk, image_size: int) -> Disk:
-    """Return what is in an image of so many bytes whose root partition, the last, goes on to its end."""
+    """Return the layout of an image of the specified bytes whose root partition, the last one, extends to the end."""
     size = (image_size - disk.tail - disk.root.start) // disk.sector * disk.sector
     return replace(disk, root=replace(disk.root, size=size))
 
 
 def size_for(disk: Disk, root_size: int) -> int:
-    """Return the bytes of an image whose root partition has so many at least."""
+    """Return the bytes of an image whose root partition has at least the specified bytes."""
     return -(-(disk.root.start + root_size + disk.tail) // ALIGNED) * ALIGNED
 
 
 def write(image: Path, disk: Disk, now: int) -> None:
-    """Write into an image's table how large its root partition is, at the end of the image.
+    """Write the size of the root partition into the image's partition table.
 
     Args:
-        image: the file.
-        disk: what is in it.
-        now: what is taken for the time.
+        image: The image file.
+        disk: The new layout.
+        now: Time that sfdisk assumes, in seconds since 1970.
     """
     what = "The root partition cannot be grown"
     sfdisk = ["sfdisk", "--quiet", "--no-reread", "--no-tell-kernel"]

@@ -1,4 +1,4 @@
-"""The system's programs that an image is baked with: looked for before anything is begun, started in one way."""
+"""Find and run the system programs that image builds need."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ PACKAGES = {
     "xz": "xz-utils",
     "zstd": "zstd",
 }
-"""Debian's package for each program."""
+"""Debian package of each program."""
 
 
 def environment(now: int = 0) -> dict[str, str]:
-    """Return what the programs run with: one language, one time zone, one time, nobody's configuration.
+    """Return a reproducible environment for the programs: fixed locale, time zone and time, no user configuration.
 
     Args:
-        now: what they take for the time, in seconds since 1970; 0 for the real one.
+        now: Time that the programs assume, in seconds since 1970; 0 for the real time.
     """
     kept = {name: os.environ[name] for name in ("TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     path = os.environ.get("PATH", os.defpath)
     fixed = {
         **kept,
-        "PATH": f"{path}:/usr/sbin:/sbin",  # where Debian has most of them, and an ordinary user does not look
+        "PATH": f"{path}:/usr/sbin:/sbin",  # Debian has most of them there, outside of an ordinary user's PATH
         "LC_ALL": "C.UTF-8",
         "TZ": "UTC",
-        "HOME": os.devnull,  # where mtools looks for more than MTOOLSRC
+        "HOME": os.devnull,  # mtools reads ~/.mtoolsrc in addition to MTOOLSRC
         "MTOOLSRC": os.devnull,
         "MTOOLS_SKIP_CHECK": "1",
     }
@@ -51,10 +51,10 @@ def environment(now: int = 0) -> dict[str, str]:
 
 
 def check_installed(programs: Iterable[str]) -> None:
-    """Look for programs.
+    """Ensure that programs are installed.
 
     Raises:
-        ImageError: some are not installed here; all of them are named, with Debian's packages.
+        ImageError: Programs are missing. The error lists all of them, with their Debian packages.
     """
     path = environment()["PATH"]
     missing = sorted(name for name in set(programs) if not shutil.which(name, path=path))
@@ -76,20 +76,20 @@ def run(
     allowed: Collection[int] = (0,),
     hint: str = "",
 ) -> str:
-    """Run a program and return what it wrote, its errors among it.
+    """Run a program and return its output and errors.
 
     Args:
-        argv: the program and its arguments.
-        folder: where it runs; its files are named relative to that, so that no path of a person is in its way.
-        now: see `environment`.
-        what: what could not be done if it fails; begins the error.
-        stdin: what it reads.
-        allowed: the statuses that are no failure.
-        hint: what to do if it fails.
+        argv: The program and its arguments.
+        folder: Working folder. File names are relative to it, so that special characters in its path have no effect.
+        now: See `environment`.
+        what: Beginning of the error message: the operation that failed.
+        stdin: Data for its standard input.
+        allowed: Exit statuses that are not failures.
+        hint: Suggested fix.
 
     Raises:
-        ImageError: it failed.
-        KeyboardInterrupt: Ctrl-C has ended it.
+        ImageError: The program failed.
+        KeyboardInterrupt: Ctrl-C ended the program.
     """
     env = environment(now)
     done = subprocess.run(
@@ -109,13 +109,13 @@ def run(
 
 
 def failure(what: str, program: str, said: str, hint: str = "") -> ImageError:
-    """Return the error for a program that failed.
+    """Return the error for a failed program.
 
     Args:
-        what: what could not be done.
-        program: its name.
-        said: what it said; its last lines are shown.
-        hint: what to do, where that is not the same as ever.
+        what: The operation that failed.
+        program: Name of the program.
+        said: Its output. The error contains the last lines.
+        hint: Suggested fix, if it is not the default one.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     hint = hint or "See that the base and what goes in are whole, then run doit again."

@@ -1,4 +1,4 @@
-"""Where a baked image comes from: its statement, see `provenance`."""
+"""Provenance statement of a baked image. See `client.provenance`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .recipe import Recipe
 
 
 def write(recipe: Recipe, record: Record) -> Path:
-    """Write the statement of an image that was baked, and return where it is.
+    """Write the provenance statement of a baked image and return its path.
 
     Args:
-        recipe: what it was baked from.
-        record: how that went, well.
+        recipe: Declaration of the image.
+        record: Record of the successful task.
 
     Raises:
-        JobError: the image is not the one that was baked, or the statement cannot be written.
+        JobError: The image changed since it was baked, or cannot be read, or the statement cannot be written.
     """
     (made,) = record.outputs
     try:
@@ -67,7 +67,7 @@ def write(recipe: Recipe, record: Record) -> Path:
 
 
 def _parts(recipe: Recipe) -> Iterator[tuple[Path, str]]:
-    """Give the files that an image is made of, and what each is."""
+    """Yield the input files of an image with their roles."""
     if isinstance(recipe.base, Path):
         yield recipe.base, "base"
     for item in recipe.contents:

@@ -1,4 +1,4 @@
-"""What an `sd_image()` declares: a base, what goes in, how large; data only."""
+"""Declaration of an SD-card image: base, contents, size. Pure data."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from ..sources.archive import Archive
 
 FORMAT = 1
-"""The recipe's version: another one bakes every image again."""
+"""Version of the recipe. Changing it rebuilds every image."""
 
 SUFFIXES = {".img": "", ".xz": "xz", ".zst": "zstd"}
-"""What compresses a target, by the end of its name."""
+"""Compression program by suffix of the target."""
 
 PROGRAMS = ("debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "mdir", "mmd")
-"""What every image is baked with."""
+"""Programs that every image build needs."""
 
 LARGEST = 2**50
-"""Bytes of no card that there will be."""
+"""Maximum bytes of an image."""
 
 KEY = re.compile(r"(?<![^ \t])((?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+)[ \t]+([A-Za-z0-9+/]{16,}={0,2})(?![^ \t])")
-"""A public SSH key in a line of `authorized_keys`, between options and a comment, see sshd(8)."""
+"""Public SSH key in a line of `authorized_keys`, between options and a comment (sshd(8))."""
 
 LENGTH = 4
-"""Bytes of the length of a text in it."""
+"""Bytes of a length prefix in a public key."""
 
 HASH = re.compile(r"\$[a-z0-9]{1,8}\$[A-Za-z0-9./$=,]{16,}|[!*]")
-"""A password as shadow(5) has it, see crypt(5)."""
+"""Password field of shadow(5), see crypt(5)."""
 
 USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
-"""A user's or a group's name, as Debian allows it."""
+"""User or group name, as Debian allows it."""
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that goes into an image; see `file()`."""
+    """A file of an image. See `file()`."""
 
     path: Path
     destination: str
@@ -56,34 +56,34 @@ class File:
 
     @property
     def permissions(self) -> int:
-        """The mode that it gets: what was said, else as the file may be executed here."""
+        """Permissions in the image: the specified mode, or else 0o755 if the file is executable here, or 0o644."""
         if self.mode is not None:
             return self.mode
         try:
             return 0o755 if self.path.stat().st_mode & 0o100 else 0o644
         except OSError:
-            return 0o644  # another task is to make it
+            return 0o644  # another task has yet to create it
 
     def identity(self) -> Json:
-        """Return what it is, but for its content."""
+        """Return the identity of the item, without the file's content."""
         return ["file", str(self.path), self.destination, self.permissions, self.owner, self.group]
 
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar file whose members go into an image; see `tar()`."""
+    """A tar file whose members are added to an image. See `tar()`."""
 
     path: Path
     destination: str
 
     def identity(self) -> Json:
-        """Return what it is, but for its content."""
+        """Return the identity of the item, without the tar's content."""
         return ["tar", str(self.path), self.destination]
 
 
 @dataclass(frozen=True)
 class User:
-    """A user of an image; see `user()`."""
+    """A user of an image. See `user()`."""
 
     name: str
     password: str | None = field(repr=False)
@@ -92,30 +92,30 @@ class User:
 
     @property
     def key_files(self) -> list[Path]:
-        """The files among the keys."""
+        """Keys that are specified as files."""
         return [key for key in self.authorized_keys if isinstance(key, Path)]
 
     def identity(self) -> Json:
-        """Return what it is, but for the key files' content."""
+        """Return the identity of the user, without the content of key files."""
         return [self.name, self.password, [str(key) for key in self.authorized_keys], list(self.groups)]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an `sd_image()` declares.
+    """Declaration of an image by `sd_image()`.
 
     Attributes:
-        base: the image to begin with: a file, or an archive from the web.
-        output: where the baked one goes; its suffix says how it is compressed.
+        base: Base image: a file, or an archive from the web.
+        output: The image to create. Its suffix selects the compression.
         arch: Debian's name of the architecture.
-        contents: what goes in; of two that have one name the later one stays.
-        config: lines of config.txt, with headings among them.
-        cmdline: words of cmdline.txt.
-        enable: names of units.
-        hostname: empty to keep the base's.
-        user: None for none.
-        size: bytes of the whole image; None for what is needed.
-        free: bytes that the root file system has left at least.
+        contents: Files and tars to add. Of two entries with the same name, the later one wins.
+        config: Lines of config.txt, including filter headings.
+        cmdline: Words of cmdline.txt.
+        enable: Names of systemd units.
+        hostname: Host name; empty keeps the base's.
+        user: User to create, or None.
+        size: Bytes of the whole image; None for as much as required.
+        free: Minimum free bytes of the root file system.
     """
 
     base: Path | Archive
@@ -132,19 +132,19 @@ class Recipe:
 
     @property
     def files(self) -> list[Path]:
-        """Every file of this machine that goes into the image, the base included."""
+        """All local input files, including the base."""
         base = [self.base] if isinstance(self.base, Path) else []
         return [*base, *(item.path for item in self.contents), *(self.user.key_files if self.user else ())]
 
     @property
     def programs(self) -> list[str]:
-        """The programs that it is baked with; those that unpack the base as its suffix has it."""
+        """Required programs, including those that decompress the base according to its suffix."""
         base = self.base if isinstance(self.base, Path) else Path(self.base.url)
         packing = (SUFFIXES.get(path.suffix, "") for path in (self.output, base))
         return [*PROGRAMS, *dict.fromkeys(filter(None, packing))]
 
     def identity(self) -> str:
-        """Return a hash over all that is in it, but for the files' content; no secret can be read from it."""
+        """Return a SHA-256 over the declaration, without the files' content. It does not reveal secrets."""
         whole: dict[str, Json] = {
             "format": FORMAT,
             "base": str(self.base) if isinstance(self.base, Path) else self.base.sha256,
@@ -162,13 +162,13 @@ class Recipe:
         return hashlib.sha256(canonical_json(whole)).hexdigest()
 
     def document(self, content: Callable[[str], tuple[str, bool]] = opened_content_of) -> dict[str, Json]:
-        """Return what its image is baked from: its identity, and the SHA-256 of each file.
+        """Return the state that the image is baked from: the recipe's identity and the SHA-256 of each file.
 
         Args:
-            content: gives a file's SHA-256 and whether it is executable; raises OSError.
+            content: Returns a file's SHA-256 and whether it is executable; raises OSError.
 
         Raises:
-            ImageError: a file cannot be read.
+            ImageError: A file cannot be read.
         """
         hashes: dict[str, Json] = {}
         for path in map(str, self.files):
@@ -182,23 +182,23 @@ class Recipe:
 
 
 def state_of(document: Mapping[str, Json]) -> str:
-    """Return a hash over what an image is baked from: what doit saves and compares."""
+    """Return a SHA-256 over the state that an image is baked from. doit saves and compares it."""
     return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
 def file(path: str | Path, destination: str, *, mode: int | None = None, owner: int = 0, group: int = 0) -> File:
-    """Declare a file that goes into an image.
+    """Declare a file that is added to an image.
 
     Args:
-        path: the file on this machine.
-        destination: its absolute name in the image, or the folder there that it goes into under its own name: one that
-            ends with a slash, or that is there.
-        mode: permissions; by default 0o755 where its owner may execute the file here, else 0o644.
-        owner: user id.
-        group: group id.
+        path: The file on this machine.
+        destination: Absolute path in the image. If it ends with a slash or is a folder there, the file is put into it
+            under its own name.
+        mode: Permissions. Default: 0o755 if the owner may execute the file here, otherwise 0o644.
+        owner: User id.
+        group: Group id.
 
     Raises:
-        SettingsError: an argument makes no sense.
+        SettingsError: An argument is invalid.
     """
     where = f"file({str(path)!r})"
     for name, number, most in (
@@ -212,14 +212,14 @@ def file(path: str | Path, destination: str, *, mode: int | None = None, owner: 
 
 
 def tar(path: str | Path, destination: str = "/") -> Tar:
-    """Declare a tar file (plain, gzip, bzip2, xz) whose members go into an image, with all that it says of them.
+    """Declare a tar file (plain, gzip, bzip2, xz) whose members are added to an image, including their metadata.
 
     Args:
-        path: the tar file on this machine.
-        destination: the folder in the image that its names begin from.
+        path: The tar file on this machine.
+        destination: Folder in the image that the members' names are relative to.
 
     Raises:
-        SettingsError: an argument makes no sense.
+        SettingsError: An argument is invalid.
     """
     where = f"tar({str(path)!r})"
     return Tar(_path(path, where), _destination(destination, where))
@@ -232,17 +232,17 @@ def user(
     authorized_keys: Iterable[str | Path] = (),
     groups: Iterable[str] = ("sudo",),
 ) -> User:
-    """Declare a user of an image, who is made there or, where there is one of that name, changed.
+    """Declare a user of an image. The user is created, or changed if the base has a user of that name.
 
     Args:
-        name: a login name.
-        password: its hash, as `openssl passwd -6` prints it, never the password; None for none to log in with,
-            also where there is one.
-        authorized_keys: public SSH keys, as texts or files.
-        groups: those that the user is in besides the own one.
+        name: Login name.
+        password: Password hash, as printed by `openssl passwd -6`; never the password itself. None disables password
+            login, also for an existing user.
+        authorized_keys: Public SSH keys, as strings or files.
+        groups: Supplementary groups.
 
     Raises:
-        SettingsError: an argument makes no sense.
+        SettingsError: An argument is invalid.
     """
     if not isinstance(name, str) or not USER.fullmatch(name):
         raise SettingsError(f"user({name!r}): that cannot be a user's name.", "Use a-z, 0-9, - and _.")
@@ -268,7 +268,10 @@ def _key(key: object, where: str) -> str | Path:
 
 
 def is_public_key(line: str) -> bool:
-    """Say whether a line of `authorized_keys` has a public key, whole (RFC 4253, 6.6: texts, each after its length)."""
+    """Return whether a line of `authorized_keys` contains a complete public key.
+
+    A key is a sequence of length-prefixed strings, of which the first is its type (RFC 4253, 6.6).
+    """
     for kind, text in KEY.findall(line):
         try:
             data = base64.b64decode(text)
@@ -306,7 +309,11 @@ def _destination(destination: object, where: str) -> str:
 
 
 def texts(name: str, given: object, where: str) -> tuple[str, ...]:
-    """Return a list of one-line texts that somebody gave; raises SettingsError."""
+    """Validate a list of one-line strings and return it, stripped.
+
+    Raises:
+        SettingsError: It is not such a list.
+    """
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise SettingsError(f"{where}: {name}= is a list of texts, not {given!r}.", "Put it in brackets.")
     found = tuple(given)
@@ -320,7 +327,11 @@ def texts(name: str, given: object, where: str) -> tuple[str, ...]:
 
 
 def size_of(name: str, given: object, where: str) -> int:
-    """Return a number of bytes that somebody gave, as a number or as `4G` (see `size_in`); raises SettingsError."""
+    """Return a size in bytes, specified as a number or a string such as `4G` (see `size_in`).
+
+    Raises:
+        SettingsError: It is not a size, or exceeds `LARGEST`.
+    """
     count = given if isinstance(given, int) and not isinstance(given, bool) else None
     if isinstance(given, str):
         count = size_in(given)

@@ -1,4 +1,4 @@
-"""Units are enabled as `systemctl enable` does: by the links that their [Install] section asks for."""
+"""Enable systemd units like `systemctl enable`: create the symbolic links that their [Install] sections request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDERS = (
     "/usr/lib/systemd/system",
     "/lib/systemd/system",
 )
-"""Where systemd looks for units, in this order (systemd.unit(5))."""
+"""Unit search path of systemd, in order of precedence (systemd.unit(5))."""
 
 WANTED = {"WantedBy": "wants", "RequiredBy": "requires", "UpheldBy": "upholds"}
 
@@ -25,11 +25,11 @@ def enable(tree: Tree, unit: str) -> None:
     """Enable a unit.
 
     Args:
-        tree: the image's files.
-        unit: its name; without a suffix it is a service.
+        tree: The tree of the image.
+        unit: Name of the unit. The default suffix is `.service`.
 
     Raises:
-        ImageError: there is no such unit, or it cannot be enabled.
+        ImageError: The unit does not exist, or it cannot be enabled.
     """
     _enable(tree, unit if "." in unit.rpartition("@")[2] and UNIT.fullmatch(unit) else f"{unit}.service", set())
 
@@ -72,18 +72,18 @@ def _enable(tree: Tree, unit: str, seen: set[str]) -> None:
             tree.symlink(f"{FOLDERS[0]}/{alias}", path, origin)
     for other in install.get("Also", ()):
         other = _named(other, unit, instance, path)
-        if _path(tree, other) or _path(tree, _template(other)[0]):  # others come with other packages
+        if _path(tree, other) or _path(tree, _template(other)[0]):  # units of packages that are not installed
             _enable(tree, other, seen)
 
 
 def _path(tree: Tree, name: str) -> str:
-    """Return where the file of a unit is; empty where it is nowhere."""
+    """Return the path of a unit's file, or an empty string if there is none."""
     paths = (f"{folder}/{name}" for folder in FOLDERS)
     return next((path for path in paths if tree.mode(tree.resolve(path, path, last=False))), "")
 
 
 def _drop_ins(tree: Tree, names: Iterable[str]) -> Iterator[str]:
-    """Yield what adds to units from the folders beside them; of two files with one name the first folder's holds."""
+    """Yield the texts of units' drop-in files. Of two files with the same name, the one in the first folder wins."""
     paths: dict[str, str] = {}
     for name in names:
         for folder in (f"{folder}/{name}.d" for folder in FOLDERS):
@@ -95,16 +95,16 @@ def _drop_ins(tree: Tree, names: Iterable[str]) -> Iterator[str]:
 
 
 def _template(unit: str) -> tuple[str, str]:
-    """Return the name of the file that a unit is read from, and its instance."""
+    """Return the name of the file that defines a unit, and the unit's instance."""
     match = re.fullmatch(r"([^@]+@)(.*)(\.[a-z]+)", unit)
     return (f"{match[1]}{match[3]}", match[2]) if match else (unit, "")
 
 
 def _named(text: str, unit: str, instance: str, path: str) -> str:
-    """Return the unit that an [Install] section names, with the names of its own for the specifiers in it.
+    """Return the unit that an [Install] section names, with its specifiers expanded.
 
     Raises:
-        ImageError: it is no unit's name.
+        ImageError: The result is not a valid unit name.
     """
     full = unit.rpartition(".")[0]
     values = {"%i": instance, "%I": instance, "%n": unit, "%N": full, "%p": full.partition("@")[0], "%%": "%"}
@@ -115,7 +115,7 @@ def _named(text: str, unit: str, instance: str, path: str) -> str:
 
 
 def _install(*texts: str) -> dict[str, list[str]]:
-    """Return what the [Install] sections of texts say: words by key; an empty value forgets those before."""
+    """Return the words of all [Install] sections by key. An empty value discards the preceding ones."""
     found: dict[str, list[str]] = {}
     section = ""
     for line in re.sub(r"\\\n", " ", "\n[]\n".join(texts)).splitlines():

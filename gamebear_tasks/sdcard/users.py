@@ -1,4 +1,4 @@
-"""The first user and the host name, written into the files that useradd(8) and hostname(5) know."""
+"""Create a user and set the host name by editing the files of useradd(8) and hostname(5)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .recipe import User, is_public_key
 
 FIRST_UID = 1000
 LAST_UID = 59999
-"""Where Debian has its ordinary users (adduser.conf(5))."""
+"""Last id of Debian's range for ordinary users (adduser.conf(5))."""
 
 DAY = 86400
 
 USERCONF = "/usr/lib/userconf-pi/userconf"
-"""What, in Raspberry Pi OS, gives the user with the first uid another name at the first boot."""
+"""Program of Raspberry Pi OS that renames the user with the first uid at the first boot."""
 
 
 def set_hostname(tree: Tree, name: str) -> None:
-    """Give the image a host name, which it also resolves itself."""
+    """Set the host name, and add it to /etc/hosts."""
     tree.write("/etc/hostname", f"{name}\n".encode(), "hostname=")
     lines = (tree.read("/etc/hosts") or b"127.0.0.1\tlocalhost\n").decode("utf-8", "surrogateescape").splitlines()
     own = f"127.0.1.1\t{name}"
@@ -42,18 +42,22 @@ COLUMNS: dict[str, tuple[int, tuple[int, ...]]] = {
     "/etc/shadow": (3, ()),
     "/etc/gshadow": (4, ()),
 }
-"""How many columns of each file we use, and which of them are numbers; see passwd(5), group(5), shadow(5)."""
+"""Minimum number of columns of each file, and the columns that are numeric. See passwd(5), group(5), shadow(5)."""
 
 NUMBER = re.compile(r"[0-9]{1,10}")
-"""A user's or a group's, as a text."""
+"""User or group id."""
 
 
 class Table:
-    """A file of lines with colons in the image, such as /etc/passwd. Lines that nobody asks for may be of any kind.
+    """A colon-separated table of the image, such as /etc/passwd. Rows are validated only when they are requested.
 
     Args:
-        tree: the image's files.
-        path: one of `COLUMNS`.
+        tree: The tree of the image.
+        path: A key of `COLUMNS`.
+
+    Attributes:
+        is_there: Whether the file exists.
+        rows: Columns of each line.
     """
 
     def __init__(self, tree: Tree, path: str) -> None:
@@ -64,7 +68,11 @@ class Table:
         self.rows = [line.split(":") for line in (data or b"").decode("utf-8", "surrogateescape").splitlines() if line]
 
     def row(self, value: str, column: int = 0) -> list[str] | None:
-        """Return the first row that has a value in a column; raises ImageError where it is damaged."""
+        """Return the first row with the specified value in a column, or None.
+
+        Raises:
+            ImageError: The row is damaged.
+        """
         row = next((row for row in self.rows if len(row) > column and row[column] == value), None)
         if row is None:
             return None
@@ -74,26 +82,26 @@ class Table:
         return row
 
     def numbers(self, column: int) -> set[int]:
-        """Return the numbers in a column."""
+        """Return the numbers in a column, ignoring invalid ones."""
         return {int(row[column]) for row in self.rows if len(row) > column and NUMBER.fullmatch(row[column])}
 
     def save(self, origin: str) -> None:
-        """Write it."""
+        """Write the table to the tree."""
         text = "".join(f"{':'.join(row)}\n" for row in self.rows)
         self._tree.write(self._path, text.encode("utf-8", "surrogateescape"), origin)
 
 
 def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
-    """Make a user, or change the one who has the name.
+    """Create a user, or change the existing user of that name.
 
     Args:
-        tree: the image's files.
-        boot: its boot file system.
-        user: what to make.
-        keys: the lines of authorized_keys.
+        tree: The tree of the image.
+        boot: The boot file system, or None.
+        user: Declaration of the user.
+        keys: Lines for authorized_keys.
 
     Raises:
-        ImageError: the image has no users, or not such a group.
+        ImageError: The image has no /etc/passwd or /etc/shadow, a group does not exist, or the user cannot be renamed.
     """
     origin = f"user({user.name!r})"
     passwd = Table(tree, "/etc/passwd")
@@ -101,7 +109,7 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
         raise ImageError(f"{origin}: the image has no /etc/passwd.", "Is its base a whole system?")
     row = passwd.row(user.name)
     if tree.exists(USERCONF) and boot is not None and user.name != "root":
-        # Raspberry Pi OS: without this it asks for a name on the screen, until somebody answers.
+        # Without userconf.txt, Raspberry Pi OS prompts for a user name at the first boot, and waits.
         line = f"{user.name}:{user.password or '!'}\n"
         boot.add("userconf.txt", tree.entry(line.encode(), origin, 0o600))
         row = row or passwd.row(str(FIRST_UID), 2)
@@ -114,7 +122,7 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
         )
     if row is None:
         row = _new_user(tree, passwd, user, origin)
-    elif row[1] != "x":  # else the password would be here, or there would be none
+    elif row[1] != "x":  # otherwise passwd itself has the password, or login needs none
         row[1] = "x"
         passwd.save(origin)
     _set_password(tree, name, user.password, origin)
@@ -212,10 +220,10 @@ def _join(tree: Tree, name: str, groups: tuple[str, ...], origin: str) -> None:
 
 
 def public_keys(user: User) -> list[str]:
-    """Return a user's keys as lines, those in files read.
+    """Return a user's public keys as lines, including those read from files.
 
     Raises:
-        ImageError: a file cannot be read or has no public key in it.
+        ImageError: A file cannot be read, or contains anything but public keys.
     """
     found: list[str] = []
     for key in user.authorized_keys:

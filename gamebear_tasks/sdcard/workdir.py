@@ -1,4 +1,4 @@
-"""The folder that an image is baked in: beside its target, gone at the end, even after a baking that was killed."""
+"""Temporary work folder of an image build, beside the target. Folders of killed builds are removed by the next one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..util.temporary_folders import make_folder, remove_abandoned
 SUFFIX = ".bake"
 
 TRIES = 3
-"""How often a folder is removed in which somebody may still write."""
+"""Attempts to remove a folder into which another thread may still write."""
 
 _open: set[Path] = set()
 
 
 def _remove_open() -> None:
-    """Remove what threads still work in: those of `doit -P thread` die with the process, and clear nothing away."""
+    """Remove the work folders of running threads at exit: the threads of `doit -P thread` die without cleaning up."""
     for folder in tuple(_open):
-        for _ in range(TRIES):  # a thread may write another file meanwhile
+        for _ in range(TRIES):  # a thread may create another file during the removal
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -31,7 +31,7 @@ atexit.register(_remove_open)
 
 @contextlib.contextmanager
 def workshop(target: Path) -> Iterator[Path]:
-    """Give a folder beside the target to work in; it goes at the end, and what killed ones have left goes before."""
+    """Yield a new work folder beside the target and remove it at the end. Abandoned ones are removed first."""
     folder, fd = make_folder(target.parent, _prefix(target), SUFFIX)
     _open.add(folder)
     try:
@@ -48,5 +48,5 @@ def _prefix(target: Path) -> str:
 
 
 def remove_workshops(target: Path) -> None:
-    """Remove the folders of bakings of a target that were killed."""
+    """Remove the work folders of killed builds of a target."""
     remove_abandoned(target.parent, _prefix(target), SUFFIX)
