@@ -1,4 +1,4 @@
-"""The kinds of sources there are, and the choice between those that will do as well as each other."""
+"""Choice between interchangeable sources, declared by `either()`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ Source: TypeAlias = BaseSource[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Either:
-    """Sources that will do as well as each other, by name.
+    """Interchangeable sources by name.
 
     Attributes:
-        options: name and source, in the order given; the first is taken unless `sources=<name>` is set.
+        options: Name and source, in the specified order. The first is the default unless `sources=<name>` is set.
     """
 
     options: tuple[tuple[str, Source], ...]
 
     def __post_init__(self) -> None:
-        """Refuse a choice of nothing, and of what is no source."""
+        """Validate the options.
+
+        Raises:
+            SettingsError: There are none, or one of them is not a source.
+        """
         if not self.options:
             raise SettingsError("either() has no sources.", "Say either(git=git(…), debian=debian(…)).")
         for name, source in self.options:
@@ -32,15 +36,15 @@ class Either:
 
 
 Declared: TypeAlias = Source | Either
-"""What an author may write where a source is wanted."""
+"""Values that a dodo.py may specify as a source."""
 
 
 def choose(declared: Declared, preference: str | None) -> Source:
     """Return the source to use.
 
     Args:
-        declared: what an author wrote.
-        preference: the setting `sources`; where no alternative has that name, the first is taken.
+        declared: Declared source or alternatives.
+        preference: Value of the setting `sources`. If no alternative has that name, the first one is used.
     """
     if not isinstance(declared, Either):
         return declared
@@ -50,10 +54,10 @@ def choose(declared: Declared, preference: str | None) -> Source:
 
 
 def check_preference(preference: str | None, declared: Iterable[Declared]) -> None:
-    """Refuse a setting `sources` that no alternative of any source is called by.
+    """Validate the setting `sources` against the names of all alternatives.
 
     Raises:
-        SettingsError: it is misspelt.
+        SettingsError: No alternative of any source has that name.
     """
     names = {name for item in declared if isinstance(item, Either) for name, _ in item.options}
     if preference and preference not in names:

@@ -1,6 +1,6 @@
-"""An archive from the web: tar (plain, gzip, bzip2, xz) or zip, known by its SHA-256.
+"""Archives from the web: tar (plain, gzip, bzip2, xz) or zip, verified by SHA-256.
 
-It is never unpacked to the file system: its members go straight into the new tar file.
+An archive is never unpacked to the file system. Its members are copied directly to the new tar file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import zipfile
 
 SILENCE = 60
-"""Seconds without a byte after which a download has failed."""
+"""Seconds without data after which a download times out."""
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 GZIP = b"\x1f\x8b"
@@ -41,18 +41,18 @@ ZSTD = b"\x28\xb5\x2f\xfd"
 
 @dataclass(frozen=True)
 class ArchivePin(Pin):
-    """An archive file, and how many folders are stripped from its names."""
+    """An archive file, and the number of leading folders that are stripped."""
 
     sha256: str
     strip: int
 
     def identity(self) -> dict[str, str | int | bool]:
-        """Return the hash and the depth; the format follows from the content."""
+        """Return the hash and the number of stripped folders. The format follows from the content."""
         return {"archive": self.sha256, "strip": self.strip}
 
     @property
     def file_name(self) -> str:
-        """`archive-<sha256>-<strip>`."""
+        """File name `archive-<sha256>-<strip>`."""
         return f"archive-{self.sha256}-{self.strip}"
 
 
@@ -61,9 +61,9 @@ class Archive(BaseSource[ArchivePin]):
     """An archive from the web.
 
     Attributes:
-        url: http, https or file.
-        sha256: of the file as it is downloaded, in hex.
-        strip: how many folders around everything to leave out; each must be the only one at its level.
+        url: URL with the scheme http, https or file.
+        sha256: SHA-256 of the downloaded file, in hex.
+        strip: Number of leading folders to strip. Each must be the only entry at its level.
     """
 
     url: str
@@ -71,7 +71,11 @@ class Archive(BaseSource[ArchivePin]):
     strip: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what can be seen to be wrong without a network."""
+        """Validate the attributes without network access.
+
+        Raises:
+            SettingsError: An attribute is invalid.
+        """
         check_url(self.url, "archive()")
         if not re.match(r"(https?|file)://", self.url):
             raise SettingsError(
@@ -95,7 +99,7 @@ class Archive(BaseSource[ArchivePin]):
         return f"archive source {self.url}"
 
     def pin(self, lock: Lock) -> ArchivePin:
-        """Return the hash; the lock file is not needed for it."""
+        """Return the pin, which does not depend on the lock file."""
         return ArchivePin(self.sha256, self.strip)
 
     def _metadata(self, pin: ArchivePin, lock: Lock) -> dict[str, str]:
@@ -120,7 +124,7 @@ class Archive(BaseSource[ArchivePin]):
                     entries, mtime = _zip_entries(archive)
                     write(out, stripped(entries, pin.strip), mtime)
                 return
-            # Sorted output reads the members in another order than they are in; so first without compression.
+            # The sorted output reads members in another order than the archive's, so the archive is decompressed first.
             plain = packed
             for kind, opener in ((GZIP, gzip.GzipFile), (BZIP2, bz2.BZ2File), (XZ, lzma.LZMAFile)):
                 if magic.startswith(kind):
@@ -142,8 +146,8 @@ class Archive(BaseSource[ArchivePin]):
                 f"cannot be unpacked: {error}", "It must be a tar file (plain, gzip, bzip2, xz) or a zip file."
             ) from error
         except Exception as error:
-            # The parsers of the standard library raise whatever a damaged file leads to: ValueError, OverflowError,
-            # struct.error, RecursionError, MemoryError, an OSError of a seek. Others are about the disk.
+            # The parsers of the standard library raise various errors for damaged files: ValueError, OverflowError,
+            # struct.error, RecursionError, MemoryError, an OSError of a seek. Other errors are errors of the disk.
             if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
                 raise
             raise self.error(
@@ -152,18 +156,18 @@ class Archive(BaseSource[ArchivePin]):
             ) from error
 
     def download(self, cache: Path) -> Path:
-        """Return the file itself, as it is downloaded, in the cache; fetched only if it is not there.
+        """Return the downloaded file in the cache. It is downloaded only if it is not cached.
 
         Args:
-            cache: a folder of the user's own; made if need be.
+            cache: Cache folder, private to the user; created if missing.
 
         Raises:
-            SourceError: it cannot be had, or is not what its SHA-256 says.
+            SourceError: The download failed, or its SHA-256 does not match.
         """
         target = cache / f"download-{self.sha256}"
         if target.is_file():
             with contextlib.suppress(OSError):
-                os.utime(target)  # says when it was last used
+                os.utime(target)  # garbage collection uses the time of last use
             return target
         part = cache / f".{target.name}.part"
         try:
@@ -216,14 +220,14 @@ class Archive(BaseSource[ArchivePin]):
                 raise self.error(f"cannot be downloaded: the connection ended after {file.tell()} of {length} bytes")
 
     def _check_file(self, path: str) -> None:
-        """Refuse a FIFO, which would block, and a device, which may not end."""
-        with contextlib.suppress(OSError, ValueError):  # urllib says why
+        """Reject a FIFO, which would block, and a device, which may be endless."""
+        with contextlib.suppress(OSError, ValueError):  # urllib reports these errors
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise self.error("cannot be downloaded: it is not a regular file", "See whether its path is right.")
 
 
 class _ConnectionBrokenError(Exception):
-    """The network failed in the middle of a download; not the disk."""
+    """The network connection failed during a download. Not raised for disk errors."""
 
 
 def _received(answer: BinaryIO) -> bytes:
@@ -234,10 +238,10 @@ def _received(answer: BinaryIO) -> bytes:
 
 
 def stripped(entries: list[Entry], strip: int) -> Iterator[Entry]:
-    """Leave out the folders around everything.
+    """Strip the leading folders.
 
     Raises:
-        TreeError: there is nothing in it, or more than one entry where one folder should be.
+        TreeError: The archive is empty, or has more than one entry at a level to strip.
     """
     import dataclasses
 
@@ -263,33 +267,41 @@ def stripped(entries: list[Entry], strip: int) -> Iterator[Entry]:
 
 
 def _clean(name: str) -> str:
-    """Return a member's name without `./` and doubled slashes; raises TreeError where it leads elsewhere."""
+    """Return a member's name without `./` and duplicate slashes.
+
+    Raises:
+        TreeError: The name is absolute or contains `..`.
+    """
     if name.startswith("/") or ".." in name.split("/"):
         raise TreeError(f"it holds the unsafe name {name!r}")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 class _Bounded(io.FileIO):
-    """A tar file of which no more is read into memory at once than a header needs.
+    """A tar file whose reads are bounded.
 
-    A tar file says how long the records are that have its names and links; they come before what they describe.
+    The size of the records that contain long names and links is untrusted: `tarfile` reads them into memory at once.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read some bytes; raises TreeError for more than `CHUNK`, and for a negative number."""
+        """Read up to `size` bytes.
+
+        Raises:
+            TreeError: The size is negative, or exceeds `CHUNK`.
+        """
         if size is None or not 0 <= size <= CHUNK:
             raise TreeError(f"it is damaged: it has a header of {size} bytes")
         return super().read(size) or b""
 
 
 def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
-    """Return what is in a tar file, and the latest of its times."""
+    """Return the entries of a tar file and its latest modification time."""
     entries: list[Entry] = []
     members: dict[str, tarfile.TarInfo] = {}
     latest = 0
     for member in archive:
         path = _clean(member.name)
-        if member.size < 0:  # the next header would be looked for before this one, for ever
+        if member.size < 0:  # `tarfile` would search for the next header before this one, in an endless loop
             raise TreeError(f"it is damaged: its entry {path!r} has a size of {member.size} bytes")
         if not math.isfinite(member.mtime):
             raise TreeError(f"it is damaged: its entry {path!r} has the time {member.mtime}")
@@ -323,7 +335,11 @@ def _tar_entries(archive: tarfile.TarFile) -> tuple[list[Entry], int]:
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Raise TreeError where a tar file goes on with something that is no member: Python takes that for its end."""
+    """Ensure that a tar file ends with an end marker. `tarfile` treats a damaged header as the end.
+
+    Raises:
+        TreeError: There is a damaged header.
+    """
     assert archive.fileobj
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(BLOCK).strip(b"\0"):
@@ -333,29 +349,29 @@ def _check_end(archive: tarfile.TarFile) -> None:
 @contextlib.contextmanager
 def _tar_content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[Readable]:
     content = archive.extractfile(member)
-    assert content  # it is a regular file
+    assert content  # true for regular files
     with content:
         yield content
 
 
 DOS = (0, 6, 10, 11, 14)
-"""Numbers of the systems whose names have backslashes for slashes: FAT, HPFS, NTFS (two), VFAT; see APPNOTE, 4.4.2."""
+"""Host systems whose names contain backslashes: FAT, HPFS, NTFS (two numbers), VFAT (APPNOTE.TXT, 4.4.2)."""
 
 UNIX = (3, 19)
-"""Numbers of the systems whose names are bytes: Unix, macOS."""
+"""Host systems whose names are bytes: Unix, macOS."""
 
 DOS_FOLDER = 0x10
-"""The attribute of a folder on DOS."""
+"""DOS attribute bit of folders."""
 
 UTF8_NAME = 0x800
-"""The flag that says that a member's name is UTF-8, see APPNOTE, 4.4.4."""
+"""Flag of a UTF-8 name (APPNOTE.TXT, 4.4.4)."""
 
 UNICODE_PATH = 0x7075
-"""The extra field with a member's name in UTF-8, see APPNOTE, 4.6.9."""
+"""Extra field that contains a UTF-8 name (APPNOTE.TXT, 4.6.9)."""
 
 
 def _zip_entries(archive: zipfile.ZipFile) -> tuple[list[Entry], int]:
-    """Return what is in a zip file, and the latest of its times (which have no zone: taken as UTC)."""
+    """Return the entries of a zip file and its latest modification time. Zip times have no zone; UTC is assumed."""
     import calendar
 
     entries: list[Entry] = []
@@ -393,9 +409,9 @@ def _zip_entries(archive: zipfile.ZipFile) -> tuple[list[Entry], int]:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """Return a member's name as unzip reads it, the same on every Python.
+    """Return a member's name as unzip decodes it, the same on every Python version.
 
-    It is UTF-8 if a flag or an extra field says so, bytes if it comes from Unix, else in DOS's code page 437.
+    A name is UTF-8 if a flag or an extra field marks it so, bytes if its host system is Unix, otherwise code page 437.
     """
     import zlib
 

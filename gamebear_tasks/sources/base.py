@@ -1,4 +1,4 @@
-"""What all kinds of sources have in common: a pin, an identity, a tar file in the cache."""
+"""Base class of all sources: pin, identity, cached tar file."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .lockfile import Lock
 from .program import ProgramError
 
 TREES = 2
-"""Version of what a tree holds for a pin. To change that, raise it together with `spec.FORMAT`."""
+"""Version of the tree that a pin produces. Increase it together with `spec.FORMAT`."""
 
 
 class Pin(ABC):
-    """What exactly a source is; two machines that have the same pin have the same files."""
+    """Exact identification of a source. Equal pins yield equal files on every machine."""
 
     @abstractmethod
     def identity(self) -> dict[str, str | int | bool]:
-        """Return what goes into a job's digest: content only, never where it was found."""
+        """Return the source's part of a job's digest. It depends on the content only, not on the location."""
 
     @property
     @abstractmethod
     def file_name(self) -> str:
-        """The name of the tar file in the cache, without its extensions."""
+        """Name of the cached tar file, without its extensions."""
 
 
 PinT = TypeVar("PinT", bound=Pin)
@@ -42,38 +42,38 @@ PinT = TypeVar("PinT", bound=Pin)
 
 @dataclasses.dataclass(frozen=True)
 class BaseSource(ABC, Generic[PinT]):
-    """An upstream tree that a job can have under a name.
+    """An upstream tree that a job uses under a name.
 
     Attributes:
-        alternatives: the names of the sources that `sources=…` would give instead (for error messages).
+        alternatives: Names of the sources that `sources=…` would select instead, for error messages.
     """
 
     alternatives: tuple[str, ...] = dataclasses.field(default=(), compare=False, repr=False, kw_only=True)
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return what a person calls it."""
+        """Return the display name."""
 
     @abstractmethod
     def pin(self, lock: Lock) -> PinT | None:
-        """Return what exactly it is, as far as that is known without a network; else None."""
+        """Return the pin, or None if it cannot be determined without network access."""
 
     @abstractmethod
     def _write_tar(self, out: BinaryIO, pin: PinT, cache: Path, scratch: Path) -> None:
         """Fetch the tree and write it with `deterministic_tar.write`.
 
         Args:
-            out: the tar file.
-            pin: what is wanted.
-            cache: the folder for what is worth keeping.
-            scratch: an empty folder, removed afterwards.
+            out: The tar file.
+            pin: Pin of the tree.
+            cache: Folder for downloads that are reused.
+            scratch: Empty folder, removed afterwards.
         """
 
     def pinned(self, lock: Lock) -> PinT:
-        """Return what exactly it is.
+        """Return the pin.
 
         Raises:
-            SourceError: that is not known: it is not in the lock file.
+            SourceError: The source is not pinned: the lock file has no entry for it.
         """
         if pin := self.pin(lock):
             return pin
@@ -83,20 +83,20 @@ class BaseSource(ABC, Generic[PinT]):
         )
 
     def identity(self, lock: Lock) -> dict[str, str | int | bool]:
-        """Return what goes into a job's digest; reads no network and runs no program.
+        """Return the source's part of a job's digest. Uses no network and runs no program.
 
         Raises:
-            SourceError: it is not pinned.
+            SourceError: The source is not pinned.
         """
         return self.pinned(lock).identity()
 
     def metadata(self, lock: Lock) -> dict[str, str]:
-        """Return what a program may know of it (`__sources__`); reads no network and runs no program.
+        """Return the metadata that buildscripts see as `__sources__`. Uses no network and runs no program.
 
-        Its date is not here: the tree has it.
+        It excludes the source's date, which is stored in the tree.
 
         Raises:
-            SourceError: it is not pinned.
+            SourceError: The source is not pinned.
         """
         return self._metadata(self.pinned(lock), lock)
 
@@ -111,11 +111,11 @@ class BaseSource(ABC, Generic[PinT]):
         Threads and processes may ask for the same tree at the same time; one fetches, the others wait.
 
         Args:
-            cache: a folder of the user's own; made if need be.
-            lock: what `doit lock` wrote.
+            cache: Cache folder, private to the user; created if missing.
+            lock: Content of the lock file.
 
         Raises:
-            SourceError: it cannot be had, or is not what its pin says.
+            SourceError: Fetching failed, or the content does not match the pin.
         """
         pin = self.pinned(lock)
         name = f"{pin.file_name}.{TREES}"
@@ -155,8 +155,8 @@ class BaseSource(ABC, Generic[PinT]):
         """Return an error about this source.
 
         Args:
-            what: goes on after the source's name; no full stop.
-            hint: what to do now; the alternatives are added.
+            what: Rest of the sentence after the source's name, without a full stop.
+            hint: Suggested fix. The alternatives are appended.
         """
         hint = hint or "It is not in the cache, so the network is needed this once."
         others = " or ".join(f"`doit sources={name}`" for name in self.alternatives)
@@ -175,7 +175,7 @@ def _cached(cache: Path, name: str) -> Path | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, as far as that can be done."""
+    """Remove a file or a folder recursively; best effort for a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -183,15 +183,15 @@ def remove(path: Path) -> None:
 
 
 def check_url(url: object, what: str, upstream: bool = False) -> None:
-    """Refuse what cannot be a URL, or must not be one.
+    """Validate a URL.
 
     Args:
-        url: it.
-        what: begins the error message.
-        upstream: it is written in somebody's repository: a user name in it is nobody's secret.
+        url: The URL.
+        what: Beginning of the error message.
+        upstream: The URL is from an upstream repository, so that a user name in it is public.
 
     Raises:
-        SettingsError: it is empty, an option, holds control characters, a password or a token.
+        SettingsError: The URL is empty, looks like an option, or contains control characters, a password or a token.
     """
     if isinstance(url, str) and (host := _host_after_secret(url, upstream)) is not None:
         raise SettingsError(
@@ -204,12 +204,12 @@ def check_url(url: object, what: str, upstream: bool = False) -> None:
 
 
 def public_url(url: str) -> str:
-    """Return a URL without what may be secret: user and password but for SSH's user, query and fragment."""
+    """Return a URL without potential secrets: user and password (except SSH's user), query and fragment."""
     if "://" not in url:
         return url
     try:
         parts = urllib.parse.urlsplit(url)
-    except ValueError:  # brackets around what is no address
+    except ValueError:  # invalid address in brackets
         return url.partition("://")[0] + "://"
     place = parts.netloc.rpartition("@")[2]
     if parts.scheme in ("ssh", "git+ssh", "ssh+git") and "@" in parts.netloc:
@@ -218,14 +218,14 @@ def public_url(url: str) -> str:
 
 
 def _host_after_secret(url: str, names_allowed: bool) -> str | None:
-    """Return what stands after a password or token in a URL, None where it has neither.
+    """Return the host of a URL that contains a password or token, otherwise None.
 
-    With SSH a user name is a user name; with all else it may be a token.
+    A user name in a URL may be a token, except with SSH.
     """
     if match := re.match(r"([A-Za-z0-9+.-]+)://([^/?#]*)@([^/?#]*)", url):
         scheme, user, host = match.groups()
         named = names_allowed or scheme.lower() in ("ssh", "git+ssh", "ssh+git")
         return None if named and ":" not in urllib.parse.unquote(user) else host
-    # A password with a `/` in it, that should have been escaped: what follows the colon is no port.
+    # A password with an unescaped `/`: the text after the colon is not a port.
     match = re.match(r"[A-Za-z0-9+.-]+://[^/?#@:\[\]]*:(?![0-9]*(?:[/?#]|\Z)).*@([^/?#]*)", url, re.DOTALL)
     return match[1] if match else None

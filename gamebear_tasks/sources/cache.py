@@ -1,6 +1,6 @@
-"""What this machine keeps between runs: the trees of sources, what builders have said; in the user's cache folder.
+"""The client's cache of fetched sources, in the user's cache folder, and its garbage collection.
 
-The time of a file or folder among the sources says when it was last used::
+The modification time of an entry is the time of its last use::
 
     <name>.<sha256>.tar         a source's tree; `.<name>.lock` is held while it is fetched
     <sha256>                    other files for builders
@@ -22,16 +22,20 @@ from ..runner.util.atomic_files import locked, write_bytes
 from ..util.locations import cache_folder
 
 HOUR = 3600.0
-"""Seconds for which what was used is kept in any case: a job that is being sent may still need it."""
+"""Minimum age in seconds of entries to remove: a job that is being sent may still need newer ones."""
 
 
 def sources_folder() -> Path:
-    """Return where sources are kept."""
+    """Return the folder of cached sources."""
     return cache_folder() / "sources"
 
 
 def keep(data: bytes) -> Path:
-    """Keep some bytes in a file named by their SHA-256, and return it; raises SourceError."""
+    """Store bytes in a file named by their SHA-256 and return its path.
+
+    Raises:
+        SourceError: The file cannot be written.
+    """
     path = sources_folder() / hashlib.sha256(data).hexdigest()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,7 +49,7 @@ def keep(data: bytes) -> Path:
 
 
 def prune(older: float) -> tuple[int, int]:
-    """Remove what was not used for so many seconds; return how many things that were, and their bytes."""
+    """Remove entries that were not used for `older` seconds. Return their number and the bytes freed."""
     until = time.time() - max(older, HOUR)
     count = freed = 0
     for path, lock in _kept(sources_folder()):
@@ -60,7 +64,7 @@ def prune(older: float) -> tuple[int, int]:
 
 
 def _kept(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Give each thing that is kept, and its lock."""
+    """Yield each cache entry with its lock file."""
     for path in sorted(folder.glob("[!.]*")):
         if path.is_file():
             name = path.name.rsplit(".", 2)[0] if path.suffix == ".tar" else path.name
@@ -72,7 +76,7 @@ def _kept(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _removed(path: Path, but: Path) -> int:
-    """Remove a file, or a folder with all that is in it but a lock; return the bytes."""
+    """Remove a file, or a folder recursively except for a lock file in it. Return the bytes freed."""
     if not path.is_dir():
         size = path.stat().st_size
         path.unlink()

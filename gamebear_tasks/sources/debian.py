@@ -1,8 +1,8 @@
-"""A Debian source package, by way of this machine's own apt and its keys.
+"""Debian source packages, fetched and verified by this machine's apt.
 
-apt runs with its state, its cache and its sources in a folder of ours, so that neither root nor a `deb-src` line is
-needed and nothing of the system is changed. The sources are those of the system, each `deb` taken for a `deb-src`.
-What apt has downloaded is checked against the lock file, and unpacked, patches applied, by dpkg-source.
+apt uses a private folder for its state, cache and sources. Therefore neither root nor a `deb-src` line is required, and
+the system does not change. Its sources are the system's, with each `deb` converted to a `deb-src`. Downloads are
+checked against the lock file, then unpacked and patched by dpkg-source.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .lockfile import DebianEntry, Lock
 from .program import ProgramError, run
 
 NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=…) and `doit sources=git`."
-"""What to do on a machine that is not Debian's."""
+"""Hint for machines without apt."""
 
 SPACE = 128 << 20
-"""Bytes that must be free for apt's lists; apt hangs for ever where its disk is full (seen with 2.6)."""
+"""Free bytes required for apt's lists. apt hangs forever if the disk is full (observed with apt 2.6)."""
 
 BINARY_ONLY = re.compile(r"(arch|lang|target|architectures|languages|targets)([+-]|-add|-remove)?")
-"""Options and fields of apt's sources (lower case) that are for binary packages."""
+"""Options and fields of apt sources (lower case) that apply to binary packages only."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class DebianPin(Pin):
     """A version of a Debian source package.
 
     Attributes:
-        package: its name.
-        entry: what the lock file says of it.
+        package: Name of the source package.
+        entry: Entry of the lock file.
     """
 
     package: str
     entry: DebianEntry
 
     def identity(self) -> dict[str, str | int | bool]:
-        """Return name, version and the `.dsc`, which names the other files by their SHA-256."""
+        """Return name, version and the hash of the `.dsc`, which lists the SHA-256 of the other files."""
         entry = self.entry
         return {"debian": self.package, "version": entry.version, "dsc": entry.files[entry.dsc]}
 
     @property
     def file_name(self) -> str:
-        """`debian-<sha256 of the .dsc>`."""
+        """File name `debian-<sha256 of the .dsc>`."""
         return f"debian-{self.entry.files[self.entry.dsc]}"
 
 
@@ -64,9 +64,9 @@ class Debian(BaseSource[DebianPin]):
     """A Debian source package.
 
     Attributes:
-        package: the source package's name.
-        version: in full, as in `1.3.10-1`; the newest when not given.
-        suite: where to look, as apt's sources have it (`bookworm`); everywhere when not given.
+        package: Name of the source package.
+        version: Full version, such as `1.3.10-1`. Default: the newest.
+        suite: Suite of an apt source, such as `bookworm`. Default: all of them.
     """
 
     package: str
@@ -74,7 +74,11 @@ class Debian(BaseSource[DebianPin]):
     suite: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse names that Debian's policy does not allow."""
+        """Validate the names according to Debian's policy.
+
+        Raises:
+            SettingsError: An attribute is invalid.
+        """
         for value, pattern, what in (
             (self.package, r"[a-z0-9][a-z0-9+.-]+", "source package"),
             (self.version, r"[0-9][A-Za-z0-9.+:~-]*", "version"),
@@ -89,23 +93,23 @@ class Debian(BaseSource[DebianPin]):
                 )
 
     def __str__(self) -> str:
-        """Return the kind, the package and what limits the choice."""
+        """Return the kind, the package and its constraints."""
         return f"debian source {self.key}"
 
     @property
     def key(self) -> str:
-        """Its key in the lock file, as apt would write it."""
+        """Key in the lock file, in apt's notation."""
         version = f"={self.version}" if self.version else ""
         suite = f"/{self.suite}" if self.suite else ""
         return f"{self.package}{version}{suite}"
 
     @property
     def floating(self) -> bool:
-        """Whether `doit lock` may find another version another day."""
+        """Whether `doit lock` may find another version later."""
         return self.version is None
 
     def pin(self, lock: Lock) -> DebianPin | None:
-        """Return what the lock file says, if it knows the package."""
+        """Return the pin from the lock file, or None if it has no entry."""
         entry = lock.debian.get(self.key)
         return DebianPin(self.package, entry) if entry else None
 
@@ -113,14 +117,14 @@ class Debian(BaseSource[DebianPin]):
         return {"package": pin.package, "version": pin.entry.version}
 
     def resolve(self, cache: Path, *, refresh: bool = True) -> DebianEntry:
-        """Ask this machine's apt sources for the version wanted, or the newest.
+        """Query this machine's apt sources for the requested or newest version.
 
         Args:
-            cache: the folder whose private apt is used.
-            refresh: download the lists of packages again.
+            cache: Cache folder that contains the private apt.
+            refresh: Download the package lists again.
 
         Raises:
-            SourceError: there is no apt here, or none of its sources has it.
+            SourceError: apt is missing, or its sources do not have the package.
         """
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._apt(cache) as apt:
@@ -128,7 +132,7 @@ class Debian(BaseSource[DebianPin]):
             try:
                 listing = apt.run("apt-cache", "showsrc", "--only-source", "--", self.package)
             except ProgramError:
-                listing = b""  # what apt says of an unknown package
+                listing = b""  # apt fails for an unknown package
         found = entries(listing.decode(errors="replace"), self.package)
         if not found:
             because = f"; apt could not refresh its lists: {failures}" if failures else ""
@@ -146,7 +150,7 @@ class Debian(BaseSource[DebianPin]):
         return found[self.version]
 
     def _write_tar(self, out: BinaryIO, pin: DebianPin, cache: Path, scratch: Path) -> None:
-        from . import deterministic_tar  # declaring a source is to cost nothing
+        from . import deterministic_tar  # not at the top: declaring a source must be cheap
 
         if not shutil.which("dpkg-source"):
             raise self.error("cannot be unpacked: dpkg-source is not here", "Install it with `apt install dpkg-dev`.")
@@ -177,7 +181,7 @@ class Debian(BaseSource[DebianPin]):
             raise self.error(f"cannot be used: {error}", "Tell its maintainers.") from error
 
     def _download(self, pin: DebianPin, cache: Path, folder: Path) -> None:
-        """Let apt bring the files; it checks them against the lists that Debian has signed."""
+        """Download the files with apt, which verifies them against the lists signed by Debian."""
         get = ("apt-get", "source", "--quiet", "--download-only", "--only-source", "--")
         wanted = f"{pin.package}={pin.entry.version}"
         with self._apt(cache) as apt:
@@ -204,7 +208,7 @@ class Debian(BaseSource[DebianPin]):
         if shutil.disk_usage(root).free < SPACE:
             raise self.error(f"needs {SPACE >> 20} MiB for apt's lists in {root}", "Make room there.")
         with locked(root / ".lock"):
-            os.utime(root)  # says when it was last used
+            os.utime(root)  # garbage collection uses the time of last use
             sources, suites = apt_sources(self.suite)
             if not sources:
                 raise self.error(
@@ -217,14 +221,14 @@ class Debian(BaseSource[DebianPin]):
 
 
 class _Apt:
-    """An apt whose state, cache and sources are in a folder of ours."""
+    """An apt with private state, cache and sources."""
 
     def __init__(self, root: Path, sources: Mapping[str, str]) -> None:
-        """Lay the folder out.
+        """Create or update the folder.
 
         Args:
-            root: the folder.
-            sources: the text of each file of apt sources by its name.
+            root: The folder.
+            sources: Text of each apt sources file, by name.
         """
         self.root = root
         for name in ("state/lists/partial", "cache/archives/partial", "sources"):
@@ -235,8 +239,8 @@ class _Apt:
         for name, text in sources.items():
             self._keep(f"sources/{name}", text)
         self._keep("status", "")
-        # apt reads $APT_CONFIG first, then the system's apt.conf.d, then Dir::Etc::main: ours, which so has the
-        # last word while proxies, certificates and the like stay the system's.
+        # apt reads $APT_CONFIG, then the system's apt.conf.d, then Dir::Etc::main. Setting the latter to last.conf
+        # overrides the system's settings, but keeps its proxies, certificates and so on.
         theirs = os.environ.get("APT_CONFIG")
         main = system_setting("Dir::Etc::main/f")
         self._keep("first.conf", f'{_include(theirs)}Dir::Etc::main "{root}/last.conf";\n')
@@ -260,15 +264,19 @@ Dir::Etc::sourceparts "{root}/sources";
 
     @property
     def updated(self) -> bool:
-        """Whether its lists have been downloaded since its sources were last changed."""
+        """Whether the lists have been downloaded since the sources were last changed."""
         return (self.root / "updated").exists()
 
     def run(self, *argv: str, cwd: Path | None = None) -> bytes:
-        """Run a program of apt; raises ProgramError."""
+        """Run a program of apt.
+
+        Raises:
+            ProgramError: It failed.
+        """
         return run(argv, env={**os.environ, "APT_CONFIG": str(self.root / "first.conf")}, cwd=cwd)
 
     def update(self) -> str:
-        """Download the lists of source packages; return what apt could not get, or an empty text."""
+        """Download the lists of source packages. Return the reason of the first failure, or an empty string."""
         try:
             self.run("apt-get", "--quiet", "--option", "APT::Update::Error-Mode=any", "update")
         except ProgramError as error:
@@ -291,19 +299,19 @@ def _include(path: str | None) -> str:
 
 
 def system_setting(name: str) -> str:
-    """Return a setting of this machine's apt, such as `Dir::Etc::sourceparts/d`; empty where there is none."""
+    """Return a setting of this machine's apt, such as `Dir::Etc::sourceparts/d`, or an empty string if unset."""
     text = run(["apt-config", "shell", "VALUE", name]).decode(errors="surrogateescape")
     return (shlex.split(text) or [""])[0].removeprefix("VALUE=")
 
 
 def apt_sources(suite: str | None) -> tuple[dict[str, str], list[str]]:
-    """Return this machine's apt sources, for source packages.
+    """Return this machine's apt sources, converted to source packages.
 
     Args:
-        suite: only what is of this suite.
+        suite: Restrict the result to this suite.
 
     Returns:
-        The text of each file by its name; and the names of all suites there are.
+        The text of each file by name, and the names of all suites.
     """
     texts: dict[str, str] = {}
     suites: set[str] = set()
@@ -323,25 +331,25 @@ def apt_sources(suite: str | None) -> tuple[dict[str, str], list[str]]:
 
 
 def from_one_line(text: str, suite: str | None) -> tuple[str, set[str]]:
-    """Turn a `sources.list` into one for source packages; see `for_sources`."""
+    """Convert a one-line-style `sources.list` to source packages. See `for_sources`."""
     return for_sources(text, ".list", suite)
 
 
 def from_deb822(text: str, suite: str | None) -> tuple[str, set[str]]:
-    """Turn a file in the style of deb822 into one for source packages; see `for_sources`."""
+    """Convert a deb822-style sources file to source packages. See `for_sources`."""
     return for_sources(text, ".sources", suite)
 
 
 def for_sources(text: str, suffix: str, suite: str | None) -> tuple[str, set[str]]:
-    """Turn the text of a file of apt's sources into one for source packages.
+    """Convert an apt sources file to source packages.
 
     Args:
-        text: the content.
-        suffix: of the file's name, which tells the format.
-        suite: only what is of this suite.
+        text: Content of the file.
+        suffix: Suffix of the file's name, which determines the format.
+        suite: Restrict the result to this suite.
 
     Returns:
-        The new text, and the suites of the old one.
+        The new text, and the suites of the original one.
     """
     suites: set[str] = set()
     kept: list[Source] = []
@@ -359,20 +367,20 @@ def for_sources(text: str, suffix: str, suite: str | None) -> tuple[str, set[str
 
 
 FIRST_ENTRY = 1 << 20
-"""Bytes of a changelog in which its first entry is looked for."""
+"""Maximum bytes of a changelog that are searched for its first entry."""
 
 FIELD = r"(?m)^(Package|Version|Checksums-Sha256):(.*(?:\n .*)*)"
-"""A field of a stanza in a list of source packages, as a pattern."""
+"""Pattern of a field in a stanza of a list of source packages."""
 
 
 def entries(listing: str, package: str) -> dict[str, DebianEntry]:
-    """Read what `apt-cache showsrc` says.
+    """Parse the output of `apt-cache showsrc`.
 
     Returns:
-        What is known by SHA-256, by version.
+        The entry of each version, ignoring those without SHA-256.
 
     Raises:
-        SourceError: two files of the same version differ.
+        SourceError: Files of the same version differ.
     """
     found: dict[str, DebianEntry] = {}
     for stanza in listing.split("\n\n"):
@@ -397,7 +405,7 @@ def entries(listing: str, package: str) -> dict[str, DebianEntry]:
 
 
 def _compared(one: str, other: str) -> int:
-    """Compare two versions as Debian's policy says."""
+    """Compare two versions according to Debian's policy; a `cmp` function."""
     for operator, result in (("lt", -1), ("gt", 1)):
         with contextlib.suppress(ProgramError):
             run(["dpkg", "--compare-versions", one, operator, other])
@@ -406,7 +414,7 @@ def _compared(one: str, other: str) -> int:
 
 
 def _changed(changelog: Path) -> int:
-    """Return the time of a changelog's first entry, in seconds since 1970; 0 where it has none."""
+    """Return the time of a changelog's first entry, in seconds since 1970, or 0 if there is none."""
     import email.utils
 
     with contextlib.suppress(OSError, ValueError, TypeError), changelog.open("rb") as file:

@@ -1,33 +1,33 @@
-"""Upstream trees that jobs are built from: `git()`, `archive()`, `debian()`, and `either()` of them.
+"""Declare upstream source trees: `git()`, `archive()`, `debian()`, and `either()` of them.
 
-Declaring a source, and asking for its identity, reads no network and runs no program; `fetch` does, once, and
-`resolve` (`doit lock`), which writes what floats to the lock file.
+Declaring a source, and computing its identity, uses no network and runs no program. Only `fetch` and `resolve`
+(`doit lock`) do; the latter writes the pins of floating sources to the lock file.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a dodo.py that has none of a kind does not wait for it to be imported
+if TYPE_CHECKING:  # imported on use, so that a dodo.py does not wait for unused kinds
     from .alternatives import Either, Source
     from .archive import Archive
     from .debian import Debian
     from .git import Git
 
 LOCK_FILE = "gamebear.lock"
-"""The lock file's name."""
+"""Name of the lock file."""
 
 
 def git(url: str, rev: str, *, submodules: bool = True) -> Git:
     """Declare a commit of a git repository.
 
     Args:
-        url: whatever `git fetch` takes; the user's `insteadOf`, proxies and credentials are honoured.
-        rev: a commit in full, which is a pin; or a branch or tag, which `doit lock` pins.
-        submodules: with submodules, and theirs.
+        url: Any URL that `git fetch` accepts. The user's `insteadOf`, proxies and credentials apply.
+        rev: Full commit hash, which is a pin; or a branch or tag, which `doit lock` pins.
+        submodules: Include submodules, recursively.
 
     Raises:
-        SettingsError: an argument makes no sense.
+        SettingsError: An argument is invalid.
     """
     from .git import Git
 
@@ -38,12 +38,12 @@ def archive(url: str, sha256: str, *, strip: int = 1) -> Archive:
     """Declare an archive from the web: tar (plain, gzip, bzip2, xz) or zip.
 
     Args:
-        url: http, https or file.
-        sha256: of the file, in hex.
-        strip: how many folders around everything to leave out.
+        url: URL with the scheme http, https or file.
+        sha256: SHA-256 of the file, in hex.
+        strip: Number of leading folders to strip.
 
     Raises:
-        SettingsError: an argument makes no sense.
+        SettingsError: An argument is invalid.
     """
     from .archive import Archive
 
@@ -54,12 +54,12 @@ def debian(package: str, *, version: str | None = None, suite: str | None = None
     """Declare a Debian source package, which `doit lock` pins.
 
     Args:
-        package: the source package's name.
-        version: in full, as in `1.3.10-1`; the newest when not given.
-        suite: where to look, as apt's sources have it (`bookworm`); everywhere when not given.
+        package: Name of the source package.
+        version: Full version, such as `1.3.10-1`. Default: the newest.
+        suite: Suite of an apt source, such as `bookworm`. Default: all of them.
 
     Raises:
-        SettingsError: an argument makes no sense.
+        SettingsError: An argument is invalid.
     """
     from .debian import Debian
 
@@ -67,12 +67,12 @@ def debian(package: str, *, version: str | None = None, suite: str | None = None
 
 
 def either(**options: Source) -> Either:
-    """Declare sources that will do as well as each other: `either(git=git(…), debian=debian(…))`.
+    """Declare interchangeable sources: `either(git=git(…), debian=debian(…))`.
 
-    The first is taken, unless the setting `sources` names another.
+    The first one is used, unless the setting `sources` selects another.
 
     Raises:
-        SettingsError: there is none, or one is no source.
+        SettingsError: There are none, or one of them is not a source.
     """
     from .alternatives import Either
 

@@ -1,8 +1,8 @@
-"""The tar file that a source becomes: the same tree gives the same bytes, on every machine and Python.
+"""Deterministic tar files: equal trees yield equal bytes on every machine and Python version.
 
-The format is GNU tar, uncompressed: sorted by the bytes of the names, folders before what is in them, owner 0:0
-without names, modes 755 and 644 only, one time for all, padded to records of 10,240 bytes. GNU and not PAX,
-because it holds names that are not UTF-8 as they are.
+The format is uncompressed GNU tar. Entries are sorted by the bytes of their names, folders before their content, with
+owner 0:0 without names, modes 755 and 644 only, and one modification time for all. The file is padded to records of
+10,240 bytes. GNU and not PAX, because GNU tar stores names that are not UTF-8 unchanged.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from typing import BinaryIO, Protocol
 from ..runner.util.atomic_files import CHUNK, is_relative_path
 
 BLOCK = 512
-"""Bytes that headers and contents are padded to."""
+"""Bytes of a block. Headers and contents are padded to it."""
 
 RECORD = 20 * BLOCK
-"""Bytes that the whole is padded to, as tar does."""
+"""Bytes of a record. The file is padded to it, as by tar."""
 
 LATEST = (1 << 33) - 1
-"""The last second that fits the 11 octal digits of a tar header."""
+"""Largest time that fits in the 11 octal digits of a tar header, in seconds since 1970."""
 
 
 LINK_LIMIT = 4095
-"""Bytes that the target of a symbolic link may have: Linux's PATH_MAX without the NUL."""
+"""Maximum bytes of a symbolic link's target: Linux's PATH_MAX without the NUL."""
 
 
 class TreeError(Exception):
-    """A tree holds what must not or cannot be unpacked."""
+    """A tree contains an unsafe or unsupported entry."""
 
 
 class Readable(Protocol):
-    """What a file's content is read from."""
+    """Source of a file's content."""
 
     def read(self, size: int, /) -> bytes:
-        """Return up to `size` bytes, `b""` at the end."""
+        """Return up to `size` bytes, or `b""` at the end."""
         ...
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder; those that only lead to files need not be given.
+    """A folder. Parent folders of other entries may be omitted.
 
     Attributes:
-        path: where in the tree, with `/`; see `decoded`.
+        path: Path in the tree, with `/`. See `decoded`.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Link:
-    """A symbolic link, kept as it is, wherever it points."""
+    """A symbolic link, stored unchanged, wherever it points."""
 
     path: str
     target: str
@@ -67,10 +67,10 @@ class File:
     """A regular file.
 
     Attributes:
-        path: where in the tree.
-        size: bytes.
-        executable: mode 755 instead of 644.
-        open: gives the content; called once, in the order of the sorted paths.
+        path: Path in the tree.
+        size: Bytes.
+        executable: Mode 755 instead of 644.
+        open: Opens the content. Called once, in the order of the sorted paths.
     """
 
     path: str
@@ -86,13 +86,13 @@ def write(out: BinaryIO, entries: Iterable[Entry], mtime: int) -> None:
     """Write a tree as a tar file.
 
     Args:
-        out: where to; left open.
-        entries: what is in the tree, in any order; of two with the same path the last one counts.
-        mtime: seconds since 1970, for everything in it.
+        out: Output file; left open.
+        entries: Entries in any order. The last one of a path wins.
+        mtime: Modification time of all entries, in seconds since 1970.
 
     Raises:
-        TreeError: a name leads out of the tree or through a link, or a file is shorter than it says.
-        OSError: writing failed.
+        TreeError: A path leads out of the tree or through a link, or a file is shorter than its size.
+        OSError: Writing failed.
     """
     tree = _complete(entries)
     mtime = min(max(mtime, 0), LATEST)
@@ -107,7 +107,7 @@ def write(out: BinaryIO, entries: Iterable[Entry], mtime: int) -> None:
 
 
 def decoded(name: bytes) -> str:
-    """Return a name as a tree has it: UTF-8, whatever the locale says, other bytes as surrogates."""
+    """Decode a name as UTF-8, independent of the locale. Invalid bytes become surrogates."""
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -116,7 +116,7 @@ def _encoded(path: str) -> bytes:
 
 
 def _is_target(target: str) -> bool:
-    """Say whether a symbolic link can have a target."""
+    """Return whether a string is a valid target of a symbolic link."""
     try:
         return 0 < len(_encoded(target)) <= LINK_LIMIT and "\0" not in target
     except UnicodeEncodeError:
@@ -124,7 +124,7 @@ def _is_target(target: str) -> bool:
 
 
 def _complete(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Check the names and add the folders that lead to entries."""
+    """Validate the paths and add missing parent folders."""
     tree: dict[str, Entry] = {}
     for entry in entries:
         if not is_relative_path(entry.path):
@@ -142,7 +142,7 @@ def _complete(entries: Iterable[Entry]) -> dict[str, Entry]:
 
 
 def _header(entry: Entry, mtime: int) -> bytes:
-    import tarfile  # not for a doit that has nothing to fetch
+    import tarfile  # not at the top: an up-to-date doit fetches nothing
 
     info = tarfile.TarInfo(entry.path)
     info.mtime = mtime
@@ -157,7 +157,7 @@ def _header(entry: Entry, mtime: int) -> bytes:
 
 
 def _copy(file: File, out: BinaryIO) -> int:
-    """Write a file's content and its padding; return the bytes written."""
+    """Write a file's content and its padding. Return the bytes written."""
     left = file.size
     with file.open() as content:
         while left:
@@ -172,11 +172,11 @@ def _copy(file: File, out: BinaryIO) -> int:
 
 
 def from_folder(root: Path) -> Iterator[Entry]:
-    """Give all that is below a folder.
+    """Yield everything below a folder.
 
     Raises:
-        TreeError: there is something else than folders, regular files and symbolic links.
-        OSError: something cannot be read.
+        TreeError: There is anything but folders, regular files and symbolic links.
+        OSError: Something cannot be read.
     """
     for folder, folders, files in os.walk(root):
         for name in folders + files:
@@ -193,7 +193,11 @@ def from_folder(root: Path) -> Iterator[Entry]:
 
 
 def from_file(inside: str, path: Path, executable: bool) -> File:
-    """Return an entry with the content of a file of the file system; raises OSError."""
+    """Return an entry whose content is a file of the file system.
+
+    Raises:
+        OSError: The file cannot be inspected.
+    """
     return File(inside, path.stat().st_size, executable, functools.partial(_opened, path))
 
 

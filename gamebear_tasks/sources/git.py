@@ -1,9 +1,9 @@
-"""A commit of a git repository, with its submodules.
+"""Commits of git repositories, including submodules and Git LFS files.
 
-The files are what `git clone` of the commit gives on Linux without a configuration: `.gitattributes` apply (`eol`,
-`ident`, `working-tree-encoding`), Git LFS files have their content, other filters are not run. The user's
-configuration (`core.autocrlf`, filters, hooks) does not change them. They are read from a bare repository in the cache;
-only files with such an attribute are checked out.
+The files equal those of `git clone` on Linux without configuration. `.gitattributes` apply (`eol`, `ident`,
+`working-tree-encoding`), Git LFS pointers are replaced by their content, other filters do not run. The user's
+configuration (`core.autocrlf`, filters, hooks) has no effect. Files are read from a bare repository in the cache; only
+those with such an attribute are checked out.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .base import BaseSource, Pin, check_url, public_url, remove
 from .lockfile import GitEntry, Lock, is_commit, is_tag
 from .program import SILENCE, ProgramError, StalledError, run
 
-if TYPE_CHECKING:  # imported when a tree is written: declaring a source is to cost nothing
+if TYPE_CHECKING:  # imported only when a tree is written: declaring a source must be cheap
     from . import deterministic_tar
 
 SUBMODULE_SCHEMES = ("https://", "http://", "ssh://", "git://", "git+ssh://", "ssh+git://")
-"""What a `.gitmodules` may name besides `host:path` and relative URLs; not `ext::` or the user's own files."""
+"""Schemes that `.gitmodules` may use, besides `host:path` and relative URLs. `ext::` and local files are rejected."""
 
 UNREACHABLE = (
     r"could not resolve|unable to (look up|connect|access)|(could not|couldn't|failed to) connect|timed out"
     r"|connection (refused|reset)|authentication failed|permission denied|access denied|could not read"
     r"|not found|does not exist|does not appear to be|terminal prompts disabled|certificate"
 )
-"""What git says (a pattern) where another kind of fetch would fail as well."""
+"""Pattern of git's messages for errors that another kind of fetch would not avoid."""
 
 FOREIGN = (
     "GIT_DIR",
@@ -61,7 +61,7 @@ FOREIGN = (
     "GIT_NOGLOB_PATHSPECS",
     "GIT_ICASE_PATHSPECS",
 )
-"""Variables that would point git to another repository (doit may be run by a hook), or change what it reads there."""
+"""Environment variables that select another repository (a git hook may run doit) or change how it is read."""
 
 CONFIGURATION = (
     "-c", "core.hooksPath=/dev/null",
@@ -74,26 +74,26 @@ CONFIGURATION = (
     "-c", "http.lowSpeedLimit=1",
     "-c", "http.lowSpeedTime=120",
 )  # fmt: skip
-"""Settings of every git: nothing of the user's runs or changes files, and a silent server is given up."""
+"""Options of every git command: the user's hooks and settings have no effect, and a silent server times out."""
 
 ATTRIBUTES = ("filter", "eol", "ident", "working-tree-encoding")
-"""The attributes by which a checked out file may differ from what was committed, see gitattributes(5)."""
+"""Attributes by which a checked-out file may differ from the committed one (gitattributes(5))."""
 
 PATHS_AT_ONCE = 50_000
-"""Paths whose attributes are asked for at once: the answer has some hundred bytes for each."""
+"""Number of paths whose attributes are queried at once. The answer has some hundred bytes per path."""
 
 POINTER_LIMIT = 1024
-"""Bytes below which a Git LFS file may be a pointer, as git-lfs has it."""
+"""Bytes below which a file may be a Git LFS pointer, as in git-lfs."""
 
 POINTER_START = re.compile(rb"version (https?://git-media\.io/v/2|https://(git-lfs|hawser)\.github\.com/spec/v1)\n")
 POINTER = re.compile(POINTER_START.pattern + rb"oid sha256:(?P<oid>[0-9a-f]{64})\nsize (?P<size>[0-9]{1,18})\s*")
-"""A pointer, see git-lfs's docs/spec.md; one with extensions is not supported."""
+"""A Git LFS pointer (git-lfs, docs/spec.md). Pointers with extensions are not supported."""
 
 SETTINGS_LIMIT = 1 << 20
-"""Bytes that a `.gitmodules` or `.lfsconfig` may have."""
+"""Maximum bytes of a `.gitmodules` or `.lfsconfig`."""
 
 SUBMODULES = 300
-"""How many submodules a tree may have in all; a hostile one could have itself, twice, at an older commit."""
+"""Maximum number of submodules of a tree. A hostile one could include itself twice, at an older commit."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ class GitPin(Pin):
     """A commit.
 
     Attributes:
-        commit: its hash in full.
-        submodules: with those of its submodules, which it names by their hashes.
+        commit: Full commit hash.
+        submodules: Include submodules. The commit identifies them by their hashes.
     """
 
     commit: str
     submodules: bool
 
     def identity(self) -> dict[str, str | int | bool]:
-        """Return the commit; and that submodules are left out, if they are."""
+        """Return the commit, and whether submodules are excluded."""
         return {"git": self.commit} if self.submodules else {"git": self.commit, "submodules": False}
 
     @property
     def file_name(self) -> str:
-        """`git-<commit>`, or `git-<commit>-alone` without submodules."""
+        """File name `git-<commit>`, or `git-<commit>-alone` without submodules."""
         return f"git-{self.commit}{'' if self.submodules else '-alone'}"
 
 
@@ -123,9 +123,9 @@ class Git(BaseSource[GitPin]):
     """A commit of a git repository.
 
     Attributes:
-        url: whatever `git fetch` takes.
-        rev: a commit in full, a branch, a tag, or a ref in full (`refs/…`).
-        submodules: with submodules, and theirs.
+        url: Any URL that `git fetch` accepts.
+        rev: Full commit hash, branch, tag, or full ref (`refs/…`).
+        submodules: Include submodules, recursively.
     """
 
     url: str
@@ -133,7 +133,11 @@ class Git(BaseSource[GitPin]):
     submodules: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what git would take for an option or a pattern."""
+        """Reject values that git would interpret as an option or a pattern.
+
+        Raises:
+            SettingsError: An attribute is invalid.
+        """
         check_url(self.url, "git()")
         if not isinstance(self.rev, str) or not re.fullmatch(
             r"[^-\s:~^?*\[\\\x00-\x20\x7f][^\s:~^?*\[\\\x00-\x20\x7f]*", self.rev
@@ -151,34 +155,34 @@ class Git(BaseSource[GitPin]):
 
     @property
     def key(self) -> str:
-        """Its key in the lock file."""
+        """Key in the lock file."""
         return f"{self.url} {self.rev}"
 
     @property
     def floating(self) -> bool:
-        """Whether only the lock file says which commit it is."""
+        """Whether the revision is not a commit, so that the lock file has to pin it."""
         return not is_commit(self.rev)
 
     def pin(self, lock: Lock) -> GitPin | None:
-        """Return the commit if the revision is one, or if the lock file knows it."""
+        """Return the pin if the revision is a commit, or if the lock file has an entry for it."""
         entry = lock.git.get(self.key) if self.floating else GitEntry(self.rev)
         return GitPin(entry.commit, self.submodules) if entry else None
 
     def _metadata(self, pin: GitPin, lock: Lock) -> dict[str, str]:
-        # Upstream may move or add a tag, so only one in the lock file is the same for everybody.
+        # Upstream may move or add a tag, so only a tag in the lock file is the same for everybody.
         tag = lock.git[self.key].tag if self.floating else ""
         return {"url": public_url(self.url), "commit": pin.commit, "tag": tag}
 
     def resolve(self) -> GitEntry:
-        """Ask the repository for the commit that the branch or tag is at now.
+        """Query the repository for the current commit of the branch or tag.
 
         Raises:
-            SourceError: it cannot be reached, or has none of that name.
+            SourceError: The repository cannot be reached, or has no such branch or tag.
         """
         if self.rev == "HEAD" or self.rev.startswith("refs/"):
             names = [self.rev]
         else:
-            names = [f"refs/tags/{self.rev}", f"refs/heads/{self.rev}"]  # as `git rev-parse` prefers them
+            names = [f"refs/tags/{self.rev}", f"refs/heads/{self.rev}"]  # same order of precedence as `git rev-parse`
         peeled = [name for ref in names for name in (ref + "^{}", ref)]
         try:
             listing = _git("ls-remote", "--", _location(self.url), *peeled, "refs/tags/*").decode(errors="replace")
@@ -224,11 +228,13 @@ class Git(BaseSource[GitPin]):
 
 
 def _tag_of(ref: str, found: dict[str, str]) -> str:
-    """Return the tag that a ref is, or a tag of its commit: annotated before lightweight, then the highest version.
+    """Return the tag of a ref: the ref itself if it is a tag, or else the best tag of the same commit.
+
+    Annotated tags precede lightweight ones, higher versions precede lower ones. The result is empty without a tag.
 
     Args:
-        ref: one of `found`.
-        found: what `git ls-remote` lists: hashes by ref, the commits of annotated tags at `<ref>^{}`.
+        ref: A key of `found`.
+        found: Output of `git ls-remote`: hashes by ref, with the commits of annotated tags at `<ref>^{}`.
     """
     tags = [name.removeprefix("refs/tags/") for name in found if name.startswith("refs/tags/") and "^" not in name]
     tags = [name for name in tags if name and is_tag(name)]
@@ -247,13 +253,13 @@ def _tag_of(ref: str, found: dict[str, str]) -> str:
 
 
 class _Checkout:
-    """Reads a commit and its submodules as entries of one tree.
+    """Reader of a commit and its submodules as entries of one tree.
 
     Args:
-        source: what errors are about.
-        cache: the folder with the repositories.
-        scratch: a folder for temporary files.
-        stack: closed when all entries are read.
+        source: The source, for error messages.
+        cache: Cache folder that contains the repositories.
+        scratch: Folder for temporary files.
+        stack: Closed after all entries are read.
     """
 
     def __init__(self, source: Git, cache: Path, scratch: Path, stack: contextlib.ExitStack) -> None:
@@ -264,17 +270,17 @@ class _Checkout:
         self.count = 0
 
     def entries(self, repository: _Repository, commit: str, prefix: str) -> Iterator[deterministic_tar.Entry]:
-        """Give what is in a commit and, below its path, in each submodule.
+        """Yield the entries of a commit and, below their paths, of its submodules.
 
         Args:
-            repository: has the commit.
-            commit: its hash.
-            prefix: the path of the submodule, with a slash at the end; empty for the source itself.
+            repository: Repository that contains the commit.
+            commit: Commit hash.
+            prefix: Path of the submodule with a trailing slash; empty for the source itself.
 
         Raises:
-            SourceError: something cannot be fetched or is refused.
-            TreeError: a name or a link is unsafe.
-            _DamagedError: the repository lacks an object.
+            SourceError: Fetching failed, or the tree is rejected.
+            TreeError: A name or a link is unsafe.
+            _DamagedError: An object is missing in the repository.
         """
         from . import deterministic_tar
 
@@ -312,12 +318,12 @@ class _Checkout:
                         modules = self._modules(repository, files.get(".gitmodules"))
                     yield from self._submodule(modules.get(item.path), item.hash, inside)
 
-    # attributes
+    # Attributes
 
     def _replaced(
         self, repository: _Repository, commit: str, files: dict[str, _Listed], blobs: _BlobReader
     ) -> dict[str, Path]:
-        """Return the files that a checkout changes, each with a file that has its content."""
+        """Return the files that a checkout changes, each with the path of its new content."""
         if not any(path.rpartition("/")[2] == ".gitattributes" for path in files):
             return {}
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -356,7 +362,7 @@ class _Checkout:
     def _attributes(
         self, settings: list[str], index: dict[str, str], files: Iterable[str]
     ) -> dict[str, tuple[str, str, str, str]]:
-        """Return the `ATTRIBUTES` of each path that has one."""
+        """Return the `ATTRIBUTES` of each path that has any."""
         from . import deterministic_tar
 
         found = {}
@@ -374,9 +380,9 @@ class _Checkout:
     def _pointers(
         self, paths: Iterable[str], files: dict[str, _Listed], blobs: _BlobReader
     ) -> dict[str, tuple[str, int]]:
-        """Return the SHA-256 and size of the content of those files that are Git LFS pointers.
+        """Return the SHA-256 and size of the content of each Git LFS pointer.
 
-        A file with the attribute that was committed without git-lfs is no pointer; a checkout leaves it as it is.
+        A file with the attribute that was committed without git-lfs is not a pointer. A checkout leaves it unchanged.
         """
         pointers = {}
         for path in sorted(paths):
@@ -396,7 +402,11 @@ class _Checkout:
     def _fetch_lfs(
         self, repository: _Repository, commit: str, pointers: dict[str, tuple[str, int]], config: _Listed | None
     ) -> None:
-        """Have the content of pointers in the repository; see git-lfs-fetch(1)."""
+        """Fetch the content of pointers into the repository (git-lfs-fetch(1)).
+
+        Raises:
+            SourceError: git-lfs is missing, or the fetch failed.
+        """
         missing = repository.missing_lfs_objects(pointers)
         if not missing:
             return
@@ -406,7 +416,7 @@ class _Checkout:
                 "Install it (Debian: `apt install git-lfs`; macOS: `brew install git-lfs`).",
             )
         settings = [f"remote.origin.url={_location(repository.url)}"]
-        # git-lfs itself would follow the includes of a .lfsconfig, also to our own files.
+        # Read .lfsconfig here, because git-lfs would follow its includes, even to local files.
         declared = self._settings(repository, config, r"^(lfs\.url|remote\.origin\.lfsurl)$")
         own = {key for key in declared if _setting(key)}
         settings += [
@@ -416,8 +426,8 @@ class _Checkout:
         ]
         storage = repository.folder / "lfs"
         try:
-            # In the repository's own settings and without GIT_DIR: where the server is a path, git-lfs reads that
-            # repository with our command line and our environment.
+            # Set it in the repository's configuration and do not set GIT_DIR: if the server is a local path, git-lfs
+            # would read that repository with the command line and environment of this one.
             _git(f"--git-dir={repository.folder}", "config", "lfs.storage", storage)
             _git(
                 *(word for setting in (*settings, "safe.bareRepository=all") for word in ("-c", setting)),
@@ -441,7 +451,7 @@ class _Checkout:
                 f"cannot be fetched: its server does not have the Git LFS file {missing[0]}", "Tell its authors."
             )
 
-    # submodules
+    # Submodules
 
     def _submodule(self, url: str | None, commit: str, path: str) -> Iterator[deterministic_tar.Entry]:
         leave_out = "Leave submodules out: git(…, submodules=False)."
@@ -457,7 +467,7 @@ class _Checkout:
         yield from self.entries(inner, commit, path + "/")
 
     def _modules(self, repository: _Repository, item: _Listed | None) -> dict[str, str]:
-        """Return the URL of each submodule by its path; an empty one where it is not to be fetched."""
+        """Return the URL of each submodule by its path. The URL is empty if the submodule is not fetched."""
         values: dict[str, dict[str, str]] = {}
         for key, value in self._settings(repository, item, r"^submodule\..*\.(path|url|update)$").items():
             name, _, variable = key.rpartition(".")
@@ -471,7 +481,11 @@ class _Checkout:
         }
 
     def _settings(self, repository: _Repository, item: _Listed | None, pattern: str) -> dict[str, str]:
-        """Return the settings of a file such as `.gitmodules` whose names match a pattern; none where it is missing."""
+        """Return the settings of a file such as `.gitmodules` whose names match a pattern; none if it is missing.
+
+        Raises:
+            SourceError: The file is too large or invalid.
+        """
         from . import deterministic_tar
 
         if item is None:
@@ -479,7 +493,7 @@ class _Checkout:
         if int(item.size) > SETTINGS_LIMIT:
             raise self.source.error(f"is refused: its {item.path} has {item.size} bytes", "Tell its authors.")
         try:
-            # An include would be followed to our own files, and wait for ever for a FIFO.
+            # An include could refer to local files, and block forever on a FIFO.
             text = _git(
                 f"--git-dir={repository.folder}",
                 "config",
@@ -491,7 +505,7 @@ class _Checkout:
                 pattern,
             )
         except ProgramError as error:
-            if error.status == 1 and not error.said:  # none matches
+            if error.status == 1 and not error.said:  # no setting matches
                 return {}
             raise self.source.error(f"is refused: its {item.path}: {error.reason}", "Tell its authors.") from error
         return {
@@ -501,7 +515,11 @@ class _Checkout:
         }
 
     def _upstream_url(self, parent: str, declared: str, what: str = "submodule") -> str:
-        """Return a URL that upstream has written in its repository, made whole; refuse one that leads to our files."""
+        """Return the absolute form of an untrusted URL from an upstream repository.
+
+        Raises:
+            SourceError: The URL leads to local files, or is invalid.
+        """
         url = relative_url(parent, declared) if declared.startswith(("./", "../")) else declared
         is_path_or_host = _is_local(parent) if _is_local(url) else re.match(r"[^-/:][^/:]*:(?!:)", url)
         if not url or not (url.startswith(SUBMODULE_SCHEMES) or is_path_or_host):
@@ -528,11 +546,11 @@ class _Listed:
 
 
 class _DamagedError(Exception):
-    """A repository in the cache lacks what it should have."""
+    """A cached repository lacks an object, or is damaged otherwise."""
 
 
 class _Repository:
-    """The bare repository in the cache for one URL."""
+    """Bare repository in the cache, one per URL."""
 
     def __init__(self, cache: Path, url: str, commit: str) -> None:
         self.cache = cache
@@ -541,10 +559,10 @@ class _Repository:
         self.format = "sha256" if len(commit) == 64 else "sha1"
 
     def git(self, *arguments: str) -> bytes:
-        """Run git on what is here already.
+        """Run git on the cached repository.
 
         Raises:
-            _DamagedError: it failed.
+            _DamagedError: git failed.
         """
         try:
             return _git(f"--git-dir={self.folder}", *arguments)
@@ -554,11 +572,11 @@ class _Repository:
             raise _DamagedError(error.reason) from error
 
     def lfs_object(self, oid: str) -> Path:
-        """Return where git-lfs keeps the content with a SHA-256."""
+        """Return the path at which git-lfs stores the content with a SHA-256."""
         return self.folder / "lfs" / "objects" / oid[:2] / oid[2:4] / oid
 
     def missing_lfs_objects(self, pointers: dict[str, tuple[str, int]]) -> list[str]:
-        """Return the files whose content is not here; what is damaged is removed."""
+        """Return the files whose content is missing. Damaged content is removed."""
         missing = []
         for path, (oid, size) in pointers.items():
             kept = self.lfs_object(oid)
@@ -573,21 +591,21 @@ class _Repository:
         return missing
 
     def fetch(self, commit: str, source: Git, which: str = "") -> None:
-        """Have a commit, without its history where the server allows that.
+        """Fetch a commit unless it is cached, without its history if the server supports that.
 
         Args:
-            commit: its hash.
-            source: whom errors are about.
-            which: what is fetched, if it is not `source` itself; ends with a space.
+            commit: Commit hash.
+            source: The source, for error messages.
+            which: Name of the submodule that is fetched, with a trailing space; empty for `source` itself.
 
         Raises:
-            SourceError: the repository cannot be reached or has no such commit.
+            SourceError: The repository cannot be reached or does not contain the commit.
         """
-        ref = f"refs/gamebear/{commit}"  # set last: says that the commit is here with all its files
+        ref = f"refs/gamebear/{commit}"  # set last: marks the commit as completely fetched
         self.folder.parent.mkdir(exist_ok=True)
         with locked(self.folder.with_suffix(".lock")):
             with contextlib.suppress(FileNotFoundError):
-                os.utime(self.folder)  # says when it was last used
+                os.utime(self.folder)  # garbage collection uses the time of last use
             with contextlib.suppress(_DamagedError):
                 if self.git("cat-file", "-t", ref + "^{commit}"):
                     return
@@ -595,7 +613,7 @@ class _Repository:
                 _git(
                     "init", "--quiet", "--bare", "--template=", f"--object-format={self.format}", "--", self.folder
                 )  # fmt: skip
-            # Left by a git that was killed; nobody else is here.
+            # Leftovers of a killed git. The lock excludes other processes.
             for stale in [*self.folder.glob("*.lock"), *self.folder.glob("objects/pack/tmp_*")]:
                 remove(stale)
             try:
@@ -636,7 +654,7 @@ class _Repository:
 
 @contextlib.contextmanager
 def _blobs(repository: _Repository) -> Iterator[_BlobReader]:
-    """Give what reads blobs, one after the other, from one `git cat-file`."""
+    """Yield a reader of blobs that uses one `git cat-file` process sequentially."""
     process = subprocess.Popen(
         ["git", *CONFIGURATION, f"--git-dir={repository.folder}", "cat-file", "--batch"],
         stdin=subprocess.PIPE,
@@ -652,14 +670,14 @@ def _blobs(repository: _Repository) -> Iterator[_BlobReader]:
 
 
 class _BlobReader:
-    """Asks a `git cat-file --batch` for blobs."""
+    """Reader of blobs from `git cat-file --batch`."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
     @contextlib.contextmanager
     def __call__(self, item: _Listed) -> Iterator[BinaryIO]:
-        """Give a file to read exactly the blob's size from."""
+        """Yield a file object. The caller must read exactly the blob's size."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write(item.hash.encode() + b"\n")
@@ -691,7 +709,7 @@ def _git(
 
 
 def _setting(name: str) -> bytes:
-    """Return a setting of the user's git; empty where there is none."""
+    """Return a setting of the user's git, or an empty value if it is not set."""
     with contextlib.suppress(ProgramError):
         return _git("config", "--get", name)
     return b""
@@ -699,7 +717,7 @@ def _setting(name: str) -> bytes:
 
 @contextlib.contextmanager
 def _listing(paths: Iterable[str]) -> Iterator[BinaryIO]:
-    """Give a temporary file with paths for git's `-z --stdin`."""
+    """Yield a temporary file that lists paths for git's `-z --stdin`."""
     with tempfile.TemporaryFile() as file:
         for path in paths:
             file.write(_encoded(path) + b"\0")
@@ -712,13 +730,13 @@ def _encoded(path: str) -> bytes:
 
 
 def _grouped(values: list[bytes]) -> Iterator[tuple[str, str, str, str]]:
-    """Give the values of `ATTRIBUTES` of each path, from those of all."""
+    """Group a flat list of values into the values of `ATTRIBUTES` of each path."""
     each = iter(value.decode("utf-8", "replace") for value in values)
     return zip(each, each, each, each, strict=True)
 
 
 def _environment() -> dict[str, str]:
-    """Return the variables for git: the user's, except those that would change what is read."""
+    """Return the environment for git: the user's, without variables that would change the result."""
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     environment["LC_ALL"] = "C"
     environment["GIT_NO_REPLACE_OBJECTS"] = "1"
@@ -734,20 +752,20 @@ def _folder(cache: Path, url: str, commit: str) -> Path:
 
 
 def _is_local(url: str) -> bool:
-    """Say, as git does, whether a URL is a path of this machine."""
+    """Return whether git treats a URL as a path of this machine."""
     return url.startswith("file://") or ("://" not in url and ":" not in url.partition("/")[0])
 
 
 def _location(url: str) -> str:
-    """Return the URL with a path made absolute, since git is not run where we are."""
+    """Make a path absolute, because git runs in another working folder. Other URLs are returned unchanged."""
     return url if "://" in url or not _is_local(url) else os.path.abspath(url)
 
 
 def relative_url(parent: str, url: str) -> str:
-    """Resolve a submodule's `./…` or `../…` against its parent's URL, as git-submodule(1) says.
+    """Resolve a submodule's `./…` or `../…` against its parent's URL (git-submodule(1)).
 
     Returns:
-        The URL; an empty text where it leads out of the parent's host.
+        The URL, or an empty string if it leads out of the parent's host.
     """
     base = (parent if "://" in parent or not _is_local(parent) else _location(parent)).rstrip("/")
     host = re.match(r"[A-Za-z0-9+.-]+://[^/]*|[^/:]+:|", base)

@@ -1,6 +1,6 @@
-"""The lock file: what the branches, tags and Debian packages that a dodo.py names were when `doit lock` looked.
+"""The lock file: pins of the branches, tags and Debian packages that a dodo.py declares, written by `doit lock`.
 
-It is JSON, sorted and indented so that a diff reads, beside dodo.py, and meant to be committed::
+It is JSON, sorted and indented for readable diffs. It is stored beside dodo.py and intended to be committed::
 
     {"version": 1,
      "git": {"<url> <rev>": {"commit": "<40 or 64 hex digits>", "tag": "<name, if there is one>"}},
@@ -22,10 +22,10 @@ from ..runner.util.atomic_files import is_file_name, is_sha256, open_regular, wr
 from ..util.process import FILE_MODE
 
 VERSION = 1
-"""The lock file's version; a newer one is refused."""
+"""Version of the format. Other versions are rejected."""
 
 LIMIT = 16 << 20
-"""Bytes that a lock file may have; a thousand sources take less than one MiB."""
+"""Maximum bytes of a lock file. A thousand sources need less than one MiB."""
 
 RESTORE = "Restore it from version control, or remove it and run `doit lock`."
 
@@ -35,8 +35,8 @@ class GitEntry:
     """A commit of a git repository.
 
     Attributes:
-        commit: its hash in full.
-        tag: the name of a tag of exactly this commit when `doit lock` looked; empty where there was none.
+        commit: Full commit hash.
+        tag: Name of a tag of exactly this commit at the time of `doit lock`, or empty.
     """
 
     commit: str
@@ -51,8 +51,8 @@ class DebianEntry:
     """A version of a Debian source package.
 
     Attributes:
-        version: Debian's version, with epoch and revision.
-        files: the SHA-256 of each of its files, the `.dsc` among them, by name.
+        version: Debian version with epoch and revision.
+        files: SHA-256 of each file by name, including the `.dsc`.
     """
 
     version: str
@@ -60,17 +60,17 @@ class DebianEntry:
 
     @property
     def dsc(self) -> str:
-        """The name of its `.dsc`, which names all the others by their SHA-256."""
+        """Name of the `.dsc`, which lists the SHA-256 of all other files."""
         return next(name for name in self.files if name.endswith(".dsc"))
 
 
 @dataclass(frozen=True)
 class Lock:
-    """What a lock file says.
+    """Content of a lock file.
 
     Attributes:
-        git: the commit of each "<url> <rev>".
-        debian: the version of each "<package>[=<version>][/<suite>]".
+        git: The commit of each "<url> <rev>".
+        debian: The version of each "<package>[=<version>][/<suite>]".
     """
 
     git: Mapping[str, GitEntry] = field(default_factory=dict)
@@ -78,10 +78,10 @@ class Lock:
 
     @classmethod
     def read(cls, path: Path) -> Lock:
-        """Read a lock file; one that is not there is empty.
+        """Read a lock file. A missing file is an empty one.
 
         Raises:
-            SourceError: it is damaged, cannot be read, or was written by a newer release.
+            SourceError: The file is damaged, cannot be read, or has another version.
         """
         try:
             with open_regular(path) as file:
@@ -127,10 +127,10 @@ class Lock:
         return cls(git, debian)
 
     def write(self, path: Path) -> None:
-        """Write a lock file, aside and renamed.
+        """Write the lock file by atomic rename.
 
         Raises:
-            SourceError: it cannot be written.
+            SourceError: It cannot be written.
         """
         data = {
             "version": VERSION,
@@ -152,16 +152,16 @@ class Lock:
 
 
 class _NewerError(Exception):
-    """A lock file of another version."""
+    """The lock file has another version."""
 
 
 def is_commit(text: object) -> bool:
-    """Say whether something is a whole commit hash: SHA-1 or SHA-256 in lower-case hex."""
+    """Return whether a value is a full commit hash: SHA-1 or SHA-256 in lower-case hex."""
     return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
 def is_tag(text: object) -> bool:
-    """Say whether something can be the name of a tag, or is empty; see git-check-ref-format(1)."""
+    """Return whether a value is a valid tag name or empty (git-check-ref-format(1))."""
     return isinstance(text, str) and re.fullmatch(r"[^\s:~^?*\[\\\x00-\x20\x7f]*", text) is not None
 
 

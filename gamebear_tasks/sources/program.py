@@ -1,4 +1,4 @@
-"""Programs that fetch sources: one way to run them, with bounded output and a watchdog."""
+"""Run the programs that fetch sources, with bounded output and a stall timeout."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ INSTALL = {
     "git": "Install git (Debian: `apt install git`; macOS: `xcode-select --install`).",
     "dpkg-source": "Install it with `apt install dpkg-dev`.",
 }
-"""What to do when a program is missing."""
+"""Hints for missing programs."""
 
 SILENCE = 300.0
-"""Seconds without progress after which a git that may wait for a server counts as stalled."""
+"""Seconds without progress after which a git command that uses the network counts as stalled."""
 
 OUTPUT_LIMIT = 256 << 20
-"""Bytes that a program may write to its standard output, which may come from an untrusted server."""
+"""Maximum bytes of a program's standard output, which may be from an untrusted server."""
 
 ERROR_TAIL = 64 << 10
-"""Bytes at the end of the standard error that are kept."""
+"""Trailing bytes of the standard error that are kept."""
 
 POLL = 0.5
-"""Seconds between two looks whether a program has ended while a child of its own keeps its output open."""
+"""Seconds between checks whether a program has exited while its child process keeps the pipes open."""
 
 GRACE = 5.0
-"""Seconds between asking a stalled program to end and killing it."""
+"""Seconds between SIGTERM and SIGKILL for a stalled program."""
 
 BOILERPLATE = (
     "please make sure you have the correct access rights",
@@ -44,15 +44,17 @@ BOILERPLATE = (
     "the remote end hung up",
     "could not read from remote repository",
 )
-"""Lines of git that come after the line which says what was wrong."""
+"""Lines that git prints after the line with the reason."""
 
 
 class ProgramError(Exception):
-    """A program ended with another status than 0.
+    """A program failed.
 
     Attributes:
-        said: what it wrote to its standard error.
-        hint: what to do, if the kind of the error tells.
+        program: Name of the program.
+        status: Its exit status.
+        said: Its standard error.
+        hint: Suggested fix, if the type of the error implies one.
     """
 
     hint = ""
@@ -65,7 +67,7 @@ class ProgramError(Exception):
 
     @property
     def reason(self) -> str:
-        """The last line of the program's own message that says something, without `fatal:` and the like."""
+        """The last informative line of the standard error, without prefixes such as `fatal:`."""
         lines = [line.strip() for line in self.said.splitlines() if line.strip()]
         telling = [line for line in lines if not any(words in line.lower() for words in BOILERPLATE)]
         if not (telling or lines):
@@ -77,7 +79,7 @@ class ProgramError(Exception):
 
 
 class StalledError(ProgramError):
-    """A program made no progress and was ended."""
+    """A program made no progress and was terminated."""
 
     hint = "See whether the server answers, then run doit again."
 
@@ -91,21 +93,21 @@ def run(
     silence: float = math.inf,
     growing: Path | None = None,
 ) -> bytes:
-    """Run a program and return what it wrote to its standard output.
+    """Run a program and return its standard output.
 
     Args:
-        argv: the program, looked up in `PATH`, and its arguments.
-        env: the environment, ours when not given; messages are asked for in English.
-        cwd: the folder it runs in; ours when not given.
-        stdin: its standard input; empty when not given.
-        silence: seconds without progress after which it counts as stalled.
-        growing: a folder whose growth is progress, besides output of either kind.
+        argv: The program, looked up in `PATH`, and its arguments.
+        env: Environment. Default: the current one. The locale is always C, so that messages are in English.
+        cwd: Working folder. Default: the current one.
+        stdin: Standard input. Default: empty.
+        silence: Seconds without progress after which the program counts as stalled.
+        growing: Folder whose growth counts as progress, besides output.
 
     Raises:
-        ProgramError: it ended with another status than 0, or wrote more than `OUTPUT_LIMIT`.
-        StalledError: it made no progress.
-        SourceError: it is not installed.
-        KeyboardInterrupt: Ctrl-C has ended it.
+        ProgramError: The exit status is not 0, or the output exceeds `OUTPUT_LIMIT`.
+        StalledError: The program made no progress.
+        SourceError: The program is not installed.
+        KeyboardInterrupt: Ctrl-C ended the program.
     """
     program = str(argv[0])
     try:
@@ -134,7 +136,12 @@ def run(
 def _output(
     process: subprocess.Popen[bytes], program: str, silence: float, growing: Path | None
 ) -> tuple[bytearray, bytearray]:
-    """Return the standard output and the end of the standard error of a program, which has ended then."""
+    """Wait for a program and return its standard output and the end of its standard error.
+
+    Raises:
+        ProgramError: The output exceeds `OUTPUT_LIMIT`.
+        StalledError: The program made no progress.
+    """
     out, said = bytearray(), bytearray()
     heard = time.monotonic()
     grown = -1
@@ -151,7 +158,7 @@ def _output(
                 key.data.extend(data)
                 heard = time.monotonic()
             if not ready and ended:
-                break  # a child that lives on, such as ssh's ControlPersist, has the pipe
+                break  # a surviving child process, such as ssh's ControlPersist, keeps the pipe open
             if len(out) > OUTPUT_LIMIT:
                 raise ProgramError(program, 0, f"{program} wrote more than {OUTPUT_LIMIT >> 20} MiB")
             del said[:-ERROR_TAIL]
@@ -165,7 +172,7 @@ def _output(
 
 
 def _bytes_in(folder: Path | None) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of all files in a folder, in bytes."""
     total = 0
     for path in folder.rglob("*") if folder else ():
         with contextlib.suppress(OSError):
@@ -174,7 +181,7 @@ def _bytes_in(folder: Path | None) -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program and its descendants, such as git's ssh, which would wait for the network alone."""
+    """Terminate a program and its descendants, such as git's ssh, which would otherwise wait for the network."""
     family = [process.pid, *_descendants(process.pid)]
     if process.poll() is None:
         process.terminate()
@@ -190,7 +197,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """Give the living descendants of a process, by proc(5); none where there is no such file."""
+    """Yield the living descendants of a process (proc(5)), or none if /proc does not list them."""
     with contextlib.suppress(OSError, ValueError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             yield int(child)

@@ -1,4 +1,4 @@
-"""What `doit lock` does: asks upstream where branches, tags and packages are now, and writes the lock file."""
+"""Implement `doit lock`: query upstream for the current commits and versions, and write the lock file."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from .lockfile import DebianEntry, GitEntry, Lock
 def resolve(
     sources: Iterable[Declared], lock_path: Path, cache: Path, *, update: bool = False, prune: bool = False
 ) -> list[str]:
-    """Bring the lock file up to date with all that is declared.
+    """Update the lock file with all declared sources.
 
-    Other pins are kept unless they are to be pruned: another dodo.py, a variable, or a task that is created later may
-    declare them, and a branch without its pin would silently be built from another commit. Of alternatives
-    (`either()`), those that cannot be looked up from here keep what they had, as long as one has a pin.
+    Other pins are kept unless `prune` is set: another dodo.py, a variable, or a task that is created later may declare
+    them, and a branch without its pin would silently be built from another commit. Alternatives (`either()`) that
+    cannot
+    be resolved keep their previous pins, as long as one alternative has a pin.
 
     Args:
-        sources: all that the dodo.py declares.
-        lock_path: the lock file; not touched if nothing changes or something fails.
-        cache: the folder whose private apt is used.
-        update: look again also for what has an entry already.
-        prune: drop the pins of what is not declared.
+        sources: All declared sources.
+        lock_path: The lock file. It is not written if nothing changes or an error occurs.
+        cache: Cache folder that contains the private apt.
+        update: Resolve sources again that have an entry already.
+        prune: Remove the pins of undeclared sources.
 
     Returns:
-        What has changed, a line each; then what could not be looked up, and what is kept.
+        Messages: one line for each change, for each source that could not be resolved, and for each undeclared pin.
 
     Raises:
-        SourceError: something cannot be looked up, or the lock file cannot be read or written.
+        SourceError: A source cannot be resolved, or the lock file cannot be read or written.
     """
     old = Lock.read(lock_path)
     git: dict[str, GitEntry] = {}
