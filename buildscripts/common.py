@@ -28,7 +28,7 @@ def gt_image():
         "cmake",
         "g++",
         "libconfig-dev",
-        # the man pages: asciidoc without TeX, which its recommended packages would bring
+        # for the man pages: asciidoc without TeX, which its recommended packages include
         "asciidoc-base",
         "docbook-xml",
         "docbook-xsl",

@@ -13,7 +13,7 @@ PACKAGES = [
     "e2fsprogs",
     "fdisk",
     "initramfs-tools",
-    "libconfig9",  # of libusbgx
+    "libconfig9",  # for libusbgx
     "mtools",
     "openssh-server",
     "sudo",
@@ -21,7 +21,7 @@ PACKAGES = [
     "udev",
 ]
 
-# All modules in the initial RAM disk would take emulation a quarter of an hour; these find the root.
+# An initial RAM disk with all modules takes a quarter of an hour under emulation. These suffice to mount the root.
 MODULES = "virtio_mmio virtio_pci virtio_blk mmc_block sdhci_iproc bcm2835 ext4 crc32c_generic"
 
 FILES = {
@@ -30,7 +30,7 @@ FILES = {
     "etc/hosts": "127.0.0.1\tlocalhost\n127.0.1.1\tdebian\n",
     "etc/initramfs-tools/conf.d/modules": "MODULES=list\n",
     "etc/initramfs-tools/modules": MODULES.replace(" ", "\n") + "\n",
-    "etc/machine-id": "",  # systemd makes one at the first boot
+    "etc/machine-id": "",  # systemd creates an id at the first boot
     "etc/resolv.conf": "",
     "etc/systemd/network/80-dhcp.network": "[Match]\nName=en* eth* usb*\n\n[Network]\nDHCP=yes\n",
     "etc/systemd/system/ssh.service.d/host-keys.conf": (

@@ -8,6 +8,6 @@ with Container(gt_image()) as c:
     take_source(c, "gt")
     c.run(["cmake", "-DCMAKE_INSTALL_PREFIX=/usr/local/", "./source/"])
     c.run(["make", JOBS, "install"])
-    # The man pages went below the prefix's own usr/: https://github.com/kopasiak/gt/issues/15
+    # CMake installs the man pages below the prefix's own usr/: https://github.com/kopasiak/gt/issues/15
     c.run("cp --archive /usr/local/usr/share/. /usr/local/share/ && rm --recursive /usr/local/usr", shell=True)
     tar_usr_local(c, "gt.tar")

@@ -1,4 +1,4 @@
-"""Writes what the reference has from the code: settings, commands, errors, signatures (python3 docs/generate.py)."""
+"""Generate the reference from code: settings, commands, errors, signatures. Run `python3 docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ CALLS: dict[str, Callable[..., object]] = {
         if not name.startswith("_") and inspect.isroutine(getattr(owner, name))
     },
 }
-"""What can be called, by its name in the reference."""
+"""Callables by their name in the reference."""
 
 TASKS = {"lock": "doit lock -u", "sources": "doit sources", "prune": "doit prune --older 30"}
-"""Our tasks that a person runs by name, and an example of each."""
+"""An example command for each task that users run by name."""
 
 DEFAULTS = {"arch": "this machine's", "sources": "the first"}
-"""Defaults that are found out."""
+"""Descriptions of defaults that are computed."""
 
 ERRORS: dict[str, tuple[str, Sequence[errors.Row]]] = {
     "Settings": (
@@ -65,11 +65,11 @@ ERRORS: dict[str, tuple[str, Sequence[errors.Row]]] = {
         errors.SCRIPTS,
     ),
 }
-"""The parts of the table: when one is met, and its rows."""
+"""Sections of the error reference: when the errors occur, and their rows."""
 
 
 def pages() -> dict[Path, str]:
-    """Return every page that is made, or made in parts, and what is to be in it."""
+    """Return the expected content of every page that is generated completely or partly."""
     made = {
         REFERENCE / "settings.md": _settings(),
         REFERENCE / "commands.md": _commands(),
@@ -82,7 +82,7 @@ def pages() -> dict[Path, str]:
 
 
 def signature(function: Callable[..., object]) -> str:
-    """Return the parameters of what can be called, without types."""
+    """Return the parameters of a callable, without types."""
     found = inspect.signature(function)
     bare = [
         item.replace(annotation=inspect.Parameter.empty) for name, item in found.parameters.items() if name != "self"
@@ -150,7 +150,7 @@ def _commands() -> str:
             + _options(task.get("params", ()))
         )
     for entry in entry_points(group="doit.REPORTER"):
-        if entry.value.startswith("gamebear_tasks.") and entry.name != "console":  # which is doit's
+        if entry.value.startswith("gamebear_tasks.") and entry.name != "console":  # `console` is doit's own
             reporter = entry.load()
             parts.append(
                 f"# Reporters\n\n## The reporter {entry.name}\n\n{_prose(inspect.getdoc(reporter) or '')}\n"
@@ -185,14 +185,14 @@ def _options(options: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _attributes(doc: str) -> dict[str, str]:
-    """Return what a docstring says of each attribute, or argument."""
+    """Return the description of each attribute or argument in a docstring."""
     part = re.split(r"^(?:Attributes|Args):$", doc, flags=re.MULTILINE)[1]
     items = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", part, re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()) for name, text in items}
 
 
 def _prose(text: str) -> str:
-    """Return paragraphs with their lines joined; what is indented stays as it is."""
+    """Join the lines of each paragraph. Indented paragraphs become code blocks."""
     parts = []
     for paragraph in inspect.cleandoc(text or "").split("\n\n"):
         if paragraph.startswith("  "):
@@ -211,7 +211,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text as code, whatever is in it; links in it and tags would not be shown as they are."""
+    """Format text as inline code, so that links and tags in it are not rendered."""
     fence = "``" if "`" in text else "`"
     room = " " if "`" in text else ""
     return f"{fence}{room}{text}{room}{fence}"
@@ -226,7 +226,7 @@ def _sentence(text: str) -> str:
 
 
 def main() -> None:
-    """Write each page that is not as it should be."""
+    """Write each page whose content is outdated."""
     for path, text in pages().items():
         if not path.exists() or path.read_text("utf-8") != text:
             path.write_text(text, "utf-8")

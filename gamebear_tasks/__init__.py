@@ -1,4 +1,4 @@
-"""doit tasks that build native software in clean containers on the machine it is for, and bring the artifacts back."""
+"""doit tasks that build native software in clean containers on the target machine, and fetch the artifacts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what belongs to SD-card images when a dodo.py imports it, and not for those that bake none."""
+    """Import the names of SD-card images on first use, so that other projects do not load them."""
     if name not in ("file", "sd_image", "tar", "user"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "sd_image":

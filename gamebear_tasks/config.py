@@ -1,4 +1,4 @@
-"""Settings: a doit variable, else the environment, else `[tool.gamebear]` in `pyproject.toml`, else the default."""
+"""Settings: doit variable, environment, `[tool.gamebear]` in `pyproject.toml`, default, in order of precedence."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ from .util.file_hashes import version
 from .util.messages import notice
 
 NEAR = 0.8
-"""How much a variable's name must be like a setting's, from 0 to 1, to be taken for a misspelt one (see difflib)."""
+"""Minimum similarity, from 0 to 1 (difflib), at which a variable's name counts as a misspelled setting."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person may set for a run.
+    """Settings of a run.
 
     Attributes:
-        builder: URL of the builder, such as `ssh://pi@buildpi`; or one for each of several architectures, as
-            `armhf=ssh://pi@buildpi,arm64=ssh://pi@pi5`: each job goes to that of its own.
-        arch: Debian's name of the architecture to build for; by default this machine's.
-        sources: which of several sources of one thing to take (see `either`), such as `debian`; by default the first.
-        base: where Debian's base images come from: `registry`, `bootstrap` (made on the builder), or `auto`.
-        patience: seconds for which a lost connection is tried again before a run gives up on its builder.
-        interrupt: what Ctrl-C, SIGTERM and SIGHUP do to what runs on the builder: `cancel` or `detach`.
-        time_limit: seconds after which the builder ends a job that does not say so itself; 0 for never.
-        provenance: whether every build writes beside each artifact where it comes from.
-        keep_failed: whether the containers of a job that fails are kept, for `doit shell`.
+        builder: URL of the builder, such as `ssh://pi@buildpi`; or one URL per architecture, such as
+            `armhf=ssh://pi@buildpi,arm64=ssh://pi@pi5`, so that each job runs on the builder of its architecture.
+        arch: Debian's name of the target architecture. Default: this machine's.
+        sources: Name of the alternative to use where several sources are declared (see `either`), such as `debian`.
+            Default: the first.
+        base: Origin of Debian base images: `registry`, `bootstrap` (created on the builder), or `auto`.
+        patience: Seconds to retry a lost connection before a run abandons its builder.
+        interrupt: Effect of Ctrl-C, SIGTERM and SIGHUP on jobs on the builder: `cancel` or `detach`.
+        time_limit: Seconds after which the builder stops a job that does not set a time limit itself; 0 for never.
+        provenance: Whether every build writes a provenance statement beside each artifact.
+        keep_failed: Whether the containers of a failed job are retained, for `doit shell`.
     """
 
     builder: str = "local:"
@@ -53,15 +54,19 @@ class Settings:
 
     @property
     def builders(self) -> tuple[str, ...]:
-        """The URLs of all builders that are set."""
+        """URLs of all builders that are set."""
         return tuple(dict.fromkeys(_by_architecture(self.builder).values()))
 
     def architectures_of(self, url: str) -> tuple[str, ...]:
-        """Return the architectures that a builder is to build for: those it is set for, else that of the run."""
+        """Return the architectures that a builder is set for, or the run's architecture if it is set for all."""
         return tuple(arch or self.arch for arch, other in _by_architecture(self.builder).items() if other == url)
 
     def builder_for(self, arch: str) -> str:
-        """Return the URL of the builder for an architecture; raises SettingsError where none is set."""
+        """Return the URL of the builder for an architecture.
+
+        Raises:
+            SettingsError: No builder is set for it.
+        """
         builders = _by_architecture(self.builder)
         if found := builders.get(arch, builders.get("")):
             return found
@@ -75,7 +80,11 @@ class Settings:
 
 
 def own_architecture() -> str:
-    """Return Debian's name of this machine's architecture; raises SettingsError when it has none."""
+    """Return Debian's name of this machine's architecture.
+
+    Raises:
+        SettingsError: Debian has no such architecture.
+    """
     machine = platform.machine().lower()
     if machine not in ARCHITECTURES:
         raise SettingsError(
@@ -89,7 +98,7 @@ def settings() -> Settings:
     """Return the settings of this run.
 
     Raises:
-        SettingsError: a setting is not what it may be; it says where it was set.
+        SettingsError: A setting is invalid. The error states where it was set.
     """
     _check_home(os.environ.get("HOME"))
     project = _project_settings(Path.cwd() / "pyproject.toml")
@@ -106,10 +115,10 @@ def settings() -> Settings:
 
 
 def settings_of_this_run() -> Settings:
-    """Return the settings as they were when this run of doit first asked for them; outside of one, as they are now.
+    """Return the settings at the time of this run's first call. Outside of a doit run, return the current settings.
 
     Raises:
-        SettingsError: as `settings`.
+        SettingsError: A setting is invalid, see `settings`.
     """
     global _of_this_run
     variables = variables_of_this_run()
@@ -125,12 +134,12 @@ _of_this_run: tuple[Mapping[str, str], Settings] | None = None
 
 
 def variables_of_this_run() -> Mapping[str, str] | None:
-    """Return the variables of doit's command line, another object in every run; None outside of one."""
-    return getattr(doit_cmd, "_CMDLINE_VARS", None)  # `get_var` gives one by its name only
+    """Return the variables of doit's command line, a new object in every run, or None outside of a run."""
+    return getattr(doit_cmd, "_CMDLINE_VARS", None)  # `get_var` only returns single variables, by name
 
 
 def _warn_of_near_misses(variables: Iterable[str]) -> None:
-    """Say which of doit's variables may be a misspelt setting; it may be the dodo.py's own, so it is no error."""
+    """Warn about doit variables that may be misspelled settings. No error, because dodo.py may use them itself."""
     known = [item.name for item in fields(Settings)]
     for name in set(variables).difference(known):
         import difflib
@@ -140,7 +149,11 @@ def _warn_of_near_misses(variables: Iterable[str]) -> None:
 
 
 def _check_home(home: str | None) -> None:
-    """Refuse a home folder that would be another one in each folder that a program works in."""
+    """Reject a relative home folder: it would depend on the working folder of each program.
+
+    Raises:
+        SettingsError: The path is relative.
+    """
     if home is not None and not os.path.isabs(home):
         raise SettingsError(
             f"HOME is {home!r}, which is no whole path.", "Set it to your home folder, such as HOME=/home/you."
@@ -178,7 +191,7 @@ def _read_project(path: str, _version: str) -> dict[str, Any]:
         raise SettingsError(
             f"pyproject.toml cannot be read: {error.strerror}.", "It has to be a file that you may read."
         ) from error
-    except ValueError as error:  # TOMLDecodeError is one; so is what int() raises for 5,000 digits
+    except ValueError as error:  # includes TOMLDecodeError, and int()'s error for 5,000 digits
         raise SettingsError(f"pyproject.toml cannot be read: {error}.", "Mend it there.") from error
     except (RecursionError, MemoryError) as error:
         raise SettingsError(
@@ -210,7 +223,11 @@ def _text(name: str, value: object, where: str) -> str:
 
 
 def architecture(name: str, value: object, where: str) -> str:
-    """Return Debian's name of an architecture, or an empty text as it is; raises SettingsError."""
+    """Validate Debian's name of an architecture. An empty string is valid.
+
+    Raises:
+        SettingsError: The architecture is unknown.
+    """
     text = _text(name, value, where)
     known = sorted(set(ARCHITECTURES.values()))
     if text and text not in known:
@@ -224,7 +241,7 @@ def _builder(name: str, value: object, where: str) -> str:
     """Return the URL of the builder, or `arch=URL,arch=URL` without spaces for several architectures.
 
     Raises:
-        SettingsError: there is no URL, or what is meant is ambiguous.
+        SettingsError: A URL is missing, or the value is ambiguous.
     """
     if isinstance(value, dict):
         pairs = [(str(arch).strip(), _text(f"{name}.{arch}", url, where)) for arch, url in value.items()]
@@ -240,7 +257,7 @@ def _builder(name: str, value: object, where: str) -> str:
                 f"The setting {name} names no builder for {arch} (from {where}).",
                 f"Leave {arch} out, or say {arch}=local:.",
             )
-        if _AMBIGUOUS.search(url) or (arch and _pairs(text) != pairs):  # a URL is not repeated: it may hold a password
+        if _AMBIGUOUS.search(url) or (arch and _pairs(text) != pairs):  # no URL in the error: it may hold a password
             raise SettingsError(
                 f"The setting {name} does not name one builder{f' for {arch}' if arch else ''} (from {where}):"
                 " its URL has a comma or space that another builder or nothing follows.",
@@ -255,18 +272,18 @@ def _builder(name: str, value: object, where: str) -> str:
 
 
 _AMBIGUOUS = re.compile(r"\A,|,\Z|[,;\s](?:\s*[\w-]+\s*=)?\s*(?:local:|[a-z][a-z0-9+.-]*://)")
-"""What the URL of one builder does not hold. A comma or space alone is for the builder to judge."""
+"""Pattern that the URL of one builder does not contain. Other commas and spaces are left to the builder."""
 
 
 def _by_architecture(text: str) -> dict[str, str]:
-    """Return the builders that a setting names, by their architectures; one for all of them has the name ""."""
+    """Return the URLs by architecture. A URL for all architectures has the key ""."""
     return dict(_pairs(text))
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    """Split `arch=URL, arch=URL` into pairs; a URL alone is one pair, with an empty architecture.
+    """Split `arch=URL, arch=URL` into pairs. A single URL yields one pair with an empty architecture.
 
-    No URL begins with `word=`: its scheme ends with a colon (RFC 3986, 3.1).
+    No URL begins with `word=`, because its scheme ends with a colon (RFC 3986, 3.1).
     """
     if not re.match(r"[\w-]+\s*=", text):
         return [("", text)]
@@ -275,7 +292,11 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 
 def seconds(name: str, value: object, where: str) -> float:
-    """Return a number of seconds, which may come as a text; raises SettingsError."""
+    """Return a number of seconds, which may be specified as a string.
+
+    Raises:
+        SettingsError: The value is not a non-negative, finite number.
+    """
     try:
         count = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else -1.0
     except (ValueError, OverflowError):
@@ -286,7 +307,11 @@ def seconds(name: str, value: object, where: str) -> float:
 
 
 def _truth(name: str, value: object, where: str) -> bool:
-    """Return a truth value, which may come as a text; raises SettingsError."""
+    """Return a boolean, which may be specified as a string.
+
+    Raises:
+        SettingsError: The value is not a boolean.
+    """
     if isinstance(value, bool):
         return value
     said = value.strip().lower() if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""What a person reads when something fails: one paragraph, with the way out."""
+"""Errors that are shown to users: a message and a suggested fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NONSENSE = (
     "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it;"
     " it is sent anew."
 )
-"""What to do about answers that our runner does not give."""
+"""Hint for responses that the runner never sends."""
 
 
 _REMEDIES = {
@@ -21,16 +21,16 @@ _REMEDIES = {
     errno.ENFILE: "All of this machine's programs have too many files open: end some.",
     errno.ENOMEM: "No memory is left here: end some programs, or allow more (ulimit -v).",
 }
-"""What to do where this machine's limits are the reason, whatever could not be done."""
+"""Fixes for exceeded limits of this machine, independent of the failed operation."""
 
 
 DEEP = 9
-"""How many causes of an error, each of the one before, are looked at."""
+"""Maximum number of chained causes of an error that are inspected."""
 
 
 def remedy(error: BaseException | None) -> str:
-    """Return what to do about a limit of this machine that an error came of; empty where it came of something else."""
-    for _ in range(DEEP):  # an error that is raised again may be its own cause
+    """Return the fix for an exceeded limit of this machine that caused an error; empty for other causes."""
+    for _ in range(DEEP):  # bounded, because a re-raised error may be its own cause
         if error is None or isinstance(error, OSError):
             break
         error = error.__cause__
@@ -38,13 +38,13 @@ def remedy(error: BaseException | None) -> str:
 
 
 class GamebearError(Exception):
-    """Something failed in a way that a person can act on.
+    """An error that a user can fix.
+
+    Message and hint become a single line, whatever untrusted names in them contain.
 
     Args:
-        message: what failed, and where (which builder, which source, which file).
-        hint: what to do now; a sentence or two.
-
-    Both become one line, whatever the names in them hold.
+        message: The failure and its object, such as a builder, source or file.
+        hint: Suggested fix; one or two sentences.
     """
 
     def __init__(self, message: str, hint: str) -> None:
@@ -54,7 +54,7 @@ class GamebearError(Exception):
 
     @property
     def hint(self) -> str:
-        """What to do now."""
+        """Suggested fix. The fix for an exceeded limit of this machine takes precedence."""
         return remedy(self.__cause__) or self._hint
 
     def __str__(self) -> str:
@@ -62,51 +62,51 @@ class GamebearError(Exception):
 
 
 class SettingsError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # doit has no types
-    """A setting, an argument of `artifact()` or a URL makes no sense; doit shows it as it shows its own such errors."""
+    """A setting, an argument of `artifact()` or a URL is invalid. doit displays it like its own errors in dodo.py."""
 
 
 class SourceError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # doit has no types
-    """A source cannot be had, or is not what its pin says."""
+    """A source cannot be fetched, or does not match its pin."""
 
 
 class BuilderError(GamebearError):
-    """A builder cannot be reached, or cannot do what it was asked."""
+    """A builder cannot be reached, or cannot fulfill a request."""
 
 
 class BuilderLost(BuilderError):
-    """The connection to a builder broke; what runs there goes on, and asking again may succeed."""
+    """The connection to a builder was lost. Jobs continue to run there, and a retry may succeed."""
 
     def __init__(self, message: str, hint: str = "What runs there goes on; doit again finds it.") -> None:
         super().__init__(message, hint)
 
 
 class BuilderCrowded(BuilderLost):
-    """The builder is there, but takes no further connection now (sshd's `MaxStartups`); it may in a moment."""
+    """The builder currently refuses further connections (sshd's `MaxStartups`). A retry may succeed soon."""
 
 
 class HostKeyError(BuilderError):
-    """The builder is not known to be the one that it says it is."""
+    """The builder's host key is unknown or does not match."""
 
 
 class LogInError(BuilderError):
-    """The builder is there, and does not let us in."""
+    """The builder was reached, but authentication failed."""
 
 
 class PythonError(BuilderError):
-    """The builder lets us in, and has no Python that runs the runner."""
+    """Login succeeded, but the builder has no Python that can run the runner."""
 
 
 class StoreError(BuilderError):
-    """The builder lets us in and has Python, and no place to keep anything: a full disk, a home that is not ours."""
+    """Login succeeded and Python exists, but the builder cannot store files: disk full, or home folder not ours."""
 
 
 class JobError(GamebearError):
-    """A job ran and failed, was cancelled, or its result cannot be used.
+    """A job failed or was cancelled, or its result cannot be used.
 
     Args:
-        message: what failed, and where.
-        hint: what to do now.
-        lines: what is told in lines of their own between the two, such as the end of a log.
+        message: The failure and its object.
+        hint: Suggested fix.
+        lines: Lines to display between the two, such as the end of a log.
     """
 
     def __init__(self, message: str, hint: str, lines: Sequence[str] = ()) -> None:
@@ -118,8 +118,8 @@ class JobError(GamebearError):
 
 
 class ImageError(GamebearError):
-    """An image cannot be baked: its base, what goes in, the room, or a program that is missing."""
+    """An image cannot be baked: invalid base or contents, not enough space, or a missing program."""
 
 
 class BuilderBusy(BuilderError):
-    """The builder gives no further channel now; those that are open go on working."""
+    """The builder currently refuses further channels. Open channels continue to work."""
