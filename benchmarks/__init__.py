@@ -1,9 +1,9 @@
-"""What the project promises in time and memory, measured against what people would do without it."""
+"""Benchmarks: time and memory of gamebear-tasks, compared with the manual alternatives."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The checkout."""
+"""Root of the checkout."""
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the tests' sshd, accounts, proxy and projects are ours too
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the benchmarks reuse the tests' sshd, accounts, proxy and projects

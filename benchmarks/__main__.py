@@ -1,4 +1,4 @@
-"""The command: runs the benchmarks that were named, or all; see README.md."""
+"""Command line of the benchmarks: run the named ones, or all. See README.md."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ BENCHMARKS: dict[str, Callable[[Place], Result]] = {
     "cluster": cluster.cluster,
     "armhf": armhf.armhf,
 }
-"""By name, the short ones first; `armhf` takes most of an hour."""
+"""Benchmarks by name, short ones first. `armhf` runs for most of an hour."""
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
-    """Run them, say what they found, and return the exit status."""
+    """Run the benchmarks, print the results, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/run",
         description="Measures this checkout against what one would do without it. As root, on a machine of its own.",
@@ -48,7 +48,7 @@ def main() -> int:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {known}")
     if os.geteuid():
         parser.error("it makes users, an sshd and mounts: run it as root, on a machine of its own")
-    for name in list(os.environ):  # PYTHON…: with PYTHONDONTWRITEBYTECODE, a checkout is compiled anew by every run
+    for name in list(os.environ):  # of PYTHON*, PYTHONDONTWRITEBYTECODE would compile the checkout in every run
         if name.startswith(("GAMEBEAR_", "PYTHON", "SSH_", "XDG_")):
             del os.environ[name]
     RESULTS.mkdir(exist_ok=True)
@@ -63,18 +63,18 @@ def main() -> int:
             about = {"began": time.strftime("%Y-%m-%d %H:%M:%S %z"), **machine()}
             try:
                 result = BENCHMARKS[name](place)
-            except Exception:  # noqa: BLE001 - the others are measured all the same
+            except Exception:  # noqa: BLE001 - the other benchmarks still run
                 traceback.print_exc()
                 failed += 1
                 continue
             report.write_json(RESULTS / f"{name}.json", result, about)
             print(report.table({name: result}), flush=True)
-        show()  # before the scratch folder goes, which is our home: matplotlib keeps its cache there
+        show()  # before the scratch folder, which is HOME, is removed: matplotlib's cache is there
     return 1 if failed else 0
 
 
 def show() -> None:
-    """Show, and keep, the table and the plot of all results that there are."""
+    """Print and save the table and the plot of all existing results."""
     results = {
         name: report.read_json(RESULTS / f"{name}.json") for name in BENCHMARKS if (RESULTS / f"{name}.json").exists()
     }
@@ -87,7 +87,7 @@ def show() -> None:
 
 
 def machine() -> dict[str, object]:
-    """Return what results depend on besides our code."""
+    """Return the properties of this machine and checkout that influence results."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

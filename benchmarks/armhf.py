@@ -1,4 +1,4 @@
-"""The three artifacts for emulated armhf over SSH: from nothing, and again; against the seed's script."""
+"""Build the three artifacts for emulated armhf over SSH, from nothing and again, compared with the seed's script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .phases import phases_of
 from .place import Place
 
 COUNT = 3
-"""Of what takes us seconds; from nothing, and the other side, once each."""
+"""Repetitions of short runs. Runs from nothing, and those of the other side, are measured once."""
 
 OUTPUTS = ("umtprd", "usbgx.tar", "gt.tar")
 
@@ -40,7 +40,7 @@ NOTE = (
 
 
 def armhf(place: Place) -> Result:
-    """Measure all of it; the other side's two runs take most of an hour."""
+    """Run the benchmark. The other side's two runs need most of an hour."""
     emulate_armhf()
     folder = place.folder / "armhf"
     folder.mkdir()
@@ -94,9 +94,9 @@ def armhf(place: Place) -> Result:
 
 @contextlib.contextmanager
 def upstreams(folder: Path) -> Iterator[str]:
-    """Serve the three upstreams, each at the commit that our dodo.py pins; gives a gitconfig that leads there.
+    """Serve the three upstream repositories at the commits that dodo.py pins. Yield a gitconfig that redirects to them.
 
-    They are cloned from GitHub, or from where the environment's UPSTREAMS says: another URL's beginning, or a folder.
+    They are cloned from GitHub, or from the location in the environment variable UPSTREAMS: a URL prefix or a folder.
     """
     origin = os.environ.get("UPSTREAMS", UPSTREAM).rstrip("/")
     for source in (dict(UMTP.options)["git"], LIBUSBGX, GT):
@@ -128,7 +128,7 @@ def upstreams(folder: Path) -> Iterator[str]:
 
 
 def say(text: str) -> None:
-    """Tell whoever waits."""
+    """Print a progress message."""
     print(f"   {time.strftime('%H:%M:%S')} {text}", flush=True)
 
 

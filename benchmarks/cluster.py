@@ -1,7 +1,7 @@
-"""A cluster: how much more eight workers do than one, and what a job costs the client, the scheduler and the network.
+"""Cluster scaling from one to eight workers, and the overhead of a job on client, scheduler and network.
 
-The jobs wait and do not compute, and each worker has a slot and a store of its own: so that a few processors can stand
-for many builders. What a job's own programs cost is each worker's, but here they all share this machine's processors.
+Jobs sleep instead of computing, and each worker has its own slot and store, so that a few processors can simulate many
+builders. On a real cluster, a job's own programs run on the worker; here they all share this machine's processors.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .place import Place
 
 WORKERS = (1, 2, 4, 8)
 WAIT = 20.0
-"""Seconds that a job of the scaling waits."""
+"""Seconds that a job of the scaling benchmark sleeps."""
 
 EACH = 2
-"""Jobs for each worker."""
+"""Jobs per worker."""
 
 SHORT = 0.05
-"""Seconds that a short job waits."""
+"""Seconds that a short job sleeps."""
 
 JOBS = int(os.environ.get("CLUSTER_JOBS", "1000"))
 
 GOAL = Goal("ratio", 1 / 0.9)
-"""N workers do N times as many jobs in the same time, by at least nine tenths."""
+"""N workers complete at least 0.9 N times as many jobs in the same time as one worker."""
 
 DODO = """\
 from gamebear_tasks import artifact
@@ -67,7 +67,7 @@ PER_JOB = "of one job, all {jobs} through 8 workers with one slot each: time by 
 
 
 def cluster(place: Place) -> Result:
-    """Measure the scaling, then what short jobs cost."""
+    """Measure the scaling, then the overhead of short jobs."""
     rows: list[Row] = []
     times: dict[int, float] = {}
     for count in WORKERS:
@@ -108,7 +108,7 @@ def cluster(place: Place) -> Result:
 
 
 def plot(times: Mapping[int, float], targets: Iterable[Path]) -> None:
-    """Draw how many times the jobs of one worker several do in the same time, beside the goal."""
+    """Plot the speedup by number of workers, with the goal."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +140,7 @@ def _shelf(place: Place, name: str, count: int) -> Cluster:
 
 
 def _run(place: Place, shelf: Cluster, name: str, jobs: int, wait: float) -> float:
-    """Build that many jobs in a fresh project, and return the seconds that it took."""
+    """Build the specified number of jobs in a new project and return the duration in seconds."""
     project = Project(place.folder / f"project-{name}", place.folder / "home", GAMEBEAR_BUILDER=shelf.url)
     project.write("dodo.py", DODO.format(jobs=jobs, wait=wait))
     project.write("wait.py", WAITS)
@@ -153,7 +153,7 @@ def _processor_seconds(number: int) -> float:
 
 
 class _Network:
-    """Counts what goes through the scheduler's port, by looking at its connections now and then."""
+    """Counter of the traffic through the scheduler's port, which polls its connections."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -181,7 +181,7 @@ class _Network:
         return sum(sent for sent, _ in values), sum(received for _, received in values)
 
     def close(self) -> tuple[int, int]:
-        """Return the bytes sent and received since it was made."""
+        """Return the bytes sent and received since the counter was created."""
         self._ended.set()
         self._thread.join()
         self._look()

@@ -1,4 +1,4 @@
-"""A thousand inputs of a kilobyte: all new, and with one of them changed."""
+"""A thousand inputs of one kilobyte: all new, and with one changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ scp -q -F "$CONFIG" small.py "builder:$FOLDER"
 ssh builder buildahscript-py "$FOLDER/small.py"
 scp -q -F "$CONFIG" "builder:$FOLDER/small" .
 """
-"""A job whose inputs stay on the builder, for rsync to compare with."""
+"""A job whose inputs stay on the builder between runs, as a baseline that uses rsync."""
 
 WHOLE = "ours: a whole run of doit, with the job that takes the inputs and its artifact; theirs: the copying alone"
 
@@ -49,7 +49,7 @@ NET = (
 
 
 def inputs(place: Place) -> Result:
-    """Measure against rsync, scp, and a job by rsync, ssh and scp."""
+    """Compare with rsync, scp, and a job by rsync, ssh and scp."""
     builder = place.found
     folder = place.folder / "inputs"
     folder.mkdir()
@@ -88,7 +88,7 @@ def inputs(place: Place) -> Result:
             Row(what, "scp -r", mine, scp, note=WHOLE),
             Row(what, "the same job: rsync, ssh, scp", mine, job, Goal("ratio", 1.0)),
         ]
-    mine, rsync, _, _ = new  # where one changed, rsync takes no more than for one file: nothing would be left of it
+    mine, rsync, _, _ = new  # not `changed`: rsync then needs no longer than for one file, so nothing would be left
     what = f"… less fixed costs, {FILES} inputs of 1 kB, new"
     rows.append(Row(what, "rsync", _net(mine, fixed[0]), _net(rsync, fixed[1]), note=NET))
     run = phases_of(project, f"{FILES} inputs of 1 kB, new", ours_new)
@@ -102,7 +102,7 @@ def _net(values: list[float], fixed: list[float]) -> list[float]:
 
 
 def _fill(folder: Path, count: int) -> None:
-    """Fill a folder with new files."""
+    """Replace a folder's content with new files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for number in range(count):
@@ -114,7 +114,7 @@ def _change(folder: Path) -> None:
 
 
 class Copier:
-    """The other programs, on the files of a project."""
+    """The baseline programs, run on the files of a project."""
 
     def __init__(self, builder: Builder, project: Project, folder: Path) -> None:
         self.builder = builder
@@ -127,35 +127,35 @@ class Copier:
         _fill(folder / "one", 1)
 
     def rsync_new(self) -> float:
-        """All files, to a folder that is not there."""
+        """Copy all files to a missing folder."""
         self._forget()
         _fill(self.folder / "in", FILES)
         return self._rsync("in")
 
     def rsync_one(self) -> float:
-        """One file."""
+        """Copy one file."""
         self._forget()
         return self._rsync("one")
 
     def rsync_changed(self) -> float:
-        """All files, of which one is not there yet as it is."""
+        """Copy all files after one of them changed."""
         self._rsync("in")
         _change(self.folder / "in")
         return self._rsync("in")
 
     def scp(self) -> float:
-        """All files."""
+        """Copy all files."""
         self._forget()
         command = ["scp", "-q", "-r", "-F", str(self.config), str(self.folder / "in"), f"builder:{self.there}"]
         return seconds(lambda: checked(command))
 
     def job_new(self) -> float:
-        """A job with all files."""
+        """Run a job with all files, none of them on the builder."""
         self._forget()
         return self._job()
 
     def job_changed(self) -> float:
-        """A job with all files, of which one is not there yet as it is."""
+        """Run a job with all files after one of them changed."""
         self._rsync("in")
         _change(self.folder / "in")
         return self._job()

@@ -1,4 +1,4 @@
-"""Where it is measured: accounts of this machine as builders behind a real sshd, and clients that reach them."""
+"""Benchmark environment: accounts of this machine as builders behind a real sshd, and their clients."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from sshd import Account, Sshd, client_home, new_account
 from .measure import checked
 
 BASES = {"amd64": "debian:bookworm", "arm64": "debian:bookworm", "armhf": "arm32v7/debian"}
-"""What the other side's scripts call the base image of an architecture."""
+"""Base image of each architecture in the other side's scripts."""
 
 _numbers = itertools.count()
 
 
 class Builder:
-    """An account behind an sshd of its own, and a client's home that it lets in.
+    """An account behind its own sshd, and the home of a client with access.
 
     Attributes:
-        account: the unprivileged user.
-        server: its sshd.
-        home: the client's home folder.
+        account: The unprivileged user.
+        server: Its sshd.
+        folder: Folder for client files.
+        home: Home folder of the client.
     """
 
     def __init__(self, account: Account, server: Sshd, folder: Path) -> None:
@@ -43,16 +44,16 @@ class Builder:
 
     @property
     def bin(self) -> Path:
-        """The folder of the account's own programs."""
+        """Folder of the account's own programs."""
         return self.account.home / "bin"
 
     @property
     def store(self) -> Path:
-        """Our runner's store."""
+        """Store of our runner."""
         return self.account.home / ".cache" / "gamebear" / "v1"
 
     def project(self, name: str, **environment: str) -> Project:
-        """Make a client's project that is built here."""
+        """Create a client project that uses this builder."""
         folder = self.folder / f"{name}-{next(_numbers)}"
         return Project(folder, self.home, **{"GAMEBEAR_BUILDER": self.server.url, **environment})
 
@@ -70,7 +71,7 @@ class Builder:
         return ["runuser", "--user", self.account.name, "--", "env", "--ignore-environment", *given, *command]
 
     def run(self, *command: str) -> str:
-        """Run a command as the account, without SSH, and return what it prints."""
+        """Run a command as the account, without SSH, and return its output."""
         return checked(self.words(*command), cwd=self.account.home)
 
     def write(self, name: str, text: str, mode: int = 0o644) -> Path:
@@ -86,7 +87,7 @@ class Builder:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What our runner has found out of this account: storage, isolation, architecture."""
+        """Capabilities of this account as detected by the runner: storage, isolation, architecture."""
         project = self.project("facts")
         project.write(
             "dodo.py",
@@ -99,7 +100,7 @@ class Builder:
         return found
 
     def make_base(self, arch: str) -> None:
-        """Bootstrap Debian's base image for our side; it is there before anything is timed."""
+        """Bootstrap Debian's base image for our side, so that it exists before any measurement."""
         project = self.project("base", GAMEBEAR_BASE="bootstrap", GAMEBEAR_ARCH=arch)
         project.write(
             "dodo.py",
@@ -109,7 +110,7 @@ class Builder:
         project.doit().ok()
 
     def export_base(self, arch: str, target: Path) -> Path:
-        """Write our side's base image to an archive."""
+        """Export our side's base image to an archive."""
         storage = self.facts["storage"]
         with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
             os.chown(folder, self.account.uid, self.account.uid)
@@ -121,12 +122,12 @@ class Builder:
         return target
 
     def import_base(self, arch: str, archive: Path, gitconfig: str = "") -> None:
-        """Put a base image into the account's default store, under the name that the other side's scripts use.
+        """Import a base image into the account's default store, under its name in the other side's scripts.
 
         Args:
-            arch: its architecture.
-            archive: the image.
-            gitconfig: becomes its /etc/gitconfig, where it is not empty.
+            arch: Architecture of the image.
+            archive: Archive that contains the image.
+            gitconfig: Content of the image's /etc/gitconfig, unless empty.
         """
         name = BASES[arch]
         full = f"docker.io/{name if '/' in name else f'library/{name}'}"
@@ -139,7 +140,7 @@ class Builder:
         self.run("buildah", "rm", container)
 
     def ssh_config(self, port: int | None = None) -> Path:
-        """Write what `ssh -F` needs to come here as `builder`, with OpenSSH's defaults in everything else."""
+        """Write a configuration for `ssh -F` that defines the host `builder` and keeps OpenSSH's other defaults."""
         port = port or self.server.port
         path = self.folder / f"ssh_config-{port}"
         path.write_text(
@@ -152,7 +153,7 @@ class Builder:
 
     @contextlib.contextmanager
     def far(self, seconds: float) -> Iterator[tuple[int, dict[str, str]]]:
-        """Stand some seconds away, each way, for the block; gives the port, and what our client is told."""
+        """Add latency in each direction. Yield the proxy's port, and the environment for our client."""
         with Proxy(self.server.port) as proxy:
             proxy.latency = seconds
             home = known(self.home, self.folder / f"home-{proxy.port}", proxy.port, self.server)
@@ -167,12 +168,12 @@ def search_path(account: Account) -> str:
 
 @contextlib.contextmanager
 def new_builder(folder: Path, *, overlay: bool = False, slots: int = 1) -> Iterator[Builder]:
-    """Make a builder, and remove it with all that it holds.
+    """Create a builder, and remove it with all its files at the end.
 
     Args:
-        folder: for its sshd and its client.
-        overlay: whether the account's storage.conf asks for the overlay driver; else it is as Debian leaves it.
-        slots: how many of our jobs it runs at once.
+        folder: Parent folder for the files of the sshd and the client.
+        overlay: Set the overlay driver in the account's storage.conf, instead of keeping Debian's default.
+        slots: Number of our jobs that run at once.
     """
     number = next(_numbers)
     folder = folder / f"builder-{number}"
@@ -188,5 +189,5 @@ def new_builder(folder: Path, *, overlay: bool = False, slots: int = 1) -> Itera
                     builder.write(".config/containers/storage.conf", '[storage]\ndriver = "overlay"\n')
                 yield builder
         finally:
-            # what rootless containers leave belongs to other ids, and overlay's mounts are in namespaces that end
+            # files of rootless containers belong to other ids; overlay mounts are in namespaces that have ended
             shutil.rmtree(account.home / ".local", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a measurement is: a row with ours, theirs and a goal; how it is taken and what follows from it."""
+"""Measurements: rows that compare our side, the other side and a goal; how to measure and evaluate them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Kind: TypeAlias = Literal["ratio", "more", "most"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a row is to reach.
+    """Goal of a row.
 
     Attributes:
-        kind: what is compared: `ratio`, ours by theirs; `more`, ours less theirs; `most`, ours alone.
-        value: the most that the median over all pairs may be.
+        kind: Compared quantity: `ratio`, ours divided by theirs; `more`, ours minus theirs; `most`, ours alone.
+        value: Maximum for the median over all pairs.
     """
 
     kind: Kind
@@ -32,13 +32,13 @@ class Row:
     """One comparison.
 
     Attributes:
-        what: the subject.
-        against: what it is compared with; empty for nothing.
-        ours: what was measured, one value for each repetition.
-        theirs: the same of the other side; the n-th value was taken right beside the n-th of ours.
-        goal: None where the row is there for comparison only.
-        unit: of the values: seconds, MiB, or a plain count.
-        note: what a reader has to know.
+        what: Subject of the measurement.
+        against: Baseline; empty for none.
+        ours: Our values, one per repetition.
+        theirs: Values of the baseline. The n-th one was measured directly before or after our n-th value.
+        goal: None if the row is informative only.
+        unit: Unit of the values: seconds, MiB, or a count.
+        note: Remark for the reader.
     """
 
     what: str
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def pairs(self) -> list[float]:
-        """What the goal is about, for each repetition, in order of size; the ratio where there is no goal."""
+        """Values that the goal limits, one per repetition, sorted. Ratios if there is a baseline but no goal."""
         kind = self.goal.kind if self.goal else "ratio" if self.theirs else "most"
         if kind == "most":
             return sorted(self.ours)
@@ -62,23 +62,23 @@ class Row:
 
     @property
     def median(self) -> float:
-        """The median of the pairs."""
+        """Median of the pairs."""
         return statistics.median(self.pairs)
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the median keeps to the goal; None without one."""
+        """Whether the median meets the goal; None without a goal."""
         return None if self.goal is None else self.median <= self.goal.value
 
 
 @dataclass(frozen=True)
 class Phases:
-    """Where the time of one of our runs went.
+    """Time of one of our runs by phase.
 
     Attributes:
-        what: the run.
-        wall: its seconds on the clock.
-        seconds: by phase, in order.
+        what: Description of the run.
+        wall: Wall-clock seconds.
+        seconds: Seconds by phase, in order.
     """
 
     what: str
@@ -88,25 +88,25 @@ class Phases:
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark found."""
+    """Result of one benchmark."""
 
     rows: Sequence[Row]
     phases: Sequence[Phases] = field(default=())
 
 
 class ProgramError(Exception):
-    """A program that is measured, or prepares it, has failed."""
+    """A program that is measured, or that prepares a measurement, failed."""
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return how long some work takes."""
+    """Return the wall-clock seconds of a call."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
-    """Return the processor time of the programs that some work runs: the same on a busy machine, more or less."""
+    """Return the processor seconds of the programs that a call runs, which hardly depend on the machine's load."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     work()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -114,14 +114,14 @@ def processor_seconds(work: Callable[[], object]) -> float:
 
 
 def alternate(count: int, *sides: Callable[[], float]) -> list[list[float]]:
-    """Measure several sides in turn, A B A B …, so that a machine's bad moments fall on all of them.
+    """Measure several sides alternately, A B B A …, so that temporary load affects all of them.
 
     Args:
-        count: how often each.
-        sides: each prepares what it needs, and returns what it measured.
+        count: Repetitions of each side.
+        sides: Each prepares its measurement, and returns the measured value.
 
     Returns:
-        For each side its values.
+        The values of each side.
     """
     values: list[list[float]] = [[] for _ in sides]
     for number in range(count):
@@ -132,7 +132,11 @@ def alternate(count: int, *sides: Callable[[], float]) -> list[list[float]]:
 
 
 def checked(command: list[str], cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
-    """Run a command, which must end well, and return what it prints."""
+    """Run a command and return its output.
+
+    Raises:
+        ProgramError: The command failed.
+    """
     done = subprocess.run(
         command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""What the client needs of memory for a large artifact, and for a large input."""
+"""Memory of the client for a large artifact and a large input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTE = "the most resident memory of the doit process, which is started from a sm
 
 
 def memory(place: Place) -> Result:
-    """Measure 1 GiB each way."""
+    """Measure 1 GiB in each direction."""
     project = project_with(place.found, SIZE)
     goal = Goal("most", 80.0)
     idle = [_doit(project, "list") for _ in range(COUNT)]

@@ -1,4 +1,4 @@
-"""Where the time of a run went, by the record that each task leaves beside its log."""
+"""Time of a run by phase, from the records beside the tasks' logs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .measure import Phases
 
 
 def phases_of(project: Project, what: str, run: Callable[[], float]) -> Phases:
-    """Do one run more, which returns its seconds, and read what its tasks say of their phases.
+    """Perform one more run, which returns its seconds, and read the phases from its tasks' records.
 
-    Tasks that ran at the same time are added up.
+    Phases of concurrent tasks are added up.
     """
     for record in records(project):
         record.unlink()

@@ -1,4 +1,4 @@
-"""The builders that benchmarks share."""
+"""Builders that benchmarks share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .machine import Builder, new_builder
 
 
 class Place:
-    """The builders that benchmarks share, each made when it is first asked for.
+    """Builders that benchmarks share, created on first use.
 
     Attributes:
-        folder: for the other side's files, and all else that goes when it is over.
+        folder: Folder for the other side's files and other temporary files.
     """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
@@ -23,7 +23,7 @@ class Place:
 
     @cached_property
     def bare(self) -> Builder:
-        """A builder as Debian leaves an account, without images."""
+        """A builder with Debian's default account settings, without images."""
         return self._stack.enter_context(new_builder(self.folder))
 
     @property
@@ -33,7 +33,7 @@ class Place:
 
     @cached_property
     def found(self) -> Builder:
-        """The same with this machine's base image in both of its stores, and the seed's command."""
+        """The same builder, with this machine's base image in both of its stores, and the seed's command."""
         self.bare.make_base(self.arch)
         self.bare.import_base(self.arch, self._base)
         seed.install(self.bare, self.arch, self.bare.facts)
@@ -41,7 +41,7 @@ class Place:
 
     @cached_property
     def tuned(self) -> Builder:
-        """One whose account was told to use overlay, with the base image and the seed's command; not for us."""
+        """A builder for the other side whose account uses overlay, with the base image and the seed's command."""
         found = self.found
         builder = self._stack.enter_context(new_builder(self.folder, overlay=True))
         builder.import_base(self.arch, self._base)

@@ -1,4 +1,4 @@
-"""What is shown of results: a table, where the time went, a plot of each goal; and their JSON."""
+"""Reports of results: a table, the time by phase, a plot of each goal, and JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from .measure import Goal, Phases, Result, Row
 
 LEAST_SHOWN = 0.01
-"""What is far better than its goal is drawn here."""
+"""Smallest plotted share of a goal. Better results are plotted here."""
 
 HEAD = ("", "what", "against", "ours", "theirs", "least, median, most", "goal")
 
@@ -23,14 +23,14 @@ def write_json(path: Path, result: Result, machine: Mapping[str, object]) -> Non
 
 
 def read_json(path: Path) -> Result:
-    """Read what `write_json` has written."""
+    """Read a file that `write_json` has written."""
     document = json.loads(path.read_text())
     rows = [Row(**{**row, "goal": Goal(**row["goal"]) if row["goal"] else None}) for row in document["rows"]]
     return Result(rows, [Phases(**phases) for phases in document["phases"]])
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """Return a Markdown table of all rows, with notes below."""
+    """Return a Markdown table of all rows, followed by their notes."""
     notes: list[str] = []
     lines: list[tuple[str, ...]] = [HEAD]
     for name, result in results.items():
@@ -57,7 +57,7 @@ def table(results: Mapping[str, Result]) -> str:
 
 
 def phase_table(results: Mapping[str, Result]) -> str:
-    """Return a Markdown table of where the time of our runs went; empty where nobody said."""
+    """Return a Markdown table of the time by phase, or an empty string if no phases were measured."""
     lines: list[tuple[str, ...]] = [("", "run", "phase", "seconds", "share of the run")]
     for name, result in results.items():
         for phases in result.phases:
@@ -69,7 +69,7 @@ def phase_table(results: Mapping[str, Result]) -> str:
 
 
 def plot(results: Mapping[str, Result], targets: Iterable[Path]) -> None:
-    """Draw each row's least, median and most as a share of its goal; the targets' suffixes say the formats."""
+    """Plot each row's minimum, median and maximum as a share of its goal. The targets' suffixes select the formats."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The other side: five steps over ssh and scp, as the post that the project grew out of has them."""
+"""Baseline: the five steps over ssh and scp in the blog post that the project is based on."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ssh builder buildahscript-py "$folder/buildscript.py"
 scp "${@/#/builder:$folder/}" .
 ssh builder rm -r "$folder"
 """
-"""Five connections, one after the other, no ControlMaster; scp opens one more for each output but the first."""
+"""Five sequential connections without ControlMaster. scp opens one more for each output but the first."""
 
 
 def install(builder: Builder, arch: str, facts: dict[str, object]) -> None:
-    """Give an account the command `buildahscript-py`.
+    """Install the command `buildahscript-py` for an account.
 
     Args:
-        builder: the account.
-        arch: Debian's name of the architecture that its scripts' images have.
-        facts: what our runner knows of this machine; the image store is the account's default one.
+        builder: The account.
+        arch: Debian's name of the architecture of the scripts' images.
+        facts: Capabilities that the runner detected. The image store is replaced by the account's default.
     """
     runner = builder.bin / "gamebear_runner"
     shutil.rmtree(runner, ignore_errors=True)
@@ -39,11 +39,11 @@ def install(builder: Builder, arch: str, facts: dict[str, object]) -> None:
     builder.write("bin/facts.json", json.dumps({**facts, "storage": [], "driver": ""}))
     builder.write("bin/arch.json", json.dumps(arch))
     builder.write("bin/buildahscript-py", Path(__file__).with_name("standin.py").read_text(), 0o755)
-    checked(["chown", "--recursive", f"{builder.account.name}:", str(builder.bin)])  # Python keeps its bytecode there
+    checked(["chown", "--recursive", f"{builder.account.name}:", str(builder.bin)])  # Python writes bytecode there
 
 
 def five_steps(folder: Path, script: str, outputs: Sequence[str], config: Path) -> None:
-    """Build a script's outputs and bring them to a folder, by the five steps."""
+    """Build a script's outputs by the five steps, and copy them to a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "buildscript.py").write_text(script)
     checked(

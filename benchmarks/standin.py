@@ -1,8 +1,9 @@
 #!/usr/bin/python3 -I
-"""Stands in for the command `buildahscript-py FILE` on the seed's side of a benchmark.
+"""Substitute for the command `buildahscript-py FILE` on the seed's side of a benchmark.
 
-It runs a buildscript in the foreground with our runner's implementation of the language: no job, store, slot, log or
-supervisor. Only what the benchmark puts beside it is needed: the runner as `gamebear_runner`, and `facts.json`.
+It runs a buildscript in the foreground with the runner's implementation of the language: without job, store, slot, log
+or supervisor. It requires the files that the benchmark puts beside it: the runner as `gamebear_runner`, `facts.json`
+and `arch.json`.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-if "_CONTAINERS_USERNS_CONFIGURED" not in os.environ:  # outside of `buildah unshare`, which sets it
+if "_CONTAINERS_USERNS_CONFIGURED" not in os.environ:  # set by `buildah unshare`
     os.execvp("buildah", ["buildah", "unshare", sys.executable, "-I", *sys.argv])
 
 sys.path.insert(0, str(HERE))

@@ -1,4 +1,4 @@
-"""Large files up and down on one connection, against scp with its defaults, on the same sshd and disk."""
+"""Transfer of large files on one connection, compared with scp's defaults on the same sshd and disk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NET = "each less what the same run takes with 1 kB instead (medians): the start 
 
 
 def transfer(place: Place) -> Result:
-    """Measure 256 MiB each way, and 2 GiB down."""
+    """Measure 256 MiB in each direction, and 2 GiB down."""
     rows, phases = [], []
     for size, count, up in ((256 * MIB, COUNT, True), (256 * MIB, COUNT, False), (2048 * MIB, LONG_COUNT, False)):
         what = f"{size // MIB} MiB {'up' if up else 'down'}"
@@ -84,7 +84,7 @@ def _net(values: list[float], fixed: list[float]) -> list[float]:
 
 
 def project_with(builder: Builder, size: int) -> Project:
-    """Return a project that sends, and that has had built, a file of a size in bytes."""
+    """Return a project that can send, and has already built, a file of the specified bytes."""
     project = builder.project("transfer")
     project.write("dodo.py", DODO.format(size=size))
     project.write("small.py", UP)
@@ -102,7 +102,7 @@ def _up(project: Project, size: int) -> float:
 
 
 def _down(project: Project, size: int) -> float:
-    """Fetch what was built."""
+    """Fetch the built file."""
     project.doit("clean", "down").ok()
     taken = seconds(lambda: project.doit("down").ok())
     assert (project.folder / "build" / "big").stat().st_size == size
@@ -110,7 +110,7 @@ def _down(project: Project, size: int) -> float:
 
 
 def write_random(path: Path, size: int) -> None:
-    """Write a file that nobody has and nothing compresses, and have it on disk."""
+    """Write a new, incompressible file and sync it to disk."""
     with path.open("wb") as file:
         while file.tell() < size:
             file.write(os.urandom(min(MIB, size - file.tell())))
@@ -118,7 +118,7 @@ def write_random(path: Path, size: int) -> None:
 
 
 class Copier:
-    """scp of one file each way."""
+    """scp of one file in each direction."""
 
     def __init__(self, builder: Builder, folder: Path, size: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -130,22 +130,22 @@ class Copier:
         self._up()
 
     def up(self) -> float:
-        """Send it."""
+        """Send the file."""
         self.there.unlink(missing_ok=True)
         return seconds(self._up)
 
     def up_and_sync(self) -> float:
-        """Send it, and have it on disk there."""
+        """Send the file and sync it to the builder's disk."""
         self.there.unlink(missing_ok=True)
         return seconds(lambda: (self._up(), checked(["ssh", "-F", self.config, "builder", "sync", str(self.there)])))
 
     def down(self) -> float:
-        """Fetch it."""
+        """Fetch the file."""
         self.fetched.unlink(missing_ok=True)
         return seconds(self._down)
 
     def down_and_sync(self) -> float:
-        """Fetch it, and have it on disk here."""
+        """Fetch the file and sync it to the local disk."""
         self.fetched.unlink(missing_ok=True)
         return seconds(lambda: (self._down(), checked(["sync", str(self.fetched)])))
 

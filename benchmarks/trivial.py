@@ -1,4 +1,4 @@
-"""One trivial job over SSH: a container, `true` in it, one small file back."""
+"""One trivial job over SSH: a container that runs `true`, and one small output file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COUNT = 7
 FAR_COUNT = 5
 
 ONE_WAY = 0.025
-"""Seconds; a round trip takes two of them."""
+"""Seconds of latency in each direction. A round trip has twice that."""
 
 DODO = """\
 from gamebear_tasks import artifact
@@ -52,7 +52,7 @@ def script() -> str:
 
 
 def trivial(place: Place) -> Result:
-    """Measure it against the five steps, podman, and the runner by hand."""
+    """Compare with the five steps, podman, and a direct submission to the runner."""
     project = ours_at(place.found)
     with podman_at(place.tuned, place.folder) as (podman, how):
         sides: list[Callable[[], float]] = [
@@ -78,7 +78,7 @@ def trivial(place: Place) -> Result:
 
 
 def far(place: Place) -> Result:
-    """Measure it against the five steps where a round trip takes 50 ms."""
+    """Compare with the five steps at a round-trip time of 50 ms."""
     with place.found.far(ONE_WAY) as (port, environment), place.tuned.far(ONE_WAY) as (their_port, _):
         project = ours_at(place.found, **environment)
         as_found = place.found.ssh_config(port)
@@ -120,7 +120,7 @@ def ours_at(builder: Builder, **environment: str) -> Project:
 
 
 def built(project: Project) -> float:
-    """Build a new trivial job by doit."""
+    """Build a new trivial job with doit."""
     project.write("small.py", script())
     taken = seconds(lambda: project.doit().ok())
     assert (project.folder / "build" / "small").read_text().startswith("made")
@@ -128,14 +128,14 @@ def built(project: Project) -> float:
 
 
 def by_steps(folder: Path, builder: Builder, config: Path | None = None) -> float:
-    """Build one by the five steps."""
+    """Build a new trivial job by the five steps."""
     chosen = config or builder.ssh_config()
     text = script()
     return seconds(lambda: seed.five_steps(folder / "seed", text, ["small"], chosen))
 
 
 def by_hand(builder: Builder, arch: str) -> float:
-    """Build one by giving it to the runner on the builder."""
+    """Build a new trivial job by submitting it to the runner on the builder directly."""
     text = script().encode()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "small.py")
@@ -168,7 +168,7 @@ def _hand_over(builder: Builder, order: Order) -> None:
 
 @contextlib.contextmanager
 def podman_at(builder: Builder, folder: Path) -> Iterator[tuple[Callable[[], float], str]]:
-    """Run podman's service on a builder for the block; give what builds a trivial job with it, and how it does."""
+    """Run podman's service on a builder. Yield a function that builds a trivial job with it, and a description."""
     podman = Podman(builder, folder / "podman")
     service = subprocess.Popen(
         builder.words("podman", "system", "service", "--time=0", f"unix://{podman.socket}"),
@@ -181,7 +181,7 @@ def podman_at(builder: Builder, folder: Path) -> Iterator[tuple[Callable[[], flo
         try:
             podman.run()
             yield lambda: seconds(podman.run), "one `podman run`, the file by its standard output"
-        except ProgramError:  # its runtime refuses here, as in containers and on hybrid cgroups
+        except ProgramError:  # the OCI runtime may refuse to run, as in containers and on hybrid cgroups
             yield lambda: seconds(podman.build), "podman build --no-cache, create, cp, rm: its `run` is refused here"
     finally:
         service.terminate()
@@ -189,7 +189,7 @@ def podman_at(builder: Builder, folder: Path) -> Iterator[tuple[Callable[[], flo
 
 
 class Podman:
-    """A client of podman's service on a builder."""
+    """Client of podman's service on a builder."""
 
     def __init__(self, builder: Builder, folder: Path) -> None:
         self.folder = folder
@@ -206,13 +206,13 @@ class Podman:
         ]
 
     def run(self) -> None:
-        """Run it in a container; its standard output is the file."""
+        """Run the job in a container, whose standard output becomes the file."""
         image = "docker.io/library/debian:bookworm"
         said = self._podman("run", "--rm", "--pull=never", "--network=host", image, "sh", "-c", "true && echo made")
         (self.folder / "small").write_text(said)
 
     def build(self) -> None:
-        """Build an image with the file in it, and copy that out of a container."""
+        """Build an image that contains the file, and copy it from a container."""
         text = "FROM docker.io/library/debian:bookworm\nRUN true && echo made > /small\n"
         (self.folder / "Containerfile").write_text(text)
         name = f"trivial-{time.monotonic_ns()}"

@@ -1,4 +1,4 @@
-"""`doit` when nothing has changed, against plain doit with the same files; no builder is needed for that."""
+"""`doit` when nothing has changed, compared with plain doit on the same files. Needs no builder."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ print(json.dumps({name: (task["file_dep"], task["targets"]) for name, task in ta
 
 
 def unchanged(place: Place) -> Result:
-    """Measure our own three tasks."""
+    """Measure the three tasks of the project's own dodo.py."""
     ours = instant(place.bare.project("unchanged"))
     ours.take("dodo.py", "buildscripts", "gamebear.lock")
     ours.doit().ok()
@@ -143,7 +143,7 @@ def many(place: Place) -> Result:
 
 
 def instant(project: Project) -> Project:
-    """Have a project built by a builder of another package, which needs no time."""
+    """Configure a project to use a plug-in builder that builds instantly."""
     site = project.folder.parent / "instant-site"
     about = site / "instant-1.dist-info"
     about.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def instant(project: Project) -> Project:
 
 
 def imported(project: Project) -> set[str]:
-    """Return the packages from outside the standard library that a doit with nothing to do imports."""
+    """Return the packages outside the standard library that an up-to-date doit imports."""
     command = project.command()
     done = subprocess.run(
         [command[0], "-X", "importtime", *command[1:]],
@@ -171,7 +171,7 @@ def imported(project: Project) -> set[str]:
 
 
 def _compared(what: str, against: str, projects: Sequence[Project], count: int, goal: Goal) -> list[Row]:
-    """Return the rows of a doit with nothing to do, ours and the plain one: by the clock, and by the processor."""
+    """Return rows that compare an up-to-date doit, ours and the plain one: wall-clock and processor time."""
     for project in projects:
         assert project.doit().ok().ran == []
     ours, plain = alternate(count, *(partial(seconds, project.doit) for project in projects))
