@@ -1,4 +1,4 @@
-"""Baking in a test: the action of a task for an image, run as doit runs it."""
+"""Bake images in tests: run the task's action as doit does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gamebear_tasks import sd_image
 
 
 def bake(base: Path, output: Path, **arguments: Any) -> None:
-    """Bake an image; it must go well."""
+    """Bake an image and assert success."""
     failure = baked(base, output, **arguments)
     assert failure is None, failure.message
 
 
 def refused(base: Path, output: Path, *words: str, **arguments: Any) -> None:
-    """See that an image is not baked, what is said of it, and that there is nothing of it."""
+    """Assert that baking fails with a message that contains the words, and leaves no output."""
     failure = baked(base, output, **arguments)
     assert failure is not None and not output.exists()
     for word in words:
@@ -28,11 +28,11 @@ def refused(base: Path, output: Path, *words: str, **arguments: Any) -> None:
 
 
 def baked(base: Path, output: Path, **arguments: Any) -> BaseFail | None:
-    """Bake an image; return why it failed."""
+    """Bake an image. Return the failure, or None."""
     task = sd_image(base, output=output, **{"arch": "armhf", **arguments})
     function, given = task["actions"][0]
     here = os.getcwd()
-    os.chdir(output.parent)  # a project's folder, which keeps its logs
+    os.chdir(output.parent)  # logs are written to the project's folder
     try:
         done = function(*given, Task("image", []))
     finally:

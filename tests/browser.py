@@ -1,4 +1,4 @@
-"""A real browser without a window, driven through a pipe (Chrome DevTools Protocol)."""
+"""A real headless browser, controlled through a pipe (Chrome DevTools Protocol)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 PROGRAM = "chromium-headless-shell"
 
 PATIENCE = 120.0
-"""Seconds after which a browser is ended, and who waits for it sees that it is gone."""
+"""Seconds after which the browser is killed. Pending reads then fail."""
 
 
 class Browser:
     """A browser with one page.
 
     Attributes:
-        requests: the addresses that the page asked for.
-        complaints: what was said on its console, and what it was refused.
+        requests: URLs that the page requested.
+        complaints: Console messages, exceptions and blocked requests.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class Browser:
 
     def __enter__(self) -> Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        ours, theirs = os.pipe(), os.pipe()  # to it, from it
+        ours, theirs = os.pipe(), os.pipe()  # to the browser, from the browser
         self._write, self._read = os.fdopen(ours[1], "wb", buffering=0), os.fdopen(theirs[0], "rb")
         os.set_inheritable(ours[0], True)
         os.set_inheritable(theirs[1], True)
         arguments = [
             PROGRAM,
             "--remote-debugging-pipe",
-            "--no-sandbox",  # the tests are root in a container
+            "--no-sandbox",  # the tests run as root in a container
             "--disable-gpu",
             "--hide-scrollbars",
             "--force-color-profile=srgb",
@@ -78,7 +78,7 @@ class Browser:
         self._profile.cleanup()
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Return the answer to a command of the protocol."""
+        """Send a command of the protocol and return its result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -92,7 +92,7 @@ class Browser:
                 return result
 
     def open(self, page: Path, width: int, height: int = 900, dark: bool = False) -> None:
-        """Show a page, in a window of a width, as a person has it who likes dark or light pages."""
+        """Open a page in a window of the specified size, with a preference for the dark or light color scheme."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
@@ -101,13 +101,13 @@ class Browser:
             pass
 
     def value(self, script: str) -> Any:
-        """Return what an expression in JavaScript comes to."""
+        """Return the value of a JavaScript expression."""
         answer = self.ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def picture(self, path: Path, whole: bool = False) -> None:
-        """Write what is seen, or the whole page, as PNG."""
+        """Write a PNG screenshot of the window, or of the whole page."""
         answer = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
 

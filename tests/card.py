@@ -1,4 +1,4 @@
-"""Small images to bake from, and eyes to see what was baked: 7-Zip's and a Python package's, which baked nothing."""
+"""Small base images, and independent readers of baked images: 7-Zip and a Python package, not used for baking."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import ext4
 
 TIME = 1_700_000_000
-"""When a small base was made, in seconds since 1970."""
+"""Creation time of a small base, in seconds since 1970."""
 
 SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
 
@@ -51,14 +51,14 @@ SYSTEM: Mapping[str, str] = {
     "root/": "",
     "tmp/": "",
 }
-"""The least of a system, by names from the root: folders end with a slash, links begin with an arrow."""
+"""A minimal system, by names relative to the root. Folders end with a slash, targets of links begin with an arrow."""
 
 BOOT: Mapping[str, str] = {
     "config.txt": "arm_64bit=0\n\n[pi4]\narm_boost=1\n",
     "cmdline.txt": "console=tty1 root=LABEL=root rootwait\n",
     "overlays/dwc2.dtbo": "an overlay\n",
 }
-"""What is on its boot file system."""
+"""Content of its boot file system."""
 
 
 def make_base(
@@ -71,16 +71,16 @@ def make_base(
     options: tuple[str, ...] = (),
     root_first: bool = False,
 ) -> Path:
-    """Make a small image: FAT to boot from and ext4 as root, as Raspberry Pi OS has.
+    """Create a small image like Raspberry Pi OS: FAT boot partition and ext4 root.
 
     Args:
-        path: where; its suffix says how it is compressed.
-        label: of the partition table: `dos` or `gpt`.
+        path: The image to create. The suffix selects the compression.
+        label: Type of the partition table: `dos` or `gpt`.
         size: MiB of the root partition.
-        boot: what is on the boot file system; None for no such.
-        system: what is in the root file system.
-        options: more for mke2fs.
-        root_first: the root partition is not the last.
+        boot: Content of the boot file system; None for no boot partition.
+        system: Content of the root file system.
+        options: Additional options for mke2fs.
+        root_first: The root partition is not the last one.
     """
     scratch = path.parent / f"{path.name}.parts"
     root = scratch / "root"
@@ -138,7 +138,7 @@ def make_base(
 
 
 def pack(path: Path, data: bytes) -> None:
-    """Write an image as its name says."""
+    """Write an image with the compression of its suffix."""
     if path.suffix == ".xz":
         path.write_bytes(lzma.compress(data, preset=0))
     elif path.suffix == ".gz":
@@ -154,7 +154,7 @@ def pack(path: Path, data: bytes) -> None:
 
 
 def unpacked(path: Path) -> bytes:
-    """Return an image, plain."""
+    """Return the uncompressed image."""
     program = {".xz": "xz", ".zst": "zstd"}.get(path.suffix)
     if program is None:
         return path.read_bytes()
@@ -183,18 +183,18 @@ def _run(*command: str, stdin: str = "") -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a name in an image stands for.
+    """A file or folder of an image.
 
     Attributes:
-        mode: type and permissions.
-        owner: user and group id.
-        mtime: in nanoseconds.
-        atime: likewise.
-        content: a file's bytes, a link's target.
-        inode: its number.
-        links: how many names it has.
-        xattrs: extended attributes.
-        device: major and minor number.
+        mode: Type and permissions.
+        owner: User and group id.
+        mtime: Modification time, in nanoseconds since 1970.
+        atime: Access time, in nanoseconds since 1970.
+        content: Bytes of a file, or target of a link.
+        inode: Inode number.
+        links: Number of names.
+        xattrs: Extended attributes.
+        device: Major and minor device number.
     """
 
     mode: int
@@ -209,10 +209,10 @@ class Seen:
 
 
 class Card:
-    """A baked image, as others see it.
+    """A baked image, read by independent programs.
 
     Args:
-        path: the image, compressed or not.
+        path: The image, compressed or not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -227,11 +227,11 @@ class Card:
         self._root = next(start for start, _ in self.parts if self.data[start + 1080 : start + 1082] == b"\x53\xef")
 
     def __getitem__(self, name: str) -> Seen:
-        """Return what is under a name from the root; no link is followed."""
+        """Return the entry of a name relative to the root. Links are not followed."""
         return self.files()[name]
 
     def files(self) -> dict[str, Seen]:
-        """Return everything in the root file system, by name from the root."""
+        """Return all entries of the root file system, by names relative to the root."""
         volume = ext4.Volume(io.BufferedReader(io.BytesIO(self.data)), offset=self._root)
         found: dict[str, Seen] = {}
         pending = [("", volume.root)]
@@ -249,7 +249,7 @@ class Card:
         return found
 
     def boot(self) -> dict[str, bytes]:
-        """Return the files of the boot file system, read by 7-Zip."""
+        """Return the files of the boot file system, extracted by 7-Zip."""
         start, size = next(part for part in self.parts if part[0] != self._root)
         fat = self._plain.with_suffix(".fat")
         fat.write_bytes(self.data[start : start + size])
@@ -260,7 +260,7 @@ class Card:
         return files
 
     def check(self) -> None:
-        """Have both file systems checked, once more."""
+        """Check both file systems again."""
         for start, size in self.parts:
             part = self._plain.with_suffix(".part")
             part.write_bytes(self.data[start : start + size])
@@ -294,6 +294,6 @@ def _seen(inode: ext4.Inode) -> Seen:
 
 
 def _time(low: int, extra: int) -> int:
-    """Return a time in nanoseconds (ext4's i_mtime_extra: two bits of seconds, thirty of nanoseconds)."""
+    """Return a time in nanoseconds. ext4's i_mtime_extra has two bits of seconds, then thirty of nanoseconds."""
     seconds = (low - 2**32 if low >= 2**31 else low) + ((extra & 3) << 32)
     return seconds * 10**9 + (extra >> 2)

@@ -1,4 +1,4 @@
-"""A Dask scheduler and its workers, as processes, each worker with a store of its own."""
+"""A Dask scheduler and its workers as processes. Each worker has its own store."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 from project import ROOT, processes, wait_for
 
 STARTING = 120.0
-"""Seconds that a scheduler or a worker may take to be there."""
+"""Seconds after which the start of a scheduler or worker times out."""
 
 
 def free_port() -> int:
-    """Return a port that nobody uses now."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -32,9 +32,9 @@ class Worker:
     """A worker.
 
     Attributes:
-        folder: its cache home, log and scratch.
-        process: its process.
-        command: what started it.
+        folder: Folder of its cache, log and scratch files.
+        process: Its process.
+        command: Its command line.
     """
 
     folder: Path
@@ -43,12 +43,12 @@ class Worker:
 
     @property
     def store(self) -> Path:
-        """The store of its jobs."""
+        """Store of its jobs."""
         return self.folder / "cache" / "gamebear" / "v1"
 
     @property
     def digests(self) -> list[str]:
-        """The jobs that it has had."""
+        """Digests of all its jobs."""
         return [path.name for path in (self.store / "jobs").glob("*")]
 
     def states(self) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ class Worker:
         return [json.loads(path.read_bytes()) for path in (self.store / "jobs").glob("*/state.json")]
 
     def kill(self, jobs: bool = True) -> None:
-        """End it as a power cut would; without `jobs`, only Dask's process."""
+        """Kill the worker as in a power failure, or without `jobs` only Dask's process."""
         self.process.kill()
         self.process.wait()
         while jobs and (left := processes(self.store)):
@@ -69,9 +69,9 @@ class Cluster:
     """A scheduler and its workers.
 
     Args:
-        folder: for all that they keep.
-        environment: more variables of theirs.
+        folder: Folder for all their files.
         scheme: `tcp` or `tls`.
+        environment: Additional environment variables.
     """
 
     def __init__(self, folder: Path, scheme: str = "tcp", **environment: str) -> None:
@@ -90,7 +90,7 @@ class Cluster:
         self.start_scheduler()
 
     def start_scheduler(self) -> None:
-        """Start the scheduler, again where it has ended."""
+        """Start the scheduler, or restart it."""
         self.scheduler = self._start(
             self.folder / "scheduler", "scheduler", "--host", self.address, "--no-dashboard", "--no-show"
         )
@@ -98,7 +98,7 @@ class Cluster:
         wait_for(lambda: "Scheduler at" in log.read_text(), STARTING)
 
     def stop_scheduler(self) -> None:
-        """End the scheduler as a power cut would."""
+        """Kill the scheduler as in a power failure."""
         self.scheduler.kill()
         self.scheduler.wait()
 
@@ -106,10 +106,10 @@ class Cluster:
         """Start a worker.
 
         Args:
-            resources: as `dask worker --resources` has them.
-            options: more of them.
-            name: of its folder; that of one which has ended gives it the store of that one.
-            code: Python that runs in it before Dask.
+            resources: Value of `dask worker --resources`.
+            options: Additional options of `dask worker`.
+            name: Name of its folder. The name of a former worker reuses that one's store.
+            code: Python code that runs in the worker before Dask.
         """
         folder = self.folder / (name or f"worker{len(self.workers)}")
         process = self._start(
@@ -129,7 +129,7 @@ class Cluster:
         return worker
 
     def wait_for_workers(self) -> None:
-        """Wait until all that were started and live are there."""
+        """Wait until all running workers have registered."""
         for worker in self.workers:
             if worker.process.poll() is None:
                 log = worker.folder / "log"
@@ -149,20 +149,20 @@ class Cluster:
             )
 
     def memory(self, process: subprocess.Popen[bytes]) -> int:
-        """Return the most memory that one of its processes has had, in bytes."""
+        """Return the peak resident memory of a process, in bytes."""
         status = Path(f"/proc/{process.pid}/status").read_text()
         (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
 
     def close(self) -> None:
-        """End all of it, jobs too."""
+        """Kill the scheduler, the workers and their jobs."""
         for worker in self.workers:
             worker.kill()
         self.stop_scheduler()
 
 
 def settings_of_tls(folder: Path) -> dict[str, Any]:
-    """Make an authority and a certificate, and return the variables by which Dask uses them."""
+    """Create a certificate authority and a certificate. Return the environment variables by which Dask uses them."""
     folder.mkdir(parents=True)
     ca, cert, key, request = folder / "ca.pem", folder / "cert.pem", folder / "key.pem", folder / "request.pem"
 

@@ -1,4 +1,4 @@
-"""What the tests run on: this machine as root, a real account on a real sshd, emulated armhf."""
+"""Fixtures: this machine as root, a real account behind a real sshd, emulated armhf."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ NEEDED = {
     "zsh": "zsh",
     "zstd": "zstd",
 }
-"""Debian's package for each program that the tests need."""
+"""Debian package of each required program."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Say at once what the machine lacks, rather than once per test."""
-    os.umask(0o022)  # what root puts into an account's home is for the account to read
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have children ignore it
+    """Report missing requirements once, instead of once per test."""
+    os.umask(0o022)  # accounts must be able to read files that root puts into their homes
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     if not entry_points(group="doit.BACKEND", name="dbm"):
         raise pytest.UsageError("What doit finds of this checkout is an older one's: pip install -e '.[test]'")
     missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
@@ -58,37 +58,36 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 OTHERS = ("GAMEBEAR_", "XDG_", "SSH_", "DASK_", "PYTHON")
-"""How the variables begin that set what the tests try."""
+"""Prefixes of environment variables that influence the tested code."""
 
 SHOWN = {"CI", "NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE", "COLORTERM", "COLUMNS", "LINES", "TERM", "TMUX"}
-"""The variables by which programs decide how to show something: those of whatever runs the tests are not of a person's
-terminal."""
+"""Environment variables that influence how programs display output. The test runner's values do not apply to tests."""
 
 SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what the person or CI has set out of the tests, with stores and caches, and the tests out of them."""
+    """Isolate the tests from the settings, stores and caches of the user or CI, and vice versa."""
     patch = pytest.MonkeyPatch()
     for name in list(os.environ):
         if name in SHOWN or name.startswith(OTHERS):
             patch.delenv(name)
     patch.setenv("HOME", str(tmp_path_factory.mktemp("nobody")))
-    patch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # bytecode is of any file as long that was written in the same second
+    patch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # stale bytecode is valid for a file of the same size and second
     yield
     patch.undo()
 
 
 @pytest.fixture(scope="session")
 def emulation() -> None:
-    """Let this machine run armhf programs, also in containers."""
+    """Enable armhf programs on this machine, also in containers."""
     emulate_armhf()
 
 
 @pytest.fixture(scope="session")
 def account() -> Iterator[Account]:
-    """An unprivileged user with subordinate ids: the builder's."""
+    """An unprivileged user with subordinate ids, for the builder."""
     with new_account(f"gamebear-{os.getpid()}") as made:
         yield made
 
@@ -102,19 +101,19 @@ def server(account: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="session")
 def home(server: Sshd, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A client's home, from which the builder lets us in."""
+    """Home folder of a client with access to the builder."""
     return client_home(tmp_path_factory.mktemp("client"), server)
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    """An empty project of somebody who uses gamebear-tasks, built on this machine."""
+    """An empty project of a user of gamebear-tasks, built on this machine."""
     return Project(tmp_path / "project", home=tmp_path / "home")
 
 
 @pytest.fixture
 def remote_project(tmp_path: Path, server: Sshd, home: Path) -> Project:
-    """The same, built by the builder behind sshd."""
+    """An empty project, built by the builder behind sshd."""
     return Project(tmp_path / "project", home=home, GAMEBEAR_BUILDER=server.url)
 
 

@@ -1,6 +1,7 @@
-"""Debian releases to run things on, other than this machine's: unpacked, not installed, each in a folder.
+"""Root folders of other Debian releases, unpacked but not installed.
 
-A few seconds make one, because no package's scripts are run; what these would have made and is needed is written here.
+This needs a few seconds only, because no maintainer scripts run. The required results of these scripts are written
+here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ pivot_root . mnt
 umount --lazy /mnt
 exec chroot . env --ignore-environment "$@"
 """
-"""Makes a folder the root of a mount namespace of its own, which goes away with the last process in it."""
+"""Script that makes a folder the root of a mount namespace, which disappears with its last process."""
 
 LIMITS = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
 
@@ -35,12 +36,12 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Debian:
-    """A release, being unpacked from the moment it is made.
+    """Root folder of a release. Unpacking begins in the constructor.
 
     Args:
-        suite: such as `trixie`.
-        root: the folder.
-        packages: what it has besides the least that a shell needs.
+        suite: Debian suite, such as `trixie`.
+        root: The folder.
+        packages: Packages in addition to the minimum for a shell.
     """
 
     def __init__(self, suite: str, root: Path, packages: Collection[str]) -> None:
@@ -63,7 +64,7 @@ class Debian:
         )
 
     def ready(self) -> Debian:
-        """Wait until it is unpacked."""
+        """Wait until the release is unpacked."""
         _, errors = self._process.communicate()
         assert self._process.returncode == 0, errors.decode()
         for name in ("passwd", "group"):
@@ -75,7 +76,7 @@ class Debian:
         if certificates:
             text = "".join(path.read_text() for path in certificates)
             (self.root / "etc/ssl/certs/ca-certificates.crt").write_text(text)
-        # Newer releases of buildah raise these limits, which root may not do everywhere.
+        # Newer releases of buildah raise these limits, which root is not allowed to do everywhere.
         limits = (f"{name}={':'.join(map(str, resource.getrlimit(number)))}" for name, number in LIMITS.items())
         containers = self.root / "etc/containers/containers.conf"
         containers.parent.mkdir(parents=True, exist_ok=True)
@@ -83,18 +84,18 @@ class Debian:
         return self
 
     def remove(self) -> None:
-        """Remove it."""
+        """Remove the folder."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
         subprocess.run(["rm", "-rf", "--one-file-system", self.root], check=False)
 
     def enter(self, *, hidden: Collection[str] = (), **environment: str) -> tuple[str, ...]:
-        """Return the words before a command that run it there, as root.
+        """Return the prefix of a command that runs it in the release as root.
 
         Args:
-            hidden: files that can neither be read nor executed meanwhile.
-            environment: all of it, besides HOME and PATH where they are not given.
+            hidden: Files that can be neither read nor executed by the command.
+            environment: All environment variables. HOME and PATH have defaults.
         """
         variables = {"HOME": "/root", "PATH": PATH, **environment}
         return (
@@ -104,7 +105,7 @@ class Debian:
         )
 
     def run(self, *command: str, **environment: str) -> str:
-        """Run a command there and return what it says; it must end well."""
+        """Run a command in the release, assert success, and return its output."""
         done = subprocess.run(
             [*self.enter(**environment), *command],
             stdin=subprocess.DEVNULL,
@@ -118,7 +119,7 @@ class Debian:
 
 
 def mirror() -> str:
-    """Return this machine's own mirror of Debian, as its apt knows it."""
+    """Return the Debian mirror that this machine's apt uses."""
     filters = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
     known = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)", *filters], capture_output=True, text=True, check=False

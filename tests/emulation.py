@@ -1,4 +1,4 @@
-"""Programs of another architecture run here, also in containers."""
+"""Run programs of another architecture on this machine, also in containers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def emulate_armhf() -> None:
-    """Let this machine run armhf programs; as root."""
+    """Enable armhf programs on this machine. Requires root."""
     handlers = Path("/proc/sys/fs/binfmt_misc")
     if not (handlers / "register").exists():
         subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(handlers)], check=True)

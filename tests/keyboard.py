@@ -1,4 +1,4 @@
-"""A person at a terminal: a program in a pty, what is typed, what is seen, a window that changes its size."""
+"""Simulated user at a terminal: a program in a pty, keyboard input, visible output, resizing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pathlib import Path
 
 
 class Keyboard:
-    """A terminal with a program in it.
+    """A terminal that runs a program.
 
     Args:
-        command: the program.
-        folder: where it runs.
-        environment: all of its variables.
-        size: rows and columns.
+        command: The program.
+        folder: Working folder.
+        environment: All environment variables.
+        size: Rows and columns.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Keyboard:
     ) -> None:
         self._master, self._slave = os.openpty()
         self.settings = termios.tcgetattr(self._slave)
-        """What the terminal is set to before the program begins."""
+        """Terminal settings before the program starts."""
         self.resize(*size)
         self._seen = b""
         self._all = b""
@@ -58,23 +58,23 @@ class Keyboard:
 
     @property
     def is_as_before(self) -> bool:
-        """Whether the terminal's settings are those that it had."""
+        """Whether the terminal has its initial settings."""
         return termios.tcgetattr(self._slave) == self.settings
 
     def type(self, text: str | bytes) -> None:
         """Press keys."""
         data = text.encode() if isinstance(text, str) else text
         while data:
-            self._read(0.0)  # or what is echoed would fill the terminal
+            self._read(0.0)  # the echo would otherwise fill the terminal's buffer
             if select.select([], [self._master], [], 1.0)[1]:
                 data = data[os.write(self._master, data[:1024]) :]
 
     def resize(self, rows: int, columns: int) -> None:
-        """Change the window's size."""
+        """Resize the window."""
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def see(self, pattern: str, seconds: float = 90.0) -> str:
-        """Wait until something is seen that was not looked at yet; return all up to it, and look at the rest later."""
+        """Wait for a pattern in the unread output. Return the output up to its end, and mark it as read."""
         until = time.monotonic() + seconds
         while not (found := re.search(pattern.encode(), self._seen, re.DOTALL)):
             assert time.monotonic() < until, f"{pattern!r} is not to be seen: {self._seen.decode(errors='replace')}"
@@ -84,7 +84,7 @@ class Keyboard:
         return text.decode("utf-8", "replace")
 
     def end(self, seconds: float = 90.0) -> int:
-        """Wait until the program has ended; return its exit status."""
+        """Wait until the program has exited and return its exit status."""
         until = time.monotonic() + seconds
         while self.process.poll() is None:
             assert time.monotonic() < until, f"it does not end: {self.text}"
@@ -95,7 +95,7 @@ class Keyboard:
 
     @property
     def text(self) -> str:
-        """All that was ever to be seen."""
+        """All output so far."""
         return self._all.decode("utf-8", "replace")
 
     def _read(self, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""A project that uses gamebear-tasks, and its doit, run as a person runs it: in a process of its own."""
+"""A project that uses gamebear-tasks, and its doit in a separate process, as a user runs it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-"""The checkout."""
+"""Root of the checkout."""
 
 
 OUR_FRAMES = re.compile(r'File ".*(gamebear_tasks|gamebear_runner|/doit/)')
-"""A line of a traceback through our code or doit's: never for a person to see."""
+"""Traceback line of our code or doit's, which users must never see."""
 
 
 class Memory(io.BytesIO):
-    """Takes an output of a builder."""
+    """In-memory target for an output of a builder."""
 
     def skip(self, count: int, /) -> None:
         self.write(bytes(count))
@@ -31,12 +31,12 @@ class Memory(io.BytesIO):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of doit did.
+    """Result of a doit run.
 
     Attributes:
-        status: exit status.
-        out: standard output.
-        err: standard error.
+        status: Exit status.
+        out: Standard output.
+        err: Standard error.
     """
 
     status: int
@@ -45,22 +45,22 @@ class Run:
 
     @property
     def ran(self) -> list[str]:
-        """The tasks that were run, in order."""
+        """Tasks that were executed, in order."""
         return [line[3:] for line in self.out.splitlines() if line.startswith(".  ")]
 
     @property
     def text(self) -> str:
-        """All that a person saw."""
+        """All visible output."""
         return self.out + self.err
 
     def ok(self) -> Run:
-        """Return the run, which must have ended well."""
+        """Assert success and return the run."""
         assert self.status == 0, self.text
         assert not OUR_FRAMES.search(self.text), self.text
         return self
 
     def failed(self, *words: str) -> Run:
-        """Return the run, which must have failed, without a traceback, saying each of some things."""
+        """Assert failure without a traceback, and that the output contains the words. Return the run."""
         assert self.status != 0, self.text
         assert not OUR_FRAMES.search(self.text), self.text
         said = " ".join(self.text.split())
@@ -70,7 +70,7 @@ class Run:
 
 
 def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait until something is so."""
+    """Wait until a condition is true."""
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until, "it did not happen in time"
@@ -78,11 +78,11 @@ def wait_for(what: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def processes(store: Path, kind: str = "") -> list[int]:
-    """Return the processes of a store's runner that live: supervisors (`supervise`), builds, what surrounds them.
+    """Return the living processes of a store's runner: supervisors (`supervise`), builds and their helpers.
 
     Args:
-        store: the store's folder.
-        kind: a word of their command line.
+        store: Folder of the store.
+        kind: Word that the command line must contain.
     """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -96,11 +96,11 @@ def processes(store: Path, kind: str = "") -> list[int]:
 
 
 def assert_nothing_is_left(project: Project, store: Path | None = None) -> None:
-    """See that no process, mark, working folder, ticket or part of a file is left on either side.
+    """Assert that neither side has leftover processes, markers, work folders, tickets or partial files.
 
     Args:
-        project: the client's.
-        store: the builder's; by default the project's own, for `local:`.
+        project: The client's project.
+        store: Store of the builder. Default: the project's own one, for `local:`.
     """
     store = store or project.store
     wait_for(lambda: not processes(store))
@@ -119,13 +119,13 @@ pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
 os.write(int(os.environ["MEASURED"]), b"%d %d" % (os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024))
 """
-"""Runs a command from a process that is small itself: a child begins with its parent's memory, which counts as its."""
+"""Run a command from a small process: a child starts with its parent's memory, which counts towards its peak."""
 
 
 def measured(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], out: IO[bytes], err: IO[bytes]
 ) -> tuple[int, int]:
-    """Run a command; return its exit status and the most memory that it had, in bytes (resident)."""
+    """Run a command. Return its exit status and its peak resident memory in bytes."""
     reader, writer = os.pipe()
     try:
         subprocess.run(
@@ -149,9 +149,9 @@ class Project:
     """A folder with a dodo.py.
 
     Args:
-        folder: made if need be.
-        home: the person's home folder, and below it the caches.
-        environment: more variables.
+        folder: The folder; created if missing.
+        home: Home folder of the user, which contains the caches.
+        environment: Additional environment variables.
     """
 
     def __init__(self, folder: Path, home: Path, **environment: str) -> None:
@@ -168,11 +168,11 @@ class Project:
 
     @property
     def store(self) -> Path:
-        """The store of `local:`."""
+        """Store of `local:`."""
         return self.home / ".cache" / "gamebear" / "v1"
 
     def write(self, name: str, text: str) -> Path:
-        """Write one of the project's files."""
+        """Write a file of the project."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -204,14 +204,14 @@ class Project:
         return Run(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
 
     def measured(self, *command: str) -> tuple[Run, int]:
-        """Run a command; return the run and the most memory that the process had, in bytes (resident)."""
+        """Run a command. Return the run and its peak resident memory in bytes."""
         out, err = self.folder / "measured.out", self.folder / "measured.err"
         with out.open("wb") as first, err.open("wb") as second:
             status, most = measured(command, self.folder, self.environment, first, second)
         return Run(status, out.read_text(errors="replace"), err.read_text(errors="replace")), most
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start doit without waiting, its output in `doit.out` of the folder."""
+        """Start doit without waiting. Its output is written to `doit.out` in the folder."""
         with (self.folder / "doit.out").open("wb") as out:
             return subprocess.Popen(
                 self.command(*arguments),

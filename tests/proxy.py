@@ -1,4 +1,4 @@
-"""A network that misbehaves on command: a TCP proxy on the loopback address that cuts, stalls, delays and counts."""
+"""Fault injection for connections: a TCP proxy on the loopback address that cuts, stalls, delays and counts."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DOWN = "down"
 
 CHUNK = 32 << 10
 UNDER_WAY = 64 << 20
-"""The most bytes of one direction that are on a long way at once."""
+"""Maximum bytes in flight per direction."""
 
 SETTLE = 0.25
-"""Seconds between the last byte before a cut and the cut, so that whoever got it has read it."""
+"""Seconds between the last byte before a cut and the cut, so that the receiver can read it."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a connection ends.
+    """Point at which a connection is cut.
 
     Attributes:
-        direction: whose bytes are counted.
-        at: how many of them still go through, counted from the connection's first.
-        how: `rst`; `fin`, an orderly end; or `stall`: it stays open, and nothing goes through any more.
+        direction: Direction whose bytes are counted.
+        at: Number of bytes that are still forwarded, counted from the start of the connection.
+        how: `rst`; `fin`, an orderly shutdown; or `stall`: the connection stays open, but nothing is forwarded.
     """
 
     direction: str
@@ -42,7 +42,7 @@ class Cut:
 
 @dataclass
 class _Link:
-    """One connection: its two sockets, and what has gone through."""
+    """One connection: its two sockets and its byte counts."""
 
     client: socket.socket
     server: socket.socket
@@ -70,18 +70,18 @@ class _Link:
 
 
 class Proxy:
-    """Stands between a client and a server of this machine.
+    """Proxy between a client and a server of this machine.
 
     Args:
-        target: the server's port.
+        target: Port of the server.
 
     Attributes:
-        port: where the client connects to.
-        connections: how many it has taken.
-        passed: bytes forwarded in each direction, all connections together.
-        delay: seconds for which each piece holds up all that comes after it: a slow network.
-        latency: seconds that each byte is under way, as many at once as come: a far one.
-        turns: how often the client has said something after it had heard something: its round trips at the most.
+        port: Port for the client.
+        connections: Number of accepted connections.
+        passed: Bytes forwarded in each direction over all connections.
+        delay: Seconds that each chunk blocks the following ones, to simulate low bandwidth.
+        latency: Seconds that each byte is in flight, without limiting the bandwidth, to simulate distance.
+        turns: How often the client sent after it had received: an upper bound of its round trips.
     """
 
     def __init__(self, target: int) -> None:
@@ -106,32 +106,32 @@ class Proxy:
         self.refuse()
         self.cut()
 
-    # on command
+    # Commands
 
     def cut_next(self, *cuts: Cut) -> None:
-        """Cut the next connection at the first of these points, the one after it at the second, and so on."""
+        """Cut the next connections, one at each of the specified points."""
         with self._lock:
             self._cuts = list(cuts)
 
     def cut(self, how: str = "rst") -> None:
-        """Cut every connection now."""
+        """Cut all connections now."""
         for link in self._living():
             link.close(how)
 
     def stall(self, new: bool = True) -> None:
-        """Forward nothing more on the connections there are; they stay open. With `new`, nor on those to come."""
+        """Stop forwarding on all connections but keep them open. With `new`, this includes new connections."""
         self._stall_new = new
         for link in self._living():
             link.stalled = True
 
     def go_on(self) -> None:
-        """Forward again on every connection."""
+        """Resume forwarding on all connections."""
         self._stall_new = False
         for link in self._living():
             link.stalled = False
 
     def refuse(self) -> None:
-        """Take no further connections."""
+        """Refuse new connections."""
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
@@ -139,13 +139,13 @@ class Proxy:
             listener.close()
 
     def accept(self) -> None:
-        """Take connections again, on the same port."""
+        """Accept connections again, on the same port."""
         if self._listener is None:
             self._listener = socket.create_server(("127.0.0.1", self.port))
             self.port = self._listener.getsockname()[1]
             threading.Thread(target=self._serve, args=(self._listener,), daemon=True).start()
 
-    # what goes on
+    # Forwarding
 
     def _living(self) -> list[_Link]:
         with self._lock:
@@ -175,7 +175,7 @@ class Proxy:
 
     def _pump(self, link: _Link, direction: str, source: socket.socket, sink: socket.socket) -> None:
         cut = link.cut if link.cut is not None and link.cut.direction == direction else None
-        line: deque[tuple[float, bytes]] = deque()  # what is under way, each piece with the time of its arrival
+        line: deque[tuple[float, bytes]] = deque()  # chunks in flight with their times of arrival
         under_way = 0
         ended = False
         try:

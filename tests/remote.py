@@ -1,4 +1,4 @@
-"""A project whose builder is on the other side of a network that misbehaves."""
+"""A project whose builder is behind an unreliable network."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class Remote:
     """A project built by a builder behind a proxy.
 
     Attributes:
-        project: the client's.
-        proxy: what is between them.
-        store: the builder's.
+        project: The client's project.
+        proxy: Proxy between client and builder.
+        store: Store of the builder.
+        scratch: Folder on the builder, for the files by which tests and jobs communicate.
     """
 
     def __init__(self, project: Project, proxy: Proxy, account: Account) -> None:
@@ -77,7 +78,7 @@ class Remote:
         self.project.write("x.py", COUNTED.format(count=str(self.scratch / "count"), body=body))
 
     def waits(self, before: str = "print('begin', flush=True)", after: str = "print('end')") -> None:
-        """Let the job wait for `go`."""
+        """Make the job wait for a call of `go`."""
         gate = str(self.scratch / "go")
         self.write(
             f"{before}\nwhile not os.path.exists({gate!r}): time.sleep(0.02)\n{after}\nopen('x', 'w').write('made')"
@@ -98,7 +99,7 @@ class Remote:
 
 
 def known(home: Path, folder: Path, port: int, server: Sshd) -> Path:
-    """Copy a home, and make a server known there that is reached by another port."""
+    """Copy a home folder, and add a server to its known_hosts under another port."""
     shutil.copytree(home / ".ssh", folder / ".ssh")
     with (folder / ".ssh" / "known_hosts").open("a") as file:
         file.write(f"[127.0.0.1]:{port} {public(server.host_keys['ed25519'])}\n")
@@ -106,7 +107,7 @@ def known(home: Path, folder: Path, port: int, server: Sshd) -> Path:
 
 
 def big_input(remote: Remote, size: int = BIG) -> str:
-    """Give the project's job a big input; return what its artifact must be."""
+    """Declare a large input of the project's job. Return the expected content of the artifact."""
     data = os.urandom(size)
     (remote.project.folder / "big.bin").write_bytes(data)
     remote.write(TAKES_BIG, inputs=["big.bin"])

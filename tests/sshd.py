@@ -1,7 +1,6 @@
-"""A real sshd on the loopback address, an account to log in to, and a home folder to come from; for tests, as root.
+"""A real sshd on the loopback address, an account on it, and a client's home folder. Tests that use it run as root.
 
-Nothing here accepts a host key by itself: `client_home` writes the key of the server that it is given into
-`known_hosts`, as a careful person would.
+No host key is accepted automatically: `client_home` writes the server's key to `known_hosts`, as a careful user would.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SSHD = "/usr/sbin/sshd"
 
 @dataclass(frozen=True)
 class Account:
-    """An unprivileged user of this machine, made for the tests."""
+    """An unprivileged user of this machine, created for the tests."""
 
     name: str
     uid: int
@@ -31,7 +30,7 @@ class Account:
 
 @contextlib.contextmanager
 def new_account(name: str) -> Iterator[Account]:
-    """Make an account that only a key opens (its password is `*`); remove it, its files and processes at the end."""
+    """Create an account with key login only (its password is `*`). Remove it, its files and processes at the end."""
     _run("useradd", "--create-home", "--password", "*", "--shell", "/bin/bash", name)
     try:
         entry = pwd.getpwnam(name)
@@ -42,7 +41,7 @@ def new_account(name: str) -> Iterator[Account]:
 
 
 def new_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
-    """Make a key pair, `path` and `path`.pub; `kind` is ed25519, ecdsa or rsa."""
+    """Create the key pair `path` and `path`.pub. `kind` is ed25519, ecdsa or rsa."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _run(
         "ssh-keygen",
@@ -61,7 +60,7 @@ def new_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
 
 
 def public(key: Path) -> str:
-    """Return the kind and the base64 text of a key pair's public half, as they stand in known_hosts."""
+    """Return type and base64 data of a public key, as in known_hosts."""
     return " ".join(key.with_name(key.name + ".pub").read_text().split()[:2])
 
 
@@ -71,13 +70,13 @@ def fingerprint(key: Path) -> str:
 
 
 class Sshd:
-    """One sshd with host keys, options and a log of its own.
+    """An sshd with its own host keys, options and log.
 
     Args:
-        folder: where it keeps its files.
-        account: who can log in.
-        kinds: the kinds of its host keys.
-        options: lines of sshd_config by keyword, such as MaxSessions=1.
+        folder: Folder for its files.
+        account: Account that can log in.
+        kinds: Types of its host keys.
+        options: Additional lines of sshd_config by keyword, such as MaxSessions=1.
     """
 
     def __init__(self, folder: Path, account: Account, kinds: Sequence[str] = ("ed25519",), **options: object) -> None:
@@ -99,26 +98,26 @@ class Sshd:
 
     @property
     def url(self) -> str:
-        """What a person would give as the builder."""
+        """URL of the builder."""
         return f"ssh://{self.account.name}@127.0.0.1:{self.port}"
 
     @property
     def log(self) -> str:
-        """What sshd has written since it was made, restarts included."""
+        """Log since the object was created, including restarts."""
         return self._log.read_text(errors="replace")
 
     @property
     def connections(self) -> int:
-        """How many connections it has taken."""
+        """Number of accepted connections."""
         return self.log.count("Connection from ")
 
     @property
     def known_hosts(self) -> str:
-        """The lines of known_hosts that make it known, one a host key."""
+        """Lines for known_hosts, one per host key."""
         return "".join(f"[127.0.0.1]:{self.port} {public(key)}\n" for key in self.host_keys.values())
 
     def start(self) -> None:
-        """Start it on its port; returns when it listens."""
+        """Start sshd on its port, and wait until it listens."""
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         config = self.folder / "sshd_config"
         config.write_text(self._config())
@@ -134,7 +133,7 @@ class Sshd:
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Kill it at once with every session it serves, as a reboot would."""
+        """Kill sshd immediately with all its sessions, like a reboot."""
         if self._process is None:
             return
         family = _descendants(self._process.pid)
@@ -144,7 +143,7 @@ class Sshd:
         _kill(family)
 
     def hang_up(self) -> None:
-        """Kill it with every connection it has; what the connections' programs have started goes on."""
+        """Kill sshd with all its connections. Programs that the sessions started continue."""
         if self._process is None:
             return
         family = {pid for pid in _descendants(self._process.pid) if _name(pid).startswith("sshd")}
@@ -154,22 +153,22 @@ class Sshd:
         _kill(family)
 
     def restart(self) -> None:
-        """Stop it and start it on the same port, with the options as they are now."""
+        """Restart sshd on the same port with the current options."""
         self.stop()
         self.start()
 
     def authorize(self, *keys: Path) -> None:
-        """Let these keys in, and no others."""
+        """Replace the authorized keys."""
         lines = [public(key) for key in keys]
         self._authorized_keys().parent.mkdir(mode=0o755, exist_ok=True)
         self._authorized_keys().write_text("".join(f"{line}\n" for line in lines))
 
     def sessions(self) -> int:
-        """Return how many processes serve connections or are their programs."""
+        """Return the number of processes that serve connections or were started by them."""
         return len(_descendants(self._process.pid)) if self._process else 0
 
     def freeze(self) -> contextlib.AbstractContextManager[None]:
-        """Make every process of its sessions stand still for the block: a peer that is there and answers nothing."""
+        """Suspend all processes of its sessions for a block, to simulate a peer that does not respond."""
         return _frozen(_descendants(self._process.pid) if self._process else set())
 
     def _authorized_keys(self) -> Path:
@@ -193,7 +192,7 @@ class Sshd:
 
 
 def client_home(folder: Path, *servers: Sshd) -> Path:
-    """Make a home folder with a key that the servers let in, an empty config, and their host keys in known_hosts."""
+    """Create a home folder with a key that the servers accept, an empty config, and their host keys in known_hosts."""
     home = folder / "home"
     key = new_key(home / ".ssh" / "id_ed25519")
     (home / ".ssh" / "config").touch(mode=0o600)
@@ -219,7 +218,7 @@ def _processes() -> Iterator[Path]:
 
 
 def _descendants(pid: int) -> set[int]:
-    """Return the processes below one, itself not included."""
+    """Return the descendants of a process."""
     parents = {}
     for process in _processes():
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Statements about artifacts, read and checked by libraries that know the formats."""
+"""Provenance statements, parsed and validated by the libraries of their formats."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from packageurl import PackageURL
 
 
 def read_statement(target: Path) -> Any:
-    """Return the SLSA provenance beside a file, which must be an in-toto statement about that very content.
+    """Return the SLSA provenance beside a file, and assert that it is an in-toto statement about the file's content.
 
-    The libraries refuse fields that their formats do not have.
+    The libraries reject unknown fields.
     """
     text = target.with_name(f"{target.name}.intoto.json").read_text()
     statement = Statement.copy_from_pb(json_format.Parse(text, statement_pb2.Statement()))

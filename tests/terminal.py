@@ -1,4 +1,4 @@
-"""A terminal with a person's programs in it: tmux, whose screen is what is looked at."""
+"""A terminal with interactive programs: tmux, whose screen can be read."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from project import Project, wait_for
 
 
 class Terminal:
-    """A shell in a project's folder, in a terminal.
+    """A terminal with a shell in a project's folder.
 
     Args:
-        folder: where tmux has its socket.
+        folder: Folder of tmux's socket.
     """
 
     def __init__(self, folder: Path) -> None:
         self._socket = folder / "tmux"
 
     def tmux(self, *words: str) -> str:
-        """Have tmux do something."""
+        """Run a command of tmux."""
         command = ["tmux", "-u", "-S", str(self._socket), "-f", "/dev/null", *words]
         environment = {**os.environ, "LC_ALL": "C.UTF-8"}
         return subprocess.run(command, check=True, capture_output=True, encoding="utf-8", env=environment).stdout
 
     def type(self, *keys: str) -> None:
-        """Press keys, by tmux's names, or type a text."""
+        """Press keys, by tmux's names, or type text."""
         self.tmux("send-keys", *keys)
 
     def resize(self, columns: int, rows: int) -> None:
-        """Give the terminal another size."""
+        """Resize the terminal."""
         self.tmux("resize-window", "-x", str(columns), "-y", str(rows))
 
     @property
     def rows(self) -> list[str]:
-        """What is on the screen, without what is empty below."""
+        """Lines of the screen, without empty lines at the end."""
         return self.screen.rstrip("\n").split("\n")
 
     @property
     def screen(self) -> str:
-        """What is on the screen."""
+        """Content of the screen."""
         return self.tmux("capture-pane", "-p").rstrip("\n") + "\n"
 
     @property
     def everything(self) -> str:
-        """The screen and what has gone up from it, lines that were wrapped being whole."""
+        """Content of the scrollback buffer and the screen, with wrapped lines joined."""
         return self.tmux("capture-pane", "-p", "-J", "-S", "-").rstrip("\n")
 
     @property
     def coloured(self) -> str:
-        """The screen with its colours, as a terminal is told them."""
+        """Content of the screen with escape sequences for colors."""
         return self.tmux("capture-pane", "-p", "-e")
 
     @property
     def has_cursor(self) -> bool:
-        """Whether the cursor is to be seen."""
+        """Whether the cursor is visible."""
         return self.tmux("display-message", "-p", "#{cursor_flag}").strip() == "1"
 
     def shows(self, *words: str, seconds: float = 90.0) -> str:
-        """Wait until all of some words are on the screen; return it."""
+        """Wait until the screen contains all words, and return it."""
         return self._wait(lambda: self.screen, words, seconds)
 
     def showed(self, *words: str, seconds: float = 90.0) -> str:
-        """Wait until all of some words are on the screen or have gone up from it; return all of it."""
+        """Wait until the scrollback buffer or screen contains all words, and return both."""
         return self._wait(lambda: self.everything, words, seconds)
 
     def _wait(self, look: Callable[[], str], words: tuple[str, ...], seconds: float) -> str:
@@ -87,7 +87,7 @@ class Terminal:
 
 @contextmanager
 def terminal(project: Project, columns: int = 80, rows: int = 24, **environment: str) -> Iterator[Terminal]:
-    """Give a terminal with a shell in a project's folder, in which `doit` is the project's."""
+    """Yield a terminal with a shell in a project's folder, in which `doit` runs the project's doit."""
     with tempfile.TemporaryDirectory(prefix="tmux-") as name:
         made = Terminal(Path(name))
         path = project.folder.parent / "doit"

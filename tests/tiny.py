@@ -1,4 +1,4 @@
-"""The files of a small image: programs of this machine with their libraries, and two users."""
+"""Files of a small image: programs of this machine with their libraries, and two users."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def fill(tree: Path, programs: Iterable[str]) -> None:
-    """Lay out the files of an image that has some of this machine's programs in `/bin`."""
+    """Write the files of an image with some of this machine's programs in `/bin`."""
     found = [str(shutil.which(program)) for program in programs]
     for path in (*found, *_libraries(found)):
         place = f"bin/{Path(path).name}" if path in found else path[1:]

@@ -1,6 +1,6 @@
-"""Upstreams to fetch from, shared by the tests of sources: a repository, a git daemon, this machine's apt.
+"""Upstreams that the tests of sources share: a repository, a git daemon, this machine's apt.
 
-A pytest plug-in that test modules import from as well, hence PYTEST_DONT_REWRITE.
+A pytest plug-in that test modules also import from, hence PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COMMIT_TIME = 1_600_000_000
 
 @pytest.fixture
 def git_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give git a configuration of the test's own."""
+    """Configure git for the test only."""
     settings = tmp_path / "gitconfig"
     settings.write_text("[user]\nname = A U Thor\nemail = author@example.com\n[init]\ndefaultBranch = main\n")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
@@ -36,12 +36,12 @@ def git_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache that is not there yet."""
+    """Path of a cache that does not exist yet."""
     return tmp_path / "cache"
 
 
 def call_git(folder: Path, *arguments: str) -> str:
-    """Run git in a folder and return what it prints."""
+    """Run git in a folder and return its output."""
     return subprocess.run(
         ["git", "-C", folder, "-c", "protocol.file.allow=always", *arguments],
         check=True,
@@ -51,7 +51,7 @@ def call_git(folder: Path, *arguments: str) -> str:
 
 
 def commit(folder: Path, message: str = "change") -> str:
-    """Commit all that is in a work tree and return the commit."""
+    """Commit everything in a work tree and return the commit."""
     call_git(folder, "add", "--all")
     call_git(folder, "commit", "--quiet", "--allow-empty", "--message", message)
     return call_git(folder, "rev-parse", "HEAD")
@@ -59,7 +59,7 @@ def commit(folder: Path, message: str = "change") -> str:
 
 @pytest.fixture
 def upstream(tmp_path: Path, git_settings: Path) -> Path:
-    """A repository with all sorts of files, one commit."""
+    """A repository with various kinds of files and one commit."""
     folder = tmp_path / "srv" / "upstream"
     folder.mkdir(parents=True)
     call_git(folder, "init", "--quiet")
@@ -76,7 +76,7 @@ def upstream(tmp_path: Path, git_settings: Path) -> Path:
 
 @pytest.fixture
 def daemon(tmp_path: Path, git_settings: Path) -> Iterator[Callable[[str], str]]:
-    """A git daemon that serves the repositories below srv, known to the user's git under another URL."""
+    """A git daemon for the repositories below srv. The user's git configuration maps another URL to it."""
     srv = tmp_path / "srv"
     srv.mkdir(exist_ok=True)
     with served(srv) as port:
@@ -115,12 +115,12 @@ STAND_INS = {
         "source/gt.1": ".TH gt 1\n",
     },
 }
-"""Upstreams that are built as this project's are, in seconds: their files by the repository's path on GitHub."""
+"""Substitutes for this project's upstreams that build in seconds: files by the repository's path on GitHub."""
 
 
 @contextlib.contextmanager
 def stand_ins(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Serve `STAND_INS` by git's own daemon; gives its port, and each one's commit by its path."""
+    """Serve `STAND_INS` by git daemon. Yield its port, and the commit of each repository by its path."""
     commits = {}
     for name, files in STAND_INS.items():
         for path, text in files.items():
@@ -137,7 +137,7 @@ def stand_ins(folder: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[int]:
-    """Serve the repositories below a folder by a git daemon; gives its port."""
+    """Serve the repositories below a folder by git daemon. Yield its port."""
     port = free_port()
     process = subprocess.Popen(
         ["git", "daemon", "--export-all", "--listen=127.0.0.1", f"--port={port}", f"--base-path={folder}", folder],
@@ -158,21 +158,21 @@ def served(folder: Path) -> Iterator[int]:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listens at."""
+    """Return an unused port of the loopback address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no program be found from here on."""
+    """Hide all programs from now on."""
     monkeypatch.setenv("PATH", "/nonexistent")
 
 
 @pytest.fixture(scope="session")
 def apt_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lock, Path]:
-    """A cache with the machine's lists of source packages, and a lock that was made with it."""
+    """A cache with this machine's lists of source packages, a lock file created with it, and its apt configuration."""
     folder = tmp_path_factory.mktemp("apt")
-    own = folder / "own.sources"  # only Debian's: the others' servers are not part of the test
+    own = folder / "own.sources"  # Debian's sources only: the test must not depend on other servers
     texts, _ = apt_sources(None)
     stanzas = [stanza for text in texts.values() for stanza in text.split("\n\n") if "debian-archive-keyring" in stanza]
     (folder / "parts").mkdir()

@@ -1,6 +1,6 @@
-"""doit in a process that has all of it imported already: a run costs hundredths of a second instead of tenths.
+"""Run doit in forks of a process that has imported everything: hundredths of a second per run instead of tenths.
 
-What depends on how Python starts (locale, what is imported when) is not to be tried with it.
+It is not suitable for tests of Python's startup, such as the locale or the time of imports.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ for line in sys.stdin:
 
 
 class Warm:
-    """Runs doit in children of one process."""
+    """Runner of doit in child processes of one process."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -44,7 +44,7 @@ class Warm:
         )
 
     def doit(self, folder: Path, environment: Mapping[str, str], *arguments: str) -> Run:
-        """Run it in a folder."""
+        """Run doit in a folder."""
         assert self._server.stdin and self._server.stdout
         with tempfile.TemporaryDirectory() as scratch:
             out, err = Path(scratch, "out"), Path(scratch, "err")

@@ -1,6 +1,6 @@
-"""Packages, built and installed as a person would: by pip.
+"""Packages that are built and installed by pip, as by a user.
 
-A pytest plug-in that test modules import from as well, hence PYTEST_DONT_REWRITE.
+A pytest plug-in that test modules also import from, hence PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from project import ROOT
 
 
 def pip(*arguments: str | Path) -> None:
-    """Run pip; what it says is shown where it fails."""
+    """Run pip and assert success. The assertion shows its output."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", *arguments],
         capture_output=True,
@@ -26,14 +26,14 @@ def pip(*arguments: str | Path) -> None:
 
 
 def build(*sources: Path, into: Path) -> None:
-    """Build the wheels of packages; hatchling is fetched where it is not installed."""
+    """Build the wheels of packages. pip downloads hatchling unless it is installed."""
     isolation = ["--no-build-isolation"] if find_spec("hatchling") else []
     pip("wheel", *isolation, "--no-deps", "--wheel-dir", into, *sources)
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our wheel, as it would be published."""
+    """Wheel of gamebear-tasks, as published."""
     folder = tmp_path_factory.mktemp("wheel")
     build(ROOT, into=folder)
     (made,) = folder.glob("*.whl")
