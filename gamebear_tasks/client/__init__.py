@@ -1,1 +1,1 @@
-"""One task's build: submit, follow, install the outputs."""
+"""Build of one task: submit the job, follow it, install the outputs."""

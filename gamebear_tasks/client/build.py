@@ -1,4 +1,7 @@
-"""The way of one task's job: to the builder, through its build, back to the targets."""
+"""Build of one task: submit its job to the builder, follow it, install its outputs.
+
+A job that the builder lost, or whose output arrived damaged, is retried a bounded number of times.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +35,25 @@ from .placement_marks import placing
 from .rebuild_reasons import ASKED, missing, reasons
 
 TAIL = 15
-"""How many of the log's last lines a failure shows, where the log itself was not shown."""
+"""Number of last log lines in a failure's error, unless the log itself was shown."""
 
 LATE = 600.0
-"""Seconds after a job's time limit for which its builder may still say that it runs."""
+"""Seconds after a job's time limit for which the builder may still report it as running."""
 
 OWN_LINES = "gamebear: "
-"""What the runner's own lines in a log begin with."""
+"""Prefix of the runner's own lines in a log."""
 
 TRIES = 3
-"""How often one doit run starts a job over that was lost, or whose result was damaged, before it gives up."""
+"""Maximum number of attempts per doit run for a job that was lost or whose outputs were damaged."""
 
 
 class Building:
-    """A task that is being built.
+    """The build of one task.
 
     Args:
-        plan: what it declares.
-        task: its name.
-        out: where the log is shown live; None for nowhere.
+        plan: the task's declaration.
+        task: the task's name.
+        out: stream for the live log; None to hide the log.
     """
 
     def __init__(self, plan: Plan, task: str, out: TextIO | None) -> None:
@@ -70,11 +73,14 @@ class Building:
         self._record: task_record.Record | None = None
 
     def run(self) -> dict[str, Any]:
-        """Have the job built and its outputs placed; return what doit is to remember.
+        """Build the job and install its outputs.
+
+        Returns:
+            The values that doit saves for the task.
 
         Raises:
-            GamebearError: it failed.
-            OSError: a file of this machine cannot be written.
+            GamebearError: the build failed.
+            OSError: a local file cannot be written.
         """
         with self.watch.running(), run_journal.noted(self.note):
             order = self._run()
@@ -87,7 +93,7 @@ class Building:
         self.telling.ended(record)
         if self.had != "fetched" and not self.telling.is_heard:
             notice(record.line())
-        # doit reads these in every run; the rest is in the record
+        # doit reads these values in every run, so they are few; the record has the rest
         values: dict[str, Any] = {"digest": order.job.digest, SAVED: self._state}
         if self.valid is not None:
             values["valid"] = self.valid
@@ -116,7 +122,12 @@ class Building:
         return {name: Path(path) for name, path in self.plan.targets.items()}
 
     def note(self, state: str, failure: str = "") -> task_record.Record:
-        """Write beside the log how the task went, once, and return it."""
+        """Write the task's record beside its log, and return it. Only the first call writes.
+
+        Args:
+            state: the record's state (see `Record`).
+            failure: the error message; empty if there was no failure.
+        """
         if self._record is not None:
             return self._record
         if state != "done" and cancellation.ending.is_set():
@@ -140,7 +151,7 @@ class Building:
         return record
 
     def _have_built(self, builder: Builder, order: Order, log: TaskLog) -> None:
-        """See the job through to its outputs at their targets; start it over where a builder lost it."""
+        """Submit the job, follow it and install its outputs; retry if it was lost or an output was damaged."""
         name = self.plan.name
         digest = order.job.digest
         again = False
@@ -190,7 +201,10 @@ class Building:
         )
 
     def _follow(self, builder: Builder, order: Order, status: Status, log: TaskLog) -> Status:
-        """Follow a job to its end, within bounds: a builder may say for ever that it runs, or talk without end."""
+        """Follow a job until its final state and the end of its log.
+
+        The builder is untrusted, so the time, the number of responses and the size of the log are bounded.
+        """
         since: float | None = None
         rounds = Rounds(f"The lines of the log of {self.plan.name} on {builder.url}")
         while True:
@@ -204,7 +218,7 @@ class Building:
             if since is not None and order.time_limit and time.monotonic() - since > order.time_limit + LATE:
                 raise self._overdue(builder, order)
             if status.state == "running":
-                continue  # what runs is bounded by its time
+                continue  # a running job is bounded by its time limit
             if data:
                 rounds.another(len(data) >= WORTH)
             if log.offset > 2 * task_log.LIMIT:
@@ -215,7 +229,11 @@ class Building:
                 )
 
     def _check_unchanged(self) -> None:
-        """Refuse to place what was built from files that are others by now: it would be out of date at once."""
+        """Check that the job's files did not change during the build: its outputs would be out of date at once.
+
+        Raises:
+            JobError: a file changed.
+        """
         with task_record.phase("hash"):
             is_same = self.plan.state(self.plan.read(self.chosen.arch)) == self._state
         if not is_same:
@@ -265,7 +283,7 @@ class Building:
         )
 
     def _next_step(self, builder: Builder, status: Status) -> str:
-        """Return how to look into the container of a job that failed, where it had one and the builder knows how."""
+        """Return a hint how to open a shell in a failed job's container; empty if that is not possible."""
         if not isinstance(builder, Keeper) or status.failure is None:
             return ""
         task = shlex.join([self.task, *typed_settings()])
@@ -277,9 +295,9 @@ class Building:
 
 
 def typed_settings() -> tuple[str, ...]:
-    """Return those settings of doit's command line, as they are typed there, without which no other finds the same job.
+    """Return the settings on doit's command line that another command needs to find the same job, as `name=value`.
 
-    A dodo.py's own variables are not repeated: they may be secret.
+    Variables of dodo.py itself are omitted, because they may be secret.
     """
     typed = variables_of_this_run() or {}
     names = [name for name in ("builder", "arch", "sources", "base") if name in typed]
@@ -291,7 +309,7 @@ _builders_lock = threading.Lock()
 
 
 def builder_of_this_run(url: str) -> Builder:
-    """Return the builder of a URL, opened once per process however many tasks and threads ask; closed at exit."""
+    """Return the builder for a URL, opened once per process for all tasks and threads, and closed at exit."""
     with _builders_lock:
         key = (os.getpid(), url)
         if key not in _builders:
@@ -301,12 +319,12 @@ def builder_of_this_run(url: str) -> Builder:
 
 
 def _end() -> None:
-    """Before the process ends, end the jobs that it waits for; then close the builders, which that needs."""
+    """At exit, cancel the jobs that the process waits for; then close the builders, which cancelling needs."""
     end_what_is_left()
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():
             builder.close()
-    gc.freeze()  # Python would look for garbage in all modules, more than once, before it ends
+    gc.freeze()  # saves time: otherwise Python collects garbage in all modules, more than once, before it exits
 
 
 atexit.register(_end)

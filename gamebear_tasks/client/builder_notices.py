@@ -1,4 +1,7 @@
-"""What builders say of themselves, shown once."""
+"""Builder notices: warnings that a builder reports about itself, each shown once.
+
+The notices that were shown last are kept per builder in the user's cache, under a file lock.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,18 @@ from ..util.locations import cache_folder
 from ..util.messages import notice
 
 _told: dict[str, set[str]] = {}
-"""What each builder has said to this process."""
+"""Notices of each builder that this process has handled, by URL."""
 
 
 @contextlib.contextmanager
 def told_before(url: str, texts: Collection[str]) -> Iterator[list[str]]:
-    """Give what a builder was last known to say of itself, for a block that tells the rest; no other may meanwhile.
+    """Yield the notices of a builder that were shown before; record the current ones after the block.
+
+    A file lock, best effort, excludes other processes during the block.
 
     Args:
-        url: the builder.
-        texts: what it says now, which is known afterwards.
+        url: the builder's URL.
+        texts: all current notices of the builder.
     """
     path = cache_folder() / "told" / hashlib.sha256(url.encode()).hexdigest()
     if not texts and not path.exists():
@@ -39,11 +44,11 @@ def told_before(url: str, texts: Collection[str]) -> Iterator[list[str]]:
 
 
 def notice_once(url: str, texts: Collection[str]) -> None:
-    """Tell what a builder says of itself, but nothing that was told before and has been so ever since.
+    """Print the notices of a builder, except those that were current the last time.
 
     Args:
-        url: the builder.
-        texts: all that it says now, each as what may follow "on this builder".
+        url: the builder's URL.
+        texts: all current notices of the builder, each worded to follow "on this builder".
     """
     with told_before(url, texts) as told:
         for text in texts:

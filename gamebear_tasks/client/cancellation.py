@@ -1,7 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a run: its jobs are cancelled on their builders, or go on where that is set.
+"""Cancellation: signal handling for Ctrl-C, SIGTERM and SIGHUP.
 
-A process of `doit -n` ends with doit, however doit ended. Where doit had no time to say so (SIGKILL), its jobs go on,
-as those of any client that is gone, and the next doit finds them.
+A signal ends the run. The jobs that it waits for are cancelled on their builders, or detached if `interrupt=detach` is
+set: then they keep running, and the next doit reattaches.
+
+A worker process of `doit -n` ends with doit, however doit ended. If doit was killed (SIGKILL), its jobs keep running,
+like those of any client that disappears, and the next doit reattaches.
 """
 
 from __future__ import annotations
@@ -22,30 +25,34 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GamebearError
 from ..util.messages import notice
 
-if TYPE_CHECKING:  # an up-to-date run does without builders
+if TYPE_CHECKING:  # an up-to-date run does not load builders
     from ..builders.base import Builder
 
 UNSURE = 5.0
-"""Seconds for which an interruption waits for a builder that has not said whether it has begun a job."""
+"""Timeout in seconds for cancelling a job whose submission the builder has not acknowledged."""
 
 BOUNCE = 0.1
-"""Seconds within which several signals are one wish: a key that repeats, or one signal sent to all of our processes."""
+"""Seconds within which repeated signals count as one (debounce): key repeat, or one signal sent to all processes."""
 
 HARD = 3
-"""After how many more signals, once the process is on its way out, it no longer waits for anything."""
+"""Number of further signals during exit after which the process exits immediately."""
 
 LOOK = 1.0
-"""Seconds between two looks whether our parent is still there."""
+"""Seconds between two checks whether the parent process is alive, and between two SIGTERMs to worker processes."""
 
 GRACE = 5.0
-"""Seconds that a process of `doit -n` may take to end, once it has nothing left to do."""
+"""Seconds after which a worker process of `doit -n` that should end is ended forcibly."""
 
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals by which a person, a service manager or a terminal ends a run."""
+"""Signals by which a person, a service manager or a terminal ends a run."""
 
 
 class Terminated(KeyboardInterrupt, SystemExit):
-    """A signal ends the run as Ctrl-C does; its exit status, 128 and the signal's number, is the process's."""
+    """A signal ends the run like Ctrl-C. The process exits with 128 plus the signal's number.
+
+    Args:
+        number: the signal's number. doit passes it as text.
+    """
 
     def __init__(self, number: int | str) -> None:
         super().__init__(number)
@@ -53,20 +60,21 @@ class Terminated(KeyboardInterrupt, SystemExit):
         self.code = 128 + self.number
 
     def __str__(self) -> str:
-        return str(self.number)  # doit makes it from this again in its own process
+        return str(self.number)  # doit's main process recreates the exception from this text
 
 
 class Interest:
-    """While the block runs we wait for a job; an interruption in it ends the job (or leaves it, as is set).
+    """Context manager around waiting for a job: an interruption of the block cancels or detaches the job.
 
     Args:
-        builder: where it is built.
-        digest: the job.
-        name: what to call it.
-        interrupt: the setting: `cancel` or `detach`.
+        builder: the builder that runs the job.
+        digest: the job's digest.
+        name: the job's name in messages.
+        interrupt: the setting `interrupt`: `cancel` or `detach`.
 
     Attributes:
-        attempt: which attempt; empty as long as the builder has not said, when it may have begun one all the same.
+        attempt: the job's attempt; empty until the builder has acknowledged the submission. The builder may have
+            started an attempt before that.
     """
 
     def __init__(self, builder: Builder, digest: str, name: str, interrupt: str) -> None:
@@ -93,15 +101,15 @@ class Interest:
             elif id(self) in _waiting:
                 self.stop()
         finally:
-            if self._settled:  # otherwise a second signal came before the job was seen to: that is done at exit
+            if self._settled:  # otherwise a second signal interrupted the cancellation: it is completed at exit
                 with _waiting_lock:
                     _waiting.pop(id(self), None)
 
     def stop(self) -> None:
-        """End the job on the builder; where it is not known to have begun, do not wait long for that.
+        """Cancel the job on the builder; wait at most `UNSURE` seconds if the submission was not acknowledged.
 
         Raises:
-            KeyboardInterrupt: another signal came; it is left as it is.
+            KeyboardInterrupt: another signal arrived; the job may still run.
         """
         try:
             with interruptible():
@@ -130,7 +138,7 @@ class Interest:
                 notice(f"{self._name} goes on on {self._builder.url}: somebody else waits for it too")
 
     def leave(self) -> None:
-        """Say that the job is left as it is."""
+        """Print that the job may still run."""
         notice(f"{self._name} may still run on {self._builder.url}; run doit again and it is found")
 
 
@@ -138,16 +146,16 @@ _waiting: dict[int, Interest] = {}
 _waiting_lock = threading.Lock()
 
 told = threading.Event()
-"""Set when it has been said that the run was interrupted."""
+"""Set once the user has been notified that the run was interrupted."""
 
 ending = threading.Event()
-"""Set when the process ends, and with it what its threads wait for."""
+"""Set when the process starts to exit: the threads' waits end with it."""
 
 
 def end_what_is_left() -> None:
-    """Before the process ends, end what its threads still wait for: doit's threads die with it.
+    """Cancel the jobs that threads still wait for, because doit's threads die with the process.
 
-    At exit `build` calls it, before it closes the builders.
+    `build` calls this at exit, before it closes the builders.
     """
     ending.set()
     with _waiting_lock:
@@ -167,22 +175,22 @@ def end_what_is_left() -> None:
 
 
 class _Signals:
-    """What this process knows of the signals that end it.
+    """Signal state of this process.
 
     Attributes:
-        pid: the process; a fork has to begin anew.
-        before: the handlers that ours have replaced, by signal.
-        came: the first signal that came, 0 for none.
-        last: when the last one that counted came (monotonic).
-        waits: the main thread waits for something that a further signal is to end.
-        exiting: the process is on its way out: a signal ends those waits and nothing else.
-        further: how many came since then.
-        uncaught: Ctrl-C is what ends the process.
-        orphaned: our parent died.
-        watched: we end with our parent.
-        has_processes: doit starts processes.
-        forking: a process is being forked.
-        pending: the signal that came meanwhile.
+        pid: id of the process; a forked process resets the state.
+        before: the replaced signal handlers, by signal.
+        came: the first signal received, 0 for none.
+        last: monotonic time of the last signal that counted.
+        waits: the main thread is in an interruptible wait, which a further signal ends.
+        exiting: the process is exiting: a signal ends interruptible waits and nothing else.
+        further: number of signals received since then.
+        uncaught: the process ends because of an uncaught KeyboardInterrupt.
+        orphaned: the parent process died.
+        watched: a thread watches the parent process.
+        has_processes: doit starts worker processes.
+        forking: a fork is in progress.
+        pending: the signal received during the fork, 0 for none.
     """
 
     def __init__(self) -> None:
@@ -205,13 +213,13 @@ _signals = _Signals()
 
 
 def begin_run() -> bool:
-    """From now on, have SIGTERM and SIGHUP end this process as Ctrl-C does, and no number of signals show a traceback.
+    """Install the signal handlers: SIGTERM and SIGHUP end this process like Ctrl-C, and never with a traceback.
 
-    It is called before a task of ours runs, by the main thread where there are several. A handler of somebody else, and
-    a signal that is ignored (nohup), stay as they are. The processes that `doit -n` starts from now on end with us.
+    Call this before a task runs. Outside the main thread it does nothing. Handlers of other code and ignored signals
+    (nohup) are kept. Worker processes that `doit -n` starts from now on end with this process.
 
     Returns:
-        Whether it was not so before.
+        Whether the handlers were not installed before.
     """
     if threading.current_thread() is not threading.main_thread():
         return False
@@ -223,15 +231,15 @@ def begin_run() -> bool:
     _signals.came = 0
     _take_signals()
     atexit.unregister(_at_exit)
-    atexit.register(_at_exit)  # the last one is called first
+    atexit.register(_at_exit)  # atexit calls the function that was registered last first
     util = sys.modules.get("multiprocessing.util")
-    if util is not None:  # doit has made its queues with it: these forks are its own
+    if util is not None:  # doit has created its queues with it, so these forks are doit's
         _prepare_forks(util)
     return True
 
 
 def end_run() -> None:
-    """Have the signals do what they did before, unless one came: then the process is about to end."""
+    """Restore the previous signal handlers, unless a signal was received: then the process is about to exit."""
     if _signals.came or threading.current_thread() is not threading.main_thread():
         return
     for number, handler in _signals.before.items():
@@ -242,7 +250,7 @@ def end_run() -> None:
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Be ended by signals while one of our tasks runs, also in a process of `doit -n`."""
+    """Handle signals while the block runs a task, also in a worker process of `doit -n`."""
     begun = begin_run()
     is_child = multiprocessing.parent_process() is not None
     try:
@@ -253,7 +261,7 @@ def running() -> Iterator[None]:
             yield
     finally:
         if is_child and _signals.came:
-            # What it has left to do is doit's, whose queue may be locked by a process that was killed.
+            # The rest is doit's code, which may deadlock on a queue that a killed process has locked.
             threading.Thread(target=_leave_soon, daemon=True).start()
         elif begun:
             end_run()
@@ -261,7 +269,7 @@ def running() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let a signal end what the block waits for, also when the process is on its way out."""
+    """Let a signal end the waits in the block, also while the process exits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -282,8 +290,8 @@ def _take_signals() -> None:
 
 
 def _end(number: int, frame: types.FrameType | None) -> None:
-    """Raise what ends the run; on the way out, only where somebody waits for something."""
-    if os.getpid() != _signals.pid:  # a process that somebody else has forked
+    """Raise the exception that ends the run; during exit, only within an interruptible wait."""
+    if os.getpid() != _signals.pid:  # forked by other code
         signal.signal(number, _signals.before.get(number, signal.SIG_DFL))
         os.kill(os.getpid(), number)
         return
@@ -293,13 +301,13 @@ def _end(number: int, frame: types.FrameType | None) -> None:
     now = time.monotonic()
     is_child = multiprocessing.parent_process() is not None
     if _signals.came and is_child and number != signal.SIGINT:
-        return  # doit sends SIGTERM to its processes: that is no second wish
+        return  # doit sends SIGTERM to its worker processes: this is not a second request of the user
     if _signals.came and not _signals.waits and now - _signals.last < BOUNCE:
         return
     _signals.came = _signals.came or number
     _signals.last = now
     if not _signals.exiting or _signals.waits:
-        # A process of `doit -n` shows a KeyboardInterrupt with a traceback, and none that is a SystemExit too.
+        # A worker process of `doit -n` shows a KeyboardInterrupt with a traceback, unless it is also a SystemExit.
         raise Terminated(number) if is_child or number != signal.SIGINT else KeyboardInterrupt
     _signals.further += 1
     for process in multiprocessing.active_children():
@@ -312,7 +320,7 @@ def _end(number: int, frame: types.FrameType | None) -> None:
 
 
 def _exiting() -> None:
-    """Raise nothing any more: whoever ends now, such as Python itself, would show it with a traceback."""
+    """Stop raising exceptions: during exit, Python and other callers would show them with a traceback."""
     _signals.exiting = True
     if not _signals.before and threading.current_thread() is threading.main_thread():
         _take_signals()
@@ -330,11 +338,11 @@ def _at_exit() -> None:
         notice(how)
 
 
-@atexit.register  # as the module is loaded early, it is called late
+@atexit.register  # this module is loaded early, so the function is called late
 def _die_of_ctrl_c() -> None:
-    """End as a program that does not handle Ctrl-C, so that a shell ends the loop that we are in.
+    """Die of SIGINT like a program that does not handle Ctrl-C, so that a shell ends a loop around doit.
 
-    Python does it too, unless something has called exec() meanwhile, as imports of dataclasses do.
+    Python does this too, unless code has called exec() in the meantime, as imports of dataclasses do.
     """
     if _signals.uncaught and _signals.pid == os.getpid():
         _flush()
@@ -349,9 +357,9 @@ def _flush() -> None:
 
 
 def say_so_without_a_traceback() -> None:
-    """Let an interruption that ends the process end the jobs too, and be one line.
+    """Install a `sys.excepthook` that cancels the jobs on an uncaught interruption and reports it in one line.
 
-    doit passes it on to Python, which would show both their innards.
+    doit does not catch KeyboardInterrupt, so Python would show a traceback.
     """
     before = sys.excepthook
 
@@ -359,7 +367,7 @@ def say_so_without_a_traceback() -> None:
         if issubclass(kind, KeyboardInterrupt):
             _exiting()
             _signals.uncaught = True
-            end_what_is_left()  # at exit it may be too late: Python 3.12 starts no thread then
+            end_what_is_left()  # not at exit: Python 3.12 does not start threads there
             end_processes()
             if not told.is_set():
                 told.set()
@@ -371,14 +379,15 @@ def say_so_without_a_traceback() -> None:
         sys.excepthook = hook
 
 
-# processes of `doit -n`
+# worker processes of `doit -n`
 
 
 def end_processes() -> None:
-    """Have the processes of `doit -n` end, and wait for them.
+    """Terminate the worker processes of `doit -n` and wait for them.
 
-    doit tells them once, and only if it was not interrupted while it started them. A process that was just forked may
-    lose the signal (Python clears those that came before it was set up), and one that has heard it minds no other.
+    doit sends SIGTERM once, and only if it was not interrupted while it started them. A process that was just forked
+    may lose the signal, because Python clears signals that arrive before its setup. So the signal is repeated, which is
+    safe: a process that has handled one ignores further ones.
     """
     while _signals.has_processes and (left := multiprocessing.active_children()):
         for process in left:
@@ -387,7 +396,7 @@ def end_processes() -> None:
 
 
 def end_with_parent() -> None:
-    """In a process of `doit -n`, end when doit does, however that happens; its job goes on, as any killed client's."""
+    """In a worker process of `doit -n`, exit when doit exits, even if it was killed; the job keeps running."""
     parent = multiprocessing.parent_process()
     if parent is not None and not _signals.watched:
         _signals.watched = True
@@ -396,14 +405,14 @@ def end_with_parent() -> None:
 
 @cache
 def _prepare_forks(util: types.ModuleType) -> None:
-    """Have each process that doit forks begin anew, and no signal lost meanwhile."""
+    """Reset the signal state in each process that doit forks, and lose no signal during the fork."""
     _signals.has_processes = True
     util.register_after_fork(_signals, _after_fork)
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_here)
 
 
 def _before_fork() -> None:
-    """Put signals off: Python swallows what is raised by a function that it calls around a fork, as logging's are."""
+    """Postpone signals: Python swallows exceptions raised in at-fork functions, such as those of logging."""
     _signals.forking = True
 
 
@@ -415,13 +424,13 @@ def _after_fork_here() -> None:
 
 
 def _send_again(number: int) -> None:
-    """Send the main thread a signal, once it had time to note which process it has forked."""
+    """Send the main thread a signal after a delay in which it registers the process that it has forked."""
     time.sleep(BOUNCE)
     signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _after_fork(signals: _Signals) -> None:
-    """Begin anew in a process that was just forked. As long as it builds nothing, doit's SIGTERM just ends it."""
+    """Reset the signal state in a forked process. Until it runs a task, doit's SIGTERM has its default effect."""
     before = signals.before
     signals.__init__()  # type: ignore[misc]
     for number, handler in before.items():
@@ -431,10 +440,11 @@ def _after_fork(signals: _Signals) -> None:
 
 
 def _watch(parent: Any) -> None:
-    """Wait for the parent's end; then end the main thread's work, and with it the process."""
+    """Wait until the parent process ends; then interrupt the main thread and end this process."""
     from multiprocessing.connection import wait
 
-    # Processes that were forked after us hold the sentinel too. A fork server is no parent whose number would tell.
+    # Processes forked later hold the sentinel open too, so also compare the parent's id. With a fork server, the parent
+    # by id is the fork server, so only the sentinel counts.
     is_child = os.getppid() == parent.pid
     while not wait([parent.sentinel], LOOK) and (not is_child or os.getppid() == parent.pid):
         pass
@@ -444,17 +454,17 @@ def _watch(parent: Any) -> None:
 
 
 def _leave_soon() -> None:
-    """End the process, if it does not by itself."""
+    """End the process if it is still alive after `GRACE` seconds."""
     time.sleep(GRACE)
     os._exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _heard_by_this_thread() -> Iterator[None]:
-    """Let the first signal end what this thread waits for.
+    """Ensure that the first signal interrupts a blocking wait of this thread.
 
-    Of two that come at one moment, as Ctrl-C and doit's SIGTERM do, another thread may take both (signal(7): any one
-    of a process may); this one would then go on waiting, and hear of them when that is over.
+    If two signals arrive at once, as Ctrl-C and doit's SIGTERM do, the kernel may deliver both to another thread
+    (signal(7): any thread of a process may get them). This thread would then handle them only after its wait.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

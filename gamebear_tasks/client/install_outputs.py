@@ -1,4 +1,7 @@
-"""Artifacts become targets: whole, verified, all of them or none."""
+"""Installation of outputs as targets: complete, verified by SHA-256, all or none.
+
+Each output is downloaded to a temporary file in its target's folder, then installed by atomic rename.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,22 @@ from ..util.process import UMASK
 from ..util.text import size
 
 Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
-"""Gives an output, by name, from an offset on, to a sink; a limit of bytes at the most. Raises BuilderError."""
+"""Download an output: (name, offset, sink, limit), offset and limit in bytes. Raises BuilderError."""
 
 
 class Mismatch(JobError):
-    """What came is not what the builder said it would be."""
+    """The received content does not match the size or SHA-256 that the builder reported."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A target's content while it is still under way."""
+    """Partial download of a target.
+
+    Attributes:
+        target: path of the target.
+        path: path of the temporary file.
+        output: size and SHA-256 that the builder reported.
+    """
 
     target: Path
     path: Path
@@ -38,29 +47,29 @@ class _Part:
 
 
 STATEMENT = ".intoto.json"
-"""The suffix of the provenance statement beside a target, which no target may have itself."""
+"""File name suffix of the provenance statement beside a target. A target's own name may not have it."""
 
 
 def statement_of(target: Path) -> Path:
-    """Return where the provenance statement of a target is, or would be."""
+    """Return the path of a target's provenance statement, whether it exists or not."""
     return target.with_name(f"{target.name}{STATEMENT}")
 
 
 def part_pattern(target: Path) -> str:
-    """Return the glob, in the target's folder, of what interrupted downloads of this target leave."""
+    """Return the glob that matches partial downloads of a target, relative to the target's folder."""
     return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
 
 
 def _part(target: Path, output: Output) -> Path:
-    """Return where a target's content is while it is under way: another place for every name and content."""
+    """Return the path of a target's partial download, unique to the target's name and the output's SHA-256."""
     both = hashlib.sha256(os.fsencode(target.name) + b"/" + output.sha256.encode()).hexdigest()
     return target.parent / f".{_stem(target)}.{both[:16]}.part"
 
 
 def _stem(target: Path) -> str:
-    """Return what the name of a target's part begins with: the target's name, or a part of it and a hash.
+    """Return the stem of a partial download's name: the target's name, or a prefix of it and a hash.
 
-    The part's name is UTF-8 and has at most 255 bytes. No two targets of a folder have one stem.
+    The partial download's name is UTF-8 and has at most 255 bytes. Different targets in a folder have different stems.
     """
     name = os.fsencode(target.name)
     text = name[:60].decode("utf-8", "ignore")
@@ -68,7 +77,11 @@ def _stem(target: Path) -> str:
 
 
 def check_place(path: Path) -> None:
-    """Refuse a path where no file can be made, before hours are spent on what is to be there; raises JobError."""
+    """Check that a file can be created at a path, before hours are spent on building it.
+
+    Raises:
+        JobError: the path is a folder, one of its parents is not a folder, or permission is missing.
+    """
     if path.is_dir():
         raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
     folder = next(folder for folder in path.parents if os.path.lexists(folder))
@@ -79,24 +92,24 @@ def check_place(path: Path) -> None:
 
 
 def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
-    """Bring a job's outputs to their targets.
+    """Download a job's outputs and install them as its targets, all or none.
 
-    Each is written to a temporary file in its target's folder, where a broken-off download is taken up again, checked
-    against its SHA-256, synced; when all are there, each is renamed. A target that has the content already is not
-    fetched.
+    Each output is written to a temporary file in its target's folder, which resumes an interrupted download. It is
+    checked against its SHA-256 and synced. Once all are complete, each is renamed atomically. A sole target that has
+    the content already is not downloaded.
 
     Args:
-        targets: where each output goes, by the output's name.
-        outputs: what the builder says of each.
-        fetch: gets the content.
+        targets: path of each target, by the output's name.
+        outputs: size and SHA-256 that the builder reported, by the output's name. They are untrusted.
+        fetch: downloads the content.
 
     Returns:
-        How many bytes were fetched.
+        The number of bytes downloaded.
 
     Raises:
-        JobError: a target cannot be written: no space, no permission, a folder in the way.
-        Mismatch: an output is not what the builder said. Nothing is placed.
-        BuilderError: it cannot be fetched.
+        JobError: a target cannot be written: no space, no permission, a folder at its path.
+        Mismatch: an output does not match what the builder reported. Nothing is installed.
+        BuilderError: an output cannot be downloaded.
     """
     parts: list[_Part] = []
     fetched = 0
@@ -124,19 +137,19 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
 
 @contextlib.contextmanager
 def _opened(part: _Part) -> Iterator[BinaryIO]:
-    """Open a part for us alone, keeping what is in it; raises OSError."""
+    """Open a partial download under an exclusive file lock and keep its content; raises OSError."""
     with opened_alone(part.path) as fd, open(fd, "r+b", buffering=0, closefd=False) as file:
         try:
             yield file
         except BaseException:
             with contextlib.suppress(OSError):
                 if not os.fstat(fd).st_size and os.path.samestat(os.fstat(fd), os.stat(part.path)):
-                    part.path.unlink()  # nothing that could be gone on with
+                    part.path.unlink()  # an empty file is of no use for a resume
             raise
 
 
 def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
-    """Fetch what is missing of a part, verify it and sync it; return the bytes fetched."""
+    """Download the missing rest of a part, verify the whole and sync it; return the number of bytes downloaded."""
     output = part.output
     have = os.fstat(file.fileno()).st_size
     if have > output.size:
@@ -169,7 +182,7 @@ def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
 
 
 class _Checked:
-    """A file that is hashed as it is written, what was there before included."""
+    """A sink that writes to a file and hashes its content, including the `have` bytes that it already contains."""
 
     def __init__(self, file: BinaryIO, have: int) -> None:
         self._digest = hashlib.sha256()
@@ -189,7 +202,7 @@ class _Checked:
 
     def skip(self, count: int, /) -> None:
         self.size += count
-        self._file.truncate(self.size)  # first: no file system takes a size that is beyond reason
+        self._file.truncate(self.size)  # before hashing: the file system rejects an absurd size at once
         self._file.seek(self.size)
         for data in zeros(count):
             self._digest.update(data)
@@ -199,7 +212,10 @@ class _Checked:
 
 
 def _rename(parts: list[_Part]) -> None:
-    """Make targets of the parts. Where there are several, the old ones go first: a mixture is never to be seen."""
+    """Rename complete parts to their targets.
+
+    If there are several, the old targets are removed first, so that old and new ones never coexist.
+    """
     if len(parts) > 1:
         for part in parts:
             with contextlib.suppress(FileNotFoundError):
@@ -216,7 +232,7 @@ def _rename(parts: list[_Part]) -> None:
         raise
     for part in parts:
         with contextlib.suppress(OSError):
-            statement_of(part.target).unlink()  # it is about what was there before
+            statement_of(part.target).unlink()  # it describes the previous content
     for folder in {part.target.parent for part in parts}:
         sync_folder(folder)
     for part in parts:
@@ -225,7 +241,7 @@ def _rename(parts: list[_Part]) -> None:
 
 
 def _remove_unused(path: Path) -> None:
-    """Remove what a broken-off download of another content has left, unless another doit is at it now."""
+    """Remove a partial download of other content, unless another doit holds its lock."""
     with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:

@@ -1,9 +1,9 @@
-"""Marks: from which state each target was placed.
+"""Placement marks: the state from which each target was installed.
 
-doit's database knows the last success of each task. It does not know what a run placed that was killed or interrupted
-before the task's end, that used another database, or that called the task by another name. A mark is an empty file in
-`build/logs/.placed`, named by a hash of the target's path and by the state. While a target is being placed, its mark
-has no state.
+doit's database records the last success of each task. It does not record the targets that a run installed if the run
+was killed or interrupted before the task ended, used another database, or used another name for the task. A mark is an
+empty file in `build/logs/.placed`, named by a hash of the target's path and by the state. While a target is being
+installed, its mark has no state.
 """
 
 from __future__ import annotations
@@ -18,17 +18,24 @@ from ..runner.util.atomic_files import sync_folder
 from ..util.locations import LOGS
 
 PLACED = LOGS / ".placed"
-"""The marks' folder."""
+"""Folder of the marks."""
 
 LENGTH = 32
-"""Hexadecimal digits that a mark has of each hash."""
+"""Number of hexadecimal digits of each hash in a mark's name."""
 
 
 @contextlib.contextmanager
 def placing(targets: Iterable[str], state: str) -> Iterator[None]:
-    """Mark some targets as placed from a state, once a block has placed them; raises OSError.
+    """Mark targets as installed from a state once the block has installed them.
 
-    If the block fails, they count as placed from nothing: some may have changed.
+    If the block fails, their marks have no state, because some targets may have changed.
+
+    Args:
+        targets: paths of the targets.
+        state: the state that they are built from (see `Plan.state`).
+
+    Raises:
+        OSError: a mark cannot be written.
     """
     marks = _marks()
     mark = state[:LENGTH]
@@ -43,12 +50,12 @@ def placing(targets: Iterable[str], state: str) -> Iterator[None]:
         marks.difference_update(old)
         marks.update(keys)
         if old:
-            sync_folder(PLACED)  # before the targets are: a power cut may restore an old database
+            sync_folder(PLACED)  # before the targets change: a power cut may restore an old database
     yield
     for key in keys:
         try:
             os.rename(PLACED / key, PLACED / f"{key}{mark}")
-        except FileNotFoundError:  # another doit has placed this target meanwhile; which one was last is not known
+        except FileNotFoundError:  # another doit installed this target at the same time; the last writer is unknown
             os.makedirs(PLACED, exist_ok=True)
             (PLACED / key).touch()
         else:
@@ -57,7 +64,10 @@ def placing(targets: Iterable[str], state: str) -> Iterator[None]:
 
 
 def is_placed(targets: Iterable[str], state: str) -> bool:
-    """Say whether some targets were placed from a state, as far as there are marks."""
+    """Return whether no mark contradicts that the targets were installed from a state.
+
+    A target without a mark does not count as a contradiction.
+    """
     marks = _marks()
     mark = state[:LENGTH]
     others = [key for key in map(_key, targets) if key in marks or key + mark not in marks]
@@ -69,7 +79,10 @@ def _key(target: str) -> str:
 
 
 def _marks() -> set[str]:
-    """Return the names of all marks; listed once in a run of doit, whose other processes place other targets."""
+    """Return the names of all marks.
+
+    The folder is listed once per run of doit: the run's other processes install other targets.
+    """
     global _listing
     run = variables_of_this_run()
     if run is None or _listing[0] is not run:
@@ -81,4 +94,4 @@ def _marks() -> set[str]:
 
 
 _listing: tuple[object, set[str]] = None, set()
-"""The run of doit for which the marks were listed, and their names."""
+"""The run of doit for which the marks were listed, and the names of the marks."""

@@ -1,8 +1,9 @@
-"""Where an artifact comes from: a statement beside it, in the form of in-toto and SLSA.
+"""Provenance statements of artifacts, in the in-toto and SLSA formats.
 
-Each target has its own, as `<target>.intoto.json`: an in-toto Statement v1 with a predicate SLSA Provenance v1. What
-stands where is in docs/reference/provenance.md. It is written from the task's record, what its `artifact()` declares,
-and what the builder says of its images; that is kept beside the task's log, so that it has to be asked once.
+Each target has one at `<target>.intoto.json`: an in-toto Statement v1 with a predicate SLSA Provenance v1.
+docs/reference/provenance.md documents the fields. A statement combines the task's record, the declaration of its
+`artifact()`, and the builder's report on the images it used. The report is cached beside the task's log, so that the
+builder is queried once.
 Formats: https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1, https://github.com/package-url/purl-spec.
 """
 
@@ -31,29 +32,32 @@ from ..util.process import FILE_MODE
 from .install_outputs import statement_of
 
 BUILD_TYPE = "urn:x-gamebear-tasks:job:v1"
-"""What says how the rest of a job's statement is to be read: docs/reference/provenance.md."""
+"""`buildType` of a job's statement. It defines the meaning of the fields: docs/reference/provenance.md."""
 
 Json = dict[str, Any]
 
 IMAGE_TYPE = "urn:x-gamebear-tasks:image:v1"
-"""The same of an image that `sd_image()` bakes."""
+"""`buildType` of the statement of an SD-card image that `sd_image()` bakes."""
 
 CLOCK = 2.0
-"""Seconds that a file's time may be off: some file systems keep two only."""
+"""Seconds of tolerance for a file's timestamp: some file systems have a resolution of two seconds."""
 
 
 def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]:
-    """Write the statement of each target of a task that was built; return where they are.
+    """Write the statement of each target of a built task.
 
     Args:
-        task: its name.
-        plan: what it declares.
-        record: how it went, well.
-        builder: where it was built, which is asked what for, unless that was done before.
+        task: the task's name.
+        plan: the task's declaration.
+        record: the record of the successful build.
+        builder: the builder that built it; queried for its images unless the cached report is current.
+
+    Returns:
+        The paths of the statements.
 
     Raises:
         JobError: a statement cannot be written.
-        BuilderError: the builder cannot tell.
+        BuilderError: the builder cannot report what it used.
     """
     materials = _materials(task, record, builder)
     for image in materials.images:
@@ -65,7 +69,17 @@ def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]
 
 
 def write_statement(target: str, sha256: str, definition: Json, details: Json) -> Path:
-    """Write the statement of a target and return where it is; raises JobError."""
+    """Write the statement of a target and return the statement's path.
+
+    Args:
+        target: path of the target.
+        sha256: SHA-256 of the target.
+        definition: the predicate's `buildDefinition`.
+        details: the predicate's `runDetails`.
+
+    Raises:
+        JobError: the statement cannot be written.
+    """
     path = statement_of(Path(target))
     statement = {
         "_type": "https://in-toto.io/Statement/v1",
@@ -82,14 +96,14 @@ def write_statement(target: str, sha256: str, definition: Json, details: Json) -
 
 
 def check(record: Record) -> None:
-    """See that the targets are what was built; raises JobError."""
+    """Check that the targets have the SHA-256 of the record; raises JobError."""
     for made in record.outputs:
         if _sha256(made) != made.sha256:
             raise changed(record, made)
 
 
 def changed(record: Record, made: Made) -> JobError:
-    """Return the error of an artifact that is not what its record says."""
+    """Return the error for an artifact that does not match its record."""
     return JobError(
         f"{made.path} is not the file that {record.task} made: it was changed since, or is gone.",
         f"Have it made again: doit clean {record.task}, then doit {record.task}.",
@@ -104,7 +118,11 @@ def _sha256(made: Made) -> str:
 
 
 def _materials(task: str, record: Record, builder: Builder) -> Materials:
-    """Return what a job was built in, as it was told before, or as the builder tells it now."""
+    """Return the images and packages that a job was built in, from the cache or from the builder.
+
+    Raises:
+        BuilderError: the builder cannot report them.
+    """
     path = task_log.materials_of(task)
     run = {"task": task, "digest": record.digest, "attempt": record.attempt}
     known = read_json(path)
@@ -116,7 +134,7 @@ def _materials(task: str, record: Record, builder: Builder) -> Materials:
             "The package that this builder comes from has to do that; or set provenance to false.",
         )
     said = builder.materials(record.digest, record.attempt)
-    with contextlib.suppress(OSError):  # it is asked again
+    with contextlib.suppress(OSError):  # without the cache, the builder is queried again
         write_bytes(path, json.dumps({"run": run, "said": said}).encode())
     return Materials.of_document(said)
 
@@ -160,7 +178,7 @@ def _files(plan: Plan, job: Mapping[str, Any], kind: str) -> Iterator[Json]:
 
 
 def _declared(source: object) -> Json:
-    """Return a source as dodo.py declares it, without what may be secret in a URL."""
+    """Return a source as dodo.py declares it, without credentials, query and fragment of its URL."""
     fields = {name: getattr(source, name, None) for name in ("url", "rev", "submodules", "sha256", "strip", "package")}
     fields |= {name: getattr(source, name, None) for name in ("version", "suite")}
     if fields["url"]:
@@ -186,7 +204,7 @@ def _sources(plan: Plan, job: Mapping[str, Any]) -> Iterator[Json]:
 
 
 def _git_uri(url: str) -> str:
-    """Return the URI of a repository, as SPDX has it, of what `git fetch` takes."""
+    """Convert a repository address as accepted by `git fetch` to a URI in SPDX form."""
     if "://" in url:
         return url if url.startswith("git") else f"git+{url}"
     host, colon, path = url.partition(":")
@@ -204,7 +222,7 @@ def _image(image: UsedImage) -> Json:
 
 
 def _had(image: UsedImage) -> str:
-    """Return how the builder came to have an image, as far as its names tell."""
+    """Return the origin of an image, judged by its annotations and names: `built`, `registry`, `bootstrap` or empty."""
     ours = [name.removeprefix("localhost/gamebear-base:") for name in image.names if "/gamebear-base:" in name]
     if image.notes.get("base-id"):
         return "built"
@@ -225,7 +243,7 @@ def _packages(materials: Materials) -> Iterator[Json]:
 
 
 def details(record: Record, materials: Materials) -> Json:
-    """Return a statement's `runDetails`: by whom it was built, and when."""
+    """Return a statement's `runDetails`: the builder, the time and the log of the build."""
     builder = record.builder
     version = {"gamebear-tasks": _own_version(), "buildah": materials.buildah, "python": materials.python}
     times = {"startedOn": materials.begun, "finishedOn": materials.ended}
@@ -254,7 +272,7 @@ def _own_version() -> str:
 
 
 def resource(name: str, sha256: object = None, **annotations: str) -> Json:
-    """Return in-toto's ResourceDescriptor."""
+    """Return an in-toto ResourceDescriptor; empty annotations are omitted."""
     about = {key: value for key, value in annotations.items() if value}
     return {
         "name": name,

@@ -1,4 +1,4 @@
-"""Why a task was built: what differs between its job and that of its last record."""
+"""Rebuild reasons: the differences between a task's job and the job of its last record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..records.task_record import Record
 from ..util.text import in_line
 
 MOST = 8
-"""How many reasons of a kind are told one by one."""
+"""Maximum number of reasons of a kind that are listed individually."""
 
 NEVER = "never built here before"
 
@@ -25,23 +25,29 @@ ENDS = {
     "interrupted": "its last build was interrupted",
     "error": "its last build did not come to an end",
 }
-"""What is told of a last record that is not `done`."""
+"""Reason by the last record's state, if that is not `done`."""
 
 
 def reasons(plan: Plan, job: Job, last: Record | None, missing: Iterable[str]) -> tuple[str, ...]:
-    """Return why a task is to be built, a phrase each.
+    """Return the reasons for building a task, a phrase each.
 
     Args:
-        plan: what the task declares.
-        job: the job that came of it.
-        last: the record of the task's last run.
-        missing: the targets that were not there.
+        plan: the task's declaration.
+        job: the task's job.
+        last: the record of the task's last run; None without one.
+        missing: the targets that did not exist.
     """
     return _against(last, missing, lambda before: _differences(plan, job.document(), before))
 
 
 def reasons_to_bake(job: Mapping[str, Json], last: Record | None, missing: Iterable[str]) -> tuple[str, ...]:
-    """Return why an image is to be baked, a phrase each; the parameters are those of `reasons`."""
+    """Return the reasons for baking an SD-card image, a phrase each.
+
+    Args:
+        job: the image's document.
+        last: the record of the task's last run; None without one.
+        missing: the targets that did not exist.
+    """
 
     def differences(before: Mapping[str, Json]) -> Iterator[str]:
         if job["image"] != before.get("image"):
@@ -72,12 +78,12 @@ def _against(
 
 
 def missing(paths: Iterable[str]) -> list[str]:
-    """Return those of some files that are not there."""
+    """Return those paths that do not exist."""
     return [path for path in paths if not Path(path).exists()]
 
 
 def too_old(last: Record) -> bool:
-    """Say whether the time for which a result holds is up, by this machine's clock."""
+    """Return whether the last result has expired, by this machine's clock."""
     return last.valid is not None and time.time() - last.valid["since"] >= last.valid["seconds"]
 
 
@@ -97,7 +103,10 @@ def _differences(plan: Plan, now: Mapping[str, Json], before: Mapping[str, Json]
 
 
 def _of_each(plan: Plan, what: str, now: Mapping[str, Json], before: Mapping[str, Json]) -> Iterator[str]:
-    """Tell what is new, changed or gone of a job's modules, inputs, sources or arguments; never an argument's value."""
+    """Yield what was added, changed or removed among a job's modules, inputs, sources or arguments.
+
+    The values of arguments are never included.
+    """
     for name in sorted({*now, *before}):
         shown = plan.inputs.get(name, name) if what == "input" else name
         if name not in before:
