@@ -1,1 +1,1 @@
-"""Task logs, task records and the journal of runs."""
+"""Task logs, task records and the run journal."""

@@ -1,17 +1,17 @@
-"""The last runs of doit that did anything: what ran, how it went, what was up to date; lines of JSON, a file each.
+"""Run journal: tasks that ran, their results, and tasks that were up to date, for each of the last runs of doit.
 
-Each file of `build/logs/runs` is a run, whose lines are, in the order in which they came to be::
+Each file in `build/logs/runs` is the journal of a run in which a task ran, as JSON lines in chronological order::
 
     {"version": 1, "begun": 1580472000.25}
     {"record": {…}, "log": {"end": "…", "size": 51234}, "asked": ["umtprd"]}
     {"up_to_date": ["usbgx", …], "seconds": 41.5, "asked": []}
 
-A record is a task's (see `task_record`) without its `job`. `log` has the end of its log and the bytes of the whole;
-`asked` has what of the command line names the tasks of the line. The last line is written when doit ends, and is
-missing where it was killed. Whatever ran, in whichever process or thread of the run, adds its own line. `run_reader`
-reads them.
+`record` is a task record (see `task_record`) without its `job`. `log` contains the end of the task's log and the size
+of the whole log in bytes. `asked` lists the command line's words that name the tasks of the line. The last line is
+written when doit exits; it is missing if doit was killed. Every process and thread of the run appends its own lines
+under a file lock. `run_reader` reads the files.
 
-This module is loaded with every `dodo.py`: what it needs for more than a list of names is imported where it is needed.
+This module is loaded with every `dodo.py`, so its rarely needed imports are inside functions.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ if TYPE_CHECKING:
     from .task_record import Record
 
 RUNS = "build/logs/runs"
-"""Where the runs are kept, below the folder of `dodo.py`."""
+"""Folder of the journals, relative to the folder of `dodo.py`."""
 
 REPORT = "build/report.html"
-"""Where `doit report` writes its page, below the folder of `dodo.py`."""
+"""Output path of `doit report`, relative to the folder of `dodo.py`."""
 
 VERSION = 1
-"""Of the files."""
+"""Format version of the journals."""
 
 KEPT = 20
-"""How many runs are kept."""
+"""Maximum number of runs that are kept."""
 
 MOST = 16 << 20
-"""How many bytes they take together; the last one is kept all the same."""
+"""Maximum bytes of all journals together. The newest one is kept regardless of its size."""
 
 ENOUGH = 4 << 20
-"""Bytes of a run after which no more ends of logs are put into it."""
+"""Bytes of a journal from which on no log excerpts are added."""
 
 END = 16 << 10
-"""Bytes of a log's end that are kept."""
+"""Maximum bytes of a log excerpt: the end of a task's log."""
 
 END_OF_FAILED = 64 << 10
-"""Bytes of the log's end where the task failed."""
+"""Maximum bytes of a log excerpt of a task that did not succeed."""
 
 NAMES = 10_000
-"""How many tasks that were up to date are named."""
+"""Maximum number of up-to-date tasks that are listed by name."""
 
 up_to_date: list[str] = []
-"""The tasks whose `uptodate` found them so; doit may have run them all the same, because of a file."""
+"""Tasks whose `uptodate` check succeeded. doit may still have run them because a file changed."""
 
 
 def _file_of_this_run() -> str:
@@ -67,7 +67,12 @@ def _file_of_this_run() -> str:
 
 @contextlib.contextmanager
 def noted(note: Callable[[str, str], object]) -> Iterator[None]:
-    """While the block runs a task does: where it does not end well, tell `note` how (a record's state) and why."""
+    """Report the failure or interruption of a task that the block runs.
+
+    Args:
+        note: called with the record's state and the error message if the block raises an exception, or if the process
+            exits during the block.
+    """
     from ..errors import GamebearError, ImageError
 
     _underway[id(note)] = note
@@ -76,7 +81,7 @@ def noted(note: Callable[[str, str], object]) -> Iterator[None]:
     except (GamebearError, OSError) as error:
         note("failed" if isinstance(error, ImageError) else "error", str(error).partition("\n")[0])
         raise
-    except BaseException:  # Ctrl-C, or a fault of ours
+    except BaseException:  # Ctrl-C, or a bug
         note("interrupted", "")
         raise
     finally:
@@ -87,16 +92,16 @@ _underway: dict[int, Callable[[str, str], object]] = {}
 
 
 def keep(record: Record, log: Path | None) -> None:
-    """Write a task's record beside its log, and into the run that this process belongs to.
+    """Write a task's record beside its log, and append it to the journal of the current run; best effort.
 
     Args:
-        record: how it went.
-        log: its log; None where nothing of it is in one.
+        record: the task's record.
+        log: path of the task's log; None without a log.
     """
     from .task_log import record_of
 
     own = record_of(record.task)
-    with contextlib.suppress(OSError):  # nothing depends on it
+    with contextlib.suppress(OSError):  # best effort: nothing depends on the record
         own.parent.mkdir(parents=True, exist_ok=True)
         record.write(own)
     document = record.document()
@@ -107,16 +112,16 @@ def keep(record: Record, log: Path | None) -> None:
 
 
 def last(task: str) -> Record | None:
-    """Return the record of a task's last run; None where there is none."""
+    """Return the record of a task's last run; None without one."""
     from .task_log import record_of
     from .task_record import Record
 
     record = Record.read(record_of(task))
-    return record if record is not None and record.task == task else None  # an older release mixed up some names
+    return record if record is not None and record.task == task else None  # older releases had file name collisions
 
 
 def _add(path: str, line: dict[str, Any], log: Path | None = None) -> None:
-    """Add a line to a run's file, with the end of a log if there is room; raises OSError."""
+    """Append a line to a journal, with a log excerpt if the journal is small enough; raises OSError."""
     import fcntl
     import json
 
@@ -129,18 +134,18 @@ def _add(path: str, line: dict[str, Any], log: Path | None = None) -> None:
         if not have:
             write_all(fd, json.dumps({"version": VERSION, "begun": _begun()}).encode() + b"\n")
             _forget_old(path)
-        elif os.pread(fd, 1, have - 1) != b"\n":  # whoever wrote it was killed
+        elif os.pread(fd, 1, have - 1) != b"\n":  # the writer of the last line was killed
             write_all(fd, b"\n")
         if log is not None and have < ENOUGH:
             line["log"] = _end_of(log, END if line["record"]["state"] == "done" else END_OF_FAILED)
         write_all(fd, json.dumps(line).encode() + b"\n")
-        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone would not, if another thread has forked meanwhile
+        fcntl.flock(fd, fcntl.LOCK_UN)  # close() does not unlock if another thread has forked in the meantime
     finally:
         os.close(fd)
 
 
 def _begun() -> float:
-    """Return when doit was started, in seconds since 1970."""
+    """Return the start time of doit, in seconds since 1970."""
     import time
 
     from .task_record import since_start
@@ -149,7 +154,12 @@ def _begun() -> float:
 
 
 def _end_of(log: Path, most: int) -> dict[str, Any]:
-    """Return the end of a log, from the beginning of a line if there is one, and the size of the whole."""
+    """Return the end of a log and the size of the whole log in bytes.
+
+    Args:
+        log: path of the log.
+        most: maximum bytes of the end, which starts at a line's beginning if possible.
+    """
     with contextlib.suppress(OSError), log.open("rb") as file:
         whole = file.seek(0, os.SEEK_END)
         file.seek(max(0, whole - most))
@@ -161,12 +171,12 @@ def _end_of(log: Path, most: int) -> dict[str, Any]:
 
 
 def _forget_old(newest: str) -> None:
-    """Remove the oldest runs, until as many are left as are kept."""
+    """Remove the oldest journals that exceed the limits `KEPT` and `MOST`."""
     kept = [os.stat(newest)]
     others = []
     for entry in os.scandir(RUNS):
         if entry.name.endswith(".jsonl") and entry.path != newest:
-            with contextlib.suppress(FileNotFoundError):  # another doit forgets it at this moment
+            with contextlib.suppress(FileNotFoundError):  # race: another doit removes it at the same time
                 others.append((entry.stat(), entry.path))
     for about, path in sorted(others, key=lambda other: other[0].st_mtime_ns, reverse=True):
         if len(kept) < KEPT and sum(each.st_size for each in kept) + about.st_size <= MOST:
@@ -177,7 +187,7 @@ def _forget_old(newest: str) -> None:
 
 
 def _asked(tasks: Iterable[str]) -> list[str]:
-    """Return the words of the command line that name some tasks, or their groups."""
+    """Return the words of doit's command line that name one of the tasks, or its group."""
     words = sys.argv[1:]
     if not words:
         return []
@@ -186,7 +196,10 @@ def _asked(tasks: Iterable[str]) -> list[str]:
 
 
 def _at_end() -> None:
-    """Note what is still under way in threads, which end with the process; in a run with records, what was skipped."""
+    """At exit, record the tasks that threads still run as interrupted, and complete the run's journal.
+
+    A journal that does not exist is not created: no task ran.
+    """
     for note in list(_underway.values()):
         note("interrupted", "")
     path = _file_of_this_run()

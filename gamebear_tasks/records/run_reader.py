@@ -1,4 +1,4 @@
-"""The last runs of doit, as `run_journal` has kept them."""
+"""Reader for the journals of the last runs of doit that `run_journal` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Entry:
     """A task that ran.
 
     Attributes:
-        record: how it went; its `job` is not kept.
+        record: its record, without the `job`.
         log: the end of its log.
         size: bytes of the whole log.
     """
@@ -31,12 +31,12 @@ class Run:
     """A run of doit.
 
     Attributes:
-        begun: when, in seconds since 1970.
-        seconds: how long it took; until the last task's end, where doit was killed.
-        asked: the words of the command line that name tasks; empty for the default ones.
+        begun: start time, in seconds since 1970.
+        seconds: its duration; up to the end of the last task if doit was killed.
+        asked: the words of the command line that name tasks; empty for the default tasks.
         entries: the tasks that ran, in the order in which they ended.
-        up_to_date: the names of those that did not have to.
-        is_whole: whether doit said that it ended.
+        up_to_date: names of the tasks that were up to date and did not run.
+        is_whole: whether the journal is complete; false if doit was killed.
     """
 
     begun: float
@@ -48,7 +48,7 @@ class Run:
 
 
 def last_runs() -> list[Run]:
-    """Return the runs that are kept, the last one first."""
+    """Return the runs in the journal, newest first."""
     try:
         paths = [entry.path for entry in os.scandir(RUNS) if entry.name.endswith(".jsonl")]
     except OSError:
@@ -58,7 +58,7 @@ def last_runs() -> list[Run]:
 
 
 def _read(path: str) -> Run | None:
-    """Read a run, as far as its lines are whole; None where it has no record."""
+    """Read a run from its file, ignoring damaged lines; None if it contains no valid record."""
     begun = seconds = 0.0
     asked: dict[str, None] = {}
     entries: list[Entry] = []

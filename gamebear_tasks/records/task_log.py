@@ -1,4 +1,4 @@
-"""A task's log: kept in a file, shown as it comes, gone on with where a run was interrupted."""
+"""Task log: saved to a file, shown live, and resumed after an interrupted run."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ..util.messages import notice
 from ..util.text import line_of, printable, size, without_escapes
 
 LIMIT = 1 << 30
-"""Bytes of a log that are kept; what comes after them is only shown."""
+"""Maximum bytes of a log that are saved. The rest is only shown."""
 
 LONG = 8 << 10
-"""Characters after which a line without an end is shown."""
+"""Number of characters from which on an incomplete line is shown."""
 
 _LAST = 16384
-"""Bytes of the log's end in which its last lines are looked for."""
+"""Bytes at the log's end that are searched for its last lines."""
 
 
 def path_of(task: str) -> Path:
-    """Return where a task's log is kept; no two tasks share a file."""
+    """Return the path of a task's log, unique to the task."""
     return _file_of(task, "", ".log")
 
 
 def record_of(task: str) -> Path:
-    """Return where the record of a task's last run is kept (see `timing`)."""
+    """Return the path of the record of a task's last run (see `task_record`)."""
     return _file_of(task, "", ".json")
 
 
 def materials_of(task: str) -> Path:
-    """Return where the images and packages that a task's last result was built in are kept (see `provenance`)."""
+    """Return the path of the cached report on the images and packages of a task's last build (see `provenance`)."""
     return _file_of(task, ".", ".materials")
 
 
@@ -46,37 +46,37 @@ def _note_of(task: str) -> Path:
 
 
 def _file_of(task: str, prefix: str, suffix: str) -> Path:
-    from ..util.file_names import file_name  # here, because an up-to-date run needs none
+    from ..util.file_names import file_name  # here, because an up-to-date run does not need it
 
     return LOGS / f"{prefix}{file_name(task)}{suffix}"
 
 
 def noted(task: str) -> tuple[str, str]:
-    """Return the digest and attempt of the job that a task's log is of; empty strings where there is none."""
+    """Return the digest and attempt of the job that a task's log belongs to; empty strings without a log."""
     note = read_json(_note_of(task))
     if not isinstance(note, dict) or note.get("task") != task:
-        return "", ""  # an older release kept two tasks' notes in one file
+        return "", ""  # in an older release, two tasks could share a file
     digest, attempt = note.get("digest"), note.get("attempt")
     return (digest, attempt) if isinstance(digest, str) and isinstance(attempt, str) else ("", "")
 
 
 class Out(Protocol):
-    """Where a log is shown: a stream, or who shows it in lines."""
+    """Output of a live log: a stream, or a view that shows lines."""
 
     def write(self, text: str, /) -> object:
-        """Show a text."""
+        """Write text."""
         ...
 
     def flush(self) -> object:
-        """Show it now."""
+        """Show the written text at once."""
         ...
 
 
 class Harmless:
-    """Shows a log's text as it comes, without what a terminal would act on: it is a builder's, which may be anybody's.
+    """Live output of a log, sanitized of terminal escape sequences, because the builder is untrusted.
 
     Args:
-        out: where.
+        out: the stream to write to.
     """
 
     def __init__(self, out: Out) -> None:
@@ -86,7 +86,7 @@ class Harmless:
         self._is_ended = True
 
     def write(self, text: str) -> object:
-        """Show a text; a line with an escape in it when it is whole, or long."""
+        """Write text. A line with an escape sequence is held back until it is complete or long."""
         text = self._rest + text
         end = text.rfind("\n") + 1
         whole = len(text) - ("\x1b" not in text[end:] and text.endswith("\r"))  # a line feed may follow
@@ -97,11 +97,11 @@ class Harmless:
         return None
 
     def flush(self) -> None:
-        """Show it now."""
+        """Flush the stream; text that is held back stays."""
         self._out.flush()
 
     def close(self) -> None:
-        """Show what is left, and end its line."""
+        """Write the rest, and end its line."""
         self._show(self._rest)
         self._rest = ""
         if not self._is_ended:
@@ -116,15 +116,19 @@ class Harmless:
 
 
 class TaskLog:
-    """A task's log: kept in a file, shown as it comes.
+    """A task's log: saved to a file and shown live.
 
-    A note beside the file names the task, and the attempt of the job that the log is of. A later run of this task
-    resumes there; a log whose note names another task or attempt is written anew.
+    A note beside the file names the task and the job's digest and attempt. A later run of this task resumes the log at
+    its end. If the note names another task, job or attempt, the log is overwritten.
 
     Args:
         task: the task's name.
-        out: where all of it is shown; None for nowhere.
-        tell: called with what comes, where that is of interest.
+        out: output for the live log; None to hide it.
+        tell: called with each decoded piece of the log; None for no callback.
+
+    Attributes:
+        path: path of the log.
+        offset: number of bytes of the attempt's log received so far.
     """
 
     def __init__(self, task: str, out: Out | None, tell: Callable[[str], None] | None = None) -> None:
@@ -148,7 +152,7 @@ class TaskLog:
         self._file.close()
 
     def begin(self, digest: str, attempt: str) -> None:
-        """Go on with an attempt's log where it was left, or begin it."""
+        """Resume the log of an attempt, or start it."""
         self.offset = 0
         if noted(self._task) == (digest, attempt):
             self.offset = os.fstat(self._file.fileno()).st_size
@@ -160,15 +164,19 @@ class TaskLog:
 
     @property
     def is_shown(self) -> bool:
-        """Whether all of it is shown, now and not by an earlier run."""
+        """Whether this run shows the whole log, not just the part after a resume."""
         return self._out is not None and not self._resumed
 
     def hide(self) -> None:
-        """Show nothing of what comes: it is an old log."""
+        """Stop showing the log, because it is the log of an earlier build."""
         self._out = self._tell = None
 
     def write(self, data: bytes) -> None:
-        """Keep and show what came."""
+        """Append data to the file, up to `LIMIT` bytes, and show it.
+
+        Raises:
+            JobError: the file cannot be written.
+        """
         if not data:
             return
         room = max(0, LIMIT - self.offset)
@@ -186,7 +194,7 @@ class TaskLog:
             try:
                 self._out.write(text)
                 self._out.flush()
-            except OSError:  # nobody reads it any more, say; the build goes on
+            except OSError:  # for example a closed pipe; the build continues
                 self._out = None
 
     def _keep(self, data: memoryview) -> None:
@@ -200,7 +208,7 @@ class TaskLog:
             ) from error
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the last lines, as a person may see them."""
+        """Return the log's last lines, sanitized for display and cut to 400 characters each."""
         data = self._last
         if self.offset <= LIMIT:
             with self.path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""Where the time of a task goes, and how it went: the record of it, kept beside the task's log.
+"""Task records: result, phases, transferred bytes and outputs of a task's last run, saved beside its log.
 
-The record is JSON, written when a task has ended, well or not, and replaced when it has run again::
+A record is JSON. It is written when the task ends, whether it succeeded or not, and replaced by the next run::
 
     {"version": 1, "task": "umtprd", "digest": "…", "attempt": "…", "builder": "ssh://pi@buildpi",
      "state": "done", "failure": "", "had": "built", "why": ["buildscripts/umtprd.py changed"],
@@ -10,11 +10,11 @@ The record is JSON, written when a task has ended, well or not, and replaced whe
      "phases": [{"name": "hash", "start": 0.0, "seconds": 0.012}, …],
      "job": {"arch": "armhf", "script": {"name": "umtprd.py", "sha256": "…"}, …}}
 
-`begun` is when doit began the task, by this machine's clock; the starts of the phases count from there, in seconds, and
-are negative for what was before: the loading of doit, a build that another doit had begun. The phases do not overlap,
-but for the builder's own, which go on while it is followed. `had` says how the result was had: `built`, `followed`
-(it was being built already) or `fetched` (it had been built before); an image that was baked here is `baked`. `job` is
-the job's document (see `job`), its arguments as they are.
+`begun` is the time at which doit started the task, by this machine's clock. The starts of the phases are seconds since
+`begun`. They are negative for phases before it: loading doit, a build that another doit started. The client's phases
+do not overlap each other; the builder's phases overlap the client's. `had` is the origin of the result: `built`,
+`followed` (the build was already running), `fetched` (it was built before) or `baked` (an SD-card image, made on this
+machine). `job` is the job's document (see `jobspec.spec`), including the values of its arguments.
 """
 
 from __future__ import annotations
@@ -37,32 +37,34 @@ from ..util.process import FILE_MODE, doit_process
 from ..util.text import duration
 
 VERSION = 1
-"""Of the record."""
+"""Format version of the record."""
 
 MOST_SECONDS = 1e11
-"""No time of a record is longer, or longer ago: three thousand years."""
+"""Seconds beyond which a duration or time in a record is invalid: three thousand years."""
 
 CLIENT = ("load", "connect", "hash", "sources", "upload", "fetch", "place")
-"""The phases on this machine: from doit's start to its first task; reaching the builder; hashing the job's files;
-having its sources; sending what the builder lacks; getting the outputs; making targets of them."""
+"""Phases on this machine: start of doit until its first task; connecting to the builder; hashing the job's files;
+fetching its sources; uploading files that the builder lacks; downloading outputs; installing them as targets."""
 
 BUILDER = ("queue", "prepare", "container", "packages", "build", "commit", "keep")
-"""The phases on the builder: waiting for a slot; laying out the job; making and removing containers; having the images
-of `packages_image`; the script, which is running its commands; committing images; hashing the outputs."""
+"""Phases on the builder: waiting for a slot; preparing the job's workspace; creating and removing containers;
+providing the images of `packages_image`; running the script and its commands; committing images; hashing and storing
+the outputs."""
 
 BAKER = ("unpack", "check", "compose", "grow", "write", "compress", "place")
-"""The phases of baking an image, besides `load`: unpacking the base; checking file systems, first the base's and in
-the end the image's; reading it and deciding on what goes in; making room; writing; compressing; renaming."""
+"""Phases of baking an SD-card image, besides `load`: unpacking the base; checking the file systems of the base and
+finally of the image; reading the base and composing the contents; growing the file systems; writing; compressing;
+renaming."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A span of time.
+    """A phase of a task or job: a time span.
 
     Attributes:
         name: one of `CLIENT`, `BUILDER` or `BAKER`.
-        start: seconds since the task was begun, or since the builder was told of the job.
-        seconds: how long it was.
+        start: seconds since the task started; in a builder's report, seconds since the job was submitted.
+        seconds: its duration.
     """
 
     name: str
@@ -72,13 +74,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Made:
-    """An output that became a target.
+    """An output that was installed as a target.
 
     Attributes:
-        name: the output's.
-        path: the target's.
-        size: in bytes.
-        sha256: of its content; empty where that was not taken.
+        name: the output's name.
+        path: the target's path.
+        size: bytes of its content.
+        sha256: SHA-256 of its content; empty if it was not computed.
     """
 
     name: str
@@ -89,26 +91,26 @@ class Made:
 
 @dataclass(frozen=True)
 class Record:
-    """How a task went.
+    """Record of a task's run.
 
     Attributes:
-        task: its name.
-        digest: its job's; empty where it did not come to one.
-        builder: the builder's URL, as it may be shown; empty for this machine.
-        state: how it ended: `done`; as the job did: `failed`, `cancelled`; `interrupted` by Ctrl-C; `error`, where
-            the job may be well, but the builder, the network or this machine was not.
-        had: `built`, `followed`, `fetched` or `baked`.
-        begun: when, in seconds since 1970.
-        seconds: how long it took.
+        task: the task's name.
+        digest: the job's digest; empty if the task failed before it had a job.
+        builder: the builder's URL without credentials; empty for this machine.
+        state: the result: `done`; `failed` or `cancelled` like the job; `interrupted` by a signal; `error` for a
+            failure of the builder, the network or this machine, not of the job.
+        had: origin of the result: `built`, `followed`, `fetched` or `baked`.
+        begun: start time, in seconds since 1970.
+        seconds: its duration.
         up: bytes sent to the builder.
-        down: bytes that came from it.
-        phases: in the order of their start.
-        attempt: the builder's name of this run of the job; empty where it has none.
-        why: why it was run, a phrase each (see `reasons`).
-        failure: what went wrong, a paragraph; empty where nothing did.
-        outputs: what became targets.
-        valid: since when (seconds since 1970), and for how many seconds the result holds; None: for ever.
-        job: the job's document; empty where it did not come to one.
+        down: bytes received from the builder.
+        phases: its phases, sorted by start.
+        attempt: the builder's id of this run of the job; empty without one.
+        why: the reasons for the build, a phrase each (see `rebuild_reasons`).
+        failure: the error message, a paragraph; empty if there was no error.
+        outputs: the outputs that were installed as targets.
+        valid: `since` (seconds since 1970) and `seconds` for which the result is valid; None if it never expires.
+        job: the job's document; empty if the task failed before it had a job.
     """
 
     task: str
@@ -129,16 +131,16 @@ class Record:
     job: Mapping[str, Json] = field(default_factory=dict)
 
     def totals(self) -> dict[str, float]:
-        """Return the seconds of each phase that there was, in the order in which they first began."""
+        """Return the total seconds by phase name, in the order of the phases' first starts."""
         totals: dict[str, float] = {}
         for phase in self.phases:
             totals[phase.name] = round(totals.get(phase.name, 0.0) + phase.seconds, 3)
         return totals
 
     def line(self) -> str:
-        """Return the record as a sentence."""
+        """Return a one-line summary of the record."""
         totals = self.totals()
-        totals.pop("load", None)  # it was before
+        totals.pop("load", None)  # before the task started, so not part of its duration
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in totals.items() if seconds >= 0.05)
         text = f"{self.task}: {self.had} in {duration(self.seconds)} on {self.builder}"
         return f"{text} ({spent})" if spent else text
@@ -167,13 +169,13 @@ class Record:
         }
 
     def write(self, path: Path) -> None:
-        """Write the record, which nothing depends on after a power cut; raises OSError."""
+        """Write the record atomically, without fsync: it may be lost in a power cut. Raises OSError."""
         with written_aside(path, mode=FILE_MODE, sync=False) as file:
             file.write(json.dumps(self.document(), indent=1).encode() + b"\n")
 
     @classmethod
     def of_document(cls, document: Any) -> Record | None:
-        """Return a record from its JSON; None where it is none. What is missing in older ones is empty."""
+        """Parse a record from JSON; None if it is invalid. Fields that older records lack are empty."""
         try:
             if document["version"] != VERSION:
                 return None
@@ -206,12 +208,12 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> Record | None:
-        """Return the record of a file; None where there is none, or a damaged one."""
+        """Read a record from a file; None if the file is missing or damaged."""
         return cls.of_document(read_json(path))
 
 
 def finite(value: Any) -> float:
-    """Return a time of a record in seconds, which may be negative; raises ValueError."""
+    """Validate a time in a record, in seconds, possibly negative; raises ValueError."""
     number = float(value)
     if not abs(number) < MOST_SECONDS:  # NaN is not less than anything
         raise ValueError("no time")
@@ -219,7 +221,7 @@ def finite(value: Any) -> float:
 
 
 def _count(value: Any) -> int:
-    """Return a number of bytes of a record; raises ValueError."""
+    """Validate a number of bytes in a record; raises ValueError."""
     number = int(value)
     if not 0 <= number < 1 << 63:
         raise ValueError("no number of bytes")
@@ -227,32 +229,37 @@ def _count(value: Any) -> int:
 
 
 def _seconds_of(begun: str) -> float:
-    """Return a time of a record in seconds since 1970; raises ValueError."""
+    """Parse the time stamp of a record to seconds since 1970; raises ValueError."""
     whole, _, rest = begun.removesuffix("Z").partition(".")
     return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{rest or 0}")
 
 
 class Listener(Protocol):
-    """Who is told at once what a stopwatch notices."""
+    """Observer of a stopwatch."""
 
     def phase(self, name: str) -> None:
-        """A phase has begun, or goes on; empty: none."""
+        """Handle the start or continuation of a phase; an empty name if no phase is active."""
         ...
 
     def moved(self, up: int, down: int) -> None:
-        """So many bytes have gone to the builder by now, and come from it."""
+        """Handle new totals of the bytes sent to the builder and received from it."""
         ...
 
     def expects(self, up: int, down: int, count: int) -> None:
-        """The same, and how many more are about to."""
+        """Handle the start of a transfer of `count` bytes; `up` and `down` are the totals before it."""
         ...
 
 
 class Stopwatch:
-    """Takes the time of a task, and counts what goes to the builder and comes back.
+    """Measures the phases of a task, and counts the bytes sent to the builder and received from it.
 
     Args:
-        listener: who is told at once.
+        listener: observer that is notified immediately.
+
+    Attributes:
+        begun: start time, in seconds since 1970.
+        up: bytes sent to the builder.
+        down: bytes received from the builder.
     """
 
     def __init__(self, listener: Listener | None = None) -> None:
@@ -270,7 +277,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Let `phase`, `sent` and `received` of this thread count for this task while the block runs."""
+        """Make `phase`, `sent`, `received` and `expected` of this thread apply to this task during the block."""
         token = _running.set(self)
         try:
             yield
@@ -279,7 +286,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Take the time of a block as a phase."""
+        """Measure a block as a phase."""
         outer = self._phase
         self._enter(name)
         try:
@@ -295,36 +302,40 @@ class Stopwatch:
             self._listener.phase(name)
 
     def count(self, up: int = 0, down: int = 0) -> None:
-        """Count bytes that went to the builder and came from it."""
+        """Count bytes sent to the builder and received from it."""
         self.up += up
         self.down += down
         if self._listener is not None:
             self._listener.moved(self.up, self.down)
 
     def expect(self, count: int) -> None:
-        """Let it be known how many bytes are about to go or come."""
+        """Announce a transfer of `count` bytes to the listener."""
         if self._listener is not None:
             self._listener.expects(self.up, self.down, count)
 
     def elapsed(self) -> float:
-        """Return the seconds since the task was begun."""
+        """Return the seconds since the task started."""
         return time.monotonic() - self._phases.began
 
     def builder_spent(self, phases: Iterable[Phase]) -> None:
-        """Note where a builder says that the time of a job went which ends now; its clock is not ours."""
+        """Add the builder's phases of a job that ends now.
+
+        Their starts are relative to the job's submission. They are aligned so that the last one ends now, because the
+        builder's clock may differ from this machine's.
+        """
         phases = tuple(phases)
         self._told = self.elapsed() - max((phase.start + phase.seconds for phase in phases), default=0.0)
         self._builders = tuple(replace(phase, start=round(self._told + phase.start, 3)) for phase in phases)
 
     def record(self, task: str, digest: str, builder: str, state: str, had: str) -> Record:
-        """Return how the task went until now; its parameters are the record's."""
+        """Return a record of the task up to now; the parameters are attributes of `Record`."""
         phases = [self._until_told(Phase(*span)) for span in self._phases.spans] + list(self._builders)
         phases.sort(key=lambda phase: phase.start)
         elapsed = round(self.elapsed(), 3)
         return Record(task, digest, builder, state, had, self.begun, elapsed, self.up, self.down, tuple(phases))
 
     def _until_told(self, phase: Phase) -> Phase:
-        """Return an upload without what the builder did of the job before it answered."""
+        """Cut an upload phase at the job's submission: the builder may work on the job before it responds."""
         if phase.name != "upload" or not phase.start < self._told < phase.start + phase.seconds:
             return phase
         return replace(phase, seconds=round(self._told - phase.start, 3))
@@ -335,7 +346,7 @@ _running: ContextVar[Stopwatch | None] = ContextVar("_running", default=None)
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Take the time of a block as a phase of the task that this thread works for, if it works for one."""
+    """Measure a block as a phase of this thread's current task, if it has one."""
     watch = _running.get()
     if watch is None:
         yield
@@ -345,19 +356,19 @@ def phase(name: str) -> Iterator[None]:
 
 
 def sent(count: int) -> None:
-    """Count bytes that went to the builder for the task that this thread works for."""
+    """Count bytes sent to the builder for this thread's current task."""
     if watch := _running.get():
         watch.count(up=count)
 
 
 def received(count: int) -> None:
-    """Count bytes that came from the builder for the task that this thread works for."""
+    """Count bytes received from the builder for this thread's current task."""
     if watch := _running.get():
         watch.count(down=count)
 
 
 def expected(count: int) -> None:
-    """Say how many bytes are about to go or come for the task that this thread works for."""
+    """Announce a transfer of `count` bytes for this thread's current task."""
     if watch := _running.get():
         watch.expect(count)
 
@@ -366,7 +377,7 @@ _loaded = False
 
 
 def _loading() -> float | None:
-    """Return the seconds since doit was started, once in a process; None where that is not known (no procfs)."""
+    """Return the seconds since doit started, on the first call in a process; None later, or without procfs."""
     global _loaded
     if _loaded:
         return None
@@ -375,7 +386,7 @@ def _loading() -> float | None:
 
 
 def since_start() -> float | None:
-    """Return the seconds since doit was started; None where that is not known (no procfs)."""
+    """Return the seconds since doit started; None if the start time is unknown (no procfs)."""
     _, started = doit_process()
     if not started:
         return None
