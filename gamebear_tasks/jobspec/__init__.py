@@ -1,1 +1,1 @@
-"""The job as data, and its digest."""
+"""Jobs as pure data, and their digests."""

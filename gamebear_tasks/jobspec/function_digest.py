@@ -1,4 +1,4 @@
-"""Python functions as jobs: a canonical pickle, which is what is sent and what the job's digest covers."""
+"""Digest of Python functions: a function is sent as a canonical pickle, whose SHA-256 the job's digest covers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class PickledFunction:
     """A function as it was when `artifact()` was called.
 
     Attributes:
-        name: what it is called in messages and in its job.
-        data: its pickle, see `canonical_pickle`.
-        modules: the local modules that it imports, by their path below the folder of its own module.
-        lines: where its code was written, as JSON: a list of `[file, first line, line table in Base64]`. It serves
-            tracebacks, and the digest does not cover it.
+        name: its name in messages and in its job.
+        data: its pickle (see `canonical_pickle`).
+        modules: local modules that it imports, by path relative to the folder of its own module.
+        lines: source positions of its code for tracebacks, as JSON: a list of `[file, first line, line table in
+            Base64]`. The digest does not cover them.
     """
 
     name: str
@@ -44,15 +44,15 @@ class PickledFunction:
 
 
 def name_of(function: Function) -> str:
-    """Return what a function is called in messages and in its job."""
+    """Return a function's name for messages and for its job."""
     return str(getattr(function, "__qualname__", type(function).__name__)).replace("/", "_")
 
 
 def pickled(function: Function) -> PickledFunction:
-    """Pickle a function, with what it uses of its own module by value.
+    """Pickle a function canonically; everything that it uses from its own module is pickled by value.
 
     Raises:
-        SettingsError: it uses something that cannot be pickled, or not in the same way twice; a local module is not
+        SettingsError: the function uses an object that cannot be pickled, or not reproducibly; a local module is not
             Python.
     """
     own = _own_module(function)
@@ -68,14 +68,14 @@ def pickled(function: Function) -> PickledFunction:
 
 
 def _own_module(function: Any) -> Any:
-    """Return the module that a function belongs to; None where it has none."""
+    """Return the module that defines a function; None if it is unknown."""
     while isinstance(wrapped := getattr(function, "func", None), Callable):  # type: ignore[arg-type]
         function = wrapped  # functools.partial
     return sys.modules.get(getattr(function, "__module__", None) or "")
 
 
 def _modules(own: Any, imports: frozenset[str]) -> dict[str, Path]:
-    """Return the local modules among some imports: those in the folder from which a function's module is imported."""
+    """Return the local modules among the imports: those in the folder that a function's own module is imported from."""
     file = getattr(own, "__file__", None)
     if not isinstance(file, str):
         return {}
@@ -85,7 +85,7 @@ def _modules(own: Any, imports: frozenset[str]) -> dict[str, Path]:
 
 
 def _from_here(path: Path) -> Path:
-    """Return a path as an author would write it: relative, where it is below the current folder."""
+    """Make a path relative if it is below the current folder."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
@@ -96,12 +96,12 @@ def _lines(lines: tuple[Lines, ...]) -> bytes:
 
 
 def python_version() -> str:
-    """Return `major.minor` of this Python: a pickled function is read by no other."""
+    """Return `major.minor` of this Python; no other version can read its pickled functions."""
     return "{}.{}".format(*sys.version_info[:2])
 
 
 def cloudpickle_archive() -> bytes:
-    """Return cloudpickle's own package as a zip that Python can import from, the same bytes for the same version."""
+    """Return the cloudpickle package as an importable zip archive, with reproducible bytes for each version."""
     import io
     import zipfile
 

@@ -1,7 +1,7 @@
-"""Which local modules a Python file imports: found in its text, so that nobody has to list them.
+"""Module finder: detect the local modules that a Python file imports, by parsing it.
 
-Reading a text costs a hundred times what looking whether it has changed does, and a `dodo.py` with two thousand
-artifacts is loaded for every `doit list`. So what was read is remembered, also from one doit to the next.
+Parsing a file takes a hundred times as long as checking whether it changed, and a `dodo.py` with two thousand artifacts
+is loaded for every `doit list`. So the results are cached, in memory and in a file.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from ..util.file_hashes import is_settled, read_cache, version, write_cache
 from ..util.locations import LOGS
 
 KEPT = LOGS / ".imports"
-"""The cache of the names that each file imports, in a project that has logs; its `version` is the Python that read
-them. By path: the file's version (see `hashing`) and the names, with spaces between."""
+"""Cache file of the names that each file imports, in projects with a log folder. Its `version` is the Python that
+parsed the files. An entry, by path, is the file's version (see `file_hashes`) and the names, separated by spaces."""
 
 
 def local_modules(script: Path) -> Mapping[str, Path]:
-    """Find the modules beside a script that it imports, and those that they import.
+    """Find the modules beside a script that it imports, recursively.
 
     Args:
-        script: a Python file. Of a symbolic link, the folder of its target is searched, as Python does.
+        script: path of a Python file. If it is a symbolic link, the folder of its target is searched, as Python does.
 
     Returns:
-        The file of each by its path below the script's folder, with `/`: a package's `__init__.py` is one of them.
+        The path of each module, by its path relative to the script's folder, with `/`. The `__init__.py` of a package
+        counts as a module.
 
     Raises:
         SettingsError: the script does not exist or is not Python; a module is not Python.
@@ -47,18 +48,21 @@ def local_modules(script: Path) -> Mapping[str, Path]:
 
 
 def _from_here(path: str) -> str:
-    """Return an absolute path as an author would write it: relative, where it is below the current folder."""
+    """Make an absolute path relative if it is below the current folder."""
     here = os.path.join(os.getcwd(), "")
     return path[len(here) :] if path.startswith(here) else path
 
 
 def modules_named(folder: str, names: str | Iterable[str], but: str = "") -> Mapping[str, Path]:
-    """Find the modules in a folder that have one of some dotted names, and those that they import.
+    """Find the modules in a folder by their dotted names, and the modules that they import, recursively.
 
     Args:
-        folder: where to look; empty for the current one.
-        names: some, or a text as `imported_names` returns it; names of other modules are passed over.
-        but: a file to leave out.
+        folder: the folder to search; empty for the current one.
+        names: dotted names, or a text as returned by `imported_names`. Names of other modules are ignored.
+        but: path of a file to exclude.
+
+    Returns:
+        The path of each module, by its path relative to the folder.
 
     Raises:
         SettingsError: a module is not Python.
@@ -73,7 +77,12 @@ def modules_named(folder: str, names: str | Iterable[str], but: str = "") -> Map
 
 
 class _Search:
-    """A search for modules: what was found, and all that it depended on."""
+    """A cached search for modules: its result, and the file system queries that the result depends on.
+
+    Attributes:
+        found: path of each module, by its path relative to the folder.
+        paths: the paths of the modules.
+    """
 
     def __init__(self, folder: str, names: str) -> None:
         self._seen: list[tuple[Callable[[str], object], str, object]] = []
@@ -93,7 +102,7 @@ class _Search:
         self.paths = {str(path) for path in found.values()}
 
     def still_holds(self) -> bool:
-        """Say whether it would end in the same way now."""
+        """Return whether the search would have the same result now."""
         if self._entries is None:
             return False
         try:
@@ -113,13 +122,13 @@ class _Search:
         return os.path.join(self._folder, relative)
 
     def _files_of(self, name: str, package: str) -> list[str]:
-        """Return the files that importing a name loads, as paths below the folder; none where it is not local."""
+        """Return the files that importing a name loads, relative to the folder; none if the module is not local."""
         levels = len(name) - len(name.lstrip("."))
         parts = [part for part in name.split(".") if part and part != "*"]
         if levels:
             base = [part for part in package.split("/") if part]
             if levels > len(base):
-                return []  # it leads out of the package: Python refuses it too
+                return []  # relative import beyond the top-level package, which Python rejects too
             parts = [*base[: len(base) - levels + 1], *parts]
         files = []
         for count in range(1, len(parts) + 1):
@@ -137,7 +146,7 @@ class _Search:
         if self._entries is not None and relative.partition("/")[0] not in self._entries:
             return False
         is_so = kind(self._path(relative))
-        if not is_so or kind is os.path.isdir:  # a file that is there is read, and that is noted
+        if not is_so or kind is os.path.isdir:  # an existing file is parsed, which records the dependency
             self._seen.append((kind, self._path(relative), is_so))
         return is_so
 
@@ -146,9 +155,12 @@ _searches: dict[tuple[str, str], _Search] = {}
 
 
 def imported_names(path: str) -> str:
-    """Return every dotted name that a Python file might import a module by, with spaces between.
+    """Return every dotted name by which a Python file may import a module, separated by spaces.
 
-    Relative ones begin with dots. As long as the names stay the same, so does the object.
+    Relative names begin with dots. The text is interned: equal names are the same object.
+
+    Raises:
+        SettingsError: the file cannot be read, or is not Python.
     """
     try:
         about = os.stat(path)
@@ -169,14 +181,17 @@ def imported_names(path: str) -> str:
 
 
 _files: dict[str, str] = {}
-"""What is known of each file, as in `KEPT`: texts only, for two thousand lists keep the garbage collector busy."""
+"""Cache entry of each file, as in `KEPT`. It is a text, because thousands of lists slow down garbage collection."""
 
 _new: dict[str, bool] = {}
-"""What has been read in this process, and whether it may be kept for the next."""
+"""Files that this process has parsed, and whether their entries may be saved (see `is_settled`)."""
 
 
 def _entries(folder: str) -> frozenset[str] | None:
-    """Return what is in a folder, the same set as long as that stays the same; None where that cannot be said."""
+    """Return the names in a folder, the same object until the folder changes.
+
+    None if the folder cannot be read, or was modified so recently that its timestamp is not reliable.
+    """
     try:
         about = os.stat(folder)
         now = version(about)
@@ -196,7 +211,7 @@ _folders: dict[str, tuple[str, frozenset[str]]] = {}
 def _read_names(path: str) -> str:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are for the log of the run
+            warnings.simplefilter("ignore")  # running the script shows them in its log
             with open_regular(path) as file:
                 tree = ast.parse(file.read(), "script")
     except OSError as error:
@@ -211,7 +226,7 @@ def _read_names(path: str) -> str:
 
 
 def names_in(tree: ast.AST) -> tuple[str, ...]:
-    """Return every dotted name that the import statements of a piece of Python might import a module by."""
+    """Return every dotted name by which the import statements of a syntax tree may import a module."""
     names: dict[str, None] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -224,11 +239,11 @@ def names_in(tree: ast.AST) -> tuple[str, ...]:
     return tuple(names)
 
 
-# from one doit to the next
+# the cache file
 
 
 def _kept() -> dict[str, str]:
-    """Return what an earlier doit has kept of the current folder; read once."""
+    """Return the entries of the current folder's cache file, which is read once and saved at exit."""
     place = os.path.abspath(KEPT)
     if place not in _read:
         atexit.register(_keep, place)
@@ -244,6 +259,6 @@ def _python() -> str:
 
 
 def _keep(place: str) -> None:
-    """Keep what was read for the next doit, in a project that has been built before."""
+    """Save the cache file if this process has parsed files, in projects with a log folder."""
     if os.path.abspath(KEPT) == place and any(_new.values()):
         write_cache(place, _python(), {path: known for path, known in _files.items() if _new.get(path, True)})

@@ -1,4 +1,4 @@
-"""What an `artifact()` declares, and the job that comes of it from what its files hold."""
+"""Plan: the declaration of an `artifact()`, and the job that it yields with the current content of its files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..util.file_hashes import opened_content_of, version
 from .module_finder import local_modules
 from .spec import FORMAT
 
-if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
+if TYPE_CHECKING:  # not needed to load dodo.py, nor in an up-to-date run
     from ..builders.base import Order
     from ..config import Settings
     from ..sources.alternatives import Declared, Source
@@ -28,25 +28,25 @@ if TYPE_CHECKING:  # loading a dodo.py, and an up-to-date run, do without these
 NONE: Mapping[str, Any] = {}
 
 METADATA_NAME = b"__sources__"
-"""The name under which a program sees the metadata of its sources, which are in its job only if it mentions this."""
+"""Global of a program that holds the metadata of its sources. A job contains them only if the program mentions it."""
 
 
 SAVED = "gamebear"
-"""The key of the state that was built (see `Plan.state`), among the values that doit saves of a task."""
+"""Key of the built state (see `Plan.state`) among the values that doit saves for a task."""
 
 
 class Contents(NamedTuple):
-    """What a job is made of, with the content of its files.
+    """Contents of a job: the digests of its files and the pins of its sources.
 
     Attributes:
         arch: Debian's name of the architecture.
         program: SHA-256 of the script, or of the function's pickle.
-        modules: SHA-256 by path below the script's folder.
-        inputs: by name, SHA-256 and whether the file is executable.
-        sources: the pin of each by name.
-        metadata: what a program may know of each besides, by name.
-        paths: where the modules are.
-        lock: the lock file that the pins are from.
+        modules: SHA-256 of each module, by path relative to the script's folder.
+        inputs: SHA-256 of each input and whether it is executable, by name.
+        sources: pin of each source, by name.
+        metadata: metadata of each source for the program, by name.
+        paths: local path of each module, by path relative to the script's folder.
+        lock: the lock file that contains the pins; None without sources.
     """
 
     arch: str
@@ -59,19 +59,19 @@ class Contents(NamedTuple):
     lock: Lock | None
 
 
-class Plan(NamedTuple):  # there may be thousands, and it takes a third of the time that a dataclass takes
-    """What an `artifact()` declares.
+class Plan(NamedTuple):  # there may be thousands, and creating it takes a third of a dataclass's time
+    """Declaration of an `artifact()`.
 
     Attributes:
         program: the buildscript, or the function as it was when dodo.py was loaded.
-        targets: the outputs' places by the outputs' names.
-        modules: local modules by their path below the program's folder.
-        inputs: files by the names that the program finds them under.
-        sources: upstream trees by name.
-        args: values by name, as canonical JSON.
-        arch: Debian's name of an architecture; empty for the setting's.
-        time_limit: seconds; None for the setting's.
-        lock: where the lock file is.
+        targets: path of each target, by the output's name.
+        modules: local modules, by path relative to the program's folder.
+        inputs: local path of each input, by its name in the program's working directory.
+        sources: upstream trees, by name.
+        args: arguments by name, as canonical JSON.
+        arch: Debian's name of the architecture; empty to use the setting.
+        time_limit: seconds after which the builder ends the job; None to use the setting.
+        lock: path of the lock file.
     """
 
     program: Path | PickledFunction
@@ -86,18 +86,18 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
 
     @property
     def name(self) -> str:
-        """What the program is called."""
+        """Name of the program."""
         return self.program.name
 
     def read(
         self, arch: str, content: Callable[[str], tuple[str, bool]] = opened_content_of, *, search: bool = True
     ) -> Contents:
-        """Return what the job is made of as the files are now.
+        """Return the job's contents, read from the current files.
 
         Args:
-            arch: the setting's architecture.
-            content: gives a file's SHA-256 and whether it is executable; raises OSError.
-            search: look for the script's modules again: a task of this run may have made the script, or one of them.
+            arch: the architecture of the settings.
+            content: returns a file's SHA-256 and whether it is executable; raises OSError.
+            search: find the script's modules anew, because a task of this run may have created the script or a module.
 
         Raises:
             SettingsError: the script is not Python.
@@ -125,9 +125,9 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
         return Contents(self.arch or arch, identity, hashes, inputs, pins, metadata, modules, lock)
 
     def state(self, contents: Contents) -> str:
-        """Return a hash over the whole job and the places of its targets: what doit saves and compares.
+        """Return a hash of the whole job and the paths of its targets, which doit saves and compares.
 
-        It is quicker to make than the job's digest, which an up-to-date run does not need.
+        It is faster to compute than the job's digest, which an up-to-date run does not need.
         """
         python = ""
         if not isinstance(self.program, Path):
@@ -138,14 +138,14 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
         return hashlib.sha256(ascii(whole).encode()).hexdigest()
 
     def order(self, chosen: Settings, contents: Contents | None = None) -> Order:
-        """Make the job.
+        """Create the job and the order that submits it.
 
         Args:
             chosen: the settings.
-            contents: what it is made of; by default what `read` returns now.
+            contents: the job's contents; by default the result of `read`.
 
         Raises:
-            SettingsError, SourceError, JobError: as `read`.
+            SettingsError, SourceError, JobError: as in `read`.
         """
         from ..builders.base import Order
         from .spec import File, Job
@@ -187,9 +187,9 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
         )
 
     def _looks(self, modules: Iterable[Path]) -> bool:
-        """Say whether the program looks at the metadata of its sources; if not, their URLs are not in its job.
+        """Return whether the program uses the metadata of its sources; if not, the job omits them, URLs included.
 
-        The builder gives it exactly what is in the job, so equal jobs see the same.
+        The builder passes on exactly the job's metadata, so equal jobs see equal metadata.
         """
         own = _text(self.program) if isinstance(self.program, Path) else self.program.data
         return METADATA_NAME in own or any(METADATA_NAME in _text(path) for path in modules)
@@ -208,24 +208,24 @@ class Plan(NamedTuple):  # there may be thousands, and it takes a third of the t
 
 
 declared: dict[Declared, None] = {}
-"""Every source that an `artifact()` of this dodo.py declares, once, in their order."""
+"""All sources that this dodo.py declares, without duplicates, in order of declaration."""
 
 _alternatives: set[str] = set()
-"""The names in every `either()` of them."""
+"""Names of all options in their `either()` sources."""
 
 
 def declare(source: Declared) -> None:
-    """Note a source that an `artifact()` declares."""
+    """Register a source that an `artifact()` declares."""
     if source not in declared:
         declared[source] = None
         _alternatives.update(name for name, _ in getattr(source, "options", ()))
 
 
 def check_choice(preference: str) -> None:
-    """Refuse a setting `sources` that names nothing there is to choose from, where there is something.
+    """Check that the setting `sources` names an option of a declared `either()`, if there is one.
 
     Raises:
-        SettingsError: it is misspelt.
+        SettingsError: the name is unknown.
     """
     if preference and _alternatives and preference not in _alternatives:
         from ..sources.alternatives import check_preference
@@ -234,7 +234,7 @@ def check_choice(preference: str) -> None:
 
 
 def read_lock(path: Path) -> Lock:
-    """Return the lock file's content, read once as long as it stays the same."""
+    """Return the content of the lock file, cached until the file changes."""
     from ..sources.lockfile import Lock
 
     try:

@@ -1,4 +1,7 @@
-"""A job: what is built, from what, with what, for which architecture. Pure data; its digest is its name."""
+"""Job specification: program, inputs, sources, arguments and architecture as pure data, named by its digest.
+
+The digest is the SHA-256 of the job's canonical JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ from functools import cached_property
 from typing import TypeAlias
 
 FORMAT = 4
-"""Version of the canonical form. A change of what the form says, or of how a builder must read it, raises it."""
+"""Version of the canonical form. Increment it when the form, or its interpretation by builders, changes."""
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 
 def canonical_json(value: Json) -> bytes:
-    """Return the one JSON text that stands for a value: keys sorted, no spaces, ASCII only.
+    """Encode a value as canonical JSON: keys sorted, no spaces, ASCII only.
 
-    Equal values give equal bytes on every machine and every Python: numbers are written in the shortest form that reads
-    back the same (as RFC 8785 asks), what is not ASCII is escaped.
+    Equal values yield equal bytes on every machine and every Python. Numbers are written in the shortest form that
+    parses back to the same value (as RFC 8785 requires). Characters outside ASCII are escaped.
 
     Raises:
-        TypeError: the value, or something in it, is not JSON; a key is not a string.
-        ValueError: a number is infinite or not a number.
+        TypeError: the value or a part of it is not JSON, or a key is not a string.
+        ValueError: a number is infinite or NaN.
     """
     _check(value)
     return _ENCODER.encode(value).encode("ascii")
@@ -38,7 +41,7 @@ def _check(value: Json) -> None:
     if isinstance(value, list | tuple):
         for item in value:
             _check(item)
-    elif isinstance(value, dict | Mapping):  # the first is the quick one
+    elif isinstance(value, dict | Mapping):  # checking for dict first is faster
         for key, item in value.items():
             if not isinstance(key, str):
                 raise TypeError(f"a key is {key!r}, not a string")
@@ -52,10 +55,10 @@ _SCALARS = (str, int, bool, float, type(None))
 
 @dataclass(frozen=True)
 class File:
-    """A file that goes into a job.
+    """A file of a job.
 
     Attributes:
-        sha256: of its content, lower-case hex.
+        sha256: SHA-256 of its content, in lower-case hex.
         executable: whether its owner may execute it.
     """
 
@@ -69,19 +72,20 @@ class File:
 
 @dataclass(frozen=True)
 class Job:
-    """What a builder is asked to build.
+    """A job: a program, its inputs, its arguments and the architecture.
 
     Attributes:
-        arch: Debian's name of the architecture of the containers, such as `armhf`.
+        arch: Debian's name of the containers' architecture, such as `armhf`.
         program: the name of the buildscript, or of the Python function.
         identity: SHA-256 of the program as it is sent: the buildscript's bytes, or the function's pickle.
         python: `major.minor` of the Python that pickled the function; empty for a buildscript.
-        outputs: file names that the program leaves in its folder.
-        modules: local modules which the program imports, by their path below the buildscript's folder.
-        inputs: files laid beside the script, by name.
-        sources: pinned upstream trees laid beside the script as folders, by name: each its content's identity.
-        args: values for the program, by name.
-        metadata: what the program sees in `__sources__`, by the source's name; empty where it does not look.
+        outputs: names of the files that the program creates in its working directory.
+        modules: local modules that the program imports, by their path relative to the buildscript's folder.
+        inputs: files that are placed beside the script, by name.
+        sources: identities of pinned upstream trees, by name. Each tree is placed beside the script as a folder.
+        args: arguments of the program, by name.
+        metadata: the content of the program's `__sources__`, by the source's name; empty if the program does not use
+            it.
     """
 
     arch: str
@@ -101,7 +105,7 @@ class Job:
         return bool(self.python)
 
     def document(self) -> dict[str, Json]:
-        """Return the job as JSON, in the form whose canonical text is digested."""
+        """Return the job as JSON. The digest covers its canonical text."""
         program: dict[str, Json] = {"name": self.program, "sha256": self.identity}
         if self.is_function:
             program["python"] = self.python
@@ -124,5 +128,5 @@ class Job:
 
     @cached_property
     def digest(self) -> str:
-        """The job's name: SHA-256 of its canonical text, in lower-case hex."""
+        """The digest, which names the job: SHA-256 of its canonical text, in lower-case hex."""
         return hashlib.sha256(self.canonical).hexdigest()
