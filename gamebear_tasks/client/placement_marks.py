@@ -1,9 +1,9 @@
 """Placement marks: the state from which each target was installed.
 
-doit's database records the last success of each task. It does not record the targets that a run installed if the run
-was killed or interrupted before the task ended, used another database, or used another name for the task. A mark is an
-empty file in `build/logs/.placed`, named by a hash of the target's path and by the state. While a target is being
-installed, its mark has no state.
+doit's database records the last success of each task. That is not enough: a run may install targets and be killed or
+interrupted before the task ends. It may also use another database, or another name for the task. A mark is an empty
+file in `build/logs/.placed`, named by a hash of the target's path and by the state. While a target is being installed,
+its mark has no state.
 """
 
 from __future__ import annotations
