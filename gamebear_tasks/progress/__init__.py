@@ -1,1 +1,1 @@
-"""Progress of a run: events, the model they build up, and its views."""
+"""Progress of a run: events, the model that they update, and its views."""

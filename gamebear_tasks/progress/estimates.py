@@ -1,4 +1,4 @@
-"""How long a task is going to take, as far as earlier runs tell: as long as it took the last time that it was built."""
+"""Duration estimates of tasks: the duration of the last successful build on the same builder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..records.task_record import Record
 
 
 def seconds(task: str, builder: str, last: Record | None) -> float | None:
-    """Return how many seconds a task took on a builder the last time that it was built there; None where none is known.
+    """Return the seconds that a task's last successful build on a builder took; None if unknown.
 
     Args:
-        task: its name.
-        builder: the builder's URL, as it may be shown.
-        last: how the task went the last time.
+        task: the task's name.
+        builder: the builder's URL without credentials.
+        last: the record of the task's last run; None without one.
     """
     if last is None:
         return None
@@ -31,7 +31,7 @@ def _tells(record: Record) -> bool:
 
 @cache
 def _earlier() -> dict[tuple[str, str], float]:
-    """Return the seconds of each task and builder in the runs that are kept: of the last time that says something."""
+    """Return the seconds of the last successful build in the run journal, by task and builder."""
     found: dict[tuple[str, str], float] = {}
     try:
         runs = sorted(Path(run_journal.RUNS).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
@@ -42,7 +42,7 @@ def _earlier() -> dict[tuple[str, str], float]:
         try:
             record = Record.of_document(json.loads(line)["record"])
         except (KeyError, TypeError, ValueError, RecursionError, MemoryError):
-            continue  # whoever wrote it was killed
+            continue  # incomplete line of a killed process
         if record is not None and _tells(record):
             found[record.task, record.builder] = record.seconds
     return found

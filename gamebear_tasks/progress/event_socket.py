@@ -1,4 +1,4 @@
-"""Where the processes of `doit -n` tell what they do: a socket in a folder of our own."""
+"""Event socket: receives the events of the worker processes of `doit -n`, on a Unix socket in a private folder."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from ..util.temporary_folders import make_folder, remove_abandoned
 from .events import VARIABLE, Event
 
 PREFIX = "gamebear-progress-"
-"""What the names of our folders begin with, in the folder for temporary files."""
+"""Name prefix of the socket's folder, which is in the folder for temporary files."""
 
 PATH_LIMIT = 100
-"""The most bytes that a socket's name may have: 104 on macOS, 108 on Linux."""
+"""Maximum bytes of a socket's path. The limit is 104 on macOS and 108 on Linux."""
 
 EVENT_LIMIT = 4 << 20
-"""The most bytes of an event; whoever sends more is not listened to any longer. A piece of a log has up to 256 KiB, and
-what is no text in it is six times as long in JSON."""
+"""Maximum bytes of an event; a connection that sends more is closed. A piece of a log has up to 256 KiB, and JSON makes
+binary data in it six times as long."""
 
 
 class Hearing:
-    """A socket for events, announced in the environment.
+    """Listening socket for events, whose address is published in the environment.
 
     Args:
-        wants: what of the logs: `last`, their last lines; `whole`, all lines, while they can be shown; `every` line.
+        wants: requested log lines: `last`, only last lines; `whole`, all lines, unless the view accepts none for a
+            while; `every`, all lines without exception.
 
     Raises:
-        OSError: there can be none; then the processes show what they do as they would without us.
+        OSError: the socket cannot be created. Worker processes then show their progress themselves.
     """
 
     def __init__(self, wants: str) -> None:
@@ -50,7 +51,12 @@ class Hearing:
         os.environ[VARIABLE] = f"{os.getpid()} {wants} {self._folder / 's'}"
 
     def join(self, selector: selectors.BaseSelector, take: Callable[[Event], None]) -> None:
-        """Have a selector call us when there is something to hear; `take` gets each event."""
+        """Register the socket and its connections with a selector.
+
+        Args:
+            selector: its caller calls the `data` of each key that is ready.
+            take: called with each event. Events with `asking` are acknowledged with a byte.
+        """
 
         def accept() -> None:
             with contextlib.suppress(OSError):
@@ -81,14 +87,14 @@ class Hearing:
         selector.register(self._socket, selectors.EVENT_READ, accept)
 
     def deafen(self) -> None:
-        """Hear no more: whoever tells something finds that out."""
+        """Close the socket and all connections; senders get an error."""
         for other in self._heard:
             other.close()
         self._heard.clear()
         self._socket.close()
 
     def close(self) -> None:
-        """Hear no more, and leave nothing behind."""
+        """Close the socket, remove its folder, and remove its address from the environment."""
         self.deafen()
         os.environ.pop(VARIABLE, None)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,16 +1,17 @@
-"""What a task's build tells whoever shows it: in the process that does, or through a socket from those of `doit -n`.
+"""Progress events: sent by a task's build to the view, in the same process or over a socket from worker processes.
 
-Nobody may be there, then nothing is told; and nothing that is told can fail, or hold up a build for long. An event is a
-JSON object: `task`, and any of
+Without a listener, events are dropped. Sending never raises, and blocks for a bounded time unless the view requests
+every log line. An event is a JSON object with `task` and any of these keys:
 
-- `phase`: which of `task_record.CLIENT` it is in, empty for none; `there`: which of `task_record.BUILDER`; `ahead`: how
-  many jobs are before it there;
-- `builder`: its URL; `expected`: how many seconds it took the last time;
-- `up`, `down`: bytes sent and received so far; `goal`: how many are to come of both from now on;
-- `line`: the log's last line; `lines`: whole lines of it, which are to be shown;
-- `had`, `seconds`, `line_at_end`: how it ended, where that was well.
+- `phase`: current phase of `task_record.CLIENT`, empty for none; `there`: current phase of `task_record.BUILDER`;
+  `ahead`: number of jobs before it in the builder's queue;
+- `builder`: the builder's URL; `expected`: seconds that the last build took, null if unknown;
+- `up`, `down`: bytes sent and received so far; `goal`: bytes of the transfer that starts now;
+- `line`: last line of the log; `lines`: complete log lines to show;
+- `had`, `seconds`, `line_at_end`: origin, duration and summary of a successful result (see `task_record`).
 
-`asking` says instead whether a person is asked something at the terminal now; it is answered with a byte.
+An event with `asking` has no task. It reports whether the user is being prompted at the terminal, and the view
+acknowledges it with a byte.
 """
 
 from __future__ import annotations
@@ -28,57 +29,56 @@ from ..records.task_log import LONG, Harmless
 from ..util.messages import notice
 from ..util.text import in_line, line_of
 
-if TYPE_CHECKING:  # those who build have them
+if TYPE_CHECKING:  # callers that build have loaded these
     from ..builders.base import Status
     from ..records.task_log import Out
     from ..records.task_record import Record
 
 VARIABLE = "GAMEBEAR_PROGRESS"
-"""The environment variable that tells the processes of `doit -n`: the pid of their parent, what it wants of the
-logs (see `Hearing`), and its socket."""
+"""Environment variable for the worker processes of `doit -n`: the pid of their parent, the requested log lines (see
+`Hearing`) and the path of its socket, separated by spaces."""
 
 OFTEN = 0.1
-"""Seconds between two events that say how many bytes have moved."""
+"""Minimum seconds between two events about transferred bytes, and between two retries of a delayed final event."""
 
 UNSENT = 64 << 10
-"""Bytes of events that may wait for a view which does not listen; what comes then is not told."""
+"""Bytes of unsent events from which on further events are dropped, except log lines and final events."""
 
 STOPPED = 5.0
-"""Seconds for which a view may take nothing of a log before lines of it are left out, so that the build goes on."""
+"""Seconds for which a view may accept no log lines before lines are dropped, so that the build continues."""
 
 ANSWER = 10.0
-"""Seconds that the view may take to leave the terminal to a question, or to take anything of what a process that ends
-has not told yet."""
+"""Timeout in seconds for the view to acknowledge a prompt, and to accept the unsent events of a process that exits."""
 
 Event = Mapping[str, Any]
 
 
 def left_out(count: int) -> str:
-    """Return what is shown instead of lines."""
+    """Return the line that replaces dropped log lines."""
     return f"({count:,} lines are not shown, as the terminal took nothing for a while: build/logs has them)"
 
 
 class Audience(Protocol):
-    """Who shows what is told."""
+    """Listener for events: a view, or the connection to one."""
 
     whole: bool
-    """Wants all lines of the logs, and not just the last."""
+    """Whether it requests all log lines, not just the last ones."""
 
     def hear(self, event: Event) -> None:
-        """Take an event; never raises."""
+        """Handle an event; never raises."""
         ...
 
     def leave_terminal(self, leave: bool) -> None:
-        """Leave the terminal to somebody who asks a person, or take it back; never raises."""
+        """Release the terminal to a prompt, or reclaim it; never raises."""
         ...
 
 
 _audience: tuple[int, Audience | None] = (0, None)
-"""That of the process with this pid: a fork has to look for its own."""
+"""The listener, and the pid of the process that it belongs to: a forked process needs another one."""
 
 
 def audience() -> Audience | None:
-    """Return who listens to this process."""
+    """Return the listener of this process; None without one."""
     global _audience
     if _audience[0] != os.getpid():
         _audience = os.getpid(), _parent()
@@ -86,12 +86,12 @@ def audience() -> Audience | None:
 
 
 def is_elsewhere() -> bool:
-    """Whether it is another process that shows what this one does: then its streams say nothing of the terminal."""
+    """Return whether another process shows this one's progress: then this one's streams are not its terminal."""
     return isinstance(audience(), _Wire)
 
 
 def listen(here: Audience | None) -> None:
-    """Let this process tell what it does to somebody in it; or, from now on, to nobody."""
+    """Set the listener of this process; None to drop events from now on."""
     global _audience
     _audience = os.getpid(), here
 
@@ -108,7 +108,15 @@ def _parent() -> Audience | None:
 
 
 class _Wire:
-    """The way to the process that shows what this one does."""
+    """Connection to the view in the parent process.
+
+    Args:
+        path: path of the view's socket.
+        wants: the requested log lines (see `Hearing`).
+
+    Raises:
+        OSError: the socket cannot be connected.
+    """
 
     def __init__(self, path: str, wants: str) -> None:
         import socket
@@ -127,7 +135,12 @@ class _Wire:
         util.Finalize(self, self._finish, exitpriority=0)
 
     def hear(self, event: Event) -> None:
-        """Send an event: lines as long as any are taken, the end of a task now or later, all else at once or not."""
+        """Send an event; block according to its kind.
+
+        Log lines block as long as the view accepts data, or without limit if it requests every line. The final event of
+        a task is sent later if the view does not accept it now. Other events are sent at once or stay in the buffer,
+        and are dropped if the buffer is full.
+        """
         is_log = "lines" in event
         is_end = "had" in event
         waits: float | None = 0.0
@@ -153,19 +166,23 @@ class _Wire:
                 self._sender.start()
 
     def _send_on(self, waits: float | None) -> bool:
-        """Send what is left to be sent; say whether all of it went, with pauses of `waits` seconds (None: any)."""
+        """Send the buffered events and return whether the buffer is empty.
+
+        Args:
+            waits: timeout in seconds for each write; None for no limit.
+        """
         try:
             self._socket.settimeout(waits)
             while self._unsent:
                 self._unsent = self._unsent[self._socket.send(self._unsent) :]
         except (BlockingIOError, TimeoutError):
             return False
-        except OSError:  # nobody listens any more
+        except OSError:  # the view has closed the connection
             self._unsent = b""
         return True
 
     def _send_later(self) -> None:
-        """Send how a task has ended when the view takes it: nothing may be told for long after that."""
+        """Retry in a thread until the buffer is sent, because there may be no further event that would send it."""
         while True:
             time.sleep(OFTEN)
             with self._lock:
@@ -174,7 +191,7 @@ class _Wire:
                     return
 
     def _finish(self) -> None:
-        """Send what is left before the process ends."""
+        """Send the buffered events before the process exits."""
         with contextlib.suppress(KeyboardInterrupt), self._lock:
             self._send_on(ANSWER)
 
@@ -187,7 +204,7 @@ class _Wire:
 
 @contextlib.contextmanager
 def terminal() -> Iterator[None]:
-    """Have the terminal for a question to a person, while the block runs."""
+    """Reserve the terminal for a prompt during the block."""
     there = audience()
     if there is None:
         yield
@@ -200,14 +217,14 @@ def terminal() -> Iterator[None]:
 
 
 class Telling:
-    """What the build of one task tells.
+    """Sender of the events of one task's build.
 
     Args:
-        task: its name.
+        task: the task's name.
 
     Attributes:
-        is_heard: somebody listens.
-        wants_lines: they want the whole log, in lines.
+        is_heard: there is a listener.
+        wants_lines: the listener requests all log lines.
     """
 
     def __init__(self, task: str) -> None:
@@ -219,43 +236,43 @@ class Telling:
         self._here = ""
 
     def tell(self, **what: Any) -> None:
-        """Tell an event of the task."""
+        """Send an event of the task."""
         if self._audience is not None:
             self._audience.hear({"task": self.task, **what})
 
-    # what a stopwatch notices
+    # the stopwatch's listener (`task_record.Listener`)
 
     def phase(self, name: str) -> None:
-        """Tell which phase on this machine has begun; empty: none."""
+        """Send the current phase on this machine; empty for none."""
         self.tell(phase=name)
 
     def moved(self, up: int, down: int) -> None:
-        """Tell how many bytes have gone to the builder and come from it, now and then."""
+        """Send the number of bytes sent and received, at most every `OFTEN` seconds."""
         now = time.monotonic()
         if now - self._told >= OFTEN:
             self._told = now
             self.tell(up=up, down=down)
 
     def expects(self, up: int, down: int, count: int) -> None:
-        """Tell how many bytes are about to go or come."""
+        """Send the size of the transfer that starts now, in bytes."""
         self.tell(up=up, down=down, goal=count)
 
-    # the rest
+    # other events
 
     def begins(self, builder: str, last: Record | None) -> None:
-        """Tell where it is built, and how long that took the last time."""
+        """Send the builder's URL, and the duration of the last build there."""
         if self.is_heard:
             from . import estimates
 
             self.tell(builder=builder, expected=estimates.seconds(self.task, builder, last))
 
     def builds(self, status: Status) -> None:
-        """Tell what the builder says of the job."""
+        """Send the job's phase and queue position from the builder's status."""
         there = "" if status.is_final else status.phase or ("queue" if status.state == "queued" else "build")
         self.tell(there=there, ahead=status.ahead)
 
     def remark(self, text: str) -> None:
-        """Tell what only is of interest as long as the task runs."""
+        """Send a remark that is relevant only while the task runs; print it as a notice without a live view."""
         if self.is_heard and not self.wants_lines:
             self.tell(line=in_line(text))
         else:
@@ -263,10 +280,10 @@ class Telling:
 
     @contextlib.contextmanager
     def shown(self, out: Out | None) -> Iterator[Out | None]:
-        """Give where the log is to be shown.
+        """Yield the output for the live log; None to hide it.
 
         Args:
-            out: where it is without a view; None for nowhere.
+            out: the stream to use without a view; None to hide the log.
         """
         lines: _Lines | Harmless | None = None
         if out is not None and (self.wants_lines or not self.is_heard):
@@ -279,7 +296,7 @@ class Telling:
                     lines.close()
 
     def last_line(self, text: str) -> None:
-        """Tell the last line of what has come of a log."""
+        """Send the last non-empty line of a piece of the log."""
         if self._audience is None:
             return
         for line in reversed(text[-LONG:].splitlines()):
@@ -288,12 +305,12 @@ class Telling:
                 return
 
     def ended(self, record: Record) -> None:
-        """Tell that it went well, and how."""
+        """Send the final event of a successful task."""
         self.tell(had=record.had, seconds=record.seconds, up=record.up, down=record.down, line_at_end=record.line())
 
 
 class _Lines:
-    """Takes a log's text and tells it in whole lines; for where a log is shown."""
+    """Output for a live log that sends its text to the listener as complete lines."""
 
     encoding = "utf-8"
 
@@ -302,7 +319,7 @@ class _Lines:
         self._rest = ""
 
     def write(self, text: str) -> object:
-        """Tell the lines that are whole now, and what is too long to wait for its end."""
+        """Send the lines that are complete now, and an incomplete line that is too long."""
         *lines, self._rest = (self._rest + text).split("\n")
         if len(self._rest) > LONG:
             lines.append(self._rest)
@@ -312,9 +329,9 @@ class _Lines:
         return None
 
     def flush(self) -> None:
-        """Do nothing: a line that has no end yet is shown when it has."""
+        """Do nothing: an incomplete line is sent once it is complete."""
 
     def close(self) -> None:
-        """Tell the last line, where it has no end."""
+        """Send the last line if it is incomplete."""
         if self._rest:
             self.write("\n")

@@ -1,7 +1,7 @@
-"""The live view: what runs is at the end of the terminal, what has ended is above it and stays.
+"""Live view: running tasks at the end of the terminal; finished tasks are printed above and stay.
 
-One thread paints, at most eight times a second. It also takes what is written to standard output and error, and what
-the processes of `doit -n` tell. If it fails, the terminal is given back, and the builds go on.
+One thread repaints, at most eight times a second. It also reads captured standard output and error, and the events of
+the worker processes of `doit -n`. If it fails, the terminal is restored and the builds continue.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from .events import Event, listen
 from .model import Board, Outcome
 from .stdio_capture import Capture, still
 
-if TYPE_CHECKING:  # rich is loaded by the thread that paints
+if TYPE_CHECKING:  # the painting thread imports rich
     from rich.text import Text
 
     from .terminal_screen import Screen
 
 PAUSE = 0.125
-"""Seconds between two paintings."""
+"""Seconds between two repaints."""
 
 PENDING = 4 << 20
-"""Characters of logs that may wait to be shown; who brings more waits too, for as long as the terminal takes any."""
+"""Characters of log lines that may be queued. Beyond that a sender blocks, as long as the terminal accepts data."""
 
 GRACE = 5.0
-"""Seconds that the last painting may take."""
+"""Timeout in seconds for the last repaint."""
 
 COLOURS = ("cyan", "magenta", "blue", "green", "yellow")
-"""Of the tasks' names before the lines of their logs."""
+"""Colours of the task names that prefix log lines."""
 
 Item = Outcome | tuple[str, str] | str
-"""What is shown above: how a task has ended, a line of a task's log, what somebody has written."""
+"""An entry to print above the block: a task's result, a log line (task, line), or captured text."""
 
 
 class Live:
-    """A live view on a terminal.
+    """Live view on a terminal.
 
     Args:
         stream: the terminal.
-        board: what is known of the tasks.
-        names: those of the tasks.
-        whole: whether the logs are shown, and not just their last lines.
-        processes: whether tasks run in processes of their own.
+        board: model of the tasks.
+        names: names of the tasks.
+        whole: whether whole logs are shown, not just their last lines.
+        processes: whether tasks run in worker processes (`doit -n`).
     """
 
     def __init__(self, stream: TextIO, board: Board, names: Sequence[str], whole: bool, processes: bool) -> None:
@@ -65,7 +65,7 @@ class Live:
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._terminal = os.dup(stream.fileno())
         self._changed = threading.Condition()
-        self._painting = threading.RLock()  # a signal may come while the main thread has it
+        self._painting = threading.RLock()  # reentrant: a signal handler may run while the main thread holds it
         self._above: list[Item] = []
         self._pending = 0
         self._left_out = 0
@@ -86,10 +86,16 @@ class Live:
         atexit.register(self._close_at_exit, os.getpid())
         self._signals = self._take_signals()
 
-    # what doit tells
+    # calls of doit's reporter
 
     def start(self, name: str, title: str, alone: bool) -> None:
-        """Show that a task runs; `alone`: it has the terminal for itself."""
+        """Show that a task has started.
+
+        Args:
+            name: the task's name.
+            title: its title; not used here.
+            alone: whether the task gets the terminal for itself.
+        """
         with self._changed:
             self.board.start(name)
             if self._thread is None:
@@ -99,21 +105,28 @@ class Live:
             self.leave_terminal(True)
 
     def end(self, name: str, how: str, text: str, alone: bool) -> None:
-        """Show that a task has ended."""
+        """Show that a task has ended.
+
+        Args:
+            name: the task's name.
+            how: its result (see `Board.end`).
+            text: description of a failure.
+            alone: whether the task had the terminal for itself.
+        """
         if alone:
             self.leave_terminal(False)
         with self._changed:
-            self._ending.append((name, how, text))  # what it told may still be on its way
+            self._ending.append((name, how, text))  # deferred, because its last events may not have arrived yet
 
     def skip(self, how: str, line: str) -> None:
-        """Count a task that did not have to run; show a line about it, if there is one."""
+        """Count a task that did not run, and print a line about it unless the line is empty."""
         with self._changed:
             self.board.skip(how)
             if line:
                 self._above.append(line)
 
     def close(self, interrupted: bool) -> None:
-        """Show how it went, and give the terminal back."""
+        """Print the summary and restore the terminal; only the first call has an effect."""
         if self._closing:
             return
         self._interrupted = interrupted
@@ -131,14 +144,14 @@ class Live:
                 self._hearing.close()
 
     def _close_at_exit(self, pid: int) -> None:
-        """Give the terminal back where doit ends without saying so."""
+        """Restore the terminal if doit exits without calling `close`."""
         if pid == os.getpid():
             self.close(False)
 
-    # what builds tell
+    # events of builds
 
     def hear(self, event: Event) -> None:
-        """Take an event of this process."""
+        """Handle an event of this process; log lines block while the queue is full."""
         with self._changed:
             if "lines" in event and not self._has_room():
                 self._left_out += len(event["lines"])
@@ -146,9 +159,9 @@ class Live:
                 self._take(event)
 
     def _has_room(self) -> bool:
-        """Wait until another line may wait to be shown; not where the terminal takes nothing (Ctrl-S, background).
+        """Wait until the queue has room; return False if the terminal accepts no data (Ctrl-S, background).
 
-        The caller holds `_changed`.
+        The caller must hold `_changed`.
         """
         taken, until = self._taken, 0.0
         while self._pending > PENDING and not self._broken and not self._closing:
@@ -174,7 +187,11 @@ class Live:
                 self._pending += len(line) + 40
 
     def leave_terminal(self, leave: bool) -> None:
-        """Leave the terminal to somebody else, or take it back."""
+        """Release the terminal to another program or a prompt, or reclaim it.
+
+        Args:
+            leave: whether to release it. Releases nest.
+        """
         self._leave(leave)
         with self._painting:
             if leave and self._away == 1:
@@ -189,7 +206,7 @@ class Live:
                 with contextlib.suppress(OSError):
                     self._screen.clear()
 
-    # the thread
+    # the painting thread
 
     def _run(self) -> None:
         try:
@@ -213,7 +230,7 @@ class Live:
                     self._above.append(self._capture.rest)
                 self._away = 0
                 self._paint(screen, frame, last=True)
-        except Exception as error:  # noqa: BLE001 - builds go on without a view
+        except Exception as error:  # noqa: BLE001 - builds continue without a view
             self._broken = True
             self._give_back()
             notice(f"the live view has ended ({type(error).__name__}: {error}); what it showed is in build/logs")
@@ -226,7 +243,7 @@ class Live:
                 self._changed.notify_all()
 
     def _listen(self, selector: selectors.BaseSelector, seconds: float) -> bool:
-        """Take what comes for a while; say whether anything has."""
+        """Handle input for a number of seconds; return whether there was any."""
         came = False
         until = time.monotonic() + seconds
         while True:
@@ -244,17 +261,17 @@ class Live:
             self._above += map(still, lines)
 
     def _pass_on(self, seconds: float) -> None:
-        """Show as it is what comes without a view: processes of `doit -n` may still write."""
+        """Copy captured output to the terminal without a view, because worker processes may still write."""
         with contextlib.suppress(OSError, ValueError):
             while select.select([self._capture.reader], [], [], seconds)[0]:
                 os.write(self._terminal, os.read(self._capture.reader, 1 << 16).replace(b"\n", b"\r\n"))
 
     def _is_in_front(self) -> bool:
-        """Whether the terminal is ours to paint on: a shell may have put us behind itself."""
+        """Return whether this process is in the terminal's foreground process group."""
         try:
             return os.tcgetpgrp(self._terminal) == os.getpgrp()
         except OSError:
-            return True  # no terminal that controls us
+            return True  # not the controlling terminal
 
     def _paint(self, screen: Screen, frame: int, last: bool = False) -> None:
         with self._painting:
@@ -267,7 +284,7 @@ class Live:
             screen.paint(above, block)
 
     def _picture(self, screen: Screen, frame: int, last: bool) -> tuple[list[Text | str], list[Text]]:
-        """Return what goes above, and our lines."""
+        """Return the lines to print above, and the lines of the block."""
         from . import render
 
         now = time.monotonic()
@@ -311,15 +328,18 @@ class Live:
         return above, block
 
     def _is_to_come(self, name: str, how: str, _: str) -> bool:
-        """Whether a process has yet to tell how its task was had: it could not while the terminal took nothing."""
+        """Return whether the final event of a task in a worker process is still missing.
+
+        The worker delays it while the terminal accepts no data.
+        """
         task = self.board.running.get(name)
         return self._hearing is not None and how == "done" and task is not None and task.tells and not task.had
 
     # the terminal
 
     def _give_back(self) -> None:
-        """Leave the terminal as it was."""
-        mine = self._painting.acquire(timeout=GRACE)  # where the terminal is stopped (Ctrl-S), a painting is too
+        """Restore the terminal: stop capturing, erase the block, restore the signal handlers."""
+        mine = self._painting.acquire(timeout=GRACE)  # with a timeout: a stopped terminal (Ctrl-S) blocks a repaint
         with contextlib.suppress(OSError):
             self._capture.pause()
         if mine:
@@ -333,10 +353,14 @@ class Live:
             self._signals = {}
 
     def _take_signals(self) -> dict[int, Any]:
-        """Have the terminal given back before a signal ends or stops us."""
+        """Install handlers that restore the terminal before a signal ends or suspends the process.
+
+        Returns:
+            The replaced handlers, by signal.
+        """
         if threading.current_thread() is not threading.main_thread():
             return {}
-        cancellation.begin_run()  # a signal that ends us has doit close us first
+        cancellation.begin_run()  # it raises an exception, on which doit closes the view
         own = os.getpid()
 
         def stop(number: int, frame: types.FrameType | None) -> None:
@@ -344,7 +368,7 @@ class Live:
                 self._leave(True)
             os.kill(os.getpid(), signal.SIGSTOP)
             if os.getpid() == own:
-                self._leave(False)  # somebody lets us go on
+                self._leave(False)  # resumed by SIGCONT
 
         taken: dict[int, Any] = {}
         if signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:

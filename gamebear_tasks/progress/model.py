@@ -1,4 +1,4 @@
-"""What is known of each task of a run, as told by doit and by the builds themselves."""
+"""Progress model: the state of each task of a run, updated by doit and by the events of builds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .events import Event
 
 WINDOW = 3.0
-"""Seconds over which a rate is taken."""
+"""Seconds over which a transfer rate is averaged."""
 
 DOING = {
     "connect": "connecting",
@@ -32,33 +32,33 @@ DOING = {
     "write": "writing",
     "compress": "compressing",
 }
-"""What to call each phase of a task that is in it."""
+"""Display text of each phase."""
 
 TRANSFERS = ("upload", "fetch")
-"""The phases whose bytes are of interest."""
+"""Phases that transfer bytes and show a transfer rate."""
 
 
 @dataclass
 class Running:
-    """A task that runs.
+    """A running task.
 
     Attributes:
-        name: the task's.
-        begun: when, by the monotonic clock.
-        phase: on this machine; empty for none.
-        there: the phase on the builder.
-        ahead: how many jobs are before it in the builder's queue.
-        builder: its URL.
-        expected: how many seconds it took the last time.
+        name: the task's name.
+        begun: start time, by the monotonic clock.
+        phase: phase on this machine; empty for none.
+        there: phase on the builder; empty for none.
+        ahead: number of jobs before it in the builder's queue; None if unknown.
+        builder: the builder's URL.
+        expected: seconds that its last build took; None if unknown.
         up: bytes sent.
         down: bytes received.
-        start: both together when the transfer began that goes on.
-        goal: how many bytes that transfer has; 0: not known.
-        line: the log's last.
-        tells: its build has told something.
-        had: how it was had, where that is known already.
-        seconds: how long it took; negative as long as that is not known.
-        line_at_end: how it went, in a line.
+        start: bytes sent and received before the current transfer.
+        goal: bytes of the current transfer; 0 if unknown.
+        line: last line of the log.
+        tells: its build has sent an event.
+        had: origin of its result (see `task_record`); empty until it is known.
+        seconds: its duration; negative until it is known.
+        line_at_end: one-line summary of its result.
     """
 
     name: str
@@ -81,21 +81,21 @@ class Running:
 
     @property
     def doing(self) -> str:
-        """What it does now, in a word."""
+        """Current activity, in a word."""
         return DOING.get(self.phase or self.there, "running" if not self.builder else "starting")
 
     @property
     def moved(self) -> int:
-        """How many bytes of the transfer that goes on have moved; 0 where none does."""
+        """Bytes moved by the current transfer; 0 without one."""
         return self.up + self.down - self.start if self.transfers else 0
 
     @property
     def transfers(self) -> bool:
-        """Whether bytes are on their way."""
+        """Whether a transfer is in progress."""
         return self.phase in TRANSFERS
 
     def rate(self, now: float) -> float:
-        """Return bytes a second, lately."""
+        """Return the current transfer rate, in bytes per second."""
         while len(self._samples) > 1 and now - self._samples[0][0] > WINDOW:
             self._samples.popleft()
         if not self._samples:
@@ -104,14 +104,14 @@ class Running:
         return (self.up + self.down - before) / (now - since) if now - since > 0.2 else 0.0
 
     def take(self, event: Event) -> None:
-        """Note what was told."""
+        """Apply an event."""
         self.tells = True
         begins = not self.goal and event.get("phase", self.phase) != self.phase
         if begins or "goal" in event:
             self.start = event.get("up", self.up) + event.get("down", self.down)
             self._samples.clear()
         if self.there == "queue" and event.get("there", "queue") != "queue":
-            self.line = ""  # it said that it waits
+            self.line = ""  # the last line was about waiting
         for name in ("phase", "there", "ahead", "builder", "expected", "up", "down", "goal", "line", "had", "seconds"):
             if name in event:
                 setattr(self, name, event[name])
@@ -122,17 +122,18 @@ class Running:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended.
+    """Result of a task.
 
     Attributes:
-        name: its name.
-        how: `built`, `fetched`, `followed`, `baked`; `done`, where it was another's; or `failed`.
-        seconds: how long it took.
+        name: the task's name.
+        how: `built`, `fetched`, `followed` or `baked`; `done` for a task that is not an artifact; `failed` or
+            `not run`.
+        seconds: its duration.
         up: bytes sent.
         down: bytes received.
-        builder: its URL; empty where it had none.
-        text: what there is to say of a failure.
-        line: how it went, in a line; empty where that is all there is to say.
+        builder: the builder's URL; empty without a builder.
+        text: description of a failure.
+        line: one-line summary of the result; empty if its build sent none.
     """
 
     name: str
@@ -149,13 +150,13 @@ class Board:
     """The tasks of a run.
 
     Attributes:
-        begun: when the run was, by the monotonic clock.
-        total: how many tasks there are to see to.
-        running: those that run, by name, in the order in which they began.
-        counts: how many have ended, by how.
-        failed: the names of those that have failed.
-        up: bytes sent, by those that have ended.
-        down: bytes received.
+        begun: start time of the run, by the monotonic clock.
+        total: number of selected tasks.
+        running: the running tasks, by name, in the order in which they started.
+        counts: number of finished tasks, by result.
+        failed: names of the tasks that failed.
+        up: bytes sent by finished tasks.
+        down: bytes received by finished tasks.
     """
 
     def __init__(self, total: int = 0) -> None:
@@ -170,27 +171,33 @@ class Board:
 
     @property
     def done(self) -> int:
-        """How many tasks have ended."""
+        """Number of finished tasks."""
         return sum(self.counts.values())
 
     @property
     def is_idle(self) -> bool:
-        """Nothing has run."""
+        """Whether no task has run yet."""
         return not self.running and not self._ended
 
     def start(self, name: str) -> None:
-        """Note that a task has begun; what it does may have been told before."""
+        """Record the start of a task; its events may have arrived earlier."""
         if name not in self._ended:
             self.running.setdefault(name, Running(name, time.monotonic()))
 
     def take(self, event: Event) -> None:
-        """Note what a build tells."""
+        """Apply an event of a build."""
         self.start(event["task"])
         if running := self.running.get(event["task"]):
             running.take(event)
 
     def end(self, name: str, how: str, text: str = "") -> Outcome:
-        """Note that a task has ended."""
+        """Record the end of a task.
+
+        Args:
+            name: the task's name.
+            how: `done`, `failed` or `not run`. The origin that its build reported replaces `done`.
+            text: description of a failure.
+        """
         now = time.monotonic()
         was = self.running.pop(name, None) or Running(name, now)
         self._ended.add(name)
@@ -204,11 +211,15 @@ class Board:
         return Outcome(name, how, seconds, was.up, was.down, was.builder, text, was.line_at_end)
 
     def skip(self, how: str) -> None:
-        """Count a task that did not have to run: `up to date`, or `ignored`."""
+        """Count a task that did not run.
+
+        Args:
+            how: `up to date` or `ignored`.
+        """
         self.counts[how] += 1
 
     def summary(self) -> str:
-        """Return how many tasks ended how, in words."""
+        """Return the number of tasks by result, as text."""
         order = ("built", "followed", "baked", "fetched", "done", "failed", "not run", "ignored", "up to date")
         parts = [f"{self.counts[how]:,} {how}" for how in order if self.counts[how]]
         if self.total > self.done:

@@ -1,4 +1,4 @@
-"""Plain lines, each with its task: for files, pipes, CI and terminals that can do no more."""
+"""Plain view: lines of text prefixed with their task, for files, pipes, CI and limited terminals."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .events import Event, listen
 from .model import Board
 
 PAUSE = 0.1
-"""Seconds for which the end of a task may wait for what its process has told."""
+"""Seconds for which the end of a task is delayed, to receive its worker process's last events first."""
 
 
 class Plain:
-    """Plain lines in a stream.
+    """Plain view on a stream.
 
     Args:
-        stream: where to write.
-        board: what is known of the tasks.
-        processes: whether tasks run in processes of their own.
+        stream: the stream to write to.
+        board: model of the tasks.
+        processes: whether tasks run in worker processes (`doit -n`).
     """
 
     whole = True
@@ -43,7 +43,7 @@ class Plain:
         listen(self)
 
     def start(self, name: str, title: str, alone: bool) -> None:
-        """Say that a task runs."""
+        """Print that a task has started; `alone` has no effect."""
         with self._lock:
             self.board.start(name)
             self._write(f".  {title}")
@@ -52,21 +52,21 @@ class Plain:
                 self._thread.start()
 
     def end(self, name: str, how: str, text: str, alone: bool) -> None:
-        """Say how a task has ended."""
+        """Print a task's result; `alone` has no effect."""
         with self._lock:
             self._ending.append((name, how, text))
             if self._thread is None:
                 self._end_all()
 
     def skip(self, how: str, line: str) -> None:
-        """Say that a task does not have to run."""
+        """Count a task that did not run, and print a line about it unless the line is empty."""
         with self._lock:
             self.board.skip(how)
             if line:
                 self._write(line)
 
     def hear(self, event: Event) -> None:
-        """Take an event."""
+        """Handle an event."""
         if "task" not in event:
             return
         with self._lock:
@@ -75,10 +75,10 @@ class Plain:
                 self._write(f"{event['task']} | {line}")
 
     def leave_terminal(self, leave: bool) -> None:
-        """Do nothing: lines are in nobody's way."""
+        """Do nothing: plain lines do not interfere with a prompt."""
 
     def close(self, interrupted: bool) -> None:
-        """Say how it went."""
+        """Print the summary and stop listening."""
         self._closing = True
         listen(None)
         if self._thread is not None:
@@ -99,7 +99,7 @@ class Plain:
 
     def _run(self, hearing: Hearing) -> None:
         try:
-            with contextlib.suppress(Exception), selectors.DefaultSelector() as selector:  # builds go on without us
+            with contextlib.suppress(Exception), selectors.DefaultSelector() as selector:  # builds continue regardless
                 hearing.join(selector, self.hear)
                 while True:
                     with self._lock:
@@ -113,7 +113,7 @@ class Plain:
                     if last:
                         return
         finally:
-            hearing.deafen()  # or who tells lines would wait for us
+            hearing.deafen()  # otherwise senders of log lines would block
 
     def _end_all(self) -> None:
         ended, self._ending = self._ending, []

@@ -1,4 +1,4 @@
-"""How tasks look on a terminal: a line for each that runs, for each that has ended, and for all together."""
+"""Rendering of tasks for a terminal: a line for each running and each finished task, and a status line."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..util.text import clock, duration, in_line, line_of, printable, size
 from .model import Board, Outcome, Running
 
 BAR = 16
-"""Columns of a transfer's bar."""
+"""Columns of a progress bar."""
 
 ROOMY = 90
-"""Columns from which there is room for a bar, and for the builder."""
+"""Minimum columns of a terminal for showing a progress bar and the builder."""
 
 NARROW = 50
-"""Columns below which a task's line has only its name and time, and what it does where that fits."""
+"""Columns of a terminal below which a task's line has only its name and time, and its activity if that fits."""
 
 NAMES = 24
-"""The most columns for names, unless there is plenty of room."""
+"""Maximum columns for task names, unless the terminal is wide."""
 
 
 @dataclass(frozen=True)
 class Signs:
-    """What a terminal can show: UTF-8, or only ASCII."""
+    """Symbols for a terminal: UTF-8 by default, or `ASCII`."""
 
     spinner: str = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
     waits: str = "◦"
@@ -47,7 +47,12 @@ ASCII = Signs("-\\|/", "o", "+", "=", "x", "up", "down", "#", ".", "|", "...", "
 
 
 def width_of_names(names: Sequence[str], columns: int) -> int:
-    """Return how many columns names have."""
+    """Return the columns to use for task names.
+
+    Args:
+        names: the task names.
+        columns: columns of the terminal.
+    """
     longest = max(map(cell_len, names), default=0)
     return min(longest, max(NAMES, columns // 4), max(6, columns // 3))
 
@@ -55,13 +60,22 @@ def width_of_names(names: Sequence[str], columns: int) -> int:
 def running_lines(
     tasks: Sequence[Running], now: float, columns: int, names: int, frame: int, signs: Signs
 ) -> list[Text]:
-    """Return the lines of tasks that run, none wider than `columns`."""
+    """Render running tasks, a line each, none wider than `columns`.
+
+    Args:
+        tasks: the running tasks.
+        now: current time, by the monotonic clock.
+        columns: columns of the terminal.
+        names: columns of the names.
+        frame: frame number of the spinner.
+        signs: symbols of the terminal.
+    """
     before = max((len(_before(task)) for task in tasks), default=0)
     return [_running_line(task, now, columns, names, before, frame, signs) for task in tasks]
 
 
 def _before(task: Running) -> str:
-    """Return how long a task took the last time."""
+    """Return the duration of a task's last build, as text; empty if unknown."""
     return f" of ~{clock(task.expected)}" if task.expected else ""
 
 
@@ -112,7 +126,7 @@ def _append_transfer(line: Text, task: Running, now: float, columns: int, signs:
 
 
 def outcome_line(outcome: Outcome, columns: int, names: int, signs: Signs) -> Text:
-    """Return the line of a task that has ended."""
+    """Render a finished task."""
     failed = outcome.how in ("failed", "not run")
     fetched = outcome.how == "fetched"
     line = Text(no_wrap=True)
@@ -140,7 +154,7 @@ def outcome_line(outcome: Outcome, columns: int, names: int, signs: Signs) -> Te
 
 
 def failure_lines(text: str, columns: int) -> list[Text]:
-    """Return what there is to say of a failure, as long as it is; what is no log is broken between words."""
+    """Render the description of a failure, wrapped at words; log lines, which start with `  |`, are not wrapped."""
     lines = []
     style = "red"
     for line in printable(text.rstrip()).splitlines():
@@ -154,12 +168,12 @@ def failure_lines(text: str, columns: int) -> list[Text]:
 
 
 def log_prefix(task: str, names: int, colour: str, signs: Signs) -> Text:
-    """Return what is before the lines of a task's log: its task."""
+    """Return the prefix of a task's log lines: the task's name."""
     return Text.assemble(_fitted(task, names, colour, signs), (f" {signs.left} ", "dim"))
 
 
 def status_line(board: Board, now: float, columns: int, signs: Signs) -> Text:
-    """Return the line about all tasks while some run."""
+    """Render the status line for all tasks of a run."""
     waiting = sum(not task.phase and task.there == "queue" for task in board.running.values())
     line = Text(no_wrap=True)
     line.append(f"[{board.done}/{board.total}]", "bold")
@@ -179,7 +193,10 @@ def status_line(board: Board, now: float, columns: int, signs: Signs) -> Text:
 
 
 def _left(board: Board, now: float) -> float | None:
-    """Return the seconds until all is done, where that can be known: nothing waits, and all has been built before."""
+    """Return the estimated seconds until the run ends.
+
+    None if there is no estimate: a task has not started yet, or a running one has not been built before.
+    """
     if not board.running or board.done + len(board.running) < board.total:
         return None
     left = 0.0
@@ -191,7 +208,7 @@ def _left(board: Board, now: float) -> float | None:
 
 
 def summary_lines(board: Board, now: float, columns: int, signs: Signs, interrupted: bool) -> list[Text]:
-    """Return what there is to say at the end."""
+    """Render the summary at the end of a run."""
     spent = duration(now - board.begun)
     line = Text()
     if interrupted:
@@ -209,24 +226,24 @@ def summary_lines(board: Board, now: float, columns: int, signs: Signs, interrup
 
 
 def part_line(text: str, columns: int, signs: Signs) -> Text:
-    """Return what somebody has written of a line that has no end yet: a question, for instance."""
+    """Render a captured line that is not complete yet, for example a prompt."""
     return _cut(Text(line_of(text), no_wrap=True), columns, signs)
 
 
 def more_line(count: int, columns: int, signs: Signs) -> Text:
-    """Return the line that stands for tasks which have no room."""
+    """Render the line that replaces running tasks which do not fit on the terminal."""
     return _cut(Text(f"{signs.more} + {count} more", "dim", no_wrap=True), columns, signs)
 
 
 def _fitted(name: str, columns: int, style: str, signs: Signs) -> Text:
-    """Return a name in just so many columns."""
+    """Cut or pad a name to a number of columns."""
     text = _cut(Text(in_line(name), style, no_wrap=True), columns, signs)
     text.pad_right(max(0, columns - text.cell_len))
     return text
 
 
 def _cut(line: Text, columns: int, signs: Signs) -> Text:
-    """Cut a line to a width."""
+    """Cut a line to a number of columns."""
     if line.cell_len > columns:
         if signs is ASCII:
             line.truncate(max(columns, 0), overflow="crop")

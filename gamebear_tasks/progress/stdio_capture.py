@@ -1,6 +1,7 @@
-"""Standard output and error while a terminal is ours: what is written to them comes to us and is shown in its turn.
+"""Capture of standard output and error while the live view controls the terminal.
 
-That is done with file descriptors, so that it holds for programs that tasks start, and for the processes of `doit -n`.
+Captured text is shown above the view. Redirecting the file descriptors also captures programs that tasks start, and
+the worker processes of `doit -n`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ import sys
 from ..util.text import printable
 
 _MOVES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-Z\\^-~])")
-"""What a terminal takes for a command, but for colours."""
+"""Terminal escape sequences, except colours."""
 
 _COLOURS = re.compile(r"(\x1b\[[0-9;:]*m)")
 
 LONG = 64 << 10
-"""Characters after which a line without an end is shown."""
+"""Number of characters from which on an incomplete line is shown."""
 
 
 class Capture:
-    """What is written to standard output and error, those of them that are terminals."""
+    """Capture of standard output and error, as far as they are terminals.
+
+    Attributes:
+        reader: descriptor of the pipe's non-blocking read end, for a selector.
+    """
 
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe()
@@ -31,23 +36,23 @@ class Capture:
         self._ours = {fd: os.dup(fd) for fd in (1, 2) if os.isatty(fd)}
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.rest = ""
-        """What was written of a line that has no end yet."""
+        """Beginning of a line that is not complete yet."""
         self.begin()
 
     def begin(self) -> None:
-        """Take what is written from now on."""
+        """Start or resume capturing."""
         _flush()
         for fd in self._ours:
             os.dup2(self._writer, fd)
 
     def pause(self) -> None:
-        """Let what is written go where it went before."""
+        """Restore the original file descriptors."""
         _flush()
         for fd, own in self._ours.items():
             os.dup2(own, fd)
 
     def read(self) -> list[str]:
-        """Return the lines that have come; an empty list where there is nothing to read."""
+        """Return the lines captured since the last call, without blocking."""
         try:
             data = os.read(self.reader, 1 << 16)
         except OSError:
@@ -60,7 +65,7 @@ class Capture:
 
 
 def still(text: str) -> str:
-    """Return a line that somebody wrote to the terminal, coloured as it was, but unable to move about on it."""
+    """Sanitize a captured line: keep its colours, remove all other escape sequences."""
     text = text.rstrip("\r")
     if "\r" in text:
         text = text.rpartition("\r")[2]

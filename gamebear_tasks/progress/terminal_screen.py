@@ -1,7 +1,7 @@
-"""A terminal whose last lines are ours: they are painted anew in place, and what is shown above them stays.
+"""Terminal screen: a block of last lines that is repainted in place; lines printed above it stay.
 
-After each painting the cursor is at the first of them. So whatever a terminal makes of them when it gets another size,
-and whatever was typed meanwhile, all that has to go is behind the cursor.
+After each repaint the cursor is at the block's first line. So however the terminal rewraps the block on a resize, and
+whatever the user types, everything that must be erased is after the cursor.
 """
 
 from __future__ import annotations
@@ -17,34 +17,38 @@ from rich.text import Text
 from .render import ASCII, Signs
 
 BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"
-"""Around what a terminal is to show at once, if it knows that (synchronized output)."""
+"""Synchronized output: a terminal that supports it shows the text between them at once."""
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
-"""Hide and show the cursor: it is hidden only while it moves, for whoever is killed cannot show it again."""
+"""Hide and show the cursor. It is hidden only during a repaint, because a killed process cannot show it again."""
 
 CUT, WRAP = "\x1b[?7l", "\x1b[?7h"
-"""Cut what is longer than a line, or wrap it: a terminal may be narrower by now than it has told us."""
+"""Disable and enable automatic wrapping, because the terminal may have become narrower than its last known size."""
 
 SAVE, BACK = "\x1b7", "\x1b8"
-"""Note the cursor's place, and return to it."""
+"""Save and restore the cursor position."""
 
 REST = "\x1b[K"
 """Clear the rest of the line."""
 
 BELOW = f"{REST}\x1b[C\x1b[J\r"
-"""Clear from a line's begin to the end; in two steps, for tmux would keep a whole screen that is cleared in one."""
+"""Clear from the beginning of the line to the end of the screen. It takes two steps, because tmux would save a whole
+screen that is cleared at once to its history."""
 
 
 PIECE = 4 << 10
-"""Bytes told at once: so it is seen whether a slow terminal takes anything."""
+"""Maximum bytes per write, small enough to detect whether a slow terminal accepts data."""
 
 
 class Screen:
-    """The end of a terminal.
+    """Block of lines at the end of a terminal.
 
     Args:
-        fd: the terminal; it is not closed.
-        encoding: what it understands.
+        fd: descriptor of the terminal; it is not closed.
+        encoding: the terminal's encoding.
+
+    Attributes:
+        signs: symbols that the terminal's encoding can represent.
     """
 
     def __init__(self, fd: int, encoding: str) -> None:
@@ -61,10 +65,10 @@ class Screen:
         self._painted: list[str] = []
         self._size = (0, 0)
         self.taken = 0
-        """How much the terminal has taken of what it was told, in bytes."""
+        """Bytes that the terminal has accepted."""
 
     def size(self) -> tuple[int, int]:
-        """Return the columns and lines that there are for us: the last column stays empty, so that nothing wraps."""
+        """Return the usable columns and lines. The last column stays empty, to prevent wrapping."""
         with contextlib.suppress(OSError):
             columns, rows = os.get_terminal_size(self._fd)
             if columns > 0 and rows > 0:
@@ -72,7 +76,12 @@ class Screen:
         return 79, 23
 
     def paint(self, above: Sequence[Text | str], block: Sequence[Text]) -> None:
-        """Show lines for good, and below them ours, which replace the ones before; raises OSError."""
+        """Print lines permanently, and repaint the block below them; raises OSError.
+
+        Args:
+            above: lines to print; a `str` is written unchanged.
+            block: new lines of the block.
+        """
         size = self.size()
         lines = [self.drawn(line) for line in block][: size[1]]
         if not above and lines == self._painted and size == self._size:
@@ -88,7 +97,7 @@ class Screen:
         out.append(CUT)
         known = [] if fresh else self._painted
         for number, line in enumerate(lines):
-            same = 0 < number < len(known) and known[number] == line  # what is typed is shown in the first
+            same = 0 < number < len(known) and known[number] == line  # always repaint the first: typed text is there
             out.append("\r\n" if number else "")
             out.append("" if same else line + REST)
         if not fresh and len(lines) < len(self._painted):
@@ -100,11 +109,11 @@ class Screen:
         self._write("".join(out))
 
     def clear(self) -> None:
-        """Take our lines away; raises OSError."""
+        """Erase the block; raises OSError."""
         self.paint((), ())
 
     def drawn(self, line: Text) -> str:
-        """Return a line as this terminal is told it."""
+        """Return a line encoded with this terminal's escape sequences."""
         with self._console.capture() as drawn:
             self._console.print(line, soft_wrap=True, end="")
         return drawn.get()
