@@ -1,1 +1,1 @@
-"""The last runs as an HTML page."""
+"""HTML report of the last runs."""

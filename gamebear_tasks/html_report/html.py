@@ -1,4 +1,4 @@
-"""HTML that is put together of elements; a text becomes part of it only escaped."""
+"""HTML elements: composed by functions that escape all text."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import html
 from ..util.text import printable
 
 VOID = {"meta", "br", "hr"}
-"""Elements that have no content."""
+"""Void elements, which have neither content nor an end tag."""
 
 
 class Html(str):
-    """A text that is HTML already."""
+    """Text that is already HTML, and is not escaped again."""
 
 
 def element(tag: str, *content: str, **attributes: str | bool | None) -> Html:
     """Return an element.
 
     Args:
-        tag: its name.
-        content: elements, or texts, which are escaped; what would act on a terminal or change the direction of writing
-            is replaced.
-        attributes: their values are escaped. `True` is an attribute without a value, `False` and `None` none at all; an
-            underscore at the end of a name is left out, one within it is a hyphen.
+        tag: the element's name.
+        content: child elements, and texts, which are escaped and sanitized: unprintable characters, including those
+            that change the writing direction, are replaced.
+        attributes: values by name, which are escaped and sanitized too. `True` stands for an attribute without a value;
+            `False` and `None` omit it. In names, a trailing underscore is removed, and others become hyphens.
     """
     begin = "".join([f"<{tag}", *(_attribute(name, value) for name, value in attributes.items()), ">"])
     if tag in VOID:
@@ -31,12 +31,12 @@ def element(tag: str, *content: str, **attributes: str | bool | None) -> Html:
 
 
 def text(content: str) -> Html:
-    """Return a text as HTML; HTML as it is."""
+    """Escape and sanitize a text; HTML is returned unchanged."""
     return content if isinstance(content, Html) else Html(html.escape(printable(content)))
 
 
 def joined(*content: str) -> Html:
-    """Return elements and texts, one after the other."""
+    """Concatenate elements and texts; texts are escaped."""
     return Html("".join(map(text, content)))
 
 

@@ -1,4 +1,4 @@
-"""The page: runs, the last one first, each with a timeline of its tasks, and below a task its phases and its log."""
+"""Page layout of the report: the last runs, newest first, each with a timeline of its tasks, their phases and logs."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from .html import Html, element, joined
 from .model import Told
 
 TASKS = 200
-"""How many tasks of a run are shown one by one."""
+"""Maximum number of tasks that are shown for a run."""
 
 NAMES = 400
-"""How many tasks that were up to date are named for a run."""
+"""Maximum number of up-to-date tasks that are listed by name for a run."""
 
 LINES = 12
-"""How many of the last lines of a log are shown with what failed."""
+"""Number of last log lines that are shown for a failed task."""
 
 ROOM = 4 << 20
-"""Characters of logs that are put into the page, those of the last runs first."""
+"""Maximum characters of log excerpts in the page. The newest runs have priority."""
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""What a browser may load and run for the page: nothing (Content Security Policy)."""
+"""Content Security Policy of the page: the browser loads and executes nothing."""
 
 
 class Page:
-    """The page while it is being written.
+    """The page that is being generated.
 
     Args:
-        runs: the last one first.
+        runs: the runs, newest first.
         project: the name of the project.
-        now: seconds since 1970.
+        now: current time, in seconds since 1970.
     """
 
     def __init__(self, runs: Sequence[Run], project: str, now: float) -> None:
@@ -53,7 +53,7 @@ class Page:
         self._logs = 0
 
     def html(self) -> str:
-        """Return the whole of it."""
+        """Return the complete HTML document."""
         style = Html(Path(__file__).with_name("style.css").read_text("utf-8"))
         head = element(
             "head",
@@ -92,7 +92,7 @@ class Page:
         return sections
 
     def _failures(self, failures: list[Told]) -> Html:
-        """Return what failed when it was last run, and has not been well since."""
+        """Return the section about the tasks whose last run was not successful."""
         items = []
         for told in failures[:TASKS]:
             record = told.record
@@ -169,7 +169,7 @@ class Page:
         )
 
     def _log(self, told: Told) -> Html:
-        """Return a task's phases and the end of its log, to be unfolded."""
+        """Return the collapsible element with a task's phases and the end of its log."""
         entry = told.entry
         parts = []
         files = _files(told)
@@ -189,12 +189,12 @@ class Page:
 
 
 def page(runs: Sequence[Run], project: str, now: float) -> str:
-    """Return the page.
+    """Return the page as an HTML document.
 
     Args:
-        runs: the last one first.
+        runs: the runs, newest first.
         project: the name of the project.
-        now: seconds since 1970.
+        now: current time, in seconds since 1970.
     """
     return Page(runs, project, now).html()
 
@@ -230,7 +230,12 @@ def _axis(first: float, last: float) -> Html:
 
 
 def _clock(second: float, length: float) -> str:
-    """Return a second of a timeline as its axis has it."""
+    """Format a label of a timeline's axis.
+
+    Args:
+        second: the label's position, in seconds.
+        length: length of the timeline, in seconds.
+    """
     if length < 3:
         return f"{second:.2f}".rstrip("0").rstrip(".") + " s"
     whole = abs(round(second))
@@ -329,7 +334,7 @@ def _lines(told: Told) -> list[str]:
 
 
 def _last_lines(told: Told) -> Html:
-    """Return the last lines of what failed, and where there is more."""
+    """Return the last log lines of a failed task, and links to its files."""
     parts = []
     if told.entry.log:
         parts.append(_scrolled("\n".join(_lines(told)[-LINES:]), f"last lines of {told.record.task}"))
@@ -339,12 +344,12 @@ def _last_lines(told: Told) -> Html:
 
 
 def _scrolled(lines: str, label: str) -> Html:
-    """Return lines of a log, the last ones in view."""
+    """Return a scrollable element with log lines, scrolled to the end."""
     return element("div", element("pre", lines), class_="lines", tabindex="0", role="region", aria_label=label)
 
 
 def _files(told: Told) -> Html | None:
-    """Return links to the task's log and record, if they are still those of this run."""
+    """Return links to the task's log and record, if they still belong to this run."""
     task = told.record.task
     record = run_journal.last(task) if told.is_newest else None
     if record is None or record.begun != told.record.begun:
@@ -380,7 +385,11 @@ def _where(builder: str) -> Html:
 
 
 def _when(seconds: float) -> Html:
-    """Return a time as the clock of this machine has it."""
+    """Format a time in this machine's time zone.
+
+    Args:
+        seconds: the time, in seconds since 1970.
+    """
     try:
         local = time.strftime("%-d %B %Y, %H:%M:%S", time.localtime(seconds))
         exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,4 +1,4 @@
-"""What the page tells of the runs: how a task went compared with the time before, what failed and still does."""
+"""Report model: tasks of the last runs, compared with their previous runs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "containers": ("container", "commit"),
     "building": ("build", "compose", "grow", "write", "compress"),
 }
-"""The phases by what goes on in them, which is what has a colour."""
+"""Phases by kind of activity. Each kind has a colour in the report."""
 
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 
 ALIKE = 0.02
-"""What part of a time or size may come or go without a word."""
+"""Relative change of a duration below which it counts as unchanged."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """A task of a run, and what it is compared with.
+    """A task of a run, and the records to compare it with.
 
     Attributes:
-        entry: the task, its log.
-        before: its last record that was had in the same way and went well; None where there is none.
+        entry: the task's record and log.
+        before: its previous successful record with a result of the same origin (`had`); None without one.
         made_before: its outputs before this run, by path.
-        is_newest: whether no later run has a record of the task: its files are those of this one.
+        is_newest: whether no later run has a record of the task, so that the task's files belong to this run.
     """
 
     entry: Entry
@@ -42,31 +42,35 @@ class Told:
 
     @property
     def record(self) -> Record:
-        """How it went."""
+        """The task's record."""
         return self.entry.record
 
     @property
     def change(self) -> float | None:
-        """By which part of the time before this one was longer; None where that cannot be said."""
+        """Relative change of the duration since the previous record; None if they cannot be compared."""
         if self.before is None or self.record.state != "done" or self.before.seconds <= 0:
             return None
         return self.record.seconds / self.before.seconds - 1
 
     def growth(self, made: Made) -> float | None:
-        """Return by which part an output has grown, 0 for none; None where there is nothing to compare with."""
+        """Return the relative growth of an output since the previous run; None if they cannot be compared."""
         before = self.made_before.get(made.path)
         if before is None or not before.size:
             return None
         return made.size / before.size - 1
 
     def is_same(self, made: Made) -> bool:
-        """Say whether an output has the content that it had before."""
+        """Return whether an output has the same content as before this run."""
         before = self.made_before.get(made.path)
         return before is not None and before.sha256 == made.sha256 != ""
 
 
 def told(runs: Sequence[Run]) -> list[list[Told]]:
-    """Return the tasks of each run, what failed first; the runs are given, and returned, with the last one first."""
+    """Return the tasks of each run, unsuccessful ones first.
+
+    Args:
+        runs: the runs, newest first. The result has the same order.
+    """
     later: set[str] = set()
     newest: list[set[str]] = []
     for run in runs:
@@ -91,7 +95,7 @@ def told(runs: Sequence[Run]) -> list[list[Told]]:
 
 
 def counts(run: Run) -> dict[str, int]:
-    """Return how many tasks of a run went in which way, none left out: first what did not go well."""
+    """Return the number of tasks of a run by result (see `way`), unsuccessful results first, and without zeros."""
     found = dict.fromkeys(("failed", "error", "cancelled", "interrupted", "built", "baked", "followed", "fetched"), 0)
     for entry in run.entries:
         key = way(entry.record)
@@ -101,14 +105,14 @@ def counts(run: Run) -> dict[str, int]:
 
 
 def way(record: Record) -> str:
-    """Return in a word how a task went: how it was had, or how it ended."""
+    """Return a task's result, in a word: the origin (`had`) if it was successful, else the state."""
     return record.had if record.state == "done" else record.state
 
 
 def span(run: Run) -> tuple[float, float]:
-    """Return the first and last second of a run's timeline, counted from its beginning.
+    """Return the start and end of a run's timeline, in seconds since the run's start.
 
-    What another doit had begun before may be in it, but not more than as much again.
+    The start is negative if phases of another doit's build precede the run. It is at most the run's duration earlier.
     """
     starts = [entry.record.begun - run.begun + phase.start for entry in run.entries for phase in entry.record.phases]
     length = max(run.seconds, 0.1)
@@ -116,7 +120,7 @@ def span(run: Run) -> tuple[float, float]:
 
 
 def totals(records: Iterable[Record]) -> tuple[int, int]:
-    """Return the bytes that went up and came down for some tasks."""
+    """Return the total bytes sent and received by tasks."""
     up = down = 0
     for record in records:
         up += record.up
@@ -125,7 +129,7 @@ def totals(records: Iterable[Record]) -> tuple[int, int]:
 
 
 def ticks(first: float, last: float) -> list[float]:
-    """Return the seconds of a timeline to write a number at: round ones, at most six."""
+    """Return the positions of a timeline's labels, in seconds: at most six round numbers."""
     step = next(step for step in _steps() if (last - first) / step <= 6)
     number = -int(-first // step) if first < 0 else 0
     found = []
