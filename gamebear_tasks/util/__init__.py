@@ -1,1 +1,1 @@
-"""Text, messages and processes."""
+"""Utilities: text, messages, files and processes."""

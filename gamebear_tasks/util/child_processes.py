@@ -1,4 +1,4 @@
-"""Programs of this machine end with the process that started them."""
+"""Child processes that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 
 def ended_with_us(command: Sequence[str | Path], path: str | None = None) -> list[str | Path]:
-    """Return a program's command, so that the program gets SIGTERM when the thread that started it dies.
+    """Wrap a command so that its process receives SIGTERM when the thread that started it dies.
 
-    That thread has to wait for the program. It dies with its process, however that ends. util-linux's setpriv sets the
-    signal (PR_SET_PDEATHSIG, prctl(2)), because a process with threads may run no Python between fork and exec. Where
-    there is no such setpriv, a program ends when it finds its pipes closed.
+    That thread must wait for the process. A thread dies with its own process, even if that is killed. util-linux's
+    setpriv sets the signal (PR_SET_PDEATHSIG, prctl(2)), because a process with threads must not run Python between
+    fork and exec. Fallback without this setpriv: the program ends when it notices that its pipes are closed.
 
     Args:
-        command: its words.
-        path: where programs are looked for; our own `PATH` by default.
+        command: the words of the command.
+        path: search path for programs; by default, this process's `PATH`.
     """
     prefix = _prefix()
-    if not prefix or shutil.which(command[0], path=path) is None:  # who starts it says that it is missing
+    if not prefix or shutil.which(command[0], path=path) is None:  # the caller gets FileNotFoundError on the start
         return list(command)
     return [*prefix, *command]
 
@@ -36,4 +36,4 @@ def _prefix() -> tuple[str, ...]:
         done = subprocess.run([*prefix, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
     except OSError:
         return ()
-    return () if done.returncode else prefix  # BusyBox has another setpriv
+    return () if done.returncode else prefix  # BusyBox's setpriv lacks the option

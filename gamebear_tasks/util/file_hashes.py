@@ -1,7 +1,7 @@
-"""SHA-256 of files, cached by device, inode, size, mtime and ctime; from one doit to the next too.
+"""SHA-256 of files, cached by device, inode, size, mtime and ctime, in memory and in a cache file.
 
-The mtime alone proves nothing: `cp -p`, `rsync -a`, tar and `touch` set it. The ctime is the kernel's, and no program
-sets it. A file is read again unless all five are unchanged.
+The mtime alone is not reliable: `cp -p`, `rsync -a`, tar and `touch` set it. The kernel sets the ctime, and programs
+cannot. A file is read again unless all five are unchanged.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from ..runner.util.atomic_files import open_regular, read_json, sha256, write_js
 from .locations import LOGS
 
 KEPT = LOGS / ".hashes"
-"""The cache, in a project that has logs: JSON, by path its version (see `version`) and its SHA-256."""
+"""Cache file, in projects with a log folder. It is JSON: a file's version (see `version`) and SHA-256, by path."""
 
 FORMAT = "1"
-"""The version of the cache."""
+"""Format version of the cache file."""
 
 SETTLED = 0.1
-"""Seconds after a change for which the cache does not trust a file: a second write could leave its times unchanged."""
+"""Seconds after a file's last change during which it is not cached: a second write could leave its times unchanged."""
 
 SECOND = 1_000_000_000
-"""Nanoseconds."""
+"""Nanoseconds per second."""
 
 
 def version(about: os.stat_result) -> str:
-    """Return a text that differs when a file's content may differ; it ends with a space."""
+    """Return a file's version: a text that changes whenever the content may have changed. It ends with a space."""
     return f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} "
 
 
 def is_settled(about: os.stat_result) -> bool:
-    """Say whether another write would change the version of a file that was looked at just now.
+    """Return whether another write would change a file's version, so that its entry may be cached.
 
-    A ctime of whole seconds is that of a coarse file system (FAT, ISO 9660, SFTP), where it would not.
+    It might not after a recent change, or if the ctime is in whole seconds, as on file systems with coarse timestamps
+    (FAT, ISO 9660, SFTP).
+
+    Args:
+        about: the current status of the file.
     """
     return about.st_ctime_ns % SECOND != 0 and abs(time.time() - about.st_ctime) > SETTLED
 
@@ -53,13 +57,17 @@ def content_of(path: str) -> tuple[str, bool]:
 
 
 def opened_content_of(path: str) -> tuple[str, bool]:
-    """Return what `content_of` does; NFS validates its cached attributes when a file is opened. Raises OSError."""
+    """Return the same as `content_of`, but open the file first, on which NFS revalidates its cached attributes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with open_regular(path) as file:
         about = os.fstat(file.fileno())
         now = version(about)
         known = (_known or _cached()).get(path, "")
         if not known.startswith(now):
-            is_final = is_settled(about)  # as it was before the file is read
+            is_final = is_settled(about)  # before reading, which takes time
             known = now + sha256(file)
             if is_final:
                 _known[path] = known
@@ -68,14 +76,14 @@ def opened_content_of(path: str) -> tuple[str, bool]:
 
 
 _known: dict[str, str] = {}
-"""By path, its version and its SHA-256."""
+"""Version and SHA-256 of each file, by path."""
 
 _new: set[str] = set()
-"""What of it the file of the cache does not have yet."""
+"""Paths whose entries are not in the cache file yet."""
 
 
 def _cached() -> dict[str, str]:
-    """Return what is known, with what an earlier doit has cached; read once, for the folder that doit works in."""
+    """Return all entries, after reading the current folder's cache file on the first call."""
     if not _places:
         place = os.path.abspath(KEPT)
         _places.append(place)
@@ -85,17 +93,22 @@ def _cached() -> dict[str, str]:
 
 
 _places: list[str] = []
-"""Where the cache is that was read."""
+"""Absolute path of the cache file, once it was read."""
 
 
 def _keep(place: str) -> None:
-    """Write the cache for the next doit, without the files that are gone."""
+    """At exit, write new entries to the cache file, and drop files that no longer exist."""
     if _new and os.path.abspath(KEPT) == place:
         write_cache(place, FORMAT, {path: known for path, known in _known.items() if os.path.exists(path)})
 
 
 def read_cache(place: str, written_as: str) -> dict[str, str]:
-    """Return the texts of a cache by path; none where it is missing, damaged or of another version."""
+    """Read a cache file: entries by path; empty if it is missing, damaged or of another version.
+
+    Args:
+        place: path of the cache file.
+        written_as: the expected version.
+    """
     data = read_json(Path(place))
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         if data["version"] == written_as and all(isinstance(known, str) for known in data["files"].values()):
@@ -105,7 +118,13 @@ def read_cache(place: str, written_as: str) -> dict[str, str]:
 
 
 def write_cache(place: str, written_as: str, files: Mapping[str, str]) -> None:
-    """Write the texts of a cache by path, in a project that has logs; best effort."""
+    """Write a cache file, in projects with a log folder; best effort.
+
+    Args:
+        place: path of the cache file.
+        written_as: the version.
+        files: entries by path.
+    """
     if os.path.isdir(os.path.dirname(place)):
         with contextlib.suppress(OSError):
             write_json(Path(place), {"version": written_as, "files": files}, sync=False)

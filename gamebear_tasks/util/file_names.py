@@ -1,4 +1,4 @@
-"""File names that hold any text: one for each text, valid on every file system."""
+"""File names that encode any text: unique for each text, and valid on every file system."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import hashlib
 import re
 
 LONGEST = 200
-"""The most bytes of a name: 55 are left for prefixes and suffixes, where a file system allows 255."""
+"""Maximum bytes of a name. It leaves 55 of a file system's 255 bytes for prefixes and suffixes."""
 
 _ESCAPED = re.compile(rb"\A\.|\.\Z|[^A-Za-z0-9_.+-]")
 
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|\Z)", re.IGNORECASE)
-"""Names that Windows reserves, whatever extension follows (Microsoft, "Naming Files, Paths, and Namespaces")."""
+"""Names that Windows reserves, with any extension (Microsoft, "Naming Files, Paths, and Namespaces")."""
 
 
 def file_name(text: str) -> str:
-    """Return a file name for a text; different texts have different names, also where case is ignored.
+    """Return a file name for a text. Different texts have different names, even on case-insensitive file systems.
 
-    Lower-case letters, digits and `_.+-` stay, so an ordinary name stays what it is. Every other byte of the UTF-8
-    form becomes `%` and two hex digits. A bit mask of the capital letters follows the name: `Gx` becomes `Gx=1`.
-    A longer name than `LONGEST` is cut, and ends with its SHA-256.
+    Letters, digits and `_.+-` stay, so that ordinary lower-case names are unchanged. Every other byte of the UTF-8 form
+    becomes `%` and two hex digits, as do a dot at the beginning or end and the first letter of a name that Windows
+    reserves. A hexadecimal bit mask of the capital letters follows the name: `Gx` becomes `Gx=1`. A result that is
+    longer than `LONGEST` is replaced by its first 100 characters and the SHA-256 of the text.
 
     The name consists of letters, digits and `_.+-%=`. It neither begins nor ends with a dot.
     """

@@ -1,17 +1,17 @@
-"""Where files are kept: in the project, and in the user's cache."""
+"""Locations of files: the project's log folder and the user's cache folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 LOGS = Path("build") / "logs"
-"""Where the log of each task's last build is kept, below the folder of `dodo.py`."""
+"""Folder of the task logs, relative to the folder of `dodo.py`."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of all that is cached for this user."""
+    """Return this user's cache folder."""
     from platformdirs import user_cache_path
 
     path = user_cache_path("gamebear-tasks", appauthor=False)
-    # A relative XDG_CACHE_HOME is to be ignored (XDG Base Directory Specification), which platformdirs does not.
+    # A relative XDG_CACHE_HOME must be ignored (XDG Base Directory Specification); platformdirs does not ignore it.
     return path if path.is_absolute() else Path.home() / ".cache" / path.name

@@ -1,4 +1,4 @@
-"""The one way to tell a person something that is neither a job's log nor an error."""
+"""Messages to the user on standard error, written without raising and without mixing lines of threads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _lock = threading.Lock()
 
 
 def notice(text: str) -> None:
-    """Write a line of our own to standard error, if that takes it; lines of several threads never mix."""
+    """Write a one-line notice to standard error; best effort. Lines of several threads never mix."""
     _tell(f"gamebear: {in_line(text)}")
 
 
 def complain(text: object) -> None:
-    """Write to standard error why a command could not do what it was asked, if that takes it."""
+    """Write the error of a failed command to standard error; best effort."""
     _tell(f"ERROR: {text}")
 
 
@@ -34,6 +34,6 @@ def _tell(text: str) -> None:
 
 
 def drop(stream: TextIO) -> None:
-    """Let go of a stream that takes nothing any more: Python would try again at its end, and complain."""
+    """Redirect a broken stream to /dev/null: Python would otherwise flush it at exit and report an error."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

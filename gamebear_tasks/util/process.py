@@ -1,4 +1,4 @@
-"""Which process is doit's own, whichever of its children asks; whom its files are for. Loaded with every `dodo.py`."""
+"""Process information: doit's main process, the umask, and exit by Ctrl-C. Loaded with every `dodo.py`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import sys
 
 UMASK = os.umask(0o077)
 os.umask(UMASK)
-"""The permissions that files which we make are not to have, see umask(2); asked for before there are threads."""
+"""File mode creation mask, see umask(2). It is read at import, before there are threads, because reading changes it."""
 
 FILE_MODE = 0o666 & ~UMASK
-"""The permissions of a file of ours that is no program."""
+"""Mode of created files that are not executable."""
 
 
 def doit_process() -> tuple[int, int]:
-    """Return the number of doit's own process, and when it was started: clock ticks since boot, 0 if not known."""
-    multiprocessing = sys.modules.get("multiprocessing.process")  # of `doit -n`
+    """Return the pid and start time of doit's main process, also when called in a worker process of `doit -n`.
+
+    The start time is in clock ticks since boot; 0 if unknown.
+    """
+    multiprocessing = sys.modules.get("multiprocessing.process")  # loaded by `doit -n`
     parent = multiprocessing.parent_process() if multiprocessing else None
     pid = parent.pid if parent else os.getpid()
     try:
@@ -27,10 +30,10 @@ def doit_process() -> tuple[int, int]:
 
 
 def check_not_interrupted(status: int) -> None:
-    """Raise KeyboardInterrupt where Ctrl-C has ended a program of ours, which may hear of it before doit does.
+    """Raise KeyboardInterrupt if SIGINT ended a child process, which may receive it before doit does.
 
     Args:
-        status: how the program ended, as `subprocess` has it.
+        status: the child's return code, as in `subprocess`.
     """
     if status == -signal.SIGINT:
         raise KeyboardInterrupt

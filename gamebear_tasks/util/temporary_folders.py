@@ -1,4 +1,4 @@
-"""Temporary folders that are locked while they are in use, so that those of killed processes can be removed."""
+"""Temporary folders with a file lock while in use, so that those of killed processes can be removed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 
 
 def make_folder(parent: Path, prefix: str, suffix: str = "") -> tuple[Path, int]:
-    """Make a folder of a new name, and lock it.
+    """Create a folder with a unique name, and lock it.
 
     Returns:
-        The folder, and a descriptor that holds its lock until it is closed, at the latest when the process ends.
-        Processes that are forked hold it too.
+        The folder, and a descriptor that holds its lock until it is closed, at the latest when the process exits.
+        Forked processes hold the lock too.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
         try:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            continue  # another process took it for an abandoned one
+            continue  # race: another process removed it as abandoned before it was locked
         fcntl.flock(fd, fcntl.LOCK_EX)
         if folder.exists():
             return folder, fd
-        os.close(fd)  # likewise
+        os.close(fd)  # the same race
 
 
 def remove_abandoned(parent: Path, prefix: str, suffix: str = "") -> None:
-    """Remove our folders of such a name that nobody holds any more; best effort."""
-    ours = re.compile(rf"{re.escape(prefix)}[^.]+{re.escape(suffix)}")  # what mkdtemp puts between has no dot
+    """Remove this user's folders with such names that no process locks; best effort."""
+    ours = re.compile(rf"{re.escape(prefix)}[^.]+{re.escape(suffix)}")  # mkdtemp's random part has no dot
     for folder in parent.iterdir() if parent.is_dir() else ():
         if not ours.fullmatch(folder.name):
             continue

@@ -1,15 +1,15 @@
-"""How others' text, sizes and times stand in a line that a person reads."""
+"""Format sizes, durations and untrusted text for display."""
 
 from __future__ import annotations
 
 import re
 
 UNPRINTABLE = "\ufffd"
-"""Stands for what a terminal would act on."""
+"""Replacement for unprintable characters, such as control characters."""
 
 
 def printable(text: str) -> str:
-    """Return a text of several lines without what a terminal would act on."""
+    """Sanitize a text of several lines: replace unprintable characters, except line feeds and tabs."""
     return "".join(char if char.isprintable() or char in "\n\t" else UNPRINTABLE for char in text)
 
 
@@ -17,21 +17,21 @@ _SPACES = dict.fromkeys(map(ord, "\t\n\v\f\r"), " ")
 
 
 def in_line(text: str) -> str:
-    """Return a text as a part of a line: with a space for a line break, and without what a terminal would act on."""
+    """Sanitize a text for a single line: line breaks and tabs become spaces, unprintable characters are replaced."""
     return text if text.isprintable() else printable(text.translate(_SPACES))
 
 
 _SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
-"""What a terminal takes for a command (ECMA-48): control sequences, operating system commands, other escapes."""
+"""Terminal escape sequences (ECMA-48): control sequences, operating system commands, other escapes."""
 
 
 def without_escapes(text: str) -> str:
-    """Return a text without a terminal's commands: colours, positions, titles."""
+    """Remove terminal escape sequences: colours, cursor movements, titles."""
     return _SEQUENCE.sub("", text) if "\x1b" in text else text
 
 
 def line_of(text: str) -> str:
-    """Return a line of a log as a terminal would show it in the end, without colours."""
+    """Sanitize a log line: the text after its last carriage return, without escape sequences."""
     text = text.rstrip("\r")
     if "\r" in text:
         text = text.rpartition("\r")[2]
@@ -40,7 +40,7 @@ def line_of(text: str) -> str:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes for people to read, in binary units."""
+    """Format a number of bytes with a binary unit."""
     value = float(count)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":
@@ -53,10 +53,10 @@ _SIZE = re.compile(r"(\d{1,15})(?:\.(\d{1,15}))?\s*(B|([KMGT])(?:iB)?)?", re.ASC
 
 
 def size_in(text: str) -> int | None:
-    """Return the bytes of a size that a person gives, such as `1.5G`, `500 MiB` or `512B`; None if it is none.
+    """Parse a size such as `1.5G`, `500 MiB` or `512B` to bytes; None if it is invalid.
 
-    The units K, M, G and T are powers of 1024, and `iB` may follow them; B is bytes. A number alone is
-    refused, because its unit would be a guess. Zero needs no unit.
+    The units K, M, G and T are powers of 1024, and `iB` may follow them; B is bytes. A number without a unit is
+    invalid, because the unit would be a guess. Zero does not need a unit.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
@@ -67,7 +67,7 @@ def size_in(text: str) -> int | None:
 
 
 def duration(seconds: float) -> str:
-    """Return how long something took, as a sentence or a table has it."""
+    """Format a duration in seconds for a sentence or a table."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return how long something has taken, for a narrow column in which it goes on: like `duration`, shorter."""
+    """Format a running duration in seconds for a narrow column: shorter than `duration`."""
     if seconds < 59.5:
         return duration(max(0.0, seconds))
     minutes, rest = divmod(round(seconds), 60)
@@ -87,7 +87,7 @@ def clock(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """Return how long ago something was, for which its largest unit is enough: it may be months."""
+    """Format an age in seconds, rounded down to its largest suitable unit: days, hours, minutes or seconds."""
     for unit, name in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * unit:
             return f"{seconds // unit:.0f} {name}"

@@ -1,4 +1,4 @@
-"""URLs as messages may show them: without passwords."""
+"""URLs for display, without passwords."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import urllib.parse
 
 
 def shown(url: str) -> str:
-    """Return a builder's URL as messages may repeat it: with … for what may hold a password."""
+    """Return a builder's URL for display: user information that may contain a password is replaced by `…`."""
     match = re.match(r"([^:]*:(?://)?)(.*)@(.*)\Z", url, re.DOTALL)
     if match is None:
         return url
