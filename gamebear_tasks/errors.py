@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from doit.exceptions import InvalidDodoFile
 
-from .util.text import in_line
+from .util.text import arrow, in_line
 
 NONSENSE = (
     "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it;"
@@ -38,13 +38,13 @@ def remedy(error: BaseException | None) -> str:
 
 
 class GamebearError(Exception):
-    """An error that a user can fix.
+    """An error that a user can fix. It is shown as two lines: the failure, then the fix behind an arrow.
 
-    Message and hint become a single line, whatever untrusted names in them contain.
+    Message and hint become a line each, whatever untrusted names in them contain.
 
     Args:
-        message: The failure and its object, such as a builder, source or file.
-        hint: Suggested fix; one or two sentences.
+        message: The failure, its object (a builder, source or file) and its cause.
+        hint: The command or edit that fixes it.
     """
 
     def __init__(self, message: str, hint: str) -> None:
@@ -58,7 +58,12 @@ class GamebearError(Exception):
         return remedy(self.__cause__) or self._hint
 
     def __str__(self) -> str:
-        return f"{self.message} {self.hint}" if self.hint else self.message
+        fix = [f"{arrow()} {self.hint}"] if self.hint else []
+        return "\n".join([self.message, *self._between(), *fix])
+
+    def _between(self) -> Sequence[str]:
+        """Return the lines between what failed and the fix."""
+        return ()
 
 
 class SettingsError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # doit has no types
@@ -113,8 +118,8 @@ class JobError(GamebearError):
         super().__init__(message, hint)
         self.lines = tuple(map(in_line, lines))
 
-    def __str__(self) -> str:
-        return " ".join(filter(None, ["\n".join([self.message, *self.lines]), self.hint]))
+    def _between(self) -> Sequence[str]:
+        return self.lines
 
 
 class ImageError(GamebearError):

@@ -33,8 +33,9 @@ def assert_is_one_paragraph(run: Run, said: str) -> None:
     lines = [
         line for line in run.text.splitlines() if line and not line.startswith((".  ", "TaskError - ", "TaskFailed - "))
     ]
-    assert len(lines) == 1, run.text
+    assert len(lines) == 2, run.text
     assert re.search(r"[.…)]$", lines[0]), "a sentence"
+    assert lines[1].startswith("→ ")
 
 
 TASK = "artifact('x.py', inputs=['in'], outputs=['build/x'])"

@@ -101,7 +101,7 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
 
 
 def test_where_a_value_that_makes_no_sense_was_set_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "No architecture is called 'armv7l' (from {}). Debian calls it armhf."
+    said = "No architecture is called 'armv7l' (from {}).\n→ Debian calls it armhf."
     pyproject(folder, '[tool.gamebear]\narch = "armv7l"\n')
     assert refusal() == said.format("[tool.gamebear] in pyproject.toml")
     monkeypatch.setenv("GAMEBEAR_ARCH", "armv7l")
@@ -132,7 +132,7 @@ def test_each_machine_has_debians_name_by_default(
 def test_a_machine_without_a_debian_architecture_has_to_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "vax")
     said = (
-        "This machine is a 'vax', for which no Debian architecture is known. Say what to build for, such as arch=armhf."
+        "This machine is a 'vax', for which no Debian architecture is known.\n→ Say what to build for, such as arch=armhf."
     )
     assert refusal() == said
     doit_cmd.set_var("arch", "armhf")
@@ -175,7 +175,7 @@ def test_doit_shows_the_paragraph_and_ends_with_status_3(tmp_path: Path) -> None
     )
     project.write("x.py", "")
     run = project.doit("arch=armv7l")
-    said = "ERROR: No architecture is called 'armv7l' (from the doit variable arch). Debian calls it armhf.\n"
+    said = "ERROR: No architecture is called 'armv7l' (from the doit variable arch).\n→ Debian calls it armhf.\n"
     assert (run.status, run.out, run.err) == (3, "", said)
 
 

@@ -136,7 +136,7 @@ def test_a_run_that_cannot_be(folder: Path, tmp_path: Path, warm: Warm, row: Row
     run = warm.doit(folder, project.environment, *command.split())
     assert run.status != 0 and not OUR_FRAMES.search(run.text), run.text
     said = said_by_doit(run.text)
-    assert said == f"{row.says} {row.do}"
+    assert said == f"{row.says}\n→ {row.do}"
 
 
 WITHOUT_RIGHTS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
@@ -170,7 +170,7 @@ def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row
     said = done.stdout + done.stderr
     assert done.returncode != 0 and not OUR_FRAMES.search(said), said
     said = said_by_doit(said).replace(str(tmp_path / "home"), "~")
-    assert said == f"{row.says} {row.do}"
+    assert said == f"{row.says}\n→ {row.do}"
 
 
 @pytest.mark.parametrize("into", ["> /dev/full", ">&-", "<&- >&- 2>&-", "2> /dev/full", "2>&1 | true"])

@@ -231,8 +231,8 @@ def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Pat
     with pytest.raises(SourceError) as caught:
         resolve([git(str(upstream), "main"), git(str(upstream), "nosuch")], lock_path, cache)
     assert str(caught.value) == (
-        f"git source {upstream} nosuch cannot be looked up: the repository has no branch or tag of that name. "
-        "Look for its name with `git ls-remote`."
+        f"git source {upstream} nosuch cannot be looked up: the repository has no branch or tag of that name."
+        "\n→ Look for its name with `git ls-remote`."
     )
     assert lock_path.read_bytes() == before
 
@@ -279,10 +279,10 @@ def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Pa
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("<<<<<<< HEAD\n{}", r"is damaged: Expecting value: line 1 column 1 \(char 0\)\. Restore it from version"),
+        ("<<<<<<< HEAD\n{}", r"is damaged: Expecting value: line 1 column 1 \(char 0\)\.\n→ Restore it from version"),
         ("[]", "is damaged: it has no version"),
         ("{}", "is damaged: it has no version"),
-        ('{"version": 2}', "has version 2; this gamebear-tasks knows version 1 only. Upgrade gamebear-tasks"),
+        ('{"version": 2}', "has version 2; this gamebear-tasks knows version 1 only.\n→ Upgrade gamebear-tasks"),
         ('{"version": 1, "git": []}', "is damaged: 'git' is no table"),
         ('{"version": 1, "git": {"x main": {"commit": "--all"}}}', "is damaged: the entry 'x main' in 'git' makes no"),
         (

@@ -142,7 +142,7 @@ def test_a_script_that_is_not_python_is_one_paragraph(
 def test_a_module_that_is_not_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lay(tmp_path, x="import a", a="def f(:\n")
-    with pytest.raises(SettingsError, match=r"^a\.py, line 1, is not Python: invalid syntax\. Mend it there\.$"):
+    with pytest.raises(SettingsError, match=r"^a\.py, line 1, is not Python: invalid syntax\.\n→ Mend it there\.$"):
         local_modules(Path("x.py"))
 
 

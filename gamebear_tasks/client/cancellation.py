@@ -132,7 +132,8 @@ class Interest:
         try:
             ended = self._builder.cancel(self._digest, self.attempt)
         except (GamebearError, RuntimeError) as error:
-            notice(f"{self._name} may still run on {self._builder.url}: {error}")
+            why = error.message if isinstance(error, GamebearError) else error
+            notice(f"{self._name} may still run on {self._builder.url}: {why}")
         else:
             if not ended:
                 notice(f"{self._name} goes on on {self._builder.url}: somebody else waits for it too")

@@ -10,7 +10,6 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from ..client.cancellation import end_with_parent, running, say_so_without_a_traceback
 from ..errors import GamebearError, JobError, remedy
 from ..jobspec.plan import Plan
-from ..util.text import in_line
 
 
 class Build(BaseAction):  # type: ignore[misc]  # doit has no types
@@ -56,4 +55,4 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
         except OSError as error:
             what = f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
             hint = "See that it is there and yours, and that the disk has room; then run doit again."
-            return TaskError(in_line(f"{what}. {remedy(error) or hint}"))
+            return TaskError(str(JobError(f"{what}.", remedy(error) or hint)))

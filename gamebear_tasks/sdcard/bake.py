@@ -24,7 +24,7 @@ from ..records import run_journal, task_record
 from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder
 from ..util.file_hashes import version
 from ..util.messages import notice
-from ..util.text import in_line, printable, size
+from ..util.text import printable, size
 from . import base_image, boot_config, contents, elf, ext4, ext4_writer, partitions, systemd_units, users
 from .compression import pack
 from .fat import Fat
@@ -54,7 +54,7 @@ def bake(recipe: Recipe, task: str) -> BaseFail | str:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "Make room there" if full else "See that the file or folder is there and yours"
-        return TaskError(in_line(f"{recipe.output} cannot be baked: {what}. {hint}, then run doit again."))
+        return TaskError(str(ImageError(f"{recipe.output} cannot be baked: {what}.", f"{hint}, then run doit again.")))
 
 
 class Baking:

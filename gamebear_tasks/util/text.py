@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 UNPRINTABLE = "\ufffd"
 """Replacement for unprintable characters, such as control characters."""
@@ -92,3 +93,12 @@ def age(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds // unit:.0f} {name}"
     return f"{seconds:.0f} s"
+
+
+def arrow() -> str:
+    """Return the arrow that a fix begins with, in ASCII where standard output cannot encode it."""
+    try:
+        "→".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except (LookupError, UnicodeError):
+        return "->"
+    return "→"
