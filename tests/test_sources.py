@@ -270,7 +270,7 @@ def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
 def test_without_git_it_is_said_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without git."""
     no_programs(monkeypatch)
-    with pytest.raises(SourceError, match=r"The program git is not installed here\. Install git"):
+    with pytest.raises(SourceError, match=r"The program git is not installed here\.\n→ Install git"):
         git("https://git.example/x", "2" * 40).fetch(cache, NOTHING_LOCKED)
 
 
@@ -279,8 +279,8 @@ def test_a_branch_without_an_entry_in_the_lock_file() -> None:
     with pytest.raises(SourceError) as caught:
         git("https://git.example/x", "main").identity(NOTHING_LOCKED)
     assert str(caught.value) == (
-        "git source https://git.example/x main is not pinned: gamebear.lock has no entry for it. "
-        "Run `doit lock` and commit gamebear.lock."
+        "git source https://git.example/x main is not pinned: gamebear.lock has no entry for it."
+        "\n→ Run `doit lock` and commit gamebear.lock."
     )
 
 
@@ -561,7 +561,7 @@ def test_an_archive_that_cannot_be_downloaded(name: str, reason: str, web: tuple
 
 def test_an_archive_from_a_server_that_is_down(cache: Path) -> None:
     """One paragraph."""
-    with pytest.raises(SourceError, match=r"cannot be downloaded: .*Connection refused.* the network is needed"):
+    with pytest.raises(SourceError, match=r"cannot be downloaded: .*Connection refused\.\n→ .* the network is needed"):
         archive(f"http://127.0.0.1:{free_port()}/x", "0" * 64).fetch(cache, NOTHING_LOCKED)
 
 
@@ -581,7 +581,7 @@ def test_archives_come_through_the_users_proxy(
 def test_what_is_no_archive_is_refused(data: bytes, tmp_path: Path, cache: Path) -> None:
     """Though its hash is right."""
     digest = put(tmp_path, data)
-    with pytest.raises(SourceError, match=r"cannot be unpacked: .* It must be a tar file"):
+    with pytest.raises(SourceError, match=r"cannot be unpacked: .*\n→ It must be a tar file"):
         archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
 
 
@@ -668,7 +668,7 @@ def test_a_package_or_suite_that_debian_does_not_have(
     monkeypatch.setenv("APT_CONFIG", str(own))
     with pytest.raises(SourceError, match="this machine's apt sources have no such source package"):
         debian("no-such-package-anywhere").resolve(cache, refresh=False)
-    with pytest.raises(SourceError, match=r"no apt source of this machine has that suite\. The suites are: \w"):
+    with pytest.raises(SourceError, match=r"no apt source of this machine has that suite\.\n→ The suites are: \w"):
         debian("umtp-responder", suite="nosuch").resolve(cache, refresh=False)
     with pytest.raises(SourceError, match=r"this machine's apt sources have 1\.3\.10-\S+ only"):
         debian("umtp-responder", version="0.1-1").resolve(cache, refresh=False)
@@ -677,7 +677,7 @@ def test_a_package_or_suite_that_debian_does_not_have(
 def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for ever."""
     monkeypatch.setattr("gamebear_tasks.sources.debian.SPACE", 1 << 60)
-    with pytest.raises(SourceError, match=r"needs \d+ MiB for apt's lists in .*\. Make room there\."):
+    with pytest.raises(SourceError, match=r"needs \d+ MiB for apt's lists in .*\.\n→ Make room there\."):
         debian("hello").resolve(cache)
 
 
@@ -747,7 +747,7 @@ def test_one_version_with_two_contents_is_refused() -> None:
     assert entries(stanza.format("a" * 64) + "\n" + stanza.format("a" * 64), "x") == {
         "1-1": DebianEntry("1-1", {"x_1-1.dsc": "a" * 64})
     }
-    with pytest.raises(SourceError, match=r"have two of version 1-1 that differ\. Say which one"):
+    with pytest.raises(SourceError, match=r"have two of version 1-1 that differ\.\n→ Say which one"):
         entries(stanza.format("a" * 64) + "\n" + stanza.format("b" * 64), "x")
 
 
@@ -762,5 +762,5 @@ def test_the_setting_chooses_between_alternatives() -> None:
     assert choose(declared, "archive") == git("https://git.example/x", "main")
     assert choose(debian("hello"), "git") == debian("hello")
     check_preference("debian", [declared])
-    with pytest.raises(SettingsError, match=r"sources=debain names no alternative .* There are: debian, git"):
+    with pytest.raises(SettingsError, match=r"sources=debain names no alternative .*\n→ There are: debian, git"):
         check_preference("debain", [declared])

@@ -103,7 +103,7 @@ def refusal(url: str, kind: type[Exception] = BuilderError) -> str:
     if kind is BuilderError:
         assert not isinstance(caught.value, BuilderLost), "it would be tried again"
     text = str(caught.value)
-    assert "\n" not in text
+    assert text.count("\n") == 1, "what failed, and the fix"
     assert "Traceback" not in text
     return text
 
