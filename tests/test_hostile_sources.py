@@ -91,7 +91,9 @@ def test_a_server_that_never_answers_is_given_up(
     silent.accept()[0].close()
     with pytest.raises(BlockingIOError):
         silent.accept()
-    with pytest.raises(SourceError, match=r"cannot be looked up: no progress for 1 seconds\.\n→ See whether the server"):
+    with pytest.raises(
+        SourceError, match=r"cannot be looked up: no progress for 1 seconds\.\n→ See whether the server"
+    ):
         git(url, "main").resolve()
 
 
