@@ -131,7 +131,8 @@ def test_each_machine_has_debians_name_by_default(
 
 def test_a_machine_without_a_debian_architecture_has_to_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "vax")
-    said = "This machine is a 'vax', for which no Debian architecture is known.\n→ Say what to build for, such as arch=armhf."
+    said = "This machine is a 'vax', for which no Debian architecture is known."
+    said += "\n→ Say what to build for, such as arch=armhf."
     assert refusal() == said
     doit_cmd.set_var("arch", "armhf")
     assert value("arch") == "armhf"

@@ -551,6 +551,11 @@ def test_a_failed_command_can_be_caught_as_subprocess_has_it(builder: Builder) -
     assert outcome.log.splitlines()[-1] == "1 ['false'] True"
 
 
+def test_an_error_in_a_block_whose_container_is_gone_is_reported_itself(builder: Builder) -> None:
+    script = "with Container('tiny') as c:\n    c.__exit__(None, None, None)\n    raise KeyError('first')\n"
+    assert "KeyError: 'first'" in builder.run(script).message
+
+
 def test_a_traceback_has_the_scripts_frames_only(builder: Builder) -> None:
     outcome = builder.run(
         "import helper\nimport json\nhelper.parse('{')\n",

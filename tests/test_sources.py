@@ -27,7 +27,7 @@ from upstreams import COMMIT_TIME, call_git, commit, free_port, no_programs
 from gamebear_tasks.errors import SettingsError, SourceError
 from gamebear_tasks.sources import deterministic_tar
 from gamebear_tasks.sources.alternatives import check_preference, choose
-from gamebear_tasks.sources.debian import entries, from_deb822, from_one_line
+from gamebear_tasks.sources.debian import _Apt, entries, from_deb822, from_one_line
 from gamebear_tasks.sources.declare import archive, debian, either, git
 from gamebear_tasks.sources.git import relative_url
 from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
@@ -691,6 +691,20 @@ def test_without_apt_there_are_other_sources(cache: Path, monkeypatch: pytest.Mo
     assert "`doit sources=git`" in caught.value.hint
     with pytest.raises(SourceError, match=r"dpkg-source is not here"):
         debian("hello").fetch(cache, lock)
+
+
+def test_lists_that_apt_could_not_download_whole_are_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/apt-get"
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    apt = _Apt(tmp_path / "apt", {})
+    for status, is_updated in ((100, False), (0, True)):
+        program.write_text(f"#!/bin/sh\nexit {status}\n")
+        program.chmod(0o755)
+        apt.update()
+        assert apt.updated is is_updated
 
 
 def test_lines_of_sources_list_become_deb_src() -> None:

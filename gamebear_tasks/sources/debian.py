@@ -281,11 +281,9 @@ Dir::Etc::sourceparts "{root}/sources";
             self.run("apt-get", "--quiet", "--option", "APT::Update::Error-Mode=any", "update")
         except ProgramError as error:
             failures = [line for line in error.said.splitlines() if "Failed to fetch" in line]
-            reason = re.sub(r"^[EW]: ", "", failures[0]) if failures else error.reason
-        else:
-            reason = ""
+            return re.sub(r"^[EW]: ", "", failures[0]) if failures else error.reason
         (self.root / "updated").touch()
-        return reason
+        return ""
 
     def _keep(self, name: str, text: str) -> None:
         path = self.root / name

@@ -156,7 +156,10 @@ class Container:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._let_go()
-        self._check_there()
+        if error is None:
+            self._check_there()
+        elif self.name not in self._job.open:
+            return  # the first error is more important
         try:
             self._job.remove(self.name, self._where)
         except CommandError as failed:
