@@ -1,4 +1,4 @@
-"""The builder `user:NAME`: another account of this machine, for root. What it builds cannot touch root's files."""
+"""The builder `user:NAME`: another account of this machine, for root. Its builds cannot access root's files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gamebear_tasks.errors import BuilderError, SettingsError
 
 
 def open_builder(url: str) -> RunnerBuilder:
-    """Open `user:NAME`; nothing is looked up before the builder is first asked something.
+    """Open `user:NAME`; the first request connects.
 
     Raises:
         SettingsError: no name follows the colon.
@@ -23,10 +23,10 @@ def open_builder(url: str) -> RunnerBuilder:
 
 
 def connect(name: str) -> ProcessConnection:
-    """Return what starts programs as a user: in its home, with an environment that has nothing of ours in it.
+    """Return a connection that starts programs as a user, in its home, with a clean environment.
 
     Raises:
-        BuilderError: there is no such user, or we may not become it.
+        BuilderError: the user does not exist, or the caller is not root.
     """
     try:
         user = pwd.getpwnam(name)
