@@ -20,7 +20,7 @@ from keyboard import Keyboard
 from project import Project, Run, wait_for
 from sshd import Account, Sshd, client_home, new_account
 
-from gamebear_tasks.builders.protocol.responses import checked
+from gamebear_tasks.builders.protocol.responses import facts
 from gamebear_tasks.builders.transports.local import open_builder
 from gamebear_tasks.cli.doctor.builder_checks import NOTE, OK, TROUBLE, Finding, judge
 from gamebear_tasks.cli.doctor.fixes import Done, Step, mend, steps_for
@@ -376,7 +376,7 @@ def judged(changes: dict[str, Any], base: str = "auto", arch: str = "armhf") -> 
         for group in groups:
             part = part[group]
         part[name] = value
-    return judge(checked(said), [arch], base)
+    return judge(facts(said), [arch], base)
 
 
 def test_a_builder_that_has_all_is_well() -> None:

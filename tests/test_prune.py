@@ -21,6 +21,7 @@ from test_store_faults import WAIT, Job
 
 from gamebear_tasks.runner.maintenance import garbage_collection as pruning
 from gamebear_tasks.runner.maintenance.garbage_collection import Policy, Prune
+from gamebear_tasks.runner.protocol.requests import Fetch
 from gamebear_tasks.runner.server import session
 from gamebear_tasks.runner.store.store import Lock, Store, StoredJob
 from gamebear_tasks.runner.util import atomic_files
@@ -366,7 +367,7 @@ def test_a_result_that_is_being_fetched_stays_however_long_it_takes(
     monkeypatch.setattr(session, "_pass_on", pass_on)
     monkeypatch.setattr(session, "USE_NOTED", -1.0)
     monkeypatch.setattr(StoredJob, "touch", note_use)
-    reply, send = session.Session(bare_store)._fetch(job.digest, "a1", "x", 0)
+    reply, send = session.Session(bare_store)._fetch(Fetch(digest=job.digest, attempt="a1", name="x", offset=0))
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
     disuse(job)
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0

@@ -32,6 +32,7 @@ from gamebear_tasks.runner.executor import workspace
 from gamebear_tasks.runner.host import buildah, capabilities
 from gamebear_tasks.runner.images import apt_sources
 from gamebear_tasks.runner.protocol import wire
+from gamebear_tasks.runner.protocol.requests import Cancel, Put
 from gamebear_tasks.runner.server import session as serve
 from gamebear_tasks.runner.store import slots
 from gamebear_tasks.runner.store.store import Lock, Store, StoredJob
@@ -740,19 +741,23 @@ def queued(tmp_path: Path) -> StoredJob:
     return job
 
 
+def of(digest: str, attempt: str) -> Cancel:
+    return Cancel(digest=digest, attempt=attempt, client="me", force=False, who="")
+
+
 def test_cancel_says_truthfully_that_a_job_has_not_ended(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "CANCEL_SECONDS", 0.1)
     session = serve.Session(queued.store)
     with queued.lock():
-        assert session._cancel(queued.digest, "a1", "me") == {"state": "running", "others": []}
-    assert session._cancel(queued.digest, "a0", "me") == {"state": "lost", "others": []}
-    assert session._cancel("b" * 64, "a1", "me") == {"state": "absent", "others": []}
+        assert session._cancel(of(queued.digest, "a1")) == {"state": "running", "others": []}
+    assert session._cancel(of(queued.digest, "a0")) == {"state": "lost", "others": []}
+    assert session._cancel(of("b" * 64, "a1")) == {"state": "absent", "others": []}
 
 
 def test_what_has_ended_is_nobody_s_to_cancel_though_others_waited_a_moment_ago(queued: StoredJob) -> None:
     queued.write_state({"state": "done", "attempt": "a1", "outputs": {}})
     queued.touch_client("somebody")
-    assert serve.Session(queued.store)._cancel(queued.digest, "a1", "me") == {"state": "done", "others": []}
+    assert serve.Session(queued.store)._cancel(of(queued.digest, "a1")) == {"state": "done", "others": []}
 
 
 def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -769,7 +774,7 @@ def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, m
 
     supervisor = threading.Thread(target=obey)
     supervisor.start()
-    assert serve.Session(queued.store)._cancel(queued.digest, "", "me") == {"state": "cancelled", "others": []}
+    assert serve.Session(queued.store)._cancel(of(queued.digest, "")) == {"state": "cancelled", "others": []}
     supervisor.join()
     assert queued.was_seen("a2")
 
@@ -849,13 +854,13 @@ def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: 
     ) as session:
         assert session.stdin is not None and session.stdout is not None
         assert session.stdout.readline() == wire.PREAMBLE + b" ready\n"
-        header = {"op": "put", "sha256": "0" * 64, "size": size, "offset": 0}
+        header = Put(sha256="0" * 64, size=size, offset=0).header
         session.stdin.write(wire.encode(header, size) + bytes(1000))
         session.stdin.flush()
         if not select.select([session.stdout], [], [], 20.0)[0]:
             session.kill()
         answer = wire.decode(session.stdout.read)
-        assert answer is not None and "The builder's disk is full" in answer[0]["error"]
+        assert answer is not None and "The builder's disk is full" in str(answer[0]["error"])
         assert session.wait(10) == 0
 
 

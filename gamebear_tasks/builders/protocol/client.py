@@ -16,19 +16,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...errors import NONSENSE, BuilderError, BuilderLost, SourceError
 from ...jobspec.spec import File, Job
 from ...records.task_record import expected
+from ...runner.protocol import requests
 from ...runner.util.atomic_files import sha256_of
 from ...util.text import size
 from ..base import JobEntry, Kept, Order, Pruned, Sink, Status
 from . import responses
 from .flood_guard import Rounds
-from .session import CHUNK, Body, Bytes, FileFrom, Take, words_of
+from .session import CHUNK, Body, Bytes, FileFrom, Take, refusal, words_of
 from .session_pool import SessionPool
 from .transport import Connection
+
+if TYPE_CHECKING:
+    from ...runner.protocol.requests import Progress, Terminal
 
 INLINE = 16 << 10
 """Bytes of small files sent with the first request, because the builder probably lacks them."""
@@ -50,9 +54,6 @@ One takes up to 128 KiB from the answer to `submit`, and up to 320 KiB from the 
 
 SHORT = 0.2
 """Minimum seconds before an answer without news. A runner never answers earlier; a faster builder is throttled."""
-
-KEPT = 100
-"""Maximum number of containers accepted in the list of a job's kept containers."""
 
 PAGE = 500
 """Jobs requested at once; `JOBS` limits their total number."""
@@ -84,7 +85,7 @@ class RunnerBuilder:
         self.client = os.urandom(8).hex()
         self._sessions = SessionPool(place, connect)
         self._ends: dict[tuple[str, str], _End] = {}
-        self._now: dict[tuple[str, str], object] = {}
+        self._now: dict[tuple[str, str], Progress] = {}
 
     @property
     def patience(self) -> float:
@@ -113,22 +114,21 @@ class RunnerBuilder:
 
         for _ in range(TRIES):
             reply = self._ask(
-                {
-                    "op": "submit",
-                    "digest": job.digest,
-                    "job": job.canonical.decode("ascii"),
-                    "client": self.client,
-                    "blobs": [[sha256, len(data)] for sha256, data in inline],
-                    "trees": trees,
-                    "needs": needs,
-                    "time_limit": order.time_limit,
-                    "base": order.base,
-                    "python": order.python,
-                    "again": again,
-                    "who": _who(),
-                    "keep": order.keep_failed,
-                    "wait": 0.0 if self._sessions.are_scarce else SOON,
-                },
+                requests.Submit(
+                    digest=job.digest,
+                    job=job.canonical.decode("ascii"),
+                    client=self.client,
+                    blobs=[(sha256, len(data)) for sha256, data in inline],
+                    trees=trees,
+                    needs=needs,
+                    time_limit=order.time_limit,
+                    base=order.base,
+                    python=order.python,
+                    again=again,
+                    who=_who(),
+                    keep=order.keep_failed,
+                    wait=0.0 if self._sessions.are_scarce else SOON,
+                ),
                 start,
                 end.extend,
                 limit=CHUNK * 4,
@@ -137,16 +137,17 @@ class RunnerBuilder:
                 status = responses.status(self.place, reply, joined=not reply.get("started"))
                 self._log_of(job.digest, status, reply, bytes(end), 0)
                 return status
-            if reply.get("trees_wanted"):
+            lacks = responses.lacks(self.place, reply)
+            if lacks.trees:
                 fetched = order.fetch_trees()
                 trees = {}
                 for name, path in fetched.items():
                     trees[name] = sha256_of(path)
                     files[trees[name]] = path
                 inline = []
-                if not reply.get("missing"):
+                if not lacks.blobs:
                     continue
-            inline = self._upload(reply.get("missing"), files)
+            inline = self._upload(lacks.blobs, files)
         raise BuilderError(
             f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.",
             "See whether its disk is full or failing, then run doit again.",
@@ -169,15 +170,14 @@ class RunnerBuilder:
         asked = time.monotonic()
         known = self._now.get((digest, attempt))
         reply = self._ask(
-            {
-                "op": "follow",
-                "digest": digest,
-                "attempt": attempt,
-                "client": client,
-                "offset": offset,
-                "wait": 0.5 if self._sessions.are_scarce else FOLLOW,
-                "now": known,
-            },
+            requests.Follow(
+                digest=digest,
+                attempt=attempt,
+                client=client,
+                offset=offset,
+                wait=0.5 if self._sessions.are_scarce else FOLLOW,
+                now=known,
+            ),
             start,
             body.extend,
             limit=CHUNK * 4,
@@ -191,23 +191,21 @@ class RunnerBuilder:
             time.sleep(SHORT)  # throttle: a runner holds its answer until there is news
         return status, log
 
-    def _log_of(self, digest: str, status: Status, reply: Mapping[str, Any], body: bytes, offset: int) -> bytes:
+    def _log_of(self, digest: str, status: Status, reply: Mapping[str, object], body: bytes, offset: int) -> bytes:
         """Return the log from a reply's body; cache the job's phase, and at the end its status and small outputs."""
         if status.phase:
             self._now[digest, status.attempt] = [status.phase, status.ahead]
         else:
             self._now.pop((digest, status.attempt), None)
-        length = reply.get("log")
-        log = body[:length] if type(length) is int and length >= 0 else body
-        if not status.is_final or reply.get("log_size") != offset + len(log):
+        parts = responses.parts(reply)
+        log = body if parts.log is None else body[: parts.log]
+        if not status.is_final or parts.log_size != offset + len(log):
             return log
         contents = {}
         start = len(log)
-        about = reply.get("contents")
-        for item in about if isinstance(about, list) else ():
-            name, length = item if isinstance(item, list) and len(item) == 2 else (None, None)
-            output = status.outputs.get(name) if isinstance(name, str) else None
-            if not isinstance(name, str) or output is None or length != output.size:
+        for name, length in parts.contents:
+            output = status.outputs.get(name)
+            if output is None or length != output.size:
                 break
             contents[name] = body[start : start + length]
             start += length
@@ -228,7 +226,7 @@ class RunnerBuilder:
         got = 0
         holes: deque[tuple[int, int]] = deque()
 
-        def begun(reply: dict[str, Any], length: int) -> None:
+        def begun(reply: Mapping[str, object], length: int) -> None:
             holes.clear()
             holes.extend(responses.holes(reply, offset + got, offset + limit, self.place))
             if length + sum(hole for _, hole in holes) > limit - got:
@@ -252,10 +250,10 @@ class RunnerBuilder:
                 setbacks.count = 0
 
         while True:
-            header = {"op": "fetch", "digest": digest, "attempt": attempt, "name": name, "offset": offset + got}
+            request = requests.Fetch(digest=digest, attempt=attempt, name=name, offset=offset + got)
             before = got
             try:
-                self._ask_once(header, None, take, limit - got, begun)
+                self._ask_once(request, None, take, limit - got, begun)
                 take(b"")  # holes at the end of the file
                 return
             except BuilderLost as error:
@@ -264,12 +262,13 @@ class RunnerBuilder:
 
     def cancel(self, digest: str, attempt: str) -> bool:
         """Cancel a job, unless another client waits for it."""
-        reply = self._ask({"op": "cancel", "digest": digest, "attempt": attempt, "client": self.client})
-        if not reply.get("others") and reply.get("state") == "running":
+        request = requests.Cancel(digest=digest, attempt=attempt, client=self.client, force=False, who="")
+        cancelled = responses.cancelled(self._ask(request))
+        if not cancelled.has_others and cancelled.state == "running":
             raise BuilderError(
                 f"{self.place} has not ended the job yet.", "It was told to; doit finds it if it goes on all the same."
             )
-        return not reply.get("others")
+        return not cancelled.has_others
 
     def jobs(self, limit: int | None = None, prefix: str = "") -> tuple[list[JobEntry], int]:
         """Return the jobs, queued and running ones first, then the newest; and the total number of jobs."""
@@ -278,13 +277,11 @@ class RunnerBuilder:
         rounds = Rounds(f"The jobs of {self.place}")
         while True:
             most = PAGE if limit is None else min(PAGE, limit - skip)
-            reply = self._ask({"op": "list", "skip": skip, "limit": most, "prefix": prefix})
-            listed = reply.get("jobs")
-            page = [responses.entry(item) for item in listed[:most]] if isinstance(listed, list) else []
+            reply = self._ask(requests.List(skip=skip, limit=most, prefix=prefix))
+            page, total = responses.page(reply, most)
             for entry in page:
                 if entry is not None and entry.digest.startswith(prefix):
                     found.setdefault(entry.digest, entry)
-            total = responses.count(reply.get("total"))
             skip += len(page)
             if not page or skip >= min(total, JOBS if limit is None else limit):
                 return list(found.values()), max(total, len(found))
@@ -296,30 +293,28 @@ class RunnerBuilder:
 
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
         """Cancel a job, unless others wait for it; return those who do."""
-        named = {"op": "cancel", "digest": digest, "attempt": attempt}
-        reply = self._ask({**named, "client": self.client, "who": _who(), "force": force})
-        others = reply.get("others")
-        if isinstance(others, list) and others:
-            return tuple(responses.line(who) for who in others[: responses.WAITING])
-        state = reply.get("state")
-        if state == "running":
+        request = requests.Cancel(digest=digest, attempt=attempt, client=self.client, force=force, who=_who())
+        cancelled = responses.cancelled(self._ask(request))
+        if cancelled.others:
+            return cancelled.others
+        if cancelled.state == "running":
             raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
-        if state != "cancelled":
-            how = "done" if state == "done" else "failed" if state == "failed" else "lost, or begun again"
+        if cancelled.state != "cancelled":
+            how = cancelled.state if cancelled.state in ("done", "failed") else "lost, or begun again"
             raise BuilderError(
                 f"{self.place} has not cancelled the job, which had ended before: it is {how}.",
                 "`doit jobs` lists first what runs.",
             )
         return ()
 
-    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
-        """Return the materials of a result."""
-        return self._ask({"op": "materials", "digest": digest, "attempt": attempt})
+    def materials(self, digest: str, attempt: str) -> Mapping[str, object]:
+        """Return the materials of a result, not validated: see `Materials.of_document`."""
+        return self._ask(requests.Materials(digest=digest, attempt=attempt))
 
     def discard(self, digest: str, attempt: str) -> None:
         """Verify a result on the builder, and drop it if it is damaged."""
         self._ends.pop((digest, attempt), None)
-        self._ask({"op": "discard", "digest": digest, "attempt": attempt})
+        self._ask(requests.Discard(digest=digest, attempt=attempt))
 
     @property
     def has_given_up(self) -> bool:
@@ -330,34 +325,29 @@ class RunnerBuilder:
         self, older: float | None = None, size: int | None = None, keep: int | None = None, images: bool = False
     ) -> Pruned:
         """Remove unused entries of the builder's store."""
-        counts = dict.fromkeys(("jobs", "blobs", "images", "others", "freed"), 0)
+        done = Pruned()
         rounds = Rounds(f"The things that {self.place} has pruned")
         while True:
-            reply = self._ask({"op": "prune", "older": older, "size": size, "keep": keep, "images": images})
-            before = dict(counts)
-            for name in counts:
-                counts[name] += responses.count(reply.get(name))
-            if not reply.get("more") or counts == before:
-                break
+            reply = self._ask(requests.Prune(older=older, size=size, keep=keep, images=images))
+            before, done = done, responses.pruned(reply, done)
+            if not reply.get("more") or replace(done, left=before.left) == before:
+                return done
             rounds.another()
-        left = reply.get("left")
-        return Pruned(**counts, left=tuple(map(words_of, left)) if isinstance(left, list) else ())
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, object]:
         """Return properties of the builder by name."""
-        said = self._ask({"op": "hello"})
+        said = self._ask(requests.Hello())
         return {words_of(name): value if responses.is_size(value) else words_of(value) for name, value in said.items()}
 
     def run_program(self, words: Sequence[str]) -> int:
         """Run a program on the builder with the local terminal; return its exit status."""
-        return self._attended({"op": "run", "words": list(words)})
+        return self._attended(lambda terminal: requests.Run(words=list(words), terminal=terminal))
 
-    def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
+    def examine(self, arches: Sequence[str], base: str) -> Mapping[str, object]:
         """Return the builder's diagnostics."""
         until = time.monotonic() + EXAMINATION
         while True:
-            header = {"op": "examine", "arches": list(arches), "base": base, "wait": FOLLOW}
-            said = self._ask(header)
+            said = self._ask(requests.Examine(arches=list(arches), base=base, wait=FOLLOW))
             heard = time.time()
             if not said.get("more"):
                 break
@@ -367,9 +357,9 @@ class RunnerBuilder:
                     "See what it is busy with (top, dmesg), then run doit doctor again.",
                 )
             time.sleep(SHORT)  # throttle: a runner holds its answer until the diagnostics are complete
-        about: dict[str, Any] = responses.checked(said)
+        about = responses.facts(said)
         clock = about.pop("time", None)
-        about["ahead"] = clock - heard if type(clock) in (int, float) else None
+        about["ahead"] = clock - heard if isinstance(clock, int | float) and not isinstance(clock, bool) else None
         about["connection"] = self._sessions.described
         return about
 
@@ -392,28 +382,22 @@ class RunnerBuilder:
 
     def kept(self, digest: str) -> Kept | None:
         """Return the containers kept from a failed job."""
-        reply = self._ask({"op": "kept", "digest": digest})
-        found = reply.get("containers")
-        containers = [responses.kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
-        last, age = reply.get("last"), responses.seconds(reply.get("age"))
-        if not containers:
-            return None
-        if type(last) is not int or not 0 <= last < len(containers) or age is None:
-            raise BuilderError(f"{self.place} describes what it keeps in a way that makes no sense.", NONSENSE)
-        return Kept(tuple(containers), last, age)
+        return responses.kept(self.place, self._ask(requests.Kept(digest=digest)))
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
         """Run a command in a container of a failed job with the local terminal; return its exit status."""
-        return self._attended({"op": "enter", "digest": digest, "container": container, "words": list(words)})
+        return self._attended(
+            lambda terminal: requests.Enter(digest=digest, container=container, words=list(words), terminal=terminal)
+        )
 
-    def _attended(self, header: Mapping[str, Any]) -> int:
+    def _attended(self, request: Callable[[Terminal | None], requests.Run | requests.Enter]) -> int:
         """Start a program that takes over its session, and connect it to the local terminal until it ends."""
-        from .tty import attend
+        from .tty import attend, local_terminal
 
         session = self._sessions.borrow()
         broken = False
         try:
-            return attend(session, header, self.place)
+            return attend(session, request(local_terminal()), self.place)
         except BuilderLost:
             broken = True
             raise
@@ -426,21 +410,18 @@ class RunnerBuilder:
 
     # uploads
 
-    def _upload(self, missing: object, files: Mapping[str, Path]) -> list[tuple[str, bytes]]:
+    def _upload(self, missing: Sequence[tuple[str, int]], files: Mapping[str, Path]) -> list[tuple[str, bytes]]:
         """Upload missing blobs: resume large ones at the offset that the builder has, batch small ones.
 
         Returns:
             The last batch of small blobs, to be sent with the next request.
         """
-        if not isinstance(missing, list):
-            raise BuilderError(f"{self.place} does not say what it lacks.", NONSENSE)
         batch: list[tuple[str, bytes]] = []
         room = BATCH
         expected(_length_of(missing, files))
-        for item in missing:
-            sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
-            path = files.get(sha256) if isinstance(sha256, str) else None
-            if path is None or not isinstance(sha256, str) or type(have) is not int:
+        for sha256, have in missing:
+            path = files.get(sha256)
+            if path is None:
                 raise BuilderError(f"{self.place} asks for a file that the job does not have.", NONSENSE)
             length = path.stat().st_size
             if length > CHUNK:
@@ -455,8 +436,8 @@ class RunnerBuilder:
         return batch
 
     def _upload_small(self, batch: Sequence[tuple[str, bytes]]) -> None:
-        blobs = [[sha256, len(data)] for sha256, data in batch]
-        self._ask({"op": "put", "blobs": blobs}, lambda: [data for _, data in batch])
+        blobs = [(sha256, len(data)) for sha256, data in batch]
+        self._ask(requests.PutSmall(blobs=blobs), lambda: [data for _, data in batch])
 
     def _upload_large(self, sha256: str, path: Path, length: int, have: int) -> None:
         setbacks = _Setbacks(self)
@@ -465,9 +446,9 @@ class RunnerBuilder:
         while True:
             if not 0 <= have <= length:
                 have = 0
-            header = {"op": "put", "sha256": sha256, "size": length, "offset": have}
+            request = requests.Put(sha256=sha256, size=length, offset=have)
             try:
-                reply = self._ask_once(header, FileFrom(path, have, length))
+                reply = self._ask_once(request, FileFrom(path, have, length))
             except BuilderLost as error:
                 before = have
                 have = self._size_there(sha256)
@@ -477,45 +458,44 @@ class RunnerBuilder:
                     setbacks.another(error)
                 rounds.another(have - before >= CHUNK)
                 continue
-            got = reply.get("have")
-            if got == length:
+            have = responses.count(reply.get("have"))
+            if have == length:
                 return
             damaged += 1
-            if damaged > 2 or type(got) is not int:
+            if damaged > 2:
                 raise SourceError(f"{path} changed while it was sent to {self.place}.", "Run doit again.")
-            have = got
 
     def _size_there(self, sha256: str) -> int:
-        return responses.count(self._ask({"op": "have", "sha256": sha256}).get("have"))
+        return responses.count(self._ask(requests.Have(sha256=sha256)).get("have"))
 
     # requests
 
     def _ask(
         self,
-        header: Mapping[str, Any],
+        request: requests.Request,
         body: Callable[[], Sequence[bytes]] | None = None,
         sink: Take | None = None,
         limit: int = 0,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Send a request, and retry until there is a reply; `body` is called for each attempt."""
         setbacks = _Setbacks(self)
         while True:
             try:
-                return self._ask_once(header, Bytes(body()) if body is not None else None, sink, limit)
+                return self._ask_once(request, Bytes(body()) if body is not None else None, sink, limit)
             except BuilderLost as error:
                 setbacks.another(error)
 
     def _ask_once(
         self,
-        header: Mapping[str, Any],
+        request: requests.Request,
         body: Body | None = None,
         sink: Take | None = None,
         limit: int = 0,
-        begun: Callable[[dict[str, Any], int], object] | None = None,
-    ) -> dict[str, Any]:
+        begun: Callable[[dict[str, object], int], object] | None = None,
+    ) -> dict[str, object]:
         session = self._sessions.borrow()
         try:
-            reply = session.ask(header, body, sink, limit, begun)
+            reply = session.ask(request, body, sink, limit, begun)
         except BuilderLost as error:
             self._sessions.drop(session, broken=True)
             if session.channel_says:
@@ -525,8 +505,9 @@ class RunnerBuilder:
             self._sessions.drop(session, broken=False)  # the rest of the reply is unread: not reusable
             raise
         self._sessions.give_back(session)
-        if "error" in reply:
-            raise BuilderError(f"On {self.place}: {words_of(reply['error'])}", words_of(reply.get("hint", "")))
+        refused = refusal(reply, self.place)
+        if refused is not None:
+            raise refused
         return reply
 
 
@@ -573,15 +554,14 @@ def _files_of(job: Job) -> Iterable[File]:
     yield from job.inputs.values()
 
 
-def _length_of(missing: Iterable[object], files: Mapping[str, Path]) -> int:
-    """Return the number of bytes that a builder reports as missing; malformed items are ignored."""
+def _length_of(missing: Iterable[tuple[str, int]], files: Mapping[str, Path]) -> int:
+    """Return the number of bytes that a builder reports as missing; unknown files are ignored."""
     length = 0
-    for item in missing:
-        sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
-        path = files.get(sha256) if isinstance(sha256, str) else None
-        if path is not None and type(have) is int:
+    for sha256, have in missing:
+        path = files.get(sha256)
+        if path is not None:
             size = path.stat().st_size
-            length += size - min(max(have, 0), size)
+            length += size - min(have, size)
     return length
 
 

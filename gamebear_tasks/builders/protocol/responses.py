@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from ...errors import NONSENSE, BuilderError
 from ...records.task_record import BUILDER, Phase
 from ...runner.protocol import wire
 from ...runner.store.phases import LIMIT as SPANS
 from ...runner.util.atomic_files import is_file_name, is_sha256
-from ..base import Failure, JobEntry, KeptContainer, Output, Status
+from ..base import Failure, JobEntry, Kept, KeptContainer, Output, Pruned, Status
 from .session import words_of
 
 CROWD = 9999
@@ -32,6 +33,12 @@ CENTURY = 100 * 366 * 86400.0
 STATES = ("queued", "running", "done", "failed", "cancelled", "lost")
 """States of a job."""
 
+KEPT = 100
+"""Maximum number of containers accepted in the list of a job's kept containers."""
+
+LEFT = 1000
+"""Maximum number of reasons accepted for what a prune has left."""
+
 WAITING = 20
 """Maximum number of clients listed as waiting for a job, and of outputs listed for it."""
 
@@ -42,7 +49,129 @@ MOST_FACTS = 100
 """Maximum number of entries in each object and array of the diagnostics."""
 
 
-def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status:
+@dataclass(frozen=True)
+class Lacks:
+    """What a builder needs to start a job.
+
+    Attributes:
+        blobs: SHA-256 of each missing file, and the bytes of it that the builder has already.
+        trees: whether the sources have to be resolved.
+    """
+
+    blobs: tuple[tuple[str, int], ...]
+    trees: bool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a reply's body: the log, and then outputs.
+
+    Attributes:
+        log: bytes of log; None if that is the whole body.
+        log_size: bytes of log that the builder has; None if it does not tell.
+        contents: name and size in bytes of each output.
+    """
+
+    log: int | None
+    log_size: int | None
+    contents: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Result of a cancellation.
+
+    Attributes:
+        state: state of the job; empty if the builder does not tell a valid one.
+        others: display names of other clients that wait for the job.
+        has_others: whether others wait for the job.
+    """
+
+    state: str
+    others: tuple[str, ...]
+    has_others: bool
+
+
+def lacks(place: str, reply: Mapping[str, object]) -> Lacks:
+    """Return what a builder lacks of a job.
+
+    Raises:
+        BuilderError: the reply is invalid.
+    """
+    missing = reply.get("missing")
+    if not isinstance(missing, list):
+        raise BuilderError(f"{place} does not say what it lacks.", NONSENSE)
+    blobs = []
+    for item in missing:
+        sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
+        if not _is_digest(sha256) or type(have) is not int:
+            raise BuilderError(f"{place} asks for a file that the job does not have.", NONSENSE)
+        blobs.append((sha256, max(have, 0)))
+    return Lacks(tuple(blobs), bool(reply.get("trees_wanted")))
+
+
+def parts(reply: Mapping[str, object]) -> Parts:
+    """Return the parts of the body of a job's state; outputs from the first invalid one on are left out."""
+    log, log_size, given = reply.get("log"), reply.get("log_size"), reply.get("contents")
+    contents = []
+    for item in given if isinstance(given, list) else ():
+        name, length = item if isinstance(item, list) and len(item) == 2 else (None, None)
+        if not isinstance(name, str) or type(length) is not int or length < 0:
+            break
+        contents.append((name, length))
+    return Parts(
+        log if type(log) is int and log >= 0 else None,
+        log_size if type(log_size) is int else None,
+        tuple(contents),
+    )
+
+
+def cancelled(reply: Mapping[str, object]) -> Cancelled:
+    """Return the result of a cancellation."""
+    state, others = reply.get("state"), reply.get("others")
+    return Cancelled(
+        state if _is_state(state) else "",
+        tuple(map(line, others[:WAITING])) if isinstance(others, list) else (),
+        bool(others),
+    )
+
+
+def pruned(reply: Mapping[str, object], before: Pruned) -> Pruned:
+    """Return the sum of what a reply says was pruned, and of what was pruned before; what was left is the last."""
+    left = reply.get("left")
+    return Pruned(
+        before.jobs + count(reply.get("jobs")),
+        before.blobs + count(reply.get("blobs")),
+        before.images + count(reply.get("images")),
+        before.others + count(reply.get("others")),
+        before.freed + count(reply.get("freed")),
+        tuple(map(words_of, left[:LEFT])) if isinstance(left, list) else (),
+    )
+
+
+def page(reply: Mapping[str, object], most: int) -> tuple[list[JobEntry | None], int]:
+    """Return at most `most` entries of a builder's job list, None for invalid ones, and the number of all jobs."""
+    listed = reply.get("jobs")
+    return [entry(item) for item in listed[:most]] if isinstance(listed, list) else [], count(reply.get("total"))
+
+
+def kept(place: str, reply: Mapping[str, object]) -> Kept | None:
+    """Return the containers kept from a failed job; None if there are none.
+
+    Raises:
+        BuilderError: the reply is invalid.
+    """
+    found = reply.get("containers")
+    containers = [_kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
+    last, age = reply.get("last"), seconds(reply.get("age"))
+    if not containers:
+        return None
+    if type(last) is not int or not 0 <= last < len(containers) or age is None:
+        raise BuilderError(f"{place} describes what it keeps in a way that makes no sense.", NONSENSE)
+    return Kept(tuple(containers), last, age)
+
+
+def status(place: str, reply: Mapping[str, object], joined: bool = False) -> Status:
     """Return the state of a job.
 
     Args:
@@ -55,7 +184,7 @@ def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status
     """
     state = reply.get("state")
     attempt = reply.get("attempt")
-    if state not in STATES or not _is_name(attempt):
+    if not _is_state(state) or not _is_name(attempt):
         raise BuilderError(f"{place} answers something that makes no sense (state {words_of(state)}).", NONSENSE)
     outputs = {}
     for name, about in mapping(reply.get("outputs")).items():
@@ -79,7 +208,7 @@ def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status
             about.get("kept") is True,
         )
     valid = reply.get("valid")
-    if valid is not None and not (type(valid) in (int, float) and valid >= 0):
+    if valid is not None and not (_is_number(valid) and valid >= 0):
         raise BuilderError(f"{place} answers something that makes no sense (valid {words_of(valid)[:100]}).", NONSENSE)
     return Status(
         state,
@@ -95,7 +224,7 @@ def status(place: str, reply: Mapping[str, Any], joined: bool = False) -> Status
     )
 
 
-def holes(reply: Mapping[str, Any], start: int, end: int, place: str) -> list[tuple[int, int]]:
+def holes(reply: Mapping[str, object], start: int, end: int, place: str) -> list[tuple[int, int]]:
     """Return offset and length of each hole of a file between two offsets, in order.
 
     Raises:
@@ -104,20 +233,24 @@ def holes(reply: Mapping[str, Any], start: int, end: int, place: str) -> list[tu
     given = reply.get("holes", [])
     found: list[tuple[int, int]] = []
     for hole in given if isinstance(given, list) else [given]:
-        sound = isinstance(hole, list) and len(hole) == 2 and all(type(number) is int for number in hole)
-        if not sound or not (start <= hole[0] < hole[0] + hole[1] <= end):
+        offset, length = hole if isinstance(hole, list) and len(hole) == 2 else (None, None)
+        if type(offset) is not int or type(length) is not int or not (start <= offset < offset + length <= end):
             raise BuilderError(f"{place} describes the holes of a file in a way that makes no sense.", NONSENSE)
-        found.append((hole[0], hole[1]))
-        start = hole[0] + hole[1]
+        found.append((offset, length))
+        start = offset + length
     return found
 
 
-def checked(value: Any, depth: int = 5) -> Any:
+def facts(value: Mapping[str, object], depth: int = 5) -> dict[str, object]:
     """Sanitize diagnostics: bound depth, counts, numbers and texts, and remove terminal control characters."""
+    return {words_of(name)[:100]: _fact(item, depth - 1) for name, item in islice(value.items(), MOST_FACTS)}
+
+
+def _fact(value: object, depth: int) -> object:
     if isinstance(value, dict) and depth:
-        return {words_of(name)[:100]: checked(item, depth - 1) for name, item in islice(value.items(), MOST_FACTS)}
+        return facts(value, depth)
     if isinstance(value, list) and depth:
-        return [checked(item, depth - 1) for item in value[:MOST_FACTS]]
+        return [_fact(item, depth - 1) for item in value[:MOST_FACTS]]
     if isinstance(value, str):
         return words_of(value)
     if isinstance(value, float):
@@ -125,7 +258,7 @@ def checked(value: Any, depth: int = 5) -> Any:
     return value if value is None or is_size(value) else None
 
 
-def _phases_in(reply: Mapping[str, Any]) -> Iterator[Phase]:
+def _phases_in(reply: Mapping[str, object]) -> Iterator[Phase]:
     """Yield the valid phases that a builder reports."""
     spans = reply.get("phases")
     for span in spans[: 2 * SPANS] if isinstance(spans, list) else ():
@@ -144,8 +277,7 @@ def _status_in(value: object) -> int | None:
     return value if type(value) is int and abs(value) < 1 << 16 else None
 
 
-def kept_container(about: object) -> KeptContainer:
-    """Return the description of a kept container."""
+def _kept_container(about: object) -> KeptContainer:
     about = mapping(about)
     return KeptContainer(
         words_of(about.get("image", ""))[:400], _command_in(about.get("command")), _status_in(about.get("status"))
@@ -158,6 +290,14 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 def _is_digest(value: object) -> TypeGuard[str]:
     return is_sha256(value)
+
+
+def _is_state(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and value in STATES
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
 
 
 def is_size(value: object) -> bool:
@@ -177,7 +317,8 @@ def entry(item: object) -> JobEntry | None:
     """Return an entry of a builder's job list; None if it is invalid."""
     said = mapping(item)
     digest, state, attempt = said.get("digest"), said.get("state"), said.get("attempt")
-    if not _is_digest(digest) or state not in STATES or not (_is_name(attempt) or attempt == ""):
+    attempt = "" if attempt == "" else attempt if _is_name(attempt) else None
+    if not _is_digest(digest) or not _is_state(state) or attempt is None:
         return None
     outputs, waiting = said.get("outputs"), said.get("waiting")
     return JobEntry(
@@ -211,9 +352,9 @@ def count(value: object) -> int:
     return value if type(value) is int and 0 <= value < 1 << 63 else 0
 
 
-def seconds(value: Any) -> float | None:
+def seconds(value: object) -> float | None:
     """Return a duration in seconds; None if the value is invalid."""
-    if type(value) in (int, float) and 0 <= value < CENTURY:  # rejects NaN
+    if _is_number(value) and 0 <= value < CENTURY:  # rejects NaN
         return float(value)
     return None
 
@@ -224,6 +365,6 @@ def _notices(value: object) -> tuple[str, ...]:
     return tuple(" ".join(words_of(text)[:500].split()) for text in given if isinstance(text, str))
 
 
-def mapping(value: object) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, object]:
     """Return a JSON object; empty if the value is not one."""
     return value if isinstance(value, dict) else {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...errors import NONSENSE, BuilderError, BuilderLost, LogInError, PythonError, StoreError
 from ...records.task_record import received, sent
-from ...runner.protocol import wire
+from ...runner.protocol import requests, wire
 from ...util.text import printable, size
 from .bootstrap import bundle
 from .transport import Channel, Connection
@@ -109,19 +108,19 @@ class Session:
 
     def ask(
         self,
-        header: Mapping[str, Any],
+        request: requests.Request,
         body: Body | None,
         sink: Take | None,
         limit: int,
-        begun: Callable[[dict[str, Any], int], object] | None = None,
-    ) -> dict[str, Any]:
+        begun: Callable[[wire.Header, int], object] | None = None,
+    ) -> wire.Header:
         """Send a request and read its reply; pass the reply's body, at most `limit` bytes, to `sink`.
 
         `begun` is called with the reply and the length of its body before the body is read.
         """
         length = body.length if body is not None else 0
         try:
-            start = wire.encode(dict(header), length)
+            start = wire.encode(request.header, length)
         except wire.WireError as error:
             raise BuilderError(
                 f"The request to {self._place} is too long ({error}).",
@@ -131,7 +130,7 @@ class Session:
             start += b"".join(body)
             body = None
         if body is not None and not self._has_begun:
-            self.ask({"op": "hello"}, None, None, 0)  # the bootstrap may need the first request twice: keep it short
+            self.ask(requests.Hello(), None, None, 0)  # the bootstrap may need the first request twice: keep it short
         try:
             self._send(start)
             for piece in body or ():
@@ -167,9 +166,7 @@ class Session:
             message = self._message()
         except BuilderError:
             return None
-        if message is None or "error" not in message[0]:
-            return None
-        return BuilderError(f"On {self._place}: {words_of(message[0]['error'])}", words_of(message[0].get("hint", "")))
+        return None if message is None else refusal(message[0], self._place)
 
     def _message(self) -> tuple[wire.Header, int] | None:
         try:
@@ -271,6 +268,13 @@ class FileFrom(Body):
                 data = file.read(min(CHUNK, left)) or b"\0" * min(CHUNK, left)
                 left -= len(data)
                 yield data
+
+
+def refusal(reply: wire.Header, place: str) -> BuilderError | None:
+    """Return the error that a reply reports; None if the request succeeded."""
+    if "error" not in reply:
+        return None
+    return BuilderError(f"On {place}: {words_of(reply['error'])}", words_of(reply.get("hint", "")))
 
 
 def words_of(value: object) -> str:

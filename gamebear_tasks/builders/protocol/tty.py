@@ -11,9 +11,9 @@ import sys
 import termios
 import threading
 import tty
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...errors import NONSENSE, BuilderError, BuilderLost
 from ...runner.protocol.pty import (
@@ -29,8 +29,12 @@ from ...runner.protocol.pty import (
     Frames,
     frame,
 )
+from ...runner.protocol.requests import Enter, Run
 from ...runner.util.atomic_files import write_all
-from .session import Session, words_of
+from .session import Session, refusal
+
+if TYPE_CHECKING:
+    from ...runner.protocol.requests import Terminal
 
 PIECE = 64 << 10
 """Maximum bytes of input in one frame."""
@@ -43,28 +47,32 @@ JOINING = 2.0
 _SOBER = b"\x1b[?1049l\x1b[?25h\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?2004l\x1b[0m\r\n"
 
 
-def attend(session: Session, header: Mapping[str, Any], place: str) -> int:
+def local_terminal() -> Terminal | None:
+    """Return the terminal of this process; None if it has none."""
+    if not (os.isatty(0) and os.isatty(1)):
+        return None
+    rows, columns = _size()
+    return {"term": os.environ.get("TERM", "dumb"), "rows": rows, "columns": columns}
+
+
+def attend(session: Session, request: Run | Enter, place: str) -> int:
     """Start a program that takes over the session; forward the local terminal to it, and return its exit status.
 
     The program's output is not sanitized: a shell on a builder is trusted as with `ssh`.
 
     Args:
         session: not usable afterwards.
-        header: the request that starts the program.
+        request: starts the program, in `local_terminal()`.
         place: the builder's name in error messages.
 
     Raises:
         BuilderError: the program cannot be started, or the builder violates the protocol.
         BuilderLost: the connection broke.
     """
-    has_terminal = os.isatty(0) and os.isatty(1)
-    terminal = None
-    if has_terminal:
-        rows, columns = _size()
-        terminal = {"term": os.environ.get("TERM", "dumb"), "rows": rows, "columns": columns}
-    reply = session.ask({**header, "terminal": terminal}, None, None, 0)
-    if "error" in reply:
-        raise BuilderError(f"On {place}: {words_of(reply['error'])}", words_of(reply.get("hint", "")))
+    has_terminal = request.terminal is not None
+    refused = refusal(session.ask(request, None, None, 0), place)
+    if refused is not None:
+        raise refused
     sys.stdout.flush()
     sys.stderr.flush()
     woken, wake = os.pipe()

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ from .cleanup import clean_up
 
 if TYPE_CHECKING:
     from ..protocol.pty import Attended
+    from ..protocol.replies import KeptReply
+    from ..protocol.requests import Terminal
 
 MOST = 3
 """Maximum number of failed jobs, the latest ones, whose containers a store retains."""
@@ -146,7 +148,7 @@ def trim(store: Store) -> None:
                     clean_up(stored)
 
 
-def listed(stored: StoredJob) -> dict[str, Any]:
+def listed(stored: StoredJob) -> KeptReply:
     """Return a job's retained containers, as sent to a client; empty if there are none.
 
     Returns:
@@ -173,7 +175,7 @@ def listed(stored: StoredJob) -> dict[str, Any]:
 # in a container
 
 
-def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: Mapping[str, Any] | None) -> Attended:
+def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: Terminal | None) -> Attended:
     """Start a command in a retained container and return it.
 
     Args:
@@ -187,8 +189,7 @@ def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: M
     """
     from ..protocol.pty import started  # not needed by builds
 
-    number = int(container)
-    if not 0 <= number < len(listed(stored).get("containers", ())):
+    if not 0 <= container < len(listed(stored).get("containers", ())):
         raise RunnerError(
             f"The builder no longer has that container of job {stored.digest[:12]}.",
             "Run its task again with keep_failed=yes.",
@@ -196,7 +197,7 @@ def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: M
     root = stored.store.root
     known = facts(root)
     runner = str(runner_folder())
-    command = [*namespace(known), sys.executable, "-I", "-S", runner, "enter", stored.digest, str(number), *words]
+    command = [*namespace(known), sys.executable, "-I", "-S", runner, "enter", stored.digest, str(container), *words]
     stored.touch()
     stored.scratch.mkdir(mode=0o700, exist_ok=True)
     env = {**environment(root, known), "TMPDIR": str(stored.scratch)}

@@ -23,9 +23,12 @@ import subprocess
 import termios
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..util.errors import RunnerError
+
+if TYPE_CHECKING:
+    from .requests import Terminal
 
 INPUT, END, WINDOW = b"i", b"e", b"w"
 OUTPUT, ERRORS, STATUS = b"o", b"x", b"s"
@@ -103,7 +106,7 @@ class Attended:
         words: Sequence[str],
         environment: Mapping[str, str],
         folder: Path,
-        terminal: Mapping[str, Any] | None = None,
+        terminal: Terminal | None = None,
         within: bool = False,
         umask: int = -1,
     ) -> None:
@@ -132,7 +135,7 @@ class Attended:
             self._master, slave = os.openpty()
             try:
                 self._outer = _identity(slave)
-                _resize(slave, int(terminal["rows"]), int(terminal["columns"]))
+                _resize(slave, terminal["rows"], terminal["columns"])
                 self._process = subprocess.Popen(
                     words,
                     env={**environment, "TERM": term_of(terminal)},
@@ -274,7 +277,7 @@ def started(
     words: Sequence[str],
     environment: Mapping[str, str],
     folder: Path,
-    terminal: Mapping[str, Any] | None,
+    terminal: Terminal | None,
     within: bool = False,
     umask: int = -1,
 ) -> Attended:
@@ -283,7 +286,7 @@ def started(
     Raises:
         RunnerError: it cannot be started.
     """
-    if not words or not all(isinstance(word, str) for word in words):
+    if not words:
         raise RunnerError("There is no program to run.", "Name one, with its arguments.")
     try:
         return Attended(words, environment, folder, terminal, within, umask)
@@ -294,10 +297,10 @@ def started(
         ) from error
 
 
-def term_of(terminal: Mapping[str, Any]) -> str:
+def term_of(terminal: Terminal) -> str:
     """Return a valid value of `TERM` for a client's terminal; `dumb` if the client sends an invalid one."""
-    term = terminal.get("term")
-    return term if isinstance(term, str) and re.fullmatch(r"[\w.+-]{1,64}", term, re.ASCII) else "dumb"
+    term = terminal["term"]
+    return term if re.fullmatch(r"[\w.+-]{1,64}", term, re.ASCII) else "dumb"
 
 
 def _resize(fd: int, rows: int, columns: int) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 PREAMBLE = b"gamebear-runner:"
 """Start of the line that separates a login shell's output from the messages."""
@@ -34,10 +33,8 @@ MAX_DEPTH = 32
 
 _LENGTH = struct.Struct(">I")
 
-Header = dict[str, Any]
-
-Reply = Header
-"""Header of a response."""
+Header = dict[str, object]
+"""A received header: a JSON object, of which only the depth, the numbers and `body` have been checked."""
 
 
 class WireError(Exception):
@@ -48,7 +45,7 @@ class CutOff(WireError):
     """The stream ends within a message."""
 
 
-def encode(header: Header, body: int = 0) -> bytes:
+def encode(header: Mapping[str, object], body: int = 0) -> bytes:
     """Encode a message up to its body.
 
     Args:
@@ -113,7 +110,7 @@ def _float(text: str) -> float:
     return max(min(float(text), float(MAX_NUMBER)), -float(MAX_NUMBER))
 
 
-def _check_depth(value: Any, left: int) -> None:
+def _check_depth(value: dict[str, object] | list[object], left: int) -> None:
     if not left:
         raise WireError(f"a header is nested deeper than {MAX_DEPTH} levels")
     for item in value.values() if isinstance(value, dict) else value:

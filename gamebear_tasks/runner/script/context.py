@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..host.buildah import Buildah, BuildahError
 from ..host.capabilities import Facts
 from ..host.subprocesses import last_lines
 from ..maintenance.retained_containers import FINISHED, Notes
 from ..store.phases import Phases
+
+if TYPE_CHECKING:
+    from ..protocol.replies import Programs
 
 RUN_TAKES_SETTINGS = (1, 22)
 """First buildah release whose `run` has `--env` and `--workingdir`."""
@@ -57,7 +60,7 @@ class CommandError(subprocess.CalledProcessError):
         return f"`{shlex.join(self.cmd)}` {how}{self.where and f' in {self.where}'}{said and f': {said}'}"
 
 
-def programs(known: Facts) -> dict[str, str]:
+def programs(known: Facts) -> Programs:
     """Return the programs that build here now, with versions.
 
     They are recorded during the build, because the builder may be upgraded before the record is requested.

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..store.slots import line
 from ..store.store import COMPANY, FINAL, State, Store, StoredJob, size_of, stamp
 from ..util.atomic_files import is_sha256, read_json
+
+if TYPE_CHECKING:
+    from ..protocol.replies import ListedJob, ListReply
 
 PAGE = 500
 """Maximum number of jobs in one reply."""
@@ -28,7 +31,7 @@ CLIENTS = 20
 """Maximum number of waiting clients that are named per job."""
 
 
-def listing(store: Store, skip: int, limit: int, prefix: str) -> dict[str, Any]:
+def listing(store: Store, skip: int, limit: int, prefix: str) -> ListReply:
     """Return a page of the store's jobs.
 
     Args:
@@ -57,7 +60,9 @@ def listing(store: Store, skip: int, limit: int, prefix: str) -> dict[str, Any]:
     queue = line(store)
     chosen = order[skip : skip + max(0, min(limit, PAGE))]
     jobs = [_described(store.job(digest), current.get(digest), queue) for digest in chosen]
-    return {"total": len(order), "jobs": [{**job, "digits": digits[job["digest"]]} for job in jobs]}
+    for job in jobs:
+        job["digits"] = digits[job["digest"]]
+    return {"total": len(order), "jobs": jobs}
 
 
 def _digits(digests: list[str]) -> dict[str, int]:
@@ -81,7 +86,7 @@ def _current(store: Store) -> dict[str, State]:
     return found
 
 
-def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict[str, Any]:
+def _described(stored: StoredJob, state: State | None, queue: list[str]) -> ListedJob:
     now = time.time()
     state = state or stored.state()
     name = "lost" if state["state"] == "absent" else state["state"]  # a damaged state, too, causes a rebuild
@@ -89,7 +94,7 @@ def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict
     since = _number(state.get("since")) or stamp(stored.folder / "state.json")
     begun = stamp(stored.folder / "order.json")
     outputs = _mapping(state.get("outputs"))
-    described = {
+    described: ListedJob = {
         "digest": stored.digest,
         "state": name,
         "attempt": attempt,
@@ -109,7 +114,7 @@ def _described(stored: StoredJob, state: State | None, queue: list[str]) -> dict
     return described
 
 
-def _what(path: Path) -> dict[str, Any]:
+def _what(path: Path) -> ListedJob:
     """Return architecture, program and outputs of a job, as far as its description can be read."""
     document = _mapping(read_json(path))
     program = _mapping(document.get("script") or document.get("function")).get("name")

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..host.buildah import Buildah, BuildahError, remove_containers
 from ..host.capabilities import environment, namespace
@@ -36,6 +36,9 @@ from ..script.context import MATERIALS, programs
 from ..store.store import Store, StoredJob, runner_folder, stamp
 from ..util.atomic_files import is_sha256, read_json, write_json
 from ..util.errors import RunnerError
+
+if TYPE_CHECKING:
+    from ..protocol.replies import MaterialsReply, Programs
 
 IMAGES = 20
 """Maximum number of images reported per job."""
@@ -50,7 +53,7 @@ NOTES = ("gamebear.base", "gamebear.base-id", "gamebear.created", "gamebear.date
 """Annotations that are reported."""
 
 
-def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
+def materials(store: Store, digest: str, attempt: str) -> MaterialsReply:
     """Return the materials of a result.
 
     Returns:
@@ -111,10 +114,10 @@ def materials(store: Store, digest: str, attempt: str) -> dict[str, Any]:
     }
 
 
-def _noted_programs(stored: StoredJob) -> dict[str, str]:
+def _noted_programs(stored: StoredJob) -> Programs:
     """Return the `programs` recorded for a job; empty if it was built by a release that did not record them."""
     known = read_json(stored.folder / MATERIALS)
-    noted = known.get("by") if isinstance(known, dict) else None
+    noted: Programs | None = known.get("by") if isinstance(known, dict) else None
     return noted if isinstance(noted, dict) else {}
 
 

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, cast
 
-from ..protocol import wire
-from ..protocol.wire import NOT_OURS, Reply
+from ..protocol import requests, wire
+from ..protocol.requests import Request, received
+from ..protocol.wire import NOT_OURS
 from ..store.expiry import seconds_left, why_expired
 from ..store.phases import noted
 from ..store.slots import line
@@ -37,12 +38,31 @@ from ..store.store import (
     size_of,
     storage_failure,
 )
-from ..util.atomic_files import CHUNK, data_extents, is_file_name, read_json, sync_folder, write_all, write_bytes
+from ..util.atomic_files import CHUNK, data_extents, read_json, sync_folder, write_all, write_bytes
 from ..util.errors import RunnerError
-from .uploads import Body, have, put, size_so_far, take_blob, use
+from .uploads import Body, have, put, put_small, size_so_far, take_blob, use
 
 if TYPE_CHECKING:
+    from typing import Optional
+
     from ..protocol.pty import Attended
+    from ..protocol.replies import (
+        CancelReply,
+        DiscardReply,
+        FetchReply,
+        HelloReply,
+        JobReply,
+        KeptReply,
+        ListReply,
+        MaterialsReply,
+        PruneReply,
+        RefusalReply,
+        Reply,
+    )
+    from .diagnostics import Examination
+
+    Answer = tuple[Reply, Optional[Callable[[Reply], None]]]
+    """A reply, and the function that sends it if it has a body."""
 
 IDLE_LIMIT = 3600.0
 """Seconds without a request after which a session ends: the client has gone, even if TCP does not report it."""
@@ -82,12 +102,9 @@ PIPE = 1 << 20
 F_SETPIPE_SZ = 1031
 """Operation of fcntl(2) that sets a pipe's capacity; Python 3.9 has no constant for it."""
 
-Answer = tuple[Reply, Optional[Callable[[Reply], None]]]
-"""A reply, and the function that sends it if it has a body."""
-
 
 class Session:
-    """The operations of a client: each is a method, and the fields of the request are its parameters.
+    """The operations of a client: each is a method.
 
     Args:
         store: the builder's store.
@@ -100,7 +117,7 @@ class Session:
         self._alive: dict[str, int] = {}
         """Per attempt, a pipe from each supervisor that this session started. It reaches end of file when the job has
         ended."""
-        self._examination: Any = None
+        self._examination: Examination | None = None
 
     def run(self) -> None:
         """Answer requests until the client closes the stream."""
@@ -111,7 +128,7 @@ class Session:
             header, body = message
             reader = Body(body)
             try:
-                reply, send = self._answer(header, reader)
+                reply, send = self._answer(received(header), reader)
             except (RunnerError, OSError, ValueError, KeyError, TypeError) as error:
                 reply, send = _refusal(error), None
                 if reader.left > SKIPPED:
@@ -127,42 +144,42 @@ class Session:
         ready, _, _ = select.select([0], [], [], IDLE_LIMIT)
         return bool(ready)
 
-    def _answer(self, header: wire.Header, body: Body) -> Answer:
-        operation = header.pop("op")
-        header.pop("body", None)
-        if operation == "hello":
+    def _answer(self, request: Request, body: Body) -> Answer:
+        if isinstance(request, requests.Hello):
             return self._hello(), None
-        if operation == "submit":
-            return self._submit_and_wait(body, **header)
-        if operation == "put":
-            return put(self.store, body=body, **header), None
-        if operation == "have":
-            return have(self.store, **header), None
-        if operation == "follow":
-            return self._follow(**header)
-        if operation == "fetch":
-            return self._fetch(**header)
-        if operation == "cancel":
-            return self._cancel(**header), None
-        if operation == "discard":
-            return self._discard(**header), None
-        if operation == "prune":
-            return self._prune(**header), None
-        if operation == "examine":
-            return self._examine(**header), None
-        if operation == "run":
-            return self._run(**header)
-        if operation == "kept":
-            return self._kept(**header), None
-        if operation == "enter":
-            return self._enter(**header)
-        if operation == "list":
-            return self._list(**header), None
-        if operation == "materials":
-            return self._materials(**header), None
-        raise RunnerError(f"The runner does not know the operation {operation!r}.", NOT_OURS)
+        if isinstance(request, requests.Submit):
+            return self._submit_and_wait(request, body)
+        if isinstance(request, requests.Put):
+            return put(self.store, request, body), None
+        if isinstance(request, requests.PutSmall):
+            return put_small(self.store, request, body), None
+        if isinstance(request, requests.Have):
+            return have(self.store, request), None
+        if isinstance(request, requests.Follow):
+            return self._follow(request)
+        if isinstance(request, requests.Fetch):
+            return self._fetch(request)
+        if isinstance(request, requests.Cancel):
+            return self._cancel(request), None
+        if isinstance(request, requests.Discard):
+            return self._discard(request), None
+        if isinstance(request, requests.Prune):
+            return self._prune(request), None
+        if isinstance(request, requests.Examine):
+            return self._examine(request), None
+        if isinstance(request, requests.Run):
+            return self._run(request)
+        if isinstance(request, requests.Kept):
+            return self._kept(request), None
+        if isinstance(request, requests.Enter):
+            return self._enter(request)
+        if isinstance(request, requests.List):
+            return self._list(request), None
+        if isinstance(request, requests.Materials):
+            return self._materials(request), None
+        raise AssertionError(f"the operation {request.op} is not implemented")
 
-    def _hello(self) -> Reply:
+    def _hello(self) -> HelloReply:
         """Describe this builder, without running buildah."""
         import platform  # slow to import, and rarely needed
 
@@ -176,23 +193,27 @@ class Session:
             **self._known(),
         }
 
-    def _known(self) -> Reply:
+    def _known(self) -> HelloReply:
         """Return the builder facts that the last job stored."""
         probed = read_json(self.store.root / "facts.json")
         found = probed.get("facts") if isinstance(probed, dict) else None
-        known = {name: found.get(name) for name in ("driver", "isolation")} if isinstance(found, dict) else {}
+        known: HelloReply = {}
+        if isinstance(found, dict):
+            known = {"driver": found.get("driver"), "isolation": found.get("isolation")}
         costs = read_json(self.store.notices)
-        return {**known, **({"costs": "; ".join(map(str, costs))} if costs else {})}
+        if costs:
+            known["costs"] = "; ".join(map(str, costs))
+        return known
 
     # jobs
 
-    def _submit_and_wait(self, body: Body, wait: float = 0.0, **order: Any) -> Answer:
+    def _submit_and_wait(self, request: requests.Submit, body: Body) -> Answer:
         """Accept a job, and include its end if it finishes within `wait` seconds: see `_submit` and `_with_end`."""
-        reply = self._submit(body=body, **order)
-        stored = self.store.job(order["digest"])
+        reply = self._submit(request, body)
+        stored = self.store.job(request.digest)
         attempt = reply.get("attempt", "")
         if reply.get("started"):
-            until = time.monotonic() + min(wait, 60.0)
+            until = time.monotonic() + min(request.wait, 60.0)
             state = self._wait(stored, attempt, until, lambda _: False)
             if state.get("attempt") == attempt and state["state"] in FINAL:
                 reply.update(_told(state))
@@ -202,58 +223,24 @@ class Session:
             return reply, None
         return self._with_end(reply, stored, attempt, 0)
 
-    def _submit(
-        self,
-        body: Body,
-        digest: str,
-        job: str,
-        client: str,
-        blobs: list[list[Any]],
-        trees: dict[str, str] | None,
-        needs: list[str],
-        time_limit: float,
-        base: str = "auto",
-        python: str | None = None,
-        again: bool = False,
-        who: str = "",
-        keep: bool = False,
-    ) -> Reply:
+    def _submit(self, request: requests.Submit, body: Body) -> JobReply:
         """Accept a job: start it, attach to it if it is running, or report the blobs that are missing.
-
-        Args:
-            body: content of `blobs`, concatenated.
-            digest: digest of the job.
-            job: canonical JSON of the job.
-            client: identifier of this client, the same in all of its sessions.
-            blobs: SHA-256 and size in bytes of each blob in the body.
-            trees: SHA-256 of the blob of each source, by source name; None if the client has not resolved the sources
-                yet.
-            needs: SHA-256 of every other blob that the job needs.
-            time_limit: seconds after which the job is stopped; 0 for no limit.
-            base: policy that selects the origin of Debian's base images.
-            python: Python version (major.minor) that a pickled function needs.
-            again: start a new attempt even if the last one failed or was cancelled and no client has acknowledged that.
-            who: display name of the client's user.
-            keep: retain the containers for inspection if the job fails.
-
-        Returns:
-            `state` and `attempt`, or `missing` (SHA-256 of each missing blob and the bytes already uploaded) and
-            `trees_wanted`. `valid`: seconds from now until the result expires, absent if it never does. `expired`: why
-            an earlier result expired.
 
         Raises:
             RunnerError: the job does not match its digest, needs another Python, or a shell is open in a retained
                 container.
         """
-        for sha256, size in blobs:
+        for sha256, size in request.blobs:
             take_blob(self.store, body, sha256, size)
-        stored = self.store.job(digest)
-        text = job.encode("ascii")
-        if hashlib.sha256(text).hexdigest() != digest:
-            raise RunnerError(f"The description of job {digest} is not the one that its name stands for.", NOT_OURS)
+        stored = self.store.job(request.digest)
+        text = request.job.encode("ascii")
+        if hashlib.sha256(text).hexdigest() != request.digest:
+            raise RunnerError(
+                f"The description of job {request.digest} is not the one that its name stands for.", NOT_OURS
+            )
         lock = _take_or_join(stored)
-        who = str(who)[:WHO]
-        stored.touch_client(client, who)
+        who = request.who[:WHO]
+        stored.touch_client(request.client, who)
         stored.forget_old_clients()
         if lock is None:
             return _told(stored.written_state())
@@ -262,23 +249,25 @@ class Session:
             expired = ""
             if state["state"] == "done" and self._has_outputs(stored, state):
                 until = time.monotonic() + MEANING_SECONDS
-                expired = why_expired(state, lambda name, arch: self._meaning(name, arch, base, until))
+                expired = why_expired(state, lambda name, arch: self._meaning(name, arch, request.base, until))
                 if not expired:
                     return _told(state)
-            if state["state"] in ("failed", "cancelled") and not again and not stored.was_seen(state["attempt"]):
-                return state
+            has_failed = state["state"] in ("failed", "cancelled")
+            if has_failed and not request.again and not stored.was_seen(state["attempt"]):
+                return _told(state)
             own_python = "{}.{}".format(*sys.version_info[:2])
-            if python is not None and python != own_python:
+            if request.python is not None and request.python != own_python:
                 import platform
 
                 raise RunnerError(
-                    f"The function was pickled by Python {python}, and the builder's python3 is"
+                    f"The function was pickled by Python {request.python}, and the builder's python3 is"
                     f" {platform.python_version()}: neither reads the other's functions.",
                     f"Run doit with Python {own_python}, or make the function a buildscript.",
                 )
-            wanted = [*needs, *(trees or {}).values()]
+            trees = request.trees
+            wanted = [*request.needs, *(trees or {}).values()]
             missing = [
-                [sha256, size_so_far(self.store, sha256)]
+                (sha256, size_so_far(self.store, sha256))
                 for sha256 in sorted(set(wanted))
                 if not use(self.store.blob(sha256))
             ]
@@ -290,7 +279,13 @@ class Session:
                     "Leave that shell (doit shell), then run doit again.",
                 )
             write_bytes(stored.folder / "job.json", text)
-            order = {"trees": trees, "time_limit": time_limit, "base": base, "who": who, "keep": keep}
+            order = {
+                "trees": trees,
+                "time_limit": request.time_limit,
+                "base": request.base,
+                "who": who,
+                "keep": request.keep,
+            }
             attempt = stored.begin_attempt(order)
             self._start_supervisor(stored, attempt, lock)
             return {"state": "queued", "attempt": attempt, "started": True, "expired": expired}
@@ -353,31 +348,33 @@ class Session:
             return all((folder / name).stat().st_size == about["size"] for name, about in state["outputs"].items())
         return False
 
-    def _now(self, stored: StoredJob, attempt: str) -> list[Any]:
+    def _now(self, stored: StoredJob, attempt: str) -> list[str | int | None]:
         """Return a job's current phase and, while it waits for a slot, the number of jobs ahead of it in the queue."""
         phase = noted(stored.folder)
         waiting = line(self.store) if phase == "queue" else []
         return [phase, waiting.index(attempt) if attempt in waiting else None]
 
-    def _follow(
-        self, digest: str, attempt: str, client: str, offset: int, wait: float, now: list[Any] | None = None
-    ) -> Answer:
+    def _follow(self, request: requests.Follow) -> Answer:
         """Return the log from an offset and the state; wait up to `wait` seconds for a change of either or of `now`.
 
         The state is read before the log, so that a final state is sent with the complete log. An observer (`client` is
         empty) does not count as waiting for the job, does not acknowledge how it ended, and receives no outputs.
         """
-        stored = self.store.job(digest)
-        stored.touch_client(client)
-        until = time.monotonic() + min(wait, 60.0)
-        state = self._wait(
-            stored, attempt, until, lambda size: size > offset or (bool(now) and self._now(stored, attempt) != now)
-        )
+        stored = self.store.job(request.digest)
+        stored.touch_client(request.client)
+        attempt, offset = request.attempt, request.offset
+
+        def has_news(log_size: int) -> bool:
+            return log_size > offset or (request.now is not None and self._now(stored, attempt) != request.now)
+
+        state = self._wait(stored, attempt, time.monotonic() + min(request.wait, 60.0), has_news)
+        reply = _told(state)
         if state.get("attempt") != attempt:
-            return {**_told(state), "log_size": 0}, None
+            reply["log_size"] = 0
+            return reply, None
         if state["state"] in ("queued", "running"):
-            state["now"] = self._now(stored, attempt)
-        return self._with_end(_told(state), stored, attempt, offset, bool(client))
+            reply["now"] = self._now(stored, attempt)
+        return self._with_end(reply, stored, attempt, offset, bool(request.client))
 
     def _wait(self, stored: StoredJob, attempt: str, until: float, is_enough: Callable[[int], bool]) -> State:
         """Wait until an attempt is over, its log is long enough, or the deadline passes; return the state.
@@ -405,7 +402,7 @@ class Session:
                 os.close(self._alive.pop(attempt))
             pause = min(pause * 1.5, 0.25)
 
-    def _with_end(self, reply: Reply, stored: StoredJob, attempt: str, offset: int, waits: bool = True) -> Answer:
+    def _with_end(self, reply: JobReply, stored: StoredJob, attempt: str, offset: int, waits: bool = True) -> Answer:
         """Return a reply with the log from an offset and, if the log and the job are complete, the small outputs.
 
         The body is `log` bytes of log, followed by the concatenated outputs; `contents` has the name and the size in
@@ -413,35 +410,32 @@ class Session:
         """
         size = size_of(stored.log)
         log = _part_of(stored.log, offset, min(size - offset, LOG_CHUNK)) if size > offset else b""
-        reply = {**reply, "log": len(log), "log_size": size}
+        reply.update({"log": len(log), "log_size": size})
         body = [log]
         if waits and reply["state"] in FINAL and offset + len(log) >= size:
             stored.note_seen(attempt)
             reply["notices"] = read_json(self.store.notices)
             contents = _small_outputs(stored, reply)
-            reply["contents"] = [[name, len(data)] for name, data in contents]
+            reply["contents"] = [(name, len(data)) for name, data in contents]
             body += [data for _, data in contents]
             stored.touch()
         return reply, lambda reply: _write(b"".join([wire.encode(reply, sum(map(len, body))), *body]))
 
-    def _fetch(self, digest: str, attempt: str, name: str, offset: int) -> Answer:
+    def _fetch(self, request: requests.Fetch) -> Answer:
         """Send an output from an offset to its end. A prune does not remove the job meanwhile.
 
-        Returns:
-            `size` of the output in bytes, and `holes`: offset and length of each zero-filled part that the body omits.
-
         Raises:
-            RunnerError: the name is invalid, or the output is not in the store.
+            RunnerError: the output is not in the store.
         """
-        stored = self.store.job(digest)
-        if not is_file_name(name):
-            raise RunnerError(f"{name!r} cannot be the name of an output.", NOT_OURS)
-        path = stored.outputs(attempt) / name
+        stored = self.store.job(request.digest)
+        offset = request.offset
+        path = stored.outputs(request.attempt) / request.name
         with contextlib.ExitStack() as stack:
-            stack.enter_context(stored.held_outputs(attempt))
+            stack.enter_context(stored.held_outputs(request.attempt))
             if not path.is_file():
                 raise RunnerError(
-                    f"The builder no longer has the output {name!r} of job {digest[:12]}.", "Run doit again."
+                    f"The builder no longer has the output {request.name!r} of job {request.digest[:12]}.",
+                    "Run doit again.",
                 )
             size = path.stat().st_size
             holes = _holes(path, offset, size)
@@ -453,27 +447,20 @@ class Session:
                 _write_file(reply, path, _between(holes, offset, size), stored.touch)
                 stored.touch()
 
-        return {"size": size, **({"holes": holes} if holes else {})}, send
+        reply: FetchReply = {"size": size}
+        if holes:
+            reply["holes"] = holes
+        return reply, send
 
-    def _cancel(self, digest: str, attempt: str, client: str, force: bool = False, who: str = "") -> Reply:
+    def _cancel(self, request: requests.Cancel) -> CancelReply:
         """Stop an attempt unless another client waits for the same job; wait up to `CANCEL_SECONDS` for its end.
 
-        Args:
-            digest: digest of the job.
-            attempt: attempt to stop; empty for the one that is queued or running.
-            client: client that cancels.
-            force: stop it even if other clients wait. They are still notified.
-            who: display name of the user, if the client does not wait for the job itself. The user who began the job is
-                then notified.
-
-        Returns:
-            `others`, the clients that wait for the job and prevent the cancellation, and `state`: `running` if the
-            attempt has not ended in time.
+        The state in the reply is `running` if the attempt has not ended in time.
         """
-        stored = self.store.job(digest)
-        stored.forget_client(client)
-        others = stored.other_clients(client, COMPANY)
-        if others and not force and (state := stored.state())["state"] in ("queued", "running"):
+        stored = self.store.job(request.digest)
+        stored.forget_client(request.client)
+        others = stored.other_clients(request.client, COMPANY)
+        if others and not request.force and (state := stored.state())["state"] in ("queued", "running"):
             return {"state": state["state"], "others": others}
         asked = ""
         until = time.monotonic() + CANCEL_SECONDS
@@ -481,8 +468,8 @@ class Session:
             running = stored.is_locked()  # read before the state, so that the state is not older
             state = stored.written_state()
             current = state.get("attempt", "")
-            wanted = attempt or current
-            if wanted != asked and (running or attempt):
+            wanted = request.attempt or current
+            if wanted != asked and (running or request.attempt):
                 with contextlib.suppress(FileNotFoundError):  # race: the job was pruned
                     stored.ask_to_stop(wanted)
                 asked = wanted
@@ -492,13 +479,14 @@ class Session:
         if current != wanted:
             return {"state": "lost" if current else "absent", "others": []}  # another attempt took its place
         state = stored.state()
-        if state["state"] == "cancelled" and not others and who in ("", stored.begun_by()):
+        if state["state"] == "cancelled" and not others and request.who in ("", stored.begun_by()):
             stored.note_seen(wanted)
         return {"state": "running" if state["state"] == "queued" else state["state"], "others": []}
 
-    def _discard(self, digest: str, attempt: str) -> Reply:
+    def _discard(self, request: requests.Discard) -> DiscardReply:
         """Verify a result's outputs, and invalidate the result if they are corrupted."""
-        stored = self.store.job(digest)
+        stored = self.store.job(request.digest)
+        attempt = request.attempt
         if not stored.folder.is_dir():
             return {"discarded": False}
         lock = stored.lock()
@@ -514,58 +502,55 @@ class Session:
         finally:
             lock.release()
 
-    def _list(self, skip: int, limit: int, prefix: str) -> Reply:
+    def _list(self, request: requests.List) -> ListReply:
         """List the jobs in the store; see `job_list.listing`."""
         from .job_list import listing  # rarely needed
 
-        return listing(self.store, int(skip), int(limit), str(prefix))
+        return listing(self.store, request.skip, request.limit, request.prefix)
 
-    def _materials(self, digest: str, attempt: str) -> Reply:
+    def _materials(self, request: requests.Materials) -> MaterialsReply:
         """Return the images and packages that a result was built in; see `materials`."""
         from .materials import materials  # rarely needed
 
-        return materials(self.store, digest, attempt)
+        return materials(self.store, request.digest, request.attempt)
 
-    def _prune(self, older: float | None, size: int | None, keep: int | None, images: bool) -> Reply:
-        """Prune the store for a bounded time; if the reply has `more`, the client requests the rest.
+    def _prune(self, request: requests.Prune) -> PruneReply:
+        """Prune the store for a bounded time; if the reply has `more`, the client requests the rest."""
+        from ..maintenance.garbage_collection import Policy, Prune  # slow to import, and rarely needed
 
-        Args:
-            older: age limit in seconds.
-            size: size limit in bytes.
-            keep: number of results to retain per target.
-            images: also remove images.
-
-        Raises:
-            RunnerError: a limit is not a number, or is negative.
-        """
-        import dataclasses  # slow to import, and rarely needed
-
-        from ..maintenance.garbage_collection import Policy, Prune
-
-        for number in (older, size, keep):
-            if number is not None and (isinstance(number, bool) or not number >= 0):
-                raise RunnerError(f"{number!r} is no age, size or number.", NOT_OURS)
-        return dataclasses.asdict(Prune(self.store, Policy(older, size, keep, images), PRUNE_SECONDS).run())
+        policy = Policy(request.older, request.size, request.keep, request.images)
+        pruned = Prune(self.store, policy, PRUNE_SECONDS).run()
+        return {
+            "jobs": pruned.jobs,
+            "blobs": pruned.blobs,
+            "images": pruned.images,
+            "others": pruned.others,
+            "freed": pruned.freed,
+            "left": pruned.left,
+            "more": pruned.more,
+        }
 
     # interactive programs
 
-    def _kept(self, digest: str) -> Reply:
+    def _kept(self, request: requests.Kept) -> KeptReply:
         """Return the retained containers of a job."""
         from ..maintenance.retained_containers import listed
 
-        return listed(self.store.job(digest))
+        return listed(self.store.job(request.digest))
 
-    def _run(self, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
+    def _run(self, request: requests.Run) -> Answer:
         """Start a program on this machine; see `pty`."""
         from ..protocol.pty import started
 
-        return self._attended(started(words, dict(os.environ), Path.home(), terminal, umask=self._umask))
+        environment = dict(os.environ)
+        return self._attended(started(request.words, environment, Path.home(), request.terminal, umask=self._umask))
 
-    def _enter(self, digest: str, container: int, words: list[str], terminal: dict[str, Any] | None = None) -> Answer:
+    def _enter(self, request: requests.Enter) -> Answer:
         """Start a command in a retained container of a job; see `retained_containers`."""
         from ..maintenance.retained_containers import entered
 
-        return self._attended(entered(self.store.job(digest), container, words, terminal))
+        stored = self.store.job(request.digest)
+        return self._attended(entered(stored, request.container, request.words, request.terminal))
 
     def _attended(self, program: Attended) -> Answer:
         """Reply that a program is running. From then on the session carries its input and output, and ends with it."""
@@ -577,14 +562,14 @@ class Session:
 
         return {}, attend
 
-    def _examine(self, arches: list[str], base: str, wait: float) -> Reply:
+    def _examine(self, request: requests.Examine) -> Reply:
         """Return a description of this builder for `doctor`; see `diagnostics`."""
         from .diagnostics import Examination  # slow to import, and rarely needed
 
-        if self._examination is None or self._examination.asked != (tuple(arches), base):
-            self._examination = Examination(self.store, [str(arch) for arch in arches], str(base))
+        if self._examination is None or self._examination.asked != (tuple(request.arches), request.base):
+            self._examination = Examination(self.store, request.arches, request.base)
         asked, self._examination = self._examination, None
-        reply: Reply = asked.answer(min(wait, 30.0))
+        reply = asked.answer(min(request.wait, 30.0))
         if reply.get("more"):
             self._examination = asked
         return reply
@@ -601,7 +586,7 @@ def _part_of(path: Path, offset: int, length: int) -> bytes:
         return file.read(length)
 
 
-def _small_outputs(stored: StoredJob, state: State) -> list[tuple[str, bytes]]:
+def _small_outputs(stored: StoredJob, state: JobReply) -> list[tuple[str, bytes]]:
     """Return names and contents of a finished job's smallest outputs, up to `SMALL` bytes in total."""
     found: list[tuple[str, bytes]] = []
     left = SMALL
@@ -616,11 +601,13 @@ def _small_outputs(stored: StoredJob, state: State) -> list[tuple[str, bytes]]:
     return found
 
 
-def _told(state: State) -> Reply:
+def _told(state: State) -> JobReply:
     """Return a state for the client. Its expiry is in seconds from now, because clocks differ."""
+    told = cast("JobReply", {name: value for name, value in state.items() if name != "policies"})
     left = seconds_left(state)
-    told = {name: value for name, value in state.items() if name != "policies"}
-    return told if left is None else {**told, "valid": left}
+    if left is not None:
+        told["valid"] = left
+    return told
 
 
 def _take_or_join(stored: StoredJob) -> Lock | None:
@@ -665,13 +652,13 @@ def _acquire_or_join(stored: StoredJob, lock: Lock) -> bool:
     return True
 
 
-def _refusal(error: Exception) -> Reply:
+def _refusal(error: Exception) -> RefusalReply:
     if isinstance(error, RunnerError):
         return {"error": error.message, "hint": error.hint, "kind": error.kind}
     if isinstance(error, OSError):
         failure = storage_failure(error)
         return {"error": failure.message, "hint": failure.hint, "kind": failure.kind}
-    return {"error": f"The runner cannot make sense of a request ({error!r}).", "hint": NOT_OURS, "kind": "request"}
+    return {"error": f"The runner cannot answer a request ({error!r}).", "hint": NOT_OURS, "kind": "request"}
 
 
 def _read_exactly(size: int) -> bytes:
@@ -694,21 +681,21 @@ def _pass_on(fd: int, most: int) -> int:
     return os.sendfile(1, fd, None, most)
 
 
-def _holes(path: Path, start: int, end: int) -> list[list[int]]:
+def _holes(path: Path, start: int, end: int) -> list[tuple[int, int]]:
     """Return offset and length of the holes of a file between two offsets that are large enough to skip."""
-    holes: list[list[int]] = []
+    holes: list[tuple[int, int]] = []
     with path.open("rb", buffering=0) as file:
         done = start
         for first, last in chain(data_extents(file.fileno(), start, end), [(end, end)]):
             if first - done >= HOLE:
-                holes.append([done, first - done])
+                holes.append((done, first - done))
             if len(holes) == HOLES:
                 break
             done = last
     return holes
 
 
-def _between(holes: list[list[int]], start: int, end: int) -> list[tuple[int, int]]:
+def _between(holes: list[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
     """Return start and end of each part of a file between two offsets that is not in a hole."""
     parts = []
     for offset, length in (*holes, (max(start, end), 0)):

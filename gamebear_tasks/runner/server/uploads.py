@@ -11,12 +11,17 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..protocol.wire import NOT_OURS, Reply
+from ..protocol import requests
+from ..protocol.requests import RequestError
+from ..protocol.wire import NOT_OURS
 from ..store.store import Lock, Store, size_of
-from ..util.atomic_files import CHUNK, is_sha256, write_all
+from ..util.atomic_files import CHUNK, write_all
 from ..util.errors import RunnerError
+
+if TYPE_CHECKING:
+    from ..protocol.replies import EmptyReply, HaveReply, PutReply
 
 SILENCE = 300.0
 """Seconds for which a client may be silent within a request."""
@@ -99,8 +104,6 @@ def _has(store: Store, sha256: str) -> bool:
 
 
 def _part(store: Store, sha256: str) -> Path:
-    if not is_sha256(sha256):
-        raise ValueError(f"{sha256!r} is not a SHA-256")
     return store.tmp / f"{sha256}.part"
 
 
@@ -109,10 +112,10 @@ def size_so_far(store: Store, sha256: str) -> int:
     return size_of(_part(store, sha256))
 
 
-def have(store: Store, sha256: str) -> Reply:
+def have(store: Store, request: requests.Have) -> HaveReply:
     """Return how many bytes of a blob are stored."""
-    blob = store.blob(sha256)
-    return {"have": blob.stat().st_size if blob.is_file() else size_so_far(store, sha256)}
+    blob = store.blob(request.sha256)
+    return {"have": blob.stat().st_size if blob.is_file() else size_so_far(store, request.sha256)}
 
 
 def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
@@ -142,31 +145,29 @@ def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
         return
 
 
-def put(store: Store, body: Body, blobs: list[list[Any]] | None = None, **one: Any) -> Reply:
-    """Receive several small blobs in full, or resume one at an offset.
-
-    Args:
-        store: store to write to.
-        body: content of the blobs.
-        blobs: SHA-256 and size of each blob, if they are sent in full.
-        one: `sha256`, `size` (total, in bytes) and `offset` of one blob that may be partially stored.
-
-    Returns:
-        Nothing for blobs in full. For one blob `have`, the bytes stored now, and `damaged` if its SHA-256 did not match
-        and it has to be sent again.
+def put_small(store: Store, request: requests.PutSmall, body: Body) -> EmptyReply:
+    """Receive several small blobs in full.
 
     Raises:
-        RunnerError: the request is invalid.
+        RunnerError: a content does not match its SHA-256, or the body is too short.
+        OSError: a blob cannot be stored.
+    """
+    for sha256, size in request.blobs:
+        take_blob(store, body, sha256, size)
+    return {}
+
+
+def put(store: Store, request: requests.Put, body: Body) -> PutReply:
+    """Receive the rest of a blob that may be partially stored.
+
+    Raises:
+        RequestError: the offset is larger than the size.
         OSError: the blob cannot be stored.
     """
-    if blobs is not None:
-        for sha256, size in blobs:
-            take_blob(store, body, sha256, size)
-        return {}
-    sha256, size, offset = str(one["sha256"]), int(one["size"]), int(one["offset"])
+    sha256, size, offset = request.sha256, request.size, request.offset
     part = _part(store, sha256)
-    if not is_sha256(sha256) or offset < 0 or size < offset:
-        raise RunnerError("The request to store a file makes no sense.", NOT_OURS)
+    if size < offset:
+        raise RequestError("The request put is not valid: offset is larger than size.", NOT_OURS)
     lock = _take_over(store, part, sha256)
     if lock is None:
         return {"have": size}
