@@ -355,6 +355,7 @@ def test_what_a_builder_lacks() -> None:
 def test_the_parts_of_a_body() -> None:
     given_ = {"log": 3, "log_size": 5, "contents": [["x", 2], ["y", True], ["z", 1]]}
     assert responses.parts(given_) == responses.Parts(3, 5, (("x", 2),))
+    assert responses.parts({"contents": [["x", -1]]}).contents == ()
     for wrong in (-1, True, "3", 3.0, None):
         assert responses.parts({"log": wrong}).log is None
 
@@ -364,6 +365,11 @@ def test_the_sum_of_what_was_pruned() -> None:
     assert first == Pruned(1, 2, 3, 4, 5, ("a",))
     second = responses.pruned({"jobs": 10, "blobs": -1, "images": True, "others": "4", "freed": 1, "left": [7]}, first)
     assert second == Pruned(11, 2, 3, 4, 6, ("7",))
+
+
+def test_a_page_has_no_more_jobs_than_were_asked_for() -> None:
+    assert responses.page({"jobs": [{}, {}, {}], "total": 7}, 2) == ([None, None], 7)
+    assert responses.page({"jobs": {"a": 1}, "total": -1}, 2) == ([], 0)
 
 
 def test_who_prevents_a_cancellation() -> None:
