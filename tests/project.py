@@ -104,13 +104,11 @@ def assert_nothing_is_left(project: Project, store: Path | None = None) -> None:
     """
     store = store or project.store
     wait_for(lambda: not processes(store))
-    assert list((store / "live").iterdir()) == []
-    assert list((store / "jobs").glob("*/work")) == []
-    assert list((store / "tmp").glob("*.part")) == []
-    assert list((store / "tmp").glob("*.wanted")) == []
-    assert [path.name for pattern in ("buildah*", "[0-9a-f]" * 16) for path in (store / "tmp").glob(pattern)] == []
-    assert list((store / "slots").glob("wait-*")) == []
-    assert [path.name for path in (project.folder / "build").glob(".*.part")] == []
+    assert list((store / "live").iterdir()) == [], "a job that was not cleaned up after"
+    patterns = ("jobs/*/work", "tmp/*.part", "tmp/*.wanted", "tmp/buildah*", f"tmp/{'[0-9a-f]' * 16}", "slots/wait-*")
+    left = [path for pattern in patterns for path in store.glob(pattern)]
+    left += (project.folder / "build").glob(".*.part")
+    assert not left, f"left behind: {left}"
 
 
 MEASURE = """

@@ -14,6 +14,8 @@ from project import Project, assert_nothing_is_left, processes, wait_for
 
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.runner.executor import supervisor, workspace
+from gamebear_tasks.runner.host import buildah
+from gamebear_tasks.runner.maintenance.cleanup import remove_leftovers
 from gamebear_tasks.runner.store import store
 from gamebear_tasks.runner.store.store import Store
 from gamebear_tasks.runner.util.atomic_files import sha256_of
@@ -208,6 +210,22 @@ def test_a_failure_that_nobody_saw_is_told_and_not_built_again(counted: Project)
 def test_an_output_that_is_missing_is_named(counted: Project) -> None:
     counted.write("x.py", "open('y', 'w').close()")
     counted.doit().failed("x", "y")
+
+
+def test_buildah_works_in_the_jobs_scratch_folder_while_a_job_is_cleaned_up_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it is killed then, the next cleanup removes what it leaves."""
+    seen = []
+
+    def captured(command: list[str], env: dict[str, str]) -> tuple[int, str, str]:
+        seen.append(env["TMPDIR"])
+        return 0, "null", ""
+
+    stored = Store(tmp_path).job("0" * 64)
+    monkeypatch.setattr(buildah, "captured", captured)
+    assert remove_leftovers(stored)
+    assert seen == [str(stored.scratch)] and not stored.scratch.exists()
 
 
 def test_a_job_that_takes_too_long_is_ended(counted: Project) -> None:

@@ -197,7 +197,9 @@ class Buildah:
         return status, tail.decode("utf-8", "replace")
 
 
-def remove_containers(root: Path, facts: Facts, prefix: str, but: Collection[str] = ()) -> None:
+def remove_containers(
+    root: Path, facts: Facts, prefix: str, but: Collection[str] = (), scratch: Path | None = None
+) -> None:
     """Remove all containers with a name prefix, with exceptions; for use outside the namespace.
 
     Args:
@@ -205,12 +207,15 @@ def remove_containers(root: Path, facts: Facts, prefix: str, but: Collection[str
         facts: Capabilities of the builder.
         prefix: Prefix of the names.
         but: Names of containers to keep.
+        scratch: Folder for buildah's temporary files, which it leaves if it is killed; by default the store's.
 
     Raises:
         BuildahError: A container could not be removed.
     """
     streams.remove_leftovers(prefix)
     before, store, env = namespace(facts), list(facts.storage), environment(root, facts)
+    if scratch is not None:
+        env["TMPDIR"] = str(made_folder(scratch))
     status, stdout, stderr = captured([*before, "buildah", *store, "containers", "--all", "--json"], env)
     if status:
         raise BuildahError(["containers", "--all", "--json"], status, stderr)

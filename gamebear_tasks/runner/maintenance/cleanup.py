@@ -40,7 +40,7 @@ def remove_leftovers(stored: StoredJob, containers: bool = True, but: Collection
     gone = True
     try:
         if containers:
-            remove_containers(root, facts(root), stored.container_prefix, but)
+            remove_containers(root, facts(root), stored.container_prefix, but, stored.scratch)
     except (RunnerError, OSError):
         gone = False
     with contextlib.suppress(RunnerError, OSError):
