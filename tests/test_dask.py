@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import pickle
 import signal
 import socket
+import ssl
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +30,12 @@ from project import OUR_FRAMES, Memory, Project, assert_nothing_is_left, process
 
 from gamebear_tasks.builders.base import Order
 from gamebear_tasks.builders.dask import builder as dask_builder
-from gamebear_tasks.builders.dask import client
+from gamebear_tasks.builders.dask import client, comm
 from gamebear_tasks.builders.dask.builder import DaskBuilder
 from gamebear_tasks.builders.dask.client import Link
-from gamebear_tasks.builders.dask.comm import PROTOCOL, Loop
+from gamebear_tasks.builders.dask.comm import PLUGIN, PROTOCOL, Loop, connect
+from gamebear_tasks.builders.dask.distributed_api import UnsupportedDask, check_scheduler
+from gamebear_tasks.builders.dask.scheduler_plugin import _why
 from gamebear_tasks.builders.registry import open_builder
 from gamebear_tasks.errors import BuilderError, BuilderLost, SettingsError
 from gamebear_tasks.jobspec.spec import Job
@@ -200,19 +206,23 @@ def test_a_result_larger_than_anybody_wants_in_memory_streams(shelf: Cluster, tm
     assert all(now - then < 32 << 20 for then, now in zip(before, after, strict=True)), (before, after)
 
 
-def test_what_cannot_be_reached_directly_comes_through_the_scheduler(shelf: Cluster, tmp_path: Path) -> None:
-    project = project_on(shelf, tmp_path)
-    # A client for which there is nobody at the workers' addresses.
+def only_reach_the_scheduler(project: Project, cluster: Cluster) -> None:
+    """Make the project's client find nobody at the workers' addresses."""
     project.write(
         "sitecustomize.py",
         "import socket\n"
         "connect = socket.socket.connect\n"
         "def only_the_scheduler(self, address):\n"
-        f"    if isinstance(address, tuple) and address[1] != {shelf.port}:\n"
+        f"    if isinstance(address, tuple) and address[1] != {cluster.port}:\n"
         "        raise ConnectionRefusedError(111, 'Connection refused')\n"
         "    return connect(self, address)\n"
         "socket.socket.connect = only_the_scheduler\n",
     )
+
+
+def test_what_cannot_be_reached_directly_comes_through_the_scheduler(shelf: Cluster, tmp_path: Path) -> None:
+    project = project_on(shelf, tmp_path)
+    only_reach_the_scheduler(project, shelf)
     project.write("x.py", f"with open('x', 'wb') as file:\n    file.truncate({48 << 20})\n")
     before = shelf.memory(shelf.scheduler)
     run = project.doit(PYTHONPATH=f"{project.folder}:{project.environment['PYTHONPATH']}").ok()
@@ -455,6 +465,214 @@ def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
         project.doit("doctor", f"builder=dask://127.0.0.1:{cluster.port}", **tls).failed("dask+tls://")
     finally:
         cluster.close()
+
+
+def tls_context(folder: Path, ca: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
+    """Return a context with the certificate in a folder, which trusts another folder's authority."""
+    context = ssl.create_default_context(purpose, cafile=str(ca / "ca.pem"))
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return context
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders, each with an authority and a certificate of it."""
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("ours", "other"):
+        settings_of_tls(folder / name)
+    return folder / "ours", folder / "other"
+
+
+@contextlib.contextmanager
+def dask_listener(context: ssl.SSLContext) -> Iterator[tuple[Loop, str]]:
+    """A Dask server that only accepts connections over TLS."""
+
+    async def answer(comm: Any) -> None:
+        with contextlib.suppress(OSError):
+            await comm.read()
+
+    async def listening() -> Any:
+        return await distributed.comm.listen("tls://127.0.0.1", answer, ssl_context=context)
+
+    async def stop() -> None:
+        listener.stop()
+
+    loop = Loop()
+    try:
+        listener = loop.wait_for(listening(), 10)
+        yield loop, listener.contact_address
+        loop.wait_for(stop(), 10)
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("distrusts", ["the client", "the scheduler"])
+def test_a_certificate_of_another_authority_is_fatal(certificates: tuple[Path, Path], distrusts: str) -> None:
+    ours, other = certificates
+    theirs = tls_context(ours, other if distrusts == "the scheduler" else ours, ssl.Purpose.CLIENT_AUTH)
+    client_side = tls_context(ours, other if distrusts == "the client" else ours, ssl.Purpose.SERVER_AUTH)
+    with dask_listener(theirs) as (loop, address):
+        with pytest.raises(BuilderError, match="do not trust each other") as caught:
+            loop.wait_for(connect(address, client_side), 30)
+        assert not isinstance(caught.value, BuilderLost)
+
+
+def test_a_refused_connection_over_tls_is_lost_as_over_tcp(certificates: tuple[Path, Path]) -> None:
+    ours, _ = certificates
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    loop = Loop()
+    try:
+        with pytest.raises(BuilderLost, match="cannot be reached: Connection refused"):
+            loop.wait_for(connect(f"tls://127.0.0.1:{port}", tls_context(ours, ours, ssl.Purpose.SERVER_AUTH)), 30)
+    finally:
+        loop.close()
+
+
+def test_a_connection_cut_in_the_tls_handshake_is_lost(certificates: tuple[Path, Path]) -> None:
+    ours, _ = certificates
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def cut() -> None:
+            connection, _ = server.accept()
+            connection.recv(1)
+            connection.close()
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        loop = Loop()
+        try:
+            context = tls_context(ours, ours, ssl.Purpose.SERVER_AUTH)
+            with pytest.raises(BuilderLost):
+                loop.wait_for(connect(f"tls://127.0.0.1:{server.getsockname()[1]}", context), 30)
+        finally:
+            loop.close()
+            thread.join()
+
+
+def test_a_connection_that_ends_between_two_tls_records_is_lost(certificates: tuple[Path, Path]) -> None:
+    ours, _ = certificates
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def end() -> None:
+            connection, _ = server.accept()
+            context = tls_context(ours, ours, ssl.Purpose.CLIENT_AUTH)
+            with context.wrap_socket(connection, server_side=True) as wrapped:
+                wrapped.sendall(struct.pack("Q", 64))
+                wrapped.shutdown(socket.SHUT_WR)
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        loop = Loop()
+        try:
+            context = tls_context(ours, ours, ssl.Purpose.SERVER_AUTH)
+            with pytest.raises(BuilderLost, match="broke"):
+                loop.wait_for(connect(f"tls://127.0.0.1:{server.getsockname()[1]}", context), 30)
+        finally:
+            loop.close()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("error", "fatal"),
+    [
+        (ssl.SSLCertVerificationError(1, "self-signed"), True),
+        (ssl.SSLError(1, "TLSV1_ALERT_UNKNOWN_CA"), True),
+        (ssl.SSLEOFError(8, "EOF in violation of protocol"), False),
+        (ssl.SSLZeroReturnError(6, "closed"), False),
+        (ConnectionRefusedError(111, "TLS certificate"), False),
+        (EOFError("TLS certificate"), False),
+    ],
+)
+def test_only_a_rejected_peer_is_distrusted(error: Exception, fatal: bool) -> None:
+    assert comm._is_distrust(error) is fatal
+
+
+def test_workers_out_of_reach_over_tls_are_reached_through_the_scheduler(tmp_path: Path) -> None:
+    tls = settings_of_tls(tmp_path / "tls")
+    cluster = Cluster(tmp_path / "cluster", "tls", **tls)
+    try:
+        cluster.start_worker("amd64=1")
+        cluster.wait_for_workers()
+        project = project_on(cluster, tmp_path, **tls)
+        only_reach_the_scheduler(project, cluster)
+        project.write("x.py", "open('x', 'w').write('safe')")
+        run = project.doit(PYTHONPATH=f"{project.folder}:{project.environment['PYTHONPATH']}").ok()
+        assert "cannot be reached from here; what it builds comes through" in run.err
+    finally:
+        cluster.close()
+
+
+def test_a_module_that_is_missing_is_told_by_the_type_of_the_error() -> None:
+    assert "pip install" in _why(ModuleNotFoundError("gone"))
+    assert "pip install" in _why(Exception(repr(ModuleNotFoundError("gone"))))  # as Dask sends what it cannot pickle
+    assert _why(ValueError("No module named x")) == "ValueError: No module named x"
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("ModuleNotFoundError('gone')", "pip install"),
+        ("ValueError(\"No module named 'x'\")", "the same release"),
+    ],
+)
+def test_a_scheduler_that_cannot_load_the_plug_in_says_why(text: str, fix: str) -> None:
+    async def answer(comm: Any) -> None:
+        await comm.read()
+        await comm.write({"status": "uncaught-error", "exception_text": text})
+
+    async def listening() -> Any:
+        return await distributed.comm.listen("tcp://127.0.0.1", answer)
+
+    loop = Loop()
+    try:
+        builder = open_builder(loop.wait_for(listening(), 10).contact_address.replace("tcp:", "dask:"))
+        with pytest.raises(BuilderError) as caught:
+            builder.describe()
+        builder.close()
+        assert fix in str(caught.value.hint)
+    finally:
+        loop.close()
+
+
+def test_a_release_of_dask_without_a_name_we_need_is_refused() -> None:
+    class Scheduler:
+        address = "tcp://127.0.0.1:1"
+        workers: Mapping[str, Any] = {}
+
+    with pytest.raises(UnsupportedDask, match=r"has no Scheduler.handlers; tested are"):
+        check_scheduler(Scheduler())
+
+
+def test_a_closed_scheduler_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours: list[weakref.ref[object]] = []
+
+    async def use() -> list[weakref.ref[object]]:
+        scheduler = await distributed.Scheduler(host="127.0.0.1", port=0, dashboard=False)
+        worker = await distributed.Worker(scheduler.address, nthreads=1, resources={"amd64": 1})
+        builder = open_builder(scheduler.address.replace("tcp:", "dask:"))
+        assert worker.address in await asyncio.to_thread(builder.describe)
+        await asyncio.to_thread(builder.close)
+        table = scheduler.extensions[PLUGIN]
+        while not table._leaving:  # the scheduler has not noticed yet that the client has gone
+            await asyncio.sleep(0.01)
+        ours.extend(map(weakref.ref, (table, worker.extensions[PLUGIN])))
+        del table
+        await worker.close()
+        await scheduler.close()
+        await asyncio.wait_for(collected(ours[0]), 30)  # Dask keeps operations that were called for ever
+        return [weakref.ref(scheduler), weakref.ref(worker)]
+
+    async def collected(item: weakref.ref[object]) -> None:
+        while gc.collect() >= 0 and item() is not None:
+            await asyncio.sleep(0.1)
+
+    servers = asyncio.run(use())
+    distributed.core._expects_comm.cache_clear()  # Dask's own leak
+    wait_for(lambda: gc.collect() >= 0 and not any(item() for item in (*servers, *ours)), 30)  # the runner ends first
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,11 @@ def test_only_the_plugin_and_the_commands_import_doit() -> None:
     assert {module for module in found if module.partition(".")[0] not in ("doit_plugin", "cli")} == DOIT
 
 
+def test_one_module_imports_dask() -> None:
+    found = {module for module in MODULES for _, other in imports(module) if other.partition(".")[0] == "distributed"}
+    assert found == {"builders.dask.distributed_api"}
+
+
 def test_all_of_ours_is_imported_relatively() -> None:
     found = {module for module in MODULES for _, other in imports(module) if other.startswith("gamebear")}
     assert found == set(), "the runner has another name where it has travelled"

@@ -17,8 +17,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from ...errors import BuilderError, BuilderLost, SettingsError
 from ...runner.host.arch import ARCHITECTURES
@@ -64,6 +64,23 @@ _SCHEMES = {"dask": "tcp", "dask+tls": "tls"}
 
 class WorkerGone(BuilderError):
     """The worker has gone; its jobs may be found on another worker, or are built again."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker, as the scheduler describes it, validated.
+
+    Attributes:
+        address: Dask address.
+        error: reason why it cannot be used.
+        slots: number of slots by architecture.
+        busy: number of slots in use by architecture.
+    """
+
+    address: str
+    error: str
+    slots: Mapping[str, int]
+    busy: Mapping[str, int]
 
 
 class DaskBuilder:
@@ -202,7 +219,7 @@ class DaskBuilder:
             raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `doit jobs`.")
         return place[1].end(digest, attempt, force)
 
-    def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
+    def materials(self, digest: str, attempt: str) -> Mapping[str, object]:
         """Return the materials of a result, from the worker that has it."""
         place = self._find(digest)
         if place is None:
@@ -254,29 +271,30 @@ class DaskBuilder:
             total = Pruned(**counts, left=(*total.left, *(f"{worker}: {reason}" for reason in pruned.left)))
         return total
 
-    def describe(self) -> Mapping[str, Any]:
+    def describe(self) -> Mapping[str, object]:
         """Return the workers and their properties."""
         said = self._each(lambda runner: runner.describe())
-        about: dict[str, Any] = {"scheduler": self.address}
+        about: dict[str, object] = {"scheduler": self.address}
         for item in self._workers():
-            slots = ", ".join(f"{arch} {busy} of {all_} busy" for arch, busy, all_ in _slots(item)) or "no architecture"
-            found = said.get(item["worker"])
-            if item["error"] or isinstance(found, BuilderError):
-                about[item["worker"]] = f"{slots}; {item['error'] or found}"
+            counts = [f"{arch} {item.busy.get(arch, 0)} of {count} busy" for arch, count in sorted(item.slots.items())]
+            slots = ", ".join(counts) or "no architecture"
+            found = said.get(item.address)
+            if item.error or isinstance(found, BuilderError):
+                about[item.address] = f"{slots}; {item.error or found}"
                 continue
             if found is not None:
                 free = found.get("free")
                 has = "buildah" if found.get("buildah") in (True, "True") else "no buildah"
                 slots += f"; {found.get('host')}, {found.get('machine')}, Python {found.get('python')}, {has}"
                 slots += f", {size(free)} free" if type(free) is int else ""
-            about[item["worker"]] = slots
+            about[item.address] = slots
         return about
 
     def members(self) -> Mapping[str, Builder | str]:
         """Return each worker as a builder, or the reason why it cannot be used."""
         return {
-            item["worker"]: item["error"]
-            or (self._runner(item["worker"]) if item["slots"] else "it offers no architecture (--resources)")
+            item.address: item.error
+            or (self._runner(item.address) if item.slots else "it offers no architecture (--resources)")
             for item in self._workers()
         }
 
@@ -398,10 +416,10 @@ class DaskBuilder:
                 self._link = Link(self.url, self.address)
             return self._link
 
-    def _ask(self, ask: str, patience: float | None = None, **more: Any) -> Mapping[str, Any]:
+    def _ask(self, ask: str, patience: float | None = None, **more: object) -> Mapping[str, object]:
         return self._connected().ask(ask, self.patience if patience is None else patience, **more)
 
-    def _workers(self) -> list[dict[str, Any]]:
+    def _workers(self) -> list[Member]:
         return _checked_workers(self._ask("workers").get("workers"), self.url)
 
     def _each(self, ask: Callable[[RunnerBuilder], T]) -> dict[str, T | BuilderError]:
@@ -413,7 +431,7 @@ class DaskBuilder:
             except BuilderError as error:
                 return error
 
-        workers = [item["worker"] for item in self._workers() if item["slots"] and not item["error"]]
+        workers = [item.address for item in self._workers() if item.slots and not item.error]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(workers, pool.map(one, workers), strict=True))
 
@@ -462,16 +480,13 @@ def _address(text: object, url: str) -> str:
     )
 
 
-def _checked_workers(items: object, url: str) -> list[dict[str, Any]]:
+def _checked_workers(items: object, url: str) -> list[Member]:
     found = []
     for item in items[:WORKERS] if isinstance(items, list) else []:
         item = item if isinstance(item, dict) else {}
+        error = words_of(item.get("error") or "")[:1000]
         found.append(
-            {
-                "worker": _address(item.get("worker"), url),
-                "error": words_of(item.get("error") or "")[:1000],
-                **{name: _counts(item.get(name)) for name in ("slots", "busy")},
-            }
+            Member(_address(item.get("worker"), url), error, _counts(item.get("slots")), _counts(item.get("busy")))
         )
     return found
 
@@ -481,10 +496,6 @@ def _counts(value: object) -> dict[str, int]:
         return {}
     known = set(ARCHITECTURES.values()) & set(value)
     return {arch: min(value[arch], MOST_SLOTS) for arch in known if type(value[arch]) is int and value[arch] >= 0}
-
-
-def _slots(item: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    return [(arch, item["busy"].get(arch, 0), count) for arch, count in sorted(item["slots"].items())]
 
 
 def _known_slots(workers: object) -> str:

@@ -6,17 +6,16 @@ import asyncio
 import itertools
 import os
 import pickle
+import ssl
 import time
 from collections.abc import Mapping
-from typing import Any
-
-from distributed.comm.core import Comm
 
 from ...errors import BuilderError, BuilderLost
 from ...util.messages import notice
 from ..protocol.reconnect import Reconnecting
 from ..protocol.session import SILENCE, words_of
-from .comm import PLUGIN, PROTOCOL, DaskConnection, Loop, closed, connect, connection_args, read, write
+from .comm import PLUGIN, PROTOCOL, Comm, DaskConnection, Loop, client_tls, closed, connect
+from .distributed_api import is_missing_module
 from .scheduler_plugin import SchedulerPart
 
 GREETING = 30.0
@@ -39,20 +38,20 @@ class Stream:
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
         self._numbers = itertools.count()
-        self._answers: dict[int, asyncio.Future[Mapping[str, Any]]] = {}
+        self._answers: dict[int, asyncio.Future[Mapping[str, object]]] = {}
         self.lost: BuilderError | None = None
         self._reading = asyncio.ensure_future(self._read())
         self._writing = asyncio.Lock()
 
     @classmethod
-    async def open(cls, address: str, args: Mapping[str, Any], client: str) -> Stream:
+    async def open(cls, address: str, tls: ssl.SSLContext | None, client: str) -> Stream:
         """Connect to a scheduler, and register the plug-in if the scheduler does not have it yet.
 
         Raises:
             BuilderLost: the scheduler does not answer.
             BuilderError: the scheduler cannot or may not load the plug-in, or has that of another release.
         """
-        comm = await connect(address, args)
+        comm = await connect(address, tls)
         try:
             return await asyncio.wait_for(cls._greet(comm, address, client), GREETING)
         except asyncio.TimeoutError:
@@ -65,13 +64,13 @@ class Stream:
     @classmethod
     async def _greet(cls, comm: Comm, address: str, client: str) -> Stream:
         part = pickle.dumps(SchedulerPart(), protocol=4)  # pickled by reference: only the name is sent
-        await write(
-            comm, {"op": "register_scheduler_plugin", "plugin": part, "name": PLUGIN, "idempotent": True, "reply": True}
+        await comm.write(
+            {"op": "register_scheduler_plugin", "plugin": part, "name": PLUGIN, "idempotent": True, "reply": True}
         )
-        answer = await read(comm)
-        if isinstance(answer, dict) and "exception_text" in answer:
+        answer = await comm.read()
+        if "exception_text" in answer:
             said = words_of(answer["exception_text"])
-            if "No module named" in said:
+            if is_missing_module(said):
                 raise BuilderError(
                     f"The scheduler {address} has no gamebear-tasks ({said}).",
                     "Where the scheduler runs: pip install 'gamebear-tasks[dask]', and start it again.",
@@ -81,10 +80,10 @@ class Stream:
                 "Install the same release of it and of dask there as here, and let it keep"
                 " the handler register_scheduler_plugin.",
             )
-        await write(comm, {"op": PLUGIN, "protocol": PROTOCOL, "client": client, "reply": True})
-        greeting = await read(comm)
-        if not isinstance(greeting, dict) or greeting.get("protocol") != PROTOCOL:
-            theirs = words_of(greeting.get("version", "")) if isinstance(greeting, dict) else "none"
+        await comm.write({"op": PLUGIN, "protocol": PROTOCOL, "client": client, "reply": True})
+        greeting = await comm.read()
+        if greeting.get("protocol") != PROTOCOL:
+            theirs = words_of(greeting.get("version", ""))
             raise BuilderError(
                 f"The scheduler {address} has another gamebear-tasks than we ({theirs or 'an older one'}).",
                 "Install the same release on scheduler, workers and here.",
@@ -94,9 +93,9 @@ class Stream:
     async def _read(self) -> None:
         try:
             while True:
-                answer = await read(self._comm)
-                number = answer.get("id") if isinstance(answer, dict) else None
-                waiting = self._answers.get(number) if type(number) is int else None
+                answer = await self._comm.read()
+                number = answer.get("id")
+                waiting = self._answers.get(number) if isinstance(number, int) else None
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
         except BuilderError as error:
@@ -109,7 +108,7 @@ class Stream:
                 if not waiting.done():
                     waiting.set_exception(self.lost or BuilderLost(_CLOSED))
 
-    async def ask(self, question: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def ask(self, question: Mapping[str, object]) -> Mapping[str, object]:
         """Send a request and wait for the reply; raises BuilderLost."""
         if self.lost is not None:
             raise self.lost
@@ -117,7 +116,7 @@ class Stream:
         self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             async with self._writing:
-                await write(self._comm, {**question, "id": number})
+                await self._comm.write({**question, "id": number})
             return await self._answers[number]
         finally:
             del self._answers[number]
@@ -139,13 +138,13 @@ class Link:
     def __init__(self, url: str, address: str) -> None:
         self.url = url
         self.address = address
-        self._args = connection_args(address)
+        self._tls = client_tls(address)
         self.loop = Loop()
         self._client = os.urandom(8).hex()
         self._stream = Reconnecting(url, self._connect)
         self._relayed: set[str] = set()
 
-    def ask(self, ask: str, patience: float, **more: Any) -> Mapping[str, Any]:
+    def ask(self, ask: str, patience: float, **more: object) -> Mapping[str, object]:
         """Send a request to the scheduler plug-in; retry after a lost connection.
 
         Args:
@@ -190,11 +189,11 @@ class Link:
                 self._relayed.add(worker)
                 notice(f"{worker} cannot be reached from here; what it builds comes through {self.url}")
         relay = self.address if worker in self._relayed else ""
-        return DaskConnection(self.loop, worker, self._args, relay)
+        return DaskConnection(self.loop, worker, self._tls, relay)
 
     def _reaches(self, worker: str) -> bool:
         try:
-            comm = self.loop.wait_for(connect(worker, self._args), 30.0)
+            comm = self.loop.wait_for(connect(worker, self._tls), 30.0)
         except (BuilderLost, TimeoutError):
             return False
         self.loop.begin(closed(comm))
@@ -207,7 +206,7 @@ class Link:
 
     def _connect(self) -> Stream:
         try:
-            return self.loop.wait_for(Stream.open(self.address, self._args, self._client), 3 * GREETING)
+            return self.loop.wait_for(Stream.open(self.address, self._tls, self._client), 3 * GREETING)
         except (BuilderLost, TimeoutError) as error:
             said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} says nothing.")
             if self._stream.met:

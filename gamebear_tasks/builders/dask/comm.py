@@ -1,10 +1,10 @@
 """Client-side Dask connections to untrusted peers: messages are numbers, texts and bytes, and are never unpickled.
 
 Dask's own client unpickles data from schedulers and workers: results, exceptions, even parts of its own messages. Data
-from a builder is untrusted, so neither Dask's client nor its message reader is used here. This module opens Dask's
-connections (with its TLS), and parses the frames itself. The first frame is parsed as plain msgpack; the parts from
-which Dask would rebuild objects are ignored. The frames are those of `distributed.comm.tcp`: total length, number of
-frames, length of each frame (64 bits each), frames.
+from a builder is untrusted, so neither Dask's client nor its connections are used here. This module speaks Dask's
+framing (https://distributed.dask.org/en/stable/protocol.html) over asyncio's streams, with the TLS settings of Dask's
+configuration: total length, number of frames, length of each frame (64 bits each), frames. The first frame is plain
+msgpack; the parts from which Dask would rebuild objects are ignored.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import logging
+import os
+import pickle
+import re
+import socket
+import ssl
 import struct
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgpack
-from distributed.comm.core import Comm
-from distributed.comm.registry import backends
-from distributed.security import Security
 
 from ...errors import BuilderError, BuilderLost
 from ..protocol.session import CHUNK, words_of
 from ..protocol.transport import SEND_SILENCE, Channel
+from . import distributed_api
 
 T = TypeVar("T")
 
@@ -46,18 +49,23 @@ CONNECTING = 10.0
 
 _LENGTH = struct.Struct("Q")
 
+_HANDSHAKE = {
+    "compression": None,
+    "python": tuple(sys.version_info[:3]),
+    "pickle-protocol": pickle.HIGHEST_PROTOCOL,
+}
+"""What each side of a Dask connection tells the other first. Nothing is pickled; Dask requires the entry."""
+
 
 class Loop:
     """Event loop in its own thread, for blocking callers."""
 
     def __init__(self) -> None:
-        for name in ("distributed.comm", "distributed.core"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are reported by this package
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gamebear-dask", daemon=True)
         self._thread.start()
 
-    def wait_for(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+    def wait_for(self, work: Coroutine[object, None, T], seconds: float) -> T:
         """Run a coroutine and return its result.
 
         Raises:
@@ -80,7 +88,7 @@ class Loop:
             future.cancel()
             raise
 
-    def begin(self, work: Coroutine[Any, Any, object]) -> None:
+    def begin(self, work: Coroutine[object, None, object]) -> None:
         """Start a coroutine without waiting for it."""
         if self._thread.is_alive():
             asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -105,21 +113,23 @@ class Loop:
             self._loop.close()
 
 
-def connection_args(address: str) -> Mapping[str, Any]:
-    """Return the arguments for opening a Dask connection: TLS settings from Dask's configuration or `DASK_…` variables.
+def client_tls(address: str) -> ssl.SSLContext | None:
+    """Return the TLS context for connections to an address, from Dask's configuration or `DASK_…` variables.
 
     Raises:
         BuilderError: the settings are missing or invalid.
     """
     try:
-        args: dict[str, Any] = Security().get_connection_args("client")
+        context, encrypted = distributed_api.tls_of_client()
     except (OSError, ValueError, TypeError) as error:
         raise BuilderError(f"Dask's TLS settings cannot be used: {error}.", _TLS) from error
-    if address.startswith("tls:") and args.get("ssl_context") is None:
-        raise BuilderError(f"{address} wants TLS, and Dask's configuration names no certificates.", _TLS)
-    if address.startswith("tcp:") and args.get("require_encryption"):
+    if address.startswith("tls:"):
+        if context is None:
+            raise BuilderError(f"{address} wants TLS, and Dask's configuration names no certificates.", _TLS)
+        return context
+    if encrypted:
         raise BuilderError(f"Dask's configuration wants encryption, and {address} has none.", "Say dask+tls://…")
-    return args
+    return None
 
 
 _TLS = (
@@ -128,33 +138,108 @@ _TLS = (
 )
 
 
-async def connect(address: str, args: Mapping[str, Any]) -> Comm:
+class Comm:
+    """A connection with a scheduler or worker. All methods run in the loop's thread.
+
+    Args:
+        peer_address: the peer's Dask address.
+        reader: received data.
+        writer: data to send.
+    """
+
+    def __init__(self, peer_address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.peer_address = peer_address
+        self._reader = reader
+        self._writer = writer
+        writer.transport.set_write_buffer_limits(high=1, low=0)  # drain() waits; with 0, asyncio's TLS pauses for ever
+
+    async def write(self, message: Mapping[str, object]) -> None:
+        """Send a message, and wait until it is flushed, so that at most one message is buffered in memory.
+
+        Raises:
+            BuilderLost: the connection broke.
+            BuilderError: one side rejects the other's certificate.
+        """
+        data: bytes = msgpack.packb(message, use_bin_type=True)
+        try:
+            self._writer.write(struct.pack("3Q", 2 * _LENGTH.size + len(data), 1, len(data)) + data)
+            await self._writer.drain()
+        except OSError as error:
+            raise self._broken(error) from error
+
+    async def read(self) -> Mapping[str, object]:
+        """Receive a message; one that is not a map is returned as an empty map.
+
+        Raises:
+            BuilderLost: the connection broke.
+            BuilderError: the data is not a message, the message is too long, or one side rejects the other's
+                certificate.
+        """
+        try:
+            message: object = msgpack.unpackb(await self._read_frame(), raw=False, strict_map_key=False)
+        except (OSError, EOFError) as error:
+            raise self._broken(error) from error
+        except (ValueError, TypeError, struct.error) as error:
+            self.abort()
+            raise BuilderError(
+                f"{self.peer_address} answers something that makes no sense ({words_of(error)}).",
+                "See that a Dask scheduler and workers of about this version run there.",
+            ) from error
+        return {str(name): value for name, value in message.items()} if isinstance(message, dict) else {}
+
+    async def _read_frame(self) -> bytes:
+        """Read a message, and return its first frame."""
+        (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+        if not _LENGTH.size <= length <= LIMIT:
+            raise ValueError(f"{length} bytes")
+        data = await self._reader.readexactly(length)
+        (count,) = _LENGTH.unpack_from(data)
+        if not 1 <= count <= FRAMES or length < _LENGTH.size * (1 + count):
+            raise ValueError(f"{count} frames")
+        lengths = struct.unpack_from(f"{count}Q", data, _LENGTH.size)
+        start = _LENGTH.size * (1 + count)
+        rest = start + sum(lengths) - length  # frames that Dask sends in separate buffers
+        if not 0 <= rest <= LIMIT or start + lengths[0] > length:
+            raise ValueError(f"frames of {sum(lengths)} bytes")
+        if rest:
+            await self._reader.readexactly(rest)
+        return data[start : start + lengths[0]]
+
+    def _broken(self, error: OSError | EOFError) -> BuilderError:
+        if _is_distrust(error):
+            return _distrusted(self.peer_address, error)
+        return BuilderLost(f"The connection to {self.peer_address} broke ({_reason(error)}).")
+
+    def abort(self) -> None:
+        """Close the connection without flushing."""
+        self._writer.transport.abort()
+
+
+async def connect(address: str, tls: ssl.SSLContext | None) -> Comm:
     """Open a connection to a scheduler or worker.
 
     Raises:
         BuilderLost: nothing answers there now.
         BuilderError: one side rejects the other's certificate, or the address is invalid.
     """
-    scheme, _, place = address.partition("://")
-    connector = backends[scheme].get_connector()
     try:
-        comm: Comm = await asyncio.wait_for(connector.connect(place, deserialize=False, **args), CONNECTING)
+        reader, writer = await asyncio.wait_for(_open(address, tls), CONNECTING)
     except asyncio.TimeoutError:
         raise BuilderLost(f"{address} does not answer within {CONNECTING:g} seconds.") from None
     except OSError as error:
-        if "TLS" in str(error) or "certificate" in f"{error} {error.__cause__}".lower():
-            raise BuilderError(
-                f"{address} and we do not trust each other: {error.__cause__ or error}.", _TLS
-            ) from error
+        if _is_distrust(error):
+            raise _distrusted(address, error) from error
         raise BuilderLost(f"{address} cannot be reached: {_reason(error)}.") from error
     except (ValueError, OverflowError) as error:  # an invalid host name or port
         raise BuilderError(
             f"{address} is no address to connect to: {words_of(error)}.",
             "See which HOST:PORT the builder's URL names, and its workers say (dask worker --host).",
         ) from error
+    comm = Comm(address, reader, writer)
     try:
-        await write(comm, {**comm.handshake_info(), "compression": None})
-        await asyncio.wait_for(read(comm), CONNECTING)
+        # Read first: data that a peer has not read when it rejects our certificate turns its alert into a reset.
+        await asyncio.wait_for(comm.read(), CONNECTING)
+        await comm.write(_HANDSHAKE)
     except asyncio.TimeoutError:
         comm.abort()
         raise BuilderLost(f"{address} takes a connection, and says nothing.") from None
@@ -164,66 +249,28 @@ async def connect(address: str, args: Mapping[str, Any]) -> Comm:
     return comm
 
 
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return words_of(getattr(error, "strerror", None) or error).rstrip(".")
+async def _open(address: str, tls: ssl.SSLContext | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    _, _, place = address.partition("://")
+    host, _, port = place.rpartition(":")
+    return await asyncio.open_connection(re.sub(r"\A\[(.*)\]\Z", r"\1", host), int(port), ssl=tls)
 
 
-async def write(comm: Comm, message: Mapping[str, Any]) -> None:
-    """Send a message, and wait until it is flushed, so that at most one message is buffered in memory.
-
-    Raises:
-        BuilderLost: the connection broke.
-    """
-    try:
-        await comm.write(message)
-        await drained(comm)
-    except OSError as error:
-        raise BuilderLost(f"The connection to {comm.peer_address} broke ({_reason(error)}).") from error
+def _is_distrust(error: BaseException) -> bool:
+    """Return whether one side of a TLS connection rejects the other, rather than the connection having broken."""
+    ended = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+    return isinstance(error, ssl.SSLError) and not isinstance(error, ended)
 
 
-async def drained(comm: Comm) -> None:
-    """Wait until all data written to a connection is flushed; raises OSError."""
-    stream = getattr(comm, "stream", None)
-    if stream is not None and stream.writing():
-        await stream.write(b"")
+def _distrusted(address: str, error: BaseException) -> BuilderError:
+    return BuilderError(f"{address} and we do not trust each other: {words_of(error)}.", _TLS)
 
 
-async def read(comm: Comm) -> Any:
-    """Read a message as plain msgpack.
-
-    Raises:
-        BuilderLost: the connection broke.
-        BuilderError: the data is not a message, or the message is too long.
-    """
-    stream = getattr(comm, "stream", None)
-    try:
-        if stream is None:
-            raise OSError("closed")
-        (length,) = _LENGTH.unpack(await stream.read_bytes(_LENGTH.size))
-        if not _LENGTH.size <= length <= LIMIT:
-            raise ValueError(f"{length} bytes")
-        data = await stream.read_bytes(length)
-        (count,) = _LENGTH.unpack_from(data)
-        if not 1 <= count <= FRAMES or length < _LENGTH.size * (1 + count):
-            raise ValueError(f"{count} frames")
-        lengths = struct.unpack_from(f"{count}Q", data, _LENGTH.size)
-        start = _LENGTH.size * (1 + count)
-        rest = start + sum(lengths) - length  # frames that Dask reads into separate buffers
-        if not 0 <= rest <= LIMIT or start + lengths[0] > length:
-            raise ValueError(f"frames of {sum(lengths)} bytes")
-        if rest:
-            await stream.read_bytes(rest)
-        return msgpack.unpackb(data[start : start + lengths[0]], raw=False, strict_map_key=False)
-    except OSError as error:
-        raise BuilderLost(f"The connection to {comm.peer_address} broke ({_reason(error)}).") from error
-    except (ValueError, TypeError, struct.error) as error:
-        comm.abort()
-        raise BuilderError(
-            f"{comm.peer_address} answers something that makes no sense ({words_of(error)}).",
-            "See that a Dask scheduler and workers of about this version run there.",
-        ) from error
+def _reason(error: OSError | EOFError) -> str:
+    if isinstance(error, EOFError):
+        return "closed by the peer"
+    if error.errno and not isinstance(error, (ssl.SSLError, socket.gaierror)):  # those have numbers of their own
+        return os.strerror(error.errno)  # asyncio's text names the address once more
+    return words_of(error.strerror or error).rstrip(".")
 
 
 class DaskChannel:
@@ -242,13 +289,12 @@ class DaskChannel:
         """Send all of `data`."""
         for start in range(0, len(data), CHUNK):
             piece = bytes(data[start : start + CHUNK])
-            self._wait(write(self._comm, {"data": piece}), SEND_SILENCE)
+            self._wait(self._comm.write({"data": piece}), SEND_SILENCE)
 
     def receive(self, size: int, timeout: float) -> bytes:
         """Return 1 to `size` bytes, or `b""` at the end."""
         while not self._buffer and not self._ended:
-            message = self._wait(read(self._comm), timeout)
-            message = message if isinstance(message, dict) else {}
+            message = self._wait(self._comm.read(), timeout)
             data = message.get("data")
             if isinstance(data, bytes) and data:
                 self._buffer = data
@@ -272,7 +318,7 @@ class DaskChannel:
         data, self._buffer = self._buffer[:size], self._buffer[size:]
         return data
 
-    def _wait(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+    def _wait(self, work: Coroutine[object, None, T], seconds: float) -> T:
         try:
             return self._loop.wait_for(work, seconds)
         except TimeoutError:
@@ -301,16 +347,16 @@ class DaskConnection:
     Args:
         loop: event loop of the connections.
         address: the worker's Dask address.
-        args: arguments for opening a Dask connection.
+        tls: TLS context of the connections.
         relay: the scheduler's address if the worker cannot be reached directly; otherwise empty.
     """
 
     is_alive = True
 
-    def __init__(self, loop: Loop, address: str, args: Mapping[str, Any], relay: str = "") -> None:
+    def __init__(self, loop: Loop, address: str, tls: ssl.SSLContext | None, relay: str = "") -> None:
         self._loop = loop
         self._address = address
-        self._args = args
+        self._tls = tls
         self._relay = relay
 
     def start(self, command: str) -> Channel:
@@ -325,11 +371,11 @@ class DaskConnection:
             raise
 
     async def _start(self, command: str) -> Comm:
-        comm = await connect(self._relay or self._address, self._args)
+        comm = await connect(self._relay or self._address, self._tls)
         if self._relay:
-            await write(comm, {"op": "gamebear_relay", "worker": self._address, "command": command, "reply": True})
+            await comm.write({"op": "gamebear_relay", "worker": self._address, "command": command, "reply": True})
         else:
-            await write(comm, {"op": "gamebear_channel", "command": command, "reply": True})
+            await comm.write({"op": "gamebear_channel", "command": command, "reply": True})
         return comm
 
     def _broken(self) -> None:
@@ -340,6 +386,5 @@ class DaskConnection:
 
 
 async def closed(comm: Comm) -> None:
-    """Close a connection, broken or not."""
-    with contextlib.suppress(OSError):
-        await comm.close()
+    """Close a connection from another thread, with `Loop.begin`."""
+    comm.abort()

@@ -13,21 +13,14 @@ import contextlib
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
-
-from distributed import Client, Future, Scheduler, wait
-from distributed.comm.core import Comm, connect
-from distributed.core import Status
-from distributed.diagnostics.plugin import SchedulerPlugin
-from distributed.scheduler import WorkerState
-from distributed.security import Security
 
 from ...runner.host.arch import ARCHITECTURES
-from . import worker_plugin
-from .comm import PLUGIN, PROTOCOL, drained
+from . import distributed_api, worker_plugin
+from .comm import PLUGIN, PROTOCOL
+from .distributed_api import Client, Comm, Future, Scheduler, SchedulerPlugin, WorkerState, drained
 
 GRACE = 60.0
 """Seconds within which a disconnected client may return before its interest in jobs expires."""
@@ -52,7 +45,8 @@ class Lease:
         blobs: SHA-256 of the job's files.
         prefer: the only acceptable worker while it is available, because the job already runs on it.
         waiters: clients that want the job.
-        future: Dask's future, once the lease is submitted.
+        places: the only workers on which it was submitted to Dask; empty for any of the architecture.
+        task: the task that submits the lease and waits for its end; it holds a slot from then on.
         worker: address of the worker on which the lease was placed.
         error: reason why the lease cannot be placed.
         changed: set when one of these attributes was changed.
@@ -66,7 +60,8 @@ class Lease:
     blobs: frozenset[str]
     prefer: str = ""
     waiters: set[str] = field(default_factory=set)
-    future: Future[None] | None = None
+    places: list[str] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
     worker: str = ""
     error: str = ""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -96,7 +91,7 @@ class Known:
     asked: float = 0.0
 
 
-class SchedulerPart(SchedulerPlugin):  # type: ignore[misc]  # Dask has no types here
+class SchedulerPart(SchedulerPlugin):
     """Plug-in that installs `Cluster` on a scheduler; clients register it, pickled by reference."""
 
     def __init__(self) -> None:
@@ -105,37 +100,31 @@ class SchedulerPart(SchedulerPlugin):  # type: ignore[misc]  # Dask has no types
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the cluster, without awaiting anything: two clients may register the plug-in concurrently."""
-        self.cluster = _clusters.get(id(scheduler))
-        if self.cluster is None:
-            self.cluster = _clusters[id(scheduler)] = Cluster(scheduler)
+        cluster = distributed_api.extension(scheduler, PLUGIN)
+        self.cluster = cluster if isinstance(cluster, Cluster) else Cluster(scheduler)
 
     async def before_close(self) -> None:
         """Close the cluster before the scheduler closes."""
         if self.cluster is not None:
             await self.cluster.close()
+            self.cluster = None  # Dask keeps closed schedulers and their plug-ins
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """Register a new worker."""
         if self.cluster is not None:
             self.cluster.add_worker(worker)
 
-    def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: object) -> None:
         """Unregister a worker that has gone."""
         if self.cluster is not None:
             self.cluster.remove_worker(worker)
-
-    def transition(self, key: Any, start: str, finish: str, *_: Any, **__: Any) -> None:
-        """Handle a task without a worker: the workers for its lease may have gone before Dask received it."""
-        if self.cluster is None or finish != "no-worker":
-            return
-        if self.cluster.scheduler.tasks[key].worker_restrictions:
-            asyncio.get_running_loop().call_soon(self.cluster.loosen)  # not during the scheduler's own transition
 
 
 class Cluster:
     """The jobs and workers of one scheduler."""
 
     def __init__(self, scheduler: Scheduler) -> None:
+        distributed_api.check_scheduler(scheduler)
         self.scheduler = scheduler
         self.leases: dict[str, Lease] = {}
         self.queue: deque[Lease] = deque()
@@ -145,15 +134,27 @@ class Cluster:
         self._numbers = itertools.count(int(time.time() * 1000) << 8)  # differ from those of an earlier scheduler
         self._client: Client | None = None
         self._opening = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        scheduler.handlers[PLUGIN] = self.serve
-        scheduler.handlers["gamebear_relay"] = self.relay
-        scheduler.handlers["gamebear_report"] = self.report
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: dict[str, asyncio.TimerHandle] = {}
+        self._closed = False
+        self._asks: Mapping[str, Callable[..., Awaitable[Mapping[str, object]]]] = {
+            "place": self.ask_place,
+            "release": self.ask_release,
+            "where": self.ask_where,
+            "worker": self.ask_worker,
+            "workers": self.ask_workers,
+        }
+        operations: dict[str, distributed_api.Operation] = {
+            PLUGIN: self.serve,
+            "gamebear_relay": self.relay,
+            "gamebear_report": self.report,
+        }
+        distributed_api.extend(scheduler, PLUGIN, self, operations)
         for worker in scheduler.workers:
             self.add_worker(worker)
 
-    def _begin(self, work: Any) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.ensure_future(work)
+    def _begin(self, work: Coroutine[object, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -162,19 +163,19 @@ class Cluster:
         """Return the Dask client that places leases; open it on first use."""
         async with self._opening:
             if self._client is None:
-                self._client = await Client(
-                    self.scheduler.address,
-                    asynchronous=True,
-                    security=_as_client(self.scheduler.security),
-                    set_as_default=False,
-                    name=PLUGIN,
-                )
+                self._client = await distributed_api.open_client(self.scheduler, PLUGIN)
             return self._client
 
     async def close(self) -> None:
-        """Close the Dask client."""
+        """Cancel all tasks and timers, close the Dask client, and detach from the scheduler."""
+        self._closed = True
+        distributed_api.retract(self.scheduler, PLUGIN)
+        for timer in self._leaving.values():
+            timer.cancel()
         for task in self._tasks:
             task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1)
         if self._client is not None:
             await self._client.close(timeout=1)
 
@@ -197,17 +198,19 @@ class Cluster:
         self.loosen()
 
     def loosen(self) -> None:
-        """Permit any worker of the right architecture for leases whose own workers have gone.
+        """Submit leases whose own workers have gone again, for any worker of the right architecture.
 
         Dask's `allow_other_workers` does the same, but also ignores the architecture if no worker of it is left.
         """
         for lease in list(self.leases.values()):
-            task = self.scheduler.tasks.get(lease.key)
-            if task is None or task.state != "no-worker" or not task.worker_restrictions:
-                continue
-            if not any(worker in self.scheduler.workers for worker in task.worker_restrictions):
-                task.worker_restrictions = set()
-                self.scheduler.transitions({lease.key: "processing"}, stimulus_id=f"{PLUGIN}-{lease.number}")
+            if lease.task is not None and lease.places and not self._present(lease.places):
+                lease.task.cancel()
+                lease.places = []
+                lease.number = next(self._numbers)  # Dask may not have forgotten the key of the first one yet
+                lease.task = self._begin(self._place(lease, []))
+
+    def _present(self, workers: Iterable[str]) -> list[str]:
+        return [worker for worker in workers if worker in self.scheduler.workers]
 
     def _look(self, worker: str) -> asyncio.Task[None]:
         if worker not in self.looks:
@@ -228,10 +231,9 @@ class Cluster:
             elif said != version("gamebear-tasks"):
                 known.error = f"it has gamebear-tasks {said}, and the scheduler {version('gamebear-tasks')}"
             else:
-                found = await self.scheduler.rpc(worker).gamebear_look()
-                known.jobs = {digest: state for digest, (state, _) in found["jobs"].items()}
-                known.targets = {target for _, target in found["jobs"].values()}
-                known.blobs = set(found["blobs"])
+                jobs, known.blobs = _checked_look(await distributed_api.call_worker(self.scheduler, worker, _LOOK))
+                known.jobs = {digest: state for digest, (state, _) in jobs.items()}
+                known.targets = {target for _, target in jobs.values()}
         except Exception as error:  # noqa: BLE001 - after any error the worker is not used
             known.error = f"it does not answer ({error})"
         if worker in self.known:
@@ -245,7 +247,7 @@ class Cluster:
             lease = self.leases.get(digest)
             if state in _RUNS and lease is not None and lease.worker not in ("", worker):
                 with contextlib.suppress(OSError):
-                    await self.scheduler.rpc(worker).gamebear_stop(digest=digest)
+                    await distributed_api.call_worker(self.scheduler, worker, "gamebear_stop", digest=digest)
 
     async def _look_at_all(self, older: float) -> None:
         """Refresh lists of workers' stores older than `older` seconds, for a bounded time."""
@@ -279,9 +281,11 @@ class Cluster:
 
     def _admit(self) -> None:
         """Submit the leases for which there are slots to Dask, first come first served."""
+        if self._closed:
+            return
         for lease in list(self.queue):
             usable = self._usable(lease.arch)
-            taken = sum(other.future is not None and other.arch == lease.arch for other in self.leases.values())
+            taken = sum(other.task is not None and other.arch == lease.arch for other in self.leases.values())
             if not lease.prefer and taken >= sum(int(state.resources[lease.arch]) for state in usable):
                 continue
             self.queue.remove(lease)
@@ -289,8 +293,7 @@ class Cluster:
                 state for state in usable if state.resources[lease.arch] - state.used_resources.get(lease.arch, 0) >= 1
             ]
             places = [lease.prefer] if lease.prefer else self._best(lease, free)
-            lease.future = _PLACING  # holds its slot from now on
-            self._begin(self._place(lease, places))
+            lease.task = self._begin(self._place(lease, places))
 
     def _best(self, lease: Lease, free: Iterable[WorkerState]) -> list[str]:
         """Return the free workers that have most of a job's needs: first its package images, then its files."""
@@ -302,26 +305,33 @@ class Cluster:
         return [worker for worker, score in scores.items() if score == best]
 
     async def _place(self, lease: Lease, places: list[str]) -> None:
+        """Submit a lease to Dask, and wait for its end."""
+        future: Future | None = None
         try:
             client = await self.client()
-            lease.future = future = client.submit(
+            lease.places = self._present(places)
+            future = client.submit(
                 worker_plugin.lease,
                 lease.digest,
                 lease.number,
                 key=lease.key,
                 resources={lease.arch: 1},
-                workers=[worker for worker in places if worker in self.scheduler.workers] or None,
+                workers=lease.places or None,
                 pure=False,
             )
-            with client.as_current():
-                await wait([future])
+            await distributed_api.wait(client, future)
             if future.status == "error":
                 lease.error = _why(await future.exception())
         except asyncio.CancelledError:
-            lease.error = "Dask has cancelled it"
+            if lease.task is asyncio.current_task():
+                lease.error = "Dask has cancelled it"
         except Exception as error:  # noqa: BLE001 - a task may raise anything
             lease.error = _why(error)
-        self._over(lease)
+        finally:
+            if future is not None:
+                future.release()
+        if lease.task is asyncio.current_task():
+            self._over(lease)
 
     def _over(self, lease: Lease) -> None:
         if self.leases.get(lease.digest) is lease:
@@ -336,12 +346,12 @@ class Cluster:
         """End a lease that no client wants, or whose job has ended."""
         if lease.worker:
             self._begin(self._release(lease))
-        elif not lease.waiters and lease.future is None:
+        elif not lease.waiters and lease.task is None:
             self._over(lease)
 
     async def _release(self, lease: Lease) -> None:
         with contextlib.suppress(OSError, AttributeError):
-            await self.scheduler.rpc(lease.worker).gamebear_release(number=lease.number)
+            await distributed_api.call_worker(self.scheduler, lease.worker, "gamebear_release", number=lease.number)
 
     async def report(self, digest: str, number: int, worker: str, entry: list[str] | str | None = "") -> bool:
         """Handle a report from a lease on its worker: its placement, or, with `entry`, the result of its job."""
@@ -363,18 +373,18 @@ class Cluster:
 
     # clients
 
-    async def serve(self, comm: Comm, protocol: int, client: str) -> Status:
+    async def serve(self, comm: Comm, protocol: int, client: str) -> object:
         """Answer a client's requests concurrently until it disconnects."""
         await comm.write({"protocol": PROTOCOL, "version": version("gamebear-tasks")})
         if protocol != PROTOCOL:
-            return Status.dont_reply
+            return distributed_api.DONT_REPLY
         self.present[client] += 1
         looking = self._begin(self._look_at_all(STALE))
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
                 question = await comm.read()
-                task = asyncio.ensure_future(self._answer(comm, client, looking, **question))
+                task = asyncio.ensure_future(self._answer(comm, client, looking, question))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
         except OSError:
@@ -383,11 +393,15 @@ class Cluster:
             for task in tasks:
                 task.cancel()
             self.present[client] -= 1
-            asyncio.get_running_loop().call_later(GRACE, self._leave, client)
+            if not self._closed:
+                if (timer := self._leaving.get(client)) is not None:
+                    timer.cancel()
+                self._leaving[client] = asyncio.get_running_loop().call_later(GRACE, self._leave, client)
             comm.abort()
-        return Status.dont_reply
+        return distributed_api.DONT_REPLY
 
     def _leave(self, client: str) -> None:
+        self._leaving.pop(client, None)
         if self.present[client] > 0:
             return
         del self.present[client]
@@ -397,15 +411,16 @@ class Cluster:
                 self._drop(lease)
 
     async def _answer(
-        self, comm: Comm, client: str, looking: asyncio.Task[Any], id: int, ask: str, **more: Any
+        self, comm: Comm, client: str, looking: asyncio.Task[None], question: Mapping[str, object]
     ) -> None:
         await asyncio.wait([looking], timeout=LOOKING)
+        fields = {name: value for name, value in question.items() if name not in ("ask", "id")}
         try:
-            answer = await getattr(self, f"ask_{ask}")(client, **more)
+            answer: Mapping[str, object] = await self._asks[str(question["ask"])](client, **fields)
         except Exception as error:  # noqa: BLE001 - reported to the waiting client
             answer = {"error": f"The scheduler cannot answer ({error!r})."}
         with contextlib.suppress(OSError):
-            await comm.write({**answer, "id": id})
+            await comm.write({**answer, "id": question.get("id")})
 
     async def ask_place(
         self,
@@ -417,7 +432,7 @@ class Cluster:
         blobs: list[str],
         again: bool,
         wait: float,
-    ) -> Mapping[str, Any]:
+    ) -> Mapping[str, object]:
         """Return the worker for a job; wait up to `wait` seconds for a slot."""
         lease = self.leases.get(digest)
         if lease is None or not lease.worker:
@@ -450,7 +465,7 @@ class Cluster:
         slots = sum(int(state.resources[arch]) for state in self._usable(arch))
         return {"waiting": True, "slots": slots, "workers": self._workers()}
 
-    async def ask_release(self, client: str, digest: str) -> Mapping[str, Any]:
+    async def ask_release(self, client: str, digest: str) -> Mapping[str, object]:
         """Note that a client no longer waits for a job, or has seen its end."""
         lease = self.leases.get(digest)
         if lease is not None:
@@ -459,7 +474,7 @@ class Cluster:
                 self._drop(lease)
         return {}
 
-    async def ask_where(self, client: str, digest: str) -> Mapping[str, Any]:
+    async def ask_where(self, client: str, digest: str) -> Mapping[str, object]:
         """Return the worker that has a job, in any state."""
         lease = self.leases.get(digest)
         if lease is not None and lease.worker:
@@ -469,16 +484,16 @@ class Cluster:
             await self._look_at_all(1.0)
         return {"worker": self._holder(digest, states), "queued": lease is not None}
 
-    async def ask_worker(self, client: str, worker: str) -> Mapping[str, Any]:
+    async def ask_worker(self, client: str, worker: str) -> Mapping[str, object]:
         """Return whether a worker is available."""
         return {"there": worker in self.scheduler.workers}
 
-    async def ask_workers(self, client: str) -> Mapping[str, Any]:
+    async def ask_workers(self, client: str) -> Mapping[str, object]:
         """Return the workers with their resources."""
         await self._look_at_all(STALE)
         return {"workers": self._workers()}
 
-    def _workers(self) -> list[Mapping[str, Any]]:
+    def _workers(self) -> list[Mapping[str, object]]:
         return [
             {
                 "worker": worker,
@@ -490,15 +505,15 @@ class Cluster:
             for worker, state in self.scheduler.workers.items()
         ]
 
-    async def relay(self, comm: Comm, worker: str, command: str) -> Status:
+    async def relay(self, comm: Comm, worker: str, command: str) -> object:
         """Relay between a client and a program on a worker that the client cannot reach directly."""
         try:
             if worker not in self.scheduler.workers:
                 raise OSError(f"{worker} has gone")
-            other = await connect(worker, timeout=LOOKING, deserialize=False, **self.scheduler.connection_args)
+            other = await distributed_api.connect_to_worker(self.scheduler, worker, LOOKING)
         except OSError as error:
             await comm.write({"lost": str(error)})
-            return Status.dont_reply
+            return distributed_api.DONT_REPLY
         tasks = [asyncio.ensure_future(_pump(comm, other)), asyncio.ensure_future(_pump(other, comm))]
         try:
             await other.write({"op": "gamebear_channel", "command": command, "reply": True})
@@ -509,7 +524,7 @@ class Cluster:
             other.abort()
             with contextlib.suppress(OSError):
                 await comm.close()
-        return Status.dont_reply
+        return distributed_api.DONT_REPLY
 
 
 async def _pump(source: Comm, target: Comm) -> None:
@@ -521,30 +536,24 @@ async def _pump(source: Comm, target: Comm) -> None:
 
 _RUNS = ("queued", "running")
 
-_PLACING: Any = object()
-"""Placeholder for the future of a lease that is being submitted to Dask."""
-
-_clusters: dict[int, Cluster] = {}
+_LOOK = "gamebear_look"
 
 
 def _architectures(state: WorkerState) -> list[str]:
     return sorted(set(ARCHITECTURES.values()) & set(state.resources))
 
 
-def _as_client(security: Security | None) -> Security | None:
-    """Return a scheduler's TLS settings for a client of it; the scheduler's certificate is the fallback."""
-    if security is None or not security.tls_scheduler_cert:
-        return security
-    return Security(
-        tls_ca_file=security.tls_ca_file,
-        tls_ciphers=security.tls_ciphers,
-        tls_client_cert=security.tls_client_cert or security.tls_scheduler_cert,
-        tls_client_key=security.tls_client_key or security.tls_scheduler_key,
-        require_encryption=security.require_encryption,
-    )
+def _checked_look(found: object) -> tuple[dict[str, tuple[str, str]], set[str]]:
+    """Validate a worker's list of jobs (state and target, by digest) and blobs; raises ValueError."""
+    jobs, blobs = (found.get("jobs"), found.get("blobs")) if isinstance(found, Mapping) else (None, None)
+    if not isinstance(jobs, Mapping) or not isinstance(blobs, (list, tuple)):
+        raise ValueError("it lists no jobs and blobs")
+    return {str(digest): (str(state), str(target)) for digest, (state, target) in jobs.items()}, set(map(str, blobs))
 
 
-def _why(error: BaseException) -> str:
-    if "No module named" in str(error):
-        return "it has no gamebear-tasks; there: pip install 'gamebear-tasks[dask]'"
+def _why(error: BaseException | None) -> str:
+    # Dask sends `Exception(repr(error))` for an error that the worker cannot pickle.
+    said = str(error) if type(error) is Exception else repr(error)
+    if distributed_api.is_missing_module(said):
+        return f"it has no gamebear-tasks, or not all that it needs ({said}); there: pip install 'gamebear-tasks[dask]'"
     return f"{type(error).__name__}: {error}"

@@ -15,18 +15,15 @@ import signal
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
-from typing import Any
-
-from distributed import Worker, get_worker
-from distributed.comm.core import Comm
-from distributed.core import Status
 
 from ...runner.host.arch import ARCHITECTURES
 from ...runner.maintenance.garbage_collection import target_of
 from ...runner.store.slots import SLOTS_VARIABLE
 from ...runner.store.store import FINAL, Store, StoredJob
 from ..protocol.session import CHUNK
-from .comm import drained
+from . import distributed_api
+from .comm import PLUGIN
+from .distributed_api import Comm, Worker, drained
 
 ASK_AGAIN = 10.0
 """Seconds after which a lease whose job has not started asks whether any client still wants it."""
@@ -50,14 +47,18 @@ class WorkerPart:
     """Request handlers on a worker."""
 
     def __init__(self, worker: Worker) -> None:
+        distributed_api.check_worker(worker)
         self.worker = worker
         self.store = Store()
         self.hints: dict[int, asyncio.Event] = {}
         self._entries: dict[str, tuple[int, Entry]] = {}
-        worker.handlers["gamebear_channel"] = self.channel
-        worker.handlers["gamebear_look"] = self.look
-        worker.handlers["gamebear_release"] = self.release
-        worker.handlers["gamebear_stop"] = self.stop
+        operations: dict[str, distributed_api.Operation] = {
+            "gamebear_channel": self.channel,
+            "gamebear_look": self.look,
+            "gamebear_release": self.release,
+            "gamebear_stop": self.stop,
+        }
+        distributed_api.extend(worker, PLUGIN, self, operations)
 
     async def release(self, number: int) -> None:
         """Make a lease check its job now: the job has ended, or no client will start it."""
@@ -70,11 +71,11 @@ class WorkerPart:
         if job.state()["state"] in _RUNS:
             job.ask_to_stop(job.written_state()["attempt"])
 
-    async def look(self) -> Mapping[str, Any]:
+    async def look(self) -> Mapping[str, object]:
         """Return the jobs in the store with their states, and the blobs."""
         return await asyncio.to_thread(self._look)
 
-    def _look(self) -> Mapping[str, Any]:
+    def _look(self) -> Mapping[str, object]:
         jobs = {}
         for digest in _latest(self.store.jobs):
             with contextlib.suppress(OSError, ValueError):
@@ -93,7 +94,7 @@ class WorkerPart:
         self._entries[job.digest] = stamp, (state, target)
         return state, target
 
-    async def channel(self, comm: Comm, command: str) -> Status:
+    async def channel(self, comm: Comm, command: str) -> object:
         """Start a program, and connect its standard input and output until it ends or the client disconnects."""
         try:
             process = await asyncio.create_subprocess_exec(
@@ -106,7 +107,7 @@ class WorkerPart:
             )
         except OSError as error:
             await comm.write({"end": None, "error": f"sh cannot be started: {error.strerror}"})
-            return Status.dont_reply
+            return distributed_api.DONT_REPLY
         feeding = asyncio.ensure_future(_feed(comm, process))
         complaining = asyncio.ensure_future(_last_of(process))
         try:
@@ -126,18 +127,18 @@ class WorkerPart:
             asyncio.ensure_future(_end(process))  # noqa: RUF006 - the loop outlives it
             with contextlib.suppress(OSError):
                 await comm.close()
-        return Status.dont_reply
+        return distributed_api.DONT_REPLY
 
     def _slots(self) -> int:
         """Return the number of jobs that this worker runs at once: the sum of its architecture resources."""
-        total = self.worker.state.total_resources
+        total = distributed_api.resources_of(self.worker)
         return max(1, int(sum(total.get(arch, 0) for arch in set(ARCHITECTURES.values()))))
 
 
 async def _feed(comm: Comm, process: Process) -> None:
     assert process.stdin
     try:
-        while data := (await comm.read()).get("data"):
+        while isinstance(data := (await comm.read()).get("data"), bytes) and data:
             process.stdin.write(data)
             await process.stdin.drain()
     except OSError:
@@ -177,16 +178,18 @@ def _latest(folder: os.PathLike[str]) -> list[str]:
 
 _RUNS = ("queued", "running")
 
-_parts: dict[int, WorkerPart] = {}
-
 
 def install(dask_worker: Worker) -> str:
     """Install the handlers on a worker, unless they are there already; return the release of this package."""
     from importlib.metadata import version
 
-    if id(dask_worker) not in _parts:
-        _parts[id(dask_worker)] = WorkerPart(dask_worker)
+    _part_of(dask_worker)
     return version("gamebear-tasks")
+
+
+def _part_of(worker: Worker) -> WorkerPart:
+    part = distributed_api.extension(worker, PLUGIN)
+    return part if isinstance(part, WorkerPart) else WorkerPart(worker)
 
 
 async def lease(digest: str, number: int) -> None:
@@ -196,16 +199,15 @@ async def lease(digest: str, number: int) -> None:
         digest: the job.
         number: identifier of the lease.
     """
-    worker = get_worker()
-    install(worker)
-    part = _parts[id(worker)]
+    worker = distributed_api.current_worker()
+    part = _part_of(worker)
     hint = part.hints[number] = asyncio.Event()
     job = part.store.job(digest)
-    report = {"digest": digest, "number": number, "worker": worker.address}
+    report: dict[str, object] = {"digest": digest, "number": number, "worker": worker.address}
     try:
         state = before = await asyncio.to_thread(job.state)
         begun = before["state"] in _RUNS
-        wanted = await worker.scheduler.gamebear_report(**report)
+        wanted = await distributed_api.call_scheduler(worker, "gamebear_report", **report)
         asked = time.monotonic()
         pause = 0.02
         while begun or wanted:
@@ -216,7 +218,7 @@ async def lease(digest: str, number: int) -> None:
             if begun and state["state"] not in _RUNS:
                 break
             if not begun and (hinted or time.monotonic() > asked + ASK_AGAIN):
-                wanted = await worker.scheduler.gamebear_report(**report)
+                wanted = await distributed_api.call_scheduler(worker, "gamebear_report", **report)
                 asked = time.monotonic()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(hint.wait(), pause)
@@ -224,4 +226,4 @@ async def lease(digest: str, number: int) -> None:
     finally:
         del part.hints[number]
     entry = [state["state"], target_of(job)] if begun else None
-    await worker.scheduler.gamebear_report(**report, entry=entry)
+    await distributed_api.call_scheduler(worker, "gamebear_report", **report, entry=entry)
