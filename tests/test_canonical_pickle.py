@@ -392,6 +392,54 @@ class A:
     class B: x = <1|2>
 def build(): return A.B.x
 """,
+    "a variable that two functions of a closure share": """
+def make():
+    x = 0
+    def add():
+        nonlocal x
+        x += <1|2>
+    def get(): return x
+    return add, get
+ADD, GET = make()
+def build(): ADD(); return GET()
+""",
+    "a variable that methods share and that is set later": """
+def make():
+    class C:
+        def set(self):
+            nonlocal x
+            x = <1|2>
+        def get(self): return x, super().__eq__(self)
+    return C
+    x = 0
+K = make()
+def build(): c = K(); c.set(); return c.get()
+""",
+    "an alias of an enum's member": """
+from enum import Enum
+class V(Enum):
+    A = 1
+    B = 2
+    C = <1|2>
+def build(): return [(name, each.value) for name, each in V.__members__.items()], V['C'].name
+""",
+    "a flag of several bits and of none": """
+from enum import Flag
+class V(Flag):
+    NONE = 0
+    A = 1
+    B = 2
+    AB = <1|3>
+def build(): return repr(V.NONE), V['AB'].name, list(V.__members__), V.A in V.AB
+""",
+    "a nested class's name": """
+from dataclasses import dataclass
+class A:
+    @dataclass
+    class B: x: int = <1|2>
+X = A.B()
+def build(): return repr(X), repr(A.B())
+""",
     "super in a method": """
 class A:
     def f(self): return <1|2>
@@ -697,6 +745,25 @@ def test_a_set_has_the_same_order_however_it_was_made() -> None:
 
 # what cannot be sent
 
+ENUM_WITH_FIELDS = """
+from enum import Enum
+class E(Enum):
+    A = 1
+    def __init__(self, x): self.y = x
+def build(): return E.A.y
+"""
+
+ENUM_OF_OTHER_TEXT = """
+from enum import Enum
+class E(str, Enum):
+    A = 'a'
+    def __new__(cls, x):
+        new = str.__new__(cls, x.upper())
+        new._value_ = x
+        return new
+def build(): return E.A + ''
+"""
+
 REFUSED = [
     ("import threading\nX = threading.Lock()\ndef build(): X.acquire()", "X", "lock"),
     ("import threading\nclass C: x = threading.Lock()\ndef build(): C.x.acquire()", "C.x", "lock"),
@@ -714,6 +781,8 @@ REFUSED = [
         "dumps",
     ),
     ("X = (n for n in [])\ndef build(): return X", "X", "generator"),
+    (ENUM_WITH_FIELDS, "E", "member A has more than its value"),
+    (ENUM_OF_OTHER_TEXT, "E", "member A has more than its value"),
     ("X = {object(), object()}\ndef build(): return X", "", "order changes"),
     (
         "import uuid\nclass C:\n    def __reduce__(self): return str, (uuid.uuid4().hex,)\nX = C()\ndef build(): X",

@@ -11,6 +11,9 @@ cloudpickle's own in what would vary between processes, checkouts or patch relea
   beside the pickle: they serve tracebacks and change nothing else. `__file__` is relative to the current folder.
 - Of a package's submodules that happen to be imported, only those that the function's own file imports are loaded.
 
+It also keeps what cloudpickle loses: which variables of closures functions share, an enum's aliases, and the qualified
+names of classes.
+
 The format of a pickle is documented in `pickletools`.
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import enum
 import importlib.util
 import io
 import os
@@ -232,6 +236,8 @@ class _Graph:
         self._pickler = cloudpickle.Pickler(io.BytesIO(), protocol=PROTOCOL)
         self._by_id: dict[int, Node] = {}
         self._by_value: dict[tuple[object, ...], Node] = {}
+        self._cells: dict[int, object] = {}
+        """The empty cell that each cell of a closure is made as, by the cell's id."""
         self._alive: list[object] = []
         """What was made on the way: an id names nothing once its object is gone."""
         self.orders: dict[Node, list[Node]] = {}
@@ -322,7 +328,13 @@ class _Graph:
             for each in arguments:
                 if type(each) is dict and id(each) not in self._by_id:  # the globals that functions of a module share
                     _make_portable(each, value.__globals__.get("__package__"))
+            if value.__closure__:
+                arguments = (*arguments[:-1], tuple(map(self._empty_cell, value.__closure__, arguments[-1])))
             self._note_imports(value)
+        if isinstance(value, enum.EnumMeta):
+            state = _with_aliases(value, arguments, state)
+        elif isinstance(value, type) and value.__qualname__ != value.__name__:
+            next(each for each in arguments if type(each) is dict)["__qualname__"] = value.__qualname__
         if isinstance(value, type | typing.TypeVar):
             arguments = tuple(None if _is_tracker_id(each) else each for each in arguments)
         if _is_unordered(value):
@@ -337,6 +349,11 @@ class _Graph:
         node.items += [self.node(each) for each in items or ()]
         node.pairs += [(self.node(key), self.node(each)) for key, each in pairs or ()]
         return number
+
+    def _empty_cell(self, cell: types.CellType, empty: object) -> object:
+        """Return the empty cell that a closure's cell is made as: the same for all functions that share the cell."""
+        self._alive.append(cell)
+        return self._cells.setdefault(id(cell), empty)
 
     def _reduce(self, value: Any) -> Any:
         reduced = self._pickler.reducer_override(value)
@@ -548,6 +565,43 @@ _CONSTANTS: dict[type, Callable[[Any], bytes]] = {
     str: _text,
 }
 """How values of exactly these types are written; a subclass of one is an object like any other."""
+
+
+MEMBER_STATE = {"_value_", "_name_", "__objclass__", "_sort_order_", "_inverted_"}
+"""What the enum module itself keeps in an enum's member."""
+
+
+def _with_aliases(kind: enum.EnumMeta, arguments: tuple[Any, ...], state: Any) -> Any:
+    """Add the aliases of an enum to the members that it is made of, and return its state without them.
+
+    The enum is made from its members' values alone, before it has its methods.
+
+    Raises:
+        _Refused: a member made so would be another.
+    """
+    members: dict[str, Any] = dict(kind.__members__)
+    for name, member in members.items():
+        if vars(member).keys() - MEMBER_STATE or not _is_made_of_its_value(kind, member):
+            raise _Refused(f"its member {name} has more than its value")
+    by_name = next(each for each in arguments if type(each) is dict)
+    by_name.update({name: member.value for name, member in members.items() if name not in by_name})
+    ordered = {name: by_name[name] for name in members}
+    by_name.clear()
+    by_name.update(ordered)
+    space, slots = state
+    return {name: value for name, value in space.items() if name not in members}, slots
+
+
+def _is_made_of_its_value(kind: Any, member: Any) -> bool:
+    """Say whether the part of a member that is a text or number follows from its value."""
+    mixin = kind._member_type_
+    if mixin is object:
+        return True
+    arguments = member.value if isinstance(member.value, tuple) else (member.value,)
+    try:
+        return mixin.__eq__(mixin(*arguments), member) is True
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_tracker_id(value: object) -> bool:
