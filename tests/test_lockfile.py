@@ -290,6 +290,10 @@ def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Pa
             "is damaged: the entry 'x' in 'debian' makes no sense",
         ),
         ("\xff", "is damaged"),
+        (
+            '{"version": 1, "git": {"x": {"commit": "' + "a" * 40 + '"}, "x": {"commit": "' + "b" * 40 + '"}}}',
+            "is damaged: it has 'x' twice",
+        ),
         ('{"version": 1, "git": {"x main": {"commit": "' + "a" * 40 + '", "tag": 1}}}', "in 'git' makes no sense"),
     ],
 )

@@ -87,7 +87,7 @@ class Lock:
             with open_regular(path) as file:
                 if os.fstat(file.fileno()).st_size > LIMIT:
                     raise ValueError(f"it is larger than {LIMIT >> 20} MiB")
-                return cls._parsed(json.loads(file.read()))
+                return cls._parsed(json.loads(file.read(), object_pairs_hook=_without_duplicates))
         except FileNotFoundError:
             return cls()
         except OSError as error:
@@ -153,6 +153,20 @@ class Lock:
 
 class _NewerError(Exception):
     """The lock file has another version."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict.
+
+    Raises:
+        ValueError: A key occurs twice: after a merge, which pin is meant is unknown.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"it has {key!r} twice")
+        found[key] = value
+    return found
 
 
 def is_commit(text: object) -> bool:
