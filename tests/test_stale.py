@@ -14,6 +14,7 @@ from typing import cast
 import pytest
 from project import Project
 
+from gamebear_tasks.client import placement_marks
 from gamebear_tasks.client.placement_marks import PLACED, is_placed, placing
 from gamebear_tasks.config import settings
 from gamebear_tasks.jobspec.plan import SAVED, read_lock
@@ -385,6 +386,32 @@ def test_a_target_that_two_runs_have_placed_at_once_has_no_state(
     with placing(["a"], first), placing(["a"], second):
         pass
     assert not is_placed(["a"], first) and not is_placed(["a"], second)
+
+
+def test_a_target_that_another_run_has_placed_meanwhile_is_not_taken_for_its(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs: list[dict[str, str]] = [{}, {}, {}]
+
+    def be(number: int) -> None:
+        monkeypatch.setattr(placement_marks, "variables_of_this_run", lambda: runs[number])
+
+    first, second = "1" * 64, "2" * 64
+    with placing(["a"], first):
+        pass
+    be(0)
+    assert is_placed(["a"], first)
+    seen = placement_marks._listing
+    be(1)
+    with placing(["a"], second):
+        pass
+    be(0)
+    monkeypatch.setattr(placement_marks, "_listing", seen)  # the first run is another process
+    with placing(["a"], first):
+        pass
+    be(2)
+    assert is_placed(["a"], first) and not is_placed(["a"], second)
 
 
 # the cache of hashes

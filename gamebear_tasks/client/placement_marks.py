@@ -39,18 +39,17 @@ def placing(targets: Iterable[str], state: str) -> Iterator[None]:
     """
     marks = _marks()
     mark = state[:LENGTH]
-    keys = [key for key in map(_key, targets) if key in marks or key + mark not in marks]
-    if keys:
-        os.makedirs(PLACED, exist_ok=True)
-        for key in keys:
-            (PLACED / key).touch()
-        old = [name for name in os.listdir(PLACED) if name.startswith(tuple(keys)) and name not in keys]
-        for name in old:
-            (PLACED / name).unlink(missing_ok=True)
-        marks.difference_update(old)
-        marks.update(keys)
-        if old:
-            sync_folder(PLACED)  # before the targets change: a power cut may restore an old database
+    keys = [*map(_key, targets)]
+    os.makedirs(PLACED, exist_ok=True)
+    for key in keys:  # even if the state stays the same: another doit may install another one at the same time
+        (PLACED / key).touch()
+    old = [name for name in os.listdir(PLACED) if name.startswith(tuple(keys)) and name not in keys]
+    for name in old:
+        (PLACED / name).unlink(missing_ok=True)
+    marks.difference_update(old)
+    marks.update(keys)
+    if any(not name.endswith(mark) for name in old):
+        sync_folder(PLACED)  # before the targets change: a power cut may restore an old database
     yield
     for key in keys:
         try:
