@@ -611,6 +611,29 @@ def task_tell():
     assert (project.home / ".cache/gamebear/v1/jobs" / digest).is_dir()
 
 
+def test_a_task_that_depends_on_an_artifacts_result_sees_other_outputs_of_the_same_job(project: Project) -> None:
+    project.write(
+        "dodo.py",
+        """
+from doit.tools import result_dep
+from gamebear_tasks import artifact
+
+def task_x():
+    return artifact("x.py", outputs=["x"])
+
+def task_tell():
+    return {"actions": ["cp x told"], "uptodate": [result_dep("x")]}
+""",
+    )
+    project.write("x.py", "import time; open('x', 'w').write(str(time.time_ns()))")
+    project.doit().ok()
+    assert project.doit().ok().ran == []
+    shutil.rmtree(project.store / "jobs")
+    (project.folder / "x").unlink()
+    assert project.doit().ok().ran == ["x", "tell"]
+    assert (project.folder / "told").read_text() == (project.folder / "x").read_text()
+
+
 def test_an_input_that_another_task_makes_is_made_first(project: Project) -> None:
     project.write(
         "dodo.py",

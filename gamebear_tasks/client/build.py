@@ -99,6 +99,16 @@ class Building:
             values["valid"] = self.valid
         return values
 
+    @property
+    def result(self) -> str:
+        """What doit compares for tasks that depend on this one's result: the job's digest and the outputs' SHA-256.
+
+        A job that is built again, because its result has grown too old, may have other outputs.
+        """
+        outputs = sorted(self._status.outputs.items()) if self._status else []
+        digest = self._order.job.digest if self._order else ""
+        return " ".join([digest, *(output.sha256 for _, output in outputs)])
+
     def _run(self) -> Order:
         check_choice(self.chosen.sources)
         log = task_log.path_of(self.task)

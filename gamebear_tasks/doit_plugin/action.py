@@ -45,8 +45,9 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
             with running():
                 from ..client.build import Building
 
-                self.values = Building(self.plan, self.task.name if self.task else self.plan.name, out).run()
-                self.result = self.values["digest"]
+                building = Building(self.plan, self.task.name if self.task else self.plan.name, out)
+                self.values = building.run()
+                self.result = building.result
                 return None
         except JobError as error:
             return TaskFailed(str(error))
