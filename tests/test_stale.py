@@ -414,6 +414,19 @@ def test_a_target_that_another_run_has_placed_meanwhile_is_not_taken_for_its(
     assert is_placed(["a"], first) and not is_placed(["a"], second)
 
 
+def test_a_target_whose_path_is_written_in_several_ways_has_one_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = "1" * 64, "2" * 64
+    for path in (str(tmp_path / "build/a"), "other/../build/a"):
+        with placing(["build/a"], first):
+            pass
+        with placing([path], second):
+            pass
+        assert not is_placed(["build/a"], first)
+
+
 # the cache of hashes
 
 

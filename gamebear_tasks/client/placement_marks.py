@@ -74,6 +74,8 @@ def is_placed(targets: Iterable[str], state: str) -> bool:
 
 
 def _key(target: str) -> str:
+    if target.startswith("/") or ".." in target:  # two tasks may write one path in two ways, which doit allows
+        target = os.path.relpath(target)
     return f"{hashlib.sha256(os.fsencode(target)).hexdigest()[:LENGTH]}."
 
 
