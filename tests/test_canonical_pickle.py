@@ -392,6 +392,32 @@ class A:
     class B: x = <1|2>
 def build(): return A.B.x
 """,
+    "a global in the body of a class in the function": """
+X = <1|2>
+def build():
+    class C:
+        class D: x = X
+    return C.D.x
+""",
+    "a global with a builtin's name in the body of a class": """
+def len(x): return <1|2>
+def build():
+    class C: x = len('')
+    return C.x
+""",
+    "a class that holds an instance of itself": """
+class C: x = <1|2>
+C.one = C()
+def build(): return C.one.x
+""",
+    "a private slot": """
+class C:
+    __slots__ = ('__x',)
+    def __init__(self): self.__x = <1|2>
+    def f(self): return self.__x
+X = C()
+def build(): return X.f()
+""",
     "a variable that two functions of a closure share": """
 def make():
     x = 0
@@ -570,6 +596,11 @@ def test_a_digest_does_not_depend_on_which_submodules_others_have_imported() -> 
     import xml.dom.minidom  # noqa: F401
 
     assert digest_of(text) == before
+
+
+def test_a_digest_does_not_depend_on_what_was_copied_before() -> None:
+    text = "import copy\nclass C: pass\nX = C()\n{}def build(): return C, X"
+    assert digest_of(text.format("")) == digest_of(text.format("copy.copy(X)\n"))
 
 
 def test_the_submodules_that_its_file_imports_are_imported(tmp_path: Path) -> None:

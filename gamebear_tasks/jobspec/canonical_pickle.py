@@ -11,8 +11,8 @@ cloudpickle's own in what would vary between processes, checkouts or patch relea
   beside the pickle: they serve tracebacks and change nothing else. `__file__` is relative to the current folder.
 - Of a package's submodules that happen to be imported, only those that the function's own file imports are loaded.
 
-It also keeps what cloudpickle loses: which variables of closures functions share, an enum's aliases, and the qualified
-names of classes.
+It also keeps what cloudpickle loses: which variables of closures functions share, globals that only the body of a class
+inside a function uses, an enum's aliases, and the qualified names of classes.
 
 The format of a pickle is documented in `pickletools`.
 """
@@ -24,6 +24,7 @@ import contextlib
 import dis
 import enum
 import importlib.util
+import inspect
 import io
 import os
 import pickle
@@ -386,6 +387,10 @@ class _Graph:
         if isinstance(value, type) and _is_pair_of_dicts(state):
             space, slots = dict(state[0]), state[1]
             space.pop("__firstlineno__", None)  # Python 3.13
+            space.pop("__slotnames__", None)  # a cache of copyreg's, there once an instance was copied or pickled
+            for name, each in state[0].items():  # a private slot, which cloudpickle does not know by this name
+                if isinstance(each, types.MemberDescriptorType) and each.__objclass__ is value:
+                    del space[name]
             if isinstance(attributes := space.get("__static_attributes__"), tuple):  # unsorted in Python 3.13.0
                 space["__static_attributes__"] = tuple(sorted(attributes))
             if isinstance(subclasses := space.get("_abc_impl"), list):  # those registered, from a set
@@ -398,7 +403,7 @@ class _Graph:
                 names = sorted(each.__name__ for each in submodules if each.__name__ in imported)
                 slots["_cloudpickle_submodules"] = [sys.modules[name] for name in names]
             if isinstance(names_used := slots.get("__globals__"), dict):
-                slots["__globals__"] = dict(names_used)
+                slots["__globals__"] = {**names_used, **_globals_of_classes_in(value)}
                 _make_portable(slots["__globals__"], value.__globals__.get("__package__"))
             return state[0], slots
         return state
@@ -654,6 +659,23 @@ def _imports_in(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _imports_in(constant)
+
+
+def _globals_of_classes_in(function: types.FunctionType) -> dict[str, Any]:
+    """Return the globals that classes defined in a function use in their bodies, which cloudpickle overlooks."""
+    names = dict.fromkeys(_names_of_classes_in(function.__code__))
+    known = function.__globals__
+    return {name: known[name] for name in names if name in known and name != "__name__"}
+
+
+def _names_of_classes_in(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            if not constant.co_flags & inspect.CO_OPTIMIZED:
+                for instruction in dis.get_instructions(constant):
+                    if instruction.opname in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+                        yield str(instruction.argval)
+            yield from _names_of_classes_in(constant)
 
 
 def _absolute(name: str, package: object) -> str:
