@@ -565,6 +565,20 @@ def test_eight_clients_at_once_get_one_build(tmp_path: Path, home: Path) -> None
     assert list((jobs[0].store.root / "tmp").glob("*.part")) == []
 
 
+def test_whoever_knows_how_an_attempt_ended_does_not_keep_ctrl_c_from_ending_the_next(
+    tmp_path: Path, home: Path
+) -> None:
+    job = Job(tmp_path, home, f"{WAIT}\nif 'fail' in open(HERE + '/go').read(): sys.exit('failed')")
+    (tmp_path / "go").write_text("fail")
+    job.project.doit().failed("failed")
+    (tmp_path / "go").unlink()
+    client = job.started()
+    client.send_signal(signal.SIGINT)
+    assert client.wait(60) != 0
+    assert "somebody else waits" not in job.said
+    job.assert_nothing_is_left()
+
+
 # 20: clocks
 
 

@@ -221,7 +221,7 @@ class Session:
             reply["now"] = self._now(stored, attempt)
         if reply["state"] not in FINAL or size_of(stored.log) > SMALL:
             return reply, None
-        return self._with_end(reply, stored, attempt, 0)
+        return self._with_end(reply, stored, attempt, 0, request.client)
 
     def _submit(self, request: requests.Submit, body: Body) -> JobReply:
         """Accept a job: start it, attach to it if it is running, or report the blobs that are missing.
@@ -374,7 +374,7 @@ class Session:
             return reply, None
         if state["state"] in ("queued", "running"):
             reply["now"] = self._now(stored, attempt)
-        return self._with_end(reply, stored, attempt, offset, bool(request.client))
+        return self._with_end(reply, stored, attempt, offset, request.client)
 
     def _wait(self, stored: StoredJob, attempt: str, until: float, is_enough: Callable[[int], bool]) -> State:
         """Wait until an attempt is over, its log is long enough, or the deadline passes; return the state.
@@ -402,18 +402,20 @@ class Session:
                 os.close(self._alive.pop(attempt))
             pause = min(pause * 1.5, 0.25)
 
-    def _with_end(self, reply: JobReply, stored: StoredJob, attempt: str, offset: int, waits: bool = True) -> Answer:
+    def _with_end(self, reply: JobReply, stored: StoredJob, attempt: str, offset: int, client: str) -> Answer:
         """Return a reply with the log from an offset and, if the log and the job are complete, the small outputs.
 
         The body is `log` bytes of log, followed by the concatenated outputs; `contents` has the name and the size in
-        bytes of each. An observer, which does not wait for the job (`waits` is false), receives the log only.
+        bytes of each. The client then no longer counts as waiting for the job. An observer (`client` is empty) receives
+        the log only.
         """
         size = size_of(stored.log)
         log = _part_of(stored.log, offset, min(size - offset, LOG_CHUNK)) if size > offset else b""
         reply.update({"log": len(log), "log_size": size})
         body = [log]
-        if waits and reply["state"] in FINAL and offset + len(log) >= size:
+        if client and reply["state"] in FINAL and offset + len(log) >= size:
             stored.note_seen(attempt)
+            stored.forget_client(client)
             reply["notices"] = read_json(self.store.notices)
             contents = _small_outputs(stored, reply)
             reply["contents"] = [(name, len(data)) for name, data in contents]
