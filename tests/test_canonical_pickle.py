@@ -410,6 +410,21 @@ class C: x = <1|2>
 C.one = C()
 def build(): return C.one.x
 """,
+    "a dataclass that another one inherits from": """
+from dataclasses import MISSING, dataclass, fields
+@dataclass
+class A: x: int<| = 2>
+def build():
+    @dataclass
+    class B(A): pass
+    try: return B().x
+    except TypeError: return fields(B)[0].default is MISSING
+""",
+    "the constants of builtins": """
+from typing import Tuple
+X = [<...|NotImplemented>, Tuple[int, ...]]
+def build(): return repr(X)
+""",
     "a private slot": """
 class C:
     __slots__ = ('__x',)
@@ -811,6 +826,7 @@ REFUSED = [
         "X",
         "dumps",
     ),
+    ("from random import randint\ndef build(): return randint(0, 9)", "randint", "another one in each process"),
     ("X = (n for n in [])\ndef build(): return X", "X", "generator"),
     (ENUM_WITH_FIELDS, "E", "member A has more than its value"),
     (ENUM_OF_OTHER_TEXT, "E", "member A has more than its value"),

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import dis
 import enum
 import importlib.util
@@ -320,6 +321,10 @@ class _Graph:
             self.imports.add(value.__name__)
         if type(value) is type(os.environ):
             raise _Refused("it is the whole environment, which may hold secrets")
+        if value is getattr(sys.modules.get("random"), "_inst", None):
+            raise _Refused("it draws from the state of the module random, another one in each process: use random.NAME")
+        if value is dataclasses.MISSING:  # compared by identity, and pickled by value
+            return self._global(value, "MISSING")
         reduced = self._reduce(value)
         if isinstance(reduced, str):
             return self._global(value, reduced)
@@ -370,7 +375,7 @@ class _Graph:
 
     def _global(self, value: Any, name: str) -> Node:
         """Return the number of what is known by a name in a module."""
-        module = str(getattr(value, "__module__", None))
+        module = "builtins" if value is ... or value is NotImplemented else str(getattr(value, "__module__", None))
         found: object = sys.modules.get(module)
         with contextlib.suppress(AttributeError):
             for part in name.split("."):
