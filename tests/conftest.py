@@ -1,4 +1,7 @@
-"""Fixtures: this machine as root, a real account behind a real sshd, emulated armhf."""
+"""Fixtures and the `system` marker.
+
+Unit tests need Python and a POSIX shell, and run anywhere. System tests run as root on a disposable Debian.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +46,31 @@ NEEDED = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Report missing requirements once, instead of once per test."""
+    """Undo process settings that the caller may have set."""
     os.umask(0o022)  # accounts must be able to read files that root puts into their homes
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     if not entry_points(group="doit.BACKEND", name="dbm"):
         raise pytest.UsageError("What doit finds of this checkout is an older one's: pip install -e '.[test]'")
-    missing = sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test as `system` that uses the fixture `system`, directly or through another fixture."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "system" in item.fixturenames:
+            item.add_marker("system")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Check the machine before the first test, if system tests are selected."""
+    if session.config.option.collectonly or not any(item.get_closest_marker("system") for item in session.items):
+        return
     if os.geteuid() != 0:
         raise pytest.UsageError(
-            "The tests make users, an sshd and mounts: run them as root, on a machine of their own."
+            "System tests create users, mounts and an sshd: run tests/run as root on a disposable Debian"
         )
-    if missing:
-        raise pytest.UsageError(f"The tests need more of Debian: apt-get install {' '.join(missing)}")
+    if missing := sorted({package for program, package in NEEDED.items() if not shutil.which(program, path=SEARCH)}):
+        raise pytest.UsageError(f"System tests need Debian packages: apt-get install {' '.join(missing)}")
 
 
 OTHERS = ("GAMEBEAR_", "XDG_", "SSH_", "DASK_", "PYTHON")
@@ -80,13 +96,18 @@ def _no_settings_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="session")
-def emulation() -> None:
+def system() -> None:
+    """A disposable Debian with root and the packages of `NEEDED`. Fixtures that need it depend on this one."""
+
+
+@pytest.fixture(scope="session")
+def emulation(system: None) -> None:
     """Enable armhf programs on this machine, also in containers."""
     emulate_armhf()
 
 
 @pytest.fixture(scope="session")
-def account() -> Iterator[Account]:
+def account(system: None) -> Iterator[Account]:
     """An unprivileged user with subordinate ids, for the builder."""
     with new_account(f"gamebear-{os.getpid()}") as made:
         yield made

@@ -14,6 +14,8 @@ from terminal import terminal
 
 import gamebear_tasks  # noqa: F401 - for the table's arguments
 
+pytestmark = pytest.mark.system
+
 IMPORTS = "import gamebear_tasks\nfrom gamebear_tasks import archive, artifact, either, git, task_lock\n"
 
 

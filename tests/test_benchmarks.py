@@ -111,6 +111,7 @@ def test_the_command_says_what_there_is_to_measure() -> None:
     assert os.access(ROOT / "benchmarks" / "run", os.X_OK)
 
 
+@pytest.mark.system
 def test_the_other_side_runs_a_buildscript_by_its_five_steps(tmp_path: Path) -> None:
     script = "Path('a').write_text(str(len(list(Image.list()))))\n(Path(__file__).parent / 'b').write_text('b')\n"
     with new_builder(tmp_path) as builder:

@@ -10,6 +10,8 @@ from project import OUR_FRAMES, wait_for
 from proxy import DOWN, UP, Cut
 from remote import MAKES_BIG, MIB, Remote, big_input
 
+pytestmark = pytest.mark.system
+
 
 def interrupted(client: subprocess.Popen[bytes], remote: Remote) -> str:
     """Press Ctrl-C, wait for the end, and return what was said."""

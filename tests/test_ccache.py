@@ -13,6 +13,8 @@ from test_containers import Builder, Outcome
 
 from gamebear_tasks.runner.host.buildah import remove_tree
 
+pytestmark = pytest.mark.system
+
 SCRIPT = """
 import json, subprocess
 steps = json.loads({steps!r})

@@ -11,7 +11,7 @@ from project import OUR_FRAMES, Project
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def built(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose task x was built."""
     folder = tmp_path_factory.mktemp("built")
     project = Project(folder / "project", home=folder / "home")
@@ -72,6 +72,7 @@ def test_output_that_nobody_reads_is_no_traceback(built: Project, words: str, st
     assert "Error" not in said and "Traceback" not in said
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("into", "status", "said"),
     [
@@ -95,6 +96,7 @@ def test_output_that_nobody_takes_is_no_traceback(
     assert done.stderr.startswith(said) and bool(done.stderr) == bool(said)
 
 
+@pytest.mark.system
 def test_a_letter_that_cannot_be_printed_is_no_traceback(project: Project) -> None:
     project.write(
         "dodo.py",

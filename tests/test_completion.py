@@ -39,7 +39,7 @@ zpty -d shell
 
 
 @pytest.fixture
-def at_the_prompt(project: Project) -> Project:
+def at_the_prompt(system: None, project: Project) -> Project:
     """A project with two artifacts, whose doit is in the PATH."""
     project.write("hello.py", "")
     project.write("dodo.py", "from gamebear_tasks import artifact\n\n")

@@ -138,7 +138,7 @@ class Builder:
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
+def builder(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
     """A builder with the image `tiny`."""
     folder = tmp_path_factory.mktemp("builder")
     made = Builder(folder / "store")

@@ -26,6 +26,8 @@ from test_store_faults import processes
 
 from gamebear_tasks.runner.store.store import Store
 
+pytestmark = pytest.mark.system
+
 DODO = """
 from gamebear_tasks import artifact, task_prune
 
@@ -233,7 +235,7 @@ def supervised(project: Project) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled `crash_points.c`."""
     path = tmp_path_factory.mktemp("library") / "crash_points.so"
     source = Path(__file__).with_name("crash_points.c")

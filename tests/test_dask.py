@@ -62,7 +62,7 @@ open("x", "w").write("built")
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def shelf(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A scheduler, and two workers for which this machine pretends to be two."""
     cluster = Cluster(tmp_path_factory.mktemp("shelf"))
     try:
@@ -75,7 +75,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Cluster]:
+def pair(system: None, tmp_path: Path) -> Iterator[Cluster]:
     """A scheduler and two workers of one architecture, to be broken."""
     cluster = Cluster(tmp_path / "pair")
     try:
@@ -162,6 +162,7 @@ def test_the_worker_that_has_built_a_target_before_is_preferred(pair: Cluster, t
     assert sorted(len(worker.digests) for worker in pair.workers) == [0, 4]
 
 
+@pytest.mark.system
 def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
@@ -370,6 +371,7 @@ def test_a_worker_that_dies_has_its_job_built_by_another_once(pair: Cluster, tmp
     assert "distributed" not in said(project)
 
 
+@pytest.mark.system
 def test_a_job_waits_for_another_worker_of_its_architecture_where_the_only_one_dies(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
@@ -437,6 +439,7 @@ def test_a_scheduler_that_stays_away_is_told_and_the_build_goes_on(pair: Cluster
     project.doit().failed("The scheduler of dask://", "out of reach", "dask scheduler")
 
 
+@pytest.mark.system
 def test_a_worker_without_gamebear_tasks_is_told(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
@@ -449,6 +452,7 @@ def test_a_worker_without_gamebear_tasks_is_told(tmp_path: Path) -> None:
         cluster.close()
 
 
+@pytest.mark.system
 def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
     tls = settings_of_tls(tmp_path / "tls")
     cluster = Cluster(tmp_path / "cluster", "tls", **tls)
@@ -710,6 +714,7 @@ def test_the_port_may_be_left_out() -> None:
     assert isinstance(builder, DaskBuilder) and builder.address == "tcp://shelf:8786"
 
 
+@pytest.mark.system
 def test_a_worker_is_not_spoken_to_less_safely_than_its_scheduler(tmp_path: Path) -> None:
     tls = settings_of_tls(tmp_path / "tls")
     names = {

@@ -200,6 +200,7 @@ def test_doit_loads_an_example(block: Block, tmp_path: Path) -> None:
     assert set(tasks) <= {line.split()[0] for line in listed.splitlines()}
 
 
+@pytest.mark.system
 def test_the_examples_that_need_no_container_build_what_they_say(tmp_path: Path) -> None:
     dodo = next(block for block in DODOS if "def greet(" in block.text)
     project = _project_of(dodo, tmp_path)

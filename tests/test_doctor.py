@@ -46,7 +46,7 @@ def task_x():
 
 
 @pytest.fixture(scope="module")
-def fresh() -> Iterator[Account]:
+def fresh(system: None) -> Iterator[Account]:
     """An account as it is on a machine where nobody has thought of containers, which may use sudo with its password."""
     with new_account(f"fresh-{os.getpid()}") as made:
         take_ids(made)
@@ -139,7 +139,7 @@ def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Accoun
 
 
 @pytest.fixture
-def debian(tmp_path: Path) -> Iterator[Sshd]:
+def debian(system: None, tmp_path: Path) -> Iterator[Sshd]:
     """The least that Debian installs: no Python, no buildah, and an account that may use sudo, which we log in to."""
     root = tmp_path / "debian"
     subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "--include=sudo", "bookworm", root], check=True)
@@ -300,6 +300,7 @@ def test_this_machine_is_looked_at_for_what_the_tasks_need(
     assert ("not asked for" in here["image tools"]["what"]) == (image == "note")
 
 
+@pytest.mark.system
 def test_mending_stops_where_a_step_fails_and_says_which() -> None:
     builder = open_builder("local:")
     steps = [
@@ -489,6 +490,7 @@ def test_what_a_builder_makes_up_is_nothing_that_root_runs(user: str) -> None:
         assert user not in finding.packages
 
 
+@pytest.mark.system
 def test_the_architectures_of_a_table_are_each_builders_own(project: Project) -> None:
     own = own_architecture()
     run = project.doit("doctor", "--json", f"builder={own}=local:,loong64=local:", timeout=120)

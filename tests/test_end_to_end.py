@@ -13,6 +13,8 @@ from project import Project, wait_for
 from sshd import Account, Sshd
 from statements import by_role, packages, read_statement
 
+pytestmark = pytest.mark.system
+
 RUN_IT = """
 import subprocess
 

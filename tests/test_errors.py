@@ -123,6 +123,7 @@ def said_by_doit(text: str) -> str:
     return "\n".join(lines).removeprefix("ERROR: ")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("row", DOIT, ids=ids)
 def test_a_run_that_cannot_be(folder: Path, tmp_path: Path, warm: Warm, row: Row) -> None:
     project = Project(folder, home=tmp_path / "home")
@@ -143,6 +144,7 @@ WITHOUT_RIGHTS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-
 """For root to be refused what files do not allow."""
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("row", PERMISSIONS, ids=ids)
 def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row) -> None:
     project = Project(folder, home=tmp_path / "home")
@@ -173,6 +175,7 @@ def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row
     assert said == f"{row.says}\n→ {row.do}"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("into", ["> /dev/full", ">&-", "<&- >&- 2>&-", "2> /dev/full", "2>&1 | true"])
 @pytest.mark.parametrize("reporter", ["live", "console"])
 def test_a_build_goes_on_where_nothing_can_be_shown(folder: Path, tmp_path: Path, reporter: str, into: str) -> None:
@@ -191,6 +194,7 @@ def test_a_build_goes_on_where_nothing_can_be_shown(folder: Path, tmp_path: Path
     )
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("reporter", ["live", "console"])
 def test_processes_that_cannot_be_had_are_told_and_threads_do_it(folder: Path, tmp_path: Path, reporter: str) -> None:
     project = Project(folder, home=tmp_path.parent / "shown")
@@ -204,6 +208,7 @@ def test_processes_that_cannot_be_had_are_told_and_threads_do_it(folder: Path, t
     assert (folder / "made").exists()
 
 
+@pytest.mark.system
 def test_nobody_may_read_what_a_person_keeps_from_them(folder: Path, tmp_path: Path) -> None:
     project = Project(folder, home=tmp_path.parent / "shown", GAMEBEAR_PROVENANCE="yes")
     project.write(
@@ -218,7 +223,7 @@ def test_nobody_may_read_what_a_person_keeps_from_them(folder: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def told(system: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What is said of each of the scripts, all of them built by one run of doit."""
     folder = tmp_path_factory.mktemp("scripts")
     project = Project(folder / "project", home=folder / "home")

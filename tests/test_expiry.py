@@ -105,7 +105,7 @@ class Aging:
 
 
 @pytest.fixture
-def aging(project: Project, tmp_path: Path) -> Aging:
+def aging(system: None, project: Project, tmp_path: Path) -> Aging:
     storage = tmp_path / "storage.conf"
     storage.write_text(
         f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/storage"\nrunroot = "{tmp_path}/run-storage"\n'

@@ -91,6 +91,7 @@ open("out", "w").write(word)
 WORDS = {"a/b": "slash", "a_b": "underscore", "A_B": "capitals"}
 
 
+@pytest.mark.system
 def test_tasks_of_similar_names_have_logs_records_and_statements_of_their_own(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

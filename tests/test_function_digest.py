@@ -93,7 +93,7 @@ MODULES = {
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose one function uses all that a function may use, built."""
     made = Project(tmp_path_factory.mktemp("functions"), home=tmp_path_factory.getbasetemp() / "quick-home")
     lay_everything(made)
@@ -153,6 +153,7 @@ def task_x():
 """
 
 
+@pytest.mark.system
 def test_a_function_may_come_from_a_module_of_a_package(project: Project) -> None:
     project.write("dodo.py", FROM_MODULE)
     project.write("tools/__init__.py", "from .build import build\n")
@@ -166,6 +167,7 @@ def test_a_function_may_come_from_a_module_of_a_package(project: Project) -> Non
     assert project.doit().ok().ran == []
 
 
+@pytest.mark.system
 def test_a_lambda_a_decorated_function_and_a_method_of_no_object_are_functions_too(project: Project) -> None:
     project.write(
         "dodo.py",
@@ -199,6 +201,7 @@ def task_x():
     assert [(project.folder / name / "x").read_text() for name in "123"] == ["1", "2", "3"]
 
 
+@pytest.mark.system
 def test_another_process_finds_the_job_again(project: Project, tmp_path: Path) -> None:
     lay_everything(project)
     project.write("dodo.py", EVERYTHING.replace('"?"', repr(str(tmp_path))))
@@ -209,6 +212,7 @@ def test_another_process_finds_the_job_again(project: Project, tmp_path: Path) -
     assert {path: path.stat().st_mtime_ns for path in jobs.glob("*/state.json")} == before
 
 
+@pytest.mark.system
 def test_what_was_loaded_is_built_though_the_file_is_edited_meanwhile(project: Project, tmp_path: Path) -> None:
     project.write(
         "dodo.py",
@@ -292,6 +296,7 @@ def task_x():
 """
 
 
+@pytest.mark.system
 def test_what_is_sent_is_what_the_digest_covers(project: Project) -> None:
     def contents() -> dict[str, str]:
         return {path.parent.name: path.read_text() for path in project.folder.glob("*/out")}
@@ -323,6 +328,7 @@ def test_the_refusal_is_shown_when_dodo_is_loaded(project: Project) -> None:
     assert run.status == 3
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -351,6 +357,7 @@ os.execv({python!r}, [{python!r}, *sys.argv[1:code], before + sys.argv[code], *s
 """
 
 
+@pytest.mark.system
 def test_a_builder_with_another_python_is_told_apart_before_anything_is_built(project: Project, tmp_path: Path) -> None:
     wrapper = tmp_path / "bin" / "python3"
     wrapper.parent.mkdir()

@@ -568,6 +568,7 @@ def follow(request):
 # waiting
 
 
+@pytest.mark.system
 def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.refused(
@@ -579,11 +580,13 @@ def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
     assert set(hostile.asked) == {"submit"}
 
 
+@pytest.mark.system
 def test_a_builder_that_never_greets_is_given_up(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.refused("def greet(): time.sleep(600)", "has been silent for 1 seconds.")
 
 
+@pytest.mark.system
 def test_a_builder_that_stops_in_the_middle_of_an_output_is_given_up(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.says(
@@ -610,6 +613,7 @@ def greet():
     )
 
 
+@pytest.mark.system
 def test_of_a_log_without_end_only_so_much_is_kept_and_the_job_is_given_up_after_its_time(hostile: Hostile) -> None:
     hostile.says(
         """
@@ -648,6 +652,7 @@ def follow(request):
     )
 
 
+@pytest.mark.system
 def test_a_builder_that_answers_at_once_that_there_is_no_news_is_not_asked_a_thousand_times(hostile: Hostile) -> None:
     hostile.says(
         """

@@ -38,6 +38,7 @@ pytest_plugins = ("upstreams",)
 # Programs
 
 
+@pytest.mark.system
 def test_a_program_that_makes_progress_is_not_cut_however_long_it_takes(tmp_path: Path) -> None:
     """By its output, or by a folder that grows."""
     talks = "for i in 1 2 3 4 5; do echo $i >&2; sleep 1; done; echo done"
@@ -46,6 +47,7 @@ def test_a_program_that_makes_progress_is_not_cut_however_long_it_takes(tmp_path
     assert run(["sh", "-c", writes], silence=2, growing=tmp_path) == b"done\n"
 
 
+@pytest.mark.system
 def test_a_program_that_stalls_is_ended_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(StalledError, match=r"no progress for 0\.5 seconds"):
         run(["sh", "-c", f"sleep 1000 & echo $! > {tmp_path}/pid; wait"], silence=0.5)
@@ -80,6 +82,7 @@ def silent() -> Iterator[socket.socket]:
         yield listener
 
 
+@pytest.mark.system
 def test_a_server_that_never_answers_is_given_up(
     silent: socket.socket, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ class Reader(html.parser.HTMLParser):
 # what it says
 
 
+@pytest.mark.system
 def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     project.doit("report").failed("There is no dodo.py here", "doit report -f FOLDER/dodo.py")
     assert not (project.folder / "build").exists()
@@ -210,7 +211,7 @@ CONTRAST = """
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> Path:
+def shown(system: None, tmp_path: Path) -> Path:
     """A page with some of everything."""
     bad = record("a" * 150, state="failed", failure="make: " + "x" * 300, outputs=())
     other = record("pack:1", state="interrupted", had="fetched")

@@ -40,7 +40,7 @@ KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5LCBidXQgYXMgb
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base image."""
     return make_base(tmp_path_factory.mktemp("base") / "base.img")
 
@@ -65,6 +65,7 @@ def test_a_base_may_be_compressed(base: Path, thing: Path, tmp_path: Path, suffi
     assert (tmp_path / "out.img").read_bytes() == (tmp_path / "same.img").read_bytes()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("label", "size"),
     [
@@ -142,6 +143,7 @@ def test_an_ordinary_user_bakes_the_same_as_root(base: Path, tmp_path: Path) -> 
         assert sorted(path.name for path in folder.iterdir()) == ["base.img", "build", "some.tar", "user.img"]
 
 
+@pytest.mark.system
 def test_free_space_is_holes_and_what_was_replaced_is_gone(tmp_path: Path, thing: Path) -> None:
     secret = os.urandom(4 * MIB)
     first = tmp_path / "first.img"
@@ -155,6 +157,7 @@ def test_free_space_is_holes_and_what_was_replaced_is_gone(tmp_path: Path, thing
     Card(image).check()
 
 
+@pytest.mark.system
 def test_an_image_without_a_boot_file_system_is_baked_too(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img", boot=None)
     bake(small, tmp_path / "out.img", contents=[file(thing, "/boot/firmware/")])
@@ -162,6 +165,7 @@ def test_an_image_without_a_boot_file_system_is_baked_too(tmp_path: Path, thing:
     refused(small, tmp_path / "no.img", "has no FAT file system", config=["dtoverlay=dwc2"])
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "options",
     [
@@ -188,6 +192,7 @@ def test_older_and_other_kinds_of_root_file_systems(tmp_path: Path, thing: Path,
         assert dumped.stdout.rstrip(b"\0") == content, "debugfs has zeros after what is kept in an inode"
 
 
+@pytest.mark.system
 def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img", options=("-O", "^metadata_csum"))
     with small.open("r+b") as file_:
@@ -197,6 +202,7 @@ def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thi
     Card(tmp_path / "out.img").check()
 
 
+@pytest.mark.system
 def test_what_a_running_base_had_in_its_journal_is_in_the_image(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img")
     data = small.read_bytes()
@@ -214,6 +220,7 @@ def test_what_a_running_base_had_in_its_journal_is_in_the_image(tmp_path: Path, 
     card.check()
 
 
+@pytest.mark.system
 def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     data = bytearray(small.read_bytes())
@@ -259,6 +266,7 @@ def test_a_compressed_base_that_ends_too_early_is_refused(base: Path, tmp_path: 
     refused(bad, tmp_path / "out.img", f"bad.img{suffix} cannot be unpacked")
 
 
+@pytest.mark.system
 def test_a_zip_file_with_damaged_lzma_in_it_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bad.zip", "w", zipfile.ZIP_LZMA) as bad:
         bad.writestr("a.img", os.urandom(1000))
@@ -267,6 +275,7 @@ def test_a_zip_file_with_damaged_lzma_in_it_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "bad.zip", tmp_path / "out.img", "bad.zip cannot be unpacked")
 
 
+@pytest.mark.system
 def test_a_zip_file_has_one_image(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as two:
         two.writestr("a.img", b"")
@@ -356,6 +365,7 @@ def test_what_is_asked_for_stays_free(base: Path, tmp_path: Path, thing: Path) -
     assert 200 * MIB <= free < 240 * MIB
 
 
+@pytest.mark.system
 def test_many_small_files_make_it_grow_for_their_inodes(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base.img", size=8, options=("-N", "128"))
     with tarfile.open(tmp_path / "many.tar", "w") as many:
@@ -397,6 +407,7 @@ def test_a_full_image_is_an_error_before_anything_is_written(base: Path, tmp_pat
     refused(base, tmp_path / "out.img", "has 42.0 MiB already", size="20M")
 
 
+@pytest.mark.system
 def test_a_root_that_is_not_last_does_not_grow(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img", root_first=True)
     bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")])
@@ -408,6 +419,7 @@ def test_a_root_that_is_not_last_does_not_grow(tmp_path: Path, thing: Path) -> N
     )
 
 
+@pytest.mark.system
 def test_a_root_in_an_extended_partition_does_not_grow(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img", boot=None)
     table = f"label: dos\nstart={16 * 2048}, size={25 * 2048}, type=f\nstart={17 * 2048}, size={24 * 2048}, type=83\n"
@@ -418,6 +430,7 @@ def test_a_root_in_an_extended_partition_does_not_grow(tmp_path: Path, thing: Pa
     refused(small, tmp_path / "no.img", "cannot grow: it is a logical one, inside an extended one", size="60M")
 
 
+@pytest.mark.system
 def test_what_is_free_behind_the_root_is_used_before_the_image_grows(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     os.truncate(small, 60 * MIB)
@@ -486,6 +499,7 @@ def test_a_word_for_the_kernel_may_have_spaces_in_quotes() -> None:
     assert with_words(f"quiet {word}\n", [f"{word} file"]) == f"quiet {word} file\n"
 
 
+@pytest.mark.system
 def test_a_base_without_cmdline_would_not_boot_with_a_new_one(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img", boot={})
     bake(small, tmp_path / "out.img", config=["dtoverlay=dwc2"])
@@ -528,6 +542,7 @@ def test_units_are_enabled_as_systemctl_does(base: Path, tmp_path: Path) -> None
     }
 
 
+@pytest.mark.system
 def test_systemctl_itself_agrees(tmp_path: Path) -> None:
     """The same units, enabled by systemctl, and by us."""
     root = tmp_path / "root"
@@ -622,6 +637,7 @@ def test_a_user_without_a_password_is_locked_and_one_who_is_there_is_changed(
     assert "neither" not in capfd.readouterr().err
 
 
+@pytest.mark.system
 def test_lines_that_are_damaged_matter_only_where_they_are_used(tmp_path: Path) -> None:
     system = {
         **{name: text for name, text in SYSTEM.items() if name != "etc/hostname"},
@@ -643,6 +659,7 @@ def test_lines_that_are_damaged_matter_only_where_they_are_used(tmp_path: Path) 
     refused(small, tmp_path / "no.img", "/etc/hostname should be a file, and is none", hostname="bear")
 
 
+@pytest.mark.system
 def test_raspberry_pi_os_is_told_of_the_user_in_its_own_way(tmp_path: Path) -> None:
     system = {
         **SYSTEM,

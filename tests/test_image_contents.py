@@ -38,7 +38,7 @@ VIDEOCORE = bytes.fromhex("7f454c4601010100000000000000000002008900") + bytes(60
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base image."""
     return make_base(tmp_path_factory.mktemp("base") / "base.img")
 
@@ -242,6 +242,7 @@ def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path
     card.check()
 
 
+@pytest.mark.system
 def test_an_inode_without_room_for_later_times_has_the_last_one(tmp_path: Path) -> None:
     packed = Packed(tmp_path / "some.tar").add("opt/x", mtime=2**31).add("opt/y", mtime=-5).done()
     bake(make_base(tmp_path / "base.img", options=("-I", "128")), tmp_path / "out.img", contents=[tar(packed)])
@@ -250,6 +251,7 @@ def test_an_inode_without_room_for_later_times_has_the_last_one(tmp_path: Path) 
         assert f"mtime: {time} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.system
 def test_a_boot_file_system_has_room_for_what_replaces_as_much(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img", boot={"Kernel.img": "k" * 15_000_000})
     kernel = tmp_path / "kernel.img"
@@ -505,6 +507,7 @@ def grown(path: Path) -> Path:
     return path
 
 
+@pytest.mark.system
 def test_a_file_of_the_base_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     command = ["/usr/sbin/debugfs", "-w", "-R", f"sif /etc/hosts size {MOST_READ + 1}", f"{small}?offset={17 << 20}"]

@@ -59,7 +59,7 @@ class Builder:
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def builder(system: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("builder")
     config = folder / "storage.conf"
     # Root's default store is the machine's: a test does not touch it.

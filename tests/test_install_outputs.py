@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from gamebear_tasks.builders.base import Output, Sink
-from gamebear_tasks.client.install_outputs import Mismatch, part_pattern, place
+from gamebear_tasks.client.install_outputs import Mismatch, part_pattern, place, statement_of
 from gamebear_tasks.errors import BuilderLost, JobError
+from gamebear_tasks.util.process import UMASK
 
 MIB = 1 << 20
 
@@ -172,12 +175,31 @@ def test_an_artifact_for_which_there_is_no_room_is_refused_before_it_is_fetched(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"\(/sys/made\)\. See that it is there and yours; then run doit again"):
-        place({"x": Path("/sys/made/x")}, {"x": output(b"")}, fetch)
+def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(JobError, match=r"/x\)\. See that it is there and yours; then run doit again"):
+            place({"x": tmp_path / "x"}, {"x": output(b"")}, write_nothing)
     (tmp_path / "build").symlink_to("nowhere")
     with pytest.raises(JobError, match="build is a file, and should be a folder"):
         place({"x": tmp_path / "build" / "x"}, {"x": output(b"")}, fetch)
+
+
+def test_a_folder_that_one_may_not_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, int]] = []
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append((path, mode))
+        return False  # root may write everywhere
+
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(JobError, match="you may not write to"):
+        place({"x": tmp_path / "new" / "x"}, {"x": output(b"")}, fetch)
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
@@ -200,6 +222,10 @@ def test_a_link_where_the_part_would_be_is_not_written_through(tmp_path: Path) -
     assert victim.read_bytes() == b"mine"
 
 
+def write_nothing(name: str, offset: int, target: Sink, limit: int) -> None:
+    pass
+
+
 def write_same(name: str, offset: int, target: Sink, limit: int) -> None:
     target.write(b"same")
 
@@ -209,3 +235,208 @@ def test_two_outputs_of_one_content_with_long_names_do_not_wait_for_each_other(t
     targets = {name: tmp_path / name for name in names}
     place(targets, dict.fromkeys(names, output(b"same")), write_same)
     assert [target.read_bytes() for target in targets.values()] == [b"same", b"same"]
+
+
+BOTH = {name: output(data) for name, data in CONTENT.items()}
+
+
+@pytest.fixture
+def targets(tmp_path: Path) -> Mapping[str, Path]:
+    """Targets for both outputs, in folders of their own."""
+    return {name: tmp_path / f"{name}.d" / name for name in CONTENT}
+
+
+def test_every_output_is_fetched_whole_and_placed(targets: Mapping[str, Path]) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def noted(name: str, offset: int, target: Sink, limit: int) -> None:
+        asked.append((name, offset, limit))
+        fetch(name, offset, target, limit)
+
+    assert place(targets, BOTH, noted) == sum(map(len, CONTENT.values()))
+    assert {name: target.read_bytes() for name, target in targets.items()} == CONTENT
+    assert asked == [(name, 0, len(data)) for name, data in CONTENT.items()]
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize(("executable", "mode"), [(False, 0o666), (True, 0o777)])
+def test_the_mode_is_the_outputs_minus_the_umask(tmp_path: Path, is_there: bool, executable: bool, mode: int) -> None:
+    target = tmp_path / "b.tar"
+    if is_there:
+        target.write_bytes(CONTENT["b.tar"])
+        target.chmod(0o604)
+    place({"b.tar": target}, {"b.tar": output(CONTENT["b.tar"], executable)}, fetch)
+    assert target.stat().st_mode & 0o7777 == mode & ~UMASK
+
+
+def test_content_is_synced_before_the_first_rename_and_folders_after_the_last(
+    targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        sync(fd)
+        events.append(("sync", os.readlink(f"/proc/self/fd/{fd}")))
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        events.append(("rename", str(target)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    place(targets, BOTH, fetch)
+    parts = [path for kind, path in events[: len(targets)] if kind == "sync" and path.endswith(".part")]
+    assert [Path(path).parent for path in parts] == [target.parent for target in targets.values()]
+    assert events[len(targets) : -len(targets)] == [("rename", str(target)) for target in targets.values()]
+    assert sorted(events[-len(targets) :]) == sorted(("sync", str(target.parent)) for target in targets.values())
+
+
+def test_of_several_outputs_the_old_ones_are_removed_before_the_first_new_one_is_seen(
+    targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for target in targets.values():
+        target.parent.mkdir()
+        target.write_bytes(b"the old one")
+    rename = os.replace
+    seen: list[list[str]] = []
+
+    def renamed(source: Path, target: Path) -> None:
+        seen.append([name for name, other in targets.items() if other.exists()])
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    place(targets, BOTH, fetch)
+    assert seen == [[], ["umtprd"]]
+
+
+def test_one_output_of_several_that_is_there_does_not_stand_for_the_others(targets: Mapping[str, Path]) -> None:
+    targets["umtprd"].parent.mkdir()
+    targets["umtprd"].write_bytes(CONTENT["umtprd"])
+    place(targets, BOTH, fetch)
+    assert {name: target.read_bytes() for name, target in targets.items()} == CONTENT
+
+
+@pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), KeyboardInterrupt()], ids=repr)
+def test_a_single_old_target_stays_when_its_successor_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    target = tmp_path / "umtprd"
+    target.write_bytes(b"the old one")
+
+    def refuse(source: Path, target: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises((JobError, KeyboardInterrupt)):
+        place({"umtprd": target}, {"umtprd": BOTH["umtprd"]}, fetch)
+    assert target.read_bytes() == b"the old one"
+
+
+def test_none_of_several_is_left_when_the_second_rename_is_interrupted(
+    targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target == targets["b.tar"]:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        place(targets, BOTH, fetch)
+    assert not any(target.exists() for target in targets.values())
+
+
+def test_the_statements_of_the_old_targets_are_removed(targets: Mapping[str, Path]) -> None:
+    for target in targets.values():
+        target.parent.mkdir()
+        statement_of(target).write_text("{}")
+    place(targets, BOTH, fetch)
+    assert not any(statement_of(target).exists() for target in targets.values())
+
+
+@pytest.mark.parametrize("old", ["a link", "another content of that size"])
+def test_only_a_regular_file_of_that_content_is_kept(tmp_path: Path, old: str) -> None:
+    target, elsewhere = tmp_path / "b.tar", tmp_path / "umtprd"
+    if old == "a link":
+        elsewhere.write_bytes(CONTENT["b.tar"])
+        target.symlink_to(elsewhere)
+    else:
+        target.write_bytes(bytes(len(CONTENT["b.tar"])))
+    assert place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch) == len(CONTENT["b.tar"])
+    assert not target.is_symlink()
+    assert target.read_bytes() == CONTENT["b.tar"]
+
+
+def test_a_part_that_is_longer_than_the_output_is_fetched_from_the_start(tmp_path: Path) -> None:
+    target = tmp_path / "b.tar"
+    with pytest.raises(BuilderLost):
+        place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, broken_after(1))
+    (part,) = tmp_path.glob(part_pattern(target))
+    part.write_bytes(CONTENT["b.tar"] + b"?")
+    assert place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch) == len(CONTENT["b.tar"])
+    assert target.read_bytes() == CONTENT["b.tar"]
+
+
+def test_a_complete_part_is_placed_without_fetching_a_byte(tmp_path: Path) -> None:
+    target = tmp_path / "b.tar"
+    size = len(CONTENT["b.tar"])
+    with pytest.raises(BuilderLost):
+        place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, broken_after(size))
+    assert place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch) == 0
+    assert target.read_bytes() == CONTENT["b.tar"]
+
+
+def test_the_part_of_another_download_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    target, busy = tmp_path / "b.tar", tmp_path / ".b.tar.0123456789abcdef.part"
+    with busy.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch)
+        assert busy.exists()
+    place({"b.tar": target}, {"b.tar": output(b"same")}, write_same)
+    assert not busy.exists()
+
+
+def test_a_part_is_locked_while_it_is_fetched_and_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "b.tar"
+    rename = os.replace
+
+    def assert_locked() -> None:
+        (part,) = tmp_path.glob(part_pattern(target))
+        with part.open("rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def fetched(name: str, offset: int, target: Sink, limit: int) -> None:
+        assert_locked()
+        fetch(name, offset, target, limit)
+
+    def renamed(source: Path, target: Path) -> None:
+        assert_locked()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetched)
+
+
+def test_no_part_is_left_when_a_rename_fails(targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(JobError, match="Make room"):
+        place(targets, BOTH, fetch)
+    assert [list(target.parent.iterdir()) for target in targets.values()] == [[], []]
+
+
+@pytest.mark.parametrize("name", ["a*b?[c]", "n" * 255, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127])
+def test_the_pattern_of_parts_finds_this_targets_part_only(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    for other in (target, target.with_name("aXbYc"), target.with_name(f"{name[:-1]}2")):
+        with pytest.raises(BuilderLost):
+            place({"b.tar": other}, {"b.tar": BOTH["b.tar"]}, broken_after(1))
+    (part,) = tmp_path.glob(part_pattern(target))
+    place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch)
+    assert not part.exists()
+    assert len(list(tmp_path.glob(".*.part"))) == 2

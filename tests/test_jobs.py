@@ -132,6 +132,7 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Laptop, account: 
     assert remote.builds == 2
 
 
+@pytest.mark.system
 def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) -> None:
     mine.write(
         "dodo.py",
@@ -153,6 +154,7 @@ def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) 
     assert mine.jobs("follow", entry["digest"][: mine.listed()[0]["digits"]]).ok()
 
 
+@pytest.mark.system
 def test_a_builder_that_is_away_hides_no_job_of_another(mine: Laptop) -> None:
     mine.write(
         "dodo.py",
@@ -169,6 +171,7 @@ def test_a_builder_that_is_away_hides_no_job_of_another(mine: Laptop) -> None:
     assert run.status == 2 and entry["digest"][:8] in run.out
 
 
+@pytest.mark.system
 def test_what_has_ended_meanwhile_is_not_said_to_be_cancelled(mine: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(mine.home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -187,6 +190,7 @@ def test_what_has_ended_meanwhile_is_not_said_to_be_cancelled(mine: Laptop, monk
     builder.close()
 
 
+@pytest.mark.system
 def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(mine: Laptop) -> None:
     store = Store(mine.store)
     store.root.parent.mkdir(parents=True)

@@ -212,6 +212,7 @@ def test_a_temporary_directory_is_a_path() -> None:
     assert not folder.exists()
 
 
+@pytest.mark.system
 def test_what_pip_cannot_install_is_an_error_and_leaves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +221,7 @@ def test_what_pip_cannot_install_is_an_error_and_leaves_nothing(
     assert [path.suffix for path in (tmp_path / "venvs").iterdir()] == [".lock"]
 
 
+@pytest.mark.system
 def test_requirements_are_installed_once_and_importable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

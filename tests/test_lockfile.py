@@ -243,6 +243,7 @@ def test_an_abbreviated_commit_is_no_pin(upstream: Path, lock_path: Path, cache:
         resolve([git(str(upstream), call_git(upstream, "rev-parse", "--short", "HEAD"))], lock_path, cache)
 
 
+@pytest.mark.system
 def test_a_repository_that_is_not_there(tmp_path: Path, lock_path: Path, cache: Path) -> None:
     """Git's own words."""
     with pytest.raises(SourceError, match=r"cannot be looked up: '.*/nowhere' does not appear to be a git"):

@@ -24,6 +24,8 @@ from gamebear_tasks import debian
 from gamebear_tasks.runner.executor import workspace
 from gamebear_tasks.sources.lockfile import Lock
 
+pytestmark = pytest.mark.system
+
 pytest_plugins = ["upstreams"]
 
 

@@ -198,6 +198,7 @@ def test_all_that_python_would_load_is_found(tmp_path_factory: pytest.TempPathFa
     assert set(done.stdout.split()) - {"x.py"} <= set(local_modules(folder / "x.py"))
 
 
+@pytest.mark.system
 def test_the_modules_are_there_when_the_script_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     project = Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
     lay(

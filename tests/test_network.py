@@ -20,6 +20,8 @@ from proxy import DOWN, UP, Cut
 from remote import BIG, DODO, MAKES_BIG, MIB, Remote, big_input
 from sshd import Account, Sshd, client_home, new_key, public
 
+pytestmark = pytest.mark.system
+
 LINES = 5000
 
 PRINTS_LINES = f"""

@@ -12,6 +12,8 @@ import pytest
 from project import ROOT, Project
 from wheels import pip
 
+pytestmark = pytest.mark.system
+
 pytest_plugins = ("wheels",)
 
 DODO = '''
@@ -47,7 +49,7 @@ class Elsewhere(Project):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def elsewhere(system: None, wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("elsewhere")
     project = Elsewhere(folder / "project", folder / "home", wheel)
     project.write("dodo.py", DODO)

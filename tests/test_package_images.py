@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import http.server
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -20,8 +19,6 @@ import pytest
 from gamebear_tasks.runner.host.rootfs import Rootfs
 from gamebear_tasks.runner.images import apt
 from gamebear_tasks.runner.images.apt import Apt, AptError, Package, Unfit, trim
-
-pytestmark = pytest.mark.skipif(shutil.which("apt-get") is None, reason="this machine is not Debian's")
 
 INSTALLED = """\
 Package: dpkg
@@ -88,7 +85,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
+def repository(system: None, tmp_path: Path) -> Iterator[Repository]:
     folder = tmp_path / "repository"
     folder.mkdir()
     made = Repository(folder)
@@ -104,7 +101,7 @@ def repository(tmp_path: Path) -> Iterator[Repository]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(system: None, tmp_path: Path) -> Path:
     """A container's files, as far as apt looks at them."""
     folder = tmp_path / "root"
     for name in ("etc/apt/apt.conf.d", "etc/apt/sources.list.d", "var/lib/dpkg"):
@@ -326,6 +323,7 @@ def test_a_package_that_is_not_what_was_listed_is_refused(root: Path, repository
     assert not list(found.pool.iterdir())
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("compression", ["gzip", "xz", "none"])
 def test_a_package_without_its_compression_is_the_same_package(tmp_path: Path, compression: str) -> None:
     package = make_package(tmp_path, "tool", compression=compression)
@@ -340,6 +338,7 @@ def test_a_package_without_its_compression_is_the_same_package(tmp_path: Path, c
     assert listed.split() == ["debian-binary", "control.tar", "data.tar"]
 
 
+@pytest.mark.system
 def test_a_package_in_a_compression_of_the_future_is_left_as_it_is(tmp_path: Path) -> None:
     package = make_package(tmp_path, "tool", compression="none")
     package.write_bytes(

@@ -32,7 +32,7 @@ GOOD = Facts("1.28.2", True, (), "overlay", "chroot", True, "amd64", ())
 
 
 @pytest.fixture
-def mine(project: Project) -> Project:
+def mine(system: None, project: Project) -> Project:
     project.write("dodo.py", DODO)
     for name in "xy":
         project.write(f"{name}.py", f"open({name!r}, 'w').close()")
@@ -138,7 +138,7 @@ def test_a_builder_json_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def mounted(system: None, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Makes a store on a small file system."""
     root = tmp_path / "small" / "v1"
     root.mkdir(parents=True)

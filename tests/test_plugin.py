@@ -60,7 +60,7 @@ def documented() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plugins(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which both examples are installed."""
     folder = tmp_path_factory.mktemp("plugins")
     for name, text in documented().items():

@@ -41,6 +41,7 @@ def commands(project: Project, **actions: str) -> None:
     project.write("dodo.py", HEAD + "".join(tasks))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["process", "thread"])
 def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project, kind: str) -> None:
     project.write("dodo.py", JOBS + "def task_c(): return {'actions': ['echo from c'], 'verbosity': 2}\n")
@@ -75,6 +76,7 @@ def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project
         assert seen.shows("up to date\n").count("-- ") == 2
 
 
+@pytest.mark.system
 def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Project) -> None:
     project.write("dodo.py", JOB)
     gated(project, "a", "print('begin', flush=True)")
@@ -101,6 +103,7 @@ def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Pr
         seen.shows("$ echo $((40 + 2))\n42\n")
 
 
+@pytest.mark.system
 def test_a_failure_is_told_once_with_the_end_of_its_log(project: Project) -> None:
     tasks = "def task_c(): return {'actions': ['echo captured; echo shown >&2; exit 3']}\n"
     project.write("dodo.py", JOB + tasks)
@@ -120,6 +123,7 @@ def test_a_failure_is_told_once_with_the_end_of_its_log(project: Project) -> Non
             assert said.count(word) == 1, f"{word} in {said}"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ["process", "thread"])
 def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project: Project, kind: str) -> None:
     project.write("dodo.py", JOBS)
@@ -141,6 +145,7 @@ def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project:
         assert sorted(logs) == ["a │ a aaa"] * 300 + ["b │ b bbb"] * 300
 
 
+@pytest.mark.system
 def test_a_log_that_is_no_text_is_shown_to_its_end(project: Project) -> None:
     project.write("dodo.py", JOB)
     project.write(
@@ -152,6 +157,7 @@ def test_a_log_that_is_no_text_is_shown_to_its_end(project: Project) -> None:
     assert re.search("^a: built in ", run.out, re.M)
 
 
+@pytest.mark.system
 def test_more_than_fits_is_counted_and_what_others_write_is_kept(project: Project) -> None:
     names = [f"t{number}" for number in range(8)]
     commands(project, **dict.fromkeys(names, f"echo from $$; {GATE}"))
@@ -164,6 +170,7 @@ def test_more_than_fits_is_counted_and_what_others_write_is_kept(project: Projec
         assert len(re.findall("^✓ t[0-9]  done ", said, re.M)) == 8
 
 
+@pytest.mark.system
 def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
     project.write(
         "dodo.py",
@@ -176,6 +183,7 @@ def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
         assert re.search(r"<forty-two>\n✓ x  done ", seen.shows("1 done in"))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("how", [(), ("-n", "2")])
 def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tuple[str, ...]) -> None:
     less = "from gamebear_tasks.progress import events, live_view\nevents.STOPPED, live_view.PENDING = 0.3, 1 << 16\n"
@@ -212,6 +220,7 @@ def test_a_question_has_the_terminal_for_itself(tmp_path: Path, server: Sshd, ho
             assert "sesame" not in seen.shows(f"1 {words} in")
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("CI", "true")])
 def test_dumb_terminals_and_ci_get_plain_lines(project: Project, name: str, value: str) -> None:
     commands(project, x="echo hello")
@@ -227,6 +236,7 @@ def test_a_file_gets_plain_lines(project: Project) -> None:
     assert re.match(r"\.  x\nx: done in [0-9.]+ s\n1 done in ", (project.folder / "said").read_text())
 
 
+@pytest.mark.system
 def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(project: Project) -> None:
     project.write(
         "dodo.py",
@@ -242,6 +252,7 @@ def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(pr
         assert "2,000 up to date\nloaded []\n$" in seen.shows("2,000 up to date\n", "loaded", "\n$")
 
 
+@pytest.mark.system
 def test_a_view_that_breaks_leaves_the_builds_alone(project: Project) -> None:
     commands(project, x="echo from x", y="echo from y")
     project.write("rich/__init__.py", "raise ImportError('broken')")
@@ -251,6 +262,7 @@ def test_a_view_that_breaks_leaves_the_builds_alone(project: Project) -> None:
         assert "Traceback" not in said and seen.has_cursor
 
 
+@pytest.mark.system
 def test_the_other_reporters_are_as_they_were(project: Project) -> None:
     project.write("dodo.py", JOBS)
     for name in "ab":
@@ -264,6 +276,7 @@ def test_the_other_reporters_are_as_they_were(project: Project) -> None:
     assert project.doit("list").ok().out.split() == ["a", "b"]
 
 
+@pytest.mark.system
 def test_how_long_it_took_the_last_time_is_shown_and_that_it_was_fetched_since_is_no_matter(project: Project) -> None:
     project.write("dodo.py", JOB)
     gated(project, "a")

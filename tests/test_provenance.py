@@ -62,7 +62,7 @@ Version: 1
 
 
 @pytest.fixture
-def pair(project: Project, tmp_path: Path) -> Project:
+def pair(system: None, project: Project, tmp_path: Path) -> Project:
     """A project whose one task has two outputs, built in a container of a small image."""
     storage = tmp_path / "storage.conf"
     storage.write_text(

@@ -41,7 +41,7 @@ def fresh_home(tmp_path: Path, facts: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def facts(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a runner."""
     folder = tmp_path_factory.mktemp("facts")
     job = Job(folder / "project", folder / "home")

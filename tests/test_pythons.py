@@ -37,7 +37,7 @@ SHELLS = ("sh", "bash", "zsh", "bsd-csh", "tcsh", "fish", "busybox")
 
 
 @pytest.fixture(scope="session")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Debian]]:
+def releases(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Debian]]:
     """The releases by suite, and `minimal`, which has python3-minimal only; unpacked at the same time."""
     folder = tmp_path_factory.mktemp("debian")
     made = {

@@ -112,6 +112,7 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o7777
 
 
+@pytest.mark.system
 def test_folders_that_are_made_are_755_whatever_the_umask(
     root: Path, rootfs: Rootfs, tmp_path: Path, umask: None
 ) -> None:
@@ -199,6 +200,7 @@ def test_hard_links_into_one_folder_by_two_paths(root: Path, rootfs: Rootfs, tmp
     assert sorted(os.listdir(root / "usr/lib")) == ["other", "same"]
 
 
+@pytest.mark.system
 def test_where_no_link_can_be_made_the_content_is_copied_again(
     root: Path, rootfs: Rootfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +218,7 @@ def test_where_no_link_can_be_made_the_content_is_copied_again(
         subprocess.run(["umount", root / "mounted"], check=True)
 
 
+@pytest.mark.system
 def test_attributes_that_are_meant_for_others_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     capability = (0x2000001).to_bytes(4, "little") + (1 << 13).to_bytes(4, "little") + bytes(12)
     tree = tmp_path / "tree"
@@ -235,6 +238,7 @@ def test_attributes_that_are_meant_for_others_are_kept_both_ways(root: Path, roo
         assert os.getxattr(copy / "folder", "user.b") == b"\0\xff"
 
 
+@pytest.mark.system
 def test_an_attribute_that_cannot_be_kept_is_an_error_that_names_it(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     (tmp_path / "tool").touch()
     os.setxattr(tmp_path / "tool", "user.a", b"1")

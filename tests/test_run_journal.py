@@ -45,6 +45,7 @@ def told(run: Run) -> dict[str, tuple[str, str]]:
     return {entry.record.task: (entry.record.state, entry.record.had) for entry in run.entries}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("mode", [(), ("-n", "2", "-P", "thread"), ("-n", "2", "-P", "process")])
 def test_a_run_has_what_ran_and_what_was_up_to_date(
     project: Project, monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
@@ -68,6 +69,7 @@ def test_a_run_has_what_ran_and_what_was_up_to_date(
     assert last.begun > first.begun and last.seconds >= max(entry.record.seconds for entry in last.entries)
 
 
+@pytest.mark.system
 def test_a_run_that_failed_is_kept_with_the_end_of_its_log(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(project)
     project.write(

@@ -20,6 +20,8 @@ from gamebear_tasks.runner.store import store
 from gamebear_tasks.runner.store.store import Store
 from gamebear_tasks.runner.util.atomic_files import sha256_of
 
+pytestmark = pytest.mark.system
+
 DODO = """
 from gamebear_tasks import artifact
 

@@ -12,6 +12,8 @@ import pytest
 from project import ROOT, Project
 from upstreams import stand_ins
 
+pytestmark = pytest.mark.system
+
 POSTS = sorted(ROOT.parent.glob("shared/seed/*.txt"))
 """The post, where the checkout has it beside itself: it is its author's, and not part of this project."""
 

@@ -22,6 +22,8 @@ from sshd import Account, Sshd
 from gamebear_tasks.runner.maintenance.retained_containers import AGE, MOST, keep, trim
 from gamebear_tasks.runner.store.store import Store
 
+pytestmark = pytest.mark.system
+
 DODO = """
 from gamebear_tasks import artifact
 from gamebear_tasks.doit_plugin.tools import task_prune

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
 
+pytestmark = pytest.mark.system
+
 DODO = """
 from gamebear_tasks import artifact
 

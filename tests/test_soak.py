@@ -20,6 +20,8 @@ import pytest
 from project import OUR_FRAMES, Project, assert_nothing_is_left, processes, wait_for
 from sshd import Account, Sshd
 
+pytestmark = pytest.mark.system
+
 NAMES = ("a", "b", "c", "d")
 
 DODO = """

@@ -65,6 +65,7 @@ def test_a_program_sees_the_metadata_of_its_sources(upstream: Path, project: Pro
     }
 
 
+@pytest.mark.system
 def test_a_program_without_sources_sees_none(project: Project) -> None:
     project.write("x.py", TELL)
     project.write(

@@ -255,6 +255,7 @@ def test_a_commit_that_upstream_does_not_have(upstream: Path, cache: Path, daemo
     assert not list(cache.glob("*.tar"))
 
 
+@pytest.mark.system
 def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
     """Git's own words, what to do, and the alternative."""
     port = free_port()
@@ -674,6 +675,7 @@ def test_a_package_or_suite_that_debian_does_not_have(
         debian("umtp-responder", version="0.1-1").resolve(cache, refresh=False)
 
 
+@pytest.mark.system
 def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would wait for ever."""
     monkeypatch.setattr("gamebear_tasks.sources.debian.SPACE", 1 << 60)

@@ -114,6 +114,7 @@ def of_ours(text: str, suffix: str) -> set[tuple[str, ...]]:
     return found
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("text", "suffix"), TEXTS)
 def test_sources_are_read_as_apt_reads_them(tmp_path: Path, text: str, suffix: str) -> None:
     assert of_ours(text, suffix) == of_apt(text, suffix, tmp_path)
@@ -139,6 +140,7 @@ def test_only_files_that_apt_reads_are_read(tmp_path: Path) -> None:
     assert read == ["a.list", "b.sources", "c_1-2.x.list"]
 
 
+@pytest.mark.system
 def test_two_files_of_one_name_are_two_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sources.list").write_text("deb http://a.example x main\n")
     (tmp_path / "parts").mkdir()

@@ -164,6 +164,7 @@ def test_paramiko_is_not_imported_before_a_connection_is_opened() -> None:
 # configuration
 
 
+@pytest.mark.system
 def test_the_configuration_is_read_as_ssh_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = come_from(client_home(tmp_path), monkeypatch)
     (home / ".ssh" / "more").write_text("Host *.lan\n ServerAliveInterval 7\n")
@@ -198,6 +199,7 @@ def test_without_ssh_the_configuration_is_read_too(
     assert run(connect("ssh://pi"), "echo hello") == "hello\n"
 
 
+@pytest.mark.system
 def test_without_ssh_an_include_is_refused_rather_than_overlooked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_without_ssh_an_include_is_refused_rather_than_overlooked(
     assert "has an Include" in refusal("ssh://pi", SettingsError)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("line", ["Port ssh", "Port 65536", "ServerAliveCountMax many", "ServerAliveCountMax -1"])
 def test_without_ssh_a_number_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     configure(come_from(client_home(tmp_path), monkeypatch), f"Host pi\n {line}\n")

@@ -71,6 +71,7 @@ def settle() -> None:
 # content, and not mtime
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("name", "text", "made"),
     [
@@ -94,6 +95,7 @@ def test_other_content_with_the_same_mtime_is_built(
     assert project.doit().ok().ran == []
 
 
+@pytest.mark.system
 def test_a_renamed_file_of_the_same_size_and_mtime_is_built(project: Project) -> None:
     other = write(project, "other", "2")
     project.doit().ok()
@@ -104,6 +106,7 @@ def test_a_renamed_file_of_the_same_size_and_mtime_is_built(project: Project) ->
     assert target(project) == "2a"
 
 
+@pytest.mark.system
 def test_a_link_to_other_content_of_the_same_size_and_mtime_is_built(project: Project) -> None:
     write(project, "one", "1")
     write(project, "two", "2")
@@ -119,6 +122,7 @@ def test_a_link_to_other_content_of_the_same_size_and_mtime_is_built(project: Pr
     assert target(project) == "2a"
 
 
+@pytest.mark.system
 def test_a_retargeted_script_link_is_built_with_the_modules_beside_its_target(project: Project) -> None:
     for name in ("one", "two"):
         write(project, f"{name}/x.py", COPY)
@@ -139,6 +143,7 @@ def test_a_retargeted_script_link_is_built_with_the_modules_beside_its_target(pr
 # what was built, and not what is there at the task's end
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "arguments",
     [(), ("--backend", "json"), ("--backend", "sqlite3"), ("-n", "2"), ("-n", "2", "-P", "thread")],
@@ -173,6 +178,7 @@ def open_builder(url):
 """
 
 
+@pytest.mark.system
 def test_an_input_that_changes_while_the_artifact_is_fetched_is_not_taken_for_built(project: Project) -> None:
     about = project.write("site/slow-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
     (about.parent / "entry_points.txt").write_text("[gamebear_tasks.builders]\nslow = slow:open_builder\n")
@@ -184,6 +190,7 @@ def test_an_input_that_changes_while_the_artifact_is_fetched_is_not_taken_for_bu
     assert target(project) == "2a"
 
 
+@pytest.mark.system
 def test_an_input_that_an_earlier_action_makes_is_what_was_built(project: Project) -> None:
     add_actions(project, "echo made > in", before=True)
     project.doit().ok()
@@ -191,6 +198,7 @@ def test_an_input_that_an_earlier_action_makes_is_what_was_built(project: Projec
     assert project.doit().ok().ran == []
 
 
+@pytest.mark.system
 def test_an_action_of_an_author_in_place_of_the_build_builds_nothing(project: Project) -> None:
     """Nothing was built from the inputs then, so no later run takes the target for it."""
     text = DODO.replace("return artifact", "task = artifact")
@@ -202,6 +210,7 @@ def test_an_action_of_an_author_in_place_of_the_build_builds_nothing(project: Pr
     assert target(project) == "1a"
 
 
+@pytest.mark.system
 def test_an_input_is_looked_at_although_the_author_took_it_out_of_file_dep(project: Project) -> None:
     text = DODO.replace("return artifact", "task = artifact")
     project.write("dodo.py", f"{text}    return {{**task, 'file_dep': ['x.py']}}\n")
@@ -211,6 +220,7 @@ def test_an_input_is_looked_at_although_the_author_took_it_out_of_file_dep(proje
     assert target(project) == "2a"
 
 
+@pytest.mark.system
 def test_a_script_and_a_module_that_a_task_of_the_same_run_makes_are_what_is_built(project: Project) -> None:
     """The modules that were found when dodo.py was loaded are those of the script before."""
     make = 'echo \'import more; open("x", "w").write(more.TEXT)\' > x.py; echo \'TEXT = "late"\' > more.py'
@@ -220,6 +230,7 @@ def test_a_script_and_a_module_that_a_task_of_the_same_run_makes_are_what_is_bui
     assert target(project) == "late"
 
 
+@pytest.mark.system
 def test_a_module_that_appears_in_the_same_run_is_built(project: Project) -> None:
     """The script is as it was; what it imports is not."""
     project.write(
@@ -242,6 +253,7 @@ def test_a_module_that_appears_in_the_same_run_is_built(project: Project) -> Non
 # a success that doit's database does not know
 
 
+@pytest.mark.system
 def test_what_a_killed_run_has_placed_is_not_taken_for_what_was_built_before(project: Project) -> None:
     """doit is killed between the build and the task's end, and the input is what it was before."""
     add_actions(project, "test ! -e kill || kill -9 $PPID")
@@ -257,6 +269,7 @@ def test_what_a_killed_run_has_placed_is_not_taken_for_what_was_built_before(pro
     assert project.doit().ok().ran == []
 
 
+@pytest.mark.system
 def test_what_an_interrupted_run_has_placed_is_not_taken_for_what_was_built_before(project: Project) -> None:
     add_actions(project, "test ! -e kill || kill -2 $PPID")
     project.doit().ok()
@@ -270,6 +283,7 @@ def test_what_an_interrupted_run_has_placed_is_not_taken_for_what_was_built_befo
     assert target(project) == "1a"
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("change", ["another database", "another task's name"])
 def test_what_another_database_or_task_has_built_is_not_taken_for_what_was_built_before(
     project: Project, change: str
@@ -288,6 +302,7 @@ def test_what_another_database_or_task_has_built_is_not_taken_for_what_was_built
     assert target(project) == "1a"
 
 
+@pytest.mark.system
 def test_a_failed_run_does_not_count(project: Project) -> None:
     add_actions(project, "test ! -e fail")
     project.doit().ok()
@@ -304,6 +319,7 @@ def test_a_failed_run_does_not_count(project: Project) -> None:
     assert target(project) == "1a"
 
 
+@pytest.mark.system
 def test_reset_dep_does_not_mark_as_built_what_was_not(project: Project) -> None:
     project.doit().ok()
     write(project, "in", "2")
@@ -316,6 +332,7 @@ def test_reset_dep_does_not_mark_as_built_what_was_not(project: Project) -> None
     assert project.doit().ok().ran == ["x"]
 
 
+@pytest.mark.system
 def test_without_its_caches_a_project_is_up_to_date_all_the_same(project: Project) -> None:
     project.doit().ok()
     settle()
@@ -330,6 +347,7 @@ def test_without_its_caches_a_project_is_up_to_date_all_the_same(project: Projec
     assert project.doit().ok().ran == []
 
 
+@pytest.mark.system
 def test_a_target_that_another_program_changed_is_left_as_doit_leaves_it(project: Project) -> None:
     """A card's image that was booted, say, or a program that was stripped."""
     project.doit().ok()
@@ -338,6 +356,7 @@ def test_a_target_that_another_program_changed_is_left_as_doit_leaves_it(project
     assert target(project) == "mine"
 
 
+@pytest.mark.system
 def test_a_target_in_another_place_is_built_although_a_file_is_there(project: Project) -> None:
     project.doit().ok()
     project.write("dodo.py", DODO.replace("build/x", "build/other/x"))
@@ -445,6 +464,7 @@ def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.system
 def test_hashes_are_cached_from_one_doit_to_the_next(project: Project) -> None:
     """A wrong hash of an unchanged file shows that the cache is believed; one of another version is not."""
     project.doit().ok()

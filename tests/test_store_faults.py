@@ -213,7 +213,7 @@ def processes() -> Iterator[tuple[int, list[bytes]]]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One person's home, so that what the builder can do is found out once."""
     return tmp_path_factory.mktemp("home")
 
@@ -230,7 +230,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def disk(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The builder's disk, 32 MiB."""
     with small_disk(tmp_path_factory.mktemp("disk") / "cache", 32 * MIB) as folder:
         yield folder

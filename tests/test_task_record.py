@@ -51,6 +51,7 @@ def assert_it_says_what_came_of_what(record: Record) -> None:
     assert hashlib.sha256(text.encode()).hexdigest() == record.digest
 
 
+@pytest.mark.system
 def test_a_record_says_why_the_task_was_run(project: Project) -> None:
     lay(project)
 
@@ -84,6 +85,7 @@ def test_a_record_says_why_the_task_was_run(project: Project) -> None:
     assert why() == ["build/z was missing", "its last build failed", "x.py changed", "the module common.py is new"]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("mode", [(), ("-n", "2", "-P", "thread"), ("-n", "2", "-P", "process")])
 def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None:
     lay(project)
@@ -103,6 +105,7 @@ def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None
     assert "its last build was interrupted" in record_of(project).why
 
 
+@pytest.mark.system
 def test_what_does_not_come_to_a_builder_is_an_error_in_the_record(project: Project) -> None:
     lay(project)
     project.doit("builder=ssh://127.0.0.1:1", "patience=0").failed()

@@ -72,7 +72,7 @@ def tar(path: Path, **files: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The project with three artifacts, all of them built."""
     top = tmp_path_factory.mktemp("template")
     project = Project(top / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
@@ -307,6 +307,7 @@ def test_an_argument_that_is_changed_back_is_fetched(built: Project, template: P
     assert targets(built) == targets(template)
 
 
+@pytest.mark.system
 def test_a_pin_that_doit_lock_writes_in_the_same_run_counts(project: Project) -> None:
     upstream = project.folder / "upstream"
     upstream.mkdir()
@@ -514,6 +515,7 @@ def test_nothing_is_kept_where_nothing_was_ever_built(project: Project) -> None:
 # an author's own hand
 
 
+@pytest.mark.system
 def test_an_artifact_is_a_plain_task_that_may_be_edited(project: Project) -> None:
     project.write(
         "dodo.py",
@@ -559,6 +561,7 @@ def task_x():
     assert [path.name for path in (project.folder / "build").iterdir()] == ["logs"]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("arguments", [(), ("-n", "2")])
 def test_artifacts_may_be_subtasks_and_may_be_made_late(project: Project, arguments: tuple[str, ...]) -> None:
     project.write(
@@ -592,6 +595,7 @@ def task_size():
     assert project.doit(*arguments, "size").ok().ran == []
 
 
+@pytest.mark.system
 def test_a_later_task_may_use_an_artifacts_digest(project: Project) -> None:
     project.write(
         "dodo.py",
@@ -634,6 +638,7 @@ def task_tell():
     assert (project.folder / "told").read_text() == (project.folder / "x").read_text()
 
 
+@pytest.mark.system
 def test_an_input_that_another_task_makes_is_made_first(project: Project) -> None:
     project.write(
         "dodo.py",

@@ -15,6 +15,8 @@ from project import OUR_FRAMES, Project, wait_for
 from remote import Remote
 from sshd import Sshd
 
+pytestmark = pytest.mark.system
+
 RUN = """
 import sys
 from gamebear_tasks.builders.base import Terminal

@@ -181,6 +181,7 @@ def names(record: dict[str, Any]) -> set[str]:
     return {phase["name"] for phase in record["phases"]}
 
 
+@pytest.mark.system
 def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> None:
     project.write("dodo.py", DODO + "    # a word\n")
     project.write("x.py", "import time; time.sleep(0.06); open('x', 'w').write('x' * 3000)")
@@ -204,6 +205,7 @@ def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> Non
     assert record["digest"] in saved and "'phases':" not in saved, "doit reads all of that each time"
 
 
+@pytest.mark.system
 def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", "open('x', 'w').write('x')")
@@ -217,6 +219,7 @@ def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: P
     assert not names(record) & set(task_record.BUILDER)
 
 
+@pytest.mark.system
 def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before_ours(project: Project) -> None:
     go, runs = project.folder / "go", project.folder / "runs"
     project.write("dodo.py", DODO)
@@ -241,6 +244,7 @@ def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before
     assert "x: followed in" in (other.folder / "doit.out").read_text()
 
 
+@pytest.mark.system
 def test_a_task_that_failed_has_a_record_too(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", "import time; time.sleep(0.01); raise SystemExit('no')")
@@ -250,6 +254,7 @@ def test_a_task_that_failed_has_a_record_too(project: Project) -> None:
     assert "build" in names(record)
 
 
+@pytest.mark.system
 def test_containers_and_commits_have_phases_of_their_own(project: Project) -> None:
     project.write("tree.tar", "something")
     project.write(
@@ -274,6 +279,7 @@ open("x", "w").close()
         assert one["start"] + one["seconds"] <= next_one["start"] + 0.005
 
 
+@pytest.mark.system
 def test_a_script_that_writes_over_its_result_gets_no_say_over_the_phases(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write(

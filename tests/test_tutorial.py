@@ -17,6 +17,8 @@ from upstreams import served, stand_ins
 
 from gamebear_tasks.config import own_architecture
 
+pytestmark = pytest.mark.system
+
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 UPSTREAM = "https://github.com/"

@@ -24,7 +24,7 @@ COMMIT_TIME = 1_600_000_000
 
 
 @pytest.fixture
-def git_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def git_settings(system: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Configure git for the test only."""
     settings = tmp_path / "gitconfig"
     settings.write_text("[user]\nname = A U Thor\nemail = author@example.com\n[init]\ndefaultBranch = main\n")
@@ -169,7 +169,7 @@ def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def apt_cache(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lock, Path]:
+def apt_cache(system: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lock, Path]:
     """A cache with this machine's lists of source packages, a lock file created with it, and its apt configuration."""
     folder = tmp_path_factory.mktemp("apt")
     own = folder / "own.sources"  # Debian's sources only: the test must not depend on other servers

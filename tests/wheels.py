@@ -32,7 +32,7 @@ def build(*sources: Path, into: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheel of gamebear-tasks, as published."""
     folder = tmp_path_factory.mktemp("wheel")
     build(ROOT, into=folder)
