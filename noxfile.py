@@ -27,7 +27,7 @@ def lower_bounds() -> str:
 @nox.parametrize("dependencies", ["oldest", "newest"])
 def tests(session: nox.Session, dependencies: str) -> None:
     """Run the unit tests."""
-    constraints = Path(session.create_tmp(), "constraints.txt")
+    constraints = Path(session.virtualenv.location, "constraints.txt")
     constraints.write_text(lower_bounds() if dependencies == "oldest" else "")
     session.install("--upgrade", "--editable", ".[test]", "--constraint", str(constraints))
     session.run("python", "-m", "pip", "freeze", "--exclude-editable")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import hypothesis
 import pytest
 from emulation import emulate_armhf
 from project import Project
@@ -48,6 +49,8 @@ NEEDED = {
 def pytest_configure(config: pytest.Config) -> None:
     """Undo process settings that the caller may have set."""
     os.umask(0o022)  # accounts must be able to read files that root puts into their homes
+    hypothesis.settings.register_profile("gamebear", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("gamebear")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     if not entry_points(group="doit.BACKEND", name="dbm"):
         raise pytest.UsageError("What doit finds of this checkout is an older one's: pip install -e '.[test]'")

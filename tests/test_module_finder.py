@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import os
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,9 @@ from hypothesis import strategies as st
 from project import Project
 
 from gamebear_tasks.errors import SettingsError
-from gamebear_tasks.jobspec.module_finder import local_modules
+from gamebear_tasks.jobspec import module_finder
+from gamebear_tasks.jobspec.module_finder import KEPT, imported_names, local_modules, modules_named
+from gamebear_tasks.util import file_hashes
 
 
 def lay(folder: Path, *names: str, **texts: str) -> None:
@@ -269,3 +276,178 @@ def test_linked_modules_and_packages_are_found_under_their_links_names(tmp_path:
         "package/__init__.py",
         "package/sub.py",
     ]
+
+
+# caches
+
+
+TICK = 0.05
+"""Seconds after which a change has other times: longer than the kernel's clock tick."""
+
+CACHES = ("_files", "_folders", "_new", "_read", "_searches")
+"""All that a process remembers."""
+
+
+@pytest.fixture
+def next_doit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Work in a project that has logs; calling it ends this doit and starts another, with the cache on disk only."""
+    monkeypatch.chdir(tmp_path)
+    KEPT.parent.mkdir(parents=True)
+    for name in CACHES:
+        monkeypatch.setattr(module_finder, name, {})
+
+    def start() -> None:
+        for place in module_finder._read:
+            module_finder._keep(place)
+        for name in CACHES:
+            getattr(module_finder, name).clear()
+
+    return start
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that are parsed."""
+    texts: list[str] = []
+    parse = ast.parse
+
+    def noted(text: bytes, *arguments: str) -> ast.AST:
+        texts.append(text.decode())
+        return parse(text, *arguments)
+
+    monkeypatch.setattr(ast, "parse", noted)
+    return texts
+
+
+def test_what_is_unchanged_is_read_once_also_by_the_next_doit(next_doit: Callable[[], None], parsed: list[str]) -> None:
+    lay(Path(), x="import a", a="import json")
+    time.sleep(2 * file_hashes.SETTLED)
+    for _ in range(2):
+        assert local_modules(Path("x.py")) == {"a.py": Path("a.py")}
+    next_doit()
+    assert local_modules(Path("x.py")) == {"a.py": Path("a.py")}
+    next_doit()
+    assert sorted(parsed) == ["import a", "import json"]
+
+
+@pytest.mark.parametrize("is_next", [False, True])
+def test_a_file_of_the_same_size_and_mtime_is_read_again(next_doit: Callable[[], None], is_next: bool) -> None:
+    lay(Path(), "a.py", "b.py", x="import a")
+    time.sleep(2 * file_hashes.SETTLED)
+    assert list(local_modules(Path("x.py"))) == ["a.py"]
+    if is_next:
+        next_doit()
+    before = os.stat("x.py")
+    Path("x.py").write_text("import b")
+    os.utime("x.py", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert list(local_modules(Path("x.py"))) == ["b.py"]
+
+
+def test_a_file_that_was_just_written_is_not_cached_for_the_next_doit(
+    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(Path(), "a.py", old="import a", x="import a")
+    monkeypatch.setattr(module_finder, "is_settled", lambda about: about.st_ino == os.stat("old.py").st_ino)
+    for name in ("old.py", "x.py"):
+        imported_names(name)
+    next_doit()
+    assert list(json.loads(KEPT.read_text())["files"]) == ["old.py"]
+
+
+def test_nothing_is_written_where_nothing_settled_was_read(
+    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(Path(), "x.py")
+    monkeypatch.setattr(module_finder, "is_settled", lambda about: False)
+    imported_names("x.py")
+    next_doit()
+    assert not KEPT.exists()
+
+
+def test_the_cache_of_another_folder_is_not_written(
+    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(Path(), "x.py", "other/build/logs/y.py")
+    time.sleep(2 * file_hashes.SETTLED)
+    imported_names("x.py")
+    monkeypatch.chdir("other")
+    next_doit()
+    assert not KEPT.exists() and not (Path("..") / KEPT).exists()
+
+
+def test_the_cache_of_another_python_is_not_used(
+    next_doit: Callable[[], None], parsed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay(Path(), x="import a")
+    time.sleep(2 * file_hashes.SETTLED)
+    imported_names("x.py")
+    next_doit()
+    assert json.loads(KEPT.read_text())["version"] == "{}.{}".format(*sys.version_info[:2])
+    monkeypatch.setattr(sys, "version_info", (sys.version_info[0], sys.version_info[1] + 1))
+    imported_names("x.py")
+    assert parsed == ["import a"] * 2
+
+
+def test_the_same_names_are_the_same_object(next_doit: Callable[[], None]) -> None:
+    lay(Path(), x="import some.thing")
+    first = imported_names("x.py")
+    time.sleep(TICK)
+    lay(Path(), x="import some.thing  # again")
+    assert imported_names("x.py") is first
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_module_that_appears_or_goes_is_noticed(
+    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
+    lay(Path(), "scripts/pkg/deep/a.py", scripts__x="import m, pkg.deep.b, pkg.deep.a")
+
+    def found_now() -> list[str]:
+        time.sleep(TICK)
+        return list(local_modules(Path("scripts/x.py")))
+
+    assert found_now() == ["pkg/deep/a.py"]
+    lay(Path("scripts"), "m.py")
+    assert found_now() == ["m.py", "pkg/deep/a.py"]
+    lay(Path("scripts"), "pkg/deep/b.py")
+    assert found_now() == ["m.py", "pkg/deep/a.py", "pkg/deep/b.py"]
+    lay(Path("scripts"), "pkg/deep/__init__.py")
+    assert found_now() == ["m.py", "pkg/deep/__init__.py", "pkg/deep/a.py", "pkg/deep/b.py"]
+    Path("scripts/m.py").unlink()
+    assert found_now() == ["pkg/deep/__init__.py", "pkg/deep/a.py", "pkg/deep/b.py"]
+    Path("scripts/pkg/deep/a.py").unlink()
+    assert found_now() == ["pkg/deep/__init__.py", "pkg/deep/b.py"]
+    Path("scripts/pkg").rename("scripts/gone")
+    assert found_now() == []
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_a_module_of_a_module_imports_is_noticed(
+    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch, settled: bool
+) -> None:
+    monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
+    lay(Path(), "b.py", "c.py", x="import a", a="import b")
+    assert list(local_modules(Path("x.py"))) == ["a.py", "b.py"]
+    time.sleep(TICK)
+    lay(Path(), a="import c")
+    assert list(local_modules(Path("x.py"))) == ["a.py", "c.py"]
+    Path("a.py").write_text("import (")
+    for _ in range(2):
+        with pytest.raises(SettingsError, match=r"a\.py, line 1, is not Python"):
+            local_modules(Path("x.py"))
+
+
+def test_a_search_that_holds_is_not_repeated(next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_finder, "is_settled", lambda about: True)
+    lay(Path(), "a.py", x="import a")
+    found = modules_named("", "a")
+    assert modules_named("", ["a"]) is found
+    assert dict(modules_named("", "a", but="a.py")) == {}
+    assert modules_named("", "a", but="b.py") is found
+
+
+def test_warnings_of_others_are_shown_as_before(tmp_path: Path) -> None:
+    filters = list(warnings.filters)
+    found(tmp_path, r"pattern = '\d'")
+    assert warnings.filters == filters
