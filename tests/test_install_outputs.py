@@ -35,7 +35,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_a_target_has_the_content_and_the_mode(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "umtprd"
+    target = tmp_path / "new" / "deeper" / "umtprd"
     fetched = place({"umtprd": target}, {"umtprd": output(CONTENT["umtprd"], executable=True)}, fetch)
     assert target.read_bytes() == CONTENT["umtprd"]
     assert target.stat().st_mode & 0o100
@@ -242,7 +242,7 @@ BOTH = {name: output(data) for name, data in CONTENT.items()}
 
 @pytest.fixture
 def targets(tmp_path: Path) -> Mapping[str, Path]:
-    """Targets for both outputs, in folders of their own."""
+    """Targets for both outputs, in folders of their own that do not exist yet."""
     return {name: tmp_path / f"{name}.d" / name for name in CONTENT}
 
 
@@ -425,18 +425,47 @@ def test_no_part_is_left_when_a_rename_fails(targets: Mapping[str, Path], monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(JobError, match="Make room"):
+    with pytest.raises(JobError, match=r": No space left on device\. Make room"):
         place(targets, BOTH, fetch)
     assert [list(target.parent.iterdir()) for target in targets.values()] == [[], []]
 
 
-@pytest.mark.parametrize("name", ["a*b?[c]", "n" * 255, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127])
+@pytest.mark.parametrize("name", ["a*b?[c]!", "n" * 255, "n" + "\N{LATIN SMALL LETTER E WITH ACUTE}" * 127])
 def test_the_pattern_of_parts_finds_this_targets_part_only(tmp_path: Path, name: str) -> None:
     target = tmp_path / name
-    for other in (target, target.with_name("aXbYc"), target.with_name(f"{name[:-1]}2")):
+    for other in (target, target.with_name("aXbYc!"), target.with_name(f"{name[:-1]}2")):
         with pytest.raises(BuilderLost):
             place({"b.tar": other}, {"b.tar": BOTH["b.tar"]}, broken_after(1))
     (part,) = tmp_path.glob(part_pattern(target))
     place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch)
     assert not part.exists()
     assert len(list(tmp_path.glob(".*.part"))) == 2
+
+
+def test_a_placed_target_that_is_gone_does_not_hide_why_the_others_were_not_placed(
+    targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if target == targets["b.tar"]:
+            targets["umtprd"].unlink()
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(JobError, match="Operation not permitted"):
+        place(targets, BOTH, fetch)
+
+
+def test_a_target_that_is_there_counts_although_its_mode_cannot_be_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "b.tar"
+    target.write_bytes(CONTENT["b.tar"])
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    assert place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch) == 0
