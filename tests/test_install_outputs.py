@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -469,3 +470,34 @@ def test_a_target_that_is_there_counts_although_its_mode_cannot_be_set(
 
     monkeypatch.setattr(Path, "chmod", refuse)
     assert place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch) == 0
+
+
+def test_data_behind_a_hole_is_written_behind_it(tmp_path: Path) -> None:
+    whole = b"begin" + bytes(3) + b"end"
+
+    def sparse(name: str, offset: int, target: Sink, limit: int) -> None:
+        target.write(b"begin")
+        target.skip(3)
+        target.write(b"end")
+
+    place({"x": tmp_path / "x"}, {"x": output(whole)}, sparse)
+    assert (tmp_path / "x").read_bytes() == whole
+
+
+def test_a_part_for_whose_rest_there_is_no_room_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, said = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
+    with pytest.raises(BuilderLost):
+        place(targets, said, broken_after(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT["umtprd"]) - 1001))
+    with pytest.raises(JobError, match="There is no room for"):
+        place(targets, said, fetch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_for_what_is_missing_of_a_part_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, said = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
+    with pytest.raises(BuilderLost):
+        place(targets, said, broken_after(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT["umtprd"]) - 1000))
+    place(targets, said, fetch)
+    assert targets["umtprd"].read_bytes() == CONTENT["umtprd"]

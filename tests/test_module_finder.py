@@ -451,3 +451,26 @@ def test_warnings_of_others_are_shown_as_before(tmp_path: Path) -> None:
     filters = list(warnings.filters)
     found(tmp_path, r"pattern = '\d'")
     assert warnings.filters == filters
+
+
+def test_what_the_next_doit_does_not_read_again_stays_cached(next_doit: Callable[[], None]) -> None:
+    lay(Path(), "old.py", "new.py")
+    time.sleep(2 * file_hashes.SETTLED)
+    imported_names("old.py")
+    next_doit()
+    for name in ("old.py", "new.py"):
+        imported_names(name)
+    next_doit()
+    assert sorted(json.loads(KEPT.read_text())["files"]) == ["new.py", "old.py"]
+
+
+def test_several_names_are_searched_at_once(tmp_path: Path) -> None:
+    lay(tmp_path, "a.py", "b.py", "c.py")
+    assert list(modules_named(str(tmp_path), ["a", "b"])) == ["a.py", "b.py"]
+
+
+def test_modules_of_a_script_in_a_linked_folder_have_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay(tmp_path, "real/a.py", real__x="import a")
+    Path("link").symlink_to("real")
+    assert local_modules(Path("link/x.py")) == {"a.py": Path("link/a.py")}
