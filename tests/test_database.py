@@ -42,13 +42,13 @@ def test_an_entry_that_is_damaged_is_told(opened: Callable[[], Any]) -> None:
     with dbm.open(".doit.db", "c") as file:
         file[b"x"] = b'{"result'
     said = "doit's database .doit.db cannot be read: it is damaged, or another Python's."
-    assert failure(lambda: opened().get("x", "result")) == f"{said} {REMOVE}"
+    assert failure(lambda: opened().get("x", "result")) == f"{said}\n→ {REMOVE}"
 
 
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(28, "No space left on device"), "No space left on device. Make room there, then run doit again"),
+        (OSError(28, "No space left on device"), "No space left on device.\n→ Make room there, then run doit again"),
         (OSError(11, "Resource temporarily unavailable"), "Another doit runs in this folder: wait until it has ended."),
         (OSError("database is locked"), "Another doit runs in this folder: wait until it has ended."),
         (ValueError("Expecting value"), REMOVE),

@@ -246,7 +246,7 @@ def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["local:"], "doit doctor knows no task 'local:'. Name another builder with builder=URL"),
+        (["local:"], "doit doctor knows no task 'local:'. → Name another builder with builder=URL"),
         (["builder=moon:x"], "No installed builder has the scheme 'moon'"),
     ],
 )

@@ -1003,7 +1003,7 @@ def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "which", lambda name, path: None)
     with pytest.raises(ImageError) as error:
         check_installed(["mcopy", "debugfs"])
-    assert "without debugfs, mcopy. Install what is missing: `apt install e2fsprogs mtools`." in str(error.value)
+    assert "without debugfs, mcopy.\n→ Install what is missing: `apt install e2fsprogs mtools`." in str(error.value)
 
 
 def test_a_hash_is_not_in_a_users_representation() -> None:

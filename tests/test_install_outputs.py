@@ -182,7 +182,7 @@ def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
-        with pytest.raises(JobError, match=r"/x\)\. See that it is there and yours; then run doit again"):
+        with pytest.raises(JobError, match=r"/x\)\.\n→ See that it is there and yours; then run doit again"):
             place({"x": tmp_path / "x"}, {"x": output(b"")}, write_nothing)
     (tmp_path / "build").symlink_to("nowhere")
     with pytest.raises(JobError, match="build is a file, and should be a folder"):
@@ -426,7 +426,7 @@ def test_no_part_is_left_when_a_rename_fails(targets: Mapping[str, Path], monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(JobError, match=r": No space left on device\. Make room"):
+    with pytest.raises(JobError, match=r": No space left on device\.\n→ Make room"):
         place(targets, BOTH, fetch)
     assert [list(target.parent.iterdir()) for target in targets.values()] == [[], []]
 

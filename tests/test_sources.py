@@ -695,6 +695,7 @@ def test_without_apt_there_are_other_sources(cache: Path, monkeypatch: pytest.Mo
         debian("hello").fetch(cache, lock)
 
 
+@pytest.mark.system
 def test_lists_that_apt_could_not_download_whole_are_downloaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
