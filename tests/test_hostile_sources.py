@@ -30,7 +30,7 @@ from gamebear_tasks.sources.debian import entries
 from gamebear_tasks.sources.declare import archive, git
 from gamebear_tasks.sources.git import relative_url
 from gamebear_tasks.sources.lockfile import Lock
-from gamebear_tasks.sources.program import ProgramError, StalledError, run
+from gamebear_tasks.util.subprocesses import ProgramError, StalledError, run
 
 pytest_plugins = ("upstreams",)
 
@@ -62,7 +62,7 @@ def test_a_program_is_not_waited_for_when_a_child_of_it_keeps_its_output_open(tm
 
 
 def test_a_program_may_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gamebear_tasks.sources.program.OUTPUT_LIMIT", 1 << 20)
+    monkeypatch.setattr("gamebear_tasks.util.subprocesses.OUTPUT_LIMIT", 1 << 20)
     with pytest.raises(ProgramError, match="yes wrote more than 1 MiB"):
         run(["yes"])
     noise = "head -c 3000000 /dev/zero | tr '\\0' x >&2; echo; echo the reason >&2; exit 1"

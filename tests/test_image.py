@@ -1000,10 +1000,10 @@ def test_what_changes_while_it_is_baked_is_not_placed(project: Project, change: 
 
 
 def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(ImageError) as error:
         check_installed(["mcopy", "debugfs"])
-    assert "without debugfs, mcopy.\n→ Install what is missing: `apt install e2fsprogs mtools`." in str(error.value)
+    assert "without debugfs, mcopy.\n→ Install what Debian calls e2fsprogs and mtools." in str(error.value)
 
 
 def test_a_hash_is_not_in_a_users_representation() -> None:

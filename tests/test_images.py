@@ -147,7 +147,7 @@ def test_secrets_of_the_environment_stay_outside(tmp_path: Path, monkeypatch: py
 
 
 def test_a_program_of_the_own_architecture_runs() -> None:
-    arch = probe._debian_arch(dict(os.environ))
+    arch = probe.debian_arch(dict(os.environ))
     assert emulation._runs(arch)
     assert arch not in emulation.emulated(arch)
 

@@ -17,7 +17,7 @@ from upstreams import call_git, commit
 
 from gamebear_tasks.errors import SourceError
 from gamebear_tasks.sources.declare import git
-from gamebear_tasks.sources.program import run
+from gamebear_tasks.util.subprocesses import run
 
 pytest_plugins = ("upstreams",)
 

@@ -269,7 +269,7 @@ def test_the_socket_of_a_killed_live_view_is_removed_by_a_later_one(three: Proje
 
 RUNS = """
 import sys
-from gamebear_tasks.sources.program import run
+from gamebear_tasks.util.subprocesses import run
 
 run(sys.argv[1:])
 """

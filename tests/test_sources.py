@@ -271,7 +271,7 @@ def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
 def test_without_git_it_is_said_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without git."""
     no_programs(monkeypatch)
-    with pytest.raises(SourceError, match=r"The program git is not installed here\.\n→ Install git"):
+    with pytest.raises(SourceError, match=r"git is not installed\.\n→ Install what Debian calls git\."):
         git("https://git.example/x", "2" * 40).fetch(cache, NOTHING_LOCKED)
 
 

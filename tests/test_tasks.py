@@ -458,8 +458,8 @@ def test_an_up_to_date_run_loads_no_more_of_us_than_its_dodo_file_names(built: P
         _, _, modules = watched(built, "run")
         return {name.partition(".")[2] for name in modules if name.startswith("gamebear_tasks.")}
 
-    sources = {"sources.alternatives", "sources.archive", "sources.base", "sources.lockfile", "sources.program"}
-    sources.add("util.child_processes")
+    sources = {"sources.alternatives", "sources.archive", "sources.base", "sources.lockfile", "util.subprocesses"}
+    sources.add("runner.util.processes")
     assert loaded() <= NEEDED | sources | {"doit_plugin.tools", "sources.deterministic_tar"}
     built.write("x.py", "open('x', 'w').close()")
     built.write("dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import IO, Protocol
 from ..errors import ImageError
 from ..runner.util.atomic_files import CHUNK, data_extents
 from ..sources.archive import Archive
-from ..util.process import check_not_interrupted
+from ..util.subprocesses import check_not_interrupted, end, start
 from ..util.text import size as readable_size
 from .program import check_installed, environment, failure
 
@@ -109,22 +109,18 @@ def _output_of(command: list[str], path: Path) -> Iterator[IO[bytes]]:
     """Yield the output of a program that reads a file from stdin. xz uses all processors."""
     check_installed(command[:1])
     threads = ["--threads=0"] if command[0] == "xz" else []
-    with (
-        path.open("rb") as packed,
-        subprocess.Popen(
-            [*command, *threads], stdin=packed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-        ) as process,
-    ):
-        assert process.stdout and process.stderr
+    with path.open("rb") as packed, tempfile.TemporaryFile() as errors:
+        process = start([*command, *threads], env=environment(), stdin=packed, stderr=errors)
         try:
+            assert process.stdout
             yield process.stdout
-        except BaseException:
-            process.kill()
-            raise
-        said = process.stderr.read().decode("utf-8", "replace")
-    check_not_interrupted(process.returncode)
-    if process.returncode != 0:
-        raise failure(f"{path} cannot be unpacked", command[0], said)
+            process.wait()
+        finally:
+            end(process)
+        check_not_interrupted(process.returncode)
+        if process.returncode != 0:
+            errors.seek(0)
+            raise failure(f"{path} cannot be unpacked", command[0], errors.read().decode("utf-8", "replace"))
 
 
 def read_bounded(path: Path, name: str) -> bytes:

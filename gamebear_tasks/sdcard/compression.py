@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
-from ..util.child_processes import ended_with_us
-from ..util.process import check_not_interrupted
+from ..util.subprocesses import ProgramError, run
 from .program import environment, failure
 
 
@@ -29,15 +27,8 @@ def pack(image: Path, target: Path, program: str) -> None:
     # The output does not depend on the number of threads, except that single-threaded xz writes another format.
     threads = max(2, os.cpu_count() or 1)
     options = ["-1", "--quiet", "--stdout", f"--threads={threads}"] if program == "xz" else ["-q", "-c", f"-T{threads}"]
-    with image.open("rb") as plain, target.open("wb") as out:
-        done = subprocess.run(
-            ended_with_us([program, *options]),
-            stdin=plain,
-            stdout=out,
-            stderr=subprocess.PIPE,
-            check=False,
-            env=environment(),
-        )
-    check_not_interrupted(done.returncode)
-    if done.returncode != 0:
-        raise failure("The image cannot be compressed", program, done.stderr.decode("utf-8", "replace"))
+    try:
+        with image.open("rb") as plain, target.open("wb") as out:
+            run([program, *options], env=environment(), stdin=plain, stdout=out)
+    except ProgramError as error:
+        raise failure("The image cannot be compressed", program, error.said, error.hint) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import ImageError
 from ..runner.util.atomic_files import CHUNK
-from ..util.process import check_not_interrupted
+from ..util.subprocesses import check_not_interrupted, end, start
 from ..util.text import size
 from .base_image import check_readable, copy_part, read_bounded
 from .partitions import Partition
@@ -172,10 +172,9 @@ class Debugfs:
     """
 
     def __init__(self, image: Path, root: Partition, now: int, *, write: bool = False) -> None:
-        self._process = subprocess.Popen(
+        self._process = start(
             ["debugfs", *(["-w"] if write else []), "-f", "-", _at(image, root)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=image.parent,
             env=environment(now),
@@ -186,20 +185,26 @@ class Debugfs:
         self._write = write
 
     def __enter__(self) -> Debugfs:
-        (said,) = self.ask([b"stat <2>"])
-        if not said.startswith(b"Inode: 2 "):
-            raise self._failed(said)
+        try:
+            (said,) = self.ask([b"stat <2>"])
+            if not said.startswith(b"Inode: 2 "):
+                raise self._failed(said)
+        except BaseException:
+            end(self._process)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._process.kill()
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        said = self._rest + self._process.stdout.read()
-        self._process.stdout.close()
-        self._process.wait()
-        if kind is None and said.strip():
+        try:
+            if kind is not None:
+                return
+            self._process.stdin.close()
+            said = self._rest + self._process.stdout.read()
+            self._process.wait()
+        finally:
+            end(self._process)
+        if said.strip():
             raise self._failed(said)
 
     def ask(self, commands: Sequence[bytes]) -> list[bytes]:

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ..errors import ImageError
-from ..util.child_processes import ended_with_us
-from ..util.process import check_not_interrupted
-
-PACKAGES = {
-    "debugfs": "e2fsprogs",
-    "e2fsck": "e2fsprogs",
-    "resize2fs": "e2fsprogs",
-    "sfdisk": "fdisk",
-    "fsck.fat": "dosfstools",
-    "mcopy": "mtools",
-    "mdir": "mtools",
-    "mdu": "mtools",
-    "mmd": "mtools",
-    "xz": "xz-utils",
-    "zstd": "zstd",
-}
-"""Debian package of each program."""
+from ..util import subprocesses
+from ..util.subprocesses import ProgramError, install_hint
 
 
 def environment(now: int = 0) -> dict[str, str]:
@@ -59,11 +43,7 @@ def check_installed(programs: Iterable[str]) -> None:
     path = environment()["PATH"]
     missing = sorted(name for name in set(programs) if not shutil.which(name, path=path))
     if missing:
-        packages = sorted({PACKAGES[name] for name in missing})
-        raise ImageError(
-            f"An image cannot be baked here without {', '.join(missing)}.",
-            f"Install what is missing: `apt install {' '.join(packages)}`.",
-        )
+        raise ImageError(f"An image cannot be baked here without {', '.join(missing)}.", install_hint(missing))
 
 
 def run(
@@ -91,21 +71,11 @@ def run(
         ImageError: The program failed.
         KeyboardInterrupt: Ctrl-C ended the program.
     """
-    env = environment(now)
-    done = subprocess.run(
-        ended_with_us(argv, env["PATH"]),
-        input=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-        cwd=folder,
-        env=env,
-    )
-    said = done.stdout.decode("utf-8", "replace")
-    check_not_interrupted(done.returncode)
-    if done.returncode not in allowed:
-        raise failure(what, argv[0], said or f"it ended with status {done.returncode}", hint)
-    return said
+    try:
+        said = subprocesses.run(argv, env=environment(now), cwd=folder, stdin=stdin, merged=True, allowed=allowed)
+    except ProgramError as error:
+        raise failure(what, argv[0], error.said or error.reason, error.hint or hint) from error
+    return said.decode("utf-8", "replace")
 
 
 def failure(what: str, program: str, said: str, hint: str = "") -> ImageError:

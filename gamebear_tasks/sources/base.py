@@ -16,9 +16,9 @@ from typing import BinaryIO, Generic, TypeVar
 
 from ..errors import SettingsError, SourceError
 from ..runner.util.atomic_files import locked, sha256_of, sync_folder
+from ..util.subprocesses import ProgramError
 from .declare import LOCK_FILE
 from .lockfile import Lock
-from .program import ProgramError
 
 TREES = 2
 """Version of the tree that a pin produces. Increase it together with `spec.FORMAT`."""

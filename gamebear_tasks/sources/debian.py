@@ -22,9 +22,9 @@ from ..errors import SettingsError, SourceError
 from ..runner.images.sources_list import Source, is_file_of_sources, parse, text_of
 from ..runner.util.atomic_files import is_file_name, is_sha256, locked, sha256_of, write_bytes
 from ..util.file_names import file_name
+from ..util.subprocesses import ProgramError, run
 from .base import BaseSource, Pin, remove
 from .lockfile import DebianEntry, Lock
-from .program import ProgramError, run
 
 NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=…) and `doit sources=git`."
 """Hint for machines without apt."""
@@ -273,7 +273,7 @@ Dir::Etc::sourceparts "{root}/sources";
         Raises:
             ProgramError: It failed.
         """
-        return run(argv, env={**os.environ, "APT_CONFIG": str(self.root / "first.conf")}, cwd=cwd)
+        return run(argv, env={**os.environ, "LC_ALL": "C", "APT_CONFIG": str(self.root / "first.conf")}, cwd=cwd)
 
     def update(self) -> str:
         """Download the lists of source packages. Return the reason of the first failure, or an empty string."""

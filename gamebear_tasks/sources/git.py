@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SettingsError, SourceError
 from ..runner.util.atomic_files import locked, sha256_of
+from ..util.subprocesses import MissingProgramError, ProgramError, StalledError, end, run, start
 from .base import BaseSource, Pin, check_url, public_url, remove
 from .lockfile import GitEntry, Lock, is_commit, is_tag
-from .program import SILENCE, ProgramError, StalledError, run
 
 if TYPE_CHECKING:  # imported only when a tree is written: declaring a source must be cheap
     from . import deterministic_tar
@@ -91,6 +91,9 @@ POINTER = re.compile(POINTER_START.pattern + rb"oid sha256:(?P<oid>[0-9a-f]{64})
 
 SETTINGS_LIMIT = 1 << 20
 """Maximum bytes of a `.gitmodules` or `.lfsconfig`."""
+
+SILENCE = 300.0
+"""Seconds without progress after which a git command counts as stalled."""
 
 SUBMODULES = 300
 """Maximum number of submodules of a tree. A hostile one could include itself twice, at an older commit."""
@@ -350,8 +353,8 @@ class _Checkout:
                 for setting in ("smudge=", "clean=", "process=", "required=false")
             ]
             options = [word for setting in switched_off for word in ("-c", setting)]
-            with _listing(converted) as paths:
-                _git(*settings, *options, "checkout-index", "--quiet", "-z", "--stdin", variables=index, stdin=paths)
+            command = ("checkout-index", "--quiet", "-z", "--stdin")
+            _git(*settings, *options, *command, variables=index, stdin=_listing(converted))
         if pointers:
             self._fetch_lfs(repository, commit, pointers, files.get(".lfsconfig"))
         return {
@@ -368,10 +371,10 @@ class _Checkout:
         found = {}
         paths = list(files)
         for first in range(0, len(paths), PATHS_AT_ONCE):
-            with _listing(paths[first : first + PATHS_AT_ONCE]) as listing:
-                words = _git(
-                    *settings, "check-attr", "--cached", "-z", "--stdin", *ATTRIBUTES, variables=index, stdin=listing
-                ).split(b"\0")[:-1]
+            listing = _listing(paths[first : first + PATHS_AT_ONCE])
+            words = _git(
+                *settings, "check-attr", "--cached", "-z", "--stdin", *ATTRIBUTES, variables=index, stdin=listing
+            ).split(b"\0")[:-1]
             for path, values in zip(words[:: 3 * len(ATTRIBUTES)], _grouped(words[2::3]), strict=True):
                 if any(value != "unspecified" for value in values):
                     found[deterministic_tar.decoded(path)] = values
@@ -566,7 +569,7 @@ class _Repository:
         """
         try:
             return _git(f"--git-dir={self.folder}", *arguments)
-        except StalledError:
+        except (StalledError, MissingProgramError):  # the repository may be intact
             raise
         except ProgramError as error:
             raise _DamagedError(error.reason) from error
@@ -655,18 +658,16 @@ class _Repository:
 @contextlib.contextmanager
 def _blobs(repository: _Repository) -> Iterator[_BlobReader]:
     """Yield a reader of blobs that uses one `git cat-file` process sequentially."""
-    process = subprocess.Popen(
+    process = start(
         ["git", *CONFIGURATION, f"--git-dir={repository.folder}", "cat-file", "--batch"],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env=_environment(),
     )
     try:
         yield _BlobReader(process)
     finally:
-        process.kill()
-        process.communicate()
+        end(process)
 
 
 class _BlobReader:
@@ -694,7 +695,7 @@ class _BlobReader:
 def _git(
     *arguments: str | Path,
     variables: dict[str, str] | None = None,
-    stdin: BinaryIO | None = None,
+    stdin: bytes = b"",
     cwd: Path | None = None,
     growing: Path | None = None,
 ) -> bytes:
@@ -715,14 +716,9 @@ def _setting(name: str) -> bytes:
     return b""
 
 
-@contextlib.contextmanager
-def _listing(paths: Iterable[str]) -> Iterator[BinaryIO]:
-    """Yield a temporary file that lists paths for git's `-z --stdin`."""
-    with tempfile.TemporaryFile() as file:
-        for path in paths:
-            file.write(_encoded(path) + b"\0")
-        file.seek(0)
-        yield file
+def _listing(paths: Iterable[str]) -> bytes:
+    """List paths for git's `-z --stdin`."""
+    return b"".join(_encoded(path) + b"\0" for path in paths)
 
 
 def _encoded(path: str) -> bytes:

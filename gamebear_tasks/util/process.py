@@ -1,9 +1,8 @@
-"""Process information: doit's main process, the umask, and exit by Ctrl-C. Loaded with every `dodo.py`."""
+"""Process information: doit's main process, and the umask. Loaded with every `dodo.py`."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 UMASK = os.umask(0o077)
@@ -27,13 +26,3 @@ def doit_process() -> tuple[int, int]:
             return pid, int(file.read().rpartition(b")")[2].split()[19])  # proc_pid_stat(5): starttime
     except (OSError, ValueError, IndexError):
         return pid, 0
-
-
-def check_not_interrupted(status: int) -> None:
-    """Raise KeyboardInterrupt if SIGINT ended a child process, which may receive it before doit does.
-
-    Args:
-        status: the child's return code, as in `subprocess`.
-    """
-    if status == -signal.SIGINT:
-        raise KeyboardInterrupt

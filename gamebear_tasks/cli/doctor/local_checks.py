@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ...sdcard.program import environment
+from ...util.subprocesses import ProgramError, install_hint, run
 from .builder_checks import NOTE, OK, TROUBLE, Finding
 from .requirements import Need
 
@@ -44,12 +45,6 @@ def _versions() -> str:
     return ", ".join(words)
 
 
-def _install(*packages: str) -> tuple[str, tuple[str, ...]]:
-    if shutil.which("apt-get"):
-        return f"sudo apt install {' '.join(packages)}", packages
-    return f"Install what Debian calls {' and '.join(packages)}.", ()
-
-
 def _programs(need: Need) -> Finding:
     path = environment()["PATH"]
     found = {name: shutil.which(name, path=path) for name in need.packages}
@@ -62,8 +57,9 @@ def _programs(need: Need) -> Finding:
     what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed, and needed by"
     what += f" the {'task' if one else 'tasks'} {names}"
     what += "" if need.is_asked_for else f", which {'is' if one else 'are'} not asked for"
-    packages = sorted({need.packages[name] for name in missing})
-    return Finding(need.name, TROUBLE if need.is_asked_for else NOTE, what, *_install(*packages))
+    packages = sorted({need.packages[name] for name in missing}) if shutil.which("apt-get") else ()
+    state = TROUBLE if need.is_asked_for else NOTE
+    return Finding(need.name, state, what, install_hint(missing), tuple(packages))
 
 
 def _keys() -> Iterator[Finding]:
@@ -73,13 +69,8 @@ def _keys() -> Iterator[Finding]:
     held = 0
     program = shutil.which("ssh-add")
     if program and os.environ.get("SSH_AUTH_SOCK"):
-        try:
-            done = subprocess.run(
-                [program, "-l"], stdin=subprocess.DEVNULL, capture_output=True, timeout=AGENT_SECONDS, check=False
-            )
-            held = len(done.stdout.splitlines()) if done.returncode == 0 else 0
-        except (OSError, subprocess.SubprocessError):
-            pass
+        with contextlib.suppress(ProgramError):
+            held = len(run([program, "-l"], silence=AGENT_SECONDS).splitlines())
     words += [f"{held} in the agent"] if held else []
     if words:
         yield Finding("keys", OK, ", ".join(words))

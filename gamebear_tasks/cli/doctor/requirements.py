@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...doit_plugin.action import Build
-from ...sdcard.program import PACKAGES
 from ...sdcard.recipe import Recipe
 from ...sources.debian import Debian
 from ...sources.git import Git
+from ...util.subprocesses import PACKAGES
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from ..store.phases import note
 from ..store.store import Store, runner_folder
 from ..util.atomic_files import read_json, write_json
 from ..util.errors import RunnerError
+from ..util.processes import descendants
 
 KILLED = 128 + signal.SIGKILL
 """Exit status of a build whose supervisor has died."""
@@ -130,33 +131,16 @@ def _end(status: int) -> NoReturn:
         threading.Event().wait()
     if os.getpid() != 1:
         for _ in range(100):
-            descendants = _descendants(os.getpid())
-            if not descendants:
+            left = descendants(os.getpid())
+            if not left:
                 break
-            for pid in descendants:
+            for pid in left:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
     os._exit(status)
-
-
-def _descendants(ancestor: int) -> list[int]:
-    """Return the process ids of all living descendants, from proc_pid_stat(5)."""
-    parents: dict[int, int] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
-                if state != "Z":
-                    parents[int(entry.name)] = int(parent)
-    found = {ancestor}
-    while True:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        if not more:
-            return sorted(found - {ancestor})
-        found |= more
 
 
 def _prctl(option: int, value: int) -> None:

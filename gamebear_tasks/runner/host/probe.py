@@ -136,7 +136,7 @@ def _probe(root: Path) -> Facts:
         )
     if rootless:
         _check_user_namespace(env)
-    arch = _debian_arch(env)
+    arch = debian_arch(env)
     found = Facts(
         version=words[2],
         rootless=rootless,
@@ -267,7 +267,8 @@ def _are_digits(words: Sequence[str]) -> bool:
     return all(word.isascii() and word.isdigit() and len(word) < 11 for word in words)
 
 
-def _debian_arch(env: dict[str, str]) -> str:
+def debian_arch(env: dict[str, str]) -> str:
+    """Return this machine's Debian architecture, also without dpkg."""
     status, stdout, _ = captured(["dpkg", "--print-architecture"], env, timeout=PROBE_SECONDS)
     if not status and stdout.strip():
         return stdout.strip()

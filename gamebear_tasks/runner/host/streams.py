@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ..util import processes
+
 Sink = Callable[[bytes], object]
 """Callable that receives the output, piece by piece, as it arrives."""
 
@@ -306,9 +308,7 @@ def _pumped(process: subprocess.Popen[bytes], sinks: dict[int, Sink]) -> int:
         return process.wait()
     finally:
         os.close(ended)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        processes.end(process)
 
 
 def _read(fd: int) -> bytes | None:

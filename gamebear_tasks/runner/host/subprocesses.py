@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from ..util import processes
 from . import streams
 
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
@@ -24,19 +25,23 @@ def captured(
         command: The command.
         env: Its complete environment.
         input: Its standard input; empty by default.
-        timeout: Seconds after which it is killed.
+        timeout: Seconds after which it and its descendants are killed.
 
     Returns:
-        The exit status is negative for a signal, 124 after the timeout, and 127 if the command cannot be started.
+        The exit status: negative for a signal, and so after the timeout, 127 if the command cannot be started.
     """
-    given: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+    stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
     try:
-        done = subprocess.run(command, env=env, check=False, capture_output=True, timeout=timeout, **given)
-    except subprocess.TimeoutExpired:
-        return 124, "", f"no answer within {timeout:.0f} seconds"
+        process = subprocess.Popen(command, env=env, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as error:
         return 127, "", str(error)
-    return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+    try:
+        stdout, stderr = process.communicate(input, timeout)
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL, "", f"no answer within {timeout:.0f} seconds"
+    finally:
+        processes.end(process)
+    return process.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
 
 
 def streamed(
@@ -92,13 +97,11 @@ def streamed(
                 if silence is not None and waited > silence(tail.decode("utf-8", "replace")):
                     tail += f"\nnothing was heard for {waited:.0f} seconds\n".encode()
                     silence = None
-                    process.kill()
+                    processes.end(process)
         return process.wait(), tail.decode("utf-8", "replace")
     finally:
         os.close(reader)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        processes.end(process)
 
 
 def last_lines(text: str, count: int = 4) -> str:

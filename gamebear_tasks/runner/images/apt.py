@@ -15,13 +15,12 @@ import io
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from ..host.rootfs import Rootfs
-from ..host.subprocesses import last_lines, streamed
+from ..host.subprocesses import captured, last_lines, streamed
 from ..util.atomic_files import is_file_name, is_sha256, sha256_of
 from ..util.errors import RunnerError
 from . import sources_list
@@ -271,24 +270,12 @@ class Apt:
         # the architectures, and they could change its output.
         command = ("apt-config", "dump", "--empty", '--format=%F "%v";%n')
         fixed = ("APT::Architectures::=all", "Dir::Bin::dpkg=/bin/false", "DPkg::Chroot-Directory=/")
-        status, said, errors = self._run(*command, *(f"--option={setting}" for setting in fixed), APT_CONFIG=str(first))
+        status, said, errors = captured(
+            [*command, *(f"--option={setting}" for setting in fixed)], {**self.environment, "APT_CONFIG": str(first)}
+        )
         if status:
             raise Unfit(last_lines(errors))
         return said.splitlines()
-
-    def _run(self, *command: str, **variables: str) -> tuple[int, str, str]:
-        """Run a program quietly; return its status, its output and its errors."""
-        try:
-            done = subprocess.run(
-                command,
-                env={**self.environment, **variables},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=False,
-            )
-        except OSError as error:
-            return 127, "", str(error)
-        return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
     # work
 
@@ -341,7 +328,7 @@ class Apt:
         return {match.group(1) for match in re.finditer(r"^(?:Inst|Remv) ([^\s:]+)(?::\S+)? \[", said, re.MULTILINE)}
 
     def _said(self, *arguments: str) -> str:
-        status, said, errors = self._run("apt-get", "--quiet", *arguments)
+        status, said, errors = captured(["apt-get", "--quiet", *arguments], self.environment)
         if status:
             raise AptError(status, said + errors)
         return said

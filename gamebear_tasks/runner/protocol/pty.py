@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..util.errors import RunnerError
+from ..util.processes import descendants
 
 if TYPE_CHECKING:
     from .requests import Terminal
@@ -315,15 +316,7 @@ def _resize_within(ancestor: int, outer: tuple[int, int], rows: int, columns: in
     the outer terminal only at the start. It is found through the first process that has it as its standard input,
     because a container may number its terminals independently.
     """
-    children: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int(Path(entry.path, "stat").read_text().rpartition(")")[2].split()[1])  # proc_pid_stat(5)
-                children.setdefault(parent, []).append(int(entry.name))
-    waiting = [ancestor]
-    while waiting:
-        pid = waiting.pop(0)
+    for pid in (ancestor, *descendants(ancestor)):
         with contextlib.suppress(OSError):
             fd = os.open(f"/proc/{pid}/fd/0", os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -332,7 +325,6 @@ def _resize_within(ancestor: int, outer: tuple[int, int], rows: int, columns: in
                     return
             finally:
                 os.close(fd)
-        waiting += children.get(pid, [])
 
 
 def _identity(fd: int) -> tuple[int, int]:

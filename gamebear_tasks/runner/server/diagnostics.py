@@ -13,7 +13,6 @@ import platform
 import pwd
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,8 @@ from typing import Any
 from ..host.buildah import ImageError, outside
 from ..host.capabilities import Facts, environment, namespace
 from ..host.emulation import emulated
-from ..host.probe import ENOUGH_IDS, SUBORDINATE_IDS, facts, subordinate_ids, subordinate_ranges
-from ..host.subprocesses import last_lines, search_path
+from ..host.probe import ENOUGH_IDS, SUBORDINATE_IDS, debian_arch, facts, subordinate_ids, subordinate_ranges
+from ..host.subprocesses import captured, last_lines, search_path
 from ..images import apt_sources
 from ..images.base_images import debian_suite, meaning
 from ..images.bootstrap import tag_of
@@ -145,19 +144,7 @@ def examine(store: Store, arches: Sequence[str], base: str) -> Said:
 
 def _own_architecture() -> Said:
     """Return this machine's architectures, also if containers do not work yet."""
-    from ..host.arch import ARCHITECTURES
-
-    arch = ARCHITECTURES.get(platform.machine(), platform.machine())
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            ["dpkg", "--print-architecture"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=ASKING,
-            check=True,
-            text=True,
-        )
-        arch = done.stdout.strip()
+    arch = debian_arch(dict(os.environ))
     return {"arch": arch, "emulated": list(emulated(arch))}
 
 
@@ -195,19 +182,9 @@ def _namespaces() -> Said:
     for name in SYSCTLS:
         with contextlib.suppress(OSError, ValueError):
             settings[name] = int(Path("/proc/sys", name.replace(".", "/")).read_text())
-    try:
-        done = subprocess.run(
-            ["unshare", "--user", "--map-root-user", "true"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=ASKING,
-            check=False,
-            env={"PATH": search_path(), "LC_ALL": "C"},
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return {"works": False, "said": str(error), "settings": settings}
-    said = last_lines(done.stderr.decode("utf-8", "replace"), 1)
-    return {"works": done.returncode == 0, "said": said, "settings": settings}
+    env = {"PATH": search_path(), "LC_ALL": "C"}
+    status, _, said = captured(["unshare", "--user", "--map-root-user", "true"], env, timeout=ASKING)
+    return {"works": status == 0, "said": last_lines(said, 1), "settings": settings}
 
 
 def _subordinate() -> Said:
@@ -243,16 +220,7 @@ def _heat() -> Said:
         text = "0x" + Path("/sys/devices/platform/soc/soc:firmware/get_throttled").read_text().strip()
     program = shutil.which("vcgencmd", path=search_path())
     if not text and program:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(
-                [program, "get_throttled"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=5.0,
-                check=False,
-                text=True,
-            )
-            text = done.stdout
+        _, text, _ = captured([program, "get_throttled"], dict(os.environ), timeout=5.0)
     match = re.search(r"0x([0-9a-fA-F]{1,8})", text)
     return {"degrees": max(degrees, default=None), "throttled": int(match.group(1), 16) if match else None}
 
@@ -325,21 +293,10 @@ def _size(before: Sequence[str], folder: Path, env: Mapping[str, str] | None = N
         folder: the folder.
         env: environment of the command; None for this process's.
     """
-    command = [*before, "timeout", f"{MEASURING:g}", "du", "-skx", "--", str(folder)]
-    try:
-        done = subprocess.run(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=2 * MEASURING,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    words = done.stdout.split()
+    status, said, _ = captured([*before, "du", "-skx", "--", str(folder)], dict(env or os.environ), timeout=MEASURING)
+    words = said.split()
     # Status 1: something was removed or unreadable; the sum of the rest is close enough.
-    return int(words[0]) * 1024 if done.returncode in (0, 1) and words and words[0].isdigit() else None
+    return int(words[0]) * 1024 if status in (0, 1) and words and words[0].isdigit() else None
 
 
 def _base(root: Path, known: Facts | None, arch: str, policy: str) -> Said:

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
@@ -30,6 +29,7 @@ from ..host.buildah import Buildah, BuildahError, remove_containers
 from ..host.capabilities import environment, namespace
 from ..host.probe import facts
 from ..host.rootfs import Rootfs
+from ..host.subprocesses import captured
 from ..images.package_images import NAME, Installed, installed
 from ..protocol.wire import MAX_HEADER, NOT_OURS
 from ..script.context import MATERIALS, programs
@@ -74,25 +74,9 @@ def materials(store: Store, digest: str, attempt: str) -> MaterialsReply:
     known = facts(store.root)
     images = _images(stored)
     if images is None:
-        try:
-            subprocess.run(
-                [
-                    *namespace(known),
-                    sys.executable,
-                    "-I",
-                    "-S",
-                    runner_folder(),
-                    "materials",
-                    digest,
-                ],
-                env=environment(store.root, known),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+        command = [*namespace(known), sys.executable, "-I", "-S", str(runner_folder()), "materials", digest]
+        status, _, _ = captured(command, environment(store.root, known), timeout=SECONDS)
+        if status < 0:
             remove_containers(store.root, known, _prefix(stored))
         images = _images(stored)
     if images is None:

@@ -9,13 +9,13 @@ import pwd
 import re
 import shutil
 import socket
-import subprocess
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ....errors import SettingsError
+from ....util.subprocesses import ProgramError, run
 from ....util.urls import shown
 
 CONNECT_TIMEOUT = 15.0
@@ -192,20 +192,14 @@ def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
         command += ["-l", address.user]
     command += ["--", address.host]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        said = run(command, env=os.environ, silence=60)  # `Match exec` has the user's locale, as in ssh
+    except ProgramError as error:
         raise SettingsError(
-            f"The SSH configuration for {address.host} cannot be read: {error}.",
-            f"See that `ssh -G {address.host}` works.",
-        ) from error
-    if done.returncode:
-        said = " ".join(done.stderr.decode(errors="replace").split())
-        raise SettingsError(
-            f"The SSH configuration for {address.host} cannot be read; ssh says: {said}",
+            f"The SSH configuration for {address.host} cannot be read; ssh says: {' '.join(error.said.split())}",
             f"`ssh -G {address.words}` must succeed.",
-        )
+        ) from error
     options: dict[str, list[str]] = {}
-    for line in os.fsdecode(done.stdout).splitlines():
+    for line in os.fsdecode(said).splitlines():
         keyword, _, value = line.partition(" ")
         options.setdefault(keyword.lower(), []).append(value)
     return options

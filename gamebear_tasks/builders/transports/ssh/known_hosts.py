@@ -13,13 +13,13 @@ import hmac
 import re
 import shutil
 import struct
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ....util.subprocesses import ProgramError, run
 from .config import Host
 
 ALGORITHMS = {
@@ -202,10 +202,11 @@ def _check_revoked(path: Path, blob: bytes) -> None:
         file.write(f"{split_string(blob)[0].decode()} {base64.b64encode(blob).decode()}\n")
         file.flush()
         command = [program, "-Q", "-f", str(path), file.name]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join((done.stderr or done.stdout).replace(file.name, "host key").split())
-        raise HostKeyRefused("revoked", f"{path} (RevokedHostKeys): {said}")
+        try:
+            run(command, merged=True)
+        except ProgramError as error:
+            said = " ".join(error.said.replace(file.name, "host key").split())
+            raise HostKeyRefused("revoked", f"{path} (RevokedHostKeys): {said}") from error
 
 
 @dataclass(frozen=True)
