@@ -23,8 +23,8 @@ from gamebear_tasks.runner.maintenance import garbage_collection as pruning
 from gamebear_tasks.runner.maintenance.garbage_collection import Policy, Prune
 from gamebear_tasks.runner.protocol.requests import Fetch
 from gamebear_tasks.runner.server import session
-from gamebear_tasks.runner.store.store import Lock, Store, StoredJob
-from gamebear_tasks.runner.util import atomic_files
+from gamebear_tasks.runner.store.store import Store, StoredJob
+from gamebear_tasks.runner.util.locks import Lock, locked
 
 DAY = 86400.0
 
@@ -276,7 +276,7 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     grow_old(use.store, 10)
     os.utime(use.stored / "state.json")
     held = use.store.images / "gamebear-packages-0.lock"
-    with atomic_files.locked(held):
+    with locked(held):
         assert "images were left" in prune(use, "--older", "9", "--images")
     assert len(images()) == 2
     assert "1 image " in prune(use, "--older", "9", "--images")
@@ -310,7 +310,7 @@ def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one(tmp_path: Path) 
 
     def take() -> None:
         for _ in range(50):
-            with atomic_files.locked(path):
+            with locked(path):
                 at_once.append(1)
                 most.append(len(at_once))
                 time.sleep(0.0005)

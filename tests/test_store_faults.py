@@ -35,8 +35,9 @@ from gamebear_tasks.runner.protocol import wire
 from gamebear_tasks.runner.protocol.requests import Cancel, Put
 from gamebear_tasks.runner.server import session as serve
 from gamebear_tasks.runner.store import slots
-from gamebear_tasks.runner.store.store import Lock, Store, StoredJob
+from gamebear_tasks.runner.store.store import Store, StoredJob
 from gamebear_tasks.runner.util.atomic_files import sha256
+from gamebear_tasks.runner.util.locks import Lock
 
 DODO = """
 from gamebear_tasks import artifact, task_prune

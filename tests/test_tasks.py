@@ -441,6 +441,7 @@ NEEDED = {
     "runner.host.arch",
     "runner.util",
     "runner.util.atomic_files",
+    "runner.util.locks",
     "sources",
     "sources.declare",
     "util",

@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 from collections.abc import Collection, Iterator
 
-from ..runner.util.atomic_files import locked, read_json, write_json
+from ..runner.util.atomic_files import read_json, write_json
+from ..runner.util.locks import locked
 from ..util.locations import cache_folder
 from ..util.messages import notice
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,7 +18,8 @@ from typing import BinaryIO, TypeAlias
 
 from ..builders.base import Output, Sink
 from ..errors import JobError
-from ..runner.util.atomic_files import content, opened_alone, sha256_of, sync_folder, zeros
+from ..runner.util.atomic_files import content, sha256_of, sync_folder, zeros
+from ..runner.util.locks import opened_alone, seized
 from ..util.process import UMASK
 from ..util.text import size
 
@@ -242,13 +242,9 @@ def _rename(parts: list[_Part]) -> None:
 
 def _remove_unused(path: Path) -> None:
     """Remove a partial download of other content, unless another doit holds its lock."""
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with seized(path) as held, contextlib.suppress(OSError):
+        if held:
             path.unlink()
-        finally:
-            os.close(fd)
 
 
 def _is_already(target: Path, output: Output) -> bool:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SettingsError, SourceError
-from ..runner.util.atomic_files import CHUNK, is_sha256, locked, sha256_of
+from ..runner.util.atomic_files import CHUNK, is_sha256, sha256_of
+from ..runner.util.locks import locked
 from .base import BaseSource, Pin, check_url, public_url
 from .deterministic_tar import BLOCK, LINK_LIMIT, Entry, File, Folder, Link, Readable, TreeError, decoded, write
 from .lockfile import Lock

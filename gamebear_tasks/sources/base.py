@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
 from ..errors import SettingsError, SourceError
-from ..runner.util.atomic_files import locked, sha256_of, sync_folder
+from ..runner.util.atomic_files import sha256_of, sync_folder
+from ..runner.util.locks import locked
 from ..util.subprocesses import ProgramError
 from .declare import LOCK_FILE
 from .lockfile import Lock

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import SourceError
-from ..runner.util.atomic_files import locked, write_bytes
+from ..runner.util.atomic_files import write_bytes
+from ..runner.util.locks import locked
 from ..util.locations import cache_folder
 
 HOUR = 3600.0

@@ -20,7 +20,8 @@ from typing import BinaryIO
 
 from ..errors import SettingsError, SourceError
 from ..runner.images.sources_list import Source, is_file_of_sources, parse, text_of
-from ..runner.util.atomic_files import is_file_name, is_sha256, locked, sha256_of, write_bytes
+from ..runner.util.atomic_files import is_file_name, is_sha256, sha256_of, write_bytes
+from ..runner.util.locks import locked
 from ..util.file_names import file_name
 from ..util.subprocesses import ProgramError, run
 from .base import BaseSource, Pin, remove

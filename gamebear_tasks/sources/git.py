@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import SettingsError, SourceError
-from ..runner.util.atomic_files import locked, sha256_of
+from ..runner.util.atomic_files import sha256_of
+from ..runner.util.locks import locked
 from ..util.subprocesses import MissingProgramError, ProgramError, StalledError, end, run, start
 from .base import BaseSource, Pin, check_url, public_url, remove
 from .lockfile import GitEntry, Lock, is_commit, is_tag

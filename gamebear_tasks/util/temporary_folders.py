@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
+
+from ..runner.util.locks import hold, seized
 
 
 def make_folder(parent: Path, prefix: str, suffix: str = "") -> tuple[Path, int]:
@@ -23,14 +24,8 @@ def make_folder(parent: Path, prefix: str, suffix: str = "") -> tuple[Path, int]
     """
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
-        try:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue  # race: another process removed it as abandoned before it was locked
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, fd
-        os.close(fd)  # the same race
+        with contextlib.suppress(FileNotFoundError):  # race: another process removed it as abandoned
+            return folder, hold(folder)
 
 
 def remove_abandoned(parent: Path, prefix: str, suffix: str = "") -> None:
@@ -39,11 +34,6 @@ def remove_abandoned(parent: Path, prefix: str, suffix: str = "") -> None:
     for folder in parent.iterdir() if parent.is_dir() else ():
         if not ours.fullmatch(folder.name):
             continue
-        with contextlib.suppress(OSError):
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(fd).st_uid == os.geteuid():
-                    shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(fd)
+        with seized(folder) as held, contextlib.suppress(OSError):
+            if held and folder.lstat().st_uid == os.geteuid():
+                shutil.rmtree(folder, ignore_errors=True)

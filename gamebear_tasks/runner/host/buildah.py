@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..util.atomic_files import locked
 from ..util.errors import RunnerError
+from ..util.locks import locked
 from . import streams
 from .capabilities import Facts, environment, made_folder, namespace
 from .subprocesses import captured, last_lines

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..util import atomic_files
-from ..util.atomic_files import locked
 from ..util.errors import RunnerError
+from ..util.locks import locked
 from .arch import ARCHITECTURES
 from .buildah import remove_tree
 from .capabilities import (

@@ -21,8 +21,9 @@ from ..host.arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
 from ..host.capabilities import Facts, made_folder
 from ..host.subprocesses import last_lines, streamed
-from ..util.atomic_files import locked, read_json
+from ..util.atomic_files import read_json
 from ..util.errors import RunnerError, tells_of_full_disk
+from ..util.locks import locked
 from .apt_sources import RELEASES, STABLE, own_release
 from .bootstrap import bootstrap, tag_of
 

@@ -24,8 +24,8 @@ from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
 from ..host.capabilities import Facts
 from ..host.rootfs import Rootfs
 from ..host.subprocesses import last_lines
-from ..util.atomic_files import locked
 from ..util.errors import tells_of_full_disk
+from ..util.locks import locked
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
 from .base_images import check_runs, resolve
 

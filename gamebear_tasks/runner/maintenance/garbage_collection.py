@@ -9,7 +9,6 @@ the client submits it again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -25,9 +24,10 @@ from ..host.buildah import IMAGES_IN_USE, BuildahError, outside, remove_tree
 from ..host.capabilities import Facts
 from ..host.probe import facts
 from ..images.apt import POOL, trim
-from ..store.store import Lock, Store, StoredJob, runner_folder, stamp
-from ..util.atomic_files import is_sha256, locked
+from ..store.store import Store, StoredJob, runner_folder, stamp
+from ..util.atomic_files import is_sha256
 from ..util.errors import RunnerError
+from ..util.locks import Lock, locked, seized
 from .cleanup import clean_up, clean_up_after_lost_jobs
 
 RECENT = 60.0
@@ -324,18 +324,10 @@ class Prune:
 
         A process that runs from a runner's folder, or mounts a compiler cache, holds a shared lock on that folder.
         """
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._throw_out(path)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
+        with seized(path) as held:
+            if held:
+                self._throw_out(path)
+        return held
 
     def _throw_out(self, path: Path) -> None:
         self._go_on()

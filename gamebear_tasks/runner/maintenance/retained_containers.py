@@ -28,9 +28,10 @@ from ..host import streams
 from ..host.buildah import Buildah
 from ..host.capabilities import environment, namespace
 from ..host.probe import facts
-from ..store.store import Lock, Store, StoredJob, runner_folder, stamp
+from ..store.store import Store, StoredJob, runner_folder, stamp
 from ..util.atomic_files import is_sha256, read_json, sync_folder, write_json
 from ..util.errors import RunnerError
+from ..util.locks import Lock
 from .cleanup import clean_up
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ of another compiler are never used. ccache is used only where it is known to be 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from ..host.rootfs import Rootfs
 from ..util.atomic_files import write_bytes
 from ..util.errors import RunnerError
+from ..util.locks import hold
 
 FORMAT = 1
 """Version of the key, the scripts and the settings; a new number invalidates every cache."""
@@ -186,13 +186,7 @@ def _held(folder: Path) -> int:
     """Return a descriptor of the folder, created if missing, that holds a shared lock; update its time of last use."""
     while True:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):  # race: garbage collection removed it
+            fd = hold(folder, shared=True)
             os.utime(fd)
-            if folder.is_dir() and os.path.samestat(os.fstat(fd), folder.stat()):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # race: garbage collection removed the folder before it was locked
+            return fd

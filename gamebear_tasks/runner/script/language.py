@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from ..util.atomic_files import locked
 from ..util.errors import RunnerError
+from ..util.locks import locked
 
 DIRECTIVE = re.compile(r"#\|(?P<kind>[^:]*):(?P<data>.*)")
 """A `#|` line: a comment that starts in the first column. Without a colon it is an ordinary comment."""

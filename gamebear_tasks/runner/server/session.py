@@ -29,7 +29,6 @@ from ..store.store import (
     COMPANY,
     FINAL,
     WHO,
-    Lock,
     State,
     Store,
     StoredJob,
@@ -40,6 +39,7 @@ from ..store.store import (
 )
 from ..util.atomic_files import CHUNK, data_extents, read_json, sync_folder, write_all, write_bytes
 from ..util.errors import RunnerError
+from ..util.locks import Lock
 from .uploads import Body, have, put, put_small, size_so_far, take_blob, use
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from ..protocol import requests
 from ..protocol.requests import RequestError
 from ..protocol.wire import NOT_OURS
-from ..store.store import Lock, Store, size_of
+from ..store.store import Store, size_of
 from ..util.atomic_files import CHUNK, write_all
 from ..util.errors import RunnerError
+from ..util.locks import Lock
 
 if TYPE_CHECKING:
     from ..protocol.replies import EmptyReply, HaveReply, PutReply

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..util.atomic_files import locked
+from ..util.locks import Lock, locked
 from . import builder_config
-from .store import Lock, Store
+from .store import Store
 
 SLOTS_VARIABLE = "GAMEBEAR_SLOTS"
 """Environment variable with the number of slots, set by a process that starts the runner."""

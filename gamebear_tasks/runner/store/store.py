@@ -42,6 +42,7 @@ from typing import Any
 
 from ..util.atomic_files import is_file_name, is_sha256, read_json, sha256_of, sync_folder, write_json
 from ..util.errors import RunnerError
+from ..util.locks import Lock, hold
 
 VERSION = "v1"
 """Version of the store's layout. A release with another layout uses another version and leaves this store untouched."""
@@ -103,56 +104,6 @@ def storage_failure(error: OSError) -> StoreError:
     return StoreError(
         f"The builder's store cannot be used: {error}.", "See there who owns the folder and what its disk says (dmesg)."
     )
-
-
-class Lock:
-    """An exclusive file lock, held until it is released or its last holder dies (flock(2))."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def acquire(self, wait: bool = False) -> bool:
-        """Try to acquire the lock, or block until it is acquired if `wait`; return whether it is acquired."""
-        return self._flock(fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-    def is_free(self) -> bool:
-        """Return whether nobody holds the lock now. Concurrent checks use a shared lock and do not block each other."""
-        return self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-    def is_current(self) -> bool:
-        """Return whether the file is still at its path: pruning a folder moves its lock file away."""
-        return _is_at(self.fd, self.path)
-
-    def _flock(self, operation: int) -> bool:
-        try:
-            fcntl.flock(self.fd, operation)
-        except BlockingIOError:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Release the lock; a process that inherited it still holds it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    @classmethod
-    @contextlib.contextmanager
-    def opened(cls, path: Path) -> Iterator[Lock]:
-        """Yield a lock that is not acquired yet, and release it at the end of the block."""
-        lock = cls(path)
-        try:
-            yield lock
-        finally:
-            lock.release()
-
-    def __enter__(self) -> Lock:
-        self.acquire(wait=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class Store:
@@ -322,21 +273,16 @@ class StoredJob:
     @contextlib.contextmanager
     def held_kept(self) -> Iterator[bool]:
         """Prevent the removal of retained containers for the block; yield whether there are any."""
-        while True:
-            try:
-                fd = os.open(self.kept, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                yield False
-                return
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH)  # blocks briefly while another process removes it
-                if not _is_at(fd, self.kept):
-                    continue  # it belonged to an earlier attempt
-                os.utime(fd)
-                yield self.is_kept()
-                return
-            finally:
-                os.close(fd)
+        try:
+            fd = hold(self.kept, shared=True)  # blocks briefly while another process removes it
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            os.utime(fd)
+            yield self.is_kept()
+        finally:
+            os.close(fd)
 
     def release_kept(self) -> bool:
         """Mark retained containers for normal cleanup; return False, and retain them, if a shell is open in one.
@@ -369,15 +315,10 @@ class StoredJob:
     @contextlib.contextmanager
     def held_outputs(self, attempt: str) -> Iterator[None]:
         """Prevent pruning of an attempt's outputs for the block, if they exist."""
-        fd = -1
-        try:
+        with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                fd = os.open(self.outputs(attempt), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                fcntl.flock(fd, fcntl.LOCK_SH)  # blocks briefly while a prune holds it
+                stack.callback(os.close, hold(self.outputs(attempt), shared=True))  # blocks briefly during a prune
             yield
-        finally:
-            if fd >= 0:
-                os.close(fd)
 
     @contextlib.contextmanager
     def seized_outputs(self) -> Iterator[bool]:
@@ -498,14 +439,6 @@ def hold_runner() -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.utime(folder)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Return whether an open file is the one at a path."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def stamp(path: Path) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,6 +11,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .locks import opened_alone
 
 CHUNK = 1 << 20
 """Bytes per read or write."""
@@ -145,56 +146,6 @@ def sync_folder(folder: os.PathLike[str] | str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def opened_alone(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[int]:
-    """Open a file, creating it if it is missing, and hold a lock on it for the block. Blocks until the lock is free.
-
-    A previous holder may have renamed or removed the file meanwhile; then the file that is now at the path is opened.
-    The lock is released if its holder dies.
-
-    Args:
-        path: path of the file.
-        shared: acquire a shared lock instead of an exclusive one.
-
-    Raises:
-        OSError: the file cannot be opened or locked.
-    """
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                break
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-    try:
-        yield fd
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # close() alone does not unlock if another thread has forked meanwhile
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def locked(path: os.PathLike[str] | str, shared: bool = False) -> Iterator[None]:
-    """Hold a lock file for the block. Blocks until the lock is free; it is released if its holder dies.
-
-    An exclusive holder may remove the file at the end of the block; waiting processes then create a new one.
-
-    Args:
-        path: path of the lock file.
-        shared: acquire a shared lock instead of an exclusive one.
-
-    Raises:
-        OSError: the file cannot be opened or locked.
-    """
-    with opened_alone(path, shared):
-        yield
 
 
 @contextlib.contextmanager
