@@ -406,7 +406,7 @@ def test_a_header_of_a_size_that_there_is_not_is_refused(base: Path, tmp_path: P
 
 def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_bytes(b"hello" * 1000)
-    said = "no.tar cannot be unpacked: it does not begin as one. It must be a whole tar file"
+    said = "no.tar cannot be unpacked: it does not begin as one.\n→ It must be a whole tar file"
     refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "no.tar")])
 
 
