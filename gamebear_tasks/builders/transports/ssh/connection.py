@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -445,22 +444,7 @@ class _Dial(threading.Thread):
 def _load_paramiko_ahead() -> None:
     """Import paramiko in the background; a failure is reported by the code that needs it."""
     with contextlib.suppress(ImportError, OSError, MemoryError):
-        _load_paramiko()
-
-
-def _load_paramiko() -> None:
-    """Import paramiko, but skip its import of invoke unless invoke is loaded already.
-
-    Paramiko needs invoke only for its own reader of `~/.ssh/config`, which is not used here, and works without it.
-    Invoke takes longer to load than the rest of paramiko.
-    """
-    if "paramiko" in sys.modules or "invoke" in sys.modules:
-        return
-    sys.modules["invoke"] = None  # type: ignore[assignment]  # marks the module as missing
-    try:
         import paramiko  # noqa: F401
-    finally:
-        del sys.modules["invoke"]
 
 
 def _dial(host: Host, place: str) -> socket.socket:

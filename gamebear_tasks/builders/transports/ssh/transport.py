@@ -31,10 +31,13 @@ from paramiko.message import Message
 
 from .packetizer import POLL, ErrorTail, Inflow, Packetizer
 
-# Failures are raised as this package's errors. Without a handler, Python prints paramiko's, with tracebacks, on stderr.
-logging.getLogger("paramiko").addHandler(logging.NullHandler())
-if logging.getLogger("paramiko").level == logging.NOTSET:
-    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)
+LOG = "gamebear_tasks.ssh"
+"""Logger of the connections. Failures are raised as this package's errors, so it shows nothing by default.
+
+paramiko's own logger, which other code may use, stays as it is.
+"""
+
+logging.getLogger(LOG).addHandler(logging.NullHandler())
 
 AHEAD = 256 << 10
 """Bytes sent to a program before the server has announced its window.
@@ -70,6 +73,7 @@ class Transport(paramiko.Transport):
         alive_count: int,
     ) -> None:
         super().__init__(sock, packetizer_class=Packetizer)
+        self.set_log_channel(LOG)
         self.local_version = introduction  # the key exchange signs it
         self.host_key_blob = b""
         """The server's host key or host certificate."""
