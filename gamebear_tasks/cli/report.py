@@ -1,4 +1,4 @@
-"""`doit report`: a page of the last runs."""
+"""`gamebear report`: a page of the last runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import JobError, SettingsError
 from ..records.run_journal import REPORT
-from ..util.process import FILE_MODE
+from ..util.process import file_mode
 from .command import ProjectCommand
 
 PAGE = Path(REPORT)
@@ -40,17 +40,16 @@ fetched or up to date and why, sizes, and the end of each log."""
         from ..records.run_reader import last_runs
         from ..runner.util.atomic_files import write_bytes
 
-        if args:
-            raise SettingsError(f"doit report takes no argument, and got {args[0]!r}.", "Say doit report.")
+        self.refuse(args)
         if not self._is_in_project:
             raise SettingsError(
                 "There is no dodo.py here, so no runs to tell of.",
-                "Go to the project's folder, or name it: doit report -f FOLDER/dodo.py.",
+                "Go to the project's folder, or name it: gamebear report -f FOLDER/dodo.py.",
             )
         text = page(last_runs(), Path.cwd().name or "/", time.time())
         try:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(PAGE, text.encode(), mode=FILE_MODE)
+            write_bytes(PAGE, text.encode(), mode=file_mode())
         except OSError as error:
             raise JobError(f"{PAGE} cannot be written: {error.strerror}.", "Make room for it, or move it.") from error
         print(PAGE)

@@ -20,7 +20,7 @@ from ..builders.base import Output, Sink
 from ..errors import JobError
 from ..runner.util.atomic_files import content, sha256_of, sync_folder, zeros
 from ..runner.util.locks import opened_alone, seized
-from ..util.process import UMASK
+from ..util.process import file_mode
 from ..util.text import size
 
 Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
@@ -261,7 +261,7 @@ def _set_mode(target: Path, output: Output) -> None:
 
 
 def _mode(output: Output) -> int:
-    return (0o777 if output.executable else 0o666) & ~UMASK
+    return file_mode(executable=output.executable)
 
 
 def _reason(error: OSError) -> str:

@@ -28,7 +28,7 @@ from ..records.task_record import Made, Record
 from ..runner.util.atomic_files import read_json, sha256_of, write_bytes
 from ..sources.base import public_url
 from ..util.messages import notice
-from ..util.process import FILE_MODE
+from ..util.process import file_mode
 from .install_outputs import statement_of
 
 BUILD_TYPE = "urn:x-gamebear-tasks:job:v1"
@@ -88,7 +88,7 @@ def write_statement(target: str, sha256: str, definition: Json, details: Json) -
         "predicate": {"buildDefinition": definition, "runDetails": details},
     }
     try:
-        write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=FILE_MODE)
+        write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=file_mode())
     except OSError as error:
         hint = "Make room, or see whose folder it is."
         raise JobError(f"{path} cannot be written: {error.strerror}.", hint) from error

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 from ..jobspec.spec import Json
 from ..runner.store.phases import Phases
 from ..runner.util.atomic_files import read_json, written_aside
-from ..util.process import FILE_MODE, doit_process
+from ..util.process import doit_process, file_mode
 from ..util.text import duration
 
 VERSION = 1
@@ -170,7 +170,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Write the record atomically, without fsync: it may be lost in a power cut. Raises OSError."""
-        with written_aside(path, mode=FILE_MODE, sync=False) as file:
+        with written_aside(path, mode=file_mode(), sync=False) as file:
             file.write(json.dumps(self.document(), indent=1).encode() + b"\n")
 
     @classmethod

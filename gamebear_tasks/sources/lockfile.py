@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..runner.util.atomic_files import is_file_name, is_sha256, open_regular, write_bytes
-from ..util.process import FILE_MODE
+from ..util.process import file_mode
 
 VERSION = 1
 """Version of the format. Other versions are rejected."""
@@ -27,7 +27,7 @@ VERSION = 1
 LIMIT = 16 << 20
 """Maximum bytes of a lock file. A thousand sources need less than one MiB."""
 
-RESTORE = "Restore it from version control, or remove it and run `doit lock`."
+RESTORE = "Restore it from version control, or remove it and run `gamebear lock`."
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Lock:
         }
         text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         try:
-            write_bytes(path, text.encode(), mode=FILE_MODE)
+            write_bytes(path, text.encode(), mode=file_mode())
         except OSError as error:
             raise SourceError(
                 f"{path} cannot be written: {error.strerror}.", "Is there space, and is it yours?"

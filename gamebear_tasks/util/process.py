@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import sys
 
-UMASK = os.umask(0o077)
-os.umask(UMASK)
-"""File mode creation mask, see umask(2). It is read at import, before there are threads, because reading changes it."""
 
-FILE_MODE = 0o666 & ~UMASK
-"""Mode of created files that are not executable."""
+def file_mode(executable: bool = False) -> int:
+    """Permissions of a new file: 666, or 777 for a program, without the bits of the umask (umask(2)).
+
+    The umask is read, not set for a moment: other threads create files meanwhile. Where it cannot be read (no /proc),
+    the file is for its owner alone.
+    """
+    try:
+        with open("/proc/self/status", "rb") as file:  # proc_pid_status(5); Umask since Linux 4.7
+            umask = next(int(line[6:], 8) for line in file if line.startswith(b"Umask:"))
+    except (OSError, StopIteration):
+        umask = 0o077
+    return (0o777 if executable else 0o666) & ~umask
 
 
 def doit_process() -> tuple[int, int]:
