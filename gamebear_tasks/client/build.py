@@ -6,7 +6,6 @@ A job that the builder lost, or whose output arrived damaged, is retried a bound
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import shlex
 import threading
@@ -298,9 +297,10 @@ class Building:
             return ""
         task = shlex.join([self.task, *typed_settings()])
         if status.failure.kept:
-            return f"The container is kept: `doit shell {task}` opens a shell in it."
+            return f"The container is kept: `gamebear shell {task}` opens a shell in it."
         if status.failure.containers:
-            return f"To look into its container: `doit {task} keep_failed=yes` builds again, then `doit shell {task}`."
+            again = f"`doit {task} keep_failed=yes` builds again, then `gamebear shell {task}`."
+            return f"To look into its container: {again}"
         return ""
 
 
@@ -334,7 +334,6 @@ def _end() -> None:
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():
             builder.close()
-    gc.freeze()  # saves time: otherwise Python collects garbage in all modules, more than once, before it exits
 
 
 atexit.register(_end)

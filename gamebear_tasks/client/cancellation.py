@@ -48,7 +48,10 @@ ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt, SystemExit):
-    """A signal ends the run like Ctrl-C. The process exits with 128 plus the signal's number.
+    """A signal ends the run. The process exits with 128 plus the signal's number.
+
+    It is also a SystemExit, so that Python exits without a traceback where nobody catches it. Python 3.13 and later
+    check for KeyboardInterrupt first: there, `gamebear` shows no traceback and plain doit shows one.
 
     Args:
         number: the signal's number. doit passes it as text.
@@ -57,7 +60,13 @@ class Terminated(KeyboardInterrupt, SystemExit):
     def __init__(self, number: int | str) -> None:
         super().__init__(number)
         self.number = int(number)
-        self.code = 128 + self.number
+
+    @property
+    def code(self) -> int:  # type: ignore[override]
+        """The exit status. Python asks for it when nobody has caught the exception: the process is about to end."""
+        if _signals.came and multiprocessing.parent_process() is None:
+            end_interrupted(self.number)
+        return 128 + self.number
 
     def __str__(self) -> str:
         return str(self.number)  # doit's main process recreates the exception from this text
@@ -192,6 +201,7 @@ class _Signals:
         has_processes: doit starts worker processes.
         forking: a fork is in progress.
         pending: the signal received during the fork, 0 for none.
+        whole: the handlers stay installed between tasks.
     """
 
     def __init__(self) -> None:
@@ -208,16 +218,20 @@ class _Signals:
         self.has_processes = False
         self.forking = False
         self.pending = 0
+        self.whole = False
 
 
 _signals = _Signals()
 
 
-def begin_run() -> bool:
+def begin_run(*, whole: bool = False) -> bool:
     """Install the signal handlers: SIGTERM and SIGHUP end this process like Ctrl-C, and never with a traceback.
 
     Call this before a task runs. Outside the main thread it does nothing. Handlers of other code and ignored signals
     (nohup) are kept. Worker processes that `doit -n` starts from now on end with this process.
+
+    Args:
+        whole: until `end_run`, and not just until the next task of ours has ended.
 
     Returns:
         Whether the handlers were not installed before.
@@ -227,15 +241,16 @@ def begin_run() -> bool:
     if _signals.pid != os.getpid():
         _after_fork(_signals)
     end_with_parent()
+    _signals.whole = _signals.whole or whole
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:  # doit has made its queues with it: these forks are its own
+        _prepare_forks(util)
     if _signals.before:
         return False
     _signals.came = 0
     _take_signals()
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)  # atexit calls the function that was registered last first
-    util = sys.modules.get("multiprocessing.util")
-    if util is not None:  # doit has created its queues with it, so these forks are doit's
-        _prepare_forks(util)
     return True
 
 
@@ -247,6 +262,7 @@ def end_run() -> None:
         if signal.getsignal(number) is _end:
             signal.signal(number, handler)
     _signals.before.clear()
+    _signals.whole = False
 
 
 @contextlib.contextmanager
@@ -264,8 +280,8 @@ def running() -> Iterator[None]:
         if is_child and _signals.came:
             # The rest is doit's code, which may deadlock on a queue that a killed process has locked.
             threading.Thread(target=_leave_soon, daemon=True).start()
-        elif begun:
-            end_run()
+        elif begun or not (is_child or _signals.whole):
+            end_run()  # also what the task's uptodate has begun; there is no other task of ours in the main thread
 
 
 @contextlib.contextmanager
@@ -308,8 +324,7 @@ def _end(number: int, frame: types.FrameType | None) -> None:
     _signals.came = _signals.came or number
     _signals.last = now
     if not _signals.exiting or _signals.waits:
-        # A worker process of `doit -n` shows a KeyboardInterrupt with a traceback, unless it is also a SystemExit.
-        raise Terminated(number) if is_child or number != signal.SIGINT else KeyboardInterrupt
+        raise Terminated(number)
     _signals.further += 1
     for process in multiprocessing.active_children():
         if process.pid is not None:
@@ -333,10 +348,7 @@ def _at_exit() -> None:
     _exiting()
     if _signals.came:
         end_processes()
-    if _signals.came and not told.is_set():
-        told.set()
-        how = "interrupted" if _signals.came == signal.SIGINT else f"ended by {signal.Signals(_signals.came).name}"
-        notice(how)
+        _say_once(_signals.came)
 
 
 @atexit.register  # this module is loaded early, so the function is called late
@@ -357,27 +369,27 @@ def _flush() -> None:
             stream.flush()
 
 
-def say_so_without_a_traceback() -> None:
-    """Install a `sys.excepthook` that cancels the jobs on an uncaught interruption and reports it in one line.
+def end_interrupted(number: int = signal.SIGINT) -> int:
+    """Cancel the jobs and end the worker processes of an interrupted run, and report the interruption once.
 
-    doit does not catch KeyboardInterrupt, so Python would show a traceback.
+    Args:
+        number: the signal.
+
+    Returns:
+        The exit status.
     """
-    before = sys.excepthook
+    _exiting()
+    _signals.uncaught = number == signal.SIGINT
+    end_what_is_left()  # not at exit: Python 3.12 and later start no thread then
+    end_processes()
+    _say_once(number)
+    return 128 + number
 
-    def hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            _exiting()
-            _signals.uncaught = True
-            end_what_is_left()  # not at exit: Python 3.12 does not start threads there
-            end_processes()
-            if not told.is_set():
-                told.set()
-                notice("interrupted")
-        else:
-            before(kind, error, trace)
 
-    if getattr(before, "__module__", "") != __name__:
-        sys.excepthook = hook
+def _say_once(number: int) -> None:
+    if not told.is_set():
+        told.set()
+        notice("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
 
 
 # worker processes of `doit -n`

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 
-from ..client.cancellation import end_with_parent, running, say_so_without_a_traceback
+from ..client.cancellation import end_with_parent, running
 from ..errors import GamebearError, JobError, remedy
 from ..jobspec.plan import Plan
 
@@ -16,7 +16,6 @@ class Build(BaseAction):  # type: ignore[misc]  # doit has no types
     """Builds a plan's job and places its outputs."""
 
     def __init__(self, plan: Plan) -> None:
-        say_so_without_a_traceback()  # here, because it is the main process of a `doit -n` that shows it
         self.plan = plan
         self.task: Any = None
         self.out: str | None = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -32,9 +31,6 @@ if TYPE_CHECKING:  # imported where there are functions or sources
     from ..sources.alternatives import Declared, Source
 
 Task: TypeAlias = dict[str, Any]
-
-COLLECT_AFTER = 20_000
-"""How many more objects there may be before the garbage collector looks: a few MB; Python itself says 700."""
 
 CLOCK_STEP = 60.0
 """Seconds by which this machine's clock may be put back before a result's age is asked for again."""
@@ -79,7 +75,6 @@ def artifact(
     if not targets:
         raise SettingsError(f"artifact({_called(program)}) has no outputs.", 'Say outputs=["build/NAME"].')
     chosen = settings_of_this_run()
-    _spare_the_collector()
     upstream = _chosen_sources(sources, chosen.sources)
     pickled = _pickled(program)
     modules = local_modules(pickled) if isinstance(pickled, Path) else pickled.modules
@@ -110,24 +105,12 @@ def artifact(
     }
 
 
-@cache
-def _spare_the_collector() -> None:
-    """Have the garbage collector pass over what is loaded by now and stays, and look seldom at what comes after it.
-
-    It would look at all of it again, and again, for the few objects of each of two thousand tasks, which stay as well.
-    """
-    gc.freeze()
-    first, *others = gc.get_threshold()
-    if first:  # 0: somebody has switched it off
-        gc.set_threshold(max(first, COLLECT_AFTER), *others)
-
-
 class _SameJob:
     """Tells doit whether the targets hold what the job would make now, and that still holds; an `uptodate`.
 
     It compares the state that the action has built (see `Plan.state`) with that of the files now, when doit asks: by
-    then the tasks that this one depends on have run, and so has `doit lock`. The builder has said for how long a result
-    holds: a package image of the job may grow too old.
+    then the tasks that this one depends on have run. The builder has said for how long a result holds: a package image
+    of the job may grow too old.
     """
 
     __signature__ = inspect.signature(lambda task, values: None)  # for doit, which asks every time what we take
@@ -140,7 +123,12 @@ class _SameJob:
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
-        begin_run()
+        is_same = self._is_same(task, values)
+        if not is_same:
+            begin_run()  # here, because it is the main thread that asks, before doit starts others or processes
+        return is_same
+
+    def _is_same(self, task: Any, values: Mapping[str, Any]) -> bool:
         built = values.get(SAVED)
         if built is None:
             return False
@@ -299,7 +287,7 @@ def check_target(path: str, where: str) -> None:
         if path.endswith(STATEMENT):
             raise SettingsError(
                 f"{where}: the target {path!r} has the name of a provenance statement.",
-                f"Give it another name: `doit provenance` writes *{STATEMENT}.",
+                f"Give it another name: `gamebear provenance` writes *{STATEMENT}.",
             )
     if "logs" in path or path.endswith(".html"):
         place = os.path.relpath(path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from doit.exceptions import BaseFail
 
-from ..client.cancellation import begin_run, say_so_without_a_traceback
+from ..client.cancellation import begin_run, running
 from ..client.placement_marks import is_placed
 from ..config import architecture, settings
 from ..errors import ImageError, SettingsError
@@ -111,7 +111,6 @@ def sd_image(
         raise SettingsError(
             f"{where}: size={size!r} is no whole number of sectors of 512 bytes.", 'Say it in MiB or GiB: size="4G".'
         )
-    say_so_without_a_traceback()  # here, because it is the main process of a `doit -n` that shows it
     return {
         "actions": [(_bake, [recipe])],
         "file_dep": [str(path) for path in dict.fromkeys(recipe.files)],
@@ -131,7 +130,8 @@ def _is_archive(base: object) -> TypeGuard[Archive]:
 def _bake(recipe: Recipe, task: Any) -> BaseFail | dict[str, str]:
     from ..sdcard.bake import bake  # here, because loading a dodo.py is to be quick
 
-    done = bake(recipe, task.name)
+    with running():
+        done = bake(recipe, task.name)
     return {SAVED: done} if isinstance(done, str) else done
 
 
@@ -143,7 +143,12 @@ class _SameRecipe:
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Say whether nothing has changed since the task's last success."""
-        begin_run()
+        is_same = self._is_same(task, values)
+        if not is_same:
+            begin_run()
+        return is_same
+
+    def _is_same(self, task: Any, values: Mapping[str, Any]) -> bool:
         baked = values.get(SAVED)
         try:
             if baked is None or baked != state_of(self._recipe.document(content_of)):
