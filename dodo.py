@@ -9,15 +9,13 @@ from gamebear_tasks import (
     either,
     file,
     git,
+    live,
     sd_image,
     tar,
-    task_lock,
-    task_prune,
-    task_sources,
     user,
 )
 
-DOIT_CONFIG = {"default_tasks": ["umtprd", "usbgx", "gt"], "reporter": "live"}
+DOIT_CONFIG = {"default_tasks": ["umtprd", "usbgx", "gt"], "reporter": live}
 
 UMTP = either(
     git=git("https://github.com/viveris/uMTP-Responder.git", rev="52c38a4a756b30efecc6470b5e4d4f22f9187a45"),
@@ -75,6 +73,3 @@ def task_image():
         hostname="gamebear",
         user=user("bear", authorized_keys=MY_KEYS),
     )
-
-
-__all__ = ["task_lock", "task_prune", "task_sources"]

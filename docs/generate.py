@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import errors  # noqa: E402 - the tests' table of errors
 
 import gamebear_tasks  # noqa: E402
+from gamebear_tasks.cli.main import COMMANDS, REPORTER  # noqa: E402
 from gamebear_tasks.config import Settings  # noqa: E402
+from gamebear_tasks.doit_plugin.reporter import LiveReporter  # noqa: E402
 from gamebear_tasks.errors import GamebearError  # noqa: E402
 from gamebear_tasks.runner.script.container import Container  # noqa: E402
 from gamebear_tasks.runner.script.image import Image, packages_image  # noqa: E402
@@ -42,9 +44,6 @@ CALLS: dict[str, Callable[..., object]] = {
 }
 """Callables by their name in the reference."""
 
-TASKS = {"lock": "doit lock -u", "sources": "doit sources", "prune": "doit prune --older 30"}
-"""An example command for each task that users run by name."""
-
 DEFAULTS = {"arch": "this machine's", "sources": "the first"}
 """Descriptions of defaults that are computed."""
 
@@ -58,7 +57,7 @@ ERRORS: dict[str, tuple[str, Sequence[errors.Row]]] = {
     "Sources": ("When `dodo.py` is loaded.", errors.SOURCES),
     "Images": ("When `dodo.py` is loaded.", errors.IMAGES),
     "Runs": ("When a task runs.", errors.DOIT),
-    "Files and folders": ("What this machine does not allow.", errors.PERMISSIONS),
+    "Files and folders": ("What this machine does not allow, as `gamebear` reports it.", errors.PERMISSIONS),
     "SSH": ("When the builder is first asked something.", errors.SSH),
     "Scripts": (
         "After `SCRIPT, built by BUILDER, failed.` The log that is named has the traceback, and what commands said.",
@@ -125,39 +124,28 @@ def _commands() -> str:
     parts = []
     parts.append(
         f"# Commands\n\n{MADE}\n"
-        "What this package adds to [doit's own commands](https://pydoit.org/cmd-run.html). `doit help COMMAND` and\n"
-        "`doit help TASK` show the same. A command whose output nobody reads any more (`doit jobs | head`) ends with\n"
-        "status 141, as shells have it; builds go on.\n"
+        "`gamebear` is [doit's own command line](https://pydoit.org/cmd-run.html) with the commands below.\n"
+        "`gamebear run`, `list`, `clean`, `forget`, `info`, `tabcompletion` and the others are doit's.\n"
+        "Without a command, `gamebear` runs tasks like `doit`.\n"
+        "`gamebear help COMMAND` and `gamebear help TASK` show the same as this page.\n\n"
+        "A command whose output nobody reads any more (`gamebear jobs | head`) ends with status 141; builds go on.\n\n"
+        "A task that has the name of a command runs with `doit` only; `gamebear` refuses its name.\n"
     )
-    ours = sorted(entry_points(group="doit.COMMAND"), key=lambda entry: entry.name)
-    for entry in ours:
-        if entry.value.startswith("gamebear_tasks."):
-            command = entry.load()
-            parts.append(
-                f"## doit {entry.name}\n\n{_capital(command.doc_purpose)}.\n\n"
-                f"```text\n{f'doit {entry.name} {command.doc_usage}'.strip()}\n```\n\n"
-                f"{_prose(command.doc_description)}" + _options(command.cmd_options)
-            )
-    parts.append(
-        "# Tasks\n\nA `dodo.py` that imports `task_lock`, `task_sources` or `task_prune` has these. "
-        "[The API](api.md#tasks) says more.\n"
-    )
-    for name, example in TASKS.items():
-        function = getattr(gamebear_tasks, f"task_{name}")
-        task = function()
+    for name, place in COMMANDS.items():
+        module, _, attribute = place.partition(":")
+        command = getattr(import_module(module), attribute)
         parts.append(
-            f"## doit {name}\n\n{_capital(function.__doc__ or '')}.\n\n```text\n{example}\n```\n"
-            + _options(task.get("params", ()))
+            f"## gamebear {name}\n\n{_capital(command.doc_purpose)}.\n\n"
+            f"```text\n{f'gamebear {name} {command.doc_usage}'.strip()}\n```\n\n"
+            f"{_prose(command.doc_description)}" + _options(command.cmd_options)
         )
-    for entry in entry_points(group="doit.REPORTER"):
-        if entry.value.startswith("gamebear_tasks.") and entry.name != "console":  # `console` is doit's own
-            reporter = entry.load()
-            parts.append(
-                f"# Reporters\n\n## The reporter {entry.name}\n\n{_prose(inspect.getdoc(reporter) or '')}\n"
-                f"`doit -r {entry.name}`, or in `dodo.py`:\n\n"
-                f'```python\nDOIT_CONFIG = {{"reporter": "{entry.name}"}}\n```\n\n'
-                "doit's other reporters work as ever.\n"
-            )
+    parts.append(
+        f"# Reporters\n\n## The reporter {REPORTER}\n\n{_prose(inspect.getdoc(LiveReporter) or '')}\n"
+        "The default of `gamebear`. For `doit`, name it in `dodo.py`:\n\n"
+        f"```python\nfrom gamebear_tasks import {REPORTER}\n\n"
+        f'DOIT_CONFIG = {{"reporter": {REPORTER}}}\n```\n\n'
+        "doit's other reporters work as ever: `gamebear -r console`.\n"
+    )
     return "\n".join(parts)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .doit_plugin.artifact import artifact
-from .doit_plugin.tools import task_lock, task_prune, task_sources
-from .errors import GamebearError
+from .errors import GamebearError, SettingsError
 from .sources.declare import archive, debian, either, git
 
 if TYPE_CHECKING:
+    from .doit_plugin.reporter import LiveReporter as live
     from .doit_plugin.sd_image import sd_image
     from .sdcard.recipe import file, tar, user
 
@@ -21,19 +21,26 @@ __all__ = [
     "either",
     "file",
     "git",
+    "live",
     "sd_image",
     "tar",
-    "task_lock",
-    "task_prune",
-    "task_sources",
     "user",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the names of SD-card images on first use, so that other projects do not load them."""
-    if name not in ("file", "sd_image", "tar", "user"):
+    """Import the reporter and what belongs to SD-card images when a dodo.py names it, and not for all others."""
+    if name in ("task_lock", "task_prune", "task_sources"):  # of 0.1
+        command = name.removeprefix("task_")
+        raise SettingsError(
+            f"dodo.py imports {name}, which is a command now.", f"Remove it there, and say gamebear {command}."
+        )
+    if name not in ("file", "live", "sd_image", "tar", "user"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "live":
+        from .doit_plugin.reporter import LiveReporter
+
+        return LiveReporter
     if name == "sd_image":
         from .doit_plugin.sd_image import sd_image
 

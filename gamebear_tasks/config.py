@@ -39,7 +39,7 @@ class Settings:
         interrupt: Effect of Ctrl-C, SIGTERM and SIGHUP on jobs on the builder: `cancel` or `detach`.
         time_limit: Seconds after which the builder stops a job that does not set a time limit itself; 0 for never.
         provenance: Whether every build writes a provenance statement beside each artifact.
-        keep_failed: Whether the containers of a failed job are retained, for `doit shell`.
+        keep_failed: Whether the containers of a failed job are retained, for `gamebear shell`.
     """
 
     builder: str = "local:"

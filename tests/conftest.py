@@ -52,8 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("gamebear", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("gamebear")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
-    if not entry_points(group="doit.BACKEND", name="dbm"):
-        raise pytest.UsageError("What doit finds of this checkout is an older one's: pip install -e '.[test]'")
+    if not entry_points(group="console_scripts", name="gamebear"):
+        raise pytest.UsageError("The checkout is installed as an older release: pip install -e '.[test]'")
 
 
 @pytest.hookimpl(tryfirst=True)

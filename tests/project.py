@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from gamebear_tasks.cli.main import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 """Root of the checkout."""
 
@@ -184,14 +186,29 @@ class Project:
             else:
                 shutil.copy2(ROOT / name, self.folder / name)
 
+    python = sys.executable
+    """The Python in which doit and our package are installed."""
+
     def command(self, *arguments: str) -> list[str]:
-        """Return the command line for doit."""
-        return [sys.executable, "-m", "doit", *arguments]
+        """Return the command line: `gamebear` for its own commands and its reporter, else `doit`."""
+        is_ours = (arguments[:1] and arguments[0] in COMMANDS) or "live" in arguments
+        return self.gamebear_command(*arguments) if is_ours else [self.python, "-m", "doit", *arguments]
+
+    def gamebear_command(self, *arguments: str) -> list[str]:
+        """Return the command line for gamebear."""
+        return [self.python, "-m", "gamebear_tasks", *arguments]
 
     def doit(self, *arguments: str, timeout: float = 900, **environment: str) -> Run:
         """Run doit."""
+        return self._run(self.command(*arguments), timeout, environment)
+
+    def gamebear(self, *arguments: str, timeout: float = 900, **environment: str) -> Run:
+        """Run gamebear."""
+        return self._run(self.gamebear_command(*arguments), timeout, environment)
+
+    def _run(self, command: Sequence[str], timeout: float, environment: Mapping[str, str]) -> Run:
         done = subprocess.run(
-            self.command(*arguments),
+            command,
             cwd=self.folder,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,

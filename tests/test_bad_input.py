@@ -16,7 +16,7 @@ import gamebear_tasks  # noqa: F401 - for the table's arguments
 
 pytestmark = pytest.mark.system
 
-IMPORTS = "import gamebear_tasks\nfrom gamebear_tasks import archive, artifact, either, git, task_lock\n"
+IMPORTS = "import gamebear_tasks\nfrom gamebear_tasks import archive, artifact, either, git, live\n"
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_names_that_would_break_a_line_do_not(project: Project) -> None:
     odd = "two\nlines\x1b[31m\r"
     project.write(
         "dodo.py",
-        f"{IMPORTS}ODD = {odd!r}\nDOIT_CONFIG = {{'reporter': 'live'}}\n"
+        f"{IMPORTS}ODD = {odd!r}\nDOIT_CONFIG = {{'reporter': live}}\n"
         "def task_x():\n"
         "    yield {'basename': ODD, **artifact('x.py', inputs=['in'], outputs=[f'build/{ODD}/x'])}\n"
         "    yield {'basename': f'bad {ODD}', **artifact('x.py', inputs=[], outputs=[f'build/{ODD}/y'])}\n",

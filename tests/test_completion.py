@@ -1,24 +1,23 @@
-"""The Tab key in real shells: what doit's own completion offers of our commands, their options, and tasks."""
+"""The Tab key in real shells: doit's completion for `doit` and for `gamebear`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from project import Project
 
-COMMANDS = sorted(entry.name for entry in entry_points(group="doit.COMMAND") if "gamebear_tasks." in entry.value)
+from gamebear_tasks.cli.main import COMMANDS
 
 BASH = """
 . /usr/share/bash-completion/bash_completion
 . ./completion
 complete_() {
     COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
-    _doit
+    _PROGRAM
     echo "$*: ${COMPREPLY[*]}"
 }
 """
@@ -26,9 +25,10 @@ complete_() {
 ZSH = r"""
 zmodload zsh/zpty
 zpty shell "zsh -f -i"
-zpty -w shell "autoload -Uz compinit; compinit -u -D; . ./completion; compdef _doit doit; LISTMAX=1000; echo RE''ADY"
+zpty -w shell "autoload -Uz compinit; compinit -u -D; . ./completion; compdef _gamebear gamebear"
+zpty -w shell "LISTMAX=1000; echo RE''ADY"
 zpty -r -m shell before '*READY*'
-zpty -w -n shell $'doit COMMAND --\t\t'
+zpty -w -n shell $'gamebear COMMAND --\t\t'
 for try in {1..1000}; do
     zpty -r -t shell more && shown+=$more || sleep 0.05
     [[ $shown == *--seek-file* ]] && break
@@ -50,22 +50,29 @@ def at_the_prompt(system: None, project: Project) -> Project:
     return project
 
 
-def shell(project: Project, program: str, script: str) -> str:
-    script = f"doit tabcompletion --shell {program} > completion\n{script}"
+def shell(project: Project, kind: str, script: str, program: str = "gamebear") -> str:
+    script = f"{program} tabcompletion --shell {kind} > completion\n{script}"
     done = subprocess.run(
-        [program, "-c", script], cwd=project.folder, env=project.environment, capture_output=True, text=True, timeout=60
+        [kind, "-c", script], cwd=project.folder, env=project.environment, capture_output=True, text=True, timeout=60
     )
     assert not done.stderr
     return done.stdout
 
 
 def test_bash_offers_our_commands_and_tasks_where_they_make_sense(at_the_prompt: Project) -> None:
-    asked = "".join(f"complete_ doit {name[:-1]}\ncomplete_ doit {name} hel\n" for name in COMMANDS)
-    said = shell(at_the_prompt, "bash", BASH + asked + "complete_ doit hel\n").splitlines()
+    asked = "".join(f"complete_ gamebear {name[:-1]}\ncomplete_ gamebear {name} hel\n" for name in COMMANDS)
+    script = BASH.replace("PROGRAM", "gamebear") + asked + "complete_ gamebear hel\n"
+    said = shell(at_the_prompt, "bash", script).splitlines()
     for name in COMMANDS:
-        assert name in next(line for line in said if line.startswith(f"doit {name[:-1]}: ")).split()[2:]
-    assert "doit jobs hel: hello help_page" in said
-    assert "doit hel: help hello help_page" in said
+        assert name in next(line for line in said if line.startswith(f"gamebear {name[:-1]}: ")).split()[2:]
+    assert "gamebear jobs hel: hello help_page" in said
+    assert "gamebear hel: help hello help_page" in said
+
+
+def test_bash_offers_doits_commands_and_tasks_for_doit(at_the_prompt: Project) -> None:
+    script = BASH.replace("PROGRAM", "doit") + "complete_ doit hel\ncomplete_ doit job\ncomplete_ doit run hel\n"
+    said = shell(at_the_prompt, "bash", script, program="doit").splitlines()
+    assert said == ["doit hel: help hello help_page", "doit job: ", "doit run hel: hello help_page"]
 
 
 def test_zsh_offers_the_options_of_our_commands_with_what_they_do(at_the_prompt: Project) -> None:

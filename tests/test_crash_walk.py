@@ -29,14 +29,13 @@ from gamebear_tasks.runner.store.store import Store
 pytestmark = pytest.mark.system
 
 DODO = """
-from gamebear_tasks import artifact, task_prune
+from gamebear_tasks import artifact
 
 DOIT_CONFIG = {"default_tasks": ["xy"]}
 
 def task_xy():
     return artifact("xy.py", inputs=["small", "big"], outputs=["build/x", "build/y"])
 
-__all__ = ["task_prune"]
 """
 
 SCRIPT = """

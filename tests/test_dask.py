@@ -41,7 +41,7 @@ from gamebear_tasks.errors import BuilderError, BuilderLost, SettingsError
 from gamebear_tasks.jobspec.spec import Job
 
 DODO = """
-from gamebear_tasks import artifact, task_prune
+from gamebear_tasks import artifact
 
 DOIT_CONFIG = {"default_tasks": ["x"]}
 
@@ -263,7 +263,7 @@ def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path:
 def test_the_doctor_looks_at_each_worker(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write("x.py", "")
-    run = project.doit("doctor", "--json")
+    run = project.gamebear("doctor", "--json")
     _, *workers = json.loads(run.out)["places"]
     assert len(workers) == 2 and all(place["place"].startswith(f"{shelf.url} tcp://") for place in workers), run.text
     assert all("buildah" in [finding["name"] for finding in place["findings"]] for place in workers)
@@ -279,7 +279,7 @@ def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
     for worker in shelf.workers:
         for path in worker.store.rglob("*"):
             os.utime(path, (1e9, 1e9), follow_symlinks=False)
-    run = project.doit("prune", "--older", "1").ok()
+    run = project.gamebear("prune", "--older", "1").ok()
     assert "jobs" in run.out, run.text
     assert [worker.digests for worker in shelf.workers] == [[], []]
     project.doit("clean").ok()
@@ -341,10 +341,10 @@ def test_the_jobs_of_all_workers_are_listed_and_one_is_cancelled(shelf: Cluster,
     waiting(project)
     client = project.start()
     wait_for(lambda: "begin" in said(project))
-    entry = json.loads(project.doit("jobs", "--json").ok().out)[0]
+    entry = json.loads(project.gamebear("jobs", "--json").ok().out)[0]
     assert (entry["state"], entry["program"]) == ("running", "x.py")
     assert entry["where"].startswith("tcp://") and entry["where"] != shelf.address
-    project.doit("jobs", "cancel", entry["digest"], "--force").ok()
+    project.gamebear("jobs", "cancel", entry["digest"], "--force").ok()
     assert client.wait() != 0
     assert "x.py was cancelled on dask://" in said(project)
 
@@ -463,10 +463,10 @@ def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
         project.write("x.py", "open('x', 'w').write('safe')")
         project.doit(**tls).ok()
         assert (project.folder / "build/x").read_text() == "safe"
-        project.doit("doctor").failed("names no certificates", "CA_FILE")
+        project.gamebear("doctor").failed("names no certificates", "CA_FILE")
         other = settings_of_tls(tmp_path / "other")
-        project.doit("doctor", **other).failed("do not trust each other")
-        project.doit("doctor", f"builder=dask://127.0.0.1:{cluster.port}", **tls).failed("dask+tls://")
+        project.gamebear("doctor", **other).failed("do not trust each other")
+        project.gamebear("doctor", f"builder=dask://127.0.0.1:{cluster.port}", **tls).failed("dask+tls://")
     finally:
         cluster.close()
 
@@ -871,11 +871,11 @@ def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp
     tree = tmp_path / "tree"
     tiny.fill(tree, ("sh", "cat"))
     project.write("x.py", f"c = Container('scratch')\nc.copy_in({str(tree)!r}, '/')\nc.run(['sh', '-c', 'exit 3'])\n")
-    project.doit("x").failed("failed with status 3", "The container is kept: `doit shell x` opens a shell in it.")
-    run = project.doit("shell", "x", "--", "sh", "-c", "cat /etc/passwd; exit 7")
+    project.doit("x").failed("failed with status 3", "The container is kept: `gamebear shell x` opens a shell in it.")
+    run = project.gamebear("shell", "x", "--", "sh", "-c", "cat /etc/passwd; exit 7")
     assert (run.status, run.out) == (7, (tree / "etc/passwd").read_text())
     project.doit("x", GAMEBEAR_KEEP_FAILED="no").failed("failed with status 3")
-    project.doit("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("No container of x is kept on dask://")
+    project.gamebear("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("No container of x is kept on dask://")
 
 
 def test_slots_that_a_scheduler_claims_are_counted_in_numbers_that_make_sense() -> None:

@@ -95,7 +95,7 @@ def findings(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: Sshd, fresh: Account) -> None:
-    look = mine.doit("doctor", "--json")
+    look = mine.gamebear("doctor", "--json")
     assert look.status == 1, look.text
     found = findings(look)
     assert {name for name, finding in found.items() if finding["state"] == "trouble"} == {"subuids"}
@@ -105,7 +105,7 @@ def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: S
     )
     assert not has_ids(fresh), "nobody asked for that"
 
-    refused = mine.doit("doctor", "--fix")
+    refused = mine.gamebear("doctor", "--fix")
     assert refused.status == 1
     words = " ".join(refused.out.split())
     assert "sudo asks for a password there, and there is no terminal here to type it." in words
@@ -114,7 +114,7 @@ def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: S
 
     rules = Path("/etc/sudoers.d") / fresh.name
     rules.write_text(f"{fresh.name} ALL=(ALL) NOPASSWD: ALL\n")
-    fixed = mine.doit("doctor", "--fix").ok()
+    fixed = mine.gamebear("doctor", "--fix").ok()
     assert f"$ {found['subuids']['commands'][0]}    # subuids" in fixed.out
     assert f"{pi.url} is ready." in fixed.out
     rules.write_text(f"{fresh.name} ALL=(ALL) ALL\n")
@@ -123,7 +123,7 @@ def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: S
     mine.write("x.py", CONTAINED)
     mine.doit("x").ok()
     assert (mine.folder / "build" / "x").read_text() == CONTAINED
-    again = mine.doit("doctor", "--fix", "--json").ok()
+    again = mine.gamebear("doctor", "--fix", "--json").ok()
     assert json.loads(again.out)["places"][1]["mended"] == [], "what is well is left alone"
 
 
@@ -163,8 +163,8 @@ def debian(system: None, tmp_path: Path) -> Iterator[Sshd]:
 @pytest.mark.slow
 def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_path: Path) -> None:
     project = Project(tmp_path / "project", home=client_home(tmp_path, debian), GAMEBEAR_BUILDER=debian.url)
-    assert "has no python3" in " ".join(project.doit("doctor").out.split())
-    fixed = project.doit("doctor", "--fix", "--json").ok()
+    assert "has no python3" in " ".join(project.gamebear("doctor").out.split())
+    fixed = project.gamebear("doctor", "--fix", "--json").ok()
     mended = [each["command"] for each in json.loads(fixed.out)["places"][1]["mended"]]
     assert [command.rpartition("=300 ")[2] for command in mended if " install " in command] == [
         "python3",
@@ -182,7 +182,7 @@ def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_pat
 def test_an_unknown_host_key_is_a_trouble_of_its_own_and_is_not_accepted(mine: Project) -> None:
     known = mine.home / ".ssh" / "known_hosts"
     known.write_text("")
-    run = mine.doit("doctor", "--fix", "--json")
+    run = mine.gamebear("doctor", "--fix", "--json")
     found = findings(run)
     assert run.status == 2 and list(found) == ["reachable", "host key"]
     assert "ssh-keyscan -p" in found["host key"]["remedy"]
@@ -191,14 +191,16 @@ def test_an_unknown_host_key_is_a_trouble_of_its_own_and_is_not_accepted(mine: P
 
 def test_who_is_not_let_in_reads_which_keys_were_tried(mine: Project, tmp_path: Path, pi: Sshd) -> None:
     client_home(tmp_path / "other", pi)  # whose key is the only one now
-    run = mine.doit("doctor", "--json")
+    run = mine.gamebear("doctor", "--json")
     found = findings(run)
     assert run.status == 2 and list(found) == ["reachable", "host key", "log-in"]
     assert "id_ed25519 SHA256:" in found["log-in"]["what"] and "ssh-copy-id" in found["log-in"]["remedy"]
 
 
 def test_a_builder_that_is_not_there_is_told_in_a_terminal_of_forty_columns(project: Project) -> None:
-    run = project.doit("doctor", "builder=ssh://pi@127.0.0.1:1", "patience=0", COLUMNS="40", PYTHONIOENCODING="ascii")
+    run = project.gamebear(
+        "doctor", "builder=ssh://pi@127.0.0.1:1", "patience=0", COLUMNS="40", PYTHONIOENCODING="ascii"
+    )
     assert run.status == 2 and "x reachable" in run.out and "-> See that it is" in run.out
     assert max(len(line) for line in run.out.splitlines() if "ssh://" not in line) <= 40
     assert not run.err
@@ -208,7 +210,7 @@ def test_a_builder_without_python_gets_the_package(tmp_path: Path, fresh: Accoun
     command = 'PATH=/proc/nowhere; export PATH; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
     with Sshd(tmp_path / "sshd", fresh, ForceCommand=command) as server:
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
-        run = project.doit("doctor", "--json", f"builder={server.url}")
+        run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
     assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python"]
     assert found["python"]["packages"] == ["python3"]
@@ -219,7 +221,7 @@ def test_a_builder_without_a_place_for_its_store_is_told(tmp_path: Path, fresh: 
     command = 'XDG_CACHE_HOME=/proc/nowhere; export XDG_CACHE_HOME; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
     with Sshd(tmp_path / "sshd", fresh, ForceCommand=command) as server:
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
-        run = project.doit("doctor", "--json", f"builder={server.url}")
+        run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
     assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python", "store"]
     assert "/proc/nowhere" in found["store"]["what"] and found["store"]["state"] == "trouble"
@@ -228,7 +230,7 @@ def test_a_builder_without_a_place_for_its_store_is_told(tmp_path: Path, fresh: 
 def test_an_account_without_a_shell_is_told_so(tmp_path: Path, fresh: Account) -> None:
     with Sshd(tmp_path / "sshd", fresh, ForceCommand="/usr/sbin/nologin") as server:
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
-        run = project.doit("doctor", "--json", f"builder={server.url}")
+        run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
     assert run.status == 2 and list(found) == ["reachable", "host key", "log-in"]
     assert "chsh --shell /bin/sh" in found["log-in"]["remedy"]
@@ -246,12 +248,12 @@ def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["local:"], "doit doctor knows no task 'local:'. → Name another builder with builder=URL"),
+        (["local:"], "gamebear doctor knows no task 'local:'. → Name another builder with builder=URL"),
         (["builder=moon:x"], "No installed builder has the scheme 'moon'"),
     ],
 )
 def test_what_makes_no_sense_is_told(project: Project, arguments: list[str], said: str) -> None:
-    assert " ".join(said.split()) in " ".join(project.doit("doctor", *arguments).failed().text.split())
+    assert " ".join(said.split()) in " ".join(project.gamebear("doctor", *arguments).failed().text.split())
 
 
 # this machine
@@ -289,7 +291,7 @@ def test_this_machine_is_looked_at_for_what_the_tasks_need(
     project.write("dodo.py", NEEDS)
     project.write("x.py", "")
     away = ["builder=ssh://pi@127.0.0.1:1", "patience=0"]
-    run = project.doit("doctor", "--json", *arguments, *away, PATH=str(tmp_path))
+    run = project.gamebear("doctor", "--json", *arguments, *away, PATH=str(tmp_path))
     here = {finding["name"]: finding for finding in json.loads(run.out)["places"][0]["findings"]}
     states = {"git": git, "dpkg-source": debian, "image tools": image}
     assert {name: finding["state"] for name, finding in here.items() if name not in ("python", "keys")} == {
@@ -425,8 +427,8 @@ def test_a_builder_that_has_all_is_well() -> None:
             NOTE,
             "/dev/fuse",
         ),
-        ({"disk/free": GIB - 1}, "disk", TROUBLE, "doit prune"),
-        ({"disk/files": 10}, "disk", TROUBLE, "doit prune"),
+        ({"disk/free": GIB - 1}, "disk", TROUBLE, "gamebear prune"),
+        ({"disk/files": 10}, "disk", TROUBLE, "gamebear prune"),
         ({"disk/files": None}, "disk", OK, ""),
         ({"disk/executes": False}, "disk", TROUBLE, "noexec"),
         (
@@ -493,7 +495,7 @@ def test_what_a_builder_makes_up_is_nothing_that_root_runs(user: str) -> None:
 @pytest.mark.system
 def test_the_architectures_of_a_table_are_each_builders_own(project: Project) -> None:
     own = own_architecture()
-    run = project.doit("doctor", "--json", f"builder={own}=local:,loong64=local:", timeout=120)
+    run = project.gamebear("doctor", "--json", f"builder={own}=local:,loong64=local:", timeout=120)
     assert run.status == 1
     found = findings(run)
     assert "programs for loong64 do not run" in found["architecture"]["what"]

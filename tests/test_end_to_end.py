@@ -98,7 +98,7 @@ def test_an_emulated_package_image_is_made_with_the_builders_own_apt(umtprd: Pat
 def test_what_an_artifact_was_built_from_and_in_is_told_in_a_form_that_others_know(
     umtprd: Path, gamebear: Project
 ) -> None:
-    assert gamebear.doit("provenance", "umtprd").ok().out == "build/umtprd.intoto.json\n"
+    assert gamebear.gamebear("provenance", "umtprd").ok().out == "build/umtprd.intoto.json\n"
     provenance = read_statement(umtprd)
     debian = json.loads((gamebear.folder / "gamebear.lock").read_text())["debian"]["umtp-responder"]
     source = by_role(provenance, "source")["umtp"]

@@ -73,7 +73,7 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.mark.system
 def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
-    project.doit("report").failed("There is no dodo.py here", "doit report -f FOLDER/dodo.py")
+    project.gamebear("report").failed("There is no dodo.py here", "gamebear report -f FOLDER/dodo.py")
     assert not (project.folder / "build").exists()
     project.write(
         "dodo.py",
@@ -84,12 +84,12 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     project.write("x y.py", "print('this is x'); open('x', 'w').write('x')")
     project.write("z.py", "open('z', 'w').write('z')")
     path = project.folder / "build/report.html"
-    assert project.doit("report").ok().out == "build/report.html\n"
+    assert project.gamebear("report").ok().out == "build/report.html\n"
     assert "Nothing has been built here yet" in Reader(path.read_text()).text
     project.doit().ok()
     project.write("x y.py", "print('that is x'); 1 / 0")
     project.doit().failed()
-    assert project.doit("report").ok().out == "build/report.html\n"
+    assert project.gamebear("report").ok().out == "build/report.html\n"
     read = Reader(path.read_text())
     failed, _, runs = read.text.partition(" Colours ")
     assert "Not well x failed" in failed and "ZeroDivisionError" in failed and "that is x" in failed
@@ -98,7 +98,7 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     assert read.links
     for link in read.links:
         assert (path.parent / urllib.parse.unquote(link)).is_file(), link
-    project.doit("report", "x").failed("takes no argument")
+    project.gamebear("report", "x").failed("takes no argument")
 
 
 def test_times_and_sizes_are_compared_with_the_time_before() -> None:

@@ -864,13 +864,13 @@ def test_where_an_image_comes_from_is_told_like_that_of_an_artifact(project: Pro
         assert [(name, each.digest["sha256"]) for name, each in by_role(first, role).items()] == [(path, digest)]
     statement = image.with_name("card.img.intoto.json")
     statement.unlink()
-    assert project.doit("provenance").ok().out == "build/card.img.intoto.json\n"
+    assert project.gamebear("provenance").ok().out == "build/card.img.intoto.json\n"
     assert read_statement(image) == first
     assert HASH not in statement.read_text()
     os.utime(image, (1, 1))
-    project.doit("provenance").failed("build/card.img is not the file that image made")
+    project.gamebear("provenance").failed("build/card.img is not the file that image made")
     project.write("key.pub", f"{KEY}er\n")
-    project.doit("provenance", "image").failed("image is not up to date")
+    project.gamebear("provenance", "image").failed("image is not up to date")
     project.doit().ok()
     assert not statement.exists()
 

@@ -1,4 +1,4 @@
-"""`doit jobs`: what runs or has run on a builder, also as another laptop sees it."""
+"""`gamebear jobs`: what runs or has run on a builder, also as another laptop sees it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def warm() -> Iterator[Warm]:
 
 
 class Laptop(Project):
-    """A laptop whose `doit jobs` starts at once."""
+    """A laptop whose `gamebear jobs` starts at once."""
 
     warm: Warm
 
@@ -118,7 +118,7 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Laptop, account: 
         if stop:
             follower.send_signal(signal.SIGINT)
             assert follower.wait() == 130
-            assert "goes on; `doit jobs cancel" in said(other)
+            assert "goes on; `gamebear jobs cancel" in said(other)
     assert len(other.listed()[0]["waiting"]) == 1
     client.kill()
     client.wait()
@@ -145,7 +145,7 @@ def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) 
     assert mine.jobs("follow", "made").ok().out == "says so\n"
     mine.jobs("follow", "other").failed("There is no job of the task 'other' on local:")
     mine.jobs("cancel", "nobody").failed("No job on local: begins with 'nobody', and no task has that name")
-    mine.jobs("follow").failed("Say `doit jobs`, `doit jobs follow ID` or `doit jobs cancel ID`")
+    mine.jobs("follow").failed("Say `gamebear jobs`, `gamebear jobs follow ID` or `gamebear jobs cancel ID`")
     (entry,) = mine.listed()
     alike = f"{entry['digest'][:10]}{'0' * 54}"
     (mine.store / "jobs" / alike).mkdir()

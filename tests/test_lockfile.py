@@ -1,4 +1,4 @@
-"""The lock file: what `doit lock` finds out, writes and leaves alone."""
+"""The lock file: what `gamebear lock` finds out, writes and leaves alone."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_pa
         {declared.key: GitEntry("a" * 40), "https://git.example/gone main": GitEntry("b" * 40)}, {"hello": entry}
     ).write(lock_path)
     before = lock_path.read_bytes()
-    kept = "kept, though not declared here; doit lock --prune drops it"
+    kept = "kept, though not declared here; gamebear lock --prune drops it"
     assert resolve([declared], lock_path, cache) == [
         f"git https://git.example/gone main: {kept}",
         f"debian hello: {kept}",
@@ -116,7 +116,7 @@ def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_pa
 LATE = """
 from pathlib import Path
 from doit import create_after
-from gamebear_tasks import artifact, either, git, task_lock, task_sources
+from gamebear_tasks import artifact, either, git
 
 DOIT_CONFIG = {{"default_tasks": []}}
 
@@ -152,20 +152,18 @@ def locked(project: Project) -> set[str]:
     return {key.rpartition(" ")[2] for key in Lock.read(project.folder / "gamebear.lock").git}
 
 
-@pytest.mark.parametrize("parallel", [(), ("-n", "2"), ("-n", "2", "-P", "thread")], ids=" ".join)
-def test_sources_of_tasks_that_are_created_later_are_pinned(late: Project, parallel: tuple[str, ...]) -> None:
-    run = late.doit(*parallel, "lock").ok()
-    assert run.ran == ["lock"]
-    assert "known" not in run.out and "kept" not in run.out
+def test_sources_of_tasks_that_are_created_later_are_pinned_and_fetched(late: Project) -> None:
+    said = late.gamebear("lock").ok().out
+    assert "known" not in said and "kept" not in said
     assert locked(late) == {"main", "v1"}
-    assert "known" not in late.doit(*parallel, "first", "lock", "sources").ok().out
-    assert locked(late) == {"main", "v1"}
+    assert "known" not in late.gamebear("sources").ok().out
+    assert not (late.folder / "first").exists(), "no task was run"
     assert len(list((late.home / ".cache/gamebear-tasks/sources").glob("git-*.tar"))) == 1
 
 
 def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> None:
     """Their creator needs what another task makes, which was built when they were pinned."""
-    late.doit("lock").ok()
+    late.gamebear("lock").ok()
     text = (late.folder / "dodo.py").read_text()
     needs = "    Path('first').read_text()\n"
     text = text.replace("    yield inner()", f"{needs}    yield inner()")
@@ -176,45 +174,22 @@ def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> Non
             why = f"not all sources of the task {name} are known, as it cannot be created yet: FileNotFoundError: "
             assert said.count(why) == 1
         assert "the task also" not in said, "it has the same creator"
-        assert "(run: doit first lock)" in said
+        assert "(run: doit first, then gamebear lock)" in said
         assert ("no pin was dropped" in said) == ("--prune" in arguments)
         assert locked(late) == {"main", "v1"}
-    assert "known" not in late.doit("first", "lock", "--prune").ok().out
+    late.doit("first").ok()
+    assert "known" not in late.gamebear("lock", "--prune").ok().out
     assert locked(late) == {"main", "v1"}
     late.write("dodo.py", (late.folder / "dodo.py").read_text().replace('"v1"', '"main"'))
-    assert "v1: dropped, no longer declared" in late.doit("lock", "--prune").ok().out
+    assert "v1: dropped, no longer declared" in late.gamebear("lock", "--prune").ok().out
     assert locked(late) == {"main"}
 
 
 def test_pins_of_another_dodo_file_are_kept(late: Project) -> None:
-    late.doit("lock").ok()
-    late.write("other.py", "from gamebear_tasks import task_lock\n")
-    assert late.doit("-f", "other.py", "lock").ok().out.count("kept, though not declared here") == 2
+    late.gamebear("lock").ok()
+    late.write("other.py", "def task_x():\n    return {'actions': []}\n")
+    assert late.gamebear("lock", "-f", "other.py").ok().out.count("kept, though not declared here") == 2
     assert locked(late) == {"main", "v1"}
-
-
-def test_a_doit_that_names_no_tool_creates_tasks_once_as_doit_does(project: Project) -> None:
-    project.write(
-        "dodo.py",
-        """
-from doit import create_after
-from gamebear_tasks import task_lock, task_sources
-"""
-        + "\n" * 1000
-        + """  # the tools come first: doit sorts tasks by their lines, whatever the file
-def task_first():
-    return {"actions": ["touch first"]}
-
-@create_after(executed="first")
-def task_late():
-    open("created", "a").write("late ")
-    return {"actions": ["touch late"]}
-""",
-    )
-    assert project.doit().ok().ran == ["first", "late"]
-    assert (project.folder / "created").read_text() == "late "
-    project.doit("late", "lock").ok()
-    assert (project.folder / "created").read_text() == "late late "
 
 
 def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_it_is_said_once_and_again_when_it_is_so_again(mine: Project) -> None:
     assert "gamebear: on local:" not in built(mine)
     set_driver(mine, "vfs")
     assert built(mine, "-n", "2").count(VFS) == 1
-    said = " ".join(mine.doit("doctor").out.split())
+    said = " ".join(mine.gamebear("doctor").out.split())
     assert "! storage the image store uses the vfs driver" in said
 
 
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mi
     assert built(mine).count(f"gamebear: on local: {said}") == 1
     assert (mine.folder / "build" / "logs" / "x.log").read_text().count(said) == 1
     assert said not in built(mine), "that was said before"
-    run = mine.doit("doctor", "--json", "builder=local:")
+    run = mine.gamebear("doctor", "--json", "builder=local:")
     found = {finding["name"]: finding for finding in json.loads(run.out)["places"][1]["findings"]}
     assert found["builder.json"]["state"] == "note" and said in found["builder.json"]["what"]
     assert found["builder.json"]["remedy"] == 'Have all of it say {"slots": 2}, say, or remove it.'
@@ -155,7 +155,7 @@ def mounted(system: None, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("size=1000M", ["has less than 1 GiB left: make room there, say with doit prune --older 30 --images"]),
+        ("size=1000M", ["has less than 1 GiB left: make room there, say with gamebear prune --older 30 --images"]),
         ("size=2G,nr_inodes=10000", ["can hold only few more files (df -i)"]),
         ("size=2G,nr_inodes=0", []),
         ("size=2G,nr_inodes=100000", []),

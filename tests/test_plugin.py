@@ -25,7 +25,7 @@ DOCUMENT = ROOT / "docs" / "how-to" / "own-builder.md"
 EXAMPLE = ROOT / "docs" / "examples" / "user-builder"
 
 DODO = """
-from gamebear_tasks import artifact, task_prune
+from gamebear_tasks import artifact
 
 def task_x():
     return artifact("x.py", inputs=["in/word"], outputs=["build/x"])
@@ -133,7 +133,7 @@ def test_a_url_without_a_name_is_refused(mine: Project) -> None:
 
 
 def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
-    said = mine.doit("doctor", f"builder=user:{account.name}").ok().out
+    said = mine.gamebear("doctor", f"builder=user:{account.name}").ok().out
     assert f"user:{account.name} is ready" in said and f"{account.home}/.cache/gamebear/v1" in said
 
 
@@ -246,17 +246,17 @@ def test_it_says_what_it_does_not_do(mine: Project, spool: Path) -> None:
 
 def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
     mine.doit("x").ok()
-    mine.doit("prune", "--older", "1").ok()
+    mine.gamebear("prune", "--older", "1").ok()
     assert builds(spool) == 1
     (end,) = spool.glob("*/end.json")
     os.utime(end, (1, 1))
-    mine.doit("prune", "--size", "1M").failed("removes by age only.")
-    assert "1 job removed" in mine.doit("prune", "--older", "1").ok().out
+    mine.gamebear("prune", "--size", "1M").failed("removes by age only.")
+    assert "1 job removed" in mine.gamebear("prune", "--older", "1").ok().out
     assert list(spool.iterdir()) == []
 
 
 def test_the_doctor_shows_what_it_says_of_itself(mine: Project, spool: Path) -> None:
-    said = " ".join(mine.doit("doctor").ok().out.split())
+    said = " ".join(mine.gamebear("doctor").ok().out.split())
     assert "of a kind that cannot be examined further" in said and f"spool {spool}" in said
 
 

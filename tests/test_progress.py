@@ -15,7 +15,7 @@ from remote import known
 from sshd import Sshd
 from terminal import terminal
 
-HEAD = 'from gamebear_tasks import artifact\nDOIT_CONFIG = {"reporter": "live"}\n'
+HEAD = 'from gamebear_tasks import artifact, live\nDOIT_CONFIG = {"reporter": live}\n'
 
 JOB = HEAD + "def task_a(): return artifact('a.py', outputs=['build/a'])\n"
 

@@ -109,35 +109,35 @@ def test_every_build_says_where_its_artifacts_come_from_where_that_is_set(pair: 
         assert 0 <= details.metadata.finished_on.seconds - details.metadata.started_on.seconds < 600
     shutil.rmtree(pair.store)
     files[0].with_name("one.intoto.json").unlink()
-    assert pair.doit("provenance").ok().out.split() == ["build/one.intoto.json", "build/two.intoto.json"]
+    assert pair.gamebear("provenance").ok().out.split() == ["build/one.intoto.json", "build/two.intoto.json"]
     read_statement(files[0])  # without the builder
     pair.doit("clean", "pair").ok()
     assert [path.name for path in (pair.folder / "build").iterdir()] == ["logs"]
 
 
 def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_else(pair: Project) -> None:
-    pair.doit("provenance", "never").failed("never is not up to date", "Run doit never first")
-    pair.doit("provenance", "plain").failed("plain is made by neither artifact() nor sd_image()")
-    pair.doit("provenance", "nobody").failed("There is no task 'nobody'")
+    pair.gamebear("provenance", "never").failed("never is not up to date", "Run doit never first")
+    pair.gamebear("provenance", "plain").failed("plain is made by neither artifact() nor sd_image()")
+    pair.gamebear("provenance", "nobody").failed("There is no task 'nobody'")
     pair.doit("pair").ok()
     assert not list(pair.folder.glob("build/*.intoto.json"))
     (noted,) = pair.store.glob("jobs/*/materials.json")
     noted.write_text(json.dumps({**json.loads(noted.read_text()), "by": {"buildah": "1.0"}}))
-    pair.doit("provenance").ok()
+    pair.gamebear("provenance").ok()
     before = read_statement(pair.folder / "build/one")
     assert before.run_details.builder.version["buildah"] == "1.0", "the builder has another one since"
     assert "libc6" in packages(before)
     (pair.folder / "build/one").write_text("changed")
-    pair.doit("provenance", "pair").failed(
+    pair.gamebear("provenance", "pair").failed(
         "build/one is not the file that pair made", "doit clean pair, then doit pair"
     )
     pair.write("in/word", "another")
-    pair.doit("provenance", "pair").failed("pair is not up to date")
+    pair.gamebear("provenance", "pair").failed("pair is not up to date")
     pair.doit("pair").ok()
     assert not list(pair.folder.glob("build/*.intoto.json")), "what was said is about other files"
     for path in pair.store.glob("jobs/*/state.json"):
         path.unlink()
-    pair.doit("provenance").failed("The builder no longer has the result of job", "doit clean TASK, then doit TASK")
+    pair.gamebear("provenance").failed("The builder no longer has the result of job", "doit clean TASK, then doit TASK")
 
 
 def test_nothing_secret_of_a_url_is_told() -> None:

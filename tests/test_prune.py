@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from project import ROOT, Project, wait_for
+from project import Project, wait_for
 from sshd import Account
 from test_store_faults import WAIT, Job
 
@@ -58,7 +57,7 @@ def grow_old(store: Store, days: float, *jobs: StoredJob) -> None:
 
 
 def prune(job: Job, *options: str) -> str:
-    return job.project.doit("prune", *options).ok().out
+    return job.project.gamebear("prune", *options).ok().out
 
 
 def stored(job: Job) -> StoredJob:
@@ -172,8 +171,7 @@ def test_a_job_that_runs_is_left_alone(tmp_path: Path, fresh_home: Path) -> None
 def test_what_a_lost_job_left_goes_whoever_owns_it(tmp_path: Path, remote_project: Project, account: Account) -> None:
     remote_project.write(
         "dodo.py",
-        "from gamebear_tasks import artifact, task_prune\n\n"
-        "def task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
+        "from gamebear_tasks import artifact\n\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
     )
     remote_project.write("x.py", f"open('x', 'w').close()  # {os.urandom(8).hex()}")
     remote_project.doit("x").ok()
@@ -195,7 +193,7 @@ def test_what_a_lost_job_left_goes_whoever_owns_it(tmp_path: Path, remote_projec
         job.mark.touch()
         os.chown(job.mark, account.uid, account.uid)
     grow_old(store, 10)
-    assert "removed" in remote_project.doit("prune", "--older", "9").ok().out
+    assert "removed" in remote_project.gamebear("prune", "--older", "9").ok().out
     assert [*store.jobs.iterdir(), *store.trash.iterdir(), *store.live.iterdir()] == []
 
 
@@ -285,12 +283,6 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
         "locks that nobody holds go"
     )
     made[1].ok()
-
-
-def test_a_bare_doit_of_our_own_project_does_not_prune(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    dodo = runpy.run_path("dodo.py")
-    assert "task_prune" in dodo and "prune" not in dodo["DOIT_CONFIG"]["default_tasks"]
 
 
 # what no run of doit comes to at the right moment
@@ -451,17 +443,17 @@ def test_a_source_that_is_used_counts_as_new(tmp_path: Path, fresh_home: Path) -
     sha256 = hashlib.sha256((tmp_path / "a.tar").read_bytes()).hexdigest()
     project.write(
         "dodo.py",
-        "from gamebear_tasks import archive, artifact, task_prune, task_sources\n"
+        "from gamebear_tasks import archive, artifact\n"
         f"A = archive({(tmp_path / 'a.tar').as_uri()!r}, sha256={sha256!r}, strip=0)\n"
         "def task_x(): return artifact('x.py', sources={'a': A}, outputs=['x'])\n",
     )
     project.write("x.py", "")
-    project.doit("sources").ok()
+    project.gamebear("sources").ok()
     (tar,) = (fresh_home / ".cache/gamebear-tasks/sources").glob("*.tar")
     os.utime(tar, (1e9, 1e9))
-    project.doit("sources").ok()
-    project.doit("prune", "--older", "1").ok()
+    project.gamebear("sources").ok()
+    project.gamebear("prune", "--older", "1").ok()
     assert tar.exists()
     os.utime(tar, (1e9, 1e9))
-    project.doit("prune", "--older", "1").ok()
+    project.gamebear("prune", "--older", "1").ok()
     assert not tar.exists()

@@ -253,7 +253,7 @@ def test_the_time_limit_ends_a_job_whose_output_is_being_hashed(project: Project
     project.doit().ok()  # the slot is free
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "doit jobs cancel"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "gamebear jobs cancel"])
 def test_a_job_whose_output_is_being_hashed_can_be_cancelled(project: Project, how: str) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", HUGE)
@@ -262,7 +262,7 @@ def test_a_job_whose_output_is_being_hashed_can_be_cancelled(project: Project, h
     if how == "Ctrl-C":
         client.send_signal(signal.SIGINT)
     else:
-        project.doit("jobs", "cancel", "x", "--force").ok()
+        project.gamebear("jobs", "cancel", "x", "--force").ok()
     assert client.wait(60) != 0
     (state,) = project.store.glob("jobs/*/state.json")
     assert json.loads(state.read_bytes())["state"] == "cancelled"

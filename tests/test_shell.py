@@ -26,7 +26,6 @@ pytestmark = pytest.mark.system
 
 DODO = """
 from gamebear_tasks import artifact
-from gamebear_tasks.doit_plugin.tools import task_prune
 
 def task_x():
     return artifact("x.py", outputs=["build/x"])
@@ -144,7 +143,7 @@ def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
     said = place.fail().text
     assert "`sh -c 'test -e mended'` failed with status 1 in a container of scratch" in said
     assert "the last line" in said and "The whole log is build/logs/x.log." in said
-    assert "The container is kept: `doit shell x` opens a shell in it." in said
+    assert "The container is kept: `gamebear shell x` opens a shell in it." in said
     with place.shell("x", size=(31, 97)) as keyboard:
         keyboard.see("this is container 2 of the 2 that x has left .* failed with status 1")
         keyboard.see(r"[$#] ")
@@ -169,7 +168,7 @@ def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
 
 def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
     there.has_left()
-    run = there.project.doit("shell", "x", "--", "sh", "-c", 'echo "$1"; id -u; exit 5', "sh", "CFLAGS=-O2")
+    run = there.project.gamebear("shell", "x", "--", "sh", "-c", 'echo "$1"; id -u; exit 5', "sh", "CFLAGS=-O2")
     assert (run.status, run.out) == (5, "CFLAGS=-O2\n1000\n")
     data = os.urandom(1 << 20)
     done = subprocess.run(
@@ -182,7 +181,7 @@ def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
     )
     assert done.stdout == data
     assert done.stderr == b""
-    assert there.project.doit("shell", "-c", "1", "x", "--", "cat", "/job/note").ok().out == "in the job's folder\n"
+    assert there.project.gamebear("shell", "-c", "1", "x", "--", "cat", "/job/note").ok().out == "in the job's folder\n"
 
 
 def test_what_cannot_be_entered_is_said(here: Place) -> None:
@@ -190,7 +189,7 @@ def test_what_cannot_be_entered_is_said(here: Place) -> None:
     shell = ("shell",)
     here.project.doit(*shell, "-c", "3", "x").failed("x has left 2 containers, and there is no container 3.")
     here.project.doit(*shell, "y").failed("There is no task y. Those that build on one: x, other:a, other:b")
-    here.project.doit(*shell).failed("doit shell does not say which task's container.")
+    here.project.doit(*shell).failed("gamebear shell does not say which task's container.")
     here.project.doit(*shell, "x", "--").failed("There is no command behind --.")
     here.project.doit(*shell, "other:a").failed(
         "No container of other:a is kept on", "`doit other:a keep_failed=yes` has it kept if the task fails"
@@ -204,25 +203,25 @@ def test_an_open_shell_keeps_its_container(there: Place) -> None:
         there.project.doit("x").failed("Somebody has a shell open in a container", "Leave that shell")
         for name in ("state.json", "clients", "job.json"):
             os.utime(job / name, (1, 1))
-        said = there.project.doit("prune", "--older", "0.5").ok().out
+        said = there.project.gamebear("prune", "--older", "0.5").ok().out
         assert "Somebody has a shell open in a container of job" in said
-        assert there.project.doit("shell", "x", "--", "sh", "-c", "echo beside").ok().out == "beside\n"
+        assert there.project.gamebear("shell", "x", "--", "sh", "-c", "echo beside").ok().out == "beside\n"
         keyboard.type("echo still here; exit 6\r")
         keyboard.see("still here\r\n")
         assert keyboard.end() == 6
         assert "panic" not in keyboard.text
     for name in ("state.json", "clients", "job.json"):
         os.utime(job / name, (1, 1))
-    assert "1 job" in there.project.doit("prune", "--older", "0.5").ok().out
+    assert "1 job" in there.project.gamebear("prune", "--older", "0.5").ok().out
     assert there.kept == [] and there.containers == 0
-    there.project.doit("shell", "x").failed("No container of x is kept")
+    there.project.gamebear("shell", "x").failed("No container of x is kept")
 
 
 def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
     there.fail()
     assert len(there.kept) == 1 and there.containers == 2
     said = there.fail("x", "base=auto").text
-    again = "`doit x base=auto keep_failed=yes` builds again, then `doit shell x base=auto`"
+    again = "`doit x base=auto keep_failed=yes` builds again, then `gamebear shell x base=auto`"
     assert f"To look into its container: {again}." in said
     assert there.kept == [] and there.containers == 0
     assert_nothing_is_left(there.project, there.store)
@@ -231,7 +230,7 @@ def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
 def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
     here.fail("-c", "other", "keep_failed=yes")
     assert len(here.kept) == MOST == here.containers
-    assert here.project.doit("jobs").ok().out.count("failed, kept") == MOST
+    assert here.project.gamebear("jobs").ok().out.count("failed, kept") == MOST
     for path in here.kept:
         old = time.time() - AGE - 60
         os.utime(path, (old, old))
@@ -278,17 +277,17 @@ def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
                 os.kill(number, signal.SIGKILL)
         assert doit.wait() == 1
     here.failed.update(path.name for path in (here.store / "jobs").iterdir())
-    run = here.project.doit("shell", "x", "--", "sh", "-c", "pwd; cat half").ok()
+    run = here.project.gamebear("shell", "x", "--", "sh", "-c", "pwd; cat half").ok()
     assert run.out == "/tmp\nhalf done\n"
     here.project.write("x.py", f"{here.script}# mended\n")
-    run = here.project.doit("shell", "x", "--", "true").ok()
+    run = here.project.gamebear("shell", "x", "--", "true").ok()
     assert "what x is built from has changed since it failed" in run.err
     here.project.write("x.py", here.script)
 
 
 def test_an_output_that_is_missing_leaves_the_last_containers(here: Place) -> None:
     here.project.write("x.py", "with Container('scratch') as c:\n    c.copy_in('x.py', '/left')\n")
-    assert "doit shell x" in here.fail().text
+    assert "gamebear shell x" in here.fail().text
     with here.shell("x") as keyboard:
         keyboard.see("made from scratch, in which nothing was run")
         assert keyboard.end() != 0  # there is no program in it, not even a shell
@@ -310,7 +309,7 @@ def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote
         assert "ERROR: " in keyboard.text and "is gone" in keyboard.text
         assert keyboard.is_as_before
     wait_for(lambda: not is_running("sleep", str(seconds)))
-    assert place.project.doit("shell", "x", "--", "cat", "half").ok().out == "half done\n"
+    assert place.project.gamebear("shell", "x", "--", "cat", "half").ok().out == "half done\n"
     place.fail("x")
 
 

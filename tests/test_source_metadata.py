@@ -53,12 +53,12 @@ def test_a_program_sees_the_metadata_of_its_sources(upstream: Path, project: Pro
     body = f"    {'; '.join(TELL.splitlines())}\n" if kind == "function" else "    import told\n    told.tell()\n"
     project.write(
         "dodo.py",
-        "from gamebear_tasks import artifact, git, task_lock\n\n"
+        "from gamebear_tasks import artifact, git\n\n"
         f"def build():\n{body}\n"
         "def task_x():\n"
         f"    return artifact({program}, outputs=['build/x'], sources={{'src': git({str(upstream)!r}, 'main')}})\n",
     )
-    project.doit("lock").ok()
+    project.gamebear("lock").ok()
     project.doit("x").ok()
     assert json.loads((project.folder / "build/x").read_text()) == {
         "src": {"url": str(upstream), "commit": head, "tag": "v1.2", "date": DATE}
@@ -127,14 +127,14 @@ def test_why_a_task_is_built_names_the_metadata(upstream: Path, project: Project
     project.write("x.py", TELL)
     project.write(
         "dodo.py",
-        "from gamebear_tasks import artifact, git, task_lock\n"
+        "from gamebear_tasks import artifact, git\n"
         "def task_x():\n"
         f"    return artifact('x.py', outputs=['build/x'], sources={{'src': git({str(upstream)!r}, 'main')}})\n",
     )
-    project.doit("lock").ok()
+    project.gamebear("lock").ok()
     project.doit("x").ok()
     call_git(upstream, "tag", "v2")
-    project.doit("lock", "-u").ok()
+    project.gamebear("lock", "-u").ok()
     assert project.doit("x").ok().ran == ["x"]
     assert json.loads((project.folder / "build/x").read_text())["src"]["tag"] == "v2"
     record = json.loads((project.folder / "build/logs/x.json").read_text())

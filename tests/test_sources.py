@@ -281,7 +281,7 @@ def test_a_branch_without_an_entry_in_the_lock_file() -> None:
         git("https://git.example/x", "main").identity(NOTHING_LOCKED)
     assert str(caught.value) == (
         "git source https://git.example/x main is not pinned: gamebear.lock has no entry for it."
-        "\n→ Run `doit lock` and commit gamebear.lock."
+        "\n→ Run `gamebear lock` and commit gamebear.lock."
     )
 
 

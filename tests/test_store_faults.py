@@ -40,14 +40,13 @@ from gamebear_tasks.runner.util.atomic_files import sha256
 from gamebear_tasks.runner.util.locks import Lock
 
 DODO = """
-from gamebear_tasks import artifact, task_prune
+from gamebear_tasks import artifact
 
 DOIT_CONFIG = {{"default_tasks": ["x"]}}
 
 def task_x():
     return artifact("x.py", inputs={inputs!r}, outputs=["build/x"])
 
-__all__ = ["task_prune"]
 """
 
 SCRIPT = """
@@ -324,7 +323,7 @@ def test_a_disk_that_is_full_at_upload_is_named_and_the_upload_goes_on_when_ther
 ) -> None:
     job = Job(tmp_path, home, inputs={"big": os.urandom(5 * MIB)}, XDG_CACHE_HOME=str(disk))
     fill(ballast, but=2 * MIB)
-    job.failed("On this machine: The builder's disk is full", "Make room there", "doit prune")
+    job.failed("On this machine: The builder's disk is full", "Make room there", "gamebear prune")
     assert job.builds == 0
     ballast.unlink()
     job.ok()

@@ -141,12 +141,12 @@ def test_info_tells_files_targets_and_why_it_would_run(built: Project) -> None:
     assert "the job of gt.py: its files, arguments, sources, architecture, names, or the function" in changed.out
 
 
-def test_our_own_dodo_lists_the_artifacts_the_images_and_the_tools(tmp_path: Path) -> None:
+def test_our_own_dodo_lists_the_artifacts_and_the_images(tmp_path: Path) -> None:
     own = Project(tmp_path / "project", home=tmp_path / "home")
     own.take("dodo.py", "buildscripts", "gamebear.lock")
     lines = {line.split()[0]: line.split(None, 1)[1] for line in own.doit("list").ok().out.splitlines()}
     artifacts, images = ["gt", "umtprd", "usbgx"], ["base_image", "gt_image", "image"]
-    assert sorted(lines) == sorted([*artifacts, *images, "lock", "prune", "sources"])
+    assert sorted(lines) == sorted([*artifacts, *images])
     assert all(len(doc) > 20 for doc in lines.values())
     info = own.doit("info", "gt").out
     for line in ("buildscripts/gt.py", "buildscripts/common.py", "build/usbgx.tar", "build/gt.tar"):
@@ -322,18 +322,18 @@ def test_a_pin_that_doit_lock_writes_in_the_same_run_counts(project: Project) ->
     git("commit", "--message=1")
     project.write(
         "dodo.py",
-        "from gamebear_tasks import artifact, git, task_lock\n"
+        "from gamebear_tasks import artifact, git\n"
         "def task_x():\n"
         f"    return artifact('x.py', sources={{'up': git({upstream.as_uri()!r}, rev='main')}}, outputs=['x'])\n",
     )
     project.write("x.py", "import shutil; shutil.copy('up/version', 'x')")
-    project.doit("x").failed("not pinned", "doit lock")
-    assert project.doit("lock", "x").ok().ran == ["lock", "x"]
+    project.doit("x").failed("not pinned", "gamebear lock")
+    assert project.gamebear("lock", "x").ok().ran == ["lock", "x"]
     assert project.doit("x").ok().ran == []
     (upstream / "version").write_text("2")
     git("commit", "--all", "--message=2")
     assert project.doit("x").ok().ran == []
-    project.doit("lock", "--update").ok()
+    project.gamebear("lock", "--update").ok()
     assert project.doit("x").ok().ran == ["x"]
     assert (project.folder / "x").read_text() == "2"
 
@@ -427,8 +427,6 @@ NEEDED = {
     "doit_plugin",
     "doit_plugin.action",
     "doit_plugin.artifact",
-    "doit_plugin.database",
-    "doit_plugin.reporter",
     "errors",
     "jobspec",
     "jobspec.module_finder",
@@ -461,11 +459,11 @@ def test_an_up_to_date_run_loads_no_more_of_us_than_its_dodo_file_names(built: P
 
     sources = {"sources.alternatives", "sources.archive", "sources.base", "sources.lockfile", "util.subprocesses"}
     sources.add("runner.util.processes")
-    assert loaded() <= NEEDED | sources | {"doit_plugin.tools", "sources.deterministic_tar"}
+    assert loaded() <= NEEDED | sources | {"doit_plugin.reporter", "sources.deterministic_tar"}
     built.write("x.py", "open('x', 'w').close()")
     built.write("dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])")
     built.doit().ok()
-    assert loaded() == NEEDED | {"doit_plugin.tools"}
+    assert loaded() == NEEDED
 
 
 def reads(project: Project, *arguments: str) -> int:

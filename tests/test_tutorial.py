@@ -135,7 +135,7 @@ def test_the_tutorial_works_with_upstreams_that_stand_in(
 
 
 HOW_TO = """
-from gamebear_tasks import artifact, task_lock, task_prune, task_sources
+from gamebear_tasks import artifact
 
 def task_hello():
     return artifact("hello.py", outputs=["build/hello"])

@@ -16,8 +16,9 @@ from project import ROOT, Run
 
 SERVER = """
 import json, os, sys
-import gamebear_tasks.client.build, gamebear_tasks.builders.transports.local, gamebear_tasks.doit_plugin.tools
+import gamebear_tasks.client.build, gamebear_tasks.builders.transports.local
 from gamebear_tasks import *
+from gamebear_tasks.cli.main import COMMANDS, Main
 from doit.doit_cmd import DoitMain
 
 for line in sys.stdin:
@@ -29,8 +30,9 @@ for line in sys.stdin:
         os.environ.update(request["environment"])
         for fd, name in enumerate((os.devnull, request["out"], request["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), fd)
-        sys.argv[:] = ["doit", *request["arguments"]]
-        sys.exit(DoitMain().run(request["arguments"]))
+        main = Main() if request["arguments"][0] in COMMANDS else DoitMain()
+        sys.argv[:] = [main.BIN_NAME, *request["arguments"]]
+        sys.exit(main.run(request["arguments"]))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 

@@ -1,4 +1,4 @@
-"""Makes the pictures of `doit report`: builds the three artifacts, breaks one, and has a browser show the page.
+"""Makes the pictures of `gamebear report`: builds the three artifacts, breaks one, and has a browser show the page.
 
 `python3 docs/pictures/report.py FOLDER` works in a new folder; builder and architecture are those of the settings
 (GAMEBEAR_BUILDER, GAMEBEAR_ARCH). Where FOLDER is there, only the pictures are made again.
@@ -76,5 +76,5 @@ if __name__ == "__main__":
     if not there.exists():
         lay(there)
         build(there)
-    subprocess.run([sys.executable, "-m", "doit", "report"], cwd=there, check=True)
+    subprocess.run([sys.executable, "-m", "gamebear_tasks", "report"], cwd=there, check=True)
     take_pictures(there / "build" / "report.html", Path(__file__).parent)

@@ -24,9 +24,9 @@ PICTURES = ROOT / "docs" / "pictures"
 COLUMNS, ROWS = 100, 22
 
 DODO = """
-from gamebear_tasks import artifact, task_lock, task_prune, task_sources
+from gamebear_tasks import artifact, live
 
-DOIT_CONFIG = {"default_tasks": ["daemon", "library", "manual", "tool"], "reporter": "live"}
+DOIT_CONFIG = {"default_tasks": ["daemon", "library", "manual", "tool"], "reporter": live}
 
 
 def task_daemon():
@@ -101,7 +101,7 @@ def main() -> None:
             shown.shows("failed in", "build/logs/broken.log", "\n$", seconds=120)
             _draw(shown, project, "failed")
         with terminal(project, COLUMNS, 24) as shown:
-            shown.type("doit doctor", "Enter")
+            shown.type("gamebear doctor", "Enter")
             shown.shows("ready", seconds=60)
             _draw(shown, project, "doctor")
 

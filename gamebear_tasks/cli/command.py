@@ -1,11 +1,12 @@
-"""What each of our commands is: a command of doit's in a project, whose errors are a paragraph."""
+"""Base of our commands: a command of doit's in a project, whose errors have two parts, cause and fix."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from doit.cmd_base import Command
@@ -13,7 +14,7 @@ from doit.cmdparse import CmdOption
 
 from ..client import cancellation
 from ..client.cancellation import Terminated
-from ..errors import GamebearError, remedy
+from ..errors import GamebearError, SettingsError, remedy
 from ..util.messages import complain, drop
 from ..util.text import in_line
 
@@ -28,7 +29,7 @@ INTERRUPTED = 130
 
 
 class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
-    """A command that doit finds by its entry point (group `doit.COMMAND`).
+    """A command of `gamebear`.
 
     It does not open doit's database, so it works while a build goes on.
 
@@ -81,7 +82,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
             hint = remedy(error) or "See that the disk has room, and that what is read and written is there and yours."
-            complain(f"{in_line(what)}. {hint}")
+            complain(GamebearError(f"{what}.", hint))
             drop(sys.stdout)
             return FAILED
 
@@ -106,6 +107,18 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         self._is_in_project = True
         if self.needs_tasks:
             self.load_tasks()
+
+    def refuse(self, args: Sequence[str]) -> None:
+        """Raise SettingsError where a command that takes no argument got one."""
+        if args:
+            said = f"{self.bin_name} {self.name}"
+            raise SettingsError(f"{said} takes no argument, and got {args[0]!r}.", f"Say {said}.")
+
+    def print_lines(self, lines: Iterable[str]) -> None:
+        """Print each line when it comes. Where nobody reads them (`| head`), the work behind them still completes."""
+        for line in lines:
+            with contextlib.suppress(OSError):
+                print(in_line(line), flush=True)
 
     def load_tasks(self) -> None:
         """Have `self.tasks`, where there is a `dodo.py`; raises InvalidDodoFile."""

@@ -1,4 +1,4 @@
-"""`doit jobs`: what runs or has run on the builders; follow one, cancel one, from any machine that reaches them."""
+"""`gamebear jobs`: what runs or has run on the builders; follow one, cancel one, from any machine that reaches them."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Jobs(ProjectCommand):
 builders of the settings (builder=URL for another), first what
 runs, then the newest.
 
-`doit jobs follow ID` prints a job's log and goes on with it to
+`gamebear jobs follow ID` prints a job's log and goes on with it to
 the job's end; Ctrl-C leaves the job alone. Exit status: 0 where
 it is done, 1 where it failed or was cancelled.
 
-`doit jobs cancel ID` ends a job, whoever asked for it.
+`gamebear jobs cancel ID` ends a job, whoever asked for it.
 
 ID is the beginning of a job's digest, as the list shows it, or
 the name of a task of this project."""
@@ -116,8 +116,8 @@ the name of a task of this project."""
         verb, *names = args
         if verb not in ("follow", "cancel") or len(names) != 1:
             raise SettingsError(
-                f"doit jobs does not know what to do with {' '.join(args)!r}.",
-                "Say `doit jobs`, `doit jobs follow ID` or `doit jobs cancel ID`.",
+                f"gamebear jobs does not know what to do with {' '.join(args)!r}.",
+                "Say `gamebear jobs`, `gamebear jobs follow ID` or `gamebear jobs cancel ID`.",
             )
         found = self._find(names[0])
         return _follow(found, options["lines"]) if verb == "follow" else _cancel(found, options["force"])
@@ -167,10 +167,10 @@ the name of a task of this project."""
         urls = " or ".join(shown(builder.url) for builder in builders)
         if name in self.tasks:
             raise SettingsError(
-                f"There is no job of the task {name!r} on {urls}.", "`doit jobs` lists those there are."
+                f"There is no job of the task {name!r} on {urls}.", "`gamebear jobs` lists those there are."
             )
         tasks = ", and no task has that name" if self.tasks else ""
-        raise SettingsError(f"No job on {urls} begins with {name!r}{tasks}.", "`doit jobs` lists those there are.")
+        raise SettingsError(f"No job on {urls} begins with {name!r}{tasks}.", "`gamebear jobs` lists those there are.")
 
     def _digests(self, name: str) -> list[str]:
         """Return the digests that a task's job has: as its files are now, and as doit last had it built from here."""
@@ -252,7 +252,7 @@ def _follow(job: Found, lines: int) -> int:
     except KeyboardInterrupt:
         out.close()
         if not entry.is_final:
-            notice(f"{job.name} goes on; `doit jobs cancel {entry.digest[: entry.digits]}` ends it")
+            notice(f"{job.name} goes on; `gamebear jobs cancel {entry.digest[: entry.digits]}` ends it")
         raise
     out.close()
     said = f": {status.failure.message}" if status.failure else ""
@@ -264,7 +264,7 @@ def _follow(job: Found, lines: int) -> int:
 def _cancel(job: Found, force: bool) -> int:
     entry = job.entry
     if entry.is_final:
-        raise BuilderError(f"{job.name} does not run: it is {entry.state}.", "`doit jobs` lists first what runs.")
+        raise BuilderError(f"{job.name} does not run: it is {entry.state}.", "`gamebear jobs` lists first what runs.")
     others = job.listed.end(entry.digest, entry.attempt, force)
     if others:
         raise BuilderError(

@@ -1,4 +1,4 @@
-"""`doit provenance`: statements beside the artifacts that say where these come from."""
+"""`gamebear provenance`: statements beside the artifacts that say where these come from."""
 
 from __future__ import annotations
 

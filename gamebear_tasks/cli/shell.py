@@ -1,4 +1,4 @@
-"""`doit shell`: a shell in the container in which a task's job failed, on the builder that has kept it."""
+"""`gamebear shell`: a shell in the container in which a task's job failed, on the builder that has kept it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ here, it reads and writes what this command does.
 
 A builder keeps what the last {MOST} failed jobs left, for
 {AGE / 86400:g} days. It goes when the task is built again, and when the job
-goes (`doit prune`); never while a shell is open in it.
+goes (`gamebear prune`); never while a shell is open in it.
 """
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
@@ -110,7 +110,7 @@ goes (`doit prune`); never while a shell is open in it.
         raise JobError(
             f"No container of {task} is kept on {shown(url)}.",
             f"`doit {quoted} keep_failed=yes` has it kept if the task fails (what the last {MOST} failed jobs left, for"
-            f" {AGE / 86400:g} days), then `doit shell {quoted}` opens a shell in it.",
+            f" {AGE / 86400:g} days), then `gamebear shell {quoted}` opens a shell in it.",
         )
 
 
@@ -123,11 +123,12 @@ def _asked(args: Sequence[str]) -> tuple[str, list[str]]:
         if "--" in sys.argv:  # doit takes whatever has a = in it for a variable of its own
             words = sys.argv[sys.argv.index("--") + 1 :]
         if not words:
-            raise SettingsError("There is no command behind --.", "Say doit shell TASK -- COMMAND, or no --.")
+            raise SettingsError("There is no command behind --.", "Say gamebear shell TASK -- COMMAND, or no --.")
     if len(before) != 1:
+        what = "takes one task's name" if before else "does not say which task's container"
         raise SettingsError(
-            "doit shell takes one task's name." if before else "doit shell does not say which task's container.",
-            "Say doit shell [--container N] TASK, or doit shell TASK -- COMMAND.",
+            f"gamebear shell {what}.",
+            "Say gamebear shell [--container N] TASK, or gamebear shell TASK -- COMMAND.",
         )
     return before[0], words
 

@@ -1,6 +1,6 @@
-"""doit's reporter `live`: `doit -r live`, or `DOIT_CONFIG = {"reporter": "live"}`; and its own, made to last.
+"""The reporter `live`: the default of `gamebear`, or `DOIT_CONFIG = {"reporter": live}` for `doit`.
 
-doit loads it for every run, whichever reporter is chosen: what it needs to show something is imported when there is
+It is imported with every `dodo.py` that names it, so what it needs to show something is imported when there is
 something to show.
 """
 
@@ -11,14 +11,12 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
-from doit.runner import MRunner, MThreadRunner
 
 from ..client import cancellation
-from ..errors import SettingsError
 from ..util.messages import drop, notice
 from ..util.text import in_line, without_escapes
 
@@ -37,20 +35,17 @@ class Output:
 
     Args:
         stream: the stream; None where standard output was closed before we began.
-        at_once: whether each text is to be out when it is written, and not when the stream has enough of them.
     """
 
-    def __init__(self, stream: TextIO | None, at_once: bool = True) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._at_once = at_once
 
     def write(self, text: str) -> None:
         """Write a text, if somebody takes it."""
         if self._stream is not None:
             try:
                 self._stream.write(text)
-                if self._at_once:
-                    self._stream.flush()
+                self._stream.flush()
             except (OSError, ValueError) as error:
                 self._lose(self._stream, error)
 
@@ -73,32 +68,14 @@ class Output:
         return getattr(self._stream, name)
 
 
-class Console(ConsoleReporter):  # type: ignore[misc]  # doit has no types
-    """doit's `console`, its default, which goes on without where nothing can be shown.
-
-    Of reporters with one name, doit takes that of an entry point.
-    """
-
-    desc = ConsoleReporter.desc
-
-    def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
-        super().__init__(Output(outstream, at_once=False), options)
-
-    def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
-        """See whether doit can do it the way it is to; raises SettingsError."""
-        _starts_processes(sys._getframe(1).f_locals.get("self"))
-
-    def complete_run(self) -> None:
-        """Have all be out, while it can still be said that it cannot."""
-        super().complete_run()
-        self.outstream.flush()
-        cancellation.end_run()
-
-
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     """A live view on a terminal; plain lines, each with its task, in files, pipes, CI and on dumb terminals."""
 
     desc = "live view on a terminal, plain lines elsewhere"
+
+    shows_logs: ClassVar[bool] = False
+    """Show all of the logs on a terminal too, and not just their last lines. `gamebear -v 2` sets it: doit gives a
+    reporter none of its options, so with plain `doit -v 2` it stays False."""
 
     def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
         is_live = outstream is not None and _is_live(outstream)
@@ -106,29 +83,33 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         self._tasks: Mapping[str, Any] = {}
         self._selected: Sequence[str] = ()
         self._processes = False
-        self._whole = False
+        self._alone: set[str] = set()
         self._is_live = is_live
         self._skipped: dict[str, int] = {}
         self._view: Live | Plain | None = None
         self._lock = threading.Lock()
 
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
-        """Note what there is to do, and how doit does it; raises SettingsError where it cannot."""
+        """Note what there is to do."""
+        cancellation.begin_run(whole=True)
         self._tasks, self._selected = tasks, selected_tasks
-        runner = sys._getframe(1).f_locals.get("self")  # doit tells a reporter nothing of its options
-        self._processes = _starts_processes(runner)
-        stream = getattr(runner, "stream", None)
-        self._whole = bool(getattr(stream, "force_global", False)) and getattr(stream, "verbosity", 0) == 2
 
     def get_status(self, task: Any) -> None:
-        """Be there before doit starts processes, as they are to find us."""
+        """Open the event socket before doit forks: its processes find the socket in their environment.
+
+        doit has made its queues by now (`doit -n`). Who else has imported them only has the socket opened in vain.
+        """
+        if not self._processes and "multiprocessing.queues" in sys.modules:
+            self._processes = True
         if self._processes:
             self._seen()
 
     def execute_task(self, task: Any) -> None:
         """Show that a task runs."""
         if _is_shown(task):
-            self._seen().start(task.name, _title(task), self._is_alone(task))
+            if task.io.capture is False and not multiprocessing.active_children():
+                self._alone.add(task.name)  # doit gives it the terminal, and nothing else runs
+            self._seen().start(task.name, _title(task), task.name in self._alone)
 
     def add_success(self, task: Any) -> None:
         """Show that a task has ended well."""
@@ -147,7 +128,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def skip_uptodate(self, task: Any) -> None:
         """Count a task that is up to date; name it where that was asked for, or lines cost nothing."""
         if _is_shown(task):
-            self._skip("up to date", "" if self._is_live and not self._whole else f"-- {_title(task)}")
+            self._skip("up to date", "" if self._is_live and not self.shows_logs else f"-- {_title(task)}")
 
     def skip_ignore(self, task: Any) -> None:
         """Name a task that is ignored."""
@@ -192,7 +173,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             return Plain(self.outstream, board, self._processes)
         from ..progress.live_view import Live
 
-        return Live(self.outstream, board, names, self._whole, self._processes)
+        return Live(self.outstream, board, names, self.shows_logs, self._processes)
 
     def _wanted(self) -> list[str]:
         """Return the names of the tasks that doit has to see to."""
@@ -201,7 +182,8 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         return [name for name in with_dependencies(self._tasks, self._selected) if _is_shown(self._tasks[name])]
 
     def _end(self, task: Any, how: str, text: str = "") -> None:
-        self._seen().end(task.name, how, text, task.executed and self._is_alone(task))
+        self._seen().end(task.name, how, text, task.name in self._alone)
+        self._alone.discard(task.name)
 
     def _skip(self, how: str, line: str) -> None:
         self._skipped[how] = self._skipped.get(how, 0) + 1
@@ -209,10 +191,6 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             self._view.skip(how, line)
         elif line:
             self.write(f"{line}\n")
-
-    def _is_alone(self, task: Any) -> bool:
-        """Whether a task has the terminal for itself: doit gives it what it writes to, and nothing else runs."""
-        return task.io.capture is False and not self._processes
 
     def _words_of(self, task: Any, fail: BaseFail) -> str:
         """Return what there is to say of a failure, with what the task has written, where that was not shown."""
@@ -238,23 +216,6 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
                     process.join(LAST_WORDS)
                 raise
         cancellation.end_what_is_left()
-
-
-def _starts_processes(runner: object) -> bool:
-    """Say whether a runner of doit's has tasks done in processes of their own.
-
-    Raises:
-        SettingsError: these could not speak with it: what they share is in /dev/shm (sem_overview(7)).
-    """
-    if not isinstance(runner, MRunner) or isinstance(runner, MThreadRunner):
-        return False
-    try:
-        multiprocessing.Lock()
-    except OSError as error:
-        raise SettingsError(
-            f"doit -n cannot start processes here: {error.strerror} (/dev/shm).", "Say -P thread as well, or mount it."
-        ) from error
-    return True
 
 
 def _is_shown(task: Any) -> bool:

@@ -77,12 +77,13 @@ class Page:
     def _footer(self) -> Html:
         return element(
             "footer",
-            element("p", "Written by ", element("code", "doit report"), " on ", _when(self.now), "."),
+            element("p", "Written by ", element("code", "gamebear report"), " on ", _when(self.now), "."),
         )
 
     def _sections(self) -> list[Html]:
         if not self.runs:
-            return [element("p", "Nothing has been built here yet. Run doit, then doit report again.", class_="empty")]
+            empty = "Nothing has been built here yet. Run doit, then gamebear report again."
+            return [element("p", empty, class_="empty")]
         told = model.told(self.runs)
         failures = [each for tasks in told for each in tasks if each.is_newest and each.record.state != "done"]
         sections = [self._failures(failures)] if failures else []

@@ -80,7 +80,7 @@ class BaseSource(ABC, Generic[PinT]):
             return pin
         raise SourceError(
             f"{self} is not pinned: {LOCK_FILE} has no entry for it.",
-            f"Run `doit lock` and commit {LOCK_FILE}.",
+            f"Run `gamebear lock` and commit {LOCK_FILE}.",
         )
 
     def identity(self, lock: Lock) -> dict[str, str | int | bool]:

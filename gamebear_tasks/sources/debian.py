@@ -196,7 +196,7 @@ class Debian(BaseSource[DebianPin]):
             except ProgramError as error:
                 raise self.error(
                     f"cannot be fetched: version {pin.entry.version}: {failures or error.reason}",
-                    "If Debian has a newer version by now, take that (`doit lock --update`), "
+                    "If Debian has a newer version by now, take that (`gamebear lock --update`), "
                     "or make https://snapshot.debian.org an apt source. Else the network is needed this once.",
                 ) from error
 

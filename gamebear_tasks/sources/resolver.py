@@ -75,7 +75,7 @@ def resolve(
         git.update((key, commit) for key, commit in old.git.items() if key not in git)
         debian.update((key, entry) for key, entry in old.debian.items() if key not in debian)
         notes += [
-            f"{kind} {key}: kept, though not declared here; doit lock --prune drops it" for kind, key in undeclared
+            f"{kind} {key}: kept, though not declared here; gamebear lock --prune drops it" for kind, key in undeclared
         ]
     new = Lock(git, debian)
     changes = [

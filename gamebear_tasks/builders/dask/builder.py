@@ -216,7 +216,7 @@ class DaskBuilder:
         """Cancel a job, unless others wait for it; return those who do."""
         place = self._find(digest)
         if place is None:
-            raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `doit jobs`.")
+            raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `gamebear jobs`.")
         return place[1].end(digest, attempt, force)
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, object]:

@@ -298,12 +298,12 @@ class RunnerBuilder:
         if cancelled.others:
             return cancelled.others
         if cancelled.state == "running":
-            raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `doit jobs`.")
+            raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `gamebear jobs`.")
         if cancelled.state != "cancelled":
             how = cancelled.state if cancelled.state in ("done", "failed") else "lost, or begun again"
             raise BuilderError(
                 f"{self.place} has not cancelled the job, which had ended before: it is {how}.",
-                "`doit jobs` lists first what runs.",
+                "`gamebear jobs` lists first what runs.",
             )
         return ()
 
@@ -354,7 +354,7 @@ class RunnerBuilder:
             if time.monotonic() > until:
                 raise BuilderError(
                     f"{self.place} has not found out in {EXAMINATION:g} seconds what it can do.",
-                    "See what it is busy with (top, dmesg), then run doit doctor again.",
+                    "See what it is busy with (top, dmesg), then run gamebear doctor again.",
                 )
             time.sleep(SHORT)  # throttle: a runner holds its answer until the diagnostics are complete
         about = responses.facts(said)

@@ -246,7 +246,7 @@ def _disk(facts: _Facts) -> Iterator[Finding]:
     free, files = disk.number("free"), disk.number("files")
     folder = disk.text("folder")
     what = f"{size(int(free or 0))} free of {size(disk.count('total'))}, in {folder}"
-    room = "Make room there, say with doit prune --older 30 --images."
+    room = "Make room there, say with gamebear prune --older 30 --images."
     if free is not None and free < LITTLE_ROOM:
         yield Finding("disk", TROUBLE, f"{what}; one image of packages takes about a GiB", room)
     elif files is not None and files < FEW_INODES:

@@ -1,4 +1,4 @@
-"""`doit doctor`: whether each builder is ready, what it lacks and how that is mended; mended when told to."""
+"""`gamebear doctor`: whether each builder is ready, what it lacks and how that is mended; mended when told to."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Doctor(ProjectCommand):
             control.process(list(args) or config.get("default_tasks"))
         except InvalidCommand as error:
             raise SettingsError(
-                f"doit doctor knows no task {error.not_found or args[0]!r}.",
+                f"gamebear doctor knows no task {error.not_found or args[0]!r}.",
                 "Name another builder with builder=URL, such as ssh://pi@buildpi.",
             ) from error
         return needs(self.tasks, with_dependencies(control.tasks, control.selected_tasks))

@@ -160,7 +160,7 @@ class Sheet:
                 yield f"{place.name} is ready."
         mendable = any(finding.is_mendable for place in places for finding in place.findings)
         if mendable and not self._is_mending:
-            yield "doit doctor --fix mends what it can, as root, and says each step."
+            yield "gamebear doctor --fix mends what it can, as root, and says each step."
 
     def _coloured(self, colour: str, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._is_colourful else text

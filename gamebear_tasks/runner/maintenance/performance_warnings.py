@@ -59,13 +59,13 @@ def notices(root: Path, known: Facts) -> dict[str, str]:
     if shutil.disk_usage(root).free < LITTLE_ROOM:
         found["room"] = (
             f"the disk of {root.parent} has less than {LITTLE_ROOM >> 30} GiB left: make room there, say with"
-            " doit prune --older 30 --images"
+            " gamebear prune --older 30 --images"
         )
     about = os.statvfs(root)
     if about.f_files and about.f_favail < FEW_INODES:
         found["inodes"] = (
             f"the file system of {root.parent} can hold only few more files (df -i), whatever room it has: make room"
-            " there, say with doit prune --older 30 --images"
+            " there, say with gamebear prune --older 30 --images"
         )
     if sync_seconds(root) > SLOW_SYNC:
         found["disk speed"] = (

@@ -276,7 +276,7 @@ class Session:
             if not stored.release_kept():
                 raise RunnerError(
                     "Somebody has a shell open in a container that the last attempt of this very job has left.",
-                    "Leave that shell (doit shell), then run doit again.",
+                    "Leave that shell (gamebear shell), then run doit again.",
                 )
             write_bytes(stored.folder / "job.json", text)
             order = {

@@ -90,7 +90,7 @@ def storage_failure(error: OSError) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"The builder's disk is full ({where}).",
-            "Make room there (doit prune --older 30 removes what was not used for 30 days), then run doit again.",
+            "Make room there (gamebear prune --older 30 removes what was not used for 30 days), then run doit again.",
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return StoreError(f"The builder lets us open too few files: {error}.", "Allow more there: ulimit -n 1024")

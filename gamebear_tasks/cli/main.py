@@ -1,0 +1,129 @@
+"""`gamebear`: doit's command line, with our commands and the live reporter. `doit` itself stays as it is.
+
+doit documents how a program embeds it: a subclass of `DoitMain` with commands of its own, and `extra_config`, whose
+sections are those of `doit.cfg` (https://pydoit.org/extending.html).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from doit.cmd_base import DoitCmdBase
+from doit.cmd_dumpdb import DumpDB
+from doit.cmd_run import Run
+from doit.doit_cmd import DoitMain
+from doit.version import VERSION
+
+from ..client.cancellation import Terminated, end_interrupted
+from ..errors import SettingsError
+from .dep_file import check_regular, errors_of, guarded
+
+REPORTER = "live"
+"""The default reporter: a project's DOIT_CONFIG, its pyproject.toml and `-r` choose another."""
+
+COMMANDS = {
+    "doctor": "gamebear_tasks.cli.doctor.command:Doctor",
+    "jobs": "gamebear_tasks.cli.jobs:Jobs",
+    "lock": "gamebear_tasks.cli.lock:Lock",
+    "provenance": "gamebear_tasks.cli.provenance:Provenance",
+    "prune": "gamebear_tasks.cli.prune:Prune",
+    "report": "gamebear_tasks.cli.report:Report",
+    "shell": "gamebear_tasks.cli.shell:Shell",
+    "sources": "gamebear_tasks.cli.sources:Sources",
+}
+"""Our commands. doit imports one when it is used."""
+
+
+class GuardedCommand:
+    """A command of doit's that reports an unusable dependency database in two lines. Precedes the command's class."""
+
+    def get_backends(self) -> Mapping[str, Any]:
+        """Return doit's databases by name, guarded."""
+        backends: Mapping[str, Any] = super().get_backends()  # type: ignore[misc]
+        return {name: guarded(backend) for name, backend in backends.items()}
+
+
+class GuardedRun(GuardedCommand, Run):  # type: ignore[misc]  # doit has no types
+    """`run`, which also tells the live reporter what doit does not."""
+
+    name = "run"
+
+    def execute(self, params: Any, args: Sequence[str]) -> int:
+        """Run tasks; return the exit status.
+
+        Raises:
+            SettingsError: doit cannot start processes (`-n`): their locks are in /dev/shm (sem_overview(7)).
+        """
+        from ..doit_plugin.reporter import LiveReporter
+
+        LiveReporter.shows_logs = params.get("verbosity") == 2
+        try:
+            status: int = super().execute(params, args)
+        except OSError as error:
+            try:
+                multiprocessing.Lock()
+            except OSError as cause:
+                raise SettingsError(
+                    f"gamebear -n cannot start processes here: {cause.strerror} (/dev/shm).",
+                    "Say -P thread as well, or mount it.",
+                ) from error
+            raise
+        return status
+
+
+class GuardedDumpDB(DumpDB):  # type: ignore[misc]  # doit has no types
+    """`dumpdb`, guarded: it opens the database by itself."""
+
+    name = "dumpdb"
+
+    def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> None:
+        """Print the database."""
+        path = opt_values["dep_file"]
+        check_regular(path)
+        with errors_of(path, "read"):
+            super().execute(opt_values, pos_args)
+
+
+def _guarded_command(command: type) -> type:
+    if command in (Run, DumpDB):
+        return GuardedRun if command is Run else GuardedDumpDB
+    if issubclass(command, DoitCmdBase):
+        return type(command.__name__, (GuardedCommand, command), {"__doc__": command.__doc__})
+    return command
+
+
+class Main(DoitMain):  # type: ignore[misc]  # doit has no types
+    """doit's main program under our name."""
+
+    BIN_NAME = "gamebear"
+    DOIT_CMDS = tuple(map(_guarded_command, DoitMain.DOIT_CMDS))
+
+    def __init__(self) -> None:
+        super().__init__(
+            extra_config={
+                "GLOBAL": {"reporter": REPORTER},
+                "COMMAND": COMMANDS,
+                "REPORTER": {REPORTER: "gamebear_tasks.doit_plugin.reporter:LiveReporter"},
+            }
+        )
+
+    @staticmethod
+    def print_version() -> None:
+        """Print our version and doit's."""
+        print(f"gamebear-tasks {version('gamebear-tasks')}")
+        print(f"doit {'.'.join(map(str, VERSION))}")
+
+
+def main() -> None:
+    """Run the command line of this process, and exit."""
+    try:
+        status = Main().run(sys.argv[1:])
+    except Terminated as error:
+        status = end_interrupted(error.number)
+    except KeyboardInterrupt:
+        status = end_interrupted()
+    sys.exit(status)

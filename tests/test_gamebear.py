@@ -1,0 +1,240 @@
+"""`gamebear`: doit's own main program with our commands and reporter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doit.dependency import DbmDB, JSONCodec
+from project import OUR_FRAMES, Project, wait_for
+
+from gamebear_tasks.cli.dep_file import DatabaseError, guarded
+from gamebear_tasks.cli.main import COMMANDS
+
+TASK = "def task_x():\n    return {'actions': ['echo said']}\n"
+
+DODO = "from gamebear_tasks import artifact\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n"
+
+REMOVE = "Remove it: rm -r .doit.db*; doit then finds on the builder what was built."
+
+
+def test_without_a_command_it_runs_tasks_with_the_live_reporter(project: Project) -> None:
+    project.write("dodo.py", TASK)
+    assert "1 done in " in project.gamebear().ok().out
+    assert "1 done in " in project.gamebear("run", "x").ok().out
+    assert "1 done in " not in project.doit().ok().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "pyproject"),
+    [
+        (("-r", "zero"), "", ""),
+        ((), "DOIT_CONFIG = {'reporter': 'zero'}\n", ""),
+        ((), "", "[tool.doit]\nreporter = 'zero'\n"),
+    ],
+    ids=["command line", "DOIT_CONFIG", "pyproject.toml"],
+)
+def test_the_command_line_and_the_project_choose_another_reporter(
+    project: Project, arguments: tuple[str, ...], config: str, pyproject: str
+) -> None:
+    project.write("dodo.py", config + TASK)
+    project.write("pyproject.toml", pyproject)
+    assert project.gamebear(*arguments).ok().out == ""
+
+
+def test_doit_uses_the_live_reporter_of_its_project(project: Project) -> None:
+    project.write("dodo.py", "from gamebear_tasks import live\nDOIT_CONFIG = {'reporter': live}\n" + TASK)
+    assert "1 done in " in project.doit().ok().out
+    assert project.doit("-r", "zero").ok().out == ""
+
+
+def test_it_has_the_commands_of_doit(project: Project) -> None:
+    project.write("dodo.py", TASK)
+    assert project.gamebear("list").ok().out == project.doit("list").ok().out
+    assert project.gamebear("info", "x").status == project.doit("info", "x").status
+    usage = project.gamebear("--help").ok().out
+    for name in ("run", "clean", "forget", "tabcompletion", *COMMANDS):
+        assert f"  gamebear {name} " in usage
+    for name in COMMANDS:
+        assert f"gamebear {name}" in project.gamebear("help", name).ok().out
+
+
+@pytest.mark.parametrize("name", ["report", "lock"])
+def test_a_task_with_the_name_of_a_command_is_refused_and_doit_runs_it(project: Project, name: str) -> None:
+    project.write("dodo.py", TASK.replace("task_x", f"task_{name}"))
+    said = project.gamebear().failed(f"Task can't be called '{name}' because this is a command name")
+    assert said.status == 3
+    assert project.doit("run", name).ok().ran == [name]
+
+
+@pytest.mark.parametrize("name", ["lock", "prune", "sources", "report"])
+def test_a_command_without_arguments_refuses_one(project: Project, name: str) -> None:
+    project.write("dodo.py", TASK)
+    run = project.gamebear(name, "x").failed(f"gamebear {name} takes no argument, and got 'x'. Say gamebear {name}.")
+    assert run.status == 2
+
+
+def test_a_dodo_file_that_imports_a_command_as_a_task_is_told_so(project: Project) -> None:
+    project.write("dodo.py", "from gamebear_tasks import task_lock\n")
+    project.doit().failed("dodo.py imports task_lock, which is a command now. Remove it there, and say gamebear lock.")
+
+
+# the database
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Opens the project's database."""
+    monkeypatch.chdir(tmp_path)
+    return lambda: guarded(DbmDB)(".doit.db", JSONCodec())
+
+
+def failure(attempt: Callable[[], object]) -> str:
+    with pytest.raises(DatabaseError) as caught:
+        attempt()
+    return str(caught.value).replace("\n→ ", " ")
+
+
+def test_the_database_keeps_what_doit_notes(opened: Callable[[], Any]) -> None:
+    first = opened()
+    first.set("x", "result", 1)
+    first.dump()
+    second = opened()
+    assert second.in_("x") and second.get("x", "result") == 1
+    second.remove("x")
+    assert not second.in_("x") and second.get("x", "result") is None
+
+
+def test_a_damaged_entry_of_the_database_is_told(opened: Callable[[], Any]) -> None:
+    first = opened()
+    first._dbm[b"x"] = b'{"result'
+    first.dump()
+    said = "doit's database .doit.db cannot be read: it is damaged, or another Python's."
+    assert failure(lambda: opened().get("x", "result")) == f"{said} {REMOVE}"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device. Make room there, then run doit again"),
+        (OSError(11, "Resource temporarily unavailable"), "Another doit runs in this folder: wait until it has ended."),
+        (OSError("database is locked"), "Another doit runs in this folder: wait until it has ended."),
+        (ValueError("Expecting value"), REMOVE),
+    ],
+)
+def test_an_error_of_the_database_names_its_cause_and_fix(
+    opened: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(DbmDB, "dump", fails)
+    said = failure(opened().dump)
+    assert said.startswith("doit's database .doit.db cannot be written: ") and says in said
+
+
+@pytest.mark.parametrize("backend", ["dbm", "json", "sqlite3"])
+@pytest.mark.parametrize("command", ["run", "list --status", "clean", "forget -a", "ignore x", "info x", "reset-dep"])
+def test_a_damaged_database_is_no_traceback(project: Project, command: str, backend: str) -> None:
+    project.write("dodo.py", TASK)
+    project.write(".doit.db", "{ no database")
+    run = project.gamebear(*command.split(), "--backend", backend)
+    run.failed(f"cannot be opened: it is damaged, or another Python's. {REMOVE}")
+    assert run.status == 3 and "Traceback" not in run.text
+
+
+@pytest.mark.parametrize("suffix", ["", ".dat", ".db"])
+@pytest.mark.parametrize("command", ["run", "dumpdb"])
+def test_a_fifo_for_a_database_does_not_hang(project: Project, command: str, suffix: str) -> None:
+    project.write("dodo.py", TASK)
+    os.mkfifo(project.folder / f".doit.db{suffix}")
+    said = project.gamebear(command, timeout=60).failed(f".doit.db{suffix} cannot be opened: it is not a regular file.")
+    assert said.status == 3
+
+
+def test_a_damaged_database_is_not_dumped(project: Project) -> None:
+    project.write(".doit.db", "{ no database")
+    assert "Traceback" not in project.gamebear("dumpdb").failed("cannot be read: it is damaged").text
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("program", ["doit", "gamebear"])
+def test_ctrl_c_is_one_line(project: Project, program: str) -> None:
+    project.write("dodo.py", DODO)
+    begun = project.folder / "begun"
+    project.write("x.py", f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(1000)\n")
+    command = project.gamebear_command() if program == "gamebear" else project.command()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=pipe, stderr=pipe) as client:
+        wait_for(begun.exists)
+        client.send_signal(signal.SIGINT)
+        said = b"".join(client.communicate(timeout=60)).decode()
+    assert client.returncode == -signal.SIGINT, "a shell's loop ends with it"
+    assert not OUR_FRAMES.search(said) and "Traceback" not in said, said
+    assert said.count("interrupted") == 1, said
+
+
+def test_ctrl_c_while_dodo_is_read_is_one_line(project: Project) -> None:
+    project.write("dodo.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    command = project.gamebear_command("list")
+    done = subprocess.run(command, cwd=project.folder, env=project.environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == "gamebear: interrupted\n"
+
+
+# the process
+
+STATE = """
+import gc, json, logging, os, signal, sys, threading
+
+def state():
+    loggers = ("paramiko", "paramiko.transport", "distributed", "distributed.comm", "distributed.core")
+    return {
+        "gc": [gc.get_threshold(), gc.get_freeze_count(), gc.isenabled()],
+        "hooks": [repr(hook) for hook in (sys.excepthook, threading.excepthook, sys.unraisablehook)],
+        "signals": [repr(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+        "missing": [name for name, module in sys.modules.items() if module is None],
+        "logging": [[logging.getLogger(name).level, len(logging.getLogger(name).handlers)] for name in loggers],
+        "umask": [line for line in open("/proc/self/status") if line.startswith("Umask")],
+    }
+"""
+
+CHANGES = f"""
+import distributed, paramiko
+{STATE}
+before = state()
+masks = []
+umask = os.umask
+os.umask = lambda mask: (masks.append(sys._getframe(1).f_code.co_filename), umask(mask))[1]
+from gamebear_tasks import artifact, live, sd_image
+import gamebear_tasks.builders.dask.comm, gamebear_tasks.builders.transports.ssh.connection
+import gamebear_tasks.builders.transports.ssh.transport, gamebear_tasks.cli.main, gamebear_tasks.client.build
+from doit.doit_cmd import DoitMain
+
+assert DoitMain().run(["-r", "zero"]) == 0
+loop = gamebear_tasks.builders.dask.comm.Loop()
+loop.close()
+assert not [name for name in masks if "gamebear" in name], masks  # the database asks for it
+print(json.dumps([before, state()]))
+"""
+
+
+def test_nothing_global_of_the_process_is_changed(project: Project) -> None:
+    """By importing us, and by a run of doit that builds."""
+    project.write(
+        "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
+    )
+    project.write("x.py", "open('x', 'w').close()")
+    command = [sys.executable, "-c", CHANGES]
+    done = subprocess.run(command, cwd=project.folder, env=project.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    assert after == before
