@@ -72,7 +72,7 @@ def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project
         assert seen.has_cursor
         seen.type("clear; doit clean; doit", "Enter")
         assert re.search(r"^↓ a  fetched ", seen.shows("2 fetched, 1 done in"), re.M)
-        seen.type("clear; doit -v 2 a b", "Enter")
+        seen.type("clear; gamebear -v 2 a b", "Enter")
         assert seen.shows("up to date\n").count("-- ") == 2
 
 
@@ -139,7 +139,7 @@ def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project:
     assert re.search(r"^a: built in .* on local: \(", run.out, re.M), run.out
     assert re.search(r"^2 built in .* up, .* down$", run.out.splitlines()[-1]), run.out
     with terminal(project) as seen:
-        seen.type(f"clear; rm -r build ~/.cache/gamebear/v1/jobs; doit -n 2 -P {kind} -v 2", "Enter")
+        seen.type(f"clear; rm -r build ~/.cache/gamebear/v1/jobs; gamebear -n 2 -P {kind} -v 2", "Enter")
         said = seen.showed("2 built in").split("\n")
         logs = [line for line in said if " │ " in line]
         assert sorted(logs) == ["a │ a aaa"] * 300 + ["b │ b bbb"] * 300
@@ -190,7 +190,7 @@ def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tup
     project.write("dodo.py", JOBS + less)
     for name in "ab":
         project.write(f"{name}.py", f"print('{name * 99}\\n' * 20_000, flush=True)\nopen({name!r}, 'w').close()\n")
-    with Keyboard(project.command("-v", "2", *how), project.folder, project.environment) as keyboard:
+    with Keyboard(project.gamebear_command("-v", "2", *how), project.folder, project.environment) as keyboard:
         wait_for(lambda: all((project.folder / "build" / name).exists() for name in "ab"))
         time.sleep(2.0)  # longer than the end of a task waits to be told
         assert keyboard.end() == 0
