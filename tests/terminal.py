@@ -87,12 +87,13 @@ class Terminal:
 
 @contextmanager
 def terminal(project: Project, columns: int = 80, rows: int = 24, **environment: str) -> Iterator[Terminal]:
-    """Yield a terminal with a shell in a project's folder, in which `doit` runs the project's doit."""
+    """Yield a terminal with a shell in a project's folder, in which `doit` and `gamebear` run the project's."""
     with tempfile.TemporaryDirectory(prefix="tmux-") as name:
         made = Terminal(Path(name))
-        path = project.folder.parent / "doit"
-        path.write_text(f'#!/bin/sh\nexec {shlex.join(project.command())} "$@"\n')
-        path.chmod(0o755)
+        for program, command in {"doit": project.command(), "gamebear": project.gamebear_command()}.items():
+            path = project.folder.parent / program
+            path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+            path.chmod(0o755)
         wanted = {
             **project.environment,
             "PATH": f"{path.parent}:{os.environ['PATH']}",

@@ -78,14 +78,6 @@ def test_a_file_that_became_a_fifo_since_the_last_build_does_not_block(project: 
     project.doit("x").failed("in cannot be read: it is not a regular file.")
 
 
-@pytest.mark.parametrize("backend", ["dbm", "json", "sqlite3"])
-def test_a_fifo_for_a_database_does_not_block(project: Project, backend: str) -> None:
-    project.write("dodo.py", f"{IMPORTS}def task_x():\n    return {TASK}\n")
-    os.mkfifo(project.folder / ".doit.db")
-    run = project.doit("--backend", backend, timeout=60)
-    run.failed("doit's database .doit.db cannot be opened: it is not a regular file. Remove it: rm .doit.db")
-
-
 def test_a_fifo_for_a_log_does_not_block(project: Project) -> None:
     project.write("dodo.py", f"{IMPORTS}def task_x():\n    return {TASK}\n")
     (project.folder / "build/logs").mkdir(parents=True)
