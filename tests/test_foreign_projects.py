@@ -18,6 +18,8 @@ from wheels import pip
 
 pytest_plugins = ("wheels",)
 
+pytestmark = pytest.mark.system
+
 DODO = '''
 import sys
 from pathlib import Path

@@ -169,6 +169,7 @@ def test_a_damaged_database_is_not_dumped(project: Project) -> None:
 # Ctrl-C
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("program", ["doit", "gamebear"])
 def test_ctrl_c_is_one_line(project: Project, program: str) -> None:
     project.write("dodo.py", DODO)
@@ -229,6 +230,7 @@ print(json.dumps([before, state()]))
 """
 
 
+@pytest.mark.system
 def test_nothing_global_of_the_process_is_changed(project: Project) -> None:
     """By importing us, and by a run of doit that builds."""
     project.write(

@@ -16,7 +16,6 @@ import pytest
 from gamebear_tasks.builders.base import Output, Sink
 from gamebear_tasks.client.install_outputs import Mismatch, part_pattern, place, statement_of
 from gamebear_tasks.errors import BuilderLost, JobError
-from gamebear_tasks.util.process import UMASK
 
 MIB = 1 << 20
 
@@ -260,14 +259,18 @@ def test_every_output_is_fetched_whole_and_placed(targets: Mapping[str, Path]) -
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-@pytest.mark.parametrize(("executable", "mode"), [(False, 0o666), (True, 0o777)])
+@pytest.mark.parametrize(("executable", "mode"), [(False, 0o640), (True, 0o750)])
 def test_the_mode_is_the_outputs_minus_the_umask(tmp_path: Path, is_there: bool, executable: bool, mode: int) -> None:
     target = tmp_path / "b.tar"
     if is_there:
         target.write_bytes(CONTENT["b.tar"])
         target.chmod(0o604)
-    place({"b.tar": target}, {"b.tar": output(CONTENT["b.tar"], executable)}, fetch)
-    assert target.stat().st_mode & 0o7777 == mode & ~UMASK
+    before = os.umask(0o027)
+    try:
+        place({"b.tar": target}, {"b.tar": output(CONTENT["b.tar"], executable)}, fetch)
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o7777 == mode
 
 
 def test_content_is_synced_before_the_first_rename_and_folders_after_the_last(

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from project import ROOT
+
+pytestmark = pytest.mark.system
 
 DODO = """
 from gamebear_tasks import artifact

@@ -47,9 +47,6 @@ FRAMES = 4096
 CONNECTING = 10.0
 """Seconds within which a connection must open."""
 
-LOGGERS = ("distributed.comm.tcp", "distributed.comm.utils")
-"""The loggers of the part of Dask that we use."""
-
 _LENGTH = struct.Struct("Q")
 
 _HANDSHAKE = {
@@ -67,12 +64,6 @@ class Loop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gamebear-dask", daemon=True)
         self._thread.start()
-        for name in LOGGERS:
-            logging.getLogger(name).addFilter(self._is_from_elsewhere)
-
-    def _is_from_elsewhere(self, record: logging.LogRecord) -> bool:
-        """Drop what Dask logs in this thread: we report it in our own words. Other threads log as ever."""
-        return record.thread != self._thread.ident
 
     def wait_for(self, work: Coroutine[object, None, T], seconds: float) -> T:
         """Run a coroutine and return its result.
@@ -118,8 +109,6 @@ class Loop:
             self.wait_for(end(), 2.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(2.0)
-        for name in LOGGERS:
-            logging.getLogger(name).removeFilter(self._is_from_elsewhere)
         if not self._thread.is_alive():
             self._loop.close()
 
