@@ -389,7 +389,7 @@ class Listed(Protocol):
 
 @runtime_checkable
 class Examined(Protocol):
-    """Optional capability: reports diagnostics and runs fixes, for `doit doctor`."""
+    """Optional capability: reports diagnostics and runs fixes, for `gamebear doctor`."""
 
     def examine(self, arches: Sequence[str], base: str) -> Mapping[str, Any]:
         """Return diagnostics as in `runner/server/diagnostics.py`; changes nothing.
@@ -428,7 +428,7 @@ class Several(Protocol):
 
 @runtime_checkable
 class Traced(Protocol):
-    """Optional capability: reports the materials of a result, for `doit provenance`."""
+    """Optional capability: reports the materials of a result, for `gamebear provenance`."""
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, Any]:
         """Return the materials of a result (images, packages, machine) for `materials.Materials.of_document`.

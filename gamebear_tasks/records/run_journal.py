@@ -33,7 +33,7 @@ RUNS = "build/logs/runs"
 """Folder of the journals, relative to the folder of `dodo.py`."""
 
 REPORT = "build/report.html"
-"""Output path of `doit report`, relative to the folder of `dodo.py`."""
+"""Output path of `gamebear report`, relative to the folder of `dodo.py`."""
 
 VERSION = 1
 """Format version of the journals."""

@@ -106,7 +106,7 @@ class Debian(BaseSource[DebianPin]):
 
     @property
     def floating(self) -> bool:
-        """Whether `doit lock` may find another version later."""
+        """Whether `gamebear lock` may find another version later."""
         return self.version is None
 
     def pin(self, lock: Lock) -> DebianPin | None:

@@ -1,7 +1,7 @@
 """Declare upstream source trees: `git()`, `archive()`, `debian()`, and `either()` of them.
 
 Declaring a source, and computing its identity, uses no network and runs no program. Only `fetch` and `resolve`
-(`doit lock`) do; the latter writes the pins of floating sources to the lock file.
+(`gamebear lock`) do; the latter writes the pins of floating sources to the lock file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def git(url: str, rev: str, *, submodules: bool = True) -> Git:
 
     Args:
         url: Any URL that `git fetch` accepts. The user's `insteadOf`, proxies and credentials apply.
-        rev: Full commit hash, which is a pin; or a branch or tag, which `doit lock` pins.
+        rev: Full commit hash, which is a pin; or a branch or tag, which `gamebear lock` pins.
         submodules: Include submodules, recursively.
 
     Raises:
@@ -51,7 +51,7 @@ def archive(url: str, sha256: str, *, strip: int = 1) -> Archive:
 
 
 def debian(package: str, *, version: str | None = None, suite: str | None = None) -> Debian:
-    """Declare a Debian source package, which `doit lock` pins.
+    """Declare a Debian source package, which `gamebear lock` pins.
 
     Args:
         package: Name of the source package.

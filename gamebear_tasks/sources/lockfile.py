@@ -1,4 +1,4 @@
-"""The lock file: pins of the branches, tags and Debian packages that a dodo.py declares, written by `doit lock`.
+"""The lock file: pins of the branches, tags and Debian packages that a dodo.py declares, written by `gamebear lock`.
 
 It is JSON, sorted and indented for readable diffs. It is stored beside dodo.py and intended to be committed::
 
@@ -36,7 +36,7 @@ class GitEntry:
 
     Attributes:
         commit: Full commit hash.
-        tag: Name of a tag of exactly this commit at the time of `doit lock`, or empty.
+        tag: Name of a tag of exactly this commit at the time of `gamebear lock`, or empty.
     """
 
     commit: str

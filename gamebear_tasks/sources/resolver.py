@@ -1,4 +1,4 @@
-"""Implement `doit lock`: query upstream for the current commits and versions, and write the lock file."""
+"""Implement `gamebear lock`: query upstream for the current commits and versions, and write the lock file."""
 
 from __future__ import annotations
 

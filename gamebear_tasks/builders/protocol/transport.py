@@ -46,7 +46,7 @@ class Channel(Protocol):
 class Connection(Protocol):
     """A connection that starts programs on a builder and stays open for a whole run.
 
-    A connection may have an attribute `described`, a mapping of names to texts, which `doit doctor` shows.
+    A connection may have an attribute `described`, a mapping of names to texts, which `gamebear doctor` shows.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Diagnostics of a builder as plain data, for `doit doctor`. Read-only: this module neither rates nor changes anything.
+"""Diagnostics of a builder as plain data, for `gamebear doctor`. It neither rates nor changes anything.
 
 Every reply arrives within a request's time limit. Slow measurements, such as the size of an image store on a memory
 card, have a timeout and are None if it expires.
