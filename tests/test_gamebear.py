@@ -161,6 +161,15 @@ def test_a_fifo_for_a_database_does_not_hang(project: Project, command: str, suf
     assert said.status == 3
 
 
+@pytest.mark.parametrize("suffix", ["", ".dat", ".db"])
+def test_a_fifo_for_a_database_does_not_hang_doit_itself(project: Project, suffix: str) -> None:
+    project.write("dodo.py", DODO)
+    project.write("x.py", "")
+    os.mkfifo(project.folder / f".doit.db{suffix}")
+    said = project.doit(timeout=60).failed(f".doit.db{suffix} cannot be opened: it is not a regular file.")
+    assert said.status == 3
+
+
 def test_a_damaged_database_is_not_dumped(project: Project) -> None:
     project.write(".doit.db", "{ no database")
     assert "Traceback" not in project.gamebear("dumpdb").failed("cannot be read: it is damaged").text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..client.cancellation import begin_run
 from ..client.placement_marks import is_placed
-from ..config import architecture, seconds, settings_of_this_run
+from ..config import architecture, seconds, settings_of_this_run, variables_of_this_run
 from ..errors import GamebearError, SettingsError
 from ..jobspec.module_finder import local_modules
 from ..jobspec.plan import NONE, SAVED, Plan, check_choice, declare, read_lock
@@ -39,6 +40,32 @@ LOCK = Path(LOCK_FILE)
 """The lock file, beside `dodo.py`."""
 
 NO_ARGS = canonical_json({})
+
+
+def _reject_special_database() -> None:
+    """Reject a FIFO or device for doit's default database: doit would block when it opens it.
+
+    doit opens the database after it has imported `dodo.py`, and before it calls a task's creator. So this runs when a
+    `dodo.py` imports us. `gamebear` checks every database itself, also those of other names.
+
+    Raises:
+        SettingsError: it is neither a regular file nor a folder.
+    """
+    if variables_of_this_run() is None:  # not in a run of doit
+        return
+    for suffix in ("", ".db", ".dat", ".dir", ".pag"):  # of the implementations of dbm
+        try:
+            mode = os.stat(f".doit.db{suffix}").st_mode
+        except OSError:
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise SettingsError(
+                f"doit's database .doit.db{suffix} cannot be opened: it is not a regular file.",
+                f"rm .doit.db{suffix}",
+            )
+
+
+_reject_special_database()
 
 
 def artifact(
