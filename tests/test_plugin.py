@@ -143,7 +143,7 @@ def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
 @pytest.mark.usefixtures("installed")
 def test_an_unknown_scheme_lists_those_that_there_are() -> None:
     with pytest.raises(
-        SettingsError, match=r"scheme 'moon' of 'moon:x'\. There are: dask, dask\+tls, local, spool, ssh, user\."
+        SettingsError, match=r"scheme 'moon' of 'moon:x'\.\n→ There are: dask, dask\+tls, local, spool, ssh, user\."
     ):
         open_builder("moon:x")
 
