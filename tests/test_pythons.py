@@ -303,7 +303,7 @@ def test_any_login_shell_starts_it_whatever_it_prints_before(trixie: Debian, she
 def test_a_builder_without_python_says_so_in_any_login_shell(trixie: Debian, shell: str) -> None:
     words = ("/bin/busybox", "sh") if shell == "busybox" else (f"/bin/{shell}",)
     enter = trixie.enter(PATH="/nowhere", HOME="/nowhere")
-    with pytest.raises(BuilderError, match=r"the builder has no python3 \(.+\)\. On the builder: sudo apt install"):
+    with pytest.raises(BuilderError, match=r"the builder has no python3 \(.+\)\.\n→ On the builder: sudo apt install"):
         RunnerBuilder("test:", "the builder", lambda: LoginShell(*enter, *words)).describe()
 
 
@@ -349,6 +349,6 @@ def test_a_store_that_cannot_be_used_is_named(trixie: Debian) -> None:
 
 
 def test_a_home_that_cannot_be_written_to_is_named(trixie: Debian) -> None:
-    said = r"The runner cannot be put on the builder: .*/proc/none.*\. See that its disk has room"
+    said = r"The runner cannot be put on the builder: .*/proc/none.*\.\n→ See that its disk has room"
     with pytest.raises(BuilderError, match=said):
         builder(*trixie.enter(HOME="/proc/none")).describe()
