@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Generator, Iterator
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -46,8 +48,22 @@ NEEDED = {
 """Debian package of each required program."""
 
 
+BASIC = (
+    *("cat", "chmod", "cp", "date", "dd", "echo", "env", "false", "grep", "head", "id", "kill", "ln", "ls", "mkdir"),
+    *("mv", "ps", "rm", "sed", "sh", "sleep", "sort", "stty", "tail", "touch", "tr", "true", "yes"),
+)
+"""Programs that unit tests may run. For them, PATH has no others: a missing marker fails on every machine."""
+
+PROGRAMS = pytest.StashKey[Path]()
+"""Folder with links to `BASIC`."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Undo process settings that the caller may have set."""
+    config.stash[PROGRAMS] = Path(tempfile.mkdtemp(prefix="programs-"))
+    config.add_cleanup(partial(shutil.rmtree, config.stash[PROGRAMS]))
+    for name in BASIC:
+        (config.stash[PROGRAMS] / name).symlink_to(shutil.which(name) or name)
     os.umask(0o022)  # accounts must be able to read files that root puts into their homes
     hypothesis.settings.register_profile("gamebear", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("gamebear")
@@ -62,6 +78,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and "system" in item.fixturenames:
             item.add_marker("system")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Hide all programs from unit tests that may be missing elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("system"):
+            patch.setenv("PATH", str(item.config.stash[PROGRAMS]))
+        return (yield)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

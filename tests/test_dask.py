@@ -481,7 +481,7 @@ def tls_context(folder: Path, ca: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def certificates(system: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two folders, each with an authority and a certificate of it."""
     folder = tmp_path_factory.mktemp("tls")
     for name in ("ours", "other"):
@@ -594,6 +594,7 @@ def test_only_a_rejected_peer_is_distrusted(error: Exception, fatal: bool) -> No
     assert comm._is_distrust(error) is fatal
 
 
+@pytest.mark.system
 def test_workers_out_of_reach_over_tls_are_reached_through_the_scheduler(tmp_path: Path) -> None:
     tls = settings_of_tls(tmp_path / "tls")
     cluster = Cluster(tmp_path / "cluster", "tls", **tls)

@@ -615,6 +615,7 @@ def task_tell():
     assert (project.home / ".cache/gamebear/v1/jobs" / digest).is_dir()
 
 
+@pytest.mark.system
 def test_a_task_that_depends_on_an_artifacts_result_sees_other_outputs_of_the_same_job(project: Project) -> None:
     project.write(
         "dodo.py",
