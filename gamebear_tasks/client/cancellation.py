@@ -276,6 +276,10 @@ def running() -> Iterator[None]:
                 yield
         else:
             yield
+    except KeyboardInterrupt as error:
+        if isinstance(error, Terminated):
+            raise
+        raise Terminated(signal.SIGINT) from None  # a program received Ctrl-C before doit did; no traceback
     finally:
         if is_child and _signals.came:
             # The rest is doit's code, which may deadlock on a queue that a killed process has locked.
