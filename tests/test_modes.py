@@ -101,7 +101,7 @@ with Container("scratch") as c:
     for name in NAMES:
         c.copy_in(name, f"/{name}")
     c.run(["cat", "/git/d/e/f", "/release/d/e/f"], user="pi")
-    c.run(["cat", "/work/git/d/e/f", "/work/modules/inner/leaf.py"], user="pi", volumes=[(".", "/work", "ro")])
+    c.run(["cat", "/mnt/git/d/e/f", "/mnt/modules/inner/leaf.py"], user="pi", volumes=[(".", "/mnt", "ro")])
     c.run(["tar", "--create", "--file=/container.tar", *NAMES], pwd="/")
     c.copy_out("/container.tar", "container.tar")
 """

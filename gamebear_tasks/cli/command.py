@@ -1,4 +1,4 @@
-"""Base of our commands: a command of doit's in a project, whose errors have two parts, cause and fix."""
+"""Base class of the commands: a doit command in a project, with two-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""doit's dependency database (`.doit.db`): errors of it in two lines, where doit shows a traceback or hangs."""
+"""Guards for doit's dependency database (`.doit.db`): two-line errors instead of a traceback or a hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doit action behind `artifact()`. What it does is in `build`, imported when there is something to do."""
+"""The doit action of `artifact()`. It imports `client.build` only when the task runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a `dodo.py` is written with: `artifact()`."""
+"""`artifact()`: declare a build as a doit task dict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tasks doit has to see to, where some are asked for."""
+"""Dependency closure of the selected tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of `distributed` that this package uses, with types.
+"""Typed interface to `distributed`: every name that this package uses of it.
 
 This is the only module that imports `distributed`. mypy skips Dask's own annotations, which are incomplete; the
 protocols below declare the attributes in use. Attributes that Dask does not document (`rpc`, `connection_args`,

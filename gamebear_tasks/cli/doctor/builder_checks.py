@@ -1,4 +1,4 @@
-"""What is well with a builder and what is not, judged by the facts that it tells; each trouble has its remedy."""
+"""Checks of a builder: findings from the diagnostics that it reports, each failure with its fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A doctor's visit: all that builds for a project is looked at, mended where that is asked for, and looked at again."""
+"""Diagnosis of every builder of a project: check, apply fixes if requested, check again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is well with this machine and what is not: what a project needs where doit runs."""
+"""Checks of this machine: the programs and settings that a project needs where doit runs."""
 
 from __future__ import annotations
 

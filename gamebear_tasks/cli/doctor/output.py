@@ -1,4 +1,4 @@
-"""What a doctor has found, as a person reads it and as a script does."""
+"""Output of a diagnosis: text for a person, JSON for a script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which programs of this machine a project's tasks need."""
+"""Requirements: the programs of this machine that a project's tasks need."""
 
 from __future__ import annotations
 
