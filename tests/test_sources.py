@@ -27,7 +27,7 @@ from upstreams import COMMIT_TIME, call_git, commit, free_port, no_programs
 from gamebear_tasks.errors import SettingsError, SourceError
 from gamebear_tasks.sources import deterministic_tar
 from gamebear_tasks.sources.alternatives import check_preference, choose
-from gamebear_tasks.sources.debian import _Apt, entries, from_deb822, from_one_line
+from gamebear_tasks.sources.debian import _Apt, entries, for_sources
 from gamebear_tasks.sources.declare import archive, debian, either, git
 from gamebear_tasks.sources.git import relative_url
 from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
@@ -719,14 +719,14 @@ deb-src [signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib
 deb cdrom:[Debian]/ bookworm main
 deb http://mirror.example/flat ./
 """
-    assert from_one_line(text, None) == (
+    assert for_sources(text, ".list", None) == (
         (
             "deb-src [signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib\n"
             "deb-src http://mirror.example/flat ./\n"
         ),
         {"bookworm", "./"},
     )
-    assert from_one_line(text, "sid") == ("", {"bookworm", "./"})
+    assert for_sources(text, ".list", "sid") == ("", {"bookworm", "./"})
 
 
 def test_stanzas_of_deb822_sources_become_deb_src() -> None:
@@ -750,7 +750,7 @@ URIs: http://off.example/debian
 Suites: sid
 Components: main
 """
-    converted, suites = from_deb822(text, "bookworm-updates")
+    converted, suites = for_sources(text, ".sources", "bookworm-updates")
     assert suites == {"bookworm", "bookworm-updates"}
     assert converted == (
         "Types: deb-src\nURIs: http://mirror.example/debian\nSuites: bookworm-updates\nComponents: main\n"

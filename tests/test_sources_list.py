@@ -9,7 +9,7 @@ import pytest
 
 from gamebear_tasks.runner.images.apt_sources import Archive, archives
 from gamebear_tasks.runner.images.sources_list import is_file_of_sources, is_off, parse, text_of
-from gamebear_tasks.sources.debian import apt_sources, from_deb822
+from gamebear_tasks.sources.debian import apt_sources, for_sources
 
 STANZA = "Types: deb\nURIs: http://a.example/debian\nSuites: x\nComponents: main\n"
 
@@ -128,8 +128,8 @@ def test_a_source_that_is_off_is_used_nowhere(word: str) -> None:
     assert is_off(word)
     text = f"{STANZA}Enabled: {word}\n\n{STANZA.replace('a.example', 'on.example')}"
     assert archives(text, deb822=True) == [Archive("http://on.example/debian", "x", ("main",))]
-    assert from_deb822(text, None)[0].count("URIs:") == 1
-    assert from_deb822(f"{STANZA}Enabled: {word}\n", None) == ("", set())
+    assert for_sources(text, ".sources", None)[0].count("URIs:") == 1
+    assert for_sources(f"{STANZA}Enabled: {word}\n", ".sources", None) == ("", set())
 
 
 def test_only_files_that_apt_reads_are_read(tmp_path: Path) -> None:

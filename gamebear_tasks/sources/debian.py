@@ -329,16 +329,6 @@ def apt_sources(suite: str | None) -> tuple[dict[str, str], list[str]]:
     return texts, sorted(suites)
 
 
-def from_one_line(text: str, suite: str | None) -> tuple[str, set[str]]:
-    """Convert a one-line-style `sources.list` to source packages. See `for_sources`."""
-    return for_sources(text, ".list", suite)
-
-
-def from_deb822(text: str, suite: str | None) -> tuple[str, set[str]]:
-    """Convert a deb822-style sources file to source packages. See `for_sources`."""
-    return for_sources(text, ".sources", suite)
-
-
 def for_sources(text: str, suffix: str, suite: str | None) -> tuple[str, set[str]]:
     """Convert an apt sources file to source packages.
 
