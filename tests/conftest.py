@@ -81,12 +81,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Hide all programs from unit tests that may be missing elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Undo what a test changes in the environment; hide programs from unit tests that may be missing elsewhere.
+
+    Only for the test itself: a fixture of the whole module may be torn down after a unit test.
+    """
+    before = dict(os.environ)
+    try:
         if not item.get_closest_marker("system"):
-            patch.setenv("PATH", str(item.config.stash[PROGRAMS]))
+            os.environ["PATH"] = str(item.config.stash[PROGRAMS])
         return (yield)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
