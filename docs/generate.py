@@ -1,4 +1,4 @@
-"""Generate the reference from code: settings, commands, errors, signatures. Run `python3 docs/generate.py`."""
+"""Generate the reference from code: settings, commands, signatures. Run `python3 docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import errors  # noqa: E402 - the tests' table of errors
+sys.path.insert(0, str(ROOT))
 
 import gamebear_tasks  # noqa: E402
 from gamebear_tasks.cli.main import COMMANDS, REPORTER  # noqa: E402
@@ -47,32 +45,12 @@ CALLS: dict[str, Callable[..., object]] = {
 DEFAULTS = {"arch": "this machine's", "sources": "the first"}
 """Descriptions of defaults that are computed."""
 
-ERRORS: dict[str, tuple[str, Sequence[errors.Row]]] = {
-    "Settings": (
-        "Of a doit variable, the environment, or `pyproject.toml`: where it was set is said.",
-        errors.SETTINGS,
-    ),
-    "pyproject.toml": ("Below `[tool.gamebear]`.", errors.PYPROJECT),
-    "Artifacts": ("When `dodo.py` is loaded; `doit` ends with status 3 and has done nothing.", errors.DODO),
-    "Sources": ("When `dodo.py` is loaded.", errors.SOURCES),
-    "Images": ("When `dodo.py` is loaded.", errors.IMAGES),
-    "Runs": ("When a task runs.", errors.DOIT),
-    "Files and folders": ("What this machine does not allow, as `gamebear` reports it.", errors.PERMISSIONS),
-    "SSH": ("When the builder is first asked something.", errors.SSH),
-    "Scripts": (
-        "After `SCRIPT, built by BUILDER, failed.` The log that is named has the traceback, and what commands said.",
-        errors.SCRIPTS,
-    ),
-}
-"""Sections of the error reference: when the errors occur, and their rows."""
-
 
 def pages() -> dict[Path, str]:
     """Return the expected content of every page that is generated completely or partly."""
     made = {
         REFERENCE / "settings.md": _settings(),
         REFERENCE / "commands.md": _commands(),
-        REFERENCE / "errors.md": _errors(),
     }
     for name in ("api.md", "buildscripts.md"):
         path = REFERENCE / name
@@ -149,19 +127,6 @@ def _commands() -> str:
     return "\n".join(parts)
 
 
-def _errors() -> str:
-    parts = []
-    parts.append(
-        f"# Errors\n\n{MADE}\n"
-        "What you can get wrong, what you then see, and what to do. The tests provoke each of these and compare\n"
-        "the text; `buildpi`, `2222` and `…` stand for your builder, its port and a fingerprint.\n"
-    )
-    for title, (when, rows) in ERRORS.items():
-        cells = [[f"you {row.did}", _code(row.says), _code(row.do) if row.do else "mend the script"] for row in rows]
-        parts.append(f"## {title}\n\n{when}\n\n" + _table(["what happened", "it says", "what to do"], cells))
-    return "\n".join(parts)
-
-
 def _options(options: Iterable[Mapping[str, Any]]) -> str:
     rows = []
     for option in options:
@@ -196,13 +161,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |\n"
-
-
-def _code(text: str) -> str:
-    """Format text as inline code, so that links and tags in it are not rendered."""
-    fence = "``" if "`" in text else "`"
-    room = " " if "`" in text else ""
-    return f"{fence}{room}{text}{room}{fence}"
 
 
 def _capital(text: str) -> str:

@@ -58,6 +58,11 @@ PROGRAMS = pytest.StashKey[Path]()
 """Folder with links to `BASIC`."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that updates the error reference."""
+    parser.addoption("--write-errors", action="store_true", help="write provoked errors to docs/reference/errors.md")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Undo process settings that the caller may have set."""
     config.stash[PROGRAMS] = Path(tempfile.mkdtemp(prefix="programs-"))

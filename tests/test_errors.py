@@ -1,4 +1,4 @@
-"""What a person can get wrong (the table in `errors.py`): the text that they see, to the letter; never a traceback."""
+"""Each error of the table in `errors.py` has two lines that name object, cause and fix, and is in the reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,23 @@ from typing import Any
 
 import pytest
 from doit import doit_cmd
-from errors import DODO, DOIT, IMAGES, LONGEST, PERMISSIONS, PYPROJECT, SCRIPTS, SETTINGS, SOURCES, SSH, Row
-from project import OUR_FRAMES, Project
+from errors import (
+    DODO,
+    DOIT,
+    IMAGES,
+    LONGEST,
+    PERMISSIONS,
+    PYPROJECT,
+    ROWS,
+    SCRIPTS,
+    SETTINGS,
+    SOURCES,
+    SSH,
+    Page,
+    Row,
+    cell,
+)
+from project import OUR_FRAMES, ROOT, Project
 from sshd import Sshd, new_key, public
 from warm import Warm
 
@@ -64,19 +79,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made.folder
 
 
-def failure(attempt: Callable[[], object]) -> tuple[str, str]:
-    """Return what an attempt says and what it says to do."""
+UPDATE = "update the page: pytest tests/test_errors.py -m 'not slow' --write-errors"
+
+
+@pytest.fixture(scope="session")
+def page(request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The error reference. With `--write-errors`, the texts that the tests set are written after the last test."""
+    page = Page(ROOT / "docs" / "reference" / "errors.md")
+    yield page
+    if request.config.option.write_errors:
+        page.write()
+
+
+Check = Callable[[Row, str], None]
+
+
+@pytest.fixture
+def check(page: Page, request: pytest.FixtureRequest) -> Check:
+    """Assert that an error has two lines, names what its row says, and is the one in the error reference."""
+
+    def two_lines(row: Row, text: str) -> None:
+        failure, arrow, fix = text.partition("\n→ ")
+        assert failure and arrow and fix and text.count("\n") == 1, text
+        assert max(len(failure), len(fix)) < LONGEST, text
+        assert row.lacks(failure, fix) == [], text
+        assert "secret" not in text
+        if request.config.option.write_errors:
+            page.cells[row.key] = cell(failure, fix)
+        assert page.cells.get(row.key) == cell(failure, fix), UPDATE
+
+    return two_lines
+
+
+def failure(attempt: Callable[[], object]) -> str:
+    """Return the text of the error that an attempt raises."""
     with pytest.raises(GamebearError) as caught:
         attempt()
-    return caught.value.message, caught.value.hint
-
-
-def check(row: Row, said: tuple[str, str], *replaced: tuple[str, str]) -> None:
-    """See that what was said is what the table has, but for what differs from place to place."""
-    for text, other in replaced:
-        said = said[0].replace(text, other), said[1].replace(text, other)
-    assert said == (row.says, row.do)
-    assert "secret" not in row.says
+    return str(caught.value)
 
 
 def with_settings(what: str) -> None:
@@ -87,18 +126,18 @@ def with_settings(what: str) -> None:
 
 
 @pytest.mark.parametrize("row", SETTINGS, ids=ids)
-def test_a_setting_that_makes_no_sense(folder: Path, row: Row) -> None:
+def test_an_invalid_setting(folder: Path, row: Row, check: Check) -> None:
     check(row, failure(lambda: with_settings(row.what)))
 
 
 @pytest.mark.parametrize("row", PYPROJECT, ids=ids)
-def test_a_pyproject_that_makes_no_sense(folder: Path, row: Row) -> None:
+def test_an_invalid_pyproject(folder: Path, row: Row, check: Check) -> None:
     (folder / "pyproject.toml").write_text(f"[tool.gamebear]\n{row.what}\n" if "[tool" not in row.what else row.what)
     check(row, failure(settings))
 
 
 @pytest.mark.parametrize("row", [*DODO, *SOURCES, *IMAGES], ids=ids)
-def test_a_dodo_that_makes_no_sense(folder: Path, row: Row) -> None:
+def test_an_invalid_dodo(folder: Path, row: Row, check: Check) -> None:
     names = {**vars(gamebear_tasks), "locked": locked, "LOOP": LOOP}
     names |= {name: getattr(gamebear_tasks, name) for name in gamebear_tasks.__all__}
     check(row, failure(lambda: eval(row.what, names)))
@@ -115,17 +154,15 @@ def warm() -> Iterator[Warm]:
     made.close()
 
 
-def said_by_doit(text: str) -> str:
-    """Return what is left of doit's output without its own lines."""
-    lines = [
-        line for line in text.splitlines() if line and not re.match(r"\.  |-- |TaskError - |TaskFailed - |#+$", line)
-    ]
-    return "\n".join(lines).removeprefix("ERROR: ")
+def without_doits_lines(output: str) -> str:
+    """Return the error in doit's output."""
+    own = re.compile(r"\.  |-- |TaskError - |TaskFailed - |#+$")
+    return "\n".join(line for line in output.splitlines() if line and not own.match(line)).removeprefix("ERROR: ")
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("row", DOIT, ids=ids)
-def test_a_run_that_cannot_be(folder: Path, tmp_path: Path, warm: Warm, row: Row) -> None:
+def test_a_run_that_fails(folder: Path, tmp_path: Path, warm: Warm, row: Row, check: Check) -> None:
     project = Project(folder, home=tmp_path / "home")
     task, _, command = row.what.rpartition(" → ")
     project.write(
@@ -136,8 +173,7 @@ def test_a_run_that_cannot_be(folder: Path, tmp_path: Path, warm: Warm, row: Row
         project.write("gamebear.lock", row.lock)
     run = warm.doit(folder, project.environment, *command.split()[1:])
     assert run.status != 0 and not OUR_FRAMES.search(run.text), run.text
-    said = said_by_doit(run.text)
-    assert said == f"{row.says}\n→ {row.do}"
+    check(row, without_doits_lines(run.text))
 
 
 WITHOUT_RIGHTS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
@@ -146,7 +182,7 @@ WITHOUT_RIGHTS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-
 
 @pytest.mark.system
 @pytest.mark.parametrize("row", PERMISSIONS, ids=ids)
-def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row) -> None:
+def test_a_permission_or_limit_of_this_machine(folder: Path, tmp_path: Path, row: Row, check: Check) -> None:
     project = Project(folder, home=tmp_path / "home")
     project.write(
         "dodo.py",
@@ -172,8 +208,7 @@ def test_what_this_machine_does_not_allow(folder: Path, tmp_path: Path, row: Row
     )
     said = done.stdout + done.stderr
     assert done.returncode != 0 and not OUR_FRAMES.search(said), said
-    said = said_by_doit(said).replace(str(tmp_path / "home"), "~")
-    assert said == f"{row.says}\n→ {row.do}"
+    check(row, without_doits_lines(said).replace(str(tmp_path / "home"), "~"))
 
 
 @pytest.mark.system
@@ -223,8 +258,8 @@ def test_nobody_may_read_what_a_person_keeps_from_them(folder: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def told(system: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is said of each of the scripts, all of them built by one run of doit."""
+def reports(system: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """doit's report of each script, all of them built by one run."""
     folder = tmp_path_factory.mktemp("scripts")
     project = Project(folder / "project", home=folder / "home")
     (project.home / ".config" / "gamebear").mkdir(parents=True)
@@ -236,13 +271,15 @@ def told(system: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
         tasks += f"def task_s{number}(): return {{**{task}, 'verbosity': 0}}\n"
     project.write("dodo.py", tasks)
     run = project.doit("--continue", "-n", "4", "-P", "thread").failed()
-    texts = re.findall(r"s(\d+)\.py, built by local:, failed\. (.*)", run.text)
-    return {SCRIPTS[int(number)].did: text for number, text in texts}
+    found = re.findall(r"^TaskFailed - taskid:s(\d+)\n(.+?^→ .+?)$", run.out, re.MULTILINE | re.DOTALL)
+    return {SCRIPTS[int(number)].did: re.sub(r"\bs\d+\b", "x", text) for number, text in found}
 
 
 @pytest.mark.parametrize("row", SCRIPTS, ids=ids)
-def test_a_script_that_fails(told: dict[str, str], row: Row) -> None:
-    assert re.sub(r"\bs\d+\.py\b", "x.py", told[row.did]) == f"{row.says} {row.do}".strip()
+def test_a_script_that_fails(reports: dict[str, str], row: Row, check: Check) -> None:
+    failure, *log, fix = reports[row.did].splitlines()
+    check(row, f"{failure}\n{fix}")
+    assert failure not in log and "build/logs/x.log" in reports[row.did]
 
 
 # over SSH
@@ -260,8 +297,14 @@ def encrypt(key: Path) -> None:
 
 
 @pytest.mark.parametrize("row", SSH, ids=ids)
-def test_a_connection_that_cannot_be(
-    row: Row, server: Sshd, home: Path, keys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_connection_that_fails(
+    row: Row,
+    check: Check,
+    server: Sshd,
+    home: Path,
+    keys: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = tmp_path / "home"
     shutil.copytree(home / ".ssh", own / ".ssh")
@@ -273,14 +316,16 @@ def test_a_connection_that_cannot_be(
         "config": own / ".ssh" / "config", "known_hosts": own / ".ssh" / "known_hosts",
     }  # fmt: skip
     exec(row.what, names)
-    says, do = failure(lambda: SSHConnection("ssh://{user}@{host}:{port}".format(**url)))
-    both = [re.sub(r"SHA256:[\w+/]{43}", "SHA256:…", text) for text in (says, do)]
-    place = [(server.account.name, "pi"), ("127.0.0.1", "buildpi"), (str(server.port), "2222"), (str(own), "~")]
-    check(row, (both[0], both[1]), *place)
+    text = failure(lambda: SSHConnection("ssh://{user}@{host}:{port}".format(**url)))
+    text = re.sub(r"SHA256:[\w+/]{43}", "SHA256:…", text)
+    example = ((server.account.name, "pi"), ("127.0.0.1", "buildpi"), (str(server.port), "2222"), (str(own), "~"))
+    for own_value, shown in example:
+        text = text.replace(own_value, shown)
+    check(row, text)
 
 
-def test_every_text_says_what_to_do_and_what_each_row_did_is_told_once() -> None:
-    rows = [*SETTINGS, *PYPROJECT, *DODO, *SOURCES, *IMAGES, *DOIT, *PERMISSIONS, *SSH]
-    assert all(row.do and row.says.endswith((".", ")", "…")) for row in rows)
-    assert all(len(row.says) < LONGEST for row in rows)
-    assert len({row.did for row in rows}) == len(rows)
+def test_the_error_reference_lists_each_row_once(page: Page, request: pytest.FixtureRequest) -> None:
+    assert len({row.did for row in ROWS}) == len(ROWS)
+    if not request.config.option.write_errors:
+        assert [row.did for row in ROWS if row.key not in page.cells] == [], UPDATE
+        assert page.text() == page.written, UPDATE
