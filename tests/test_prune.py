@@ -21,7 +21,7 @@ from test_store_faults import WAIT, Job
 from gamebear_tasks.runner.maintenance import garbage_collection as pruning
 from gamebear_tasks.runner.maintenance.garbage_collection import Policy, Prune
 from gamebear_tasks.runner.protocol.requests import Fetch
-from gamebear_tasks.runner.server import session
+from gamebear_tasks.runner.server import outputs
 from gamebear_tasks.runner.store.store import Store, StoredJob
 from gamebear_tasks.runner.util.locks import Lock, locked
 
@@ -355,11 +355,11 @@ def test_a_result_that_is_being_fetched_stays_however_long_it_takes(
         touch(job)
 
     touch = StoredJob.touch
-    monkeypatch.setattr(session, "_write", written.append)
-    monkeypatch.setattr(session, "_pass_on", pass_on)
-    monkeypatch.setattr(session, "USE_NOTED", -1.0)
+    monkeypatch.setattr(outputs, "write", written.append)
+    monkeypatch.setattr(outputs, "_pass_on", pass_on)
+    monkeypatch.setattr(outputs, "USE_NOTED", -1.0)
     monkeypatch.setattr(StoredJob, "touch", note_use)
-    reply, send = session.Session(bare_store)._fetch(Fetch(digest=job.digest, attempt="a1", name="x", offset=0))
+    reply, send = outputs.fetch(bare_store, Fetch(digest=job.digest, attempt="a1", name="x", offset=0))
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
     disuse(job)
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0

@@ -33,6 +33,7 @@ from gamebear_tasks.runner.host import buildah, capabilities
 from gamebear_tasks.runner.images import apt_sources
 from gamebear_tasks.runner.protocol import wire
 from gamebear_tasks.runner.protocol.requests import Cancel, Put
+from gamebear_tasks.runner.server import cancellation
 from gamebear_tasks.runner.server import session as serve
 from gamebear_tasks.runner.store import slots
 from gamebear_tasks.runner.store.store import Store, StoredJob
@@ -760,22 +761,21 @@ def of(digest: str, attempt: str) -> Cancel:
 
 
 def test_cancel_says_truthfully_that_a_job_has_not_ended(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "CANCEL_SECONDS", 0.1)
-    session = serve.Session(queued.store)
+    monkeypatch.setattr(cancellation, "CANCEL_SECONDS", 0.1)
     with queued.lock():
-        assert session._cancel(of(queued.digest, "a1")) == {"state": "running", "others": []}
-    assert session._cancel(of(queued.digest, "a0")) == {"state": "lost", "others": []}
-    assert session._cancel(of("b" * 64, "a1")) == {"state": "absent", "others": []}
+        assert cancellation.cancel(queued.store, of(queued.digest, "a1")) == {"state": "running", "others": []}
+    assert cancellation.cancel(queued.store, of(queued.digest, "a0")) == {"state": "lost", "others": []}
+    assert cancellation.cancel(queued.store, of("b" * 64, "a1")) == {"state": "absent", "others": []}
 
 
 def test_what_has_ended_is_nobody_s_to_cancel_though_others_waited_a_moment_ago(queued: StoredJob) -> None:
     queued.write_state({"state": "done", "attempt": "a1", "outputs": {}})
     queued.touch_client("somebody")
-    assert serve.Session(queued.store)._cancel(of(queued.digest, "a1")) == {"state": "done", "others": []}
+    assert cancellation.cancel(queued.store, of(queued.digest, "a1")) == {"state": "done", "others": []}
 
 
 def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "CANCEL_SECONDS", 10.0)
+    monkeypatch.setattr(cancellation, "CANCEL_SECONDS", 10.0)
     lock = queued.lock()
     lock.acquire()
 
@@ -788,7 +788,7 @@ def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, m
 
     supervisor = threading.Thread(target=obey)
     supervisor.start()
-    assert serve.Session(queued.store)._cancel(of(queued.digest, "")) == {"state": "cancelled", "others": []}
+    assert cancellation.cancel(queued.store, of(queued.digest, "")) == {"state": "cancelled", "others": []}
     supervisor.join()
     assert queued.was_seen("a2")
 
