@@ -32,7 +32,7 @@ from gamebear_tasks.records import task_record
 from gamebear_tasks.records.run_reader import last_runs
 from gamebear_tasks.records.task_record import Record
 from gamebear_tasks.sdcard.boot_config import with_lines, with_words
-from gamebear_tasks.sdcard.program import check_installed
+from gamebear_tasks.sdcard.filesystems.program import check_installed
 from gamebear_tasks.sdcard.workdir import workshop
 
 HASH = "$6$saltsalt$" + "h" * 86

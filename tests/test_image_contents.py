@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from gamebear_tasks import file, tar
 from gamebear_tasks.errors import ImageError
-from gamebear_tasks.sdcard import ext4
-from gamebear_tasks.sdcard.base_image import MOST_READ
-from gamebear_tasks.sdcard.ext4 import Debugfs, Inode, Reader
+from gamebear_tasks.sdcard.filesystems import ext4
+from gamebear_tasks.sdcard.filesystems.ext4 import Debugfs, Inode, Reader
+from gamebear_tasks.sdcard.filesystems.sparse_files import MOST_READ
 
 ELF = {
     "armhf": bytes.fromhex("7f454c46010101000000000000000000030028000100000000000000340000000000000000040005")

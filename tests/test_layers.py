@@ -35,6 +35,7 @@ LAYERS = (
     "builders.transports.ssh",
     "builders.dask",
     "client",
+    "sdcard.filesystems",
     "sdcard",
     "html_report",
     "doit_plugin",

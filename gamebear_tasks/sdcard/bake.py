@@ -25,12 +25,14 @@ from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder
 from ..util.file_hashes import version
 from ..util.messages import notice
 from ..util.text import printable, size
-from . import base_image, boot_config, contents, elf, ext4, ext4_writer, partitions, systemd_units, users
+from . import base_image, boot_config, contents, elf, systemd_units, users
 from .compression import pack
-from .fat import Fat
-from .file_tree import Tree
-from .partitions import Disk, Partition
-from .program import check_installed
+from .filesystems import ext4, ext4_writer, partitions
+from .filesystems.fat import Fat
+from .filesystems.file_tree import Tree
+from .filesystems.partitions import Disk, Partition
+from .filesystems.program import check_installed
+from .filesystems.sparse_files import copy_part
 from .recipe import SUFFIXES, Recipe, state_of
 from .workdir import workshop
 
@@ -217,7 +219,7 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
         return None
     path = image.parent / "boot"
     path.touch()
-    base_image.copy_part(image, card.boot.start, card.boot.size, path, 0)
+    copy_part(image, card.boot.start, card.boot.size, path, 0)
     os.truncate(path, card.boot.size)
     return Fat(path, now, name)
 
@@ -242,13 +244,13 @@ def _grow(image: Path, card: Disk, size: int, now: int) -> Disk:
     """Grow an image and its root file system to `size` bytes. Return the new partition layout."""
     root = image.parent / "root"
     root.touch()
-    base_image.copy_part(image, card.root.start, card.root.size, root, 0)
+    copy_part(image, card.root.start, card.root.size, root, 0)
     card = partitions.grown(card, size)
     os.truncate(root, card.root.size)
     ext4.resize(root, now)
     os.truncate(image, card.root.start)
     os.truncate(image, size)
-    base_image.copy_part(root, 0, card.root.size, image, card.root.start)
+    copy_part(root, 0, card.root.size, image, card.root.start)
     root.unlink()
     partitions.write(image, card, now)
     return card

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..util.subprocesses import ProgramError, run
-from .program import environment, failure
+from .filesystems.program import environment, failure
 
 
 def pack(image: Path, target: Path, program: str) -> None:

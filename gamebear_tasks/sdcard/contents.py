@@ -16,8 +16,8 @@ from typing import IO
 from ..errors import ImageError
 from ..runner.util.atomic_files import CHUNK
 from . import elf
-from .base_image import write_sparse
-from .file_tree import Entry, Tree
+from .filesystems.file_tree import Entry, Tree
+from .filesystems.sparse_files import write_sparse
 from .recipe import File, Tar
 
 XATTR = "SCHILY.xattr."

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from ..errors import ImageError
-from .file_tree import Tree
+from .filesystems.file_tree import Tree
 
 FOLDERS = (
     "/etc/systemd/system",

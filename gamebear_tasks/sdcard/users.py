@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..errors import ImageError
 from ..runner.util.atomic_files import open_regular
-from .fat import Fat
-from .file_tree import Tree
+from .filesystems.fat import Fat
+from .filesystems.file_tree import Tree
 from .recipe import User, is_public_key
 
 FIRST_UID = 1000

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ...sdcard.program import environment
+from ...sdcard.filesystems.program import environment
 from ...util.subprocesses import ProgramError, install_hint, run
 from .builder_checks import NOTE, OK, TROUBLE, Finding
 from .requirements import Need

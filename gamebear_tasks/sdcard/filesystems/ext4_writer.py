@@ -6,7 +6,7 @@ import re
 import stat
 from collections.abc import Iterable
 
-from ..errors import ImageError
+from ...errors import ImageError
 from .ext4 import Debugfs, Superblock, quoted
 from .file_tree import Entry, Tree
 

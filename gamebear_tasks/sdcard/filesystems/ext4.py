@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import ImageError
-from ..runner.util.atomic_files import CHUNK
-from ..util.subprocesses import check_not_interrupted, end, start
-from ..util.text import size
-from .base_image import check_readable, copy_part, read_bounded
+from ...errors import ImageError
+from ...runner.util.atomic_files import CHUNK
+from ...util.subprocesses import check_not_interrupted, end, start
+from ...util.text import size
 from .partitions import Partition
 from .program import environment, failure, run
+from .sparse_files import check_readable, copy_part, read_bounded
 
 BATCH = 24 << 10
 """Bytes of commands sent to debugfs before its answers are read. Fewer than a pipe holds, which prevents a deadlock."""

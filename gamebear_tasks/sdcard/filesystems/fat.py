@@ -7,10 +7,10 @@ import re
 import stat
 from pathlib import Path
 
-from ..errors import ImageError
-from .base_image import read_bounded
+from ...errors import ImageError
 from .file_tree import Entry
 from .program import run
+from .sparse_files import read_bounded
 
 YEAR_1980 = 315532800
 """Seconds since 1970 of the earliest time on FAT."""

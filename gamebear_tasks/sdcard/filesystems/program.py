@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ..errors import ImageError
-from ..util import subprocesses
-from ..util.subprocesses import ProgramError, install_hint
+from ...errors import ImageError
+from ...util import subprocesses
+from ...util.subprocesses import ProgramError, install_hint
 
 
 def environment(now: int = 0) -> dict[str, str]:

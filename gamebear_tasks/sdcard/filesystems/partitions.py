@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import ImageError
+from ...errors import ImageError
 from .program import run
 
 ALIGNED = 4 << 20

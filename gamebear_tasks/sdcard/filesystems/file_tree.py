@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import ImageError
-from .base_image import read_bounded
+from ...errors import ImageError
 from .ext4 import LINKS, Inode, Reader
+from .sparse_files import read_bounded
 
 ROOT_INODE = 2
 """Inode of the root folder in every ext4 file system."""
