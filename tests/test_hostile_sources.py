@@ -28,7 +28,7 @@ from gamebear_tasks.errors import GamebearError, SourceError
 from gamebear_tasks.sources import deterministic_tar
 from gamebear_tasks.sources.debian import entries
 from gamebear_tasks.sources.declare import archive, git
-from gamebear_tasks.sources.git import relative_url
+from gamebear_tasks.sources.git_urls import relative_url
 from gamebear_tasks.sources.lockfile import Lock
 from gamebear_tasks.util.subprocesses import ProgramError, StalledError, run
 
@@ -87,7 +87,7 @@ def test_a_server_that_never_answers_is_given_up(
     silent: socket.socket, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fetching and looking up; and it is not asked again."""
-    monkeypatch.setattr("gamebear_tasks.sources.git.SILENCE", 1.0)
+    monkeypatch.setattr("gamebear_tasks.sources.git_repository.SILENCE", 1.0)
     url = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
     with pytest.raises(SourceError, match=r"cannot be fetched: no progress for 1 seconds\.\n→ See whether the server"):
         git(url, "1" * 40).fetch(cache, NOTHING_LOCKED)
@@ -111,7 +111,7 @@ def test_a_git_that_stalls_here_does_not_cost_what_is_in_the_cache(
     wrapper.write_text(f'#!/bin/sh\ncase "$*" in *ls-tree*) exec sleep 1000;; esac\nexec {shutil.which("git")} "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr("gamebear_tasks.sources.git.SILENCE", 2.0)
+    monkeypatch.setattr("gamebear_tasks.sources.git_repository.SILENCE", 2.0)
     (repository,) = (cache / "git").glob("*.git")
     before = repository.stat().st_ino
     with pytest.raises(SourceError, match="no progress for 2 seconds"):
@@ -184,7 +184,7 @@ def test_a_submodule_of_itself_at_older_commits_ends(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each commit doubles what the one before it has."""
-    monkeypatch.setattr("gamebear_tasks.sources.git.SUBMODULES", 5)
+    monkeypatch.setattr("gamebear_tasks.sources.git_checkout.SUBMODULES", 5)
     for number in range(4):
         head = call_git(upstream, "rev-parse", "HEAD")
         modules = "".join(f'[submodule "{name}"]\npath = {name}\nurl = ../upstream\n' for name in "ab")

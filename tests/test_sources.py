@@ -29,7 +29,7 @@ from gamebear_tasks.sources import deterministic_tar
 from gamebear_tasks.sources.alternatives import check_preference, choose
 from gamebear_tasks.sources.debian import _Apt, entries, for_sources
 from gamebear_tasks.sources.declare import archive, debian, either, git
-from gamebear_tasks.sources.git import relative_url
+from gamebear_tasks.sources.git_urls import relative_url
 from gamebear_tasks.sources.lockfile import DebianEntry, GitEntry, Lock
 
 pytest_plugins = ("upstreams",)

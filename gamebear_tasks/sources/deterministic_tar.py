@@ -97,7 +97,7 @@ def write(out: BinaryIO, entries: Iterable[Entry], mtime: int) -> None:
     tree = _complete(entries)
     mtime = min(max(mtime, 0), LATEST)
     written = 0
-    for path in sorted(tree, key=lambda path: _encoded(path).split(b"/")):
+    for path in sorted(tree, key=lambda path: encoded(path).split(b"/")):
         entry = tree[path]
         written += out.write(_header(entry, mtime))
         if isinstance(entry, File):
@@ -111,14 +111,15 @@ def decoded(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _encoded(path: str) -> bytes:
+def encoded(path: str) -> bytes:
+    """Encode a name; the inverse of `decoded`."""
     return path.encode("utf-8", "surrogateescape")
 
 
 def _is_target(target: str) -> bool:
     """Return whether a string is a valid target of a symbolic link."""
     try:
-        return 0 < len(_encoded(target)) <= LINK_LIMIT and "\0" not in target
+        return 0 < len(encoded(target)) <= LINK_LIMIT and "\0" not in target
     except UnicodeEncodeError:
         return False
 
