@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .doit_plugin.artifact import artifact
 from .errors import GamebearError, SettingsError
-from .sources.declare import archive, debian, either, git
+from .sources.declare import archive, debian, either, folder, git
 
 if TYPE_CHECKING:
     from .doit_plugin.reporter import LiveReporter as live
@@ -20,6 +20,7 @@ __all__ = [
     "debian",
     "either",
     "file",
+    "folder",
     "git",
     "live",
     "sd_image",

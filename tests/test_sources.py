@@ -27,6 +27,7 @@ from upstreams import COMMIT_TIME, call_git, commit, free_port, no_programs
 from gamebear_tasks.errors import SettingsError, SourceError
 from gamebear_tasks.sources import deterministic_tar
 from gamebear_tasks.sources.alternatives import check_preference, choose
+from gamebear_tasks.sources.base import FetchedSource
 from gamebear_tasks.sources.debian import _Apt, entries, for_sources
 from gamebear_tasks.sources.declare import archive, debian, either, git
 from gamebear_tasks.sources.git_urls import relative_url
@@ -260,6 +261,7 @@ def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
     """Git's own words, what to do, and the alternative."""
     port = free_port()
     source = choose(either(git=git(f"git://127.0.0.1:{port}/x", "2" * 40), debian=debian("hello")), None)
+    assert isinstance(source, FetchedSource)
     with pytest.raises(SourceError) as caught:
         source.fetch(cache, NOTHING_LOCKED)
     assert "Connection refused" in caught.value.message

@@ -36,10 +36,12 @@ alternatives, and prints the sizes."""
 
 def _fetched() -> Iterator[str]:
     from ..sources.alternatives import check_preference, choose
+    from ..sources.base import FetchedSource
     from ..sources.cache import sources_folder
 
     preference = settings().sources
     check_preference(preference, declared)
     lock = read_lock(LOCK)
     for source in [choose(source, preference) for source in declared]:
-        yield f"{source}: {size(source.fetch(sources_folder(), lock).stat().st_size)}"
+        if isinstance(source, FetchedSource):
+            yield f"{source}: {size(source.fetch(sources_folder(), lock).stat().st_size)}"

@@ -201,6 +201,8 @@ def _sources(plan: Plan, job: Mapping[str, Any]) -> Iterator[Json]:
         elif "debian" in identity:
             purl = debian_purl(str(identity["debian"]), str(identity["version"]), "source")
             yield {**resource(name, sha256=identity["dsc"], role="source", digestOf="the .dsc"), "uri": purl}
+        elif "folder" in identity:
+            yield resource(name, sha256=identity["folder"], role="source", digestOf="the folder's manifest")
 
 
 def _git_uri(url: str) -> str:

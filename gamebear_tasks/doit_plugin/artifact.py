@@ -102,7 +102,7 @@ def artifact(
     if not targets:
         raise SettingsError(f"artifact({_called(program)}) has no outputs.", 'Say outputs=["build/NAME"].')
     chosen = settings_of_this_run()
-    upstream = _chosen_sources(sources, chosen.sources)
+    upstream = _chosen_sources(sources, chosen.sources, targets.values())
     pickled = _pickled(program)
     modules = local_modules(pickled) if isinstance(pickled, Path) else pickled.modules
     plan = Plan(
@@ -254,7 +254,7 @@ def _place(path: str | PurePath) -> tuple[str, str]:
     return str(Path(path)), Path(path).name
 
 
-def _chosen_sources(sources: object, preference: str) -> dict[str, Source]:
+def _chosen_sources(sources: object, preference: str, targets: Iterable[str]) -> dict[str, Source]:
     """Note the sources of an artifact, and return which of each is to be had; raises SettingsError."""
     if sources is None or sources == {}:
         return {}
@@ -268,10 +268,11 @@ def _chosen_sources(sources: object, preference: str) -> dict[str, Source]:
     for name, source in sources.items():
         if not isinstance(source, BaseSource | Either):
             raise SettingsError(
-                f"The source {name!r} is {source!r}, which is no source.", "See git(), archive(), debian()."
+                f"The source {name!r} is {source!r}, which is no source.", "See folder(), git(), archive(), debian()."
             )
         declare(source)
-    return {name: choose(source, preference) for name, source in sources.items()}
+    chosen = {name: choose(source, preference) for name, source in sources.items()}
+    return {name: source.without(targets) for name, source in chosen.items()}
 
 
 def _check_names(plan: Plan) -> None:

@@ -155,6 +155,8 @@ class Plan(NamedTuple):  # there may be thousands, and creating it takes a third
         paths = {name: Path(path) for name, path in self.inputs.items()}
         files = {sha256: made_of.paths[name] for name, sha256 in made_of.modules.items()}
         files.update((sha256, paths[name]) for name, (sha256, _) in made_of.inputs.items())
+        for source in self.sources.values():
+            files.update(source.files())
         python = ""
         if isinstance(program, Path):
             files[made_of.program] = program
@@ -196,11 +198,13 @@ class Plan(NamedTuple):  # there may be thousands, and creating it takes a third
 
     def _fetch_trees(self, lock: Lock | None) -> dict[str, Path]:
         from ..records import task_record
+        from ..sources.base import FetchedSource
         from ..sources.cache import keep, sources_folder
         from . import function_digest
 
         with task_record.phase("sources"):
-            trees = {name: source.fetch(sources_folder(), lock) for name, source in self.sources.items() if lock}
+            fetched = {name: source for name, source in self.sources.items() if isinstance(source, FetchedSource)}
+            trees = {name: source.fetch(sources_folder(), lock) for name, source in fetched.items() if lock}
             if not isinstance(self.program, Path):
                 trees["/function.lines"] = keep(self.program.lines)
                 trees["/cloudpickle.zip"] = keep(function_digest.cloudpickle_archive())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from ..errors import SettingsError, SourceError
 from ..runner.util.atomic_files import CHUNK, is_sha256, sha256_of
 from ..runner.util.locks import locked
-from .base import BaseSource, Pin, check_url, public_url
+from .base import FetchedSource, Pin, check_url, public_url
 from .deterministic_tar import BLOCK, LINK_LIMIT, Entry, File, Folder, Link, Readable, TreeError, decoded, write
 from .lockfile import Lock
 
@@ -58,7 +58,7 @@ class ArchivePin(Pin):
 
 
 @dataclass(frozen=True)
-class Archive(BaseSource[ArchivePin]):
+class Archive(FetchedSource[ArchivePin]):
     """An archive from the web.
 
     Attributes:

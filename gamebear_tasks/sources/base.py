@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import urllib.parse
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
 
@@ -59,17 +60,6 @@ class BaseSource(ABC, Generic[PinT]):
     def pin(self, lock: Lock) -> PinT | None:
         """Return the pin, or None if it cannot be determined without network access."""
 
-    @abstractmethod
-    def _write_tar(self, out: BinaryIO, pin: PinT, cache: Path, scratch: Path) -> None:
-        """Fetch the tree and write it with `deterministic_tar.write`.
-
-        Args:
-            out: The tar file.
-            pin: Pin of the tree.
-            cache: Folder for downloads that are reused.
-            scratch: Empty folder, removed afterwards.
-        """
-
     def pinned(self, lock: Lock) -> PinT:
         """Return the pin.
 
@@ -104,6 +94,40 @@ class BaseSource(ABC, Generic[PinT]):
     @abstractmethod
     def _metadata(self, pin: PinT, lock: Lock) -> dict[str, str]:
         """Return the metadata of a pin."""
+
+    def files(self) -> Mapping[str, Path]:
+        """Return the local files that the identity names by SHA-256; empty for a tree that is sent as a tar file."""
+        return {}
+
+    def without(self, targets: Iterable[str]) -> BaseSource[PinT]:
+        """Return the source of a task with these targets, which a local folder excludes."""
+        return self
+
+    def error(self, what: str, hint: str = "") -> SourceError:
+        """Return an error about this source.
+
+        Args:
+            what: Rest of the sentence after the source's name, without a full stop.
+            hint: Suggested fix. The alternatives are appended.
+        """
+        hint = hint or "It is not in the cache, so the network is needed this once."
+        others = " or ".join(f"`doit sources={name}`" for name in self.alternatives)
+        return SourceError(f"{self} {what}.", f"{hint} Another source for it: {others}." if others else hint)
+
+
+class FetchedSource(BaseSource[PinT]):
+    """An upstream tree that is fetched into the cache, as a tar file."""
+
+    @abstractmethod
+    def _write_tar(self, out: BinaryIO, pin: PinT, cache: Path, scratch: Path) -> None:
+        """Fetch the tree and write it with `deterministic_tar.write`.
+
+        Args:
+            out: The tar file.
+            pin: Pin of the tree.
+            cache: Folder for downloads that are reused.
+            scratch: Empty folder, removed afterwards.
+        """
 
     def fetch(self, cache: Path, lock: Lock) -> Path:
         """Return the tree as a tar file (see `deterministic_tar`) in the cache; fetch it if it is missing or damaged.
@@ -151,17 +175,6 @@ class BaseSource(ABC, Generic[PinT]):
             raise self.error(f"cannot be fetched: {error.reason}", error.hint) from error
         finally:
             remove(scratch)
-
-    def error(self, what: str, hint: str = "") -> SourceError:
-        """Return an error about this source.
-
-        Args:
-            what: Rest of the sentence after the source's name, without a full stop.
-            hint: Suggested fix. The alternatives are appended.
-        """
-        hint = hint or "It is not in the cache, so the network is needed this once."
-        others = " or ".join(f"`doit sources={name}`" for name in self.alternatives)
-        return SourceError(f"{self} {what}.", f"{hint} Another source for it: {others}." if others else hint)
 
 
 def _cached(cache: Path, name: str) -> Path | None:

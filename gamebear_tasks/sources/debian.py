@@ -24,7 +24,7 @@ from ..runner.util.atomic_files import is_file_name, is_sha256, sha256_of, write
 from ..runner.util.locks import locked
 from ..util.file_names import file_name
 from ..util.subprocesses import ProgramError, run
-from .base import BaseSource, Pin, remove
+from .base import FetchedSource, Pin, remove
 from .lockfile import DebianEntry, Lock
 
 NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=…) and `doit sources=git`."
@@ -61,7 +61,7 @@ class DebianPin(Pin):
 
 
 @dataclass(frozen=True)
-class Debian(BaseSource[DebianPin]):
+class Debian(FetchedSource[DebianPin]):
     """A Debian source package.
 
     Attributes:

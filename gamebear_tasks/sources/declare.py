@@ -1,4 +1,4 @@
-"""Declare upstream source trees: `git()`, `archive()`, `debian()`, and `either()` of them.
+"""Declare upstream source trees: `git()`, `archive()`, `debian()`, `folder()`, and `either()` of them.
 
 Declaring a source, and computing its identity, uses no network and runs no program. Only `fetch` and `resolve`
 (`gamebear lock`) do; the latter writes the pins of floating sources to the lock file.
@@ -6,12 +6,16 @@ Declaring a source, and computing its identity, uses no network and runs no prog
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported on use, so that a dodo.py does not wait for unused kinds
     from .alternatives import Either, Source
     from .archive import Archive
     from .debian import Debian
+    from .folder import Folder
     from .git import Git
 
 LOCK_FILE = "gamebear.lock"
@@ -64,6 +68,26 @@ def debian(package: str, *, version: str | None = None, suite: str | None = None
     from .debian import Debian
 
     return Debian(package, version, suite)
+
+
+def folder(path: str | PurePath = ".", *, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Folder:
+    """Declare a local folder, identified by its content: `folder()` is the project itself.
+
+    In a git checkout it contains the tracked files and the untracked ones that are not ignored, submodules included.
+    Elsewhere it contains everything but `__pycache__`. It never contains `.git`, doit's database, the project's `build`
+    folder, or the task's own targets. Only content, executable bits and symbolic links count; timestamps do not.
+
+    Args:
+        path: The folder, relative to `dodo.py`.
+        include: Patterns as in `.gitignore`, without negation; the folder contains only what matches one of them.
+        exclude: Patterns of files and folders to leave out.
+
+    Raises:
+        SettingsError: An argument is invalid.
+    """
+    from .folder import Folder, checked_patterns
+
+    return Folder(os.fspath(path), checked_patterns(path, include), checked_patterns(path, exclude))
 
 
 def either(**options: Source) -> Either:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ..errors import SettingsError
 from ..util.subprocesses import ProgramError
-from .base import BaseSource, Pin, check_url, public_url, remove
+from .base import FetchedSource, Pin, check_url, public_url, remove
 from .git_repository import DamagedError, Repository, git, repository_folder
 from .git_urls import location
 from .lockfile import GitEntry, Lock, is_commit, is_tag
@@ -45,7 +45,7 @@ class GitPin(Pin):
 
 
 @dataclass(frozen=True)
-class Git(BaseSource[GitPin]):
+class Git(FetchedSource[GitPin]):
     """A commit of a git repository.
 
     Attributes:

@@ -206,7 +206,7 @@ def blobs(repository: Repository) -> Iterator[BlobReader]:
         ["git", *CONFIGURATION, f"--git-dir={repository.folder}", "cat-file", "--batch"],
         stdin=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=_environment(),
+        env=environment(),
     )
     try:
         yield BlobReader(process)
@@ -257,7 +257,7 @@ def git(
     """
     return run(
         ["git", *CONFIGURATION, *arguments],
-        env={**_environment(), **(variables or {})},
+        env={**environment(), **(variables or {})},
         cwd=cwd,
         stdin=stdin,
         silence=SILENCE,
@@ -272,15 +272,15 @@ def setting(name: str) -> bytes:
     return b""
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment for git: the user's, without variables that would change the result."""
-    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
-    environment["LC_ALL"] = "C"
-    environment["GIT_NO_REPLACE_OBJECTS"] = "1"
-    environment["GIT_ATTR_NOSYSTEM"] = "1"
+    chosen = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    chosen["LC_ALL"] = "C"
+    chosen["GIT_NO_REPLACE_OBJECTS"] = "1"
+    chosen["GIT_ATTR_NOSYSTEM"] = "1"
     if not sys.stdin or not sys.stdin.isatty():
-        environment.setdefault("GIT_TERMINAL_PROMPT", "0")
-    return environment
+        chosen.setdefault("GIT_TERMINAL_PROMPT", "0")
+    return chosen
 
 
 def repository_folder(cache: Path, url: str, commit: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import getpass
+import hashlib
 import os
 import platform
 import random
@@ -102,7 +103,7 @@ class RunnerBuilder:
         """Start a job, unless it is running or done already."""
         job = order.job
         files = dict(order.files)
-        has_trees = bool(job.sources) or job.is_function
+        has_trees = job.is_function or any("folder" not in source for source in job.sources.values())
         trees: dict[str, str] | None = None if has_trees else {}
         needs = sorted({file.sha256 for file in _files_of(job)})
         inline = _small_files(needs, files, INLINE)
@@ -112,7 +113,9 @@ class RunnerBuilder:
             end.clear()
             return [data for _, data in inline]
 
-        for _ in range(TRIES):
+        asked: set[str] = set()
+        tries = 0
+        while tries < TRIES:
             reply = self._ask(
                 requests.Submit(
                     digest=job.digest,
@@ -138,6 +141,9 @@ class RunnerBuilder:
                 self._log_of(job.digest, status, reply, bytes(end), 0)
                 return status
             lacks = responses.lacks(self.place, reply)
+            wanted = {sha256 for sha256, _ in lacks.blobs}
+            tries = 0 if wanted - asked else tries + 1
+            asked |= wanted
             if lacks.trees:
                 fetched = order.fetch_trees()
                 trees = {}
@@ -431,8 +437,11 @@ class RunnerBuilder:
                 self._upload_small(batch)
                 batch = []
                 room = BATCH
-            batch.append((sha256, path.read_bytes()))
-            room -= length
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise _changed(path, self.place)
+            batch.append((sha256, data))
+            room -= len(data)
         return batch
 
     def _upload_small(self, batch: Sequence[tuple[str, bytes]]) -> None:
@@ -463,7 +472,7 @@ class RunnerBuilder:
                 return
             damaged += 1
             if damaged > 2:
-                raise SourceError(f"{path} changed while it was sent to {self.place}.", "Run doit again.")
+                raise _changed(path, self.place)
 
     def _size_there(self, sha256: str) -> int:
         return responses.count(self._ask(requests.Have(sha256=sha256)).get("have"))
@@ -548,10 +557,16 @@ class _Setbacks:
         time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
 
 
+def _changed(path: Path, place: str) -> SourceError:
+    return SourceError(f"{path} changed while it was sent to {place}.", "Run doit again.")
+
+
 def _files_of(job: Job) -> Iterable[File]:
+    """Yield the files of a job that are not part of a source, and the manifests of its folder sources."""
     yield File(job.identity)
     yield from job.modules.values()
     yield from job.inputs.values()
+    yield from (File(str(source["folder"])) for source in job.sources.values() if "folder" in source)
 
 
 def _length_of(missing: Iterable[tuple[str, int]], files: Mapping[str, Path]) -> int:

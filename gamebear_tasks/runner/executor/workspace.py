@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..protocol import manifest
 from ..store.store import StoredJob
 from ..util.atomic_files import CHUNK, is_file_name, is_relative_path, is_sha256, sha256_of, write_all
 from ..util.errors import RunnerError
@@ -97,8 +98,38 @@ def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_s
     for name in job["sources"]:
         if not is_file_name(name):
             raise JobFailed("job", f"{name!r} cannot be the name of a source.")
+        if "folder" in job["sources"][name]:
+            _lay_folder(stored, check_stop, str(job["sources"][name]["folder"]), name)
+            continue
         _lay(stored, check_stop, _tree(trees, name), stored.folder, "source.tar", False)
         _unpack_source(stored.folder / "source.tar", stored.work / name, name, check_stop)
+
+
+def _lay_folder(stored: StoredJob, check_stop: Callable[[], None], sha256: str, name: str) -> None:
+    """Create a folder source from its manifest.
+
+    Raises:
+        JobFailed: the manifest or a file is missing or corrupted.
+        OSError: a file cannot be written.
+    """
+    top = stored.work / name
+    _lay(stored, check_stop, sha256, stored.folder, "manifest", False)
+    entries = manifest.decode((stored.folder / "manifest").read_bytes())
+    (stored.folder / "manifest").unlink()
+    _make_folder(top)
+    for kind, path, value in entries:
+        place = top / path
+        _make_folders(place.parent, top)
+        if kind == "d":
+            _make_folders(place, top)
+        elif kind == "l":
+            place.symlink_to(value)
+            os.utime(place, (manifest.MTIME, manifest.MTIME), follow_symlinks=False)
+        else:
+            _lay(stored, check_stop, value, top, path, kind == "x")
+            os.utime(place, (manifest.MTIME, manifest.MTIME))
+    for folder, _, _ in os.walk(top, topdown=False):
+        os.utime(folder, (manifest.MTIME, manifest.MTIME))
 
 
 def _unpack_source(path: Path, folder: Path, name: str, check_stop: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ from ..host.buildah import IMAGES_IN_USE, BuildahError, outside, remove_tree
 from ..host.capabilities import Facts
 from ..host.probe import facts
 from ..images.apt import POOL, trim
+from ..store import folder_sources
 from ..store.store import Store, StoredJob, runner_folder, stamp
 from ..util.atomic_files import is_sha256
 from ..util.errors import RunnerError
@@ -435,10 +436,15 @@ def target_of(job: StoredJob) -> str:
 def _blobs_of(jobs: Iterable[StoredJob]) -> set[str]:
     """Return every SHA-256 that any of the jobs refers to."""
     named: set[str] = set()
+    read: set[str] = set()
     for job in jobs:
         for name in ("job.json", "order.json"):
             with contextlib.suppress(OSError):
                 named.update(re.findall("[0-9a-f]{64}", (job.folder / name).read_text("utf-8", "replace")))
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for sha256 in set(folder_sources.manifests(job.document()).values()) - read:
+                read.add(sha256)
+                named.update(folder_sources.files(job.store, sha256))
     return named
 
 

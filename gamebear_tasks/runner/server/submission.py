@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import select
 import subprocess
@@ -12,7 +13,9 @@ import time
 from typing import TYPE_CHECKING, cast
 
 from ..protocol import requests
+from ..protocol.manifest import ManifestError
 from ..protocol.wire import NOT_OURS
+from ..store import folder_sources
 from ..store.expiry import seconds_left, why_expired
 from ..store.store import WHO, State, Store, StoredJob, runner_folder
 from ..util.atomic_files import sync_folder, write_bytes
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
 MEANING_SECONDS = 5.0
 """Timeout in seconds for buildah to resolve all image names of a result, after which the result is returned unchecked.
 Shorter than another client's wait for the job's lock."""
+
+
+LACKS = 20_000
+"""Maximum number of missing blobs that a reply names; the client asks again when it has sent them."""
 
 
 class Supervisors:
@@ -127,10 +134,7 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
                 f"Run doit with Python {own_python}, or make the function a buildscript.",
             )
         trees = request.trees
-        wanted = [*request.needs, *(trees or {}).values()]
-        missing = [
-            (sha256, size_so_far(store, sha256)) for sha256 in sorted(set(wanted)) if not use(store.blob(sha256))
-        ]
+        missing = _missing(store, request)
         if missing or trees is None:
             return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
         if not stored.release_kept():
@@ -151,6 +155,21 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
         return {"state": "queued", "attempt": attempt, "started": True, "expired": expired}
     finally:
         lock.release()
+
+
+def _missing(store: Store, request: requests.Submit) -> list[tuple[str, int]]:
+    """Return the SHA-256 of blobs that a job needs and the store lacks, and the bytes of each that it has."""
+    wanted = {*request.needs, *(request.trees or {}).values()}
+    for manifest in set(folder_sources.manifests(json.loads(request.job)).values()):
+        wanted.add(manifest)
+        try:
+            wanted.update(folder_sources.files(store, manifest))
+        except FileNotFoundError:
+            pass  # the client sends it first, and then the files that it names
+        except ManifestError:
+            store.blob(manifest).unlink()  # damaged
+    missing = [sha256 for sha256 in sorted(wanted) if not use(store.blob(sha256))]
+    return [(sha256, size_so_far(store, sha256)) for sha256 in missing[:LACKS]]
 
 
 def _meaning(store: Store, name: str, arch: str, base: str, until: float) -> str:
