@@ -28,7 +28,7 @@ MADE = "<!-- Made by docs/generate.py: change the code, then run it. -->\n"
 
 CALLS: dict[str, Callable[..., object]] = {
     **{name: getattr(gamebear_tasks, name) for name in ("artifact", "sd_image", "file", "tar", "user")},
-    **{name: getattr(gamebear_tasks, name) for name in ("git", "archive", "debian", "either")},
+    **{name: getattr(gamebear_tasks, name) for name in ("git", "archive", "debian", "folder", "either")},
     "GamebearError": GamebearError,
     "packages_image": packages_image,
     "Container": Container,

@@ -166,6 +166,11 @@ DODO = [
         "up https://git.example/up → git() archive() debian()",
     ),
     Row(
+        "used a path as a source",
+        "artifact('x.py', outputs=['x'], sources={'up': 'src'})",
+        "up src → folder('src')",
+    ),
+    Row(
         "used a path as a source's name",
         "artifact('x.py', outputs=['x'], sources={'a/b': archive('file:///nowhere.tar', sha256='0' * 64)})",
         "a/b source x.py → file folder",
@@ -201,6 +206,10 @@ DODO = [
 """Expressions in a dodo.py that begins with `from gamebear_tasks import *`."""
 
 SOURCES = [
+    Row("gave a text instead of patterns", "folder('src', exclude='*.o')", "src *.o patterns → exclude="),
+    Row(
+        "gave a pattern that leads out of a folder", "folder('src', include=['../x'])", "src ../x patterns → .gitignore"
+    ),
     Row(
         "used an option of git as the URL",
         "git('--upload-pack=touch x', 'main')",

@@ -798,7 +798,7 @@ def test_a_job_can_be_stopped_while_its_folder_is_filled(queued: StoredJob) -> N
     digest = hashlib.sha256(content).hexdigest()
     queued.store.blob(digest).write_bytes(content)
     file = {"name": "x.py", "sha256": digest}
-    job = {"script": file, "modules": {}, "inputs": {"a": file, "b": file}, "sources": []}
+    job = {"script": file, "modules": {}, "inputs": {"a": file, "b": file}, "sources": {}}
     supervisor = supervise.Supervisor(queued, "a1")
     laid: list[str] = []
 
@@ -841,7 +841,7 @@ def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
     for content in (b"no archive" * 100, buffer.getvalue()[:2000]):
         digest = hashlib.sha256(content).hexdigest()
         queued.store.blob(digest).write_bytes(content)
-        job = {"script": {"name": "x.py", "sha256": digest}, "modules": {}, "inputs": {}, "sources": ["src"]}
+        job = {"script": {"name": "x.py", "sha256": digest}, "modules": {}, "inputs": {}, "sources": {"src": {}}}
         with pytest.raises(workspace.JobFailed, match="source src cannot be unpacked"):
             workspace.fill(queued, job, {"src": digest}, lambda: None)
         shutil.rmtree(queued.work)

@@ -267,8 +267,10 @@ def _chosen_sources(sources: object, preference: str, targets: Iterable[str]) ->
         )
     for name, source in sources.items():
         if not isinstance(source, BaseSource | Either):
+            is_local = _is_path(source) and "://" not in str(source)
             raise SettingsError(
-                f"The source {name!r} is {source!r}, which is no source.", "See folder(), git(), archive(), debian()."
+                f"The source {name!r} is {source!r}, which is not a source.",
+                f"Use folder({str(source)!r})." if is_local else "Use folder(), git(), archive() or debian().",
             )
         declare(source)
     chosen = {name: choose(source, preference) for name, source in sources.items()}
