@@ -361,6 +361,12 @@ def test_what_a_buildscript_sees_is_described() -> None:
     assert injected is not None and set(re.findall(r'"(\w+)":', injected[1])) == SEEN
 
 
+def test_the_changelog_begins_with_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert project["version"] in sections[:2] and set(sections[:1]) <= {project["version"], "Unreleased"}
+
+
 # links
 
 
