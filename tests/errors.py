@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LONGEST = 600
+LONGEST = 250
 """Characters that a line of an error may have."""
 
 
