@@ -30,11 +30,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the reporter and what belongs to SD-card images when a dodo.py names it, and not for all others."""
+    """Import the live reporter and the functions for SD-card images on first use, to keep other imports fast."""
     if name in ("task_lock", "task_prune", "task_sources"):  # of 0.1
         command = name.removeprefix("task_")
         raise SettingsError(
-            f"dodo.py imports {name}, which is a command now.", f"Remove it there, and say gamebear {command}."
+            f"dodo.py imports {name}, which is now a command.", f"Remove the import, and run: gamebear {command}"
         )
     if name not in ("file", "live", "sd_image", "tar", "user"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m gamebear_tasks` is `gamebear`."""
+"""Entry point of `python -m gamebear_tasks`, which runs `gamebear`."""
 
 from .cli.main import main
 

@@ -20,7 +20,7 @@ from .runner.util.atomic_files import open_regular
 from .util.file_hashes import version
 from .util.messages import notice
 
-NEAR = 0.8
+SIMILARITY = 0.8
 """Minimum similarity, from 0 to 1 (difflib), at which a variable's name counts as a misspelled setting."""
 
 
@@ -31,14 +31,14 @@ class Settings:
     Attributes:
         builder: URL of the builder, such as `ssh://pi@buildpi`; or one URL per architecture, such as
             `armhf=ssh://pi@buildpi,arm64=ssh://pi@pi5`, so that each job runs on the builder of its architecture.
-        arch: Debian's name of the target architecture. Default: this machine's.
-        sources: Name of the alternative to use where several sources are declared (see `either`), such as `debian`.
-            Default: the first.
-        base: Origin of Debian base images: `registry`, `bootstrap` (created on the builder), or `auto`.
-        patience: Seconds to retry a lost connection before a run abandons its builder.
+        arch: Target architecture, as Debian names it: `amd64`, `arm64`, `armhf`.
+        sources: Alternative to use for sources that are declared with `either()`, such as `debian`.
+        base: Origin of Debian base images: `registry`, `bootstrap` (created on the builder), or `auto`:
+            the registry, else bootstrap.
+        patience: Seconds to retry a lost connection before doit exits. The job continues on the builder.
         interrupt: Effect of Ctrl-C, SIGTERM and SIGHUP on jobs on the builder: `cancel` or `detach`.
-        time_limit: Seconds after which the builder stops a job that does not set a time limit itself; 0 for never.
-        provenance: Whether every build writes a provenance statement beside each artifact.
+        time_limit: Seconds after which the builder stops a job, unless its task sets its own limit; 0 for no limit.
+        provenance: Whether every build writes a provenance statement next to each artifact.
         keep_failed: Whether the containers of a failed job are retained, for `gamebear shell`.
     """
 
@@ -74,8 +74,8 @@ class Settings:
 
         more = f"{shown(self.builder)},{arch}=ssh://user@host"
         raise SettingsError(
-            f"No builder is set for {arch}, only for {', '.join(builders)}.",
-            f"Name one: builder={more}, or in the table builder of pyproject.toml.",
+            f"No builder is set for {arch}, only for {', '.join(builders)} (from {_origin('builder')}).",
+            f"Add one: builder={more}",
         )
 
 
@@ -88,8 +88,8 @@ def own_architecture() -> str:
     machine = platform.machine().lower()
     if machine not in ARCHITECTURES:
         raise SettingsError(
-            f"This machine is a {machine!r}, for which no Debian architecture is known.",
-            "Say what to build for, such as arch=armhf.",
+            f"This machine's architecture {machine!r} has no Debian name.",
+            "Set the target architecture, such as arch=armhf.",
         )
     return ARCHITECTURES[machine]
 
@@ -126,7 +126,7 @@ def settings_of_this_run() -> Settings:
         return settings()
     if _of_this_run is None or _of_this_run[0] is not variables:
         _of_this_run = variables, settings()
-        _warn_of_near_misses(variables)
+        _warn_about_misspellings(variables)
     return _of_this_run[1]
 
 
@@ -138,14 +138,14 @@ def variables_of_this_run() -> Mapping[str, str] | None:
     return getattr(doit_cmd, "_CMDLINE_VARS", None)  # `get_var` only returns single variables, by name
 
 
-def _warn_of_near_misses(variables: Iterable[str]) -> None:
+def _warn_about_misspellings(variables: Iterable[str]) -> None:
     """Warn about doit variables that may be misspelled settings. No error, because dodo.py may use them itself."""
     known = [item.name for item in fields(Settings)]
     for name in set(variables).difference(known):
         import difflib
 
-        if meant := difflib.get_close_matches(name.lower(), known, 1, NEAR):
-            notice(f"the variable {name}= is no setting; was {meant[0]}= meant?")
+        if similar := difflib.get_close_matches(name.lower(), known, 1, SIMILARITY):
+            notice(f"{name}= is not a setting; did you mean {similar[0]}=?")
 
 
 def _check_home(home: str | None) -> None:
@@ -156,7 +156,7 @@ def _check_home(home: str | None) -> None:
     """
     if home is not None and not os.path.isabs(home):
         raise SettingsError(
-            f"HOME is {home!r}, which is no whole path.", "Set it to your home folder, such as HOME=/home/you."
+            f"HOME must be an absolute path, got {home!r}.", "Set it to your home folder, such as HOME=/home/you."
         )
 
 
@@ -168,6 +168,11 @@ def _look_up(name: str, project: dict[str, Any]) -> tuple[object, str]:
     if os.environ.get(variable):
         return os.environ[variable], variable
     return project.get(name), "[tool.gamebear] in pyproject.toml"
+
+
+def _origin(name: str) -> str:
+    """Return where a setting is set now, for errors."""
+    return _look_up(name, _project_settings(Path.cwd() / "pyproject.toml"))[1]
 
 
 def _project_settings(path: Path) -> dict[str, Any]:
@@ -189,26 +194,28 @@ def _read_project(path: str, _version: str) -> dict[str, Any]:
             data = tomllib.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise SettingsError(
-            f"pyproject.toml cannot be read: {error.strerror}.", "It has to be a file that you may read."
+            f"pyproject.toml cannot be read: {error.strerror}.",
+            "Make it a regular file that you can read: ls -l pyproject.toml",
         ) from error
     except ValueError as error:  # includes TOMLDecodeError, and int()'s error for 5,000 digits
-        raise SettingsError(f"pyproject.toml cannot be read: {error}.", "Mend it there.") from error
+        raise SettingsError(f"pyproject.toml cannot be read: {error}.", "Fix its TOML syntax.") from error
     except (RecursionError, MemoryError) as error:
         raise SettingsError(
-            "pyproject.toml cannot be read: its brackets are nested too deeply.", "Mend it there."
+            "pyproject.toml cannot be read: its brackets are nested too deeply.", "Remove some nesting."
         ) from error
     table = data.get("tool", {})
     found = table.get("gamebear", {}) if isinstance(table, dict) else {}
     if not isinstance(found, dict):
         raise SettingsError(
-            "[tool.gamebear] in pyproject.toml is not a table.", 'Write its settings below it: arch = "armhf".'
+            "[tool.gamebear] in pyproject.toml is not a table.",
+            'Write the line [tool.gamebear], and the settings below it: arch = "armhf"',
         )
     known = {item.name for item in fields(Settings)}
     for name in found:
         if name not in known:
             raise SettingsError(
-                f"[tool.gamebear] in pyproject.toml sets {name!r}, which is no setting.",
-                f"There are: {', '.join(sorted(known))}.",
+                f"[tool.gamebear] in pyproject.toml has an unknown setting {name!r}.",
+                f"Use one of {', '.join(sorted(known))}.",
             )
     return found
 
@@ -216,8 +223,8 @@ def _read_project(path: str, _version: str) -> dict[str, Any]:
 def _text(name: str, value: object, where: str) -> str:
     if not isinstance(value, str) or "\n" in value:
         raise SettingsError(
-            f"The setting {name} is {value!r}, which is no text of one line (from {where}).",
-            "Leave it out, or give it one.",
+            f"{name} must be a one-line string, got {value!r} (from {where}).",
+            "Set it to a string, or remove it to use the default.",
         )
     return value.strip()
 
@@ -232,8 +239,8 @@ def architecture(name: str, value: object, where: str) -> str:
     known = sorted(set(ARCHITECTURES.values()))
     if text and text not in known:
         better = ARCHITECTURES.get(text)
-        hint = f"Debian calls it {better}." if better else f"There are: {', '.join(known)}."
-        raise SettingsError(f"No architecture is called {text!r} (from {where}).", hint)
+        hint = f"Use Debian's name for it: {better}" if better else f"Use one of {', '.join(known)}."
+        raise SettingsError(f"{name} must be a Debian architecture, got {text!r} (from {where}).", hint)
     return text
 
 
@@ -249,24 +256,26 @@ def _builder(name: str, value: object, where: str) -> str:
         pairs = _pairs(_text(name, value, where))
     text = ",".join(f"{arch}={url}" if arch else url for arch, url in pairs)
     if not text:
-        raise SettingsError(f"The setting {name} is empty (from {where}).", "Leave it out, or say builder=local:.")
+        raise SettingsError(
+            f"{name} is empty (from {where}).", "Set builder=local: or builder=ssh://user@host, or remove the setting."
+        )
     for arch, url in pairs:
         architecture(name, arch, where)
         if not url:
             raise SettingsError(
-                f"The setting {name} names no builder for {arch} (from {where}).",
-                f"Leave {arch} out, or say {arch}=local:.",
+                f"{name} has no URL for {arch} (from {where}).",
+                f"Set {arch}=local: or {arch}=ssh://user@host, or remove {arch}.",
             )
         if _AMBIGUOUS.search(url) or (arch and _pairs(text) != pairs):  # no URL in the error: it may hold a password
             raise SettingsError(
-                f"The setting {name} does not name one builder{f' for {arch}' if arch else ''} (from {where}):"
-                " its URL has a comma or space that another builder or nothing follows.",
-                "Say one URL, or one for each architecture with commas between: armhf=ssh://a,arm64=ssh://b.",
+                f"{name} has more than one URL{f' for {arch}' if arch else ''}, or a stray comma or space"
+                f" (from {where}).",
+                "Set one URL, or one per architecture: builder=armhf=ssh://a,arm64=ssh://b",
             )
         if [other for other, _ in pairs].count(arch) > 1:
             raise SettingsError(
-                f"The setting {name} names two builders for {arch} (from {where}).",
-                "Name one. Several machines of one architecture are a cluster: dask://HOST.",
+                f"{name} has two URLs for {arch} (from {where}).",
+                f"Set one URL for {arch}. For several machines of one architecture, use dask://HOST.",
             )
     return text
 
@@ -302,11 +311,14 @@ def seconds(name: str, value: object, where: str) -> float:
     except (ValueError, OverflowError):
         count = -1.0
     if not 0 <= count < float("inf"):
-        raise SettingsError(f"The setting {name} is {value!r} (from {where}).", "Give it a number of seconds.")
+        raise SettingsError(
+            f"{name} must be a number of seconds, got {value!r} (from {where}).",
+            f"Set a finite number that is not negative, such as {name}=600.",
+        )
     return count
 
 
-def _truth(name: str, value: object, where: str) -> bool:
+def _boolean(name: str, value: object, where: str) -> bool:
     """Return a boolean, which may be specified as a string.
 
     Raises:
@@ -314,13 +326,15 @@ def _truth(name: str, value: object, where: str) -> bool:
     """
     if isinstance(value, bool):
         return value
-    said = value.strip().lower() if isinstance(value, str) else ""
-    if said not in TRUTHS:
-        raise SettingsError(f"The setting {name} is {value!r} (from {where}).", "It may be true or false.")
-    return TRUTHS[said]
+    word = value.strip().lower() if isinstance(value, str) else ""
+    if word not in _BOOLEANS:
+        raise SettingsError(
+            f"{name} must be true or false, got {value!r} (from {where}).", f"Set {name}=true or {name}=false."
+        )
+    return _BOOLEANS[word]
 
 
-TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def _one_of(*choices: str) -> Callable[[str, object, str], str]:
@@ -328,7 +342,8 @@ def _one_of(*choices: str) -> Callable[[str, object, str], str]:
         value = value.strip() if isinstance(value, str) else value
         if value not in choices:
             raise SettingsError(
-                f"The setting {name} is {value!r} (from {where}).", f"It may be {' or '.join(choices)}."
+                f"{name} must be {' or '.join(choices)}, got {value!r} (from {where}).",
+                f"Set {' or '.join(f'{name}={choice}' for choice in choices)}.",
             )
         return str(value)
 
@@ -340,8 +355,8 @@ _CHECKS: dict[str, Callable[[str, object, str], object]] = {
     "builder": _builder,
     "base": _one_of("auto", "registry", "bootstrap"),
     "interrupt": _one_of("cancel", "detach"),
-    "keep_failed": _truth,
+    "keep_failed": _boolean,
     "patience": seconds,
-    "provenance": _truth,
+    "provenance": _boolean,
     "time_limit": seconds,
 }

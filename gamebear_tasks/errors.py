@@ -10,27 +10,26 @@ from doit.exceptions import InvalidDodoFile
 from .util.text import arrow, in_line
 
 NONSENSE = (
-    "Run doit again; if it stays so, see on the builder what runs there as ~/.cache/gamebear/v1/runner, and remove it;"
-    " it is sent anew."
+    "Run doit again. If the error persists, remove ~/.cache/gamebear/v1/runner on the builder; doit uploads it again."
 )
 """Hint for responses that the runner never sends."""
 
 
 _REMEDIES = {
     errno.EMFILE: "Let doit open more files: ulimit -n 1024",
-    errno.ENFILE: "All of this machine's programs have too many files open: end some.",
-    errno.ENOMEM: "No memory is left here: end some programs, or allow more (ulimit -v).",
+    errno.ENFILE: "End some programs: this machine's limit of open files is reached (sysctl fs.file-max).",
+    errno.ENOMEM: "Free memory: end some programs, or raise the limit (ulimit -v).",
 }
 """Fixes for exceeded limits of this machine, independent of the failed operation."""
 
 
-DEEP = 9
+CAUSES = 9
 """Maximum number of chained causes of an error that are inspected."""
 
 
 def remedy(error: BaseException | None) -> str:
     """Return the fix for an exceeded limit of this machine that caused an error; empty for other causes."""
-    for _ in range(DEEP):  # bounded, because a re-raised error may be its own cause
+    for _ in range(CAUSES):  # bounded, because a re-raised error may be its own cause
         if error is None or isinstance(error, OSError):
             break
         error = error.__cause__
@@ -81,7 +80,9 @@ class BuilderError(GamebearError):
 class BuilderLost(BuilderError):
     """The connection to a builder was lost. Jobs continue to run there, and a retry may succeed."""
 
-    def __init__(self, message: str, hint: str = "What runs there goes on; doit again finds it.") -> None:
+    def __init__(
+        self, message: str, hint: str = "Run doit again: it finds the job, which continues on the builder."
+    ) -> None:
         super().__init__(message, hint)
 
 
@@ -102,7 +103,7 @@ class PythonError(BuilderError):
 
 
 class StoreError(BuilderError):
-    """Login succeeded and Python exists, but the builder cannot store files: disk full, or home folder not ours."""
+    """Login succeeded and Python exists, but the builder cannot store files, for example because its disk is full."""
 
 
 class JobError(GamebearError):

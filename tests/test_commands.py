@@ -76,7 +76,7 @@ def test_output_that_nobody_reads_is_no_traceback(built: Project, words: str, st
     [
         (">&-", 0, ""),
         ("<&- >&- 2>&-", 0, ""),
-        ("> /dev/full", 2, "ERROR: No space left on device. See that the disk has room"),
+        ("> /dev/full", 2, "ERROR: No space left on device. Check free disk space (df -h)"),
     ],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])

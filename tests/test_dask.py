@@ -876,7 +876,7 @@ def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp
     run = project.gamebear("shell", "x", "--", "sh", "-c", "cat /etc/passwd; exit 7")
     assert (run.status, run.out) == (7, (tree / "etc/passwd").read_text())
     project.doit("x", GAMEBEAR_KEEP_FAILED="no").failed("failed with status 3")
-    project.gamebear("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("No container of x is kept on dask://")
+    project.gamebear("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("Task x has no retained container on dask://")
 
 
 def test_slots_that_a_scheduler_claims_are_counted_in_numbers_that_make_sense() -> None:

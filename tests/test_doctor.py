@@ -1,4 +1,4 @@
-"""The doctor says of each builder whether it is ready, and makes a fresh account one that is when told to."""
+"""`gamebear doctor` checks builders and this machine, and turns a fresh account into a builder with `--fix`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sshd import Account, Sshd, client_home, new_account
 
 from gamebear_tasks.builders.protocol.responses import facts
 from gamebear_tasks.builders.transports.local import open_builder
-from gamebear_tasks.cli.doctor.builder_checks import NOTE, OK, TROUBLE, Finding, judge
-from gamebear_tasks.cli.doctor.fixes import Done, Step, mend, steps_for
+from gamebear_tasks.cli.doctor.builder_checks import FAILED, OK, WARNING, Finding, findings_of
+from gamebear_tasks.cli.doctor.fixes import Step, StepResult, apply_fixes, steps_for
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.runner.server import diagnostics
 from gamebear_tasks.runner.store.store import Store
@@ -98,18 +98,16 @@ def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: S
     look = mine.gamebear("doctor", "--json")
     assert look.status == 1, look.text
     found = findings(look)
-    assert {name for name, finding in found.items() if finding["state"] == "trouble"} == {"subuids"}
-    assert found["host key"]["what"].startswith("SHA256:") and f"{fresh.name}, by" in found["log-in"]["what"]
-    assert re.fullmatch(
-        rf"sudo usermod --add-subuids (\d+-\d+) --add-subgids \1 {fresh.name}", found["subuids"]["remedy"]
-    )
+    assert {name for name, finding in found.items() if finding["state"] == "failed"} == {"subuids"}
+    assert found["host key"]["message"].startswith("SHA256:") and f"{fresh.name}, by" in found["login"]["message"]
+    assert re.fullmatch(rf"sudo usermod --add-subuids (\d+-\d+) --add-subgids \1 {fresh.name}", found["subuids"]["fix"])
     assert not has_ids(fresh), "nobody asked for that"
 
     refused = mine.gamebear("doctor", "--fix")
     assert refused.status == 1
     words = " ".join(refused.out.split())
-    assert "sudo asks for a password there, and there is no terminal here to type it." in words
-    assert "Run there as root: usermod --add-subuids" in words
+    assert "sudo asks for a password, and this command has no terminal." in words
+    assert "→ Run on it as root: usermod --add-subuids" in words
     assert not has_ids(fresh)
 
     rules = Path("/etc/sudoers.d") / fresh.name
@@ -124,7 +122,7 @@ def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: S
     mine.doit("x").ok()
     assert (mine.folder / "build" / "x").read_text() == CONTAINED
     again = mine.gamebear("doctor", "--fix", "--json").ok()
-    assert json.loads(again.out)["places"][1]["mended"] == [], "what is well is left alone"
+    assert json.loads(again.out)["places"][1]["fixed"] == [], "nothing is left to fix"
 
 
 def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Account) -> None:
@@ -165,8 +163,8 @@ def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_pat
     project = Project(tmp_path / "project", home=client_home(tmp_path, debian), GAMEBEAR_BUILDER=debian.url)
     assert "has no python3" in " ".join(project.gamebear("doctor").out.split())
     fixed = project.gamebear("doctor", "--fix", "--json").ok()
-    mended = [each["command"] for each in json.loads(fixed.out)["places"][1]["mended"]]
-    assert [command.rpartition("=300 ")[2] for command in mended if " install " in command] == [
+    commands = [each["command"] for each in json.loads(fixed.out)["places"][1]["fixed"]]
+    assert [command.rpartition("=300 ")[2] for command in commands if " install " in command] == [
         "python3",
         "buildah uidmap mmdebstrap",
     ]
@@ -179,25 +177,25 @@ def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_pat
 # builders that cannot be asked
 
 
-def test_an_unknown_host_key_is_a_trouble_of_its_own_and_is_not_accepted(mine: Project) -> None:
+def test_an_unknown_host_key_is_a_separate_failure_and_is_not_accepted(mine: Project) -> None:
     known = mine.home / ".ssh" / "known_hosts"
     known.write_text("")
     run = mine.gamebear("doctor", "--fix", "--json")
     found = findings(run)
     assert run.status == 2 and list(found) == ["reachable", "host key"]
-    assert "ssh-keyscan -p" in found["host key"]["remedy"]
+    assert "ssh-keyscan -p" in found["host key"]["fix"]
     assert known.read_text() == ""
 
 
-def test_who_is_not_let_in_reads_which_keys_were_tried(mine: Project, tmp_path: Path, pi: Sshd) -> None:
+def test_a_failed_login_names_the_keys_that_were_tried(mine: Project, tmp_path: Path, pi: Sshd) -> None:
     client_home(tmp_path / "other", pi)  # whose key is the only one now
     run = mine.gamebear("doctor", "--json")
     found = findings(run)
-    assert run.status == 2 and list(found) == ["reachable", "host key", "log-in"]
-    assert "id_ed25519 SHA256:" in found["log-in"]["what"] and "ssh-copy-id" in found["log-in"]["remedy"]
+    assert run.status == 2 and list(found) == ["reachable", "host key", "login"]
+    assert "id_ed25519 SHA256:" in found["login"]["message"] and "ssh-copy-id" in found["login"]["fix"]
 
 
-def test_a_builder_that_is_not_there_is_told_in_a_terminal_of_forty_columns(project: Project) -> None:
+def test_an_unreachable_builder_is_reported_in_forty_columns(project: Project) -> None:
     run = project.gamebear(
         "doctor", "builder=ssh://pi@127.0.0.1:1", "patience=0", COLUMNS="40", PYTHONIOENCODING="ascii"
     )
@@ -212,31 +210,31 @@ def test_a_builder_without_python_gets_the_package(tmp_path: Path, fresh: Accoun
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
         run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
-    assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python"]
+    assert run.status == 1 and list(found) == ["reachable", "host key", "login", "python"]
     assert found["python"]["packages"] == ["python3"]
-    assert found["python"]["remedy"] == "On the builder: sudo apt install python3"
+    assert found["python"]["fix"] == "On the builder: sudo apt install python3"
 
 
-def test_a_builder_without_a_place_for_its_store_is_told(tmp_path: Path, fresh: Account) -> None:
+def test_a_builder_without_room_for_its_store_is_a_failure(tmp_path: Path, fresh: Account) -> None:
     command = 'XDG_CACHE_HOME=/proc/nowhere; export XDG_CACHE_HOME; exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
     with Sshd(tmp_path / "sshd", fresh, ForceCommand=command) as server:
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
         run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
-    assert run.status == 1 and list(found) == ["reachable", "host key", "log-in", "python", "store"]
-    assert "/proc/nowhere" in found["store"]["what"] and found["store"]["state"] == "trouble"
+    assert run.status == 1 and list(found) == ["reachable", "host key", "login", "python", "store"]
+    assert "/proc/nowhere" in found["store"]["message"] and found["store"]["state"] == "failed"
 
 
-def test_an_account_without_a_shell_is_told_so(tmp_path: Path, fresh: Account) -> None:
+def test_an_account_without_a_shell_is_a_failure(tmp_path: Path, fresh: Account) -> None:
     with Sshd(tmp_path / "sshd", fresh, ForceCommand="/usr/sbin/nologin") as server:
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
         run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
-    assert run.status == 2 and list(found) == ["reachable", "host key", "log-in"]
-    assert "chsh --shell /bin/sh" in found["log-in"]["remedy"]
+    assert run.status == 2 and list(found) == ["reachable", "host key", "login"]
+    assert "chsh --shell /bin/sh" in found["login"]["fix"]
 
 
-def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_diagnostics_are_polled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     monkeypatch.setattr(diagnostics, "examine", lambda *_: {"seen": go.wait(30)})
     looking = diagnostics.Examination(Store(tmp_path), [], "auto")
@@ -248,11 +246,14 @@ def test_a_builder_that_takes_long_to_look_at_is_asked_again(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["local:"], "gamebear doctor knows no task 'local:'. → Name another builder with builder=URL"),
+        (
+            ["local:"],
+            "Task 'local:' does not exist. → List the tasks: gamebear list --all. To check another builder",
+        ),
         (["builder=moon:x"], "No installed builder has the scheme 'moon'"),
     ],
 )
-def test_what_makes_no_sense_is_told(project: Project, arguments: list[str], said: str) -> None:
+def test_invalid_arguments_are_rejected(project: Project, arguments: list[str], said: str) -> None:
     assert " ".join(said.split()) in " ".join(project.gamebear("doctor", *arguments).failed().text.split())
 
 
@@ -279,13 +280,13 @@ def task_card():
 @pytest.mark.parametrize(
     ("arguments", "git", "debian", "image"),
     [
-        ([], "trouble", None, "note"),
-        (["sources=debian"], None, "trouble", "note"),
-        (["card"], "note", None, "trouble"),
-        (["all", "card.img"], "trouble", None, "trouble"),
+        ([], "failed", None, "warning"),
+        (["sources=debian"], None, "failed", "warning"),
+        (["card"], "warning", None, "failed"),
+        (["all", "card.img"], "failed", None, "failed"),
     ],
 )
-def test_this_machine_is_looked_at_for_what_the_tasks_need(
+def test_programs_that_tasks_need_are_checked_on_this_machine(
     project: Project, tmp_path: Path, arguments: list[str], git: str | None, debian: str | None, image: str
 ) -> None:
     project.write("dodo.py", NEEDS)
@@ -297,13 +298,13 @@ def test_this_machine_is_looked_at_for_what_the_tasks_need(
     assert {name: finding["state"] for name, finding in here.items() if name not in ("python", "keys")} == {
         name: state for name, state in states.items() if state
     }
-    assert "mcopy" in here["image tools"]["what"] and "mtools" in here["image tools"]["remedy"]
-    assert "needed by the task card" in here["image tools"]["what"] and "xz" not in here["image tools"]["what"]
-    assert ("not asked for" in here["image tools"]["what"]) == (image == "note")
+    assert "mcopy" in here["image tools"]["message"] and "mtools" in here["image tools"]["fix"]
+    assert "required by task card" in here["image tools"]["message"] and "xz" not in here["image tools"]["message"]
+    assert ("(not selected)" in here["image tools"]["message"]) == (image == "warning")
 
 
 @pytest.mark.system
-def test_mending_stops_where_a_step_fails_and_says_which() -> None:
+def test_fixes_stop_at_the_first_failed_step() -> None:
     builder = open_builder("local:")
     steps = [
         Step("false", "a", may_fail=True),
@@ -312,27 +313,32 @@ def test_mending_stops_where_a_step_fails_and_says_which() -> None:
         Step("echo never", "d"),
     ]
     lines: list[str] = []
-    done = mend(builder, steps, lines.append)
+    done = apply_fixes(builder, steps, lines.append)
     builder.close()
-    assert done == [Done(steps[0], True), Done(steps[1], True), Done(steps[2], False), Done(steps[3], None)]
+    assert done == [
+        StepResult(steps[0], True),
+        StepResult(steps[1], True),
+        StepResult(steps[2], False),
+        StepResult(steps[3], None),
+    ]
     assert lines == ["$ false    # a", r"$ printf '5%%\r99%%\rone\r\n'    # b", "one", "$ exit 3    # c"]
 
 
-def test_packages_are_installed_in_one_go() -> None:
+def test_all_packages_are_installed_by_one_command() -> None:
     found = [
-        Finding("buildah", TROUBLE, "", packages=("buildah",)),
-        Finding("storage", NOTE, "", packages=("fuse-overlayfs",)),
-        Finding("subuids", TROUBLE, "", commands=("usermod pi",)),
+        Finding("buildah", FAILED, "", packages=("buildah",)),
+        Finding("storage", WARNING, "", packages=("fuse-overlayfs",)),
+        Finding("subuids", FAILED, "", commands=("usermod pi",)),
         Finding("disk", OK, ""),
     ]
     update, install, ids = steps_for(found)
     assert update.may_fail and update.command.startswith("apt-get update")
     assert install.command.endswith(" buildah fuse-overlayfs") and "--no-remove" in install.command
-    assert install.why == "buildah, storage"
+    assert install.purpose == "buildah, storage"
     assert ids == Step("usermod pi", "subuids")
 
 
-# judging
+# findings
 
 GIB = 1 << 30
 
@@ -371,7 +377,7 @@ WELL: dict[str, Any] = {
 NO_CONTAINERS = {"containers": None, "failure": {"what": "No container can be run.", "remedy": "Do this."}}
 
 
-def judged(changes: dict[str, Any], base: str = "auto", arch: str = "armhf") -> list[Finding]:
+def checked(changes: dict[str, Any], base: str = "auto", arch: str = "armhf") -> list[Finding]:
     said = copy.deepcopy(WELL)
     for path, value in changes.items():
         *groups, name = path.split("/")
@@ -379,33 +385,38 @@ def judged(changes: dict[str, Any], base: str = "auto", arch: str = "armhf") -> 
         for group in groups:
             part = part[group]
         part[name] = value
-    return judge(facts(said), [arch], base)
+    return findings_of(facts(said), [arch], base)
 
 
-def test_a_builder_that_has_all_is_well() -> None:
-    found = judged({})
+def test_a_complete_builder_passes_all_checks() -> None:
+    found = checked({})
     assert {finding.state for finding in found} == {OK}
     (store,) = [finding for finding in found if finding.name == "store"]
-    assert store.what == "3 jobs kept; inputs 1 bytes, images not measured"
+    assert store.message == "3 jobs; inputs 1 bytes, images not measured"
 
 
 @pytest.mark.parametrize(
     ("changes", "name", "state", "words"),
     [
-        ({"programs/buildah": "", **NO_CONTAINERS}, "buildah", TROUBLE, "sudo apt install buildah"),
-        ({"programs/buildah": "", "programs/apt-get": "", **NO_CONTAINERS}, "buildah", TROUBLE, "Debian calls buildah"),
-        ({"programs/newuidmap": "", **NO_CONTAINERS}, "rootless", TROUBLE, "sudo apt install uidmap"),
+        ({"programs/buildah": "", **NO_CONTAINERS}, "buildah", FAILED, "sudo apt install buildah"),
+        (
+            {"programs/buildah": "", "programs/apt-get": "", **NO_CONTAINERS},
+            "buildah",
+            FAILED,
+            "Install on the builder",
+        ),
+        ({"programs/newuidmap": "", **NO_CONTAINERS}, "rootless", FAILED, "sudo apt install uidmap"),
         (
             {"subordinate/uids": 0, **NO_CONTAINERS},
             "subuids",
-            TROUBLE,
+            FAILED,
             "sudo usermod --add-subuids 165536-231071 --add-subgids 165536-231071 pi",
         ),
-        ({"user": "pi; reboot", "subordinate/uids": 0, **NO_CONTAINERS}, "subuids", TROUBLE, "165536-231071 ACCOUNT"),
+        ({"user": "pi; reboot", "subordinate/uids": 0, **NO_CONTAINERS}, "subuids", FAILED, "165536-231071 ACCOUNT"),
         (
             {"namespaces/works": False, "namespaces/settings": {"user.max_user_namespaces": 0}, **NO_CONTAINERS},
             "user namespaces",
-            TROUBLE,
+            FAILED,
             "user.max_user_namespaces=15000",
         ),
         (
@@ -415,79 +426,81 @@ def test_a_builder_that_has_all_is_well() -> None:
                 **NO_CONTAINERS,
             },
             "user namespaces",
-            TROUBLE,
+            FAILED,
             "kernel.apparmor_restrict_unprivileged_userns=0",
         ),
-        ({"namespaces/works": False, **NO_CONTAINERS}, "user namespaces", TROUBLE, "--privileged"),
-        (NO_CONTAINERS, "isolation", TROUBLE, "Do this."),
-        ({"costs": {"storage": "vfs is slow: install it"}}, "storage", NOTE, "sudo apt install fuse-overlayfs"),
+        ({"namespaces/works": False, **NO_CONTAINERS}, "user namespaces", FAILED, "--privileged"),
+        (NO_CONTAINERS, "isolation", FAILED, "Do this."),
+        ({"costs": {"storage": "vfs is slow: install it"}}, "storage", WARNING, "sudo apt install fuse-overlayfs"),
         (
             {"costs": {"storage": "vfs is slow"}, "programs/fuse-overlayfs": "/usr/bin/x"},
             "storage",
-            NOTE,
+            WARNING,
             "/dev/fuse",
         ),
-        ({"disk/free": GIB - 1}, "disk", TROUBLE, "gamebear prune"),
-        ({"disk/files": 10}, "disk", TROUBLE, "gamebear prune"),
+        ({"disk/free": GIB - 1}, "disk", FAILED, "gamebear prune"),
+        ({"disk/files": 10}, "disk", FAILED, "gamebear prune"),
         ({"disk/files": None}, "disk", OK, ""),
-        ({"disk/executes": False}, "disk", TROUBLE, "noexec"),
+        ({"disk/executes": False}, "disk", FAILED, "noexec"),
         (
             {"costs": {"disk speed": "a file takes long: have the store elsewhere"}},
             "disk speed",
-            NOTE,
+            WARNING,
             "Have the store",
         ),
-        ({"ahead": -90000.0}, "clock", TROUBLE, "timedatectl set-ntp true"),
-        ({"ahead": 60.0}, "clock", NOTE, "See which of the two is wrong"),
-        ({"memory": {"total": GIB // 2, "swap": 0}}, "memory", NOTE, "swap"),
+        ({"ahead": -90000.0}, "clock", FAILED, "timedatectl set-ntp true"),
+        ({"ahead": 60.0}, "clock", WARNING, "Run date on both machines"),
+        ({"memory": {"total": GIB // 2, "swap": 0}}, "memory", WARNING, "swap"),
         ({"memory": {"total": GIB // 2, "swap": GIB}}, "memory", OK, ""),
-        ({"heat": {"degrees": 85.0, "throttled": 0x50005}}, "power", NOTE, "stronger power supply"),
-        ({"heat": {"degrees": 85.0, "throttled": 0}}, "temperature", NOTE, "fan"),
-        ({"kills": True}, "log-out", TROUBLE, "KillUserProcesses=no"),
-        ({"containers/arch": "arm64"}, "architecture", TROUBLE, "qemu-user-static"),
+        ({"heat": {"degrees": 85.0, "throttled": 0x50005}}, "power", WARNING, "stronger power supply"),
+        ({"heat": {"degrees": 85.0, "throttled": 0}}, "temperature", WARNING, "fan"),
+        ({"kills": True}, "logout", FAILED, "KillUserProcesses=no"),
+        ({"containers/arch": "arm64"}, "architecture", FAILED, "qemu-user-static"),
         ({"containers/arch": "arm64", "containers/emulated": ["armhf"]}, "architecture", OK, ""),
         ({"bases/armhf/there": True}, "base image", OK, ""),
-        ({"bases/armhf/unreachable": "no such host"}, "base image", NOTE, "apt-get update"),
-        ({"programs/mmdebstrap": ""}, "base image", NOTE, "sudo apt install mmdebstrap"),
+        ({"bases/armhf/unreachable": "no such host"}, "base image", WARNING, "apt-get update"),
+        ({"programs/mmdebstrap": ""}, "base image", WARNING, "sudo apt install mmdebstrap"),
         (
             {
                 "bases/armhf/lacks": {"what": "no keys.", "remedy": "x"},
                 "bases/armhf/keyring": "raspbian-archive-keyring",
             },
             "base image",
-            NOTE,
+            WARNING,
             "sudo apt install raspbian-archive-keyring",
         ),
     ],
 )
-def test_each_trouble_has_its_remedy(changes: dict[str, Any], name: str, state: str, words: str) -> None:
-    (found,) = [finding for finding in judged(changes) if finding.name == name]
+def test_each_failed_check_has_a_fix(changes: dict[str, Any], name: str, state: str, words: str) -> None:
+    (found,) = [finding for finding in checked(changes) if finding.name == name]
     assert found.state == state
-    assert words in f"{found.what} {found.remedy}" and bool(found.remedy) == (state != OK)
+    assert words in f"{found.message} {found.fix}" and bool(found.fix) == (state != OK)
 
 
-def test_a_base_that_must_be_made_and_cannot_be_is_a_trouble() -> None:
-    (found,) = [finding for finding in judged({"programs/mmdebstrap": ""}, "bootstrap") if finding.name == "base image"]
-    assert found.state == TROUBLE and found.packages == ("mmdebstrap",)
+def test_a_base_that_cannot_be_bootstrapped_is_a_failure() -> None:
+    (found,) = [
+        finding for finding in checked({"programs/mmdebstrap": ""}, "bootstrap") if finding.name == "base image"
+    ]
+    assert found.state == FAILED and found.packages == ("mmdebstrap",)
 
 
 HOSTILE: list[Any] = [None, "", "\x1b[2J", 1, -1, True, 1e308, float("nan"), [], [[]], {}, {"a": {}}, "x" * 10_000]
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:12])
-def test_whatever_a_builder_says_is_shown_harmlessly(value: Any) -> None:
+def test_diagnostics_of_a_hostile_builder_are_sanitized(value: Any) -> None:
     for name, known in WELL.items():
         paths = [name, *(f"{name}/{part}" for part in known)] if isinstance(known, dict) else [name]
         for path in paths:
-            for finding in judged({path: value}):
-                assert len(finding.what + finding.remedy) < 40_000
-                assert "\x1b" not in finding.what + finding.remedy + "".join(finding.commands)
+            for finding in checked({path: value}):
+                assert len(finding.message + finding.fix) < 40_000
+                assert "\x1b" not in finding.message + finding.fix + "".join(finding.commands)
 
 
 @pytest.mark.parametrize("user", ["x; reboot", "--root=/", "$(reboot)", "", "a b"])
-def test_what_a_builder_makes_up_is_nothing_that_root_runs(user: str) -> None:
+def test_root_never_runs_text_of_a_builder(user: str) -> None:
     lacks = {"bases/armhf/lacks": {"what": "no keys", "remedy": "x"}, "bases/armhf/keyring": user}
-    for finding in judged({"user": user, "subordinate/uids": 0, **lacks, **NO_CONTAINERS}):
+    for finding in checked({"user": user, "subordinate/uids": 0, **lacks, **NO_CONTAINERS}):
         assert all(user not in command for command in finding.commands) or not user
         assert user not in finding.packages
 
@@ -498,5 +511,5 @@ def test_the_architectures_of_a_table_are_each_builders_own(project: Project) ->
     run = project.gamebear("doctor", "--json", f"builder={own}=local:,loong64=local:", timeout=120)
     assert run.status == 1
     found = findings(run)
-    assert "programs for loong64 do not run" in found["architecture"]["what"]
+    assert "programs for loong64 do not run" in found["architecture"]["message"]
     assert {f"base image {own}", "base image loong64"} <= set(found)

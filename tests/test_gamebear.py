@@ -22,7 +22,7 @@ TASK = "def task_x():\n    return {'actions': ['echo said']}\n"
 
 DODO = "from gamebear_tasks import artifact\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n"
 
-REMOVE = "Remove it: rm -r .doit.db*; doit then finds on the builder what was built."
+REMOVE = "Remove it: rm -r .doit.db*; doit then fetches finished results from the builder."
 
 
 def test_without_a_command_it_runs_tasks_with_the_live_reporter(project: Project) -> None:
@@ -77,13 +77,13 @@ def test_a_task_with_the_name_of_a_command_is_refused_and_doit_runs_it(project: 
 @pytest.mark.parametrize("name", ["lock", "prune", "sources", "report"])
 def test_a_command_without_arguments_refuses_one(project: Project, name: str) -> None:
     project.write("dodo.py", TASK)
-    run = project.gamebear(name, "x").failed(f"gamebear {name} takes no argument, and got 'x'. Say gamebear {name}.")
+    run = project.gamebear(name, "x").failed(f"gamebear {name} takes no arguments, got 'x'. Run gamebear {name}.")
     assert run.status == 2
 
 
-def test_a_dodo_file_that_imports_a_command_as_a_task_is_told_so(project: Project) -> None:
+def test_an_import_of_a_former_task_names_the_command(project: Project) -> None:
     project.write("dodo.py", "from gamebear_tasks import task_lock\n")
-    project.doit().failed("dodo.py imports task_lock, which is a command now. Remove it there, and say gamebear lock.")
+    project.doit().failed("dodo.py imports task_lock, which is now a command.", "run: gamebear lock")
 
 
 # the database
@@ -116,16 +116,16 @@ def test_a_damaged_entry_of_the_database_is_told(opened: Callable[[], Any]) -> N
     first = opened()
     first._dbm[b"x"] = b'{"result'
     first.dump()
-    said = "doit's database .doit.db cannot be read: it is damaged, or another Python's."
+    said = "doit's database .doit.db cannot be read: it is damaged, or was written by another Python."
     assert failure(lambda: opened().get("x", "result")) == f"{said} {REMOVE}"
 
 
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (OSError(28, "No space left on device"), "No space left on device. Make room there, then run doit again"),
-        (OSError(11, "Resource temporarily unavailable"), "Another doit runs in this folder: wait until it has ended."),
-        (OSError("database is locked"), "Another doit runs in this folder: wait until it has ended."),
+        (OSError(28, "No space left on device"), "No space left on device. Free disk space, then run doit again"),
+        (OSError(11, "Resource temporarily unavailable"), "Wait until the other doit in this folder has ended."),
+        (OSError("database is locked"), "Wait until the other doit in this folder has ended."),
         (ValueError("Expecting value"), REMOVE),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_damaged_database_is_no_traceback(project: Project, command: str, back
     project.write("dodo.py", TASK)
     project.write(".doit.db", "{ no database")
     run = project.gamebear(*command.split(), "--backend", backend)
-    run.failed(f"cannot be opened: it is damaged, or another Python's. {REMOVE}")
+    run.failed(f"cannot be opened: it is damaged, or was written by another Python. {REMOVE}")
     assert run.status == 3 and "Traceback" not in run.text
 
 

@@ -98,7 +98,7 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     assert read.links
     for link in read.links:
         assert (path.parent / urllib.parse.unquote(link)).is_file(), link
-    project.gamebear("report", "x").failed("takes no argument")
+    project.gamebear("report", "x").failed("gamebear report takes no arguments, got 'x'")
 
 
 def test_times_and_sizes_are_compared_with_the_time_before() -> None:

@@ -1,4 +1,4 @@
-"""`gamebear jobs`: what runs or has run on a builder, also as another laptop sees it."""
+"""`gamebear jobs`: list, follow and cancel jobs, also from another laptop."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_job_is_listed_and_followed_to_its_end_from_another_laptop(remote: Rem
     wait_for(lambda: "begin red\n" in said(other))
     remote.go()
     assert (client.wait(), follower.wait()) == (0, 0)
-    assert "\nend\n" in said(other) and "is done" in said(other)
+    assert "\nend\n" in said(other) and "succeeded" in said(other)
     again = other.jobs("follow", line[0], "--lines", "1").ok()
     assert again.out == "end\n"
     entry = other.listed()[0]
@@ -118,7 +118,7 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Laptop, account: 
         if stop:
             follower.send_signal(signal.SIGINT)
             assert follower.wait() == 130
-            assert "goes on; `gamebear jobs cancel" in said(other)
+            assert "continues; cancel it with: gamebear jobs cancel" in said(other)
     assert len(other.listed()[0]["waiting"]) == 1
     client.kill()
     client.wait()
@@ -143,9 +143,9 @@ def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) 
     mine.doit("made").ok()
     mine.write("x.py", "print('edited meanwhile')\n")
     assert mine.jobs("follow", "made").ok().out == "says so\n"
-    mine.jobs("follow", "other").failed("There is no job of the task 'other' on local:")
-    mine.jobs("cancel", "nobody").failed("No job on local: begins with 'nobody', and no task has that name")
-    mine.jobs("follow").failed("Say `gamebear jobs`, `gamebear jobs follow ID` or `gamebear jobs cancel ID`")
+    mine.jobs("follow", "other").failed("Task 'other' has no job on local:")
+    mine.jobs("cancel", "nobody").failed("No job or task 'nobody' on local:")
+    mine.jobs("follow").failed("invalid arguments: 'follow'", "gamebear jobs follow ID")
     (entry,) = mine.listed()
     alike = f"{entry['digest'][:10]}{'0' * 54}"
     (mine.store / "jobs" / alike).mkdir()
@@ -212,7 +212,7 @@ def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(mine:
     assert {entry["digest"] for entry in everything} == set(digests)
     assert sum(entry["state"] == "lost" for entry in everything) == 40
     assert len({entry["digest"][: entry["digits"]] for entry in everything}) == 1000
-    assert "980 more; --all lists them" in mine.jobs().ok().out
+    assert "980 more (list all: gamebear jobs --all)" in mine.jobs().ok().out
 
 
 def test_what_a_builder_lists_is_bounded_and_printable() -> None:

@@ -117,8 +117,10 @@ def test_every_build_says_where_its_artifacts_come_from_where_that_is_set(pair: 
 
 def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_else(pair: Project) -> None:
     pair.gamebear("provenance", "never").failed("never is not up to date", "Run doit never first")
-    pair.gamebear("provenance", "plain").failed("plain is made by neither artifact() nor sd_image()")
-    pair.gamebear("provenance", "nobody").failed("There is no task 'nobody'")
+    pair.gamebear("provenance", "plain").failed(
+        "Task plain has no provenance: it uses neither artifact() nor sd_image()"
+    )
+    pair.gamebear("provenance", "nobody").failed("Task 'nobody' does not exist", "gamebear list --all")
     pair.doit("pair").ok()
     assert not list(pair.folder.glob("build/*.intoto.json"))
     (noted,) = pair.store.glob("jobs/*/materials.json")

@@ -71,7 +71,7 @@ def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, fr
     grow_old(old.store, 10)
     new.ok()
     assert "nothing removed" in prune(old, "--older", "11")
-    assert "On local: 1 job, 2 inputs removed, " in prune(old, "--older", "9.5")
+    assert "1 job, 2 inputs removed on local:, " in prune(old, "--older", "9.5")
     assert len(list(old.store.jobs.iterdir())) == 1
     assert len(list(old.store.blobs.iterdir())) == 2
     for job in (new, old):
@@ -216,7 +216,7 @@ def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, fresh_home: Path
     os.utime(own, (1, 1))
     fd = os.open(held, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)
-    assert "2 other things removed" in prune(job, "--keep", "5")
+    assert "2 other items removed" in prune(job, "--keep", "5")
     os.close(fd)
     assert sorted(top.iterdir()) == sorted([own, held])
 
@@ -429,11 +429,11 @@ def test_sources_that_this_machine_did_not_use_for_so_long_go_too(tmp_path: Path
     for name in ("git-old.tar", "git/old.git", "apt/all"):
         os.utime(kept / name, (time.time() - 11 * 86400,) * 2)
     said = prune(job, "--older", "10")
-    assert "On this machine 3 sources removed, 3.0 KiB freed" in said
+    assert "3 sources removed on this machine, 3.0 KiB freed" in said
     assert not (kept / "git-old.tar").exists() and not (kept / "git/old.git").exists()
     assert [path.name for path in (kept / "apt/all").iterdir()] == [".lock"]
     assert (kept / "git-new.tar").exists() and (kept / "git/new.git/HEAD").exists()
-    assert "On this machine" not in prune(job, "--older", "0")
+    assert "on this machine" not in prune(job, "--older", "0")
 
 
 def test_a_source_that_is_used_counts_as_new(tmp_path: Path, fresh_home: Path) -> None:

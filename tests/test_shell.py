@@ -145,7 +145,7 @@ def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
     assert "the last line" in said and "The whole log is build/logs/x.log." in said
     assert "The container is kept: `gamebear shell x` opens a shell in it." in said
     with place.shell("x", size=(31, 97)) as keyboard:
-        keyboard.see("this is container 2 of the 2 that x has left .* failed with status 1")
+        keyboard.see("container 2 of 2 of x on .* failed with status 1")
         keyboard.see(r"[$#] ")
         keyboard.type("pwd; id -u; stty size; echo $TERM, $GREETING, $FOR; cat half /mnt/note\r")
         keyboard.see("/tmp\r\n1000\r\n31 97\r\nxterm-256color, hi there, this one\r\nhalf done\r\nin the job's folder")
@@ -187,12 +187,12 @@ def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
 def test_what_cannot_be_entered_is_said(here: Place) -> None:
     here.has_left()
     shell = ("shell",)
-    here.project.doit(*shell, "-c", "3", "x").failed("x has left 2 containers, and there is no container 3.")
-    here.project.doit(*shell, "y").failed("There is no task y. Those that build on one: x, other:a, other:b")
-    here.project.doit(*shell).failed("gamebear shell does not say which task's container.")
-    here.project.doit(*shell, "x", "--").failed("There is no command behind --.")
+    here.project.doit(*shell, "-c", "3", "x").failed("Task x has no container 3, only 2.", "from 1 to 2")
+    here.project.doit(*shell, "y").failed("Task 'y' does not exist.", "Use one of: x, other:a, other:b")
+    here.project.doit(*shell).failed("gamebear shell needs the name of one task, got none.")
+    here.project.doit(*shell, "x", "--").failed("gamebear shell has no command after --.")
     here.project.doit(*shell, "other:a").failed(
-        "No container of other:a is kept on", "`doit other:a keep_failed=yes` has it kept if the task fails"
+        "Task other:a has no retained container on", "Run doit other:a keep_failed=yes"
     )
 
 
@@ -214,7 +214,7 @@ def test_an_open_shell_keeps_its_container(there: Place) -> None:
         os.utime(job / name, (1, 1))
     assert "1 job" in there.project.gamebear("prune", "--older", "0.5").ok().out
     assert there.kept == [] and there.containers == 0
-    there.project.gamebear("shell", "x").failed("No container of x is kept")
+    there.project.gamebear("shell", "x").failed("Task x has no retained container")
 
 
 def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
@@ -281,7 +281,7 @@ def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
     assert run.out == "/tmp\nhalf done\n"
     here.project.write("x.py", f"{here.script}# mended\n")
     run = here.project.gamebear("shell", "x", "--", "true").ok()
-    assert "what x is built from has changed since it failed" in run.err
+    assert "inputs or settings of x (such as sources=debian) have changed since it failed" in run.err
     here.project.write("x.py", here.script)
 
 

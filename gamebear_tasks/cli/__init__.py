@@ -1,1 +1,1 @@
-"""Commands beside doit's own, one file a verb."""
+"""The commands that `gamebear` adds to doit's, one file per command."""

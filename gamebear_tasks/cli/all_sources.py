@@ -15,10 +15,10 @@ def create_delayed(tasks: Mapping[str, Any]) -> Iterator[str]:
     """Call the creators of the tasks that doit has not created yet, which declares their sources.
 
     Args:
-        tasks: doit's, by name.
+        tasks: doit's tasks by name.
 
     Yields:
-        For each creator that fails, a line that says why: it may need files that another task makes.
+        A warning for each creator that fails, for example because it needs files of a task that has not run.
     """
     seen: list[Any] = []
     for name, task in tasks.items():
@@ -29,9 +29,9 @@ def create_delayed(tasks: Mapping[str, Any]) -> Iterator[str]:
         try:
             _exhaust(loader.creator(**(loader.kwargs or {})))
         except Exception as error:  # noqa: BLE001 - the author's code
-            why = error.message if isinstance(error, GamebearError) else f"{type(error).__name__}: {error}"
-            hint = f"run: doit {loader.task_dep}, then gamebear lock" if loader.task_dep else "mend it in dodo.py"
-            yield f"not all sources of the task {name} are known, as it cannot be created yet: {why} ({hint})"
+            cause = error.message if isinstance(error, GamebearError) else f"{type(error).__name__}: {error}"
+            fix = f"run doit {loader.task_dep}, then this command again" if loader.task_dep else "fix it in dodo.py"
+            yield f"task {name} was skipped, because it cannot be created: {cause.rstrip('.')} ({fix})"
 
 
 def _exhaust(tasks: Any) -> None:

@@ -19,27 +19,27 @@ from ..util.messages import complain, drop
 from ..util.text import in_line
 
 FAILED = 2
-"""The exit status of a command that could not do what it was asked: doit's of a task that could not run."""
+"""Exit status of a command that failed; doit's status for a task that could not run."""
 
-UNREAD = 141
-"""The exit status of a command whose output nobody reads any more, as shells have it (SIGPIPE)."""
+BROKEN_PIPE = 141
+"""Exit status of a command whose reader closed the pipe: 128 + SIGPIPE, as in shells."""
 
 INTERRUPTED = 130
-"""The exit status of a command that was ended with Ctrl-C, as shells have it."""
+"""Exit status of a command that Ctrl-C ended: 128 + SIGINT, as in shells."""
 
 
 class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
     """A command of `gamebear`.
 
-    It does not open doit's database, so it works while a build goes on.
+    It does not open doit's database, so it works while doit runs.
 
     Args:
-        task_loader: doit's, which finds `dodo.py`.
-        kwargs: what else doit gives a command.
+        task_loader: doit's loader, which finds `dodo.py`.
+        kwargs: doit's other arguments of a command.
 
     Attributes:
-        needs_tasks: whether it makes no sense without a `dodo.py`; `self.tasks` then has its tasks by name.
-            Otherwise `load_tasks` has them where there is one.
+        needs_tasks: Whether the command requires a `dodo.py`; `self.tasks` then has its tasks by name. Other commands
+            call `load_tasks`, which does nothing without a `dodo.py`.
     """
 
     needs_tasks: ClassVar[bool] = False
@@ -51,13 +51,13 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         self._is_in_project = False
 
     def get_options(self) -> list[CmdOption]:
-        """Return the options: those that find `dodo.py`, and the command's own."""
+        """Return the options that find `dodo.py`, and the command's own options."""
         return [CmdOption(option) for option in (*self.loader.cmd_options, *self.cmd_options)]
 
     def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> int:
         """Enter the project and run; return the exit status."""
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-            if getattr(sys, name) is None:  # it is closed: there is nothing to read, or nobody who would
+            if getattr(sys, name) is None:  # its descriptor is closed
                 setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the process ends
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -76,29 +76,29 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             return 128 + error.number
         except KeyboardInterrupt:
             return INTERRUPTED
-        except BrokenPipeError:  # whoever read it has enough, as `head` has
+        except BrokenPipeError:  # the reader, such as `head`, has exited
             drop(sys.stdout)
-            return UNREAD
+            return BROKEN_PIPE
         except OSError as error:
-            what = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
-            hint = remedy(error) or "See that the disk has room, and that what is read and written is there and yours."
-            complain(GamebearError(f"{what}.", hint))
+            message = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
+            hint = remedy(error) or "Check free disk space (df -h) and permissions (ls -ld)."
+            complain(GamebearError(f"{message}.", hint))
             drop(sys.stdout)
             return FAILED
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
-        """Do what the command is for; return the exit status.
+        """Run the command; return the exit status.
 
         Raises:
-            GamebearError: it could not be done.
+            GamebearError: The command failed.
         """
         raise NotImplementedError
 
     def _enter_project(self, options: Mapping[str, Any]) -> None:
-        """Go to the folder of `dodo.py`; where there is none and none is needed, stay here.
+        """Change to the folder of `dodo.py`, if there is one.
 
         Raises:
-            InvalidDodoFile: there is none, or it is broken; doit shows it.
+            InvalidDodoFile: `dodo.py` is required and missing, or is broken. doit displays it.
         """
         if not (self.needs_tasks or options["seek_file"] or os.path.exists(options["dodoFile"])):
             return
@@ -109,18 +109,20 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             self.load_tasks()
 
     def refuse(self, args: Sequence[str]) -> None:
-        """Raise SettingsError where a command that takes no argument got one."""
+        """Raise SettingsError if a command that takes no arguments got one."""
         if args:
-            said = f"{self.bin_name} {self.name}"
-            raise SettingsError(f"{said} takes no argument, and got {args[0]!r}.", f"Say {said}.")
+            command = f"{self.bin_name} {self.name}"
+            raise SettingsError(
+                f"{command} takes no arguments, got {args[0]!r}.", f"Run {command}. Its options: {command} --help"
+            )
 
     def print_lines(self, lines: Iterable[str]) -> None:
-        """Print each line when it comes. Where nobody reads them (`| head`), the work behind them still completes."""
+        """Print each line when it is ready. If the reader exits (`| head`), the remaining work still completes."""
         for line in lines:
             with contextlib.suppress(OSError):
                 print(in_line(line), flush=True)
 
     def load_tasks(self) -> None:
-        """Have `self.tasks`, where there is a `dodo.py`; raises InvalidDodoFile."""
+        """Load `self.tasks` if there is a `dodo.py`; raises InvalidDodoFile."""
         if self._is_in_project and not self.tasks:
             self.tasks = {task.name: task for task in self.loader.load_tasks(cmd=self, pos_args=[])}

@@ -19,7 +19,7 @@ _BUSY = (errno.EAGAIN, errno.EBUSY)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 SUFFIXES = ("", ".db", ".dat", ".dir", ".pag", ".bak")
-"""What the implementations of dbm append to a database's name, see the module `dbm`."""
+"""Suffixes that the implementations of dbm append to a database's name, see the module `dbm`."""
 
 
 class DatabaseError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # doit has no types
@@ -27,10 +27,10 @@ class DatabaseError(GamebearError, InvalidDodoFile):  # type: ignore[misc]  # do
 
 
 def guarded(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that opens a database of doit's, which then raises DatabaseError for whatever fails.
+    """Wrap a database class of doit's, so that each failure raises DatabaseError.
 
     Args:
-        backend: doit's class, called with the file's name first.
+        backend: doit's class; its first argument is the name of the file.
     """
 
     def opened(name: str, *args: Any, **kwargs: Any) -> Database:
@@ -45,7 +45,7 @@ class Database:
     """A database of doit's whose methods raise DatabaseError.
 
     Args:
-        name: its file's name.
+        name: Name of its file.
         backend: doit's object.
     """
 
@@ -54,14 +54,14 @@ class Database:
         self._backend = backend
 
     def get(self, task_id: str, dependency: str) -> Any:
-        """Return a task's value, None where there is none. No context manager: it is called for every dependency."""
+        """Return a task's value, or None. Without a context manager, which costs time for every dependency."""
         try:
             return self._backend.get(task_id, dependency)
         except Exception as error:
             raise _error(self.name, "read", error) from error
 
     def in_(self, task_id: str) -> Any:
-        """Return whether anything is known of a task."""
+        """Return whether the database contains a task."""
         with errors_of(self.name, "read"):
             return self._backend.in_(task_id)
 
@@ -76,7 +76,7 @@ class Database:
             self._backend.remove_all()
 
     def dump(self) -> None:
-        """Write what is new, and close the file."""
+        """Write changes, and close the file."""
         with errors_of(self.name, "written"):
             self._backend.dump()
 
@@ -85,7 +85,7 @@ class Database:
 
 
 def check_regular(name: str) -> None:
-    """Raise DatabaseError where the file is neither absent nor a regular file: opening a FIFO would wait for ever."""
+    """Raise DatabaseError if the file exists and is not a regular file: opening a FIFO would block."""
     for suffix in SUFFIXES:
         try:
             mode = os.stat(name + suffix).st_mode
@@ -95,17 +95,17 @@ def check_regular(name: str) -> None:
             path = shlex.quote(name + suffix)
             raise DatabaseError(
                 f"doit's database {name + suffix} cannot be opened: it is not a regular file.",
-                f"See what it is, then move it away: ls -ld {path}",
+                f"Move it away: mv {path} {path}.old",
             )
 
 
 @contextmanager
 def errors_of(name: str, what: str) -> Iterator[None]:
-    """Raise DatabaseError for whatever the block raises: each Python's databases have errors of their own.
+    """Convert all exceptions of the block to DatabaseError: their types differ between versions of Python.
 
     Args:
-        name: the database's file.
-        what: what is done with it, such as `opened`.
+        name: The database's file.
+        what: The operation, as a participle such as `opened`.
     """
     try:
         yield
@@ -113,26 +113,26 @@ def errors_of(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         if what == "written" and isinstance(error, TypeError):
-            raise  # a task's value is no JSON: the traceback names it
+            raise  # a task's value is not JSON: the traceback names it
         raise _error(name, what, error) from error
 
 
 def _error(name: str, what: str, error: Exception) -> DatabaseError:
     number = _number(name, error)
     files = f"{shlex.quote(name)}*"
-    why = os.strerror(number) if number else "it is damaged, or another Python's"
-    hint = f"See whose it is, and its folder: ls -ld {shlex.quote(os.path.dirname(name) or '.')} {files}"
+    cause = os.strerror(number) if number else "it is damaged, or was written by another Python"
+    hint = f"Check owner and permissions: ls -ld {shlex.quote(os.path.dirname(name) or '.')} {files}"
     if not number:
-        hint = f"Remove it: rm -r {files}; doit then finds on the builder what was built."
+        hint = f"Remove it: rm -r {files}; doit then fetches finished results from the builder."
     elif number in _BUSY:
-        hint = "Another doit runs in this folder: wait until it has ended."
+        hint = "Wait until the other doit in this folder has ended."
     elif number in _FULL:
-        hint = "Make room there, then run doit again, which finds on the builder what was built."
-    return DatabaseError(f"doit's database {name} cannot be {what}: {why}.", hint)
+        hint = "Free disk space, then run doit again; it fetches finished results from the builder."
+    return DatabaseError(f"doit's database {name} cannot be {what}: {cause}.", hint)
 
 
 def _number(name: str, error: Exception) -> int:
-    """Return the errno of what is wrong, 0 where it is none that an operating system has; SQLite has only words."""
+    """Return the errno of a database error, or 0 if the file is damaged. SQLite's errors of doit's have no errno."""
     cause = error.__context__ if isinstance(error, DatabaseException) else error
     if isinstance(cause, OSError) and cause.errno:
         return cause.errno

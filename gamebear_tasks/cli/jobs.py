@@ -1,4 +1,4 @@
-"""`gamebear jobs`: what runs or has run on the builders; follow one, cancel one, from any machine that reaches them."""
+"""`gamebear jobs`: list, follow and cancel the jobs on the builders, from any machine that can reach them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from ..util.urls import shown
 from .command import FAILED, ProjectCommand
 
 SHOWN = 20
-"""How many jobs of a builder are shown without `--all`."""
+"""Maximum number of jobs per builder that are listed without `--all`."""
 
 TAIL = 256 << 10
-"""Bytes of a log's end in which its last lines are looked for."""
+"""Bytes at the end of a log that are searched for its last lines."""
 
-FEWEST = 4
-"""The fewest digits that name a job."""
+MINIMUM_DIGITS = 4
+"""Minimum number of hexadecimal digits that identify a job."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A job, and where it is.
+    """A job and its builder.
 
     Attributes:
-        builder: which has it.
-        entry: what the builder says of it.
+        builder: The builder that has the job.
+        entry: The builder's description of the job.
     """
 
     builder: Builder
@@ -46,32 +46,32 @@ class Found:
 
     @property
     def listed(self) -> Listed:
-        """The builder, as one that lists its jobs."""
+        """The builder, with the interface for jobs; raises BuilderError if it lacks that."""
         return _listed(self.builder)
 
     @property
     def name(self) -> str:
-        """What to call the job in messages."""
+        """Name of the job in messages."""
         return f"{self.entry.digest[: self.entry.digits]} ({_what(self.entry)}) on {shown(self.builder.url)}"
 
 
 class Jobs(ProjectCommand):
     """Lists, follows and cancels jobs."""
 
-    doc_purpose = "list the jobs of the builders, follow one, cancel one"
+    doc_purpose = "list, follow or cancel jobs on the builders"
     doc_usage = "[follow ID|TASK] [cancel ID|TASK]"
-    doc_description = """Without an argument: what runs, waits or has run on the
-builders of the settings (builder=URL for another), first what
-runs, then the newest.
+    doc_description = """Without an argument, lists the jobs on the configured builders
+(builder=URL for another): running and queued jobs first, then
+finished jobs, newest first.
 
-`gamebear jobs follow ID` prints a job's log and goes on with it to
-the job's end; Ctrl-C leaves the job alone. Exit status: 0 where
-it is done, 1 where it failed or was cancelled.
+`gamebear jobs follow ID` prints a job's log until the job ends.
+Ctrl-C stops printing; the job continues. Exit status: 0 if the job
+succeeded, 1 if it failed or was cancelled.
 
-`gamebear jobs cancel ID` ends a job, whoever asked for it.
+`gamebear jobs cancel ID` cancels a job, also one of another user.
 
-ID is the beginning of a job's digest, as the list shows it, or
-the name of a task of this project."""
+ID is a job's digest or its first digits, as in the list. TASK is a
+task of dodo.py."""
     cmd_options = (
         {
             "name": "all",
@@ -79,9 +79,9 @@ the name of a task of this project."""
             "long": "all",
             "type": bool,
             "default": False,
-            "help": f"list all jobs, and not only the first {SHOWN} of each builder",
+            "help": f"list all jobs, not only the first {SHOWN} of each builder",
         },
-        {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "list them as JSON"},
+        {"name": "json", "short": "", "long": "json", "type": bool, "default": False, "help": "list the jobs as JSON"},
         {
             "name": "lines",
             "short": "",
@@ -89,7 +89,7 @@ the name of a task of this project."""
             "type": int,
             "default": -1,
             "metavar": "NUMBER",
-            "help": "follow: begin with so many of the log's last lines, and not with its first",
+            "help": "follow: start with the last NUMBER lines of the log, not at its beginning",
         },
         {
             "name": "force",
@@ -97,13 +97,13 @@ the name of a task of this project."""
             "long": "force",
             "type": bool,
             "default": False,
-            "help": "cancel: also where others wait for the job",
+            "help": "cancel: even if other users wait for the job",
         },
     )
 
     def parse_execute(self, in_args: Sequence[str]) -> int:
-        """Take options also behind the words; return the exit status."""
-        with contextlib.suppress(getopt.GetoptError):  # doit says what is wrong
+        """Accept options after the arguments too; return the exit status."""
+        with contextlib.suppress(getopt.GetoptError):  # doit reports the error
             options, words = getopt.gnu_getopt(in_args, self.cmdparser.get_short(), self.cmdparser.get_long())
             in_args = [*(word for option in options for word in option if word), "--", *words]
         status: int = super().parse_execute(in_args)
@@ -116,8 +116,8 @@ the name of a task of this project."""
         verb, *names = args
         if verb not in ("follow", "cancel") or len(names) != 1:
             raise SettingsError(
-                f"gamebear jobs does not know what to do with {' '.join(args)!r}.",
-                "Say `gamebear jobs`, `gamebear jobs follow ID` or `gamebear jobs cancel ID`.",
+                f"gamebear jobs has invalid arguments: {' '.join(args)!r}.",
+                "Run gamebear jobs, gamebear jobs follow ID, or gamebear jobs cancel ID.",
             )
         found = self._find(names[0])
         return _follow(found, options["lines"]) if verb == "follow" else _cancel(found, options["force"])
@@ -129,7 +129,7 @@ the name of a task of this project."""
         for url in settings().builders:
             try:
                 lists.append((shown(url), *_listed(_opened(url)).jobs(limit)))
-            except BuilderError as error:  # the others may be there
+            except BuilderError as error:  # continue with the other builders
                 complain(error)
                 status = FAILED
         if options["json"]:
@@ -145,35 +145,33 @@ the name of a task of this project."""
             if not entries:
                 print("  no jobs")
             if total > len(entries):
-                print(f"  {total - len(entries)} more; --all lists them")
+                print(f"  {total - len(entries)} more (list all: gamebear jobs --all)")
         return status
 
     def _find(self, name: str) -> Found:
-        """Return the job that a person means; raises GamebearError."""
+        """Return the job with an id, or of a task; raises GamebearError."""
         builders = [_opened(url) for url in settings().builders]
-        if re.fullmatch(f"[0-9a-f]{{{FEWEST},64}}", name):
-            found = _having(name, builders)
+        if re.fullmatch(f"[0-9a-f]{{{MINIMUM_DIGITS},64}}", name):
+            found = _matching(name, builders)
             running = [job for job in found if not job.entry.is_final]
-            if len({job.entry.digest for job in found}) == 1:  # several builders may have had it
+            if len({job.entry.digest for job in found}) == 1:  # several builders may have the same job
                 return (running or found)[0]
             if found:
                 some = ", ".join(job.name for job in found[:5])
-                raise SettingsError(f"{len(found)} jobs begin with {name}: {some}.", "Give more digits.")
+                raise SettingsError(f"Job id {name} is ambiguous: {some}.", "Use more digits.")
         self.load_tasks()
         for digest in self._digests(name):
-            found = _having(digest, builders)
+            found = _matching(digest, builders)
             if found:
                 return next((job for job in found if not job.entry.is_final), found[0])
         urls = " or ".join(shown(builder.url) for builder in builders)
         if name in self.tasks:
-            raise SettingsError(
-                f"There is no job of the task {name!r} on {urls}.", "`gamebear jobs` lists those there are."
-            )
-        tasks = ", and no task has that name" if self.tasks else ""
-        raise SettingsError(f"No job on {urls} begins with {name!r}{tasks}.", "`gamebear jobs` lists those there are.")
+            raise SettingsError(f"Task {name!r} has no job on {urls}.", "List the jobs: gamebear jobs --all")
+        kind = "job or task" if self.tasks else "job"
+        raise SettingsError(f"No {kind} {name!r} on {urls}.", "List the jobs: gamebear jobs --all")
 
     def _digests(self, name: str) -> list[str]:
-        """Return the digests that a task's job has: as its files are now, and as doit last had it built from here."""
+        """Return the digests of a task's job: with its current files, and of its last build in this folder."""
         from ..doit_plugin.action import Build
 
         task = self.tasks.get(name)
@@ -182,7 +180,7 @@ the name of a task of this project."""
         digests = []
         for action in task.actions:
             if isinstance(action, Build):
-                with contextlib.suppress(GamebearError):  # a file of it is not there yet
+                with contextlib.suppress(GamebearError):  # an input does not exist yet
                     digests.append(action.plan.order(settings()).job.digest)
         digests.append(noted(name)[0])
         return [digest for digest in digests if digest]
@@ -198,21 +196,21 @@ def _listed(builder: Builder) -> Listed:
     if isinstance(builder, Listed):
         return builder
     raise BuilderError(
-        f"{builder.url} cannot list its jobs.", "The package that its builder comes from does not do that."
+        f"Builder {shown(builder.url)} cannot list its jobs.", "Use a builder that can: local:, ssh:// or dask://."
     )
 
 
-def _having(prefix: str, builders: list[Builder]) -> list[Found]:
-    """Return the jobs whose digests begin so; a builder that cannot be asked is told of, and left out from then on.
+def _matching(prefix: str, builders: list[Builder]) -> list[Found]:
+    """Return the jobs whose digests have a prefix. Report builders that fail, and remove them from the list.
 
     Raises:
-        BuilderError: none can be asked.
+        BuilderError: No builder can be reached.
     """
     found = []
     for builder in [*builders]:
         try:
             found += [Found(builder, entry) for entry in _listed(builder).jobs(SHOWN, prefix)[0]]
-        except BuilderError as error:  # the others may have it
+        except BuilderError as error:  # another builder may have the job
             if len(builders) == 1:
                 raise
             complain(error)
@@ -221,7 +219,7 @@ def _having(prefix: str, builders: list[Builder]) -> list[Found]:
 
 
 def _follow(job: Found, lines: int) -> int:
-    """Print a job's log up to its end; return the exit status."""
+    """Print a job's log until the job ends; return the exit status."""
     entry = job.entry
     offset = max(0, entry.log - TAIL) if lines >= 0 else 0
     skip = entry.log if lines >= 0 else 0
@@ -252,30 +250,37 @@ def _follow(job: Found, lines: int) -> int:
     except KeyboardInterrupt:
         out.close()
         if not entry.is_final:
-            notice(f"{job.name} goes on; `gamebear jobs cancel {entry.digest[: entry.digits]}` ends it")
+            notice(f"{job.name} continues; cancel it with: gamebear jobs cancel {entry.digest[: entry.digits]}")
         raise
     out.close()
-    said = f": {status.failure.message}" if status.failure else ""
-    how = {"cancelled": "was cancelled", "lost": "was lost: the builder restarted, or the job was begun again"}
-    notice(f"{job.name} {how.get(status.state) or ('is done' if status.state == 'done' else status.state)}{said}")
+    cause = f": {status.failure.message}" if status.failure else ""
+    results = {
+        "done": "succeeded",
+        "cancelled": "was cancelled",
+        "lost": "was lost: the builder restarted, or the job was started again",
+    }
+    notice(f"{job.name} {results.get(status.state, status.state)}{cause}")
     return 0 if status.state == "done" else 1
 
 
 def _cancel(job: Found, force: bool) -> int:
     entry = job.entry
     if entry.is_final:
-        raise BuilderError(f"{job.name} does not run: it is {entry.state}.", "`gamebear jobs` lists first what runs.")
+        raise BuilderError(
+            f"Job {job.name} cannot be cancelled: it is {entry.state}.",
+            "List the jobs, running ones first: gamebear jobs",
+        )
     others = job.listed.end(entry.digest, entry.attempt, force)
     if others:
         raise BuilderError(
-            f"{job.name} is not cancelled, as others wait for it: {_people(others)}.",
-            "--force cancels it all the same.",
+            f"Job {job.name} was not cancelled: others wait for it: {_people(others)}.",
+            f"Cancel it anyway: gamebear jobs cancel --force {entry.digest[: entry.digits]}",
         )
     notice(f"{job.name} was cancelled")
     return 0
 
 
-HEAD = ("ID", "STATE", "WHAT", "BY", "TIME", "SIZE", "LAST USE")
+HEAD = ("ID", "STATE", "JOB", "USER", "TIME", "SIZE", "LAST USE")
 
 
 def _row(entry: JobEntry) -> tuple[str, ...]:
@@ -309,14 +314,14 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _what(entry: JobEntry) -> str:
     if not entry.program:
-        return "not known"
+        return "unknown"
     outputs = ", ".join(entry.outputs[:3])
     more = entry.more + len(entry.outputs[3:])
     return f"{entry.program} -> {outputs}{f' and {more} more' if more else ''}, {entry.arch}"
 
 
 def _people(names: Sequence[str]) -> str:
-    """Return who they are; those that did not say so are counted."""
+    """Join names of users without duplicates, and the number of unknown users."""
     known = list(dict.fromkeys(name for name in names if name))
     unknown = len([name for name in names if not name])
     return ", ".join([*known, *([f"{unknown} unknown"] if unknown else [])])

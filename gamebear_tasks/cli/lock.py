@@ -13,14 +13,14 @@ from .command import ProjectCommand
 
 
 class Lock(ProjectCommand):
-    """Pins what the project's sources leave open."""
+    """Pins the branches, tags and Debian packages of the project's sources."""
 
     doc_purpose = f"pin branches, tags and Debian packages in {LOCK_FILE}"
     doc_usage = "[-u] [--prune]"
-    doc_description = f"""Asks upstream what each branch, tag and Debian package that a
-source of this dodo.py names is now, and writes that to {LOCK_FILE}.
-Commit the file: every build then takes exactly these sources.
-Entries that are there already stay as they are without -u."""
+    doc_description = f"""Looks up the current commit of each branch and tag, and the current
+version of each Debian package, that the sources of dodo.py name, and
+writes them to {LOCK_FILE}. Commit the file: every build then uses
+exactly these sources. Existing pins change only with -u."""
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
             "name": "update",
@@ -28,18 +28,18 @@ Entries that are there already stay as they are without -u."""
             "long": "update",
             "type": bool,
             "default": False,
-            "help": "look again for what is pinned already",
+            "help": "update existing pins too",
         },
         {
             "name": "prune",
             "long": "prune",
             "type": bool,
             "default": False,
-            "help": "drop the pins that no task of this dodo.py declares",
+            "help": "remove pins of sources that dodo.py no longer declares",
         },
     )
     needs_tasks = True
-    execute_tasks = True  # doit then leaves @create_after tasks to us, which may fail without an end of all
+    execute_tasks = True  # doit then does not create @create_after tasks; `create_delayed` tolerates failures
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """Write the lock file."""
@@ -47,10 +47,10 @@ Entries that are there already stay as they are without -u."""
         from ..sources.resolver import resolve
 
         self.refuse(args)
-        unknown = list(create_delayed(self.tasks))
-        prune = options["prune"] and not unknown
+        skipped = list(create_delayed(self.tasks))
+        prune = options["prune"] and not skipped
         self.print_lines(resolve(list(declared), LOCK, sources_folder(), update=options["update"], prune=prune))
-        self.print_lines(unknown)
-        if options["prune"] and unknown:
-            self.print_lines(["no pin was dropped, as not all sources are known"])
+        self.print_lines(skipped)
+        if options["prune"] and skipped:
+            self.print_lines(["no pin was removed, because tasks were skipped"])
         return 0

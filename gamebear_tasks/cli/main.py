@@ -1,7 +1,7 @@
-"""`gamebear`: doit's command line, with our commands and the live reporter. `doit` itself stays as it is.
+"""`gamebear`: doit's command line, with additional commands and the live reporter. `doit` itself is unchanged.
 
-doit documents how a program embeds it: a subclass of `DoitMain` with commands of its own, and `extra_config`, whose
-sections are those of `doit.cfg` (https://pydoit.org/extending.html).
+It embeds doit as documented: a subclass of `DoitMain` with additional commands, and `extra_config`, whose sections are
+those of `doit.cfg` (https://pydoit.org/extending.html).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..errors import SettingsError
 from .dep_file import check_regular, errors_of, guarded
 
 REPORTER = "live"
-"""The default reporter: a project's DOIT_CONFIG, its pyproject.toml and `-r` choose another."""
+"""The default reporter. A project's DOIT_CONFIG, its pyproject.toml and `-r` override it."""
 
 COMMANDS = {
     "doctor": "gamebear_tasks.cli.doctor.command:Doctor",
@@ -35,11 +35,11 @@ COMMANDS = {
     "shell": "gamebear_tasks.cli.shell:Shell",
     "sources": "gamebear_tasks.cli.sources:Sources",
 }
-"""Our commands. doit imports one when it is used."""
+"""The additional commands. doit imports a command on first use."""
 
 
 class GuardedCommand:
-    """A command of doit's that reports an unusable dependency database in two lines. Precedes the command's class."""
+    """Mixin for doit's commands that reports an unusable dependency database in two lines."""
 
     def get_backends(self) -> Mapping[str, Any]:
         """Return doit's databases by name, guarded."""
@@ -48,7 +48,7 @@ class GuardedCommand:
 
 
 class GuardedRun(GuardedCommand, Run):  # type: ignore[misc]  # doit has no types
-    """`run`, which also tells the live reporter what doit does not."""
+    """`run`, which also passes `--verbosity` to the live reporter."""
 
     name = "run"
 
@@ -56,7 +56,7 @@ class GuardedRun(GuardedCommand, Run):  # type: ignore[misc]  # doit has no type
         """Run tasks; return the exit status.
 
         Raises:
-            SettingsError: doit cannot start processes (`-n`): their locks are in /dev/shm (sem_overview(7)).
+            SettingsError: doit cannot start processes (`-n`), whose locks need /dev/shm (sem_overview(7)).
         """
         from ..doit_plugin.reporter import LiveReporter
 
@@ -68,8 +68,8 @@ class GuardedRun(GuardedCommand, Run):  # type: ignore[misc]  # doit has no type
                 multiprocessing.Lock()
             except OSError as cause:
                 raise SettingsError(
-                    f"gamebear -n cannot start processes here: {cause.strerror} (/dev/shm).",
-                    "Say -P thread as well, or mount it.",
+                    f"gamebear -n cannot start processes: /dev/shm: {cause.strerror}.",
+                    "Use threads: gamebear -n 4 -P thread, or mount /dev/shm.",
                 ) from error
             raise
         return status
@@ -97,7 +97,7 @@ def _guarded_command(command: type) -> type:
 
 
 class Main(DoitMain):  # type: ignore[misc]  # doit has no types
-    """doit's main program under our name."""
+    """doit's main program under the name `gamebear`."""
 
     BIN_NAME = "gamebear"
     DOIT_CMDS = tuple(map(_guarded_command, DoitMain.DOIT_CMDS))
@@ -113,7 +113,7 @@ class Main(DoitMain):  # type: ignore[misc]  # doit has no types
 
     @staticmethod
     def print_version() -> None:
-        """Print our version and doit's."""
+        """Print the versions of gamebear-tasks and doit."""
         print(f"gamebear-tasks {version('gamebear-tasks')}")
         print(f"doit {'.'.join(map(str, VERSION))}")
 

@@ -1,4 +1,4 @@
-"""`gamebear provenance`: statements beside the artifacts that say where these come from."""
+"""`gamebear provenance`: write provenance statements next to the artifacts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .command import FAILED, ProjectCommand
 
 
 class Provenance(ProjectCommand):
-    """Writes the statement of each artifact of some tasks."""
+    """Writes the provenance statement of each artifact of some tasks."""
 
-    doc_purpose = "write beside each artifact where it comes from (in-toto, SLSA)"
+    doc_purpose = "write a provenance statement next to each artifact (in-toto, SLSA)"
     doc_usage = "[TASK ...]"
-    doc_description = """For each artifact of the tasks, of all that were built without
-an argument, writes ARTIFACT.intoto.json: its digest, the program,
-inputs and sources with theirs, the images and Debian packages that
-it was built in, builder and times, as an in-toto statement with SLSA
-provenance. The builder is asked what it has not told before.
+    doc_description = """Writes ARTIFACT.intoto.json next to each artifact of the tasks;
+without a TASK, of all tasks that were built. The file is an in-toto
+statement with SLSA provenance: digests of the artifact, its program,
+inputs and sources, the images and Debian packages that the build used,
+the builder, and times. Missing details are requested from the builder.
 
-The setting provenance=true has every build write them."""
+With the setting provenance=true, every build writes these files."""
     cmd_options = ()
     needs_tasks = True
 
@@ -32,26 +32,26 @@ The setting provenance=true has every build write them."""
         """Write the statements; return the exit status."""
         for name in args:
             if name not in self.tasks:
-                raise SettingsError(f"There is no task {name!r}.", "`doit list --all` shows those there are.")
+                raise SettingsError(f"Task {name!r} does not exist.", "List the tasks: gamebear list --all")
         status = 0
         for name in args or self.tasks:
             try:
                 written = list(_written(name, self.tasks[name].actions, bool(args)))
                 if args and not written:
                     raise JobError(
-                        f"{name} is made by neither artifact() nor sd_image().",
-                        "Nothing is known of where it comes from.",
+                        f"Task {name} has no provenance: it uses neither artifact() nor sd_image().",
+                        "Name a task that does: gamebear provenance TASK",
                     )
                 for path in written:
                     print(in_line(str(path)))
-            except GamebearError as error:  # the others may well have theirs
+            except GamebearError as error:  # continue with the other tasks
                 complain(error)
                 status = FAILED
         return status
 
 
 def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
-    """Write the statements of a task and give where they are; none of one that nobody named and that never ran."""
+    """Write the statements of a task and yield their paths. A task that is not named and never ran has none."""
     from ..client import provenance
     from ..client.build import builder_of_this_run, typed_settings
     from ..config import settings
@@ -63,9 +63,9 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
     if record is None and not named:
         return
     stale = JobError(
-        f"{name} is not up to date: what would be said of it is not so.",
-        f"Run {shlex.join(['doit', name, *typed_settings()])} first; settings of the command line that it was built"
-        " with, such as sources=debian, have to be said here too.",
+        f"Task {name} is not up to date, so its provenance is unknown.",
+        f"Run {shlex.join(['doit', name, *typed_settings()])} first, or add the settings of its last build, such as"
+        " sources=debian.",
     )
     for action in actions:
         recipe = next((each for each in getattr(action, "args", None) or () if isinstance(each, Recipe)), None)

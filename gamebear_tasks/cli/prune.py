@@ -9,21 +9,23 @@ from typing import Any, ClassVar
 from ..config import settings
 from ..errors import SettingsError
 from ..util.text import size, size_in
+from ..util.urls import shown
 from .command import ProjectCommand
 
 DAY = 86400.0
-"""Seconds."""
+"""Seconds per day."""
 
 
 class Prune(ProjectCommand):
-    """Removes what is no longer used."""
+    """Removes unused results, inputs and images."""
 
-    doc_purpose = "remove from the builder what is no longer used"
+    doc_purpose = "remove unused results, inputs and images from the builders"
     doc_usage = "[--older DAYS] [--size 5G] [--keep N] [--images]"
-    doc_description = """Removes results, inputs and images from each builder that is set
-(builder=URL for another); running jobs and what they need stay.
-Options add up: what one of them names, goes. At least one is
-needed: only you know what is still wanted."""
+    doc_description = """Removes results, inputs and images from each configured builder
+(builder=URL for another). Running jobs, and the files that they need,
+are never removed. At least one option is required. Each option selects
+entries on its own: --older 30 --keep 1 removes results that are older
+than 30 days, and all but the newest result of each target."""
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
             "name": "older",
@@ -31,7 +33,7 @@ needed: only you know what is still wanted."""
             "type": str,
             "default": "",
             "metavar": "DAYS",
-            "help": "what was not used for so many days, also of the sources that this machine keeps",
+            "help": "remove entries that were not used for DAYS days, also from this machine's cache of sources",
         },
         {
             "name": "limit",
@@ -39,7 +41,7 @@ needed: only you know what is still wanted."""
             "type": str,
             "default": "",
             "metavar": "BYTES",
-            "help": "the least recently used, until results and inputs take no more than this, such as 5G",
+            "help": "remove the least recently used results and inputs until their size is at most BYTES, such as 5G",
         },
         {
             "name": "keep",
@@ -47,19 +49,19 @@ needed: only you know what is still wanted."""
             "type": str,
             "default": "",
             "metavar": "N",
-            "help": "all but the last so many results of each target",
+            "help": "remove all but the N newest results of each target",
         },
         {
             "name": "images",
             "long": "images",
             "type": bool,
             "default": False,
-            "help": "also images that no job which stays has used, and nobody for the days of --older",
+            "help": "remove images that no remaining job uses; with --older, only those unused for DAYS days",
         },
     )
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
-        """Remove it."""
+        """Remove unused entries."""
         self.refuse(args)
         self.print_lines(_pruned(options["older"], options["limit"], options["keep"], options["images"]))
         return 0
@@ -69,24 +71,24 @@ def _pruned(older: str, limit: str, keep: str, images: bool) -> Iterator[str]:
     from ..client.build import builder_of_this_run
     from ..sources import cache
 
-    days = _number("--older", older, "a number of days, such as 30", r"\d{1,9}(\.\d{1,9})?")
-    count = _number("--keep", keep, "a number of results, such as 3", r"\d{1,9}")
+    days = _number("--older", older, "a number of days", "30", r"\d{1,9}(\.\d{1,9})?")
+    count = _number("--keep", keep, "a number of results", "3", r"\d{1,9}")
     most = size_in(limit) if limit else None
     if limit and most is None:
         if limit.isdecimal():
             raise SettingsError(
-                f"--size is {limit!r}, without a unit.", f"Say {limit}G, {limit}M, {limit}K or {limit}B."
+                f"--size must have a unit, got {limit!r}.", f"Use {limit}G, {limit}M, {limit}K or {limit}B."
             )
-        raise SettingsError(f"--size is {limit!r}.", "Give it a number of bytes, such as 500M or 5G.")
+        raise SettingsError(f"--size must be a size, got {limit!r}.", "Use a number and a unit, such as --size 5G.")
     if days is None and count is None and most is None and not images:
         raise SettingsError(
-            "gamebear prune does not say what may go.",
-            "Say one or more of --older DAYS, --size BYTES (such as 5G), --keep RESULTS and --images.",
+            "gamebear prune needs an option that selects what to remove.",
+            "Add one or more of --older DAYS, --size BYTES (such as 5G), --keep N and --images.",
         )
     if days is not None:
         removed, freed = cache.prune(days * DAY)
         if removed:
-            yield f"On this machine {removed} {'sources' if removed > 1 else 'source'} removed, {size(freed)} freed"
+            yield f"{removed} {'sources' if removed > 1 else 'source'} removed on this machine, {size(freed)} freed"
     for url in settings().builders:
         pruned = builder_of_this_run(url).prune(
             None if days is None else days * DAY,
@@ -98,18 +100,18 @@ def _pruned(older: str, limit: str, keep: str, images: bool) -> Iterator[str]:
             (pruned.jobs, "job"),
             (pruned.blobs, "input"),
             (pruned.images, "image"),
-            (pruned.others, "other thing"),
+            (pruned.others, "other item"),
         )
-        went = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts if count)
-        yield f"On {url} {went or 'nothing'} removed, {size(pruned.freed)} freed"
+        removed_there = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for count, name in counts if count)
+        yield f"{removed_there or 'nothing'} removed on {shown(url)}, {size(pruned.freed)} freed"
         for reason in pruned.left:
             yield f"  {reason}"
 
 
-def _number(option: str, text: str, what: str, pattern: str) -> float | None:
-    """Return the number that an option gives; None where it is not given."""
+def _number(option: str, text: str, what: str, example: str, pattern: str) -> float | None:
+    """Return the number that an option specifies, or None without the option."""
     if not text:
         return None
     if not re.fullmatch(pattern, text, re.ASCII):
-        raise SettingsError(f"{option} is {text!r}.", f"Give it {what}.")
+        raise SettingsError(f"{option} must be {what}, got {text!r}.", f"Use a number, such as {option} {example}.")
     return float(text)

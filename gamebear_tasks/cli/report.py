@@ -1,4 +1,4 @@
-"""`gamebear report`: a page of the last runs."""
+"""`gamebear report`: write an HTML page about the last runs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ PAGE = Path(REPORT)
 
 
 class Report(ProjectCommand):
-    """Writes the page of the last runs."""
+    """Writes an HTML page about the last runs."""
 
-    doc_purpose = "write a page of the last runs: what was built and why, where the time went"
+    doc_purpose = "write an HTML page about the last runs: results, reasons and durations"
     doc_usage = "[--open]"
-    doc_description = """Writes build/report.html and prints its path. The page is one file
-that needs neither network nor scripts: of the last runs that did
-anything (20 at most) a timeline of tasks and phases, what was built,
-fetched or up to date and why, sizes, and the end of each log."""
+    doc_description = """Writes build/report.html and prints its path. The page is a single
+file without scripts and works offline. It covers up to 20 runs, without
+those in which every task was up to date: a timeline of tasks and their
+phases, the result and reason of each task, sizes, and the end of each
+log."""
     cmd_options = (
         {
             "name": "open",
             "long": "open",
             "type": bool,
             "default": False,
-            "help": "open it in the browser",
+            "help": "open the page in the browser",
         },
     )
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
-        """Write it."""
+        """Write the page."""
         from ..html_report.layout import page
         from ..records.run_reader import last_runs
         from ..runner.util.atomic_files import write_bytes
@@ -43,19 +44,24 @@ fetched or up to date and why, sizes, and the end of each log."""
         self.refuse(args)
         if not self._is_in_project:
             raise SettingsError(
-                "There is no dodo.py here, so no runs to tell of.",
-                "Go to the project's folder, or name it: gamebear report -f FOLDER/dodo.py.",
+                "gamebear report needs a project: this folder has no dodo.py.",
+                "Go to the project's folder, or name its file: gamebear report -f FOLDER/dodo.py",
             )
         text = page(last_runs(), Path.cwd().name or "/", time.time())
         try:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(PAGE, text.encode(), mode=file_mode())
         except OSError as error:
-            raise JobError(f"{PAGE} cannot be written: {error.strerror}.", "Make room for it, or move it.") from error
+            raise JobError(
+                f"{PAGE} cannot be written: {error.strerror}.",
+                f"Check free disk space and permissions: df -h {PAGE.parent}; ls -ld {PAGE.parent} {PAGE}",
+            ) from error
         print(PAGE)
         if options["open"]:
             import webbrowser
 
             if not webbrowser.open(PAGE.resolve().as_uri()):
-                raise JobError("No browser could be started here.", f"Open {PAGE} by hand.")
+                raise JobError(
+                    f"{PAGE} cannot be opened: no browser was found.", f"Open {PAGE.resolve()} in a browser."
+                )
         return 0

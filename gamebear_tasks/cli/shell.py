@@ -1,4 +1,4 @@
-"""`gamebear shell`: a shell in the container in which a task's job failed, on the builder that has kept it."""
+"""`gamebear shell`: open a shell in the retained container of a failed job, on its builder."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ from ..util.messages import notice
 from ..util.urls import shown
 from .command import ProjectCommand
 
-LINE = 2000
-"""The most of a command that is shown, in characters."""
+COMMAND_LIMIT = 2000
+"""Maximum characters of a command that are displayed."""
 
 
 class Shell(ProjectCommand):
-    """Opens a shell, or runs one command, in a container that was kept."""
+    """Opens a shell, or runs one command, in a retained container."""
 
     name = "shell"
     doc_purpose = "open a shell in the container in which a task failed"
     doc_usage = "TASK [-- COMMAND ...]"
     doc_description = f"""
-The container is there if the task was run with
-`keep_failed=yes` and failed. The shell runs on the builder,
-where and as whom the command ran that failed, with the same
-files, mounts and variables; in bash, one press of the up arrow
-has that command. Behind `--`, a COMMAND is run instead of a
-shell, and its exit status is this command's; without a terminal
-here, it reads and writes what this command does.
+The task must have failed in a run with `keep_failed=yes`. The
+shell runs on the builder, in the working directory, as the user,
+and with the files, mounts and variables of the command that
+failed. In bash, the up arrow recalls that command. `--` runs a
+COMMAND instead of a shell, with the standard input and output of
+`gamebear shell`, which then ends with the command's exit status.
 
-A builder keeps what the last {MOST} failed jobs left, for
-{AGE / 86400:g} days. It goes when the task is built again, and when the job
-goes (`gamebear prune`); never while a shell is open in it.
+A builder retains the containers of the last {MOST} failed jobs for
+{AGE / 86400:g} days. It removes them earlier when the task is built again or
+`gamebear prune` removes the job, but never while a shell is open.
 """
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
@@ -49,8 +48,9 @@ goes (`gamebear prune`); never while a shell is open in it.
             "long": "container",
             "type": int,
             "default": 0,
-            "help": "which of the job's containers, from 1 in the order of their making;"
-            " by default the one in which a command ran last",
+            "metavar": "NUMBER",
+            "help": "number of the job's container, starting with 1 for the first that it created;"
+            " default: the container that ran the last command",
         },
     )
     needs_tasks = True
@@ -63,16 +63,18 @@ goes (`gamebear prune`); never while a shell is open in it.
         url = chosen.builder_for(plan.arch or chosen.arch)
         builder = builder_of_this_run(url)
         if not isinstance(builder, Keeper):
-            raise BuilderError(f"The builder {shown(url)} keeps no containers.", "local:, ssh:// and dask:// do.")
+            raise BuilderError(
+                f"Builder {shown(url)} cannot retain containers.", "Use a builder that can: local:, ssh:// or dask://."
+            )
         digest, kept = self._find(builder, url, task, plan)
         number = options["container"] - 1 if options["container"] else kept.last
         if not 0 <= number < len(kept.containers):
             raise SettingsError(
-                f"{task} has left {_count(len(kept.containers))}, and there is no container {options['container']}.",
-                f"Say --container with a number from 1 to {len(kept.containers)}, before the task's name.",
+                f"Task {task} has no container {options['container']}, only {len(kept.containers)}.",
+                f"Use a number from 1 to {len(kept.containers)}: gamebear shell --container 1 {shlex.quote(task)}",
             )
         if not words and sys.stdin.isatty():
-            _say_where(task, url, kept, number)
+            _describe(task, url, kept, number)
         return builder.enter(digest, number, words)
 
     def _plan(self, task: str) -> Plan:
@@ -81,73 +83,74 @@ goes (`gamebear prune`); never while a shell is open in it.
             for action in found.actions:
                 if isinstance(action, Build):
                     return action.plan
-        named = f"The task {task} builds nothing on a builder" if found is not None else f"There is no task {task}"
-        having = [name for name, each in self.tasks.items() if any(isinstance(one, Build) for one in each.actions)]
-        raise SettingsError(f"{named}.", f"Those that build on one: {', '.join(having) or 'none'}.")
+        problem = "does not use artifact()" if found is not None else "does not exist"
+        suitable = [name for name, each in self.tasks.items() if any(isinstance(one, Build) for one in each.actions)]
+        raise SettingsError(f"Task {task!r} {problem}.", f"Use one of: {', '.join(suitable) or 'no task is suitable'}.")
 
     def _find(self, builder: Keeper, url: str, task: str, plan: Plan) -> tuple[str, Kept]:
-        """Return the job of a task's last failure, and what is kept of it; also where its files are others by now."""
-        now = ""
-        why: GamebearError | None = None
+        """Return the digest and containers of a task's last failed job, even if the task's files have changed since."""
+        current = ""
+        failure: GamebearError | None = None
         try:
-            now = plan.order(settings()).job.digest
-        except GamebearError as error:  # a file of it is gone: the last run's job may be there all the same
-            why = error
+            current = plan.order(settings()).job.digest
+        except GamebearError as error:  # an input is missing, but the job of the last run may still be retained
+            failure = error
         record = run_journal.last(task)
         last = record.digest if record is not None else ""
-        for digest in dict.fromkeys(filter(None, (now, last))):
+        for digest in dict.fromkeys(filter(None, (current, last))):
             kept = builder.kept(digest)
             if kept is not None:
-                if digest != now:
+                if digest != current:
                     notice(
-                        f"what {task} is built from has changed since it failed, or was set otherwise on the command"
-                        " line (such as sources=debian); this is its container of then"
+                        f"inputs or settings of {task} (such as sources=debian) have changed since it failed;"
+                        " this is the container of the failed job"
                     )
                 return digest, kept
-        if not now and not last and why is not None:
-            raise why
+        if not current and not last and failure is not None:
+            raise failure
         quoted = shlex.join([task, *typed_settings()])
         raise JobError(
-            f"No container of {task} is kept on {shown(url)}.",
-            f"`doit {quoted} keep_failed=yes` has it kept if the task fails (what the last {MOST} failed jobs left, for"
-            f" {AGE / 86400:g} days), then `gamebear shell {quoted}` opens a shell in it.",
+            f"Task {task} has no retained container on {shown(url)}.",
+            f"Run doit {quoted} keep_failed=yes; if the task fails, run gamebear shell {quoted}",
         )
 
 
 def _asked(args: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the task that is meant, and the words of the command."""
+    """Return the name of the task, and the command's arguments."""
     before, words = list(args), []
     if "--" in before:
         place = before.index("--")
         before, words = before[:place], before[place + 1 :]
-        if "--" in sys.argv:  # doit takes whatever has a = in it for a variable of its own
+        if "--" in sys.argv:  # doit removes arguments with a =, as its variables
             words = sys.argv[sys.argv.index("--") + 1 :]
         if not words:
-            raise SettingsError("There is no command behind --.", "Say gamebear shell TASK -- COMMAND, or no --.")
+            raise SettingsError(
+                "gamebear shell has no command after --.", "Run gamebear shell TASK -- COMMAND, or omit --."
+            )
     if len(before) != 1:
-        what = "takes one task's name" if before else "does not say which task's container"
         raise SettingsError(
-            f"gamebear shell {what}.",
-            "Say gamebear shell [--container N] TASK, or gamebear shell TASK -- COMMAND.",
+            f"gamebear shell needs the name of one task, got {len(before) or 'none'}.",
+            "Run gamebear shell [--container NUMBER] TASK, or gamebear shell TASK -- COMMAND.",
         )
     return before[0], words
 
 
-def _say_where(task: str, url: str, kept: Kept, number: int) -> None:
-    """Say which container this is, what happened in it, and which others there are."""
+def _describe(task: str, url: str, kept: Kept, number: int) -> None:
+    """Print a description of the container, and the numbers of the others."""
     container = kept.containers[number]
-    which = f"container {number + 1} of the {len(kept.containers)}" if len(kept.containers) > 1 else "the container"
-    notice(f"this is {which} that {task} has left on {shown(url)}, {_about(container)}")
+    total = len(kept.containers)
+    name = f"container {number + 1} of {total}" if total > 1 else "container"
+    notice(f"{name} of {task} on {shown(url)}: {_about(container)}")
     if container.command:
-        line = " ".join(map(_typed, container.command))[:LINE]
-        notice(f"to run its last command again, press the up arrow in bash, or say: {line}")
+        line = " ".join(map(_typed, container.command))[:COMMAND_LIMIT]
+        notice(f"to repeat its last command, press the up arrow in bash, or run: {line}")
     for other, each in enumerate(kept.containers):
         if other != number:
-            notice(f"with --container {other + 1} it is one {_about(each)}")
+            notice(f"other container, with --container {other + 1}: {_about(each)}")
 
 
 def _typed(word: str) -> str:
-    """Return a word as it is typed into a shell, on one line."""
+    """Quote a word for a shell, on one line."""
     if "\n" not in word and "\t" not in word:
         return shlex.quote(word)
     escapes = {"\\": r"\\", "'": r"\'", "\n": r"\n", "\t": r"\t"}
@@ -155,17 +158,14 @@ def _typed(word: str) -> str:
 
 
 def _about(container: KeptContainer) -> str:
-    made = f"made from {' '.join(container.image.split())}"
+    """Describe a container: its image, and the result of its last command."""
+    image = " ".join(container.image.split())
     if not container.command:
-        return f"{made}, in which nothing was run"
-    line = shlex.join(container.command)
-    shown_line = " ".join(line[:LINE].split())
-    shown_line = f"{shown_line[:100]}…" if len(shown_line) > 100 else shown_line
+        return f"from {image}, ran no command"
+    line = " ".join(shlex.join(container.command)[:COMMAND_LIMIT].split())
+    line = f"{line[:100]}…" if len(line) > 100 else line
     if container.status is None:
-        return f"{made}, in which `{shown_line}` was ended"
-    how = "went well" if container.status == 0 else f"failed with status {container.status}"
-    return f"{made}, in which `{shown_line}` {how}"
-
-
-def _count(number: int) -> str:
-    return "one container" if number == 1 else f"{number} containers"
+        result = "was terminated"
+    else:
+        result = "succeeded" if container.status == 0 else f"failed with status {container.status}"
+    return f"from {image}, `{line}` {result}"

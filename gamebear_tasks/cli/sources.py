@@ -18,19 +18,19 @@ class Sources(ProjectCommand):
 
     doc_purpose = "fetch all pinned sources into the cache, to build without a network"
     doc_usage = ""
-    doc_description = """Fetches each source of the tasks that is not in the cache yet
-(~/.cache/gamebear), as the setting sources chooses among
-alternatives, and prints the sizes."""
+    doc_description = """Fetches each source of dodo.py that is not in this machine's cache
+yet, and prints the sizes. Of alternatives (either()), it fetches the
+one that the setting sources selects."""
     cmd_options = ()
     needs_tasks = True
-    execute_tasks = True  # doit then leaves @create_after tasks to us
+    execute_tasks = True  # doit then does not create @create_after tasks; `create_delayed` tolerates failures
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
-        """Fetch them."""
+        """Fetch the sources."""
         self.refuse(args)
-        unknown = list(create_delayed(self.tasks))
+        skipped = list(create_delayed(self.tasks))
         self.print_lines(_fetched())
-        self.print_lines(unknown)
+        self.print_lines(skipped)
         return 0
 
 

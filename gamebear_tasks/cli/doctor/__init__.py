@@ -1,1 +1,1 @@
-"""`doctor`: check builders and this machine, and fix what can be fixed."""
+"""`doctor`: check the builders and this machine, and apply fixes."""

@@ -1,4 +1,4 @@
-"""`gamebear doctor`: whether each builder is ready, what it lacks and how that is mended; mended when told to."""
+"""`gamebear doctor`: check the builders and this machine, and apply fixes with `--fix`."""
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ OPTIONS = (
         "long": "fix",
         "type": bool,
         "default": False,
-        "help": "mend what can be mended by commands, as root or with sudo; each is shown as it is run",
+        "help": "apply the fixes that are commands, as root or with sudo, and print each command",
     },
     {
         "name": "json",
         "long": "json",
         "type": bool,
         "default": False,
-        "help": "print what was found as JSON, and nothing else",
+        "help": "print the findings as JSON only",
     },
 )
 
 
 class Doctor(ProjectCommand):
-    """Looks at this machine and at each builder of the settings."""
+    """Checks this machine and each configured builder."""
 
-    doc_purpose = "say of each builder whether it is ready, what it lacks and how to mend it"
+    doc_purpose = "check the builders and this machine, and suggest or apply fixes"
     doc_usage = "[TASK ...] [builder=URL] [arch=ARCH]"
     doc_description = (
-        "Looks at each builder that is set (builder=ssh://pi@buildpi, without a dodo.py too) and at this machine:"
-        " reachable, host key, log-in, Python, buildah, user namespaces, storage, disk, architectures, base image,"
-        " slots, jobs, sizes. Each trouble has its remedy.\n\n"
-        "Of this machine, what the project's tasks need: what is missing is trouble where one of the TASKs needs it (by"
-        " default those that doit alone runs), or one that these depend on, else a note.\n\n"
-        "Nothing is changed without --fix, which installs what is missing as root, and shows each command as it is run;"
-        " sudo asks for a password at the terminal where it has to.\n\n"
-        "Exit status: 0 all are ready, 1 there is trouble, 2 a builder could not be asked."
+        "Checks each configured builder (or builder=ssh://pi@buildpi, also without a dodo.py): connection, host key,"
+        " login, Python, buildah, user namespaces, storage, disk space, architectures, base image, slots, jobs. Each"
+        " failed check has a fix.\n\n"
+        "Checks this machine for the programs that the TASKs and their dependencies need; without a TASK, doit's"
+        " default tasks. Missing programs of other tasks are only warnings.\n\n"
+        "Without --fix, nothing is changed. --fix installs missing packages and changes settings as root, prints each"
+        " command, and lets sudo ask for a password on the terminal.\n\n"
+        "Exit status: 0 if everything is ready, 1 if a check failed, 2 if a builder could not be reached."
     )
 
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = OPTIONS
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
-        """Look, mend if told to, and say."""
+        """Check, apply fixes if requested, and print the findings; return the exit status."""
         from ...config import settings
-        from .diagnose import visit
-        from .output import Sheet, as_json, status_of
+        from .diagnose import diagnose
+        from .output import TextOutput, as_json, status_of
 
         needs = self._needs(args)
-        sheet = Sheet(sys.stdout, is_mending=options["fix"])
-        stream = Sheet(sys.stderr, is_mending=True) if options["json"] else sheet
-        tell = notice if sys.stderr.isatty() else lambda _: None
-        with _output_aside(options["json"]):
-            places = visit(settings(), needs, stream.line if options["fix"] else None, tell)
+        output = TextOutput(sys.stdout, has_fixed=options["fix"])
+        fix_output = TextOutput(sys.stderr, has_fixed=True) if options["json"] else output
+        progress = notice if sys.stderr.isatty() else lambda _: None
+        with _stdout_redirected(options["json"]):
+            places = diagnose(settings(), needs, fix_output.line if options["fix"] else None, progress)
         if options["json"]:
             print(as_json(places))
         else:
-            sheet.show(places)
+            output.show(places)
         return status_of(places)
 
     def _needs(self, args: Sequence[str]) -> list[Need]:
-        """Return what the project's tasks need of this machine.
+        """Return the programs of this machine that the project's tasks need.
 
         Raises:
-            SettingsError: there is no task of one of the names.
-            InvalidDodoFile: dodo.py is broken; doit shows it.
+            SettingsError: A named task does not exist.
+            InvalidDodoFile: dodo.py is broken. doit displays it.
         """
         from doit.control import TaskControl
         from doit.exceptions import InvalidCommand
@@ -89,24 +89,24 @@ class Doctor(ProjectCommand):
             control.process(list(args) or config.get("default_tasks"))
         except InvalidCommand as error:
             raise SettingsError(
-                f"gamebear doctor knows no task {error.not_found or args[0]!r}.",
-                "Name another builder with builder=URL, such as ssh://pi@buildpi.",
+                f"Task {error.not_found or args[0]!r} does not exist.",
+                "List the tasks: gamebear list --all. To check another builder, use builder=URL.",
             ) from error
         return needs(self.tasks, with_dependencies(control.tasks, control.selected_tasks))
 
 
 @contextlib.contextmanager
-def _output_aside(needed: bool) -> Iterator[None]:
-    """Keep what programs print out of our standard output for the length of the block: it is for JSON alone."""
+def _stdout_redirected(needed: bool) -> Iterator[None]:
+    """Redirect standard output to standard error in the block, programs included: standard output is only for JSON."""
     if not needed:
         yield
         return
     sys.stdout.flush()
-    kept = os.dup(1)
+    saved = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -14,32 +14,32 @@ from ...errors import BuilderError, PythonError, SettingsError, StoreError
 from ...util.text import size
 from ...util.urls import shown
 from . import local_checks
-from .builder_checks import OK, Finding, judge, stopped
-from .fixes import Done, mend, steps_for
+from .builder_checks import OK, Finding, connection_findings, findings_of
+from .fixes import StepResult, apply_fixes, steps_for
 from .output import Place
 from .requirements import Need
 
-AT_ONCE = 8
-"""How many builders are asked at once."""
+CONCURRENCY = 8
+"""Maximum number of builders that are checked at the same time."""
 
 ROUNDS = 4
-"""How often a builder is mended: what was in the way may have hidden more."""
+"""Maximum number of rounds of fixes for a builder: a fixed problem may have hidden another."""
 
 PATIENCE = 30.0
-"""Seconds for which a connection that broke is tried again."""
+"""Seconds to retry a lost connection."""
 
-Say = Callable[[str], object]
+PrintLine = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Patient:
-    """One builder.
+class Target:
+    """A builder, or a worker of a cluster, to check.
 
     Attributes:
-        name: its URL, and which of several it is.
-        builder: what to ask, or why it cannot be asked.
-        arches: what it is to build for.
-        by_ssh: whether it is reached by SSH.
+        name: Its URL, followed by the name of the worker.
+        builder: The builder, or the reason why it cannot be opened.
+        arches: Architectures that it has to build for.
+        by_ssh: Whether it is reached by SSH.
     """
 
     name: str
@@ -47,70 +47,74 @@ class Patient:
     arches: tuple[str, ...]
     by_ssh: bool = False
 
-    def examined(self, base: str) -> Place:
-        """Look at it; nothing is changed by that."""
+    def check(self, base: str) -> Place:
+        """Check it without changing anything."""
         try:
             if isinstance(self.builder, Exception):
                 raise self.builder
             if isinstance(self.builder, Examined):
                 facts = self.builder.examine(self.arches, base)
-                return Place(self.name, True, tuple(judge(facts, self.arches, base)), facts)
+                return Place(self.name, True, tuple(findings_of(facts, self.arches, base)), facts)
             return Place(self.name, True, tuple(_described(self.builder.describe())))
         except (BuilderError, SettingsError) as error:
-            return Place(self.name, isinstance(error, PythonError | StoreError), tuple(stopped(error, self.by_ssh)))
+            return Place(
+                self.name, isinstance(error, PythonError | StoreError), tuple(connection_findings(error, self.by_ssh))
+            )
 
 
-def _described(said: Mapping[str, object]) -> list[Finding]:
-    """Return what a builder says of itself that cannot be examined."""
+def _described(description: Mapping[str, object]) -> list[Finding]:
+    """Return findings about a builder that has no diagnostics."""
     found = [
         Finding(name, OK, size(value) if name == "free" and isinstance(value, int) else str(value))
-        for name, value in said.items()
+        for name, value in description.items()
     ]
-    return [Finding("reachable", OK, "yes; it is of a kind that cannot be examined further"), *found]
+    return [Finding("reachable", OK, "yes (this kind of builder has no further checks)"), *found]
 
 
-def visit(settings: Settings, needs: Sequence[Need], say: Say | None, tell: Say) -> list[Place]:
-    """Look at this machine and at each builder of the settings.
+def diagnose(
+    settings: Settings, needs: Sequence[Need], fix_output: PrintLine | None, progress: PrintLine
+) -> list[Place]:
+    """Check this machine and each configured builder.
 
     Args:
-        settings: of the run.
-        needs: what the project's tasks need of this machine.
-        say: is given the lines of what is done to mend; None: nothing is mended.
-        tell: is given a line about what is going on.
+        settings: Settings of the run.
+        needs: Programs of this machine that the project's tasks need.
+        fix_output: Function that receives the output of fixes; None to apply no fixes.
+        progress: Function that receives progress messages.
     """
     by_ssh = any(url.startswith("ssh:") for url in settings.builders)
-    with contextlib.ExitStack() as opened:
-        places = [_here(needs, by_ssh, say, opened)]
-        patients = [patient for url in settings.builders for patient in _patients(url, settings, opened)]
-        for patient in patients:
-            tell(f"looking at {patient.name}")
-        found = _side_by_side([lambda patient=patient: patient.examined(settings.base) for patient in patients])  # type: ignore[misc]
-        if say is not None:  # one after the other, for each may have to ask for a password
+    with contextlib.ExitStack() as stack:
+        places = [_check_here(needs, by_ssh, fix_output, stack)]
+        targets = [target for url in settings.builders for target in _targets(url, settings, stack)]
+        for target in targets:
+            progress(f"checking {target.name}")
+        found = _concurrently([lambda target=target: target.check(settings.base) for target in targets])  # type: ignore[misc]
+        if fix_output is not None:  # sequentially, because sudo may ask for a password on each builder
             found = [
-                _mended(patient, place, lambda patient=patient: patient.examined(settings.base), say)  # type: ignore[misc]
-                for patient, place in zip(patients, found, strict=True)
+                _fixed(target, place, lambda target=target: target.check(settings.base), fix_output)  # type: ignore[misc]
+                for target, place in zip(targets, found, strict=True)
             ]
         return places + found
 
 
-def _side_by_side(looks: Sequence[Callable[[], Place]]) -> list[Place]:
-    """Take several looks at once, and return what was seen; Ctrl-C waits for none of them."""
-    found: list[Place | BaseException | None] = [None] * len(looks)
-    left = iter(enumerate(looks))
-    taking = threading.Lock()
+def _concurrently(checks: Sequence[Callable[[], Place]]) -> list[Place]:
+    """Run checks in daemon threads, so that Ctrl-C does not wait for them, and return their results in order."""
+    found: list[Place | BaseException | None] = [None] * len(checks)
+    pending = iter(enumerate(checks))
+    lock = threading.Lock()
 
-    def go_on() -> None:
+    def work() -> None:
         while True:
-            with taking:
-                number, look = next(left, (-1, None))
-            if look is None:
+            with lock:
+                number, check = next(pending, (-1, None))
+            if check is None:
                 return
             try:
-                found[number] = look()
+                found[number] = check()
             except BaseException as error:  # noqa: BLE001 - raised below
                 found[number] = error
 
-    threads = [threading.Thread(target=go_on, daemon=True) for _ in range(min(AT_ONCE, len(looks)))]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(CONCURRENCY, len(checks)))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -121,38 +125,42 @@ def _side_by_side(looks: Sequence[Callable[[], Place]]) -> list[Place]:
     return [place for place in found if isinstance(place, Place)]
 
 
-def _here(needs: Sequence[Need], by_ssh: bool, say: Say | None, opened: contextlib.ExitStack) -> Place:
-    def examined() -> Place:
+def _check_here(
+    needs: Sequence[Need], by_ssh: bool, fix_output: PrintLine | None, stack: contextlib.ExitStack
+) -> Place:
+    """Check this machine, and apply fixes if requested."""
+
+    def check() -> Place:
         return Place("here", True, tuple(local_checks.findings(needs, by_ssh)))
 
-    place = examined()
-    if say is None or not steps_for(place.findings):
+    place = check()
+    if fix_output is None or not steps_for(place.findings):
         return place
     builder = open_builder("local:")
-    opened.callback(builder.close)
-    return _mended(Patient("here", builder, ()), place, examined, say)
+    stack.callback(builder.close)
+    return _fixed(Target("here", builder, ()), place, check, fix_output)
 
 
-def _patients(url: str, settings: Settings, opened: contextlib.ExitStack) -> list[Patient]:
-    """Return what there is to be asked behind a URL: one builder, or several."""
+def _targets(url: str, settings: Settings, stack: contextlib.ExitStack) -> list[Target]:
+    """Return the builder of a URL, or each worker of a cluster."""
     arches = settings.architectures_of(url)
     name = shown(url)
     try:
         builder = open_builder(url)
-        opened.callback(builder.close)
+        stack.callback(builder.close)
         builder.patience = min(PATIENCE, settings.patience)
         if not isinstance(builder, Several):
-            return [Patient(name, builder, arches, url.startswith("ssh:"))]
+            return [Target(name, builder, arches, url.startswith("ssh:"))]
         members = builder.members()
     except (BuilderError, SettingsError) as error:
-        return [Patient(name, error, arches)]
+        return [Target(name, error, arches)]
     if not members:
-        nobody = BuilderError("It has no worker.", "Start one: docs/how-to/many-builders.md says how.")
-        return [Patient(name, nobody, arches)]
+        no_worker = BuilderError("The cluster has no worker.", "Start one, see docs/how-to/many-builders.md.")
+        return [Target(name, no_worker, arches)]
     return [
-        Patient(
+        Target(
             f"{name} {worker}",
-            BuilderError(f"It cannot be used: {member.rstrip('.')}.", "See what its own log says.")
+            BuilderError(f"The worker failed: {member.rstrip('.')}.", "Read the worker's log.")
             if isinstance(member, str)
             else member,
             arches,
@@ -161,24 +169,24 @@ def _patients(url: str, settings: Settings, opened: contextlib.ExitStack) -> lis
     ]
 
 
-def _mended(patient: Patient, place: Place, examined: Callable[[], Place], say: Say) -> Place:
-    """Mend what can be mended, and look again; each command is run once."""
-    done: list[Done] = []
-    builder = patient.builder
+def _fixed(target: Target, place: Place, check: Callable[[], Place], output: PrintLine) -> Place:
+    """Apply fixes, check again, and repeat while there are new fixes; each command runs once."""
+    done: list[StepResult] = []
+    builder = target.builder
     for _ in range(ROUNDS):
         tried = {each.step.command for each in done if not each.step.may_fail}
         steps = [step for step in steps_for(place.findings) if step.command not in tried]
         if not any(not step.may_fail for step in steps) or not isinstance(builder, Examined):
             break
-        say(f"{patient.name}: {len(steps)} {'step' if len(steps) == 1 else 'steps'} to mend it")
+        output(f"{target.name}: applying {len(steps)} {'fix' if len(steps) == 1 else 'fixes'}")
         try:
-            outcome = mend(builder, steps, lambda line: say(f"  {line}"))
+            results = apply_fixes(builder, steps, lambda line: output(f"  {line}"))
         except BuilderError as error:
-            return replace(place, mended=tuple(done), unmended=str(error))
-        done += outcome
-        place = examined()
-        failed = [each.step.command for each in outcome if each.done is False]
+            return replace(place, fixed=tuple(done), fix_error=str(error))
+        done += results
+        place = check()
+        failed = [each.step.command for each in results if each.succeeded is False]
         if failed:
-            why = f"This failed, and what was to follow was not done: {failed[0]}. See what it says above."
-            return replace(place, mended=tuple(done), unmended=why)
-    return replace(place, mended=tuple(done))
+            cause = f"This command failed, so the remaining fixes were skipped: {failed[0]}"
+            return replace(place, fixed=tuple(done), fix_error=cause)
+    return replace(place, fixed=tuple(done))

@@ -1,4 +1,4 @@
-"""Mending a builder: what is done there, by whom, and what came of it. Nothing is done that was not asked for."""
+"""Apply the fixes of findings on a builder, as root."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from ...errors import BuilderError
 from ...util.text import printable
 from .builder_checks import Finding
 
-FIRST = 100
-"""The exit status of a script whose first step failed; of the next ones, one more each."""
+FIRST_STATUS = 100
+"""Exit status of a script whose first step failed; the status increases by one per step."""
 
-ROOT = """\
+PRIVILEGES = """\
 echo "uid $(id -u)"
 command -v sudo > /dev/null && { sudo -n true 2> /dev/null && echo free || echo asks; }
 """
-"""Says who we are there and what sudo lets us do."""
+"""Script that prints the user's id, and whether sudo works without a password (`free`) or with one (`asks`)."""
 
 PROMPT = "[sudo] password for %p on %H: "
-"""In the form of sudo(8)."""
+"""Prompt, in the format of sudo(8)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do as root.
+    """A command to run as root.
 
     Attributes:
-        command: a line for the shell.
-        why: what it is for.
-        may_fail: whether the rest goes on without it.
+        command: Shell command.
+        purpose: Names of the findings that it fixes, or another reason.
+        may_fail: Whether the script continues if it fails.
     """
 
     command: str
-    why: str
+    purpose: str
     may_fail: bool = False
 
 
 @dataclass(frozen=True)
-class Done:
-    """What came of a step; `done` is None where it was not begun."""
+class StepResult:
+    """Result of a step; `succeeded` is None if it was not started."""
 
     step: Step
-    done: bool | None
+    succeeded: bool | None
 
 
 def steps_for(findings: Iterable[Finding]) -> list[Step]:
-    """Return what mends all that can be mended by commands: packages first, in one go."""
+    """Return the steps that fix findings: first one installation of all packages, then commands."""
     packages: dict[str, list[str]] = {}
     commands: dict[str, str] = {}
     for finding in findings:
@@ -61,63 +61,59 @@ def steps_for(findings: Iterable[Finding]) -> list[Step]:
     if packages:
         names = dict.fromkeys(name for names in packages.values() for name in names)
         install = "DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-remove --option DPkg::Lock::Timeout=300"
-        steps.append(Step("apt-get update --option Acquire::Retries=3", "which packages there are", may_fail=True))
+        steps.append(Step("apt-get update --option Acquire::Retries=3", "package lists", may_fail=True))
         steps.append(Step(f"{install} {' '.join(map(shlex.quote, packages))}", ", ".join(names)))
-    return steps + [Step(command, why) for command, why in commands.items()]
+    return steps + [Step(command, purpose) for command, purpose in commands.items()]
 
 
 def script(steps: Iterable[Step]) -> str:
-    """Return the shell's script that does the steps, says each before it is done, and ends with the one that fails."""
+    """Return a shell script that prints and runs each step, and stops at the first that fails."""
     lines = ["PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin", "export PATH"]
     for number, step in enumerate(steps):
-        lines.append(f"printf '%s\\n' {shlex.quote(f'$ {step.command}    # {step.why}')}")
-        lines.append(f"({step.command}) || {'true' if step.may_fail else f'exit {FIRST + number}'}")
+        lines.append(f"printf '%s\\n' {shlex.quote(f'$ {step.command}    # {step.purpose}')}")
+        lines.append(f"({step.command}) || {'true' if step.may_fail else f'exit {FIRST_STATUS + number}'}")
     return "\n".join(lines) + "\n"
 
 
-def mend(builder: Examined, steps: list[Step], out: Callable[[str], object]) -> list[Done]:
-    """Do the steps on a builder as root: as we are, by sudo, or by sudo that asks for a password at our terminal.
+def apply_fixes(builder: Examined, steps: list[Step], out: Callable[[str], object]) -> list[StepResult]:
+    """Run the steps on a builder as root: directly, with sudo, or with sudo that asks for a password.
 
     Args:
-        builder: which.
-        steps: what to do.
-        out: is given what is printed there, line by line.
+        builder: The builder.
+        steps: Steps to run.
+        out: Function that receives the output by lines.
 
     Raises:
-        BuilderError: we may not; the hint has the lines for whoever may. Or the connection broke.
+        BuilderError: Root access is not available, and the hint has the commands; or the connection was lost.
     """
-    said: list[str] = []
-    _executed(builder, ROOT, lambda line: said.append(line[:100]) if len(said) < 100 else None)
-    words = [line.strip() for line in said]  # a login shell may have its own to say before
-    doing = script(steps)
+    lines: list[str] = []
+    _execute(builder, PRIVILEGES, lambda line: lines.append(line[:100]) if len(lines) < 100 else None)
+    words = [line.strip() for line in lines]  # a login shell may print other lines first
+    text = script(steps)
+    by_hand = "Run on it as root: " + " && ".join(step.command for step in steps)
     if "uid 0" in words:
-        status = _executed(builder, doing, out)
+        status = _execute(builder, text, out)
     elif "free" in words:
-        status = _executed(builder, f"exec sudo -n sh -c {shlex.quote(doing)}", out)
+        status = _execute(builder, f"exec sudo -n sh -c {shlex.quote(text)}", out)
     elif "asks" in words and isinstance(builder, Terminal) and sys.stdin.isatty() and sys.stdout.isatty():
-        status = builder.run_program(["sudo", "-p", PROMPT, "sh", "-c", doing])
+        status = builder.run_program(["sudo", "-p", PROMPT, "sh", "-c", text])
     else:
-        why = "sudo asks for a password there, and there is no terminal here to type it" if "asks" in words else ""
-        raise BuilderError(
-            f"It cannot be mended from here: {why or 'the account is not root, and has no sudo'}.",
-            "Run there as root: " + " && ".join(step.command for step in steps),
-        )
+        no_terminal = "sudo asks for a password, and this command has no terminal"
+        cause = no_terminal if "asks" in words else "its user is not root and has no sudo"
+        raise BuilderError(f"Fixes cannot be applied: {cause}.", by_hand)
     if status == 0:
-        return [Done(step, True) for step in steps]
-    failed = status - FIRST
+        return [StepResult(step, True) for step in steps]
+    failed = status - FIRST_STATUS
     if not 0 <= failed < len(steps):
-        raise BuilderError(
-            f"What was to mend it has ended with status {status}.",
-            "See what it says above. By hand, there, as root: " + " && ".join(step.command for step in steps),
-        )
+        raise BuilderError(f"Fixes cannot be applied: the script exited with status {status}.", by_hand)
     return [
-        Done(step, True if number < failed else False if number == failed else None)
+        StepResult(step, True if number < failed else False if number == failed else None)
         for number, step in enumerate(steps)
     ]
 
 
-def _executed(builder: Examined, text: str, out: Callable[[str], object]) -> int:
-    """Run a script there, and pass on what it says by lines."""
+def _execute(builder: Examined, text: str, out: Callable[[str], object]) -> int:
+    """Run a script on a builder, pass its output on by lines, and return its exit status."""
     left = bytearray()
 
     def take(data: bytes) -> None:
@@ -125,7 +121,7 @@ def _executed(builder: Examined, text: str, out: Callable[[str], object]) -> int
         *lines, rest = bytes(left).split(b"\n")
         left[:] = rest[-4096:]
         for line in lines:
-            shown = line.rstrip(b"\r").rpartition(b"\r")[2]  # as on a terminal, of what counts up in its place the end
+            shown = line.rstrip(b"\r").rpartition(b"\r")[2]  # progress bars: only their last state
             out(printable(shown.decode("utf-8", "replace")))
 
     status = builder.execute(text, take)

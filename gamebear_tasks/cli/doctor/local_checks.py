@@ -12,22 +12,22 @@ from pathlib import Path
 
 from ...sdcard.filesystems.program import environment
 from ...util.subprocesses import ProgramError, install_hint, run
-from .builder_checks import NOTE, OK, TROUBLE, Finding
+from .builder_checks import FAILED, OK, WARNING, Finding
 from .requirements import Need
 
-MOST_NAMED = 5
-"""How many tasks are named that need the same."""
+MAXIMUM_TASKS = 5
+"""Maximum number of tasks that a finding names."""
 
-AGENT_SECONDS = 5.0
-"""How long the agent may take to say which keys it has."""
+AGENT_TIMEOUT = 5.0
+"""Seconds until an agent that does not list its keys is ignored."""
 
 
 def findings(needs: Sequence[Need], by_ssh: bool) -> list[Finding]:
-    """Return what is well here and what is not.
+    """Check this machine.
 
     Args:
-        needs: what the project's tasks need of this machine.
-        by_ssh: whether a builder is reached by SSH.
+        needs: Programs that the project's tasks need.
+        by_ssh: Whether a builder is reached by SSH.
     """
     found = [Finding("python", OK, _versions()), *map(_programs, needs)]
     if by_ssh:
@@ -50,29 +50,28 @@ def _programs(need: Need) -> Finding:
     found = {name: shutil.which(name, path=path) for name in need.packages}
     missing = sorted(name for name, where in found.items() if where is None)
     if not missing:
-        return Finding(need.name, OK, "all there" if len(found) > 1 else "".join(filter(None, found.values())))
-    more = len(need.tasks) - MOST_NAMED
-    names = ", ".join(need.tasks[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-    one = len(need.tasks) == 1
-    what = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed, and needed by"
-    what += f" the {'task' if one else 'tasks'} {names}"
-    what += "" if need.is_asked_for else f", which {'is' if one else 'are'} not asked for"
+        return Finding(need.name, OK, "installed" if len(found) > 1 else "".join(filter(None, found.values())))
+    more = len(need.tasks) - MAXIMUM_TASKS
+    tasks = f"{'task' if len(need.tasks) == 1 else 'tasks'} {', '.join(need.tasks[:MAXIMUM_TASKS])}"
+    tasks += f" and {more} more" if more > 0 else ""
+    message = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; required by {tasks}"
+    message += "" if need.is_required else " (not selected)"
     packages = sorted({need.packages[name] for name in missing}) if shutil.which("apt-get") else ()
-    state = TROUBLE if need.is_asked_for else NOTE
-    return Finding(need.name, state, what, install_hint(missing), tuple(packages))
+    state = FAILED if need.is_required else WARNING
+    return Finding(need.name, state, message, install_hint(missing), tuple(packages))
 
 
 def _keys() -> Iterator[Finding]:
-    """Say which keys there are to log in with; which of them is used, each builder's log-in says."""
+    """Count the available SSH keys. The finding `login` of each builder names the key that was used."""
     files = [path.stem for path in sorted(Path("~/.ssh").expanduser().glob("id_*.pub"))]
     words = [f"{len(files)} in ~/.ssh ({', '.join(files)})"] if files else []
-    held = 0
+    agent_keys = 0
     program = shutil.which("ssh-add")
     if program and os.environ.get("SSH_AUTH_SOCK"):
         with contextlib.suppress(ProgramError):
-            held = len(run([program, "-l"], silence=AGENT_SECONDS).splitlines())
-    words += [f"{held} in the agent"] if held else []
+            agent_keys = len(run([program, "-l"], silence=AGENT_TIMEOUT).splitlines())
+    words += [f"{agent_keys} in the SSH agent"] if agent_keys else []
     if words:
         yield Finding("keys", OK, ", ".join(words))
     else:
-        yield Finding("keys", NOTE, "none in ~/.ssh and none in an agent", "Make one: ssh-keygen")
+        yield Finding("keys", WARNING, "no SSH key in ~/.ssh or in an agent", "Create one: ssh-keygen")

@@ -11,60 +11,60 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
 from ...util.text import in_line
-from .builder_checks import NOTE, OK, TROUBLE, Finding
-from .fixes import Done
+from .builder_checks import FAILED, OK, WARNING, Finding
+from .fixes import StepResult
 
-VERSION = 1
-"""Of the JSON: another number where a field goes or means something else; new fields come without."""
+VERSION = 2
+"""Version of the JSON format. It changes when a field is removed or changes its meaning, not for new fields."""
 
-READY, TROUBLED, UNREACHED = 0, 1, 2
-"""The exit statuses."""
+READY, NOT_READY, UNREACHABLE = 0, 1, 2
+"""Exit statuses."""
 
-SIGNS = {OK: "✓", NOTE: "!", TROUBLE: "✗"}
-PLAIN_SIGNS = {OK: "+", NOTE: "!", TROUBLE: "x"}
-COLOURS = {OK: "32", NOTE: "33", TROUBLE: "31"}
-"""Of ECMA-48's SGR."""
+SIGNS = {OK: "✓", WARNING: "!", FAILED: "✗"}
+ASCII_SIGNS = {OK: "+", WARNING: "!", FAILED: "x"}
+COLOURS = {OK: "32", WARNING: "33", FAILED: "31"}
+"""Parameters of SGR (ECMA-48)."""
 
-NARROWEST = 40
-WIDEST = 120
-"""Columns."""
+MINIMUM_WIDTH = 40
+MAXIMUM_WIDTH = 120
+"""Width of the output in columns."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What was found at one place.
+    """Findings about one machine.
 
     Attributes:
-        name: `here`, a builder's URL, or that and one of its workers.
-        reached: whether it could be asked.
-        findings: what was found.
-        facts: what they were judged by.
-        mended: what was done to mend it.
-        unmended: why it could not be mended.
+        name: `here`, a builder's URL, or a URL with the name of a worker.
+        reached: Whether the machine was reached.
+        findings: Results of the checks.
+        facts: Data from the builder that the checks used.
+        fixed: Results of the fixes that were applied.
+        fix_error: Reason why fixes could not be applied, or empty.
     """
 
     name: str
     reached: bool
     findings: tuple[Finding, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
-    mended: tuple[Done, ...] = ()
-    unmended: str = ""
+    fixed: tuple[StepResult, ...] = ()
+    fix_error: str = ""
 
     @property
-    def troubles(self) -> int:
-        """How many troubles there are."""
-        return sum(finding.state == TROUBLE for finding in self.findings)
+    def failures(self) -> int:
+        """Number of failed checks."""
+        return sum(finding.state == FAILED for finding in self.findings)
 
 
 def status_of(places: Sequence[Place]) -> int:
-    """Return the exit status that says how it is with all of them: the worst."""
+    """Return the exit status: that of the worst place."""
     if not all(place.reached for place in places):
-        return UNREACHED
-    return TROUBLED if any(place.troubles for place in places) else READY
+        return UNREACHABLE
+    return NOT_READY if any(place.failures for place in places) else READY
 
 
 def as_json(places: Sequence[Place]) -> str:
-    """Return all of it for a script; the fields are described in docs/how-to/fresh-pi.md."""
+    """Return the diagnosis as JSON. docs/how-to/fresh-pi.md describes the fields."""
     return json.dumps(
         {
             "version": VERSION,
@@ -73,13 +73,14 @@ def as_json(places: Sequence[Place]) -> str:
                 {
                     "place": place.name,
                     "reached": place.reached,
-                    "ready": place.reached and not place.troubles,
+                    "ready": place.reached and not place.failures,
                     "findings": [asdict(finding) for finding in place.findings],
                     "facts": place.facts,
-                    "mended": [
-                        {"command": each.step.command, "why": each.step.why, "done": each.done} for each in place.mended
+                    "fixed": [
+                        {"command": each.step.command, "purpose": each.step.purpose, "succeeded": each.succeeded}
+                        for each in place.fixed
                     ],
-                    "unmended": place.unmended,
+                    "fix_error": place.fix_error,
                 }
                 for place in places
             ],
@@ -88,51 +89,51 @@ def as_json(places: Sequence[Place]) -> str:
     )
 
 
-class Sheet:
-    """Prints what was found, for the width, the letters and the colours that a stream has.
+class TextOutput:
+    """Prints a diagnosis for a person, in the width, encoding and colours of a stream.
 
     Args:
-        stream: where it goes.
-        is_mending: whether troubles were mended already, where that was possible.
+        stream: The stream.
+        has_fixed: Whether fixes were applied already.
     """
 
-    def __init__(self, stream: TextIO, is_mending: bool) -> None:
+    def __init__(self, stream: TextIO, has_fixed: bool) -> None:
         self._stream = stream
-        self._is_mending = is_mending
+        self._has_fixed = has_fixed
         self._encoding = stream.encoding or "ascii"
-        self._is_colourful = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self._width = max(NARROWEST, min(WIDEST, shutil.get_terminal_size().columns))
+        self._has_colours = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._width = max(MINIMUM_WIDTH, min(MAXIMUM_WIDTH, shutil.get_terminal_size().columns))
         try:
             "✓✗→…".encode(self._encoding)
             self._signs, self._arrow = SIGNS, "→"
         except UnicodeEncodeError:
-            self._signs, self._arrow = PLAIN_SIGNS, "->"
+            self._signs, self._arrow = ASCII_SIGNS, "->"
 
     def line(self, text: str) -> None:
-        """Print a line; what the stream has no letters for becomes a question mark."""
+        """Print a line. Characters that the stream cannot encode become question marks."""
         print(text.encode(self._encoding, "replace").decode(self._encoding), file=self._stream, flush=True)
 
     def show(self, places: Sequence[Place]) -> None:
-        """Print all that was found."""
+        """Print all findings and a summary."""
         column = max((len(finding.name) for place in places for finding in place.findings), default=0)
         for place in places:
             self.line(self._coloured("1", in_line(place.name)))
             for finding in place.findings:
                 for line in self._finding(finding, min(column, self._width // 3)):
                     self.line(line)
-            if place.unmended:
-                self._paragraph(place.unmended, "  ")
+            for line in place.fix_error.splitlines():
+                self._paragraph(line, "  ")
             self.line("")
-        self._paragraph(" ".join(self._sum(places)), "")
+        self._paragraph(" ".join(self._summary(places)), "")
 
     def _finding(self, finding: Finding, column: int) -> Iterator[str]:
         sign = self._coloured(COLOURS[finding.state], self._signs[finding.state])
         indent = " " * (column + 6)
-        what = self._wrapped(finding.what, indent)
-        yield f"  {sign} {in_line(finding.name):{column}}  {what[0].strip()}"
-        yield from what[1:]
-        if finding.remedy:
-            first, *rest = self._wrapped(finding.remedy, f"{indent}{' ' * len(self._arrow)} ")
+        message = self._wrapped(finding.message, indent)
+        yield f"  {sign} {in_line(finding.name):{column}}  {message[0].strip()}"
+        yield from message[1:]
+        if finding.fix:
+            first, *rest = self._wrapped(finding.fix, f"{indent}{' ' * len(self._arrow)} ")
             yield f"{indent}{self._arrow} {first.strip()}"
             yield from rest
 
@@ -150,17 +151,17 @@ class Sheet:
         for line in self._wrapped(text, indent):
             self.line(line)
 
-    def _sum(self, places: Sequence[Place]) -> Iterator[str]:
+    def _summary(self, places: Sequence[Place]) -> Iterator[str]:
         for place in places:
             if not place.reached:
-                yield f"{place.name} cannot be asked."
-            elif place.troubles:
-                yield f"{place.name}: {place.troubles} {'trouble' if place.troubles == 1 else 'troubles'}."
+                yield f"{place.name} cannot be reached."
+            elif place.failures:
+                yield f"{place.name}: {place.failures} {'problem' if place.failures == 1 else 'problems'}."
             elif place.name != "here":
                 yield f"{place.name} is ready."
-        mendable = any(finding.is_mendable for place in places for finding in place.findings)
-        if mendable and not self._is_mending:
-            yield "gamebear doctor --fix mends what it can, as root, and says each step."
+        fixable = any(finding.is_fixable for place in places for finding in place.findings)
+        if fixable and not self._has_fixed:
+            yield "To apply fixes as root, run: gamebear doctor --fix"
 
     def _coloured(self, colour: str, text: str) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if self._is_colourful else text
+        return f"\x1b[{colour}m{text}\x1b[0m" if self._has_colours else text

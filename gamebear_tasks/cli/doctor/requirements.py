@@ -15,37 +15,37 @@ from ...util.subprocesses import PACKAGES
 
 @dataclass(frozen=True)
 class Need:
-    """Programs that tasks need for one thing.
+    """Programs that tasks need for one purpose.
 
     Attributes:
-        name: of the finding about them.
-        packages: Debian's package for each program.
-        tasks: the names of the tasks.
-        is_asked_for: whether one of them is to run.
+        name: Name of the finding about them.
+        packages: Debian package of each program.
+        tasks: Names of the tasks.
+        is_required: Whether one of the tasks is selected to run.
     """
 
     name: str
     packages: Mapping[str, str]
     tasks: tuple[str, ...]
-    is_asked_for: bool
+    is_required: bool
 
 
-def needs(tasks: Mapping[str, Any], asked: Collection[str]) -> list[Need]:
-    """Return what tasks need.
+def needs(tasks: Mapping[str, Any], selected: Collection[str]) -> list[Need]:
+    """Return the programs that tasks need.
 
     Args:
-        tasks: all of a project's, by name.
-        asked: the names of those that are to run.
+        tasks: All tasks of a project by name.
+        selected: Names of the tasks to run.
     """
     packages: dict[str, dict[str, str]] = {}
-    needing: dict[str, dict[str, None]] = {}
+    tasks_by_purpose: dict[str, dict[str, None]] = {}
     for name, task in tasks.items():
-        for thing, programs in _needs_of(task.actions):
-            packages.setdefault(thing, {}).update(programs)
-            needing.setdefault(thing, {})[name] = None
+        for purpose, programs in _needs_of(task.actions):
+            packages.setdefault(purpose, {}).update(programs)
+            tasks_by_purpose.setdefault(purpose, {})[name] = None
     return [
-        Need(thing, packages[thing], tuple(names), not names.keys().isdisjoint(asked))
-        for thing, names in needing.items()
+        Need(purpose, packages[purpose], tuple(names), not names.keys().isdisjoint(selected))
+        for purpose, names in tasks_by_purpose.items()
     ]
 
 
