@@ -77,24 +77,28 @@ def _with_signatures(text: str) -> str:
 
 def _settings() -> str:
     rows = []
-    told = _attributes(inspect.getdoc(Settings) or "")
+    descriptions = _attributes(inspect.getdoc(Settings) or "")
     for item in dataclasses.fields(Settings):
         value = f"{item.default:g}" if isinstance(item.default, float) else item.default
         value = str(value).lower() if isinstance(value, bool) else value
         default = DEFAULTS.get(item.name, f"`{value}`")
         variable = f"GAMEBEAR_{item.name.upper()}"
-        rows.append([f"`{item.name}`", f"`{variable}`", default, _sentence(told[item.name])])
+        rows.append([f"`{item.name}`", f"`{variable}`", default, _sentence(descriptions[item.name])])
     return (
         f"# Settings\n\n{MADE}\n"
-        "A doit variable (`doit arch=armhf`), else the environment, where an empty variable counts as not set, else\n"
-        "`[tool.gamebear]` in the `pyproject.toml` beside `dodo.py`, else the default. "
+        "The first of these that sets a value wins:\n\n"
+        "1. a doit variable on the command line: `doit arch=armhf`\n"
+        "2. an environment variable that is not empty: `GAMEBEAR_ARCH=armhf`\n"
+        '3. `[tool.gamebear]` in the `pyproject.toml` next to `dodo.py`: `arch = "armhf"`\n'
+        "4. the default\n\n"
         "[The API](api.md#settings) has an example.\n\n"
         + _table(["doit variable, key in `pyproject.toml`", "environment", "default", "meaning"], rows)
-        + "\nWhat belongs to SSH is read from `~/.ssh/config`, the agent and `known_hosts`; what belongs to\n"
-        "a builder, there in `~/.config/gamebear/builder.json`: "
-        '`{"slots": 2}` is how many jobs run at once, and all\n'
-        "that it may say. Without it that is one for every four processors and each GiB of memory, "
-        "whichever are fewer, at least one.\n"
+        + "\n## Settings in other places\n\n"
+        "| place | settings |\n| --- | --- |\n"
+        "| `~/.ssh/config`, `known_hosts` and the agent | user, port, key, jump host and host keys of `ssh://` |\n"
+        "| `~/.config/gamebear/builder.json` on a builder | "
+        '`{"slots": 2}`: number of jobs that run at the same time. Default: one per four processors or one per GiB of '
+        "memory, whichever is less, but at least one |\n"
     )
 
 
@@ -102,12 +106,22 @@ def _commands() -> str:
     parts = []
     parts.append(
         f"# Commands\n\n{MADE}\n"
-        "`gamebear` is [doit's own command line](https://pydoit.org/cmd-run.html) with the commands below.\n"
-        "`gamebear run`, `list`, `clean`, `forget`, `info`, `tabcompletion` and the others are doit's.\n"
-        "Without a command, `gamebear` runs tasks like `doit`.\n"
-        "`gamebear help COMMAND` and `gamebear help TASK` show the same as this page.\n\n"
-        "A command whose output nobody reads any more (`gamebear jobs | head`) ends with status 141; builds go on.\n\n"
-        "A task that has the name of a command runs with `doit` only; `gamebear` refuses its name.\n"
+        "`gamebear` is [doit's command line](https://pydoit.org/cmd-run.html) with additional commands.\n\n"
+        "```sh\n"
+        "gamebear umtprd arch=armhf    # run tasks, like doit\n"
+        "gamebear jobs                 # run a command of this page\n"
+        "gamebear help jobs            # show its help\n"
+        "```\n\n"
+        "doit's own commands, such as `run`, `list`, `clean`, `forget` and `info`, work as in `doit`.\n"
+        "A task with the name of a command runs only with `doit`; `gamebear` rejects the name.\n\n"
+        "| exit status of these commands | meaning |\n| --- | --- |\n"
+        "| 0 | success |\n"
+        "| 1 | `doctor`: a check failed; `jobs follow`: the job failed or was cancelled |\n"
+        "| 2 | the command failed |\n"
+        "| 3 | `dodo.py` or an option is invalid |\n"
+        "| 130, 129, 143 | ended by Ctrl-C, SIGHUP or SIGTERM |\n"
+        "| 141 | the reader of the output exited, as in `gamebear jobs \\| head` |\n\n"
+        "`shell` ends with the status of the shell or command.\n"
     )
     for name, place in COMMANDS.items():
         module, _, attribute = place.partition(":")
@@ -119,10 +133,10 @@ def _commands() -> str:
         )
     parts.append(
         f"# Reporters\n\n## The reporter {REPORTER}\n\n{_prose(inspect.getdoc(LiveReporter) or '')}\n"
-        "The default of `gamebear`. For `doit`, name it in `dodo.py`:\n\n"
+        "It is the default of `gamebear`. To use it with `doit`, set it in `dodo.py`:\n\n"
         f"```python\nfrom gamebear_tasks import {REPORTER}\n\n"
         f'DOIT_CONFIG = {{"reporter": {REPORTER}}}\n```\n\n'
-        "doit's other reporters work as ever: `gamebear -r console`.\n"
+        "To use one of doit's reporters: `gamebear -r console`.\n"
     )
     return "\n".join(parts)
 
@@ -132,8 +146,8 @@ def _options(options: Iterable[Mapping[str, Any]]) -> str:
     for option in options:
         names = [f"-{option['short']}"] if option.get("short") else []
         names += [f"--{option['long']}"] if option.get("long") else []
-        wanted = "" if option["type"] is bool else f" {option.get('metavar', option['name'].upper())}"
-        rows.append([f"`{', '.join(names)}{wanted}`", _capital(str(option.get("help", "")))])
+        value = "" if option["type"] is bool else f" {option.get('metavar', option['name'].upper())}"
+        rows.append([f"`{', '.join(names)}{value}`", _capital(str(option.get("help", "")))])
     return "\n" + _table(["option", "meaning"], rows) if rows else ""
 
 

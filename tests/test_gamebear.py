@@ -77,8 +77,44 @@ def test_a_task_with_the_name_of_a_command_is_refused_and_doit_runs_it(project: 
 @pytest.mark.parametrize("name", ["lock", "prune", "sources", "report"])
 def test_a_command_without_arguments_refuses_one(project: Project, name: str) -> None:
     project.write("dodo.py", TASK)
-    run = project.gamebear(name, "x").failed(f"gamebear {name} takes no arguments, got 'x'. Run gamebear {name}.")
+    run = project.gamebear(name, "x").failed(f"gamebear {name} takes no arguments, got 'x'.", f"gamebear help {name}")
     assert run.status == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_option_is_an_error_of_two_lines(project: Project, name: str) -> None:
+    project.write("dodo.py", TASK)
+    run = project.gamebear(name, "--bad")
+    assert (
+        run.err == f"ERROR: gamebear {name}: option --bad not recognized.\n→ List the options: gamebear help {name}\n"
+    )
+    assert run.status == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([""], "An argument is empty."),
+        (["run", ""], "An argument is empty."),
+        (["clean", ""], "An argument is empty."),
+        (["jobs", ""], "gamebear jobs has invalid arguments: ''."),
+        (["jobs", "follow", ""], "No job or task '' on local:."),
+        (["shell", ""], "Task '' does not exist."),
+    ],
+)
+def test_an_empty_argument_is_an_error_of_two_lines(project: Project, arguments: list[str], error: str) -> None:
+    project.write("dodo.py", TASK)
+    run = project.gamebear(*arguments)
+    assert run.err.startswith(f"ERROR: {error}\n→ ") and run.err.rstrip().count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", ["jobs --lines", "shell --container"])
+@pytest.mark.parametrize("value", ["x", "1.5", "", "²", "9" * 5000])
+def test_an_option_that_is_not_a_number_is_an_error_of_two_lines(project: Project, arguments: str, value: str) -> None:
+    project.write("dodo.py", TASK)
+    run = project.gamebear(*arguments.split(), value)
+    run.failed(f"{arguments.split()[1]} must be a number, got {value[:9]!r}"[:-1])
+    assert run.status == 3 and run.err.count("\n") == 2
 
 
 def test_an_import_of_a_former_task_names_the_command(project: Project) -> None:

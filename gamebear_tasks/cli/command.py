@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import getopt
 import io
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from doit.cmd_base import Command
-from doit.cmdparse import CmdOption
+from doit.cmdparse import CmdOption, CmdParseError
 
 from ..client import cancellation
 from ..client.cancellation import Terminated
@@ -26,6 +27,17 @@ BROKEN_PIPE = 141
 
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended: 128 + SIGINT, as in shells."""
+
+
+def number(option: str) -> Callable[[str], int]:
+    """Return the type of an option that is a non-negative integer, for doit; it raises SettingsError for other text."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise SettingsError(f"{option} must be a number, got {text!r}.", f"Use a number, such as {option} 1.")
+        return int(text)
+
+    return parse
 
 
 class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
@@ -53,6 +65,23 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
     def get_options(self) -> list[CmdOption]:
         """Return the options that find `dodo.py`, and the command's own options."""
         return [CmdOption(option) for option in (*self.loader.cmd_options, *self.cmd_options)]
+
+    def parse_execute(self, in_args: Sequence[str]) -> int:
+        """Parse the command line and execute the command; return the exit status.
+
+        Raises:
+            SettingsError: An option is unknown or incomplete.
+        """
+        try:
+            status: int = super().parse_execute(in_args)
+        except CmdParseError as error:
+            if not isinstance(error.__context__, getopt.GetoptError):
+                raise
+            raise SettingsError(
+                f"{self.bin_name} {self.name}: {error.__context__.msg}.",
+                f"List the options: {self.bin_name} help {self.name}",
+            ) from error
+        return status
 
     def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> int:
         """Enter the project and run; return the exit status."""
@@ -113,7 +142,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         if args:
             command = f"{self.bin_name} {self.name}"
             raise SettingsError(
-                f"{command} takes no arguments, got {args[0]!r}.", f"Run {command}. Its options: {command} --help"
+                f"{command} takes no arguments, got {args[0]!r}.", f"List its options: {self.bin_name} help {self.name}"
             )
 
     def print_lines(self, lines: Iterable[str]) -> None:

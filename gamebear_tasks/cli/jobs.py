@@ -20,7 +20,7 @@ from ..records.task_log import LIMIT, Harmless, noted
 from ..util.messages import complain, notice
 from ..util.text import age, duration, size
 from ..util.urls import shown
-from .command import FAILED, ProjectCommand
+from .command import FAILED, ProjectCommand, number
 
 SHOWN = 20
 """Maximum number of jobs per builder that are listed without `--all`."""
@@ -86,7 +86,7 @@ task of dodo.py."""
             "name": "lines",
             "short": "",
             "long": "lines",
-            "type": int,
+            "type": number("--lines"),
             "default": -1,
             "metavar": "NUMBER",
             "help": "follow: start with the last NUMBER lines of the log, not at its beginning",

@@ -39,7 +39,18 @@ COMMANDS = {
 
 
 class GuardedCommand:
-    """Mixin for doit's commands that reports an unusable dependency database in two lines."""
+    """Mixin for doit's commands that reports an empty argument and an unusable dependency database in two lines."""
+
+    def parse_execute(self, in_args: Sequence[str]) -> int:
+        """Run the command; return the exit status. doit fails on an empty argument.
+
+        Raises:
+            SettingsError: An argument is empty.
+        """
+        if "" in in_args:
+            raise SettingsError("An argument is empty.", "Remove it, or name a task: gamebear list --all")
+        status: int = super().parse_execute(in_args)  # type: ignore[misc]
+        return status
 
     def get_backends(self) -> Mapping[str, Any]:
         """Return doit's databases by name, guarded."""
@@ -96,6 +107,10 @@ def _guarded_command(command: type) -> type:
     return command
 
 
+_EMPTY = " "
+"""Placeholder for an empty argument, compared by identity."""
+
+
 class Main(DoitMain):  # type: ignore[misc]  # doit has no types
     """doit's main program under the name `gamebear`."""
 
@@ -110,6 +125,11 @@ class Main(DoitMain):  # type: ignore[misc]  # doit has no types
                 "REPORTER": {REPORTER: "gamebear_tasks.doit_plugin.reporter:LiveReporter"},
             }
         )
+
+    def process_args(self, cmd_args: Sequence[str]) -> list[str]:
+        """Set doit's variables; return the other arguments. doit's method fails on an empty argument."""
+        others: list[str] = super().process_args([arg or _EMPTY for arg in cmd_args])
+        return ["" if arg is _EMPTY else arg for arg in others]
 
     @staticmethod
     def print_version() -> None:

@@ -44,7 +44,7 @@ log."""
         self.refuse(args)
         if not self._is_in_project:
             raise SettingsError(
-                "gamebear report needs a project: this folder has no dodo.py.",
+                f"gamebear report needs a project: {options['dodoFile']} does not exist.",
                 "Go to the project's folder, or name its file: gamebear report -f FOLDER/dodo.py",
             )
         text = page(last_runs(), Path.cwd().name or "/", time.time())

@@ -17,7 +17,7 @@ from ..records import run_journal
 from ..runner.maintenance.retained_containers import AGE, MOST
 from ..util.messages import notice
 from ..util.urls import shown
-from .command import ProjectCommand
+from .command import ProjectCommand, number
 
 COMMAND_LIMIT = 2000
 """Maximum characters of a command that are displayed."""
@@ -46,7 +46,7 @@ A builder retains the containers of the last {MOST} failed jobs for
             "name": "container",
             "short": "c",
             "long": "container",
-            "type": int,
+            "type": number("--container"),
             "default": 0,
             "metavar": "NUMBER",
             "help": "number of the job's container, starting with 1 for the first that it created;"

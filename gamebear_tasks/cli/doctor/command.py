@@ -38,9 +38,9 @@ class Doctor(ProjectCommand):
     doc_purpose = "check the builders and this machine, and suggest or apply fixes"
     doc_usage = "[TASK ...] [builder=URL] [arch=ARCH]"
     doc_description = (
-        "Checks each configured builder (or builder=ssh://pi@buildpi, also without a dodo.py): connection, host key,"
-        " login, Python, buildah, user namespaces, storage, disk space, architectures, base image, slots, jobs. Each"
-        " failed check has a fix.\n\n"
+        "Checks each configured builder (builder=URL for another; no dodo.py is needed): connection, host key, login,"
+        " Python, buildah, user namespaces, storage, disk space, architectures, base image, slots, jobs. Each failed"
+        " check has a fix.\n\n"
         "Checks this machine for the programs that the TASKs and their dependencies need; without a TASK, doit's"
         " default tasks. Missing programs of other tasks are only warnings.\n\n"
         "Without --fix, nothing is changed. --fix installs missing packages and changes settings as root, prints each"
