@@ -6,7 +6,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -74,9 +75,22 @@ class Settings:
 
         more = f"{shown(self.builder)},{arch}=ssh://user@host"
         raise SettingsError(
-            f"No builder is set for {arch}, only for {', '.join(builders)} (from {_origin('builder')}).",
+            f"No builder is set for {arch}, only for {', '.join(builders)} (from {origin('builder')}).",
             f"Add one: builder={more}",
         )
+
+
+@contextmanager
+def origin_in_errors(name: str) -> Iterator[None]:
+    """Add where a setting was set to each SettingsError of the block.
+
+    Args:
+        name: Name of the setting.
+    """
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"{error.message.rstrip('.')} (from {origin(name)}).", error.hint) from error
 
 
 def own_architecture() -> str:
@@ -170,8 +184,8 @@ def _look_up(name: str, project: dict[str, Any]) -> tuple[object, str]:
     return project.get(name), "[tool.gamebear] in pyproject.toml"
 
 
-def _origin(name: str) -> str:
-    """Return where a setting is set now, for errors."""
+def origin(name: str) -> str:
+    """Return where a setting is set, for errors."""
     return _look_up(name, _project_settings(Path.cwd() / "pyproject.toml"))[1]
 
 
@@ -240,7 +254,7 @@ def architecture(name: str, value: object, where: str) -> str:
     if text and text not in known:
         better = ARCHITECTURES.get(text)
         hint = f"Use Debian's name for it: {better}" if better else f"Use one of {', '.join(known)}."
-        raise SettingsError(f"{name} must be a Debian architecture, got {text!r} (from {where}).", hint)
+        raise SettingsError(f"{name}: unknown architecture {text!r} (from {where}).", hint)
     return text
 
 
@@ -313,7 +327,7 @@ def seconds(name: str, value: object, where: str) -> float:
     if not 0 <= count < float("inf"):
         raise SettingsError(
             f"{name} must be a number of seconds, got {value!r} (from {where}).",
-            f"Set a finite number that is not negative, such as {name}=600.",
+            f"Set a finite number of seconds from 0, such as {name}=600.",
         )
     return count
 
@@ -338,13 +352,12 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 
 
 def _one_of(*choices: str) -> Callable[[str, object, str], str]:
+    words = f"{', '.join(choices[:-1])} or {choices[-1]}"
+
     def check(name: str, value: object, where: str) -> str:
         value = value.strip() if isinstance(value, str) else value
         if value not in choices:
-            raise SettingsError(
-                f"{name} must be {' or '.join(choices)}, got {value!r} (from {where}).",
-                f"Set {' or '.join(f'{name}={choice}' for choice in choices)}.",
-            )
+            raise SettingsError(f"{name} must be {words}, got {value!r} (from {where}).", f"Set {name} to {words}.")
         return str(value)
 
     return check

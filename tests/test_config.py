@@ -101,7 +101,7 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
 
 
 def test_where_a_value_that_makes_no_sense_was_set_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "arch must be a Debian architecture, got 'armv7l' (from {}).\n→ Use Debian's name for it: armhf"
+    said = "arch: unknown architecture 'armv7l' (from {}).\n→ Use Debian's name for it: armhf"
     pyproject(folder, '[tool.gamebear]\narch = "armv7l"\n')
     assert refusal() == said.format("[tool.gamebear] in pyproject.toml")
     monkeypatch.setenv("GAMEBEAR_ARCH", "armv7l")
@@ -174,7 +174,7 @@ def test_doit_shows_the_paragraph_and_ends_with_status_3(tmp_path: Path) -> None
     )
     project.write("x.py", "")
     run = project.doit("arch=armv7l")
-    error = "ERROR: arch must be a Debian architecture, got 'armv7l' (from the doit variable arch).\n"
+    error = "ERROR: arch: unknown architecture 'armv7l' (from the doit variable arch).\n"
     assert (run.status, run.out, run.err) == (3, "", f"{error}→ Use Debian's name for it: armhf\n")
 
 
@@ -246,9 +246,7 @@ def test_each_architecture_may_have_a_builder(
 )
 def test_builders_that_are_ambiguous_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("GAMEBEAR_BUILDER", text)
-    with pytest.raises(
-        SettingsError, match=r"builder has more than one URL|two URLs for armhf|must be a Debian architecture"
-    ):
+    with pytest.raises(SettingsError, match=r"builder has more than one URL|two URLs for armhf|unknown architecture"):
         settings()
 
 
@@ -304,7 +302,7 @@ def test_spaces_around_a_value_do_not_matter(folder: Path, monkeypatch: pytest.M
 
 def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> None:
     (folder / "pyproject.toml").write_text('[tool.gamebear.builder]\narmhf = "ssh://pi@a"\nfoo = "local:"\n')
-    with pytest.raises(SettingsError, match=r"must be a Debian architecture, got 'foo' .*pyproject"):
+    with pytest.raises(SettingsError, match=r"builder: unknown architecture 'foo' .*pyproject"):
         settings()
     (folder / "pyproject.toml").write_text('[tool.gamebear.builder]\narmhf = "ssh://pi@a"\n')
     assert settings().builder_for("armhf") == "ssh://pi@a"
@@ -312,6 +310,37 @@ def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> Non
         settings().builder_for("arm64")
     with pytest.raises(SettingsError, match="No builder is set for armhf"):
         Settings(builder="armhf=").builder_for("armhf")  # from Python, where nothing was checked
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reporter"),
+    [
+        ("builder", "", "live"),
+        ("builder", "loong64=local:", "live"),
+        ("builder", "loong64=local:", "json"),
+        ("builder", "moon:x", "console"),
+        ("builder", "moon:x", "json"),
+        ("builder", "ssh://", "error-only"),
+        ("builder", "dask://", "live"),
+        ("sources", "x", "live"),
+        ("sources", "x", "json"),
+        *((name, "x", "json") for name in OTHER if name not in ("builder", "sources")),
+    ],
+)
+def test_an_invalid_setting_is_reported_once_with_its_origin_and_a_fix(
+    project: Project, variable: str, value: str, reporter: str
+) -> None:
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import archive, artifact, either\n"
+        "UP = either(web=archive('file:///up.tar', sha256='0' * 64))\n"
+        "def task_x(): return artifact('x.py', sources={'up': UP}, outputs=['x'])\n",
+    )
+    project.write("x.py", "")
+    run = project.gamebear("run", "-r", reporter, "x", f"{variable}={value}", GAMEBEAR_ARCH="amd64")
+    assert run.status in (2, 3)
+    assert run.text.count(f"(from the doit variable {variable}).") == 1, run.text
+    assert run.text.count("→") + run.text.count(r"\u2192") == 1, run.text
 
 
 @pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "9" * 5000, "\0", "x = 1e999999999"])

@@ -93,21 +93,21 @@ def test_a_job_is_listed_and_followed_to_its_end_from_another_laptop(remote: Rem
     assert (entry["digest"], entry["state"], entry["size"]) == (first["digest"], "done", 4)
 
 
-def test_a_job_is_cancelled_from_another_laptop_even_where_somebody_waits_if_told_so(
-    remote: Remote, other: Laptop
-) -> None:
+def test_force_cancels_a_job_from_another_laptop_while_a_user_waits(remote: Remote, other: Laptop) -> None:
     client = begun(remote)
     entry = other.listed()[0]
     name = entry["digest"][:12]
-    other.jobs("cancel", name).failed(f"others wait for it: {entry['by']}. --force cancels it all the same")
+    other.jobs("cancel", name).failed(
+        f"others wait for it: {entry['by']}.", f"gamebear jobs cancel --force {name[: entry['digits']]}"
+    )
     assert "was cancelled" in other.jobs("cancel", name, "--force").ok().err
     assert client.wait() != 0
     assert "x.py was cancelled on" in remote.said()
-    other.jobs("cancel", name).failed("does not run: it is cancelled")
+    other.jobs("cancel", name).failed("cannot be cancelled: its state is cancelled")
     remote.assert_nothing_is_left()
 
 
-def test_whoever_follows_does_not_count(remote: Remote, other: Laptop, account: Account) -> None:
+def test_following_a_job_does_not_count_as_waiting(remote: Remote, other: Laptop, account: Account) -> None:
     before = sessions_of(account)
     client = begun(remote, after="raise SystemExit('the job failed')")
     served = set(sessions_of(account)).difference(before)
@@ -133,7 +133,7 @@ def test_whoever_follows_does_not_count(remote: Remote, other: Laptop, account: 
 
 
 @pytest.mark.system
-def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) -> None:
+def test_a_task_or_unique_digits_identify_a_job(mine: Laptop) -> None:
     mine.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n\n\ndef task_made():\n"
@@ -150,7 +150,7 @@ def test_a_job_is_named_by_its_task_or_by_digits_that_only_it_has(mine: Laptop) 
     alike = f"{entry['digest'][:10]}{'0' * 54}"
     (mine.store / "jobs" / alike).mkdir()
     (mine.store / "jobs" / alike / "state.json").write_text("damaged")
-    mine.jobs("follow", entry["digest"][:10]).failed("2 jobs begin with", "Give more digits")
+    mine.jobs("follow", entry["digest"][:10]).failed("is ambiguous: ", "Use more digits")
     assert mine.jobs("follow", entry["digest"][: mine.listed()[0]["digits"]]).ok()
 
 

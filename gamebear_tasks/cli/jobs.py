@@ -267,7 +267,7 @@ def _cancel(job: Found, force: bool) -> int:
     entry = job.entry
     if entry.is_final:
         raise BuilderError(
-            f"Job {job.name} cannot be cancelled: it is {entry.state}.",
+            f"Job {job.name} cannot be cancelled: its state is {entry.state}.",
             "List the jobs, running ones first: gamebear jobs",
         )
     others = job.listed.end(entry.digest, entry.attempt, force)

@@ -113,5 +113,5 @@ def _number(option: str, text: str, what: str, example: str, pattern: str) -> fl
     if not text:
         return None
     if not re.fullmatch(pattern, text, re.ASCII):
-        raise SettingsError(f"{option} must be {what}, got {text!r}.", f"Use a number, such as {option} {example}.")
+        raise SettingsError(f"{option} must be {what}, got {text!r}.", f"Use {what}, such as {option} {example}.")
     return float(text)

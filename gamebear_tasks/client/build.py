@@ -6,6 +6,7 @@ A job that the builder lost, or whose output arrived damaged, is retried a bound
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import threading
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 from ..builders.base import Builder, Keeper, Order, Sink, Status
 from ..builders.protocol.flood_guard import WORTH, Rounds
 from ..builders.registry import open_builder
-from ..config import settings, variables_of_this_run
+from ..config import origin_in_errors, settings, variables_of_this_run
 from ..errors import NONSENSE, JobError
 from ..jobspec.plan import SAVED, Plan, check_choice
 from ..progress.events import Telling
@@ -323,8 +324,10 @@ def builder_of_this_run(url: str) -> Builder:
     with _builders_lock:
         key = (os.getpid(), url)
         if key not in _builders:
-            _builders[key] = builder = open_builder(url)
-            builder.patience = settings().patience
+            chosen = settings()
+            with origin_in_errors("builder") if url in chosen.builders else contextlib.nullcontext():
+                _builders[key] = builder = open_builder(url)
+            builder.patience = chosen.patience
         return _builders[key]
 
 

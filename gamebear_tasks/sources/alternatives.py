@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
+from ..config import origin
 from ..errors import SettingsError
 from .base import BaseSource
 
@@ -62,6 +63,6 @@ def check_preference(preference: str | None, declared: Iterable[Declared]) -> No
     names = {name for item in declared if isinstance(item, Either) for name, _ in item.options}
     if preference and preference not in names:
         raise SettingsError(
-            f"The setting sources={preference} names no alternative of any source.",
-            f"There are: {', '.join(sorted(names)) or 'none'}.",
+            f"sources must be an alternative of a source, got {preference!r} (from {origin('sources')}).",
+            f"Use one of {', '.join(sorted(names))}." if names else "Remove the setting: no source has alternatives.",
         )

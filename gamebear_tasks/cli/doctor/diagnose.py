@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ...builders.base import Builder, Examined, Several
 from ...builders.registry import open_builder
-from ...config import Settings
+from ...config import Settings, origin_in_errors
 from ...errors import BuilderError, PythonError, SettingsError, StoreError
 from ...util.text import size
 from ...util.urls import shown
@@ -146,7 +146,8 @@ def _targets(url: str, settings: Settings, stack: contextlib.ExitStack) -> list[
     arches = settings.architectures_of(url)
     name = shown(url)
     try:
-        builder = open_builder(url)
+        with origin_in_errors("builder"):
+            builder = open_builder(url)
         stack.callback(builder.close)
         builder.patience = min(PATIENCE, settings.patience)
         if not isinstance(builder, Several):
