@@ -1,4 +1,4 @@
-"""The three artifacts for a Gamebear, umtprd, usbgx.tar and gt.tar, and an SD-card image that has them."""
+"""The artifacts for a Gamebear, umtprd, usbgx.tar and gt.tar, and an SD-card image that contains them."""
 
 import os
 from pathlib import Path
@@ -25,37 +25,37 @@ LIBUSBGX = git("https://github.com/libusbgx/libusbgx.git", rev="664b7e6fe7f8269a
 GT = git("https://github.com/kopasiak/gt.git", rev="a425870aa14d35357dc3bd51e3233c5b7f51bbd1")
 
 MY_KEYS = sorted(Path(os.path.expanduser("~/.ssh")).glob("id_*.pub"))
-"""Whoever bakes the image may log in to it."""
+"""Public SSH keys that can log in to the image: those of the user who bakes it."""
 
 
 def task_umtprd():
-    """uMTP-Responder: shows the Gamebear's files to a computer over USB (MTP)"""
+    """uMTP-Responder: access the Gamebear's files over USB (MTP)"""
     return artifact("buildscripts/umtprd.py", sources={"umtp": UMTP}, outputs=["build/umtprd"])
 
 
 def task_usbgx():
-    """libusbgx: the library that describes USB gadgets to the kernel"""
+    """libusbgx: library that configures USB gadgets"""
     return artifact("buildscripts/usbgx.py", sources={"libusbgx": LIBUSBGX}, outputs=["build/usbgx.tar"])
 
 
 def task_gt_image():
-    """what gt is built in, made while libusbgx is being built (doit -n 3)"""
+    """image with gt's build dependencies, created in parallel to libusbgx with doit -n 3"""
     return artifact("buildscripts/gt_image.py", outputs=["build/gt-packages.txt"])
 
 
 def task_gt():
-    """gt: sets up USB gadgets from the command line, with its man page"""
+    """gt: command line for USB gadgets, with its man page"""
     task = artifact("buildscripts/gt.py", sources={"gt": GT}, inputs=["build/usbgx.tar"], outputs=["build/gt.tar"])
     return {**task, "task_dep": ["gt_image"]}
 
 
 def task_base_image():
-    """Debian with its kernel, in an SD-card image: stands in for Raspberry Pi OS"""
+    """SD-card image with Debian and its kernel, as a substitute for Raspberry Pi OS"""
     return artifact("buildscripts/debian_image.py", outputs=["build/debian.img.xz"])
 
 
 def task_image():
-    """the SD-card image with everything in it"""
+    """SD-card image with all artifacts"""
     return sd_image(
         "build/debian.img.xz",
         output="build/gamebear.img.xz",

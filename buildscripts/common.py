@@ -1,4 +1,4 @@
-"""What the buildscripts share: the images they build in, and tars that are the same whenever they are made."""
+"""Shared by the buildscripts: images with compilers, and reproducible tar archives."""
 
 import os
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 COMPILER = ["gcc", "libc6-dev", "make", "pkgconf"]
 
 JOBS = f"--jobs={os.cpu_count()}"
-"""How make is to use all of the builder's processors."""
+"""Option of make that uses all processors of the builder."""
 
 
 def compiler_image(*further):
-    """Return an image with a C compiler, make and further packages: built once, found again by its tag.
+    """Return an image with a C compiler, make and further packages. It is created once and cached under its tag.
 
-    Each begins with the one that has most of its packages already.
+    A new image starts from the cached image that already has the most of its packages.
     """
     return packages_image("debian:bookworm", [*COMPILER, *further])
 
 
 def autotools_image():
-    """Return the image that libusbgx is built in."""
+    """Return the image for building libusbgx."""
     return compiler_image("autoconf", "automake", "libconfig-dev", "libtool")
 
 
 def gt_image():
-    """Return the image that gt is built in."""
+    """Return the image for building gt."""
     return compiler_image(
         "cmake",
         "g++",
@@ -38,7 +38,7 @@ def gt_image():
 
 
 def take_source(container, name):
-    """Copy a source into the container, to work on there; what asks for the time is told the source's own."""
+    """Copy a source into the container, and set its working folder and SOURCE_DATE_EPOCH for a reproducible build."""
     container.copy_in(name, f"/tmp/{name}")
     container.workdir = f"/tmp/{name}"
     newest = max(int(path.lstat().st_mtime) for path in Path(name).rglob("*"))
@@ -46,7 +46,7 @@ def take_source(container, name):
 
 
 def tar_usr_local(container, name):
-    """Pack the container's /usr/local, sorted and with fixed times and owners, and leave it here as an output."""
+    """Pack the container's /usr/local into a reproducible tar archive: sorted, fixed times and owners."""
     container.run(
         [
             "tar",

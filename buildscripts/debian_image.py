@@ -1,7 +1,7 @@
-"""Makes an SD-card image with Debian and its kernel, partitioned as Raspberry Pi OS is: FAT for booting, ext4 as root.
+"""Create an SD-card image with Debian and its kernel, partitioned like Raspberry Pi OS: FAT for booting, ext4 as root.
 
-It stands in for Raspberry Pi OS where that cannot be had. The firmware of a Pi is not free and not in it: it boots in
-QEMU, and wherever a boot loader reads the kernel from the FAT file system.
+It is a substitute for Raspberry Pi OS, without the non-free firmware of a Pi. It boots in QEMU, and with every boot
+loader that reads the kernel from the FAT file system.
 """
 
 import lzma

@@ -1,4 +1,4 @@
-"""Builds gt against libusbgx and packs both, with gt's man pages, as they are installed in /usr/local."""
+"""Build gt against libusbgx, and pack /usr/local with both and gt's man pages."""
 
 from common import JOBS, gt_image, take_source, tar_usr_local
 

@@ -1,4 +1,4 @@
-"""Makes the image that gt is built in, and lists what is installed in it."""
+"""Create the image for building gt, and list its packages."""
 
 from common import gt_image
 

@@ -1,4 +1,4 @@
-"""Builds uMTP-Responder's daemon."""
+"""Build the daemon of uMTP-Responder."""
 
 from common import JOBS, compiler_image, take_source
 

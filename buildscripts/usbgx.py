@@ -1,4 +1,4 @@
-"""Builds libusbgx and packs what it installs in /usr/local."""
+"""Build libusbgx, and pack the files that it installs in /usr/local."""
 
 from common import JOBS, autotools_image, take_source, tar_usr_local
 

@@ -68,7 +68,7 @@ def test_a_program_may_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> N
     noise = "head -c 3000000 /dev/zero | tr '\\0' x >&2; echo; echo the reason >&2; exit 1"
     with pytest.raises(ProgramError) as caught:
         run(["sh", "-c", noise])
-    assert caught.value.said.endswith("the reason\n") and len(caught.value.said) < 100_000
+    assert caught.value.output.endswith("the reason\n") and len(caught.value.output) < 100_000
 
 
 # git

@@ -120,7 +120,7 @@ def test_input_output_and_errors_go_where_they_are_asked_to(tmp_path: Path) -> N
     assert run(["sh", "-c", "echo 1; echo 2 >&2; exit 4"], merged=True, allowed=(0, 4)) == b"1\n2\n"
     with pytest.raises(ProgramError) as caught:
         run(["sh", "-c", "echo 1; echo 2 >&2; exit 4"], merged=True)
-    assert caught.value.said == "1\n2\n"
+    assert caught.value.output == "1\n2\n"
 
 
 # The runner's

@@ -16,7 +16,7 @@ from doit.cmdparse import CmdOption, CmdParseError
 from ..client import cancellation
 from ..client.cancellation import Terminated
 from ..errors import GamebearError, SettingsError, remedy
-from ..util.messages import complain, drop
+from ..util.messages import drop, print_error
 from ..util.text import in_line
 
 FAILED = 2
@@ -97,7 +97,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
                 status = self.run(opt_values, pos_args)
                 cancellation.end_run()
             except GamebearError as error:
-                complain(error)
+                print_error(error)
                 status = FAILED
             sys.stdout.flush()
             return status
@@ -111,7 +111,7 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
         except OSError as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else f"{error.strerror or error}"
             hint = remedy(error) or "Check free disk space (df -h) and permissions (ls -ld)."
-            complain(GamebearError(f"{message}.", hint))
+            print_error(GamebearError(f"{message}.", hint))
             drop(sys.stdout)
             return FAILED
 

@@ -17,7 +17,7 @@ from ..builders.protocol.flood_guard import WORTH, Rounds
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
 from ..records.task_log import LIMIT, Harmless, noted
-from ..util.messages import complain, notice
+from ..util.messages import notice, print_error
 from ..util.text import age, duration, size
 from ..util.urls import shown
 from .command import FAILED, ProjectCommand, number
@@ -130,7 +130,7 @@ task of dodo.py."""
             try:
                 lists.append((shown(url), *_listed(_opened(url)).jobs(limit)))
             except BuilderError as error:  # continue with the other builders
-                complain(error)
+                print_error(error)
                 status = FAILED
         if options["json"]:
             import json
@@ -213,7 +213,7 @@ def _matching(prefix: str, builders: list[Builder]) -> list[Found]:
         except BuilderError as error:  # another builder may have the job
             if len(builders) == 1:
                 raise
-            complain(error)
+            print_error(error)
             builders.remove(builder)
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GamebearError, JobError, SettingsError
-from ..util.messages import complain
+from ..util.messages import print_error
 from ..util.text import in_line
 from .command import FAILED, ProjectCommand
 
@@ -45,7 +45,7 @@ With the setting provenance=true, every build writes these files."""
                 for path in written:
                     print(in_line(str(path)))
             except GamebearError as error:  # continue with the other tasks
-                complain(error)
+                print_error(error)
                 status = FAILED
         return status
 

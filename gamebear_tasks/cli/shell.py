@@ -57,7 +57,7 @@ A builder retains the containers of the last {MOST} failed jobs for
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """Open the shell; return its exit status."""
-        task, words = _asked(args)
+        task, words = _parse(args)
         plan = self._plan(task)
         chosen = settings()
         url = chosen.builder_for(plan.arch or chosen.arch)
@@ -115,7 +115,7 @@ A builder retains the containers of the last {MOST} failed jobs for
         )
 
 
-def _asked(args: Sequence[str]) -> tuple[str, list[str]]:
+def _parse(args: Sequence[str]) -> tuple[str, list[str]]:
     """Return the name of the task, and the command's arguments."""
     before, words = list(args), []
     if "--" in before:

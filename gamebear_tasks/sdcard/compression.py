@@ -31,4 +31,4 @@ def pack(image: Path, target: Path, program: str) -> None:
         with image.open("rb") as plain, target.open("wb") as out:
             run([program, *options], env=environment(), stdin=plain, stdout=out)
     except ProgramError as error:
-        raise failure("The image cannot be compressed", program, error.said, error.hint) from error
+        raise failure("The image cannot be compressed", program, error.output, error.hint) from error

@@ -281,7 +281,7 @@ Dir::Etc::sourceparts "{root}/sources";
         try:
             self.run("apt-get", "--quiet", "--option", "APT::Update::Error-Mode=any", "update")
         except ProgramError as error:
-            failures = [line for line in error.said.splitlines() if "Failed to fetch" in line]
+            failures = [line for line in error.output.splitlines() if "Failed to fetch" in line]
             return re.sub(r"^[EW]: ", "", failures[0]) if failures else error.reason
         (self.root / "updated").touch()
         return ""

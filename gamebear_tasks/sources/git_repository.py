@@ -128,7 +128,7 @@ class Repository:
                 pattern,
             )
         except ProgramError as error:
-            if error.status == 1 and not error.said:  # no setting matches
+            if error.status == 1 and not error.output:  # no setting matches
                 return {}
             raise source.error(f"is refused: its {item.path}: {error.reason}", "Tell its authors.") from error
         return {
@@ -172,7 +172,7 @@ class Repository:
         try:
             self._fetch_refs("--depth=1", refs=[f"+{commit}:{ref}"])
         except ProgramError as error:
-            if isinstance(error, StalledError) or re.search(UNREACHABLE, error.said, re.IGNORECASE):
+            if isinstance(error, StalledError) or re.search(UNREACHABLE, error.output, re.IGNORECASE):
                 raise
         else:
             return

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..runner.util.atomic_files import open_regular, read_json, sha256, write_json
 from .locations import LOGS
 
-KEPT = LOGS / ".hashes"
+CACHE_FILE = LOGS / ".hashes"
 """Cache file, in projects with a log folder. It is JSON: a file's version (see `version`) and SHA-256, by path."""
 
 FORMAT = "1"
@@ -85,7 +85,7 @@ _new: set[str] = set()
 def _cached() -> dict[str, str]:
     """Return all entries, after reading the current folder's cache file on the first call."""
     if not _places:
-        place = os.path.abspath(KEPT)
+        place = os.path.abspath(CACHE_FILE)
         _places.append(place)
         atexit.register(_keep, place)
         _known.update(read_cache(place, FORMAT))
@@ -98,7 +98,7 @@ _places: list[str] = []
 
 def _keep(place: str) -> None:
     """At exit, write new entries to the cache file, and drop files that no longer exist."""
-    if _new and os.path.abspath(KEPT) == place:
+    if _new and os.path.abspath(CACHE_FILE) == place:
         write_cache(place, FORMAT, {path: known for path, known in _known.items() if os.path.exists(path)})
 
 

@@ -15,15 +15,15 @@ _lock = threading.Lock()
 
 def notice(text: str) -> None:
     """Write a one-line notice to standard error; best effort. Lines of several threads never mix."""
-    _tell(f"gamebear: {in_line(text)}")
+    _write(f"gamebear: {in_line(text)}")
 
 
-def complain(text: object) -> None:
+def print_error(text: object) -> None:
     """Write the error of a failed command to standard error; best effort."""
-    _tell(f"ERROR: {text}")
+    _write(f"ERROR: {text}")
 
 
-def _tell(text: str) -> None:
+def _write(text: str) -> None:
     with _lock:
         stream = sys.__stderr__
         if stream is not None:

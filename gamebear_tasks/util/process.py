@@ -7,10 +7,10 @@ import sys
 
 
 def file_mode(executable: bool = False) -> int:
-    """Permissions of a new file: 666, or 777 for a program, without the bits of the umask (umask(2)).
+    """Return the permissions of a new file: 666, or 777 for a program, without the bits of the umask (umask(2)).
 
-    The umask is read, not set for a moment: other threads create files meanwhile. Where it cannot be read (no /proc),
-    the file is for its owner alone.
+    The umask is read from /proc, because setting it would affect other threads. Without /proc, only the owner gets
+    permissions.
     """
     try:
         with open("/proc/self/status", "rb") as file:  # proc_pid_status(5); Umask since Linux 4.7

@@ -64,26 +64,26 @@ class ProgramError(Exception):
     Attributes:
         program: Name of the program.
         status: Its exit status.
-        said: The end of its standard error, or of its whole output if both are merged.
+        output: The end of its standard error, or of its whole output if both are merged.
         hint: Suggested fix, if the type of the error implies one.
     """
 
     hint = ""
 
-    def __init__(self, program: str, status: int, said: str) -> None:
-        super().__init__(program, status, said)
+    def __init__(self, program: str, status: int, output: str) -> None:
+        super().__init__(program, status, output)
         self.program = program
         self.status = status
-        self.said = said
+        self.output = output
 
     @property
     def reason(self) -> str:
         """The last informative line of the standard error, without prefixes such as `fatal:`."""
-        lines = [line.strip() for line in self.said.splitlines() if line.strip()]
-        telling = [line for line in lines if not any(words in line.lower() for words in BOILERPLATE)]
-        if not (telling or lines):
-            return f"{self.program} ended with status {self.status}"
-        line = (telling or lines)[-1]
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        informative = [line for line in lines if not any(words in line.lower() for words in BOILERPLATE)]
+        if not lines:
+            return f"{self.program} exited with status {self.status}"
+        line = (informative or lines)[-1]
         for prefix in ("fatal: ", "error: ", "E: ", "W: ", "dpkg-source: error: "):
             line = line.removeprefix(prefix)
         return line.rstrip(".")
@@ -92,7 +92,7 @@ class ProgramError(Exception):
 class StalledError(ProgramError):
     """A program made no progress and was terminated."""
 
-    hint = "See whether the server answers, then run doit again."
+    hint = "Check the network and the server, then run doit again."
 
 
 class MissingProgramError(ProgramError):
@@ -108,7 +108,7 @@ def install_hint(programs: Collection[str]) -> str:
     packages = sorted({PACKAGES.get(program, program) for program in programs})
     if shutil.which("apt-get"):
         return f"sudo apt install {' '.join(packages)}"
-    return f"Install what Debian calls {' and '.join(packages)}."
+    return f"Install (names of Debian's packages): {', '.join(packages)}"
 
 
 def start(
@@ -210,13 +210,13 @@ def run(
             stderr=subprocess.STDOUT if merged else subprocess.PIPE,
         )
         try:
-            out, said = _output(process, str(argv[0]), silence, growing)
+            out, err = _output(process, str(argv[0]), silence, growing)
         finally:
             end(process)
     check_not_interrupted(process.returncode)
     if process.returncode not in allowed:
-        said = out[-ERROR_TAIL:] if merged else said
-        raise ProgramError(str(argv[0]), process.returncode, said.decode(errors="replace"))
+        tail = out[-ERROR_TAIL:] if merged else err
+        raise ProgramError(str(argv[0]), process.returncode, tail.decode(errors="replace"))
     return bytes(out)
 
 
@@ -243,13 +243,13 @@ def _output(
         ProgramError: The output exceeds `OUTPUT_LIMIT`.
         StalledError: The program made no progress.
     """
-    out, said = bytearray(), bytearray()
-    heard = time.monotonic()
-    grown = -1
+    out, err = bytearray(), bytearray()
+    last_progress = time.monotonic()
+    bytes_grown = -1
     with selectors.DefaultSelector() as waiting:
-        for pipe, kept in ((process.stdout, out), (process.stderr, said)):
+        for pipe, buffer in ((process.stdout, out), (process.stderr, err)):
             if pipe:
-                waiting.register(pipe, selectors.EVENT_READ, kept)
+                waiting.register(pipe, selectors.EVENT_READ, buffer)
         while True:
             ended = process.poll() is not None
             ready = waiting.select(0 if ended else POLL) if waiting.get_map() else []
@@ -258,20 +258,20 @@ def _output(
                 if not data:
                     waiting.unregister(key.fileobj)
                 key.data.extend(data)
-                heard = time.monotonic()
+                last_progress = time.monotonic()
             if not ready and ended:
-                return out, said  # a surviving child process, such as ssh's ControlPersist, may keep the pipe open
+                return out, err  # a surviving child process, such as ssh's ControlPersist, may keep the pipe open
             if not waiting.get_map():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL)
             if len(out) > OUTPUT_LIMIT:
                 raise ProgramError(program, 0, f"{program} wrote more than {OUTPUT_LIMIT >> 20} MiB")
-            del said[:-ERROR_TAIL]
-            if time.monotonic() - heard > silence:
-                before, grown = grown, _bytes_in(growing)
-                if grown == before:
+            del err[:-ERROR_TAIL]
+            if time.monotonic() - last_progress > silence:
+                previous, bytes_grown = bytes_grown, _bytes_in(growing)
+                if bytes_grown == previous:
                     raise StalledError(program, 0, f"no progress for {silence:g} seconds")
-                heard = time.monotonic()
+                last_progress = time.monotonic()
 
 
 def _bytes_in(folder: Path | None) -> int:

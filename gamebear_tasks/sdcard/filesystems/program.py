@@ -74,7 +74,7 @@ def run(
     try:
         said = subprocesses.run(argv, env=environment(now), cwd=folder, stdin=stdin, merged=True, allowed=allowed)
     except ProgramError as error:
-        raise failure(what, argv[0], error.said or error.reason, error.hint or hint) from error
+        raise failure(what, argv[0], error.output or error.reason, error.hint or hint) from error
     return said.decode("utf-8", "replace")
 
 

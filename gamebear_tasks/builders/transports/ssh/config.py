@@ -195,7 +195,7 @@ def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
         said = run(command, env=os.environ, silence=60)  # `Match exec` has the user's locale, as in ssh
     except ProgramError as error:
         raise SettingsError(
-            f"The SSH configuration for {address.host} cannot be read; ssh says: {' '.join(error.said.split())}",
+            f"The SSH configuration for {address.host} cannot be read; ssh says: {' '.join(error.output.split())}",
             f"`ssh -G {address.words}` must succeed.",
         ) from error
     options: dict[str, list[str]] = {}

@@ -205,7 +205,7 @@ def _check_revoked(path: Path, blob: bytes) -> None:
         try:
             run(command, merged=True)
         except ProgramError as error:
-            said = " ".join(error.said.replace(file.name, "host key").split())
+            said = " ".join(error.output.replace(file.name, "host key").split())
             raise HostKeyRefused("revoked", f"{path} (RevokedHostKeys): {said}") from error
 
 
