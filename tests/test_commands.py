@@ -25,19 +25,19 @@ def built(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def unread(project: Project, *words: str, errors: bool = False, **environment: str) -> tuple[int, str]:
-    """Run doit with an output that nobody reads any more; return its status, and what it says to standard error.
+    """Run gamebear with a standard output whose reader has exited; return its status and standard error.
 
     Args:
-        project: whose.
-        words: of its command line.
-        errors: whether nobody reads that either.
-        environment: more variables.
+        project: The project.
+        words: Command line.
+        errors: Whether standard error has no reader either.
+        environment: Additional variables.
     """
     reader, writer = os.pipe()
     os.close(reader)
     try:
         done = subprocess.run(
-            project.command(*words),
+            project.gamebear_command(*words),
             cwd=project.folder,
             env={**project.environment, **environment},
             stdin=subprocess.DEVNULL,
@@ -59,6 +59,11 @@ def unread(project: Project, *words: str, errors: bool = False, **environment: s
         ("provenance", 141, False),
         ("provenance z", 2, True),
         ("report", 141, False),
+        ("help doctor", 141, False),
+        ("list", 141, False),
+        ("info x", 141, False),
+        ("dumpdb", 141, False),
+        ("run -r console -a x", 141, False),
         ("run -r live -a x", 0, True),
         ("run -r live -a -v 2 -n 2 x", 0, False),
     ],

@@ -109,7 +109,7 @@ def errors_of(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except InvalidCommand:
+    except (InvalidCommand, BrokenPipeError):
         raise
     except Exception as error:
         if what == "written" and isinstance(error, TypeError):

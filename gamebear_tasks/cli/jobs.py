@@ -65,13 +65,13 @@ class Jobs(ProjectCommand):
 finished jobs, newest first.
 
 `gamebear jobs follow ID` prints a job's log until the job ends.
-Ctrl-C stops printing; the job continues. Exit status: 0 if the job
-succeeded, 1 if it failed or was cancelled.
+Ctrl-C stops printing; the job continues. Exit status: 0 if the
+job succeeded, 1 if it failed or was cancelled.
 
 `gamebear jobs cancel ID` cancels a job, also one of another user.
 
-ID is a job's digest or its first digits, as in the list. TASK is a
-task of dodo.py."""
+ID is a job's digest or its first digits, as in the list. TASK is
+a task of dodo.py."""
     cmd_options = (
         {
             "name": "all",

@@ -17,10 +17,11 @@ class Lock(ProjectCommand):
 
     doc_purpose = f"pin branches, tags and Debian packages in {LOCK_FILE}"
     doc_usage = "[-u] [--prune]"
-    doc_description = f"""Looks up the current commit of each branch and tag, and the current
-version of each Debian package, that the sources of dodo.py name, and
-writes them to {LOCK_FILE}. Commit the file: every build then uses
-exactly these sources. Existing pins change only with -u."""
+    doc_description = f"""Looks up the current commit of each branch and tag, and the
+current version of each Debian package, that the sources of
+dodo.py name, and writes them to {LOCK_FILE}. Commit the file:
+every build then uses exactly these sources. Existing pins change
+only with -u."""
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
             "name": "update",

@@ -20,6 +20,8 @@ from doit.version import VERSION
 
 from ..client.cancellation import Terminated, end_interrupted
 from ..errors import SettingsError
+from ..util.messages import drop
+from .command import BROKEN_PIPE
 from .dep_file import check_regular, errors_of, guarded
 
 REPORTER = "live"
@@ -39,7 +41,7 @@ COMMANDS = {
 
 
 class GuardedCommand:
-    """Mixin for doit's commands that reports an empty argument and an unusable dependency database in two lines."""
+    """Mixin for doit's commands: no traceback for empty arguments, an unusable database, or a reader that exits."""
 
     def parse_execute(self, in_args: Sequence[str]) -> int:
         """Run the command; return the exit status. doit fails on an empty argument.
@@ -49,7 +51,13 @@ class GuardedCommand:
         """
         if "" in in_args:
             raise SettingsError("An argument is empty.", "Remove it, or name a task: gamebear list --all")
-        status: int = super().parse_execute(in_args)  # type: ignore[misc]
+        try:
+            status: int = super().parse_execute(in_args)  # type: ignore[misc]
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            drop(sys.stdout)
+            return BROKEN_PIPE
         return status
 
     def get_backends(self) -> Mapping[str, Any]:
@@ -86,7 +94,7 @@ class GuardedRun(GuardedCommand, Run):  # type: ignore[misc]  # doit has no type
         return status
 
 
-class GuardedDumpDB(DumpDB):  # type: ignore[misc]  # doit has no types
+class GuardedDumpDB(GuardedCommand, DumpDB):  # type: ignore[misc]  # doit has no types
     """`dumpdb`, guarded: it opens the database by itself."""
 
     name = "dumpdb"

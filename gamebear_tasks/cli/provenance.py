@@ -19,10 +19,11 @@ class Provenance(ProjectCommand):
     doc_purpose = "write a provenance statement next to each artifact (in-toto, SLSA)"
     doc_usage = "[TASK ...]"
     doc_description = """Writes ARTIFACT.intoto.json next to each artifact of the tasks;
-without a TASK, of all tasks that were built. The file is an in-toto
-statement with SLSA provenance: digests of the artifact, its program,
-inputs and sources, the images and Debian packages that the build used,
-the builder, and times. Missing details are requested from the builder.
+without a TASK, of all tasks that were built. The file is an
+in-toto statement with SLSA provenance: digests of the artifact,
+its program, inputs and sources, the images and Debian packages
+that the build used, the builder, and times. Missing details are
+requested from the builder.
 
 With the setting provenance=true, every build writes these files."""
     cmd_options = ()

@@ -22,10 +22,11 @@ class Prune(ProjectCommand):
     doc_purpose = "remove unused results, inputs and images from the builders"
     doc_usage = "[--older DAYS] [--size 5G] [--keep N] [--images]"
     doc_description = """Removes results, inputs and images from each configured builder
-(builder=URL for another). Running jobs, and the files that they need,
-are never removed. At least one option is required. Each option selects
-entries on its own: --older 30 --keep 1 removes results that are older
-than 30 days, and all but the newest result of each target."""
+(builder=URL for another). Running jobs, and the files that they
+need, are never removed. At least one option is required. Each
+option selects entries on its own: --older 30 --keep 1 removes
+results that are older than 30 days, and all but the newest result
+of each target."""
     cmd_options: ClassVar[tuple[dict[str, Any], ...]] = (
         {
             "name": "older",

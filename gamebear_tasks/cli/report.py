@@ -21,10 +21,10 @@ class Report(ProjectCommand):
     doc_purpose = "write an HTML page about the last runs: results, reasons and durations"
     doc_usage = "[--open]"
     doc_description = """Writes build/report.html and prints its path. The page is a single
-file without scripts and works offline. It covers up to 20 runs, without
-those in which every task was up to date: a timeline of tasks and their
-phases, the result and reason of each task, sizes, and the end of each
-log."""
+file without scripts and works offline. It covers up to 20 runs,
+without those in which every task was up to date: a timeline of
+tasks and their phases, the result and reason of each task, sizes,
+and the end of each log."""
     cmd_options = (
         {
             "name": "open",

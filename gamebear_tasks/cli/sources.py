@@ -19,8 +19,8 @@ class Sources(ProjectCommand):
     doc_purpose = "fetch all pinned sources into the cache, to build without a network"
     doc_usage = ""
     doc_description = """Fetches each source of dodo.py that is not in this machine's cache
-yet, and prints the sizes. Of alternatives (either()), it fetches the
-one that the setting sources selects."""
+yet, and prints the sizes. Of alternatives (either()), it fetches
+the one that the setting sources selects."""
     cmd_options = ()
     needs_tasks = True
     execute_tasks = True  # doit then does not create @create_after tasks; `create_delayed` tolerates failures
