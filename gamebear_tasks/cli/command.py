@@ -33,7 +33,7 @@ def number(option: str) -> Callable[[str], int]:
     """Return the type of an option that is a non-negative integer, for doit; it raises SettingsError for other text."""
 
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        if not (text.isdecimal() and len(text) < 10):
             raise SettingsError(f"{option} must be a number, got {text!r}.", f"Use a number, such as {option} 1.")
         return int(text)
 
