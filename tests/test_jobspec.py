@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gamebear_tasks.jobspec.spec import File, Job, canonical_json
+from gamebear_tasks.jobspec.canonical_json import canonical_json
+from gamebear_tasks.jobspec.spec import File, Job
 
 ROOT = Path(__file__).parent.parent
 

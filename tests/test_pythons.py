@@ -25,7 +25,8 @@ from gamebear_tasks.builders.protocol.transport import Channel
 from gamebear_tasks.builders.transports.local import ProcessChannel, ProcessConnection
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.errors import BuilderError
-from gamebear_tasks.jobspec.spec import File, Job, Json
+from gamebear_tasks.jobspec.canonical_json import Json
+from gamebear_tasks.jobspec.spec import File, Job
 
 pytest_plugins = ("wheels",)
 

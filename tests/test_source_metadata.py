@@ -11,6 +11,7 @@ from project import Project
 from upstreams import COMMIT_TIME, call_git
 
 from gamebear_tasks import archive, git
+from gamebear_tasks.client.order import order_of
 from gamebear_tasks.config import Settings
 from gamebear_tasks.jobspec.plan import Plan
 from gamebear_tasks.sources.declare import debian
@@ -104,7 +105,7 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         Path("m.py").write_text(module)
         Lock({f"{url} main": GitEntry("a" * 40, tag)}).write(tmp_path / "gamebear.lock")
         plan = Plan(Path("x.py"), {"x": "x"}, modules={"m.py": Path("m.py")}, sources={"src": git(url, "main")})
-        return plan.order(Settings(arch="armhf")).job.digest
+        return order_of(plan, Settings(arch="armhf")).job.digest
 
     return of
 

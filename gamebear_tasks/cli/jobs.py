@@ -172,6 +172,7 @@ a task of dodo.py."""
 
     def _digests(self, name: str) -> list[str]:
         """Return the digests of a task's job: with its current files, and of its last build in this folder."""
+        from ..client.order import order_of
         from ..doit_plugin.action import Build
 
         task = self.tasks.get(name)
@@ -181,7 +182,7 @@ a task of dodo.py."""
         for action in task.actions:
             if isinstance(action, Build):
                 with contextlib.suppress(GamebearError):  # an input does not exist yet
-                    digests.append(action.plan.order(settings()).job.digest)
+                    digests.append(order_of(action.plan, settings()).job.digest)
         digests.append(noted(name)[0])
         return [digest for digest in digests if digest]
 

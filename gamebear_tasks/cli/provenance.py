@@ -55,6 +55,7 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
     """Write the statements of a task and yield their paths. A task that is not named and never ran has none."""
     from ..client import provenance
     from ..client.build import builder_of_this_run, typed_settings
+    from ..client.order import order_of
     from ..config import settings
     from ..doit_plugin.action import Build
     from ..records import run_journal
@@ -72,7 +73,7 @@ def _written(name: str, actions: Iterable[Any], named: bool) -> Iterator[Path]:
         recipe = next((each for each in getattr(action, "args", None) or () if isinstance(each, Recipe)), None)
         if isinstance(action, Build):
             chosen = settings()
-            if record is None or record.state != "done" or action.plan.order(chosen).job.digest != record.digest:
+            if record is None or record.state != "done" or order_of(action.plan, chosen).job.digest != record.digest:
                 raise stale
             provenance.check(record)
             url = record.builder if "…" not in record.builder else chosen.builder_for(action.plan.arch or chosen.arch)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..builders.base import Keeper, Kept, KeptContainer
 from ..client.build import builder_of_this_run, typed_settings
+from ..client.order import order_of
 from ..config import settings
 from ..doit_plugin.action import Build
 from ..errors import BuilderError, GamebearError, JobError, SettingsError
@@ -92,7 +93,7 @@ A builder retains the containers of the last {MOST} failed jobs for
         current = ""
         failure: GamebearError | None = None
         try:
-            current = plan.order(settings()).job.digest
+            current = order_of(plan, settings()).job.digest
         except GamebearError as error:  # an input is missing, but the job of the last run may still be retained
             failure = error
         record = run_journal.last(task)

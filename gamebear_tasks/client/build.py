@@ -31,6 +31,7 @@ from . import cancellation
 from .builder_notices import notice_once
 from .cancellation import Interest, end_what_is_left
 from .install_outputs import Mismatch, check_place, place
+from .order import order_of
 from .placement_marks import placing
 from .rebuild_reasons import ASKED, missing, reasons
 
@@ -120,7 +121,7 @@ class Building:
         with task_record.phase("hash"):
             contents = self.plan.read(self.chosen.arch)
             self._state = self.plan.state(contents)
-            self._order = order = self.plan.order(self.chosen, contents)
+            self._order = order = order_of(self.plan, self.chosen, contents)
         last = run_journal.last(self.task)
         self.why = reasons(self.plan, order.job, last, absent)
         self.telling.begins(self._url, last)
@@ -218,7 +219,8 @@ class Building:
         since: float | None = None
         rounds = Rounds(f"The lines of the log of {self.plan.name} on {builder.url}")
         while True:
-            self.telling.builds(status)
+            phase = status.phase or ("queue" if status.state == "queued" else "build")
+            self.telling.builds("" if status.is_final else phase, status.ahead)
             status, data = builder.follow(order.job.digest, status.attempt, log.offset)
             log.write(data)
             if status.is_final and not data:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..jobspec.canonical_json import Json
 from ..jobspec.plan import Plan
-from ..jobspec.spec import Job, Json
+from ..jobspec.spec import Job
 from ..records.task_record import Record
 from ..util.text import in_line
 

@@ -16,9 +16,9 @@ from ..client.cancellation import begin_run
 from ..client.placement_marks import is_placed
 from ..config import architecture, seconds, settings_of_this_run, variables_of_this_run
 from ..errors import GamebearError, SettingsError
+from ..jobspec.canonical_json import Json, canonical_json
 from ..jobspec.module_finder import local_modules
 from ..jobspec.plan import NONE, SAVED, Plan, check_choice, declare, read_lock
-from ..jobspec.spec import Json, canonical_json
 from ..records.run_journal import REPORT, up_to_date
 from ..runner.util.atomic_files import is_file_name
 from ..sources.declare import LOCK_FILE

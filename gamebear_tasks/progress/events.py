@@ -30,7 +30,6 @@ from ..util.messages import notice
 from ..util.text import in_line, line_of
 
 if TYPE_CHECKING:  # callers that build have loaded these
-    from ..builders.base import Status
     from ..records.task_log import Out
     from ..records.task_record import Record
 
@@ -266,10 +265,9 @@ class Telling:
 
             self.tell(builder=builder, expected=estimates.seconds(self.task, builder, last))
 
-    def builds(self, status: Status) -> None:
-        """Send the job's phase and queue position from the builder's status."""
-        there = "" if status.is_final else status.phase or ("queue" if status.state == "queued" else "build")
-        self.tell(there=there, ahead=status.ahead)
+    def builds(self, phase: str, ahead: int | None) -> None:
+        """Send the job's phase on the builder and its queue position; an empty phase for a final state."""
+        self.tell(there=phase, ahead=ahead)
 
     def remark(self, text: str) -> None:
         """Send a remark that is relevant only while the task runs; print it as a notice without a live view."""

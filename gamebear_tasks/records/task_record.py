@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..jobspec.spec import Json
+from ..jobspec.canonical_json import Json
 from ..runner.store.phases import Phases
 from ..runner.util.atomic_files import read_json, written_aside
 from ..util.process import doit_process, file_mode

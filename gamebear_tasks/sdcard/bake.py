@@ -18,7 +18,7 @@ from ..client.install_outputs import statement_of
 from ..client.placement_marks import placing
 from ..config import settings
 from ..errors import GamebearError, ImageError
-from ..jobspec.spec import Json
+from ..jobspec.canonical_json import Json
 from ..progress.events import Telling
 from ..records import run_journal, task_record
 from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from ..errors import ImageError, SettingsError
-from ..jobspec.spec import Json, canonical_json
+from ..jobspec.canonical_json import Json, canonical_json
 from ..util.file_hashes import opened_content_of
 from ..util.text import size_in
 
