@@ -432,7 +432,7 @@ NEEDED = {
     "jobspec",
     "jobspec.module_finder",
     "jobspec.plan",
-    "jobspec.spec",
+    "jobspec.canonical_json",
     "records",
     "records.run_journal",
     "runner",

@@ -17,7 +17,8 @@ from ..records.run_journal import up_to_date
 from ..sdcard.recipe import SUFFIXES, File, Recipe, Tar, User, size_of, state_of, texts
 from ..sdcard.workdir import remove_workshops
 from ..util.file_hashes import content_of
-from .artifact import Task, check_target, remove_targets
+from .action import RemoveTargets
+from .artifact import Task, check_target
 
 if TYPE_CHECKING:
     from ..sources.archive import Archive
@@ -116,7 +117,7 @@ def sd_image(
         "file_dep": [str(path) for path in dict.fromkeys(recipe.files)],
         "targets": [str(target)],
         "uptodate": [_SameRecipe(recipe)],
-        "clean": [remove_targets, _remove_workshops],
+        "clean": [RemoveTargets(), _remove_workshops],
         "verbosity": 2,
     }
 
