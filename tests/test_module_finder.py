@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from project import Project
 
 from gamebear_tasks.errors import SettingsError
 from gamebear_tasks.jobspec import module_finder
-from gamebear_tasks.jobspec.module_finder import KEPT, imported_names, local_modules, modules_named
+from gamebear_tasks.jobspec.module_finder import imported_names, local_modules, modules_named
 from gamebear_tasks.util import file_hashes
 
 
@@ -149,7 +147,7 @@ def test_a_script_that_is_not_python_is_one_paragraph(
 def test_a_module_that_is_not_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lay(tmp_path, x="import a", a="def f(:\n")
-    with pytest.raises(SettingsError, match=r"^a\.py, line 1, is not Python: invalid syntax\.\n→ Mend it there\.$"):
+    with pytest.raises(SettingsError, match=r"^a\.py, line 1, is not Python: invalid syntax\.\n→ Fix it there\.$"):
         local_modules(Path("x.py"))
 
 
@@ -284,25 +282,13 @@ def test_linked_modules_and_packages_are_found_under_their_links_names(tmp_path:
 TICK = 0.05
 """Seconds after which a change has other times: longer than the kernel's clock tick."""
 
-CACHES = ("_files", "_folders", "_new", "_read", "_searches")
-"""All that a process remembers."""
-
 
 @pytest.fixture
-def next_doit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Work in a project that has logs; calling it ends this doit and starts another, with the cache on disk only."""
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder, with empty caches."""
     monkeypatch.chdir(tmp_path)
-    KEPT.parent.mkdir(parents=True)
-    for name in CACHES:
+    for name in ("_files", "_folders", "_searches"):
         monkeypatch.setattr(module_finder, name, {})
-
-    def start() -> None:
-        for place in module_finder._read:
-            module_finder._keep(place)
-        for name in CACHES:
-            getattr(module_finder, name).clear()
-
-    return start
 
 
 @pytest.fixture
@@ -319,76 +305,43 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
-def test_what_is_unchanged_is_read_once_also_by_the_next_doit(next_doit: Callable[[], None], parsed: list[str]) -> None:
+@pytest.mark.usefixtures("empty")
+def test_an_unchanged_file_is_parsed_once(parsed: list[str]) -> None:
     lay(Path(), x="import a", a="import json")
     time.sleep(2 * file_hashes.SETTLED)
     for _ in range(2):
         assert local_modules(Path("x.py")) == {"a.py": Path("a.py")}
-    next_doit()
-    assert local_modules(Path("x.py")) == {"a.py": Path("a.py")}
-    next_doit()
     assert sorted(parsed) == ["import a", "import json"]
 
 
-@pytest.mark.parametrize("is_next", [False, True])
-def test_a_file_of_the_same_size_and_mtime_is_read_again(next_doit: Callable[[], None], is_next: bool) -> None:
+@pytest.mark.usefixtures("empty")
+def test_a_file_of_the_same_size_and_mtime_is_read_again() -> None:
     lay(Path(), "a.py", "b.py", x="import a")
     time.sleep(2 * file_hashes.SETTLED)
     assert list(local_modules(Path("x.py"))) == ["a.py"]
-    if is_next:
-        next_doit()
     before = os.stat("x.py")
     Path("x.py").write_text("import b")
     os.utime("x.py", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert list(local_modules(Path("x.py"))) == ["b.py"]
 
 
-def test_a_file_that_was_just_written_is_not_cached_for_the_next_doit(
-    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lay(Path(), "a.py", old="import a", x="import a")
-    monkeypatch.setattr(module_finder, "is_settled", lambda about: about.st_ino == os.stat("old.py").st_ino)
-    for name in ("old.py", "x.py"):
-        imported_names(name)
-    next_doit()
-    assert list(json.loads(KEPT.read_text())["files"]) == ["old.py"]
-
-
-def test_nothing_is_written_where_nothing_settled_was_read(
-    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lay(Path(), "x.py")
-    monkeypatch.setattr(module_finder, "is_settled", lambda about: False)
-    imported_names("x.py")
-    next_doit()
-    assert not KEPT.exists()
-
-
-def test_the_cache_of_another_folder_is_not_written(
-    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lay(Path(), "x.py", "other/build/logs/y.py")
-    time.sleep(2 * file_hashes.SETTLED)
-    imported_names("x.py")
-    monkeypatch.chdir("other")
-    next_doit()
-    assert not KEPT.exists() and not (Path("..") / KEPT).exists()
-
-
-def test_the_cache_of_another_python_is_not_used(
-    next_doit: Callable[[], None], parsed: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("empty")
+def test_a_file_that_may_change_without_new_timestamps_is_read_again(
+    parsed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay(Path(), x="import a")
-    time.sleep(2 * file_hashes.SETTLED)
-    imported_names("x.py")
-    next_doit()
-    assert json.loads(KEPT.read_text())["version"] == "{}.{}".format(*sys.version_info[:2])
-    monkeypatch.setattr(sys, "version_info", (sys.version_info[0], sys.version_info[1] + 1))
-    imported_names("x.py")
-    assert parsed == ["import a"] * 2
+    monkeypatch.setattr(module_finder, "version", lambda _about: "the same ")
+    monkeypatch.setattr(module_finder, "is_settled", lambda _about: False)
+    assert imported_names("x.py") == "a"
+    Path("x.py").write_text("import b")
+    monkeypatch.setattr(module_finder, "is_settled", lambda _about: True)
+    for _ in range(2):
+        assert imported_names("x.py") == "b"
+    assert parsed == ["import a", "import b"]
 
 
-def test_the_same_names_are_the_same_object(next_doit: Callable[[], None]) -> None:
+@pytest.mark.usefixtures("empty")
+def test_the_same_names_are_the_same_object() -> None:
     lay(Path(), x="import some.thing")
     first = imported_names("x.py")
     time.sleep(TICK)
@@ -396,10 +349,9 @@ def test_the_same_names_are_the_same_object(next_doit: Callable[[], None]) -> No
     assert imported_names("x.py") is first
 
 
+@pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("settled", [False, True])
-def test_a_module_that_appears_or_goes_is_noticed(
-    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch, settled: bool
-) -> None:
+def test_a_module_that_appears_or_goes_is_noticed(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
     lay(Path(), "scripts/pkg/deep/a.py", scripts__x="import m, pkg.deep.b, pkg.deep.a")
 
@@ -422,10 +374,9 @@ def test_a_module_that_appears_or_goes_is_noticed(
     assert found_now() == []
 
 
+@pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("settled", [False, True])
-def test_what_a_module_of_a_module_imports_is_noticed(
-    next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch, settled: bool
-) -> None:
+def test_what_a_module_of_a_module_imports_is_noticed(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
     lay(Path(), "b.py", "c.py", x="import a", a="import b")
     assert list(local_modules(Path("x.py"))) == ["a.py", "b.py"]
@@ -438,7 +389,8 @@ def test_what_a_module_of_a_module_imports_is_noticed(
             local_modules(Path("x.py"))
 
 
-def test_a_search_that_holds_is_not_repeated(next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("empty")
+def test_a_search_that_holds_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: True)
     lay(Path(), "a.py", x="import a")
     found = modules_named("", "a")
@@ -451,17 +403,6 @@ def test_warnings_of_others_are_shown_as_before(tmp_path: Path) -> None:
     filters = list(warnings.filters)
     found(tmp_path, r"pattern = '\d'")
     assert warnings.filters == filters
-
-
-def test_what_the_next_doit_does_not_read_again_stays_cached(next_doit: Callable[[], None]) -> None:
-    lay(Path(), "old.py", "new.py")
-    time.sleep(2 * file_hashes.SETTLED)
-    imported_names("old.py")
-    next_doit()
-    for name in ("old.py", "new.py"):
-        imported_names(name)
-    next_doit()
-    assert sorted(json.loads(KEPT.read_text())["files"]) == ["new.py", "old.py"]
 
 
 def test_several_names_are_searched_at_once(tmp_path: Path) -> None:

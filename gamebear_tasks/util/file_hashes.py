@@ -88,7 +88,7 @@ def _cached() -> dict[str, str]:
         place = os.path.abspath(CACHE_FILE)
         _places.append(place)
         atexit.register(_keep, place)
-        _known.update(read_cache(place, FORMAT))
+        _known.update(_read(place))
     return _known
 
 
@@ -99,32 +99,21 @@ _places: list[str] = []
 def _keep(place: str) -> None:
     """At exit, write new entries to the cache file, and drop files that no longer exist."""
     if _new and os.path.abspath(CACHE_FILE) == place:
-        write_cache(place, FORMAT, {path: known for path, known in _known.items() if os.path.exists(path)})
+        _write(place, {path: known for path, known in _known.items() if os.path.exists(path)})
 
 
-def read_cache(place: str, written_as: str) -> dict[str, str]:
-    """Read a cache file: entries by path; empty if it is missing, damaged or of another version.
-
-    Args:
-        place: path of the cache file.
-        written_as: the expected version.
-    """
+def _read(place: str) -> dict[str, str]:
+    """Read a cache file; empty if it is missing, damaged or of another version."""
     data = read_json(Path(place))
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        if data["version"] == written_as and all(isinstance(known, str) for known in data["files"].values()):
+        if data["version"] == FORMAT and all(isinstance(known, str) for known in data["files"].values()):
             files: dict[str, str] = data["files"]
             return files
     return {}
 
 
-def write_cache(place: str, written_as: str, files: Mapping[str, str]) -> None:
-    """Write a cache file, in projects with a log folder; best effort.
-
-    Args:
-        place: path of the cache file.
-        written_as: the version.
-        files: entries by path.
-    """
+def _write(place: str, files: Mapping[str, str]) -> None:
+    """Write a cache file, in projects with a log folder; best effort."""
     if os.path.isdir(os.path.dirname(place)):
         with contextlib.suppress(OSError):
-            write_json(Path(place), {"version": written_as, "files": files}, sync=False)
+            write_json(Path(place), {"version": FORMAT, "files": files}, sync=False)
