@@ -1,7 +1,6 @@
 """The reporter `live`: the default of `gamebear`, or `DOIT_CONFIG = {"reporter": live}` for `doit`.
 
-It is imported with every `dodo.py` that names it, so what it needs to show something is imported when there is
-something to show.
+It is imported with every `dodo.py` that names it, so the views are imported only when there is something to show.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ if TYPE_CHECKING:
     from ..progress.plain_view import Plain
 
 LAST_WORDS = 1.0
-"""Seconds that each process of `doit -n` has to say what it leaves, when Ctrl-C was pressed twice."""
+"""Seconds to wait for each worker process of `doit -n` to report its remaining jobs, after a second Ctrl-C."""
 
 
 class Output:
-    """A stream that is written to as long as that works: builds go on without, and it is said once.
+    """A stream that is dropped with one notice when it fails, so that builds continue.
 
     Args:
-        stream: the stream; None where standard output was closed before we began.
+        stream: the stream; None if standard output was closed at the start.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Write a text, if somebody takes it."""
+        """Write a text and flush it."""
         if self._stream is not None:
             try:
                 self._stream.write(text)
@@ -50,7 +49,7 @@ class Output:
                 self._lose(self._stream, error)
 
     def flush(self) -> None:
-        """Have all that is written be out."""
+        """Flush the stream."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -60,7 +59,7 @@ class Output:
     def _lose(self, stream: TextIO, error: Exception) -> None:
         self._stream = None
         drop(stream)
-        if not isinstance(error, BrokenPipeError):  # whoever read it has enough
+        if not isinstance(error, BrokenPipeError):  # the reader has exited
             why = error.strerror if isinstance(error, OSError) else error
             notice(f"nothing more can be shown here ({why}); builds go on, and their logs are in build/logs")
 
@@ -69,13 +68,13 @@ class Output:
 
 
 class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
-    """A live view on a terminal; plain lines, each with its task, in files, pipes, CI and on dumb terminals."""
+    """A live view on a terminal; plain lines with the task's name in files, pipes, CI and on dumb terminals."""
 
     desc = "live view on a terminal, plain lines elsewhere"
 
     shows_logs: ClassVar[bool] = False
-    """Show all of the logs on a terminal too, and not just their last lines. `gamebear -v 2` sets it: doit gives a
-    reporter none of its options, so with plain `doit -v 2` it stays False."""
+    """Show whole logs on a terminal too, not just their last lines. `gamebear -v 2` sets it. doit does not pass its
+    verbosity to reporters, so it stays False with plain `doit -v 2`."""
 
     def __init__(self, outstream: TextIO | None, options: Mapping[str, Any]) -> None:
         is_live = outstream is not None and _is_live(outstream)
@@ -90,14 +89,14 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         self._lock = threading.Lock()
 
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Sequence[str]) -> None:
-        """Note what there is to do."""
+        """Begin the run."""
         cancellation.begin_run(whole=True)
         self._tasks, self._selected = tasks, selected_tasks
 
     def get_status(self, task: Any) -> None:
         """Open the event socket before doit forks: its processes find the socket in their environment.
 
-        doit has made its queues by now (`doit -n`). Who else has imported them only has the socket opened in vain.
+        doit has created its queues by now (`doit -n`). If another program imported them, the socket is unused.
         """
         if not self._processes and "multiprocessing.queues" in sys.modules:
             self._processes = True
@@ -108,16 +107,16 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         """Show that a task runs."""
         if _is_shown(task):
             if task.io.capture is False and not multiprocessing.active_children():
-                self._alone.add(task.name)  # doit gives it the terminal, and nothing else runs
+                self._alone.add(task.name)  # doit gives it the terminal, and it runs alone
             self._seen().start(task.name, _title(task), task.name in self._alone)
 
     def add_success(self, task: Any) -> None:
-        """Show that a task has ended well."""
+        """Show that a task succeeded."""
         if _is_shown(task):
             self._end(task, "done")
 
     def add_failure(self, task: Any, fail: BaseFail) -> None:
-        """Show that a task has failed, and why; all of it, and once."""
+        """Show that a task failed, and the error, once."""
         if not fail.report:
             return
         if isinstance(fail, UnmetDependency):
@@ -126,7 +125,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             self._end(task, "failed", self._words_of(task, fail))
 
     def skip_uptodate(self, task: Any) -> None:
-        """Count a task that is up to date; name it where that was asked for, or lines cost nothing."""
+        """Count a task that is up to date. Name it in plain output, and on a terminal if whole logs are shown."""
         if _is_shown(task):
             self._skip("up to date", "" if self._is_live and not self.shows_logs else f"-- {_title(task)}")
 
@@ -135,13 +134,13 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         self._skip("ignored", f"!! {_title(task)}")
 
     def complete_run(self) -> None:
-        """Show how it went."""
+        """Show the summary."""
         kind = sys.exc_info()[0]
         is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         try:
             if is_interrupted and self._view is not None:
                 self._wait_for_the_interrupted()
-        finally:  # a second interruption leaves the wait
+        finally:  # a second interruption ends the wait
             view, self._view = self._view, None
             if view is not None:
                 view.close(is_interrupted)
@@ -154,7 +153,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         cancellation.end_run()
 
     def _seen(self) -> Live | Plain:
-        """Return what shows the run, from now on."""
+        """Return the view; create it on the first call."""
         with self._lock:
             if self._view is None:
                 self._view = self._begun()
@@ -176,7 +175,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         return Live(self.outstream, board, names, self.shows_logs, self._processes)
 
     def _wanted(self) -> list[str]:
-        """Return the names of the tasks that doit has to see to."""
+        """Return the names of the tasks in the run."""
         from .task_graph import with_dependencies
 
         return [name for name in with_dependencies(self._tasks, self._selected) if _is_shown(self._tasks[name])]
@@ -193,7 +192,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             self.write(f"{line}\n")
 
     def _words_of(self, task: Any, fail: BaseFail) -> str:
-        """Return what there is to say of a failure, with what the task has written, where that was not shown."""
+        """Return the text of a failure, with the output of the task unless it was shown."""
         words: list[str] = [fail.get_msg().rstrip()]
         if not task.executed:
             return words[0]
@@ -206,7 +205,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         return "\n".join(words)
 
     def _wait_for_the_interrupted(self) -> None:
-        """Wait for what an interruption ends, while that can still be shown: doit waits for it later."""
+        """Wait until interrupted jobs have ended, while the view can still show it: doit waits only later."""
         if self._processes:
             try:
                 with cancellation.interruptible():
@@ -219,7 +218,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
 
 
 def _is_shown(task: Any) -> bool:
-    """Whether there is anything to show of a task: not of groups, nor of hidden ones, as doit has it."""
+    """Return whether a task is shown: it has actions, and its name does not begin with `_` (as in doit)."""
     return bool(task.actions) and not task.name.startswith("_")
 
 
@@ -228,7 +227,7 @@ def _title(task: Any) -> str:
 
 
 def _is_live(stream: Any) -> bool:
-    """Whether a stream is a terminal on which lines can be painted, and a person looks at it."""
+    """Return whether a stream is an interactive terminal that supports cursor movement."""
     from doit.action import PythonAction
 
     if os.environ.get("TERM", "dumb") == "dumb" or os.environ.get("CI", "") not in ("", "0", "false"):

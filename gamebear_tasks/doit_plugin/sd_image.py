@@ -1,4 +1,4 @@
-"""What a `dodo.py` is written with, beside `artifact()`: `sd_image()`."""
+"""`sd_image()`: declare an SD-card image as a doit task dict."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ HOSTNAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 """A host name (RFC 1123, 2.1), without a domain."""
 
 SAVED = "gamebear-image"
-"""The key of the state that was baked, among the values that doit saves of a task."""
+"""Key of the baked state among the values that doit saves for a task."""
 
 OUTPUT = re.compile(r".*[^.\n]\.img(\.xz|\.zst)?")
-"""The name of a target; it is more than a suffix."""
+"""Pattern of a target's name: more than just a suffix."""
 
 
 def sd_image(
@@ -49,24 +49,24 @@ def sd_image(
 ) -> Task:
     """Return a doit task that bakes an SD-card image: a base image with artifacts and settings in it.
 
-    It is a plain task: `file_dep` has the base, what goes in and the key files, `targets` the output, `uptodate` all
-    else.
+    It is a plain task dict: `file_dep` lists the base, the contents and the key files; `targets` the output; `uptodate`
+    covers everything else.
 
     Args:
-        base: the image to begin with, plain or compressed (xz, zstd, gzip, zip): a file, or an `archive()` of the web.
+        base: the base image, plain or compressed (xz, zstd, gzip, zip): a file, or an `archive()` from the web.
         output: the target; `.img`, or `.img.xz` or `.img.zst` to compress it.
-        contents: what goes in, each a `file()` or a `tar()`; of two with one name the later one stays.
+        contents: contents to add, each a `file()` or a `tar()`; a later one replaces files of the same name.
         config: lines of config.txt; a heading such as `[pi4]` among them filters those after it, until `[all]`.
-        cmdline: words of cmdline.txt.
+        cmdline: words for cmdline.txt.
         enable: names of units to enable.
-        hostname: the host name; by default the base's.
+        hostname: the host name. Default: the base's.
         user: a `user()`.
-        arch: Debian's name of the architecture; by default that of the setting `arch`.
-        size: bytes of the whole image, or a text such as `4G`; by default the base's, or what is needed.
-        free: bytes, or such a text, that the root file system has left at least.
+        arch: Debian's name of the architecture. Default: the setting `arch`.
+        size: size of the image in bytes, or a string such as `4G`. Default: the base's, or what the contents need.
+        free: minimum free space of the root file system, in bytes or as such a string.
 
     Raises:
-        SettingsError: an argument makes no sense; doit shows it and ends.
+        SettingsError: an argument is invalid. doit displays the error and exits.
     """
     if not isinstance(output, str | PurePath) or not OUTPUT.fullmatch(str(output).rpartition("/")[2]):
         raise SettingsError(
@@ -123,13 +123,13 @@ def sd_image(
 
 
 def _is_archive(base: object) -> TypeGuard[Archive]:
-    from ..sources.archive import Archive  # here, because most images are baked from files
+    from ..sources.archive import Archive  # imported on use, because most bases are files
 
     return isinstance(base, Archive)
 
 
 def _bake(recipe: Recipe, task: Any) -> BaseFail | dict[str, str]:
-    from ..sdcard.bake import bake  # here, because loading a dodo.py is to be quick
+    from ..sdcard.bake import bake  # imported on use, to load dodo.py quickly
 
     with running():
         done = bake(recipe, task.name)
@@ -137,13 +137,13 @@ def _bake(recipe: Recipe, task: Any) -> BaseFail | dict[str, str]:
 
 
 class _SameRecipe:
-    """Tells doit whether the target holds what would be baked now; an `uptodate` of a task."""
+    """An `uptodate` callable: whether the target contains the result of the current recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
-        """Say whether nothing has changed since the task's last success."""
+        """Return whether nothing has changed since the task's last success."""
         is_same = self._is_same(task, values)
         if not is_same:
             begin_run()
@@ -155,7 +155,7 @@ class _SameRecipe:
             if baked is None or baked != state_of(self._recipe.document(content_of)):
                 return False
         except ImageError:
-            return False  # baking it says what is wrong
+            return False  # baking reports the error
         if not is_placed([str(self._recipe.output)], baked):
             return False
         up_to_date.append(task.name)
@@ -166,6 +166,6 @@ class _SameRecipe:
 
 
 def _remove_workshops(task: Any, dryrun: bool) -> None:
-    """Remove what killed bakings have left; a `clean` action."""
+    """Clean action: remove the working folders of killed bakings."""
     for target in () if dryrun else task.targets:
         remove_workshops(Path(target))

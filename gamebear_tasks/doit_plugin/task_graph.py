@@ -7,11 +7,11 @@ from typing import Any
 
 
 def with_dependencies(tasks: Mapping[str, Any], selected: Iterable[str]) -> list[str]:
-    """Return the names of tasks and of all that these depend on, in their order.
+    """Return the names of the selected tasks and of all tasks that they depend on, in order.
 
     Args:
-        tasks: doit's, by name; it has found out already which of them make each other's files.
-        selected: names; those of no task are left out.
+        tasks: doit's tasks by name, after doit has resolved the dependencies between files and targets.
+        selected: names; unknown ones are ignored.
     """
     todo = list(reversed([*selected]))
     found: dict[str, None] = {}

@@ -49,7 +49,7 @@ Node: TypeAlias = int
 """The number of an object in `_Graph.nodes`."""
 
 TRACKER_ID = re.compile("[0-9a-f]{32}")
-"""cloudpickle's random id of a class or type variable, among the arguments that make it anew."""
+"""Pattern of cloudpickle's random id of a class or type variable, among the arguments that recreate it."""
 
 CODE_FIELDS = (
     *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_nlocals", "co_stacksize", "co_flags", "co_code"),
@@ -62,12 +62,12 @@ CODE_FIELDS = (
 """The arguments of `types.CodeType`, in order."""
 
 LINE_FIELDS = ("co_filename", "co_firstlineno", "co_linetable")
-"""Those that serve tracebacks only."""
+"""Arguments that only tracebacks use."""
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Where a piece of code was written.
+    """Source position of a piece of code.
 
     Attributes:
         file: path, relative to the current folder where it is below it.
@@ -131,14 +131,14 @@ def dump(value: object, by_value: types.ModuleType | None = None) -> Pickle:
             raise _Refused("its pickle changes each time")
     except RecursionError as error:
         raise PickleError(graph.used, "it is nested too deeply, or contains itself") from error
-    except Exception as error:  # whatever an object's own pickling raises
+    except Exception as error:  # the object's own pickling may raise anything
         raise PickleError(graph.used, str(error) or type(error).__name__) from error
     return done
 
 
 @contextlib.contextmanager
 def _pickled_by_value(module: types.ModuleType | None) -> Iterator[None]:
-    """Have cloudpickle pickle what is in a module by value, for a block."""
+    """Make cloudpickle pickle a module's objects by value during the block."""
     import cloudpickle
 
     registered = cloudpickle.list_registry_pickle_by_value()
@@ -200,7 +200,7 @@ class _Dict:
 
 @dataclass
 class _Code:
-    """A piece of code: the arguments of `types.CodeType` but `LINE_FIELDS`, which are None here."""
+    """A code object: the arguments of `types.CodeType`, with None for `LINE_FIELDS`."""
 
     constructor: Node
     arguments: list[Node | None]
@@ -209,7 +209,7 @@ class _Code:
 
 @dataclass
 class _Object:
-    """What a reducer has taken apart, see `object.__reduce__`."""
+    """An object as returned by its reducer (see `object.__reduce__`)."""
 
     function: Node = 0
     arguments: Node = 0
@@ -220,11 +220,11 @@ class _Object:
 
 
 class _Unordered(list):  # type: ignore[type-arg]
-    """A list whose order means nothing."""
+    """A list whose order is irrelevant."""
 
 
 class _Graph:
-    """Everything that is reached from an object, each thing once."""
+    """All objects that are reachable from an object, without duplicates."""
 
     def __init__(self, by_value: types.ModuleType | None) -> None:
         import cloudpickle
@@ -234,7 +234,7 @@ class _Graph:
         self.imports: set[str] = set()
         self.has_reducers_of_others = False
         self.path: list[object] = []
-        """The keys of the dicts that lead to the object at hand; after an exception, to the one it is about."""
+        """Keys of the dicts on the path to the current object; after an exception, to the object that caused it."""
         self._pickler = cloudpickle.Pickler(io.BytesIO(), protocol=PROTOCOL)
         self._by_id: dict[int, Node] = {}
         self._by_value: dict[tuple[object, ...], Node] = {}
@@ -247,7 +247,7 @@ class _Graph:
 
     @property
     def used(self) -> str:
-        """The names that lead to the object at hand, as an author would write them."""
+        """Names on the path to the current object, as written in the source."""
         names = [key for key in self.path if isinstance(key, str) and not key.startswith("_")]
         return ".".join(names)
 
@@ -603,7 +603,7 @@ def _with_aliases(kind: enum.EnumMeta, arguments: tuple[Any, ...], state: Any) -
 
 
 def _is_made_of_its_value(kind: Any, member: Any) -> bool:
-    """Say whether the part of a member that is a text or number follows from its value."""
+    """Return whether the part of a member that is a text or number follows from its value."""
     mixin = kind._member_type_
     if mixin is object:
         return True
@@ -623,7 +623,7 @@ def _is_pair_of_dicts(state: object) -> bool:
 
 
 def _is_unordered(value: object) -> bool:
-    """Say whether a value is a set that is reduced to a list of its members."""
+    """Return whether a value is a set that is reduced to a list of its members."""
     kind = type(value)
     if kind is weakref.WeakSet:
         return True
@@ -631,7 +631,7 @@ def _is_unordered(value: object) -> bool:
 
 
 def _relative(path: str) -> str:
-    """Return a path relative to the current folder where it is below it."""
+    """Return a path relative to the current folder if it is below it."""
     here = os.getcwd()
     return path[len(here) + 1 :] if path.startswith(f"{here}/") else path
 
@@ -649,7 +649,7 @@ def _make_portable(names: dict[str, Any], package: object) -> None:
 
 
 def _imports_in(code: types.CodeType) -> Iterator[str]:
-    """Give the dotted names by which a piece of code may import modules, relative ones with their dots."""
+    """Yield the dotted names by which a piece of code may import modules, relative ones with their dots."""
     level: object = 0
     names: object = None
     for instruction in dis.get_instructions(code):
@@ -684,7 +684,7 @@ def _names_of_classes_in(code: types.CodeType) -> Iterator[str]:
 
 
 def _absolute(name: str, package: object) -> str:
-    """Return a module's name without leading dots; empty where they lead out of the package."""
+    """Return a module's absolute name; empty if its dots lead out of the package."""
     if not name.startswith("."):
         return name
     with contextlib.suppress(ImportError, ValueError):
