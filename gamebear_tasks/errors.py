@@ -58,10 +58,10 @@ class GamebearError(Exception):
 
     def __str__(self) -> str:
         fix = [f"{arrow()} {self.hint}"] if self.hint else []
-        return "\n".join([self.message, *self._between(), *fix])
+        return "\n".join([self.message, *fix, *self._further()])
 
-    def _between(self) -> Sequence[str]:
-        """Return the lines between what failed and the fix."""
+    def _further(self) -> Sequence[str]:
+        """Return the lines after the fix."""
         return ()
 
 
@@ -112,14 +112,14 @@ class JobError(GamebearError):
     Args:
         message: The failure and its object.
         hint: Suggested fix.
-        lines: Lines to display between the two, such as the end of a log.
+        lines: Further lines to display after the two, such as the end of a log.
     """
 
     def __init__(self, message: str, hint: str, lines: Sequence[str] = ()) -> None:
         super().__init__(message, hint)
         self.lines = tuple(map(in_line, lines))
 
-    def _between(self) -> Sequence[str]:
+    def _further(self) -> Sequence[str]:
         return self.lines
 
 

@@ -154,7 +154,7 @@ def test_an_odd_name_in_an_error_is_told_so_that_a_terminal_can_show_it(project:
     assert_is_one_paragraph(run, "\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}[31m is a folder")
     (project.folder / odd).rmdir()
     project.write("x.py", "pass")
-    project.doit("x", LC_ALL="C.UTF-8").failed("its output", "is not in its working directory")
+    project.doit("x", LC_ALL="C.UTF-8").failed("output ", "is missing from the working directory")
 
 
 def test_names_that_would_break_a_line_do_not(project: Project) -> None:

@@ -214,13 +214,15 @@ def test_an_image_without_a_shell_runs_its_program(builder: Builder) -> None:
 
 def test_a_command_that_is_not_there_is_named(builder: Builder) -> None:
     outcome = builder.run("with Container('tiny') as c:\n    c.run(['gcc', '-v'])\n")
-    assert "`gcc -v` failed with status 127" in outcome.message
+    assert outcome.message == "`gcc -v` exited with 127."
+    assert outcome.result["hint"].startswith("Install the program in the image with packages_image(…)")
+    assert "script.py, line 2" in outcome.result["hint"]
     assert "gcc: not found" in outcome.log
 
 
 def test_a_container_is_called_by_what_the_script_calls_its_image(builder: Builder) -> None:
     script = "image = Image('tiny')\nwith Container(Image(image)) as c:\n    c.run(['false'])\n"
-    assert "failed with status 1 in a container of tiny." in builder.run(script).message
+    assert builder.run(script).result["where"] == "a container of tiny"
 
 
 def test_a_setting_that_is_misspelt_is_an_error_with_a_hint(builder: Builder) -> None:
@@ -498,7 +500,8 @@ def test_the_cache_of_the_seed_finds_its_image_the_second_time(builder: Builder)
 def test_an_image_that_is_not_there_is_not_looked_for_anywhere_else(builder: Builder) -> None:
     outcome = builder.run("Image('gamebear-build:nothing')")
     assert outcome.result["kind"] == "image"
-    assert outcome.message.startswith("script.py, line 1: No image gamebear-build:nothing for ")
+    assert outcome.message.startswith("script.py, line 1: image gamebear-build:nothing for ")
+    assert outcome.result["hint"] == "Pull it from a registry: Image.pull('gamebear-build:nothing')"
 
 
 def test_an_image_without_a_name_goes_and_one_with_a_name_stays(builder: Builder) -> None:
@@ -529,7 +532,8 @@ def test_a_failed_command_is_one_paragraph_and_no_traceback(builder: Builder) ->
     assert outcome.result == {
         "ok": False,
         "kind": "command",
-        "message": "script.py, line 2: `sh -c 'exit 3'` failed with status 3 in a container of tiny.",
+        "message": "`sh -c 'exit 3'` exited with 3.",
+        "hint": "Fix the command at script.py, line 2, or its input; the log has its output.",
         "command": ["sh", "-c", "exit 3"],
         "status": 3,
         "where": "a container of tiny",
@@ -578,15 +582,15 @@ def test_a_syntax_error_looks_as_python_shows_it(builder: Builder) -> None:
     ("script", "kind", "message"),
     [
         ("x", "script", "script.py, line 1: NameError: name 'x' is not defined"),
-        ("import sys\nsys.exit(2)", "script", "script.py, line 2: The script ended itself: sys.exit(2)"),
-        ("exit('no luck')", "script", "script.py, line 1: The script ended itself: no luck"),
+        ("import sys\nsys.exit(2)", "script", "script.py, line 2: sys.exit(2)."),
+        ("exit('no luck')", "script", "script.py, line 1: no luck."),
         ("#| arg: n: int = x", "script", "script.py, line 1: the default of arg n is not a Python literal: x"),
         (b"\xff", "script", "script.py, line"),
         ("Container('tiny').run('true')", "script", "script.py, line 1: TypeError: run() takes a list of words;"),
-        ("return Container('tiny')", "script", "The script returned a container, which is gone by now."),
+        ("return Container('tiny')", "script", "the script returned a container, which no longer"),
         ("Container('scratch').copy_out('x', 'y')", "script", "script.py, line 1: FileNotFoundError: [Errno 2]"),
         ("c = Container('tiny')\nwith c: pass\nc.run(['true'])", "script", "script.py, line 3: ValueError: the conta"),
-        ("with Container('scratch').commit() as img: return img", "script", "The script returned an image that its"),
+        ("with Container('scratch').commit() as img: return img", "script", "the script returned an image that its"),
     ],
 )
 def test_what_goes_wrong_is_said_in_one_paragraph(
@@ -594,29 +598,29 @@ def test_what_goes_wrong_is_said_in_one_paragraph(
 ) -> None:
     outcome = builder.run(script)
     assert (outcome.status, outcome.result["kind"]) == (1, kind)
-    assert outcome.message.startswith(message) and "\n" not in outcome.message
+    assert outcome.message.startswith(message) and "\n" not in outcome.message and outcome.result["hint"]
     assert builder.containers() == []
 
 
 def test_a_missing_output_is_named_with_what_is_there_instead(builder: Builder) -> None:
     outcome = builder.run("Path('tol').write_text('')\nPath('a b').mkdir()", ("tool",))
     assert outcome.result["kind"] == "output"
-    assert outcome.message == (
-        "The build ended, but its output tool is not in its working directory; new there: 'a b', tol."
-        " Copy it out of the container: c.copy_out('/path/in/container/tool', 'tool')"
-    )
+    assert outcome.message == ("output tool is missing from the working directory; new files: 'a b', tol.")
+    assert outcome.result["hint"] == ("Copy it out of the container: c.copy_out('/path/in/container/tool', 'tool')")
 
 
 @pytest.mark.parametrize(
-    ("script", "message"),
+    ("script", "kind", "fix"),
     [
-        ("Path('out').mkdir()", "its output out is a folder; an output is a regular file. Pack a folder"),
-        ("Path('out').symlink_to('/etc/passwd')", "its output out is a link; an output is a regular file."),
-        ("import os; os.mkfifo('out')", "its output out is no regular file; an output is"),
+        ("Path('out').mkdir()", "a folder", "Pack it into a tar file"),
+        ("Path('out').symlink_to('/etc/passwd')", "a symbolic link", "Copy the file"),
+        ("import os; os.mkfifo('out')", "a special file", "Leave a regular file"),
     ],
 )
-def test_an_output_is_a_regular_file(builder: Builder, script: str, message: str) -> None:
-    assert message in builder.run(script, ("out",)).message
+def test_an_output_is_a_regular_file(builder: Builder, script: str, kind: str, fix: str) -> None:
+    outcome = builder.run(script, ("out",))
+    assert outcome.message == f"output out is {kind}, not a regular file."
+    assert outcome.result["hint"].startswith(fix)
 
 
 def test_the_scripts_modules_see_what_it_sees(builder: Builder) -> None:

@@ -872,10 +872,10 @@ def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp
     tree = tmp_path / "tree"
     tiny.fill(tree, ("sh", "cat"))
     project.write("x.py", f"c = Container('scratch')\nc.copy_in({str(tree)!r}, '/')\nc.run(['sh', '-c', 'exit 3'])\n")
-    project.doit("x").failed("failed with status 3", "The container is kept: `gamebear shell x` opens a shell in it.")
+    project.doit("x").failed("exited with 3 (worker ", "Open a shell in it: gamebear shell x")
     run = project.gamebear("shell", "x", "--", "sh", "-c", "cat /etc/passwd; exit 7")
     assert (run.status, run.out) == (7, (tree / "etc/passwd").read_text())
-    project.doit("x", GAMEBEAR_KEEP_FAILED="no").failed("failed with status 3")
+    project.doit("x", GAMEBEAR_KEEP_FAILED="no").failed("exited with 3")
     project.gamebear("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("Task x has no retained container on dask://")
 
 

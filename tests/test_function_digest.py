@@ -334,7 +334,7 @@ def test_the_refusal_is_shown_when_dodo_is_loaded(project: Project) -> None:
     [
         ("def build():\n    raise ValueError('upside down')", "ValueError: upside down"),
         ("def build(word):\n    pass", "missing 1 required positional argument: 'word'"),
-        ("def build():\n    pass", "its output x is not in its working directory"),
+        ("def build():\n    pass", "output x is missing from the working directory"),
         ("import doit\ndef build():\n    doit.run()", "cannot be loaded on the builder: ModuleNotFoundError"),
     ],
 )
@@ -343,7 +343,7 @@ def test_a_function_that_fails_is_one_paragraph(project: Project, body: str, sai
         "dodo.py",
         f"from gamebear_tasks import artifact\n{body}\ndef task_x():\n    return artifact(build, outputs=['x'])\n",
     )
-    project.doit().failed("build, built by local:, failed.", said)
+    project.doit().failed("x failed on local: ", said)
 
 
 OTHER_PYTHON = """#!{python}

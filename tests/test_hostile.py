@@ -530,13 +530,13 @@ def test_words_of_a_builder_do_nothing_to_the_terminal(hostile: Hostile) -> None
     hostile.says(
         f"""
 def submit(request):
-    send(state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}}})
+    send(state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}, "hint": {evil}}})
 def follow(request):
     log = b"" if request["offset"] else b"\\x1b[2J the log"
-    send(log, state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}}})
+    send(log, state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}, "hint": {evil}}})
 """
     )
-    run = hostile.doit("run", "-v", "0").failed("x.py, built by local:, failed.", "evil", "2J up", "the log")
+    run = hostile.doit("run", "-v", "0").failed("x failed on local: ", "evil", "2J up", "the log")
     assert len(run.text) < 20_000
     hostile.refused(f"def submit(request): send(error={evil}, hint={evil})", "On this machine: ", "evil")
     hostile.refused(f"def greet(): raw(b'gamebear-runner: failed ' + ({evil})[:99].encode() + b'\\n')", "evil")

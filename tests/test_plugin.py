@@ -223,10 +223,10 @@ def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
 
 def test_its_failure_is_told_and_built_again(mine: Project, spool: Path) -> None:
     mine.write("x.py", "print('no'); raise SystemExit(3)")
-    shown = mine.doit("x").failed("x.py, built by spool:", "failed. It ended with status 3.", "The whole log is")
+    shown = mine.doit("x").failed("x failed on spool:", ": exited with 3.", "The log is")
     assert shown.out.splitlines().count("no") == 1 and "| no" not in shown.out  # it was seen already
-    mine.doit("-v", "1", "x").failed("failed. It ended with status 3.", "The last lines of its log: | no")
-    mine.doit("x").failed("It ended with status 3.")
+    mine.doit("-v", "1", "x").failed(": exited with 3.", "and ends with: | no")
+    mine.doit("x").failed(": exited with 3.")
 
 
 def test_its_damaged_output_is_built_again(mine: Project, spool: Path) -> None:

@@ -184,8 +184,14 @@ def test_ctrl_c_detaches_where_that_is_set(counted: Project) -> None:
 
 def test_a_failure_says_what_failed_and_where_the_log_is(counted: Project) -> None:
     write_script(counted, "raise ValueError('the thing is upside down')")
-    words = "x.py, built by local:, failed.", "the thing is upside down", "The whole log is build/logs/x.log"
-    counted.doit().failed(*words)
+    for reporter in ("console", "error-only", "executed-only"):
+        said = counted.doit("-r", reporter).failed().text
+        error = (
+            "x failed on local: x.py, line 6: ValueError: the thing is upside down.\n"
+            "→ Fix the script at x.py, line 6; the log has the traceback.\n"
+            "The log is build/logs/x.log.\n"
+        )
+        assert error in said and said.count("x.py, line 6: ValueError") == 1, said
     assert_nothing_is_left(counted)
 
 
@@ -205,7 +211,7 @@ def test_a_failure_that_nobody_saw_is_told_and_not_built_again(counted: Project)
     client.wait()
     go(counted)
     wait_for(lambda: not supervisors(counted))
-    counted.doit().failed("x.py, built by local:, failed.")
+    counted.doit().failed("x failed on local: ")
     assert builds(counted) == 1
 
 
@@ -231,7 +237,7 @@ def test_buildah_works_in_the_jobs_scratch_folder_while_a_job_is_cleaned_up_afte
 
 
 def test_a_job_that_takes_too_long_is_ended(counted: Project) -> None:
-    counted.doit("time_limit=1").failed("time limit of 1 seconds")
+    counted.doit("time_limit=1").failed("time limit of 1 s was exceeded", "Raise time_limit=")
     assert_nothing_is_left(counted)
 
 
@@ -246,7 +252,7 @@ with open("x", "wb") as file:
 def test_the_time_limit_ends_a_job_whose_output_is_being_hashed(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", HUGE)
-    project.doit("time_limit=4").failed("time limit of 4 seconds")
+    project.doit("time_limit=4").failed("time limit of 4 s was exceeded")
     assert_nothing_is_left(project)
     assert list((project.store / "jobs").glob("*/out-*/*")) == []
     project.write("x.py", "open('x', 'w').close()")

@@ -141,9 +141,9 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
     said = place.fail().text
-    assert "`sh -c 'test -e mended'` failed with status 1 in a container of scratch" in said
-    assert "the last line" in said and "The whole log is build/logs/x.log." in said
-    assert "The container is kept: `gamebear shell x` opens a shell in it." in said
+    assert "x failed on " in said and ": `sh -c 'test -e mended'` exited with 1.\n" in said
+    assert "the last line" in said and "The log is build/logs/x.log" in said
+    assert "The container is kept. Open a shell in it: gamebear shell x" in said
     with place.shell("x", size=(31, 97)) as keyboard:
         keyboard.see("container 2 of 2 of x on .* failed with status 1")
         keyboard.see(r"[$#] ")
@@ -221,8 +221,8 @@ def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
     there.fail()
     assert len(there.kept) == 1 and there.containers == 2
     said = there.fail("x", "base=auto").text
-    again = "`doit x base=auto keep_failed=yes` builds again, then `gamebear shell x base=auto`"
-    assert f"To look into its container: {again}." in said
+    again = "doit x base=auto keep_failed=yes; gamebear shell x base=auto"
+    assert f"To keep its container for a shell: {again}" in said
     assert there.kept == [] and there.containers == 0
     assert_nothing_is_left(there.project, there.store)
 

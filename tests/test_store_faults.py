@@ -364,7 +364,7 @@ def test_a_build_that_fills_the_disk_fails_because_of_that(
     (tmp_path / "fill").touch()
     job = Job(tmp_path, home, f'if os.path.exists(HERE + "/fill"):\n    {body}', XDG_CACHE_HOME=str(disk))
     fill(ballast, but=8 * MIB)
-    job.failed("x.py, built by local:, failed.", "The builder's disk is full", "Make room there")
+    job.failed("x failed on local: ", "The builder's disk is full", "Make room there")
     assert job.builds == 1
     (tmp_path / "fill").unlink()
     ballast.unlink()
@@ -681,7 +681,7 @@ for words in (["sleep", "{mark}"], ["setsid", "sh", "-c", "trap '' TERM HUP; sle
 time.sleep(1000)
 """
     job = Job(tmp_path, home, body)
-    job.failed("time limit of 2 seconds", arguments=("time_limit=2",))
+    job.failed("time limit of 2 s was exceeded", arguments=("time_limit=2",))
     assert [pid for pid, words in processes() if mark.encode() in b" ".join(words)] == []
 
 
@@ -725,7 +725,7 @@ def test_a_binary_log_and_one_without_a_newline_come_byte_for_byte(tmp_path: Pat
 
 def test_a_build_that_writes_without_end_is_ended_by_its_time_limit(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, 'while True:\n    print("y" * 10000)\n    time.sleep(0.001)')
-    job.failed("time limit of 2 seconds", arguments=("time_limit=2",))
+    job.failed("time limit of 2 s was exceeded", arguments=("time_limit=2",))
     assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == (job.stored / "log").read_bytes()
 
 
@@ -738,7 +738,7 @@ def test_a_build_that_writes_more_than_a_log_may_hold_is_ended(tmp_path: Path, h
     wait_for(lambda: not job.supervisors())
     failure = job.state["failure"]
     assert isinstance(failure, dict) and failure["kind"] == "log"
-    assert "more than 1024 MiB to its log" in failure["message"]
+    assert "log exceeded 1024 MiB" in failure["message"] and "Reduce the output" in failure["hint"]
     job.assert_nothing_is_left()
 
 

@@ -204,7 +204,7 @@ def test_in_parallel_everything_is_built_once_and_in_order(
 def test_a_failure_in_parallel_is_one_paragraph_too(built: Project) -> None:
     built.write("scripts/umtprd.py", "raise ValueError('upside down')")
     for mode in ("process", "thread"):
-        built.doit("-n", "2", "-P", mode).failed("umtprd.py, built by local:, failed.", "upside down")
+        built.doit("-n", "2", "-P", mode).failed("umtprd failed on local: ", "upside down")
 
 
 def test_doits_json_report_stays_json(built: Project) -> None:

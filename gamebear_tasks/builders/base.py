@@ -70,12 +70,13 @@ class Failure:
     Attributes:
         kind: category of the failure: `script`, `command`, `output`, `image`, `arch`, `time`, `blob`, `store`,
             `killed`, … The client submits the job again after `blob` (a blob was missing or damaged).
-        message: a paragraph for the user, including the fix.
+        message: the cause, a phrase or sentence in one line, shown after "TASK failed on BUILDER: ".
         command: words of the command that failed, if one did.
         status: exit status of that command, negative for a signal.
         where: the container or image concerned.
         containers: whether the job had containers.
         kept: whether these containers are kept (see `Keeper`).
+        hint: the command or edit that fixes it; empty if the builder suggests none.
     """
 
     kind: str
@@ -85,6 +86,7 @@ class Failure:
     where: str = ""
     containers: bool = False
     kept: bool = False
+    hint: str = ""
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def _follow(job: Found, lines: int) -> int:
             notice(f"{job.name} continues; cancel it with: gamebear jobs cancel {entry.digest[: entry.digits]}")
         raise
     out.close()
-    cause = f": {status.failure.message}" if status.failure else ""
+    cause = f": {status.failure.message} {status.failure.hint}".rstrip() if status.failure else ""
     results = {
         "done": "succeeded",
         "cancelled": "was cancelled",

@@ -44,6 +44,9 @@ LATE = 600.0
 OWN_LINES = "gamebear: "
 """Prefix of the runner's own lines in a log."""
 
+ENDS = (".", "!", "?", "…")
+"""Characters that end a sentence."""
+
 TRIES = 3
 """Maximum number of attempts per doit run for a job that was lost or whose outputs were damaged."""
 
@@ -204,11 +207,13 @@ class Building:
             if status.state == "lost":
                 notice(f"{name} was lost on {builder.url} (the builder restarted, or ran out of memory)")
             elif not again or count == TRIES:
-                self.note(status.state, status.failure.message if status.failure else "")
+                failed = status.failure
+                self.note(status.state, f"{failed.message} {failed.hint}".strip() if failed else "")
                 raise self._failure(builder, status, log)
         raise JobError(
-            f"{builder.url} lost {name} {TRIES} times (job {digest[:12]}).",
-            f"See on the builder whether it restarts or runs out of memory; the log is {log.path}.",
+            f"{self._failed_on}: the job was lost {TRIES} times.",
+            "Check with `dmesg` and `uptime` whether the builder ran out of memory or restarts.",
+            [f"The log is {log.path}."],
         )
 
     def _follow(self, builder: Builder, order: Order, status: Status, log: TaskLog) -> Status:
@@ -277,33 +282,40 @@ class Building:
             f"See on the builder what it does (job {order.job.digest[:12]}); doit again waits for it again.",
         )
 
+    @property
+    def _failed_on(self) -> str:
+        """Object and place of a failure, the beginning of its message."""
+        return f"{self.task} failed on {self._url.removesuffix(':')}"
+
     def _failure(self, builder: Builder, status: Status, log: TaskLog) -> JobError:
         if status.state == "cancelled":
-            return JobError(f"{self.plan.name} was cancelled on {builder.url}.", "Run doit again to build it.")
-        message = status.failure.message if status.failure else "It failed."
+            again = shlex.join(["doit", self.task, *typed_settings()])
+            return JobError(f"{self.task} was cancelled on {self._url}.", f"Build it again: {again}")
+        cause = status.failure.message.strip() if status.failure else ""
+        cause = cause or "the builder reported no cause"
+        hint = status.failure.hint if status.failure else ""
         lines = [] if log.is_shown else log.last_lines(TAIL)
         tail = [f"  | {line}" for line in lines if not line.startswith(OWN_LINES)]
         step = self._next_step(builder, status)
         return JobError(
-            f"{self.plan.name}, built by {builder.url}, failed. {message}",
-            "Run doit again when it is mended.",
+            f"{self._failed_on}: {cause}{'' if cause.endswith(ENDS) else '.'}",
+            hint or "Read the log, fix the cause, then run doit again.",
             [
-                *(["The last lines of its log:", *tail] if tail else []),
-                f"The whole log is {log.path}.",
+                f"The log is {log.path}{' and ends with:' if tail else '.'}",
+                *tail,
                 *([step] if step else []),
             ],
         )
 
     def _next_step(self, builder: Builder, status: Status) -> str:
-        """Return a hint how to open a shell in a failed job's container; empty if that is not possible."""
+        """Return a line on how to open a shell in a failed job's container; empty if that is not possible."""
         if not isinstance(builder, Keeper) or status.failure is None:
             return ""
         task = shlex.join([self.task, *typed_settings()])
         if status.failure.kept:
-            return f"The container is kept: `gamebear shell {task}` opens a shell in it."
+            return f"The container is kept. Open a shell in it: gamebear shell {task}"
         if status.failure.containers:
-            again = f"`doit {task} keep_failed=yes` builds again, then `gamebear shell {task}`."
-            return f"To look into its container: {again}"
+            return f"To keep its container for a shell: doit {task} keep_failed=yes; gamebear shell {task}"
         return ""
 
 

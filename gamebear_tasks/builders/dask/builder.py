@@ -440,7 +440,8 @@ class DaskBuilder:
         if status.failure is None:
             return status
         return replace(
-            status, failure=replace(status.failure, message=f"{status.failure.message} (It ran on {worker}.)")
+            status,
+            failure=replace(status.failure, message=f"{status.failure.message.removesuffix('.')} (worker {worker})."),
         )
 
     def _say(self, text: str) -> None:

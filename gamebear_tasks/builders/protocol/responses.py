@@ -200,12 +200,13 @@ def status(place: str, reply: Mapping[str, object], joined: bool = False) -> Sta
         about = mapping(reply.get("failure"))
         failure = Failure(
             words_of(about.get("kind", "")),
-            words_of(about.get("message", "It failed.")),
+            words_of(about.get("message", "")),
             _command_in(about.get("command")),
             _status_in(about.get("status")),
             words_of(about.get("where", ""))[:400],
             about.get("containers") is True,
             about.get("kept") is True,
+            words_of(about.get("hint", ""))[:1000],
         )
     valid = reply.get("valid")
     if valid is not None and not (_is_number(valid) and valid >= 0):

@@ -34,9 +34,9 @@ from ..store import builder_config, slots
 from ..store.phases import Phases, note
 from ..store.store import Store, StoredJob, StoreError, hold_runner, runner_folder, storage_failure
 from ..util.atomic_files import content, data_extents, read_json, sync_folder
-from ..util.errors import RunnerError, tells_of_full_disk
+from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by, tells_of_full_disk
 from . import workspace
-from .workspace import JobFailed
+from .workspace import JobFailed, failure
 
 LOG_LIMIT = 1 << 30
 """Bytes of log after which a build is stopped: it is in an endless loop and would fill the disks of both sides."""
@@ -122,19 +122,16 @@ class Supervisor:
             self.say("cancelled")
             final = {"state": "cancelled"}
         except TimeUp:
-            message = (
-                f"The build took longer than its time limit of {self.limit:g} seconds and was ended."
-                " Give artifact(…, time_limit=SECONDS) more, or find in the log what it waits for."
-            )
-            final = {"state": "failed", "failure": {"kind": "time", "message": message}}
+            message = f"the time limit of {self.limit:g} s was exceeded."
+            hint = "Raise time_limit= of artifact(), or fix the step that hangs: the log ends with it."
+            final = {"state": "failed", "failure": failure("time", message, hint)}
         except JobFailed as error:
             final = {"state": "failed", "failure": error.failure}
         except RunnerError as error:
-            final = {"state": "failed", "failure": {"kind": error.kind, "message": str(error)}}
+            final = {"state": "failed", "failure": failure(error.kind, error.message, error.hint)}
         except OSError as error:
-            final = {"state": "failed", "failure": {"kind": StoreError.kind, "message": str(storage_failure(error))}}
-        if final["state"] == "failed":
-            self.say(final["failure"]["message"])
+            full = storage_failure(error)
+            final = {"state": "failed", "failure": failure(full.kind, full.message, full.hint)}
         self._clean_up(final)
         self._write_final_state(**final)
 
@@ -209,18 +206,16 @@ class Supervisor:
         if arch != known.arch and arch not in known.emulated:
             raise JobFailed(
                 "arch",
-                f"The job is for {arch}, and this builder runs {known.arch}"
-                + (f" and {', '.join(known.emulated)}" if known.emulated else "")
-                + ".",
-                f"Choose a builder for {arch}, say arch={known.arch}, or install qemu-user-static on this builder"
-                f" (sudo apt install qemu-user-static).",
+                f"the job is for {arch}; the builder runs {', '.join([known.arch, *known.emulated])}.",
+                f"Set arch={known.arch}, use a builder for {arch}, or install emulation on this one:"
+                " sudo apt install qemu-user-static",
             )
         with self.phases.phase("prepare"):
             if order.get("after_lost") and not remove_leftovers(self.stored):
+                self.say(f"cannot remove {self.stored.folder} or the containers {self.stored.container_prefix}…")
                 raise RunnerError(
-                    f"What an earlier attempt of job {self.stored.digest[:12]} left cannot be removed.",
-                    f"See {self.stored.folder}, and with `buildah containers` the containers"
-                    f" {self.stored.container_prefix}….",
+                    "the containers and files of an earlier attempt cannot be removed.",
+                    "Remove them on the builder: the log names them.",
                 )
             self.tidy = True
             if self.stored.work.exists():
@@ -243,12 +238,12 @@ class Supervisor:
         try:
             return self.stored.document()
         except (OSError, ValueError) as error:
-            raise JobFailed("blob", f"{error}.", "Run doit again.") from error
+            raise JobFailed("blob", f"the stored job is damaged: {error}.", "Run doit again.") from error
 
     def _order(self) -> dict[str, Any]:
         order = read_json(self.stored.folder / "order.json")
         if not isinstance(order, dict) or not isinstance(order.get("trees"), dict):
-            raise JobFailed("blob", f"The stored order of job {self.stored.digest} is damaged.", "Run doit again.")
+            raise JobFailed("blob", "the stored order of the job is damaged.", "Run doit again.")
         return order
 
     # the build process
@@ -304,15 +299,16 @@ class Supervisor:
             self.policies = result.get("policies") or []
             return
         if isinstance(result, dict) and not result.get("ok"):
-            failure = {key: result[key] for key in ("command", "status", "where", "containers") if key in result}
-            self._check_room(str(result.get("message", "")), failure)
-            raise JobFailed(str(result.get("kind", "script")), str(result.get("message", "It failed.")), **failure)
+            details = {key: result[key] for key in ("command", "status", "where", "containers") if key in result}
+            message, hint = str(result.get("message", "")), str(result.get("hint", ""))
+            self._check_room(message, details)
+            raise JobFailed(str(result.get("kind", "script")), message, hint, **details)
         self._check_room("", {})
-        how = f"signal {-status}" if status < 0 else f"status {status}"
+        how = ended_by(status)
         raise JobFailed(
             "killed",
-            f"The build ended with {how} without saying why; the builder may have run out of memory.",
-            "Look at the log, and at `dmesg` on the builder; then run doit again.",
+            f"the build {how} before it reported a result.",
+            f"{OUT_OF_MEMORY}." if how.endswith("SIGKILL") else "Read the log, then run doit again.",
         )
 
     def _note_phases(self, result: Any, started: float) -> None:
@@ -327,12 +323,12 @@ class Supervisor:
                 self.phases.add(str(name)[:20], begun, started)
         self.phases.add("build", started, now)
 
-    def _check_room(self, said: str, failure: dict[str, Any]) -> None:
+    def _check_room(self, said: str, details: dict[str, Any]) -> None:
         """Raise JobFailed for a full disk if that made the build fail: programs report it in many different ways.
 
         Args:
             said: error message of the build, searched together with the end of the log.
-            failure: details of the failure.
+            details: details of the failure.
         """
         tail = ""
         with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
@@ -340,8 +336,8 @@ class Supervisor:
             tail = log.read().decode("utf-8", "replace")
         if tells_of_full_disk(said + tail) or shutil.disk_usage(self.store.root).free < NO_ROOM:
             error = storage_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            message = f"{error.message} {said}".rstrip()
-            raise JobFailed(error.kind, message if message.endswith(".") else f"{message}.", error.hint, **failure)
+            message = f"{error.message.removesuffix('.')}: {said}" if said else error.message
+            raise JobFailed(error.kind, message, error.hint, **details)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         pidfd = os.pidfd_open(process.pid)
@@ -353,8 +349,8 @@ class Supervisor:
                 if os.fstat(self.log).st_size > LOG_LIMIT:
                     raise JobFailed(
                         "log",
-                        f"The build wrote more than {LOG_LIMIT >> 20} MiB to its log and was ended.",
-                        "Have its programs say less, or send what they say to a file.",
+                        f"the log exceeded {LOG_LIMIT >> 20} MiB.",
+                        "Reduce the output of the build's programs, or redirect it to a file.",
                     )
             return process.wait()
         finally:
@@ -384,11 +380,12 @@ class Supervisor:
             try:
                 fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
-                raise JobFailed("output", f"The output {name} cannot be read: {error.strerror}.") from error
+                message = f"output {name} cannot be read: {error.strerror}."
+                raise JobFailed("output", message, "Leave a readable regular file.") from error
             with open(fd, "rb", buffering=0):
                 about = os.fstat(fd)
                 if not stat.S_ISREG(about.st_mode):
-                    raise JobFailed("output", f"The output {name} is not a regular file.")
+                    raise JobFailed("output", f"output {name} is not a regular file.", "Leave a regular file.")
                 os.fsync(fd)  # first: some file systems report holes reliably only in what is on the disk
                 extents = list(data_extents(fd, 0, about.st_size))
                 digest = hashlib.sha256()
@@ -407,14 +404,14 @@ class Supervisor:
 
     def _clean_up(self, final: dict[str, Any]) -> None:
         """Remove the attempt's leftovers, or retain its containers and record that in its failure."""
-        failure = final.get("failure", {})
-        names = retained_containers.noted(self.stored, self.attempt) if self.keeps and failure else {}
-        if not names or failure["kind"] == StoreError.kind:  # a full disk needs the space
+        failed = final.get("failure", {})
+        names = retained_containers.noted(self.stored, self.attempt) if self.keeps and failed else {}
+        if not names or failed["kind"] == StoreError.kind:  # a full disk needs the space
             clean_up(self.stored, containers=not self.tidy)
         elif remove_leftovers(self.stored, containers=not self.tidy, but=names):
             with contextlib.suppress(OSError):
                 retained_containers.keep(self.stored)
-                failure["kept"] = True
+                failed["kept"] = True
                 retained_containers.trim(self.store)
         with contextlib.suppress(OSError):
             os.fsync(self.log)
@@ -456,6 +453,6 @@ def main(digest: str, attempt: str, lock_fd: int, alive_fd: int) -> int:
         Supervisor(stored, attempt).run()
         os.close(alive_fd)
     except OSError as error:
-        print(f"how job {digest} ended cannot be written down: {storage_failure(error)}", file=sys.stderr)
+        print(f"The final state of job {digest} cannot be written: {storage_failure(error)}", file=sys.stderr)
         return 1
     return 0

@@ -5,7 +5,7 @@ processes of the build. The child runs the buildscript or function in the workin
 
     result.json     {"ok": true} with "policies" (see `expiry`) and, if the script returned an image, "image" (id and
                     names, in one string), or
-                    {"ok": false, "kind": …, "message": …} with "command" and "status" if a command failed.
+                    {"ok": false, "kind": …, "message": …, "hint": …} with "command" and "status" if a command failed.
                     "containers" is set if there were any when it failed, "containers_left" if some remain: they
                     could not be removed, or are retained (see `retained_containers`). "phases" has the timing (see
                     `phases`), counted from "began" by the monotonic clock.
@@ -23,6 +23,7 @@ import os
 import pickle
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -46,8 +47,9 @@ from ..script.image import Image, ImageNotFoundError, packages_image
 from ..store.phases import note
 from ..store.store import Store, runner_folder
 from ..util.atomic_files import read_json, write_json
-from ..util.errors import RunnerError
+from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
 from ..util.processes import descendants
+from .workspace import failure
 
 KILLED = 128 + signal.SIGKILL
 """Exit status of a build whose supervisor has died."""
@@ -56,8 +58,28 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 """Options of prctl(2)."""
 
+NOT_FOUND = 127
+"""Exit status of a command that does not exist."""
+
 NAMES_SHOWN = 12
 """Maximum number of file names that a message lists."""
+
+
+FOLDER = "a folder", "Pack it into a tar file, in the container or with Python's tarfile."
+LINK = "a symbolic link", "Copy the file that it points to."
+SPECIAL_FILE = "a special file", "Leave a regular file."
+"""Descriptions of outputs that are not regular files, each with its fix."""
+
+NETWORK = "Check the address, and the builder's network."
+"""Suggested fix for a network error."""
+
+HINTS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (ModuleNotFoundError, "Add a `#| pip:` line for its package, or put the module next to the script."),
+    (FileNotFoundError, "Fix the path, or pass the file in inputs= of artifact()."),
+    (MemoryError, f"{OUT_OF_MEMORY}."),
+    ((ConnectionError, TimeoutError, socket.gaierror), NETWORK),
+)
+"""Suggested fixes for exceptions of a script, by type; the first match counts."""
 
 
 class OutputError(RunnerError):
@@ -175,7 +197,7 @@ def _unbuffered(fd: int) -> TextIO:
 def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     document = read_json(folder / "job.json")
     if folder.name != digest or not isinstance(document, dict):
-        raise RunnerError(f"The description of job {digest[:12]} is not beside its folder.", "Run doit again.")
+        raise RunnerError("the stored job is damaged.", "Run doit again.")
     root = folder.parent.parent
     known = facts(root)
     prefix = Store(root).job(digest).container_prefix
@@ -204,7 +226,7 @@ def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], re
             os.chdir(work)
         if isinstance(returned, Container):
             raise language.ScriptError(
-                "The script returned a container, which is gone by now.", "Return its image: `return c.commit()`."
+                "the script returned a container, which no longer exists.", "Return its image: `return c.commit()`."
             )
         if isinstance(returned, Image):
             result["image"] = " ".join([returned.id, *_names(returned)])
@@ -294,8 +316,8 @@ def _call_function(folder: Path, document: dict[str, Any]) -> object:
         function = _Unpickler(folder).load()
     except Exception as error:  # noqa: BLE001 - unpickling may raise anything
         raise language.ScriptError(
-            f"The function {name} cannot be loaded on the builder: {type(error).__name__}: {error}.",
-            "What it uses has to be there: the standard library, or modules that are sent along with it.",
+            f"the function {name} cannot be loaded on the builder: {type(error).__name__}: {error}.",
+            "Use only the standard library and modules of the project in it.",
         ) from None
     try:
         return function(**(document.get("args") or {}))
@@ -325,8 +347,8 @@ def _names(image: Image) -> list[str]:
     entry = next((entry for entry in Image.list(all=True) if entry["id"] == image.id), None)
     if entry is None:
         raise language.ScriptError(
-            "The script returned an image that its own with-block has removed.",
-            "Give it a name before (`img.add_tag(…)`), or return it outside of the block.",
+            "the script returned an image that its own with-block has removed.",
+            "Tag the image in the block (`img.add_tag(…)`), or return it outside of the block.",
         )
     return list(entry["names"])
 
@@ -342,21 +364,15 @@ def _check_outputs(document: dict[str, Any]) -> None:
             info = os.lstat(name)
         except FileNotFoundError:
             missing = [each for each in document["outputs"] if not os.path.lexists(each)]
-            one = "its output" if len(missing) == 1 else "its outputs"
+            are = "output {} is" if len(missing) == 1 else "outputs {} are"
             raise OutputError(
-                f"The build ended, but {one} {_listed(missing)} {'is' if len(missing) == 1 else 'are'} not in its"
-                f" working directory; {_whats_new(document)}.",
+                f"{are.format(_listed(missing))} missing from the working directory; {_whats_new(document)}.",
                 f"Copy it out of the container: c.copy_out({f'/path/in/container/{missing[0]}'!r}, {missing[0]!r})",
             ) from None
-        kinds = {stat.S_ISDIR: "a folder", stat.S_ISLNK: "a link"}
-        kind = next((text for test, text in kinds.items() if test(info.st_mode)), "no regular file")
         if not stat.S_ISREG(info.st_mode):
-            raise OutputError(
-                f"The build ended, but its output {_listed([name])} is {kind}; an output is a regular file.",
-                "Pack a folder into a tar file, in the container or with Python's tarfile."
-                if kind == "a folder"
-                else "Leave a copy of what it leads to.",
-            )
+            tests = (stat.S_ISDIR, *FOLDER), (stat.S_ISLNK, *LINK)
+            kind, hint = next(((kind, hint) for test, kind, hint in tests if test(info.st_mode)), SPECIAL_FILE)
+            raise OutputError(f"output {_listed([name])} is {kind}, not a regular file.", hint)
         if os.geteuid() == 0 and info.st_uid != 0:
             os.chown(name, 0, 0)  # the namespace's root is the builder's user
         if not info.st_mode & stat.S_IRUSR:
@@ -368,7 +384,7 @@ def _whats_new(document: dict[str, Any]) -> str:
     given = {path.split("/")[0] for part in ("modules", "inputs", "sources") for path in document.get(part) or ()}
     given.add((document.get("script") or {}).get("name", ""))
     new = sorted(set(os.listdir()) - given - {"__pycache__"})
-    return f"new there: {_listed(new)}" if new else "nothing new is there"
+    return f"new files: {_listed(new)}" if new else "it has no new files"
 
 
 def _listed(names: list[str]) -> str:
@@ -381,40 +397,72 @@ def _listed(names: list[str]) -> str:
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
-    """Return the part of a result that describes an exception; print the traceback to the log if it is useful."""
+    """Return the part of a result that describes an exception; print what is useful of it to the log.
+
+    The message is one line about the cause. Internal commands, ids and tracebacks go to the log only.
+    """
     where = _place(error)
+    prefix, at = (f"{where}: ", f" at {where}") if where else ("", "")
     if isinstance(error, SyntaxError) and not where:
         print("".join(traceback.format_exception_only(type(error), error)), end="", file=sys.stderr)
         line = f": {error.text.strip()}" if error.text else ""
-        return _result("script", f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}{line}")
+        place = f"{error.filename}, line {error.lineno}"
+        return failure("script", f"{place}: {type(error).__name__}: {error.msg}{line}", f"Fix the syntax at {place}.")
     if isinstance(error, CommandError):
         command = [os.fsdecode(word) for word in error.cmd]
-        return _result("command", f"{where}{error}.", command=command, status=error.returncode, where=error.where)
+        details = {"command": command, "status": error.returncode, "where": error.where}
+        if error.is_buildahs:
+            print(f"gamebear: {error}", file=sys.stderr)
+        return failure("command", f"{error.cause}.", _command_hint(error, at), **details)
+    if isinstance(error, BuildahError):
+        print(f"gamebear: {error}", file=sys.stderr)
+        own = CommandError(error.status, ["buildah", *error.command], stderr=error.stderr)
+        return failure(error.kind, f"{own.cause}.", error.hint or _command_hint(own, at))
     if isinstance(error, RunnerError):
-        return _result(error.kind, f"{where}{error}")
+        return failure(error.kind, f"{prefix}{error.message}", error.hint)
     if isinstance(error, ImageNotFoundError):
-        return _result("image", f"{where}{error}")
+        return failure("image", f"{prefix}{error.message}", error.hint or f"Fix the name of the image{at}.")
     if isinstance(error, SystemExit):
-        said = f"sys.exit({error.code!r})" if isinstance(error.code, int) else str(error.code)
-        return _result("script", f"{where}The script ended itself: {said}")
+        cause = f"sys.exit({error.code!r})" if isinstance(error.code, int) else str(error.code)
+        return failure("script", f"{prefix}{cause}.", f"Fix the cause for which the script exits{at}.")
     _print_traceback(error)
     text = "".join(traceback.format_exception_only(type(error), error)).strip()
     if type(error).__name__ == "HTTPError":
         text += f" ({getattr(error, 'url', '')})"
-    if isinstance(error, subprocess.CalledProcessError) and isinstance(error.stderr, bytes):
-        text += f" ({error.stderr.decode('utf-8', 'backslashreplace').strip()})"
-    return _result("script", where + " ".join(text.split("\n")))
+    if isinstance(error, subprocess.CalledProcessError):
+        command = [str(word) for word in error.cmd] if isinstance(error.cmd, (list, tuple)) else [str(error.cmd)]
+        text = CommandError(error.returncode, command, stderr=error.stderr).cause
+    return failure("script", prefix + " ".join(text.split("\n")), _exception_hint(error, at))
 
 
-def _result(kind: str, message: str, **more: Any) -> dict[str, Any]:
-    """Return a failure that can be serialized, whatever text a script put into it."""
-    return {"kind": kind, "message": message.encode("utf-8", "backslashreplace").decode(), **more}
+def _command_hint(error: CommandError, at: str) -> str:
+    """Return the suggested fix for a failed command.
+
+    Args:
+        error: the failure.
+        at: file and line of the script, to append to a sentence; may be empty.
+    """
+    if error.is_buildahs:
+        return f"Fix the call{at}; the log has buildah's whole message."
+    if ended_by(error.returncode).endswith("SIGKILL"):
+        return f"{OUT_OF_MEMORY}{at}."
+    if error.returncode == NOT_FOUND:  # as shells and buildah report it
+        return f"Install the program in the image with packages_image(…), or fix its name{at}."
+    return f"Fix the command{at}, or its input; the log has its output."
+
+
+def _exception_hint(error: BaseException, at: str) -> str:
+    """Return the suggested fix for an exception of a script; the parameters are those of `_command_hint`."""
+    if type(error).__module__ == "urllib.error":
+        return NETWORK
+    hint = next((hint for types, hint in HINTS if isinstance(error, types)), "")
+    return hint or f"Fix the script{at}; the log has the traceback."
 
 
 def _place(error: BaseException) -> str:
-    """Return file and line of the innermost frame in the script's own code, as a message prefix; empty if none."""
+    """Return file and line of the innermost frame in the script's own code; empty if there is none."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_the_users(frame.filename)]
-    return f"{_shown(frames[-1].filename)}, line {frames[-1].lineno}: " if frames else ""
+    return f"{_shown(frames[-1].filename)}, line {frames[-1].lineno}" if frames else ""
 
 
 def _print_traceback(error: BaseException) -> None:

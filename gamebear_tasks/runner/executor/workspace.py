@@ -23,8 +23,30 @@ from ..util.errors import RunnerError
 if TYPE_CHECKING:  # slow to import, and many jobs have no source
     import tarfile
 
-BROKEN_SOURCE = "No source of ours has one: remove it from gamebear-tasks/sources of your cache, then run doit again."
+BROKEN_SOURCE = "Remove gamebear-tasks/sources from your cache folder, then run doit again."
 """Suggested fix for a tar file that none of the project's sources produces."""
+
+
+LONGEST_MESSAGE = 4000
+LONGEST_HINT = 1000
+"""Maximum characters of the two texts of a failure."""
+
+
+def failure(kind: str, message: str, hint: str, **details: Any) -> dict[str, Any]:
+    """Return the record of a failure for the job's state; its texts are bounded and can be encoded as UTF-8.
+
+    Args:
+        kind: kind of failure.
+        message: cause of the failure.
+        hint: suggested fix.
+        details: further fields.
+    """
+    texts = {"message": message[:LONGEST_MESSAGE], "hint": hint[:LONGEST_HINT]}
+    return {
+        "kind": kind,
+        **{name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()},
+        **details,
+    }
 
 
 class JobFailed(RunnerError):
@@ -32,7 +54,7 @@ class JobFailed(RunnerError):
 
     Args:
         kind: kind of failure.
-        message: what failed.
+        message: cause of the failure.
         hint: suggested fix.
         details: further fields of the failure.
 
@@ -40,9 +62,9 @@ class JobFailed(RunnerError):
         failure: the failure, as recorded in the job's state.
     """
 
-    def __init__(self, kind: str, message: str, hint: str = "", **details: Any) -> None:
+    def __init__(self, kind: str, message: str, hint: str, **details: Any) -> None:
         super().__init__(message, hint)
-        self.failure = {"kind": kind, "message": str(self), **details}
+        self.failure = failure(kind, message, hint, **details)
 
 
 def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]) -> None:
@@ -97,7 +119,7 @@ def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_s
         _lay(stored, check_stop, file["sha256"], stored.work, name, bool(file.get("executable")))
     for name in job["sources"]:
         if not is_file_name(name):
-            raise JobFailed("job", f"{name!r} cannot be the name of a source.")
+            raise JobFailed("job", f"{name!r} is not a valid name of a source.", "Rename it in sources= of artifact().")
         if "folder" in job["sources"][name]:
             _lay_folder(stored, check_stop, str(job["sources"][name]["folder"]), name)
             continue
@@ -142,15 +164,15 @@ def _unpack_source(path: Path, folder: Path, name: str, check_stop: Callable[[],
     except (tarfile.TarError, EOFError) as error:
         raise JobFailed(
             "source",
-            f"The archive of the source {name} cannot be unpacked: {error}.",
-            "Fetch the source anew on the machine that runs doit, then run doit again.",
+            f"source {name} cannot be unpacked: {error}.",
+            BROKEN_SOURCE,
         ) from error
     path.unlink()
 
 
 def _tree(trees: dict[str, str], name: str) -> str:
     if not is_sha256(trees.get(name)):
-        raise JobFailed("blob", f"The order does not say which file {name} is.", "Run doit again.")
+        raise JobFailed("blob", f"the order has no SHA-256 of {name}.", "Run doit again.")
     return trees[name]
 
 
@@ -164,7 +186,7 @@ def _lay(
         OSError: the file cannot be written.
     """
     if not is_relative_path(name):
-        raise JobFailed("job", f"{name!r} cannot be the name of a file of the job.")
+        raise JobFailed("job", f"{name!r} is not a valid path of a file.", "Rename it in artifact().")
     path = folder / name
     _make_folders(path.parent, folder)
     digest = hashlib.sha256()
@@ -179,11 +201,11 @@ def _lay(
             os.utime(source.fileno())
             os.fchmod(target.fileno(), 0o755 if executable else 0o644)
     except FileNotFoundError:
-        raise JobFailed("blob", f"The builder no longer has the content of {name}.", "Run doit again.") from None
+        raise JobFailed("blob", f"the builder's copy of {name} is gone.", "Run doit again.") from None
     if digest.hexdigest() != sha256:
         with contextlib.suppress(OSError):
             blob.unlink()
-        raise JobFailed("blob", f"The builder's copy of {name} was damaged; it is removed.", "Run doit again.")
+        raise JobFailed("blob", f"the builder's copy of {name} was damaged and is removed.", "Run doit again.")
 
 
 def _make_folder(path: Path) -> None:
@@ -224,11 +246,11 @@ def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = 
             continue
         if not is_relative_path(name):
             raise RunnerError(
-                f"The source's archive has a member that leads out of it: {member.name!r}.", BROKEN_SOURCE
+                f"the archive of a source has a member outside of its folder: {member.name!r}.", BROKEN_SOURCE
             )
         path = folder / name
         if path.parent.resolve() != folder.resolve() / Path(name).parent:
-            raise RunnerError(f"The source's archive writes through a link: {member.name!r}.", BROKEN_SOURCE)
+            raise RunnerError(f"the archive of a source writes through a link: {member.name!r}.", BROKEN_SOURCE)
         if member.isdir():
             _make_folders(path, folder)
             folders.append((path, member.mtime))
@@ -246,7 +268,8 @@ def unpack(tar: tarfile.TarFile, folder: Path, check_stop: Callable[[], None] = 
             os.utime(path, (member.mtime, member.mtime))
         else:
             raise RunnerError(
-                f"The source's archive has a member of a kind that sources do not have: {member.name!r}.", BROKEN_SOURCE
+                f"the archive of a source has a member that is not a file, folder or link: {member.name!r}.",
+                BROKEN_SOURCE,
             )
     for path, mtime in reversed(folders):  # last, because writing into a folder changes its timestamp
         os.utime(path, (mtime, mtime))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from ..host.capabilities import Facts
 from ..host.subprocesses import last_lines
 from ..maintenance.retained_containers import FINISHED, Notes
 from ..store.phases import Phases
+from ..util.errors import ended_by
 
 if TYPE_CHECKING:
     from ..protocol.replies import Programs
@@ -26,6 +26,12 @@ RUN_TAKES_SETTINGS = (1, 22)
 
 CONFIG_TAKES_VARIABLES = (1, 28)
 """First buildah release known to read the value from its environment for `config --env NAME`; 1.19 does not."""
+
+LONGEST = 200
+"""Maximum characters of a command in a short line."""
+
+LONG_ID = re.compile(r"\b[0-9a-f]{12,64}\b")
+"""Ids of images and containers, digests."""
 
 MATERIALS = "materials.json"
 """File in the job's folder that records the images and programs used for the build; see `server.materials`."""
@@ -52,12 +58,23 @@ class CommandError(subprocess.CalledProcessError):
         self.where = where
 
     def __str__(self) -> str:
-        number = self.returncode
-        number = -number if number < 0 else number - 128
-        killed = self.returncode != 255 and number in set(signal.Signals)
-        how = f"was ended by {signal.Signals(number).name}" if killed else f"failed with status {self.returncode}"
         said = last_lines(self.stderr) if isinstance(self.stderr, str) else ""
-        return f"`{shlex.join(self.cmd)}` {how}{self.where and f' in {self.where}'}{said and f': {said}'}"
+        where = self.where and f" in {self.where}"
+        return f"`{shlex.join(self.cmd)}` {ended_by(self.returncode)}{where}{said and f': {said}'}"
+
+    @property
+    def is_buildahs(self) -> bool:
+        """Whether buildah itself failed, and not a command in a container."""
+        return self.cmd[0] == "buildah" and isinstance(self.stderr, str)
+
+    @property
+    def cause(self) -> str:
+        """The failure in a short line: long commands are cut, and buildah's options, names and ids are left out."""
+        said = self.stderr.decode("utf-8", "replace") if isinstance(self.stderr, bytes) else self.stderr or ""
+        said = LONG_ID.sub("…", last_lines(said, 1).removeprefix("Error: "))
+        command = shlex.join(self.cmd[:2] if self.is_buildahs else self.cmd)
+        command = command if len(command) <= LONGEST else f"{command[: LONGEST - 1]}…"
+        return f"`{command}` {ended_by(self.returncode)}{said and f': {said}'}"
 
 
 def programs(known: Facts) -> Programs:

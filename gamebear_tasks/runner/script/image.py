@@ -16,7 +16,17 @@ from .context import CommandError, current, run_buildah
 
 
 class ImageNotFoundError(Exception):
-    """The image, or a package of it, does not exist or cannot be fetched."""
+    """The image, or a package of it, does not exist or cannot be fetched.
+
+    Args:
+        message: The failure.
+        hint: Suggested fix.
+    """
+
+    def __init__(self, message: str = "", hint: str = "") -> None:
+        super().__init__(f"{message} {hint}".rstrip())
+        self.message = message
+        self.hint = hint
 
 
 def resolve(name: str) -> str:
@@ -26,7 +36,7 @@ def resolve(name: str) -> str:
         with job.phases.phase("packages"):
             return base_images.resolve(job.buildah, job.facts, name, job.arch)
     except ImageError as error:
-        raise ImageNotFoundError(str(error)) from None
+        raise ImageNotFoundError(error.message, error.hint) from None
 
 
 def _find(name: str) -> str:
@@ -119,7 +129,8 @@ class Image:
             found = resolve(ident)
         if not found:
             raise ImageNotFoundError(
-                f"No image {ident} for {current().arch} is on the builder; Image.pull() gets one from a registry."
+                f"image {ident} for {current().arch} is not on the builder.",
+                f"Pull it from a registry: Image.pull({ident!r})",
             )
         self.id = found
         self._called = ident
@@ -299,7 +310,7 @@ def packages_image(
                 rebuild=rebuild,
             )
     except ImageError as error:
-        raise ImageNotFoundError(str(error)) from None
+        raise ImageNotFoundError(error.message, error.hint) from None
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
     image = image_of(identity, f"{called(base) if isinstance(base, Image) else base} with {' '.join(wanted)}".rstrip())

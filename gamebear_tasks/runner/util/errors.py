@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+
+OUT_OF_MEMORY = "Check with `dmesg` whether the builder ran out of memory; if so, run fewer processes"
+"""Suggested fix for a program that was killed by SIGKILL, without its period."""
 
 
 class RunnerError(Exception):
@@ -23,6 +27,17 @@ class RunnerError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}" if self.hint else self.message
+
+
+def ended_by(status: int) -> str:
+    """Describe how a program ended, by its exit status; negative for a signal, or 128 plus its number, as of a shell.
+
+    255 is not a signal: ssh and buildah exit with it.
+    """
+    number = -status if status < 0 else status - 128
+    if status != 255 and number in set(signal.Signals):
+        return f"was killed by {signal.Signals(number).name}"
+    return f"exited with {status}"
 
 
 def tells_of_full_disk(text: str) -> bool:
