@@ -314,11 +314,37 @@ def test_of_several_outputs_the_old_ones_are_removed_before_the_first_new_one_is
     assert seen == [[], ["umtprd"]]
 
 
-def test_one_output_of_several_that_is_there_does_not_stand_for_the_others(targets: Mapping[str, Path]) -> None:
-    targets["umtprd"].parent.mkdir()
+@pytest.mark.parametrize("other", [None, b"the old one"], ids=["missing", "changed"])
+def test_only_the_outputs_that_are_missing_or_changed_are_fetched(
+    targets: Mapping[str, Path], other: bytes | None
+) -> None:
+    for target in targets.values():
+        target.parent.mkdir()
     targets["umtprd"].write_bytes(CONTENT["umtprd"])
-    place(targets, BOTH, fetch)
+    before = targets["umtprd"].stat().st_ino
+    if other is not None:
+        targets["b.tar"].write_bytes(other)
+    assert place(targets, BOTH, fetch) == len(CONTENT["b.tar"])
     assert {name: target.read_bytes() for name, target in targets.items()} == CONTENT
+    assert targets["umtprd"].stat().st_ino == before
+    assert place(targets, BOTH, fetch) == 0
+
+
+def test_an_output_that_was_there_does_not_stay_alone_when_another_cannot_be_renamed(
+    targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for target in targets.values():
+        target.parent.mkdir()
+        target.write_bytes(b"the old one")
+    targets["umtprd"].write_bytes(CONTENT["umtprd"])
+
+    def interrupted(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        place(targets, BOTH, fetch)
+    assert not any(target.exists() for target in targets.values())
 
 
 @pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), KeyboardInterrupt()], ids=repr)

@@ -95,8 +95,8 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
     """Download a job's outputs and install them as its targets, all or none.
 
     Each output is written to a temporary file in its target's folder, which resumes an interrupted download. It is
-    checked against its SHA-256 and synced. Once all are complete, each is renamed atomically. A sole target that has
-    the content already is not downloaded.
+    checked against its SHA-256 and synced. Once all are complete, each is renamed atomically. A target that has the
+    content already is neither downloaded nor replaced.
 
     Args:
         targets: path of each target, by the output's name.
@@ -112,6 +112,7 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
         BuilderError: an output cannot be downloaded.
     """
     parts: list[_Part] = []
+    kept: list[Path] = []
     fetched = 0
     try:
         with contextlib.ExitStack() as open_parts:
@@ -119,14 +120,15 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
                 output = outputs[name]
                 check_place(target)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if len(targets) == 1 and _is_already(target, output):
+                if _is_already(target, output):
                     _set_mode(target, output)
-                    return 0
+                    kept.append(target)
+                    continue
                 part = _Part(target, _part(target, output), output)
                 parts.append(part)
                 file = open_parts.enter_context(_opened(part))
                 fetched += _complete(name, part, file, fetch)
-            _rename(parts)
+            _rename(parts, kept)
     except OSError as error:
         for part in parts:
             with contextlib.suppress(OSError):
@@ -211,24 +213,30 @@ class _Checked:
         return self._digest.hexdigest()
 
 
-def _rename(parts: list[_Part]) -> None:
+def _rename(parts: list[_Part], kept: list[Path]) -> None:
     """Rename complete parts to their targets.
 
-    If there are several, the old targets are removed first, so that old and new ones never coexist.
+    If there are several targets, the old ones are removed first, so that old and new ones never coexist. If one cannot
+    be renamed, no target remains.
+
+    Args:
+        parts: the complete parts.
+        kept: the targets that have their new content already.
     """
-    if len(parts) > 1:
+    several = len(parts) + len(kept) > 1
+    if several:
         for part in parts:
             with contextlib.suppress(FileNotFoundError):
                 part.target.unlink()
-    placed: list[_Part] = []
+    placed = [*kept]
     try:
         for part in parts:
             os.replace(part.path, part.target)
-            placed.append(part)
+            placed.append(part.target)
     except BaseException:
-        for part in placed if len(parts) > 1 else ():
+        for target in placed if several else ():
             with contextlib.suppress(OSError):
-                part.target.unlink()
+                target.unlink()
         raise
     for part in parts:
         with contextlib.suppress(OSError):
