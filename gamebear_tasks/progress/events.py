@@ -128,6 +128,7 @@ class _Wire:
         self._sender: threading.Thread | None = None
         self._is_stuck = False
         self._left_out = 0
+        self._unacknowledged = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(ANSWER)
         self._socket.connect(path)
@@ -195,10 +196,16 @@ class _Wire:
             self._send_on(ANSWER)
 
     def leave_terminal(self, leave: bool) -> None:
+        """Report a prompt, and wait for its acknowledgement.
+
+        After a timeout the byte may arrive later. It is counted, so that it does not acknowledge the next prompt.
+        """
         self.hear({"asking": leave})
         with self._lock, contextlib.suppress(OSError):
+            self._unacknowledged += 1
             self._socket.settimeout(ANSWER)
-            self._socket.recv(1)
+            while self._unacknowledged and (data := self._socket.recv(self._unacknowledged)):
+                self._unacknowledged -= len(data)
 
 
 @contextlib.contextmanager
