@@ -505,23 +505,23 @@ SSH = [
 """Python that changes the user's home or the builder's URL. Then an SSH connection is opened."""
 
 SCRIPTS = [
-    Row("did not write an output", "pass", "x.py out c.copy_out → doit"),
-    Row("wrote a folder instead of an output", "import os; os.mkdir('out')", "x.py out folder tar → doit"),
-    Row("wrote a link instead of an output", "import os; os.symlink('/etc/passwd', 'out')", "out link copy → doit"),
-    Row("called sys.exit() in a script", "import sys; sys.exit(3)", "x.py 1 sys.exit(3) → doit"),
-    Row("raised SystemExit with a message", "raise SystemExit('no such luck')", "x.py 1 no such luck → doit"),
-    Row("raised an exception", "1 / 0", "x.py 1 ZeroDivisionError → doit"),
-    Row("misspelled a name", "Contianer('x')", "x.py 1 NameError Contianer → doit"),
-    Row("imported a module that the builder does not have", "import nosuch", "x.py 1 nosuch → doit"),
-    Row("opened a missing file", "open('config.json')", "x.py 1 FileNotFoundError config.json → doit"),
-    Row("wrote outside of the working directory", "open('/proc/nowhere/x', 'w')", "x.py 1 /proc/nowhere/x → doit"),
-    Row("used an invalid image name", "Container('Debian: Bookworm')", "x.py 1 Bookworm debian:bookworm → doit"),
-    Row("used an image that the builder does not have", "Image('nosuch')", "x.py 1 nosuch amd64 Image.pull() → doit"),
-    Row("declared an arg without a name", "#| arg: = 3", "x.py 1 arg: default → doit"),
-    Row("declared an arg of an unknown type", "#| arg: level: number = 3", "x.py 1 level number pathlib.Path → doit"),
-    Row("set no value for an arg without a default", "#| arg: level = ...", "x.py 1 level args= → doit"),
-    Row("wrote an unknown #| line", "#| pipi: x", "x.py 1 pipi: pip: arg: → doit"),
-    Row("killed the script", "import os; os.kill(os.getpid(), 9)", "x.py 137 memory dmesg → doit"),
+    Row("did not write an output", "pass", "output out missing → c.copy_out"),
+    Row("wrote a folder instead of an output", "import os; os.mkdir('out')", "out folder → tar"),
+    Row("wrote a link instead of an output", "import os; os.symlink('/etc/passwd', 'out')", "out link → copy"),
+    Row("called sys.exit() in a script", "import sys; sys.exit(3)", "x.py 1 sys.exit(3) → x.py 1"),
+    Row("raised SystemExit with a message", "raise SystemExit('no such luck')", "x.py 1 no such luck → x.py 1"),
+    Row("raised an exception", "1 / 0", "x.py 1 ZeroDivisionError → x.py 1 log"),
+    Row("misspelled a name", "Contianer('x')", "x.py 1 NameError Contianer → x.py 1"),
+    Row("imported a module that the builder does not have", "import nosuch", "x.py 1 nosuch → pip:"),
+    Row("opened a missing file", "open('config.json')", "x.py 1 FileNotFoundError config.json → inputs="),
+    Row("wrote outside of the working directory", "open('/proc/nowhere/x', 'w')", "x.py 1 /proc/nowhere/x → path"),
+    Row("used an invalid image name", "Container('Debian: Bookworm')", "x.py 1 Bookworm → debian:bookworm"),
+    Row("used an image that the builder does not have", "Image('nosuch')", "x.py 1 nosuch amd64 → Image.pull"),
+    Row("declared an arg without a name", "#| arg: = 3", "x.py 1 arg: → default"),
+    Row("declared an arg of an unknown type", "#| arg: level: number = 3", "x.py 1 level number → pathlib.Path"),
+    Row("set no value for an arg without a default", "#| arg: level = ...", "x.py 1 level → args="),
+    Row("wrote an unknown #| line", "#| pipi: x", "x.py 1 pipi: → pip: arg:"),
+    Row("killed the script", "import os; os.kill(os.getpid(), 9)", "x killed SIGKILL → memory dmesg"),
 ]
 """Buildscripts that should write `out`; one run of doit builds all."""
 
@@ -536,7 +536,7 @@ SECTIONS: dict[str, tuple[str, Sequence[Row]]] = {
     "Runs": ("When a task or a command runs.", DOIT),
     "Files and folders": ("Permissions and limits of your machine, as `gamebear` reports them.", PERMISSIONS),
     "SSH": ("When doit first connects to the builder.", SSH),
-    "Scripts": ("When a build fails. Between the two lines are the end of the log and its path.", SCRIPTS),
+    "Scripts": ("When a build fails. The next line names the log.", SCRIPTS),
 }
 """Sections of the page: when the errors occur, and their rows."""
 
