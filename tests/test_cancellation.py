@@ -41,7 +41,7 @@ def test_during_a_build_the_job_is_ended_on_the_builder(remote: Remote, mode: tu
     remote.waits()
     client = remote.project.start(*mode)
     wait_for(lambda: "begin" in remote.said())
-    assert "ending x.py" in interrupted(client, remote)
+    assert "cancelling x on" in interrupted(client, remote)
     assert not remote.target.exists()
     remote.assert_nothing_is_left()
     remote.go()
@@ -69,9 +69,9 @@ def test_twice_leaves_at_once_and_says_what_may_be_left(remote: Remote) -> None:
     wait_for(lambda: "begin" in remote.said())
     remote.proxy.stall()
     client.send_signal(signal.SIGINT)
-    wait_for(lambda: "ending x.py" in remote.said())
+    wait_for(lambda: "cancelling x on" in remote.said())
     said = interrupted(client, remote)
-    assert "x.py may still run on ssh://" in said
+    assert "x may still run on ssh://" in said
     remote.proxy.cut()
     remote.proxy.go_on()
     remote.go()

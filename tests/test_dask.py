@@ -315,7 +315,7 @@ def test_ctrl_c_ends_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> No
     wait_for(lambda: "begin" in said(project), 60)
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "ending x.py" in said(project)
+    assert "cancelling x on" in said(project)
     assert not OUR_FRAMES.search(said(project).partition("KeyboardInterrupt")[0]), said(project)
     assert_nothing_is_left(project, shelf.workers[0].store)
     (project.folder / "go").touch()
@@ -330,7 +330,7 @@ def test_a_client_that_dies_leaves_its_job_and_the_next_doit_finds_it(shelf: Clu
     client.kill()
     client.wait()
     again = project.start()
-    wait_for(lambda: "is being built on" in said(project), 60)
+    wait_for(lambda: "is already being built on" in said(project), 60)
     (project.folder / "go").touch()
     assert again.wait(60) == 0, said(project)
     assert begun(project) == 1

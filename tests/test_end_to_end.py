@@ -106,7 +106,7 @@ def test_what_an_artifact_was_built_from_and_in_is_told_in_a_form_that_others_kn
     assert PackageURL.from_string(source.uri).version == debian["version"]
     (image,) = by_role(provenance, "package image").values()
     (base,) = by_role(provenance, "base image").values()
-    assert (base.annotations["had"], image.annotations["base-id"]) == ("bootstrap", base.digest["sha256"])
+    assert (base.annotations["origin"], image.annotations["base-id"]) == ("bootstrap", base.digest["sha256"])
     found = packages(provenance)
     assert found["gcc"].qualifiers == found["dpkg"].qualifiers == {"arch": "armhf"}
     assert found["base-files"].version and found["tzdata"].qualifiers == {"arch": "all"}

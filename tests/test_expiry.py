@@ -122,10 +122,7 @@ def test_a_result_is_built_again_when_its_package_image_is_too_old(aging: Aging)
     assert aging.project.doit("builder=ssh://nobody@nowhere.invalid").ok().ran == [], "that needs no builder"
     aging.grow_older(31 * DAY)
     run = aging.project.doit(CLOCK_AHEAD=str(31 * DAY)).ok()
-    assert (
-        "x.py is built again on local:, as the package image of gamebear-mini:1 with thing is older than 30 days"
-        in run.err
-    )
+    assert "x is rebuilt on local: the package image of gamebear-mini:1 with thing is older than 30 days" in run.err
     assert aging.builds == 2
     assert aging.package_images() != first, "the image is a new one"
     assert aging.target.read_text() == "the artifact"
@@ -140,7 +137,7 @@ def test_a_clock_that_is_wrong_costs_a_question_and_no_build(aging: Aging) -> No
     assert aging.project.doit(CLOCK_AHEAD=str(5 * 365 * DAY)).ok().ran == []
     for ahead in ("0", str(31 * DAY)):
         run = aging.project.doit(CLOCK_AHEAD=ahead).ok()
-        assert run.ran == ["x"] and "was built on local: before; fetching" in run.err
+        assert run.ran == ["x"] and "was built on local: before; downloading" in run.err
         assert aging.project.doit(CLOCK_AHEAD=ahead).ok().ran == []
     assert aging.builds == 1
     assert "the age of the package images" in aging.project.doit("info", "x", CLOCK_AHEAD="0").out
@@ -155,7 +152,7 @@ def test_a_result_is_built_again_when_the_base_is_another(aging: Aging) -> None:
     assert aging.project.doit().ok().ran == [], "doit cannot know it"
     aging.project.doit("clean").ok()
     run = aging.project.doit().ok()
-    assert "x.py is built again on local:, as gamebear-mini:1 has come to mean another image" in run.err
+    assert "x is rebuilt on local: gamebear-mini:1 has come to mean another image" in run.err
     assert aging.builds == 2
     aging.buildah("rmi", "--force", "gamebear-mini:1")
     aging.project.doit("clean").ok()

@@ -219,7 +219,7 @@ def test_an_honest_one_would_be_believed(hostile: Hostile) -> None:
 
 # outputs
 
-OTHERS = "local: has outputs other than those of x.py"
+OTHERS = "x failed on local: the builder returned other outputs"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: s
 
 def test_an_output_for_which_there_is_no_room_is_not_begun(hostile: Hostile) -> None:
     size = shutil.disk_usage(hostile.project.folder).free + 100 * 10**9
-    hostile.refused(f"def follow(request): send(**result(size={size}))", "There is no room for build/x: it takes")
+    hostile.refused(f"def follow(request): send(**result(size={size}))", "build/x does not fit on the disk: it needs")
     assert "fetch" not in hostile.asked
 
 
@@ -284,7 +284,7 @@ def test_an_output_that_is_longer_than_was_said_is_not_kept(hostile: Hostile) ->
     )
 
 
-NOT_AS_SAID = "build/x did not arrive as the builder said it would"
+NOT_AS_SAID = "build/x did not arrive intact"
 
 
 def test_an_output_that_is_shorter_than_was_said_is_not_kept(hostile: Hostile) -> None:
@@ -622,9 +622,9 @@ def follow(request): send(b"all is well\\n" * 20_000, state="running", attempt="
 """
     )
     run = hostile.doit("-v", "0", "time_limit=1").failed(
-        "local: still says that it builds x.py, whose time limit of 1 seconds is long over."
+        "x failed on local: it still runs", "after its time limit of 1 s."
     )
-    assert "build/logs/x.log is full with the log's first 2.0 MiB; the rest is only shown" in run.err
+    assert "build/logs/x.log has the first 2.0 MiB of the log; the rest is only shown" in run.err
     assert (hostile.project.folder / "build" / "logs" / "x.log").stat().st_size == 2 * MIB
     assert not hostile.target.exists()
 
@@ -660,7 +660,7 @@ def submit(request): send(state="running", attempt="a1")
 def follow(request): send(state="running", attempt="a1")
 """
     )
-    hostile.doit("time_limit=1").failed("still says that it builds x.py")
+    hostile.doit("time_limit=1").failed("x failed on local: it still runs")
     assert hostile.asked.count("follow") < 30
 
 
@@ -675,7 +675,9 @@ def follow(request): send(bytes(8 << 20), state="running", attempt="a1")
 
 
 def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
-    hostile.refused("def follow(request): send(state='running', attempt='another')", "local: lost x.py 3 times")
+    hostile.refused(
+        "def follow(request): send(state='running', attempt='another')", "x failed on local: the job was lost 3 times"
+    )
 
 
 # what it asks for

@@ -85,16 +85,16 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     project.write("z.py", "open('z', 'w').write('z')")
     path = project.folder / "build/report.html"
     assert project.gamebear("report").ok().out == "build/report.html\n"
-    assert "Nothing has been built here yet" in Reader(path.read_text()).text
+    assert "No task has run here yet" in Reader(path.read_text()).text
     project.doit().ok()
     project.write("x y.py", "print('that is x'); 1 / 0")
     project.doit().failed()
     assert project.gamebear("report").ok().out == "build/report.html\n"
     read = Reader(path.read_text())
     failed, _, runs = read.text.partition(" Colours ")
-    assert "Not well x failed" in failed and "ZeroDivisionError" in failed and "that is x" in failed
+    assert "Failed x failed" in failed and "ZeroDivisionError" in failed and "that is x" in failed
     assert "1 failed" in runs and "x y.py changed" in runs
-    assert "2 built" in runs and "never built here before" in runs and "this is x" in runs
+    assert "2 built" in runs and "Reason: not built here before" in runs and "this is x" in runs
     assert read.links
     for link in read.links:
         assert (path.parent / urllib.parse.unquote(link)).is_file(), link
@@ -104,7 +104,7 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
 def test_times_and_sizes_are_compared_with_the_time_before() -> None:
     first = record("a")
     slower = record("a", seconds=18.0, outputs=(Made("x", "build/a", 4096, "cd" * 32),))
-    fetched = record("a", had="fetched", seconds=1.0)
+    fetched = record("a", origin="fetched", seconds=1.0)
     failed = record("a", state="failed", outputs=(), seconds=1.0)
     quick = record("a", seconds=9.0, outputs=(Made("x", "build/a", 2048, "ab" * 32),))
     runs = [run(each, begun=1e9 + number) for number, each in enumerate([first, slower, failed, fetched, quick])]
@@ -112,7 +112,7 @@ def test_times_and_sizes_are_compared_with_the_time_before() -> None:
     assert changes == [[-0.5], [None], [None], [1.0], [None]]
     text = Reader(page(runs[::-1], "p", 1e9)).text
     assert "18 s +100 %" in text and f"9.0 s {chr(0x2212)}50 %" in text
-    assert "build/a 4.0 KiB (+100.0 %)" in text and "build/a 2.0 KiB (the same)" in text
+    assert "build/a 4.0 KiB (+100.0 %)" in text and "build/a 2.0 KiB (unchanged)" in text
 
 
 def test_only_what_is_not_well_now_is_told_first() -> None:
@@ -121,7 +121,7 @@ def test_only_what_is_not_well_now_is_told_first() -> None:
 
     runs = [run(record("mended"), bad("bad")), run(bad("mended"), bad("left"))]
     text = Reader(page(runs, "p", 1e9)).text
-    told = text[text.index("Not well") : text.index("Colours")]
+    told = text[text.index("Failed") : text.index("Colours")]
     assert ("bad failed" in told, "left failed" in told, "mended" in told) == (True, True, False)
 
 
@@ -143,7 +143,7 @@ def test_a_timeline_holds_what_another_doit_had_begun_and_no_number_breaks_it() 
 
 def test_nothing_that_a_builder_says_becomes_part_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    odd = record(SECRET, why=(SECRET,), failure=SECRET, builder=SECRET, digest=SECRET, had=SECRET, attempt=SECRET)
+    odd = record(SECRET, why=(SECRET,), failure=SECRET, builder=SECRET, digest=SECRET, origin=SECRET, attempt=SECRET)
     odd = replace(odd, state="failed", phases=(Phase(SECRET, 0, 1),), outputs=(Made(SECRET, SECRET, 1, SECRET),))
     log = tmp_path / "odd.log"
     log.write_text(f"ten %\rhundred %\n{SECRET}\n")
@@ -214,9 +214,9 @@ CONTRAST = """
 def shown(system: None, tmp_path: Path) -> Path:
     """A page with some of everything."""
     bad = record("a" * 150, state="failed", failure="make: " + "x" * 300, outputs=())
-    other = record("pack:1", state="interrupted", had="fetched")
+    other = record("pack:1", state="interrupted", origin="fetched")
     spans = tuple(Phase(name, number, 0.5) for number, name in enumerate(model.KIND_OF))
-    more = [record("b", phases=spans), record("c", had="fetched"), record("d", had="baked", builder="")]
+    more = [record("b", phases=spans), record("c", origin="fetched"), record("d", origin="baked", builder="")]
     runs = [run(bad, other, *more, up_to_date=("e", "f"), log="y" * 900 + "\nz\n" * 99), run(*more)]
     path = tmp_path / "report.html"
     path.write_text(page(runs, "p", 1e9).replace('<details class="run">', '<details class="run" open>'))

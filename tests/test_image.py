@@ -839,8 +839,8 @@ def record_of(project: Project) -> Record:
 def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.doit().ok()
     record = record_of(project)
-    assert (record.state, record.had, record.builder) == ("done", "baked", "")
-    assert record.why == ("never built here before",)
+    assert (record.state, record.origin, record.builder) == ("done", "baked", "")
+    assert record.why == ("not built here before",)
     (made,) = record.outputs
     assert (made.path, made.size) == ("build/card.img", (project.folder / made.path).stat().st_size)
     assert {"unpack", "check", "compose", "write"} < {phase.name for phase in record.phases}

@@ -249,7 +249,7 @@ def test_a_client_killed_in_a_download_goes_on_with_what_it_had_if_that_is_sound
     assert sha256(remote.target) == said_in_log(remote)
     fetched = remote.proxy.passed[DOWN] - before
     if damaged:
-        assert "What an earlier run had fetched of build/x was damaged; it is removed. Trying again." in run.err
+        assert "build/x: the partial download of an earlier run was damaged and is removed. Retrying." in run.err
         assert fetched > BIG
     else:
         assert fetched < BIG - MIB

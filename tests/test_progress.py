@@ -87,14 +87,14 @@ def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Pr
         seen.type("C-c")
         said = seen.shows("interrupted after", "$")
         assert re.search(
-            r"gamebear: ending a\.py on local: .*\n✗ interrupted after [0-9.]+ s: 1 not finished\n", said
+            r"gamebear: cancelling a on local: .*\n✗ interrupted after [0-9.]+ s: 1 not finished\n", said
         ), said
         assert said.count("interrupted") == 1 and "Traceback" not in said and "building" not in said
         assert seen.has_cursor
         seen.type("clear; doit -n 2 a", "Enter")
         seen.shows("building", "begin")
         seen.type("C-c")
-        seen.shows("ending a.py")
+        seen.shows("cancelling a on")
         seen.type("C-c")
         said = seen.shows("interrupted after", "$")
         assert "✗ interrupted after" in said and "✓" not in said and said.count("interrupted") == 1
@@ -137,7 +137,7 @@ def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project:
     logs = [line for line in run.out.splitlines() if " | " in line]
     assert sorted(logs) == ["a | a aaa"] * 300 + ["b | b bbb"] * 300
     assert re.search(r"^a: built in .* on local: \(", run.out, re.M), run.out
-    assert re.search(r"^2 built in .* up, .* down$", run.out.splitlines()[-1]), run.out
+    assert re.search(r"^2 built in .* sent, .* received$", run.out.splitlines()[-1]), run.out
     with terminal(project) as seen:
         seen.type(f"clear; rm -r build ~/.cache/gamebear/v1/jobs; gamebear -n 2 -P {kind} -v 2", "Enter")
         said = seen.showed("2 built in").split("\n")
@@ -194,7 +194,7 @@ def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tup
         wait_for(lambda: all((project.folder / "build" / name).exists() for name in "ab"))
         time.sleep(2.0)  # longer than the end of a task waits to be told
         assert keyboard.end() == 0
-    words = r"\(\d[\d,]* lines are not shown, as the terminal took nothing for a while: build/logs has them\)"
+    words = r"\(\d[\d,]* lines omitted: the terminal accepted no data; the log in build/logs is complete\)"
     assert re.search(words, keyboard.text) and re.search(r"2 built\S* in", keyboard.text)
     assert (project.folder / "build/logs/a.log").read_text().count("a" * 99) == 20_000
 
@@ -258,7 +258,7 @@ def test_a_view_that_breaks_leaves_the_builds_alone(project: Project) -> None:
     project.write("rich/__init__.py", "raise ImportError('broken')")
     with terminal(project) as seen:
         seen.type("clear; doit -n 2; doit list", "Enter")
-        said = seen.shows("the live view has ended (ImportError: broken)", "\ny", "from x", "from y")
+        said = seen.shows("the live view failed (ImportError: broken)", "\ny", "from x", "from y")
         assert "Traceback" not in said and seen.has_cursor
 
 

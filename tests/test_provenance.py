@@ -131,7 +131,7 @@ def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_e
     assert "libc6" in packages(before)
     (pair.folder / "build/one").write_text("changed")
     pair.gamebear("provenance", "pair").failed(
-        "build/one is not the file that pair made", "doit clean pair, then doit pair"
+        "build/one does not match the record of pair", "doit clean pair && doit pair"
     )
     pair.write("in/word", "another")
     pair.gamebear("provenance", "pair").failed("pair is not up to date")

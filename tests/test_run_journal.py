@@ -42,7 +42,7 @@ def runs_of(project: Project, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
 
 def told(run: Run) -> dict[str, tuple[str, str]]:
-    return {entry.record.task: (entry.record.state, entry.record.had) for entry in run.entries}
+    return {entry.record.task: (entry.record.state, entry.record.origin) for entry in run.entries}
 
 
 @pytest.mark.system

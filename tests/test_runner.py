@@ -158,7 +158,7 @@ def test_ctrl_c_ends_the_job_on_the_builder(counted: Project) -> None:
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
     assert not (counted.folder / "build" / "x").exists()
-    assert "ending x.py" in (counted.folder / "doit.out").read_text()
+    assert "cancelling x on" in (counted.folder / "doit.out").read_text()
     assert_nothing_is_left(counted)
 
 

@@ -188,7 +188,7 @@ def test_what_was_written_is_shown_before_a_signal_ends_doit(three: Project) -> 
     client.send_signal(signal.SIGTERM)
     assert client.wait(60) == 128 + signal.SIGTERM
     assert "from task a" in said(three)
-    assert "ended by SIGTERM" in said(three)
+    assert "terminated by SIGTERM" in said(three)
 
 
 def test_a_signal_that_is_ignored_ends_nothing(three: Project) -> None:

@@ -415,7 +415,7 @@ def test_a_full_disk_does_not_keep_a_job_from_being_stopped(
 def test_a_client_without_room_for_the_artifact_fetches_it_later_and_builds_nothing(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, 'with open("x", "wb") as file:\n    file.write(b"-" * (4 << 20))\nsys.exit()')
     with small_disk(tmp_path / "build", 2 * MIB):
-        job.failed("There is no room for build/x: it takes 4.0 MiB", "it is fetched, not built")
+        job.failed("build/x does not fit on the disk: it needs 4.0 MiB", "Free disk space", "does not build")
     job.project.doit().ok()
     assert (tmp_path / "build" / "x").read_bytes() == b"-" * (4 << 20)
     assert job.builds == 1
@@ -576,7 +576,7 @@ def test_whoever_knows_how_an_attempt_ended_does_not_keep_ctrl_c_from_ending_the
     client = job.started()
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "somebody else waits" not in job.said
+    assert "another client waits" not in job.said
     job.assert_nothing_is_left()
 
 
@@ -610,7 +610,7 @@ def test_a_client_of_the_future_does_not_keep_ctrl_c_from_ending_the_job(tmp_pat
     os.utime(stranger, (later, later))
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "somebody else waits" not in job.said
+    assert "another client waits" not in job.said
     job.assert_nothing_is_left()
 
 

@@ -190,7 +190,7 @@ def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> Non
     record = record_of(project)
     assert re.search(r"^gamebear: x: built in [\d.]+ (s|min .*s) on local: \(.*\bbuild \d+\.\d", run.err, re.M), run.err
     assert (record["version"], record["task"], record["builder"]) == (1, "x", "local:")
-    assert (record["state"], record["had"], len(record["digest"])) == ("done", "built", 64)
+    assert (record["state"], record["origin"], len(record["digest"])) == ("done", "built", 64)
     begun = time.strptime(record["begun"][:19] + " UTC", "%Y-%m-%dT%H:%M:%S %Z")
     assert before - 1 < calendar.timegm(begun) < time.time() + 1
     assert record["bytes"]["up"] > 70_000  # the runner
@@ -212,10 +212,10 @@ def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: P
     project.doit().ok()
     project.doit("clean").ok()
     run = project.doit().ok()
-    assert "was built on local: before; fetching" in run.err
+    assert "was built on local: before; downloading" in run.err
     assert "built in" not in run.err
     record = record_of(project)
-    assert record["had"] == "fetched"
+    assert record["origin"] == "fetched"
     assert not names(record) & set(task_record.BUILDER)
 
 
@@ -237,9 +237,9 @@ def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before
     wait_for(lambda: "following" in (other.folder / "doit.out").read_text())
     go.touch()
     assert first.wait(60) == second.wait(60) == 0
-    assert record_of(project)["had"] == "built"
+    assert record_of(project)["origin"] == "built"
     record = record_of(other)
-    assert record["had"] == "followed"
+    assert record["origin"] == "followed"
     assert min(phase["start"] for phase in record["phases"] if phase["name"] in task_record.BUILDER) < 0
     assert "x: followed in" in (other.folder / "doit.out").read_text()
 
@@ -250,7 +250,7 @@ def test_a_task_that_failed_has_a_record_too(project: Project) -> None:
     project.write("x.py", "import time; time.sleep(0.01); raise SystemExit('no')")
     project.doit().failed("no")
     record = record_of(project)
-    assert (record["state"], record["had"]) == ("failed", "built")
+    assert (record["state"], record["origin"]) == ("failed", "built")
     assert "build" in names(record)
 
 

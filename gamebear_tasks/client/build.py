@@ -67,7 +67,7 @@ class Building:
         self.telling = Telling(task)
         self.watch = task_record.Stopwatch(self.telling)
         self.chosen = settings()
-        self.had = "built"
+        self.origin = "built"
         self.valid: dict[str, float] | None = None
         self.why: tuple[str, ...] = ()
         self._url = ""
@@ -95,7 +95,7 @@ class Building:
             url = self.chosen.builder_for(self.plan.arch or self.chosen.arch)
             provenance.write(self.task, self.plan, record, builder_of_this_run(url))
         self.telling.ended(record)
-        if self.had != "fetched" and not self.telling.is_heard:
+        if self.origin != "fetched" and not self.telling.is_heard:
             notice(record.line())
         # doit reads these values in every run, so they are few; the record has the rest
         values: dict[str, Any] = {"digest": order.job.digest, SAVED: self._state}
@@ -149,7 +149,7 @@ class Building:
         job = self._order.job if self._order else None
         outputs = self._status.outputs if self._status and state == "done" else {}
         self._record = record = replace(
-            self.watch.record(self.task, job.digest if job else "", self._url, state, self.had),
+            self.watch.record(self.task, job.digest if job else "", self._url, state, self.origin),
             attempt=self._status.attempt if self._status else "",
             why=self.why,
             failure=printable(failure)[:2000],
@@ -166,7 +166,7 @@ class Building:
 
     def _have_built(self, builder: Builder, order: Order, log: TaskLog) -> None:
         """Submit the job, follow it and install its outputs; retry if it was lost or an output was damaged."""
-        name = self.plan.name
+        name = self.task
         digest = order.job.digest
         again = False
         for count in range(1, TRIES + 1):
@@ -174,23 +174,23 @@ class Building:
                 with task_record.phase("upload"):
                     status = builder.submit(order, again)
                 interest.attempt = status.attempt
-                self.had = "built" if not status.joined else "fetched" if status.is_final else "followed"
+                self.origin = "built" if not status.joined else "fetched" if status.is_final else "followed"
                 log.begin(digest, status.attempt)
                 if status.expired:
-                    notice(f"{name} is built again on {builder.url}, as {status.expired}")
-                    expired = f"on the builder, {in_line(status.expired)}"
+                    notice(f"{name} is rebuilt on {builder.url.removesuffix(':')}: {status.expired}")
+                    expired = f"the builder's result expired: {in_line(status.expired)}"
                     self.why = (*(reason for reason in self.why if reason != ASKED), expired)
                 if status.joined and status.state == "done":
-                    self.telling.remark(f"{name} was built on {builder.url} before; fetching")
+                    self.telling.remark(f"{name} was built on {builder.url} before; downloading")
                     if not log.offset:
                         log.hide()
                 elif status.joined and not status.is_final:
-                    self.telling.remark(f"{name} is being built on {builder.url} already; following")
+                    self.telling.remark(f"{name} is already being built on {builder.url}; following")
                 self._status = status
                 self._status = status = self._follow(builder, order, status, log)
                 notice_once(builder.url, status.notices)
             self.valid = None if status.valid is None else {"since": time.time(), "seconds": status.valid}
-            if self.had != "fetched":
+            if self.origin != "fetched":
                 self.watch.builder_spent(status.phases)
             if status.state == "done":
                 self._check_unchanged()
@@ -200,12 +200,12 @@ class Building:
                 except Mismatch as error:
                     if count == TRIES:
                         raise
-                    notice(f"{error.message} Trying again.")
+                    notice(f"{error.message} Retrying.")
                     builder.discard(digest, status.attempt)
                     continue
             again = status.state == "failed" and status.failure is not None and status.failure.kind == "blob"
             if status.state == "lost":
-                notice(f"{name} was lost on {builder.url} (the builder restarted, or ran out of memory)")
+                notice(f"{name} was lost on {builder.url}: the builder restarted or ran out of memory")
             elif not again or count == TRIES:
                 failed = status.failure
                 self.note(status.state, f"{failed.message} {failed.hint}".strip() if failed else "")
@@ -222,7 +222,7 @@ class Building:
         The builder is untrusted, so the time, the number of responses and the size of the log are bounded.
         """
         since: float | None = None
-        rounds = Rounds(f"The lines of the log of {self.plan.name} on {builder.url}")
+        rounds = Rounds(f"The lines of the log of {self.task} on {builder.url}")
         while True:
             phase = status.phase or ("queue" if status.state == "queued" else "build")
             self.telling.builds("" if status.is_final else phase, status.ahead)
@@ -240,9 +240,8 @@ class Building:
                 rounds.another(len(data) >= WORTH)
             if log.offset > 2 * task_log.LIMIT:
                 raise JobError(
-                    f"The log of {self.plan.name} on {builder.url} goes on after {size(log.offset)}, and no job may"
-                    " write so much.",
-                    "See on the builder what runs there.",
+                    f"{self._failed_on}: its log exceeds the limit of a job ({size(log.offset)}).",
+                    "Check which runner the builder runs.",
                 )
 
     def _check_unchanged(self) -> None:
@@ -255,15 +254,14 @@ class Building:
             is_same = self.plan.state(self.plan.read(self.chosen.arch)) == self._state
         if not is_same:
             raise JobError(
-                f"What {self.plan.name} is built from changed while it was built, so its outputs were not placed.",
+                f"{self.task} failed: its files changed during the build, so the outputs were not installed.",
                 "Run doit again.",
             )
 
     def _place(self, builder: Builder, order: Order, status: Status) -> None:
         if set(status.outputs) != set(self.plan.targets):
             raise JobError(
-                f"{builder.url} has outputs other than those of {self.plan.name}:"
-                f" {repr(sorted(status.outputs))[:400]}.",
+                f"{self._failed_on}: the builder returned other outputs: {repr(sorted(status.outputs))[:400]}.",
                 NONSENSE,
             )
 
@@ -277,9 +275,8 @@ class Building:
 
     def _overdue(self, builder: Builder, order: Order) -> JobError:
         return JobError(
-            f"{builder.url} still says that it builds {self.plan.name}, whose time limit of"
-            f" {order.time_limit:g} seconds is long over.",
-            f"See on the builder what it does (job {order.job.digest[:12]}); doit again waits for it again.",
+            f"{self._failed_on}: it still runs {LATE / 60:.0f} min after its time limit of {order.time_limit:g} s.",
+            "Check what the builder does (gamebear jobs), or run doit again to wait longer.",
         )
 
     @property

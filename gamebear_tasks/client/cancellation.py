@@ -50,7 +50,7 @@ ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Terminated(KeyboardInterrupt, SystemExit):
     """A signal ends the run. The process exits with 128 plus the signal's number.
 
-    It is also a SystemExit, so that Python exits without a traceback where nobody catches it. Python 3.13 and later
+    It is also a SystemExit, so that Python exits without a traceback where nothing catches it. Python 3.13 and later
     check for KeyboardInterrupt first: there, `gamebear` shows no traceback and plain doit shows one.
 
     Args:
@@ -63,7 +63,7 @@ class Terminated(KeyboardInterrupt, SystemExit):
 
     @property
     def code(self) -> int:  # type: ignore[override]
-        """The exit status. Python asks for it when nobody has caught the exception: the process is about to end."""
+        """The exit status. Python reads it if nothing caught the exception: the process is about to exit."""
         if _signals.came and multiprocessing.parent_process() is None:
             end_interrupted(self.number)
         return 128 + self.number
@@ -106,7 +106,7 @@ class Interest:
                 self._settled = True
             elif self._interrupt == "detach" or _signals.orphaned:
                 self._settled = True
-                notice(f"{self._name} goes on on {self._builder.url}; run doit again and it is found")
+                notice(f"{self._name} continues on {self._builder.url}; run doit again to reattach")
             elif id(self) in _waiting:
                 self.stop()
         finally:
@@ -129,7 +129,7 @@ class Interest:
                     thread.start()
                     thread.join(UNSURE)
                     if thread.is_alive():
-                        notice(f"{self._builder.url} does not answer; if {self._name} runs there, doit finds it again")
+                        notice(f"{self._builder.url} does not respond; if {self._name} runs there, doit reattaches")
         except KeyboardInterrupt:
             self.leave()
             raise
@@ -137,7 +137,7 @@ class Interest:
             self._settled = True
 
     def _stop(self) -> None:
-        notice(f"ending {self._name} on {self._builder.url} (Ctrl-C again to leave at once)")
+        notice(f"cancelling {self._name} on {self._builder.url} (Ctrl-C again exits at once)")
         try:
             ended = self._builder.cancel(self._digest, self.attempt)
         except (GamebearError, RuntimeError) as error:
@@ -145,11 +145,11 @@ class Interest:
             notice(f"{self._name} may still run on {self._builder.url}: {why}")
         else:
             if not ended:
-                notice(f"{self._name} goes on on {self._builder.url}: somebody else waits for it too")
+                notice(f"{self._name} continues on {self._builder.url}: another client waits for it")
 
     def leave(self) -> None:
         """Print that the job may still run."""
-        notice(f"{self._name} may still run on {self._builder.url}; run doit again and it is found")
+        notice(f"{self._name} may still run on {self._builder.url}; run doit again to reattach")
 
 
 _waiting: dict[int, Interest] = {}
@@ -231,7 +231,7 @@ def begin_run(*, whole: bool = False) -> bool:
     (nohup) are kept. Worker processes that `doit -n` starts from now on end with this process.
 
     Args:
-        whole: until `end_run`, and not just until the next task of ours has ended.
+        whole: until `end_run`, and not just until the next artifact task has ended.
 
     Returns:
         Whether the handlers were not installed before.
@@ -285,7 +285,7 @@ def running() -> Iterator[None]:
             # The rest is doit's code, which may deadlock on a queue that a killed process has locked.
             threading.Thread(target=_leave_soon, daemon=True).start()
         elif begun or not (is_child or _signals.whole):
-            end_run()  # also what the task's uptodate has begun; there is no other task of ours in the main thread
+            end_run()  # also what the task's uptodate has begun; the main thread runs one artifact task at a time
 
 
 @contextlib.contextmanager
@@ -393,7 +393,7 @@ def end_interrupted(number: int = signal.SIGINT) -> int:
 def _say_once(number: int) -> None:
     if not told.is_set():
         told.set()
-        notice("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+        notice("interrupted" if number == signal.SIGINT else f"terminated by {signal.Signals(number).name}")
 
 
 # worker processes of `doit -n`

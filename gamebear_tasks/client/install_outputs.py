@@ -27,6 +27,10 @@ Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
 """Download an output: (name, offset, sink, limit), offset and limit in bytes. Raises BuilderError."""
 
 
+NO_SPACE = "Free disk space, then run doit again: it downloads and does not build."
+"""Suggested fix for a full disk."""
+
+
 class Mismatch(JobError):
     """The received content does not match the size or SHA-256 that the builder reported."""
 
@@ -83,12 +87,19 @@ def check_place(path: Path) -> None:
         JobError: the path is a folder, one of its parents is not a folder, or permission is missing.
     """
     if path.is_dir():
-        raise JobError(f"{path} is a folder, and should become a file.", "Move it out of the way.")
+        raise JobError(
+            f"{path} cannot be written: it is a folder, not a file.", "Move the folder away, or change the target."
+        )
     folder = next(folder for folder in path.parents if os.path.lexists(folder))
     if not folder.is_dir():
-        raise JobError(f"{folder} is a file, and should be a folder for {path}.", "Move it out of the way.")
+        raise JobError(
+            f"{path} cannot be written: {folder} is a file, not a folder.", "Move the file away, or change the target."
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise JobError(f"{path} cannot be made: you may not write to {folder}.", f"See whose it is: ls -ld {folder}.")
+        raise JobError(
+            f"{path} cannot be written: you have no write permission for {folder}.",
+            f"Check its owner and mode: ls -ld {folder}",
+        )
 
 
 def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
@@ -162,8 +173,8 @@ def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
     if min(missing, output.room) > free:
         part.path.unlink()
         raise JobError(
-            f"There is no room for {part.target}: it takes {size(output.room)}, and {size(free)} are free.",
-            "Make room, then run doit again: it is fetched, not built.",
+            f"{part.target} does not fit on the disk: it needs {size(output.room)}, and {size(free)} are free.",
+            NO_SPACE,
         )
     checked = _Checked(file, have)
     fetch(name, have, checked, missing)
@@ -174,12 +185,12 @@ def _complete(name: str, part: _Part, file: BinaryIO, fetch: Fetch) -> int:
     part.path.unlink()
     if have:
         raise Mismatch(
-            f"What an earlier run had fetched of {part.target} was damaged; it is removed.", "Run doit again."
+            f"{part.target}: the partial download of an earlier run was damaged and is removed.", "Run doit again."
         )
     raise Mismatch(
-        f"{part.target} did not arrive as the builder said it would: {checked.size} of {output.size} bytes,"
-        f" SHA-256 {checked.sha256()} instead of {output.sha256}. It was not kept.",
-        "Run doit again; if it stays so, the builder's disk or memory may be failing: see dmesg there.",
+        f"{part.target} did not arrive intact: "
+        + (f"{checked.size} of {output.size} bytes." if checked.size != output.size else "its SHA-256 does not match."),
+        "Run doit again; if it fails again, check `dmesg` on the builder for disk or memory errors.",
     )
 
 
@@ -278,8 +289,10 @@ def _reason(error: OSError) -> str:
 
 def _remedy(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Make room, then run doit again: it is fetched, not built."
-    return "See that it is there and yours; then run doit again: it is fetched, not built."
+        return NO_SPACE
+    if error.errno == errno.EROFS:
+        return "Mount the file system read-write, then run doit again: it downloads and does not build."
+    return "Check its owner, mode and folder, then run doit again: it downloads and does not build."
 
 
 def _glob_escaped(text: str) -> str:

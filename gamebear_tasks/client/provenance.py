@@ -62,7 +62,7 @@ def write(task: str, plan: Plan, record: Record, builder: Builder) -> list[Path]
     materials = _materials(task, record, builder)
     for image in materials.images:
         if image.gone and not image.packages:
-            notice(f"{task}: the image {image.name or image.id[:12]} is no longer there to say what is installed in it")
+            notice(f"{task}: the packages of {image.name or 'an image'} are unknown: the builder has removed the image")
     definition = _definition(plan, record, materials)
     run = details(record, materials)
     return [write_statement(made.path, made.sha256, definition, run) for made in record.outputs]
@@ -90,7 +90,7 @@ def write_statement(target: str, sha256: str, definition: Json, details: Json) -
     try:
         write_bytes(path, json.dumps(statement, indent=1).encode() + b"\n", mode=file_mode())
     except OSError as error:
-        hint = "Make room, or see whose folder it is."
+        hint = "Free disk space, or check the owner of its folder."
         raise JobError(f"{path} cannot be written: {error.strerror}.", hint) from error
     return path
 
@@ -105,8 +105,8 @@ def check(record: Record) -> None:
 def changed(record: Record, made: Made) -> JobError:
     """Return the error for an artifact that does not match its record."""
     return JobError(
-        f"{made.path} is not the file that {record.task} made: it was changed since, or is gone.",
-        f"Have it made again: doit clean {record.task}, then doit {record.task}.",
+        f"{made.path} does not match the record of {record.task}: it was changed or removed.",
+        f"Rebuild it: doit clean {record.task} && doit {record.task}",
     )
 
 
@@ -126,17 +126,17 @@ def _materials(task: str, record: Record, builder: Builder) -> Materials:
     path = task_log.materials_of(task)
     run = {"task": task, "digest": record.digest, "attempt": record.attempt}
     known = read_json(path)
-    if isinstance(known, dict) and known.get("run") == run and isinstance(known.get("said"), dict):
-        return Materials.of_document(known["said"])
+    if isinstance(known, dict) and known.get("run") == run and isinstance(known.get("report"), dict):
+        return Materials.of_document(known["report"])
     if not isinstance(builder, Traced):
         raise BuilderError(
-            f"{builder.url} does not tell what it builds in, so there is no provenance.",
-            "The package that this builder comes from has to do that; or set provenance to false.",
+            f"{builder.url} does not support provenance.",
+            "Set provenance=no, or use another builder.",
         )
-    said = builder.materials(record.digest, record.attempt)
+    report = builder.materials(record.digest, record.attempt)
     with contextlib.suppress(OSError):  # without the cache, the builder is queried again
-        write_bytes(path, json.dumps({"run": run, "said": said}).encode())
-    return Materials.of_document(said)
+        write_bytes(path, json.dumps({"run": run, "report": report}).encode())
+    return Materials.of_document(report)
 
 
 def _definition(plan: Plan, record: Record, materials: Materials) -> Json:
@@ -215,15 +215,15 @@ def _git_uri(url: str) -> str:
 
 def _image(image: UsedImage) -> Json:
     about = {name: image.notes.get(name, "") for name in ("base", "base-id", "suite", "mirror")}
-    about["made"] = image.notes.get("created") or image.notes.get("date") or ""
+    about["created"] = image.notes.get("created") or image.notes.get("date") or ""
     about["mirror"] = public_url(about["mirror"])
     about["manifest"] = image.manifest
-    about["had"] = _had(image)
+    about["origin"] = _origin(image)
     role = "package image" if about["base-id"] else "image" if image.used else "base image"
     return resource(image.name or image.id[:12], sha256=image.id, role=role, **about)
 
 
-def _had(image: UsedImage) -> str:
+def _origin(image: UsedImage) -> str:
     """Return the origin of an image, judged by its annotations and names: `built`, `registry`, `bootstrap` or empty."""
     ours = [name.removeprefix("localhost/gamebear-base:") for name in image.names if "/gamebear-base:" in name]
     if image.notes.get("base-id"):

@@ -16,15 +16,15 @@ from ..util.text import in_line
 MOST = 8
 """Maximum number of reasons of a kind that are listed individually."""
 
-NEVER = "never built here before"
+NEVER = "not built here before"
 
-ASKED = "asked for (doit -a, doit forget, or an uptodate of its own): its job is as it was"
+ASKED = "forced (doit -a, doit forget or its own uptodate); the job is unchanged"
 
 ENDS = {
     "failed": "its last build failed",
     "cancelled": "its last build was cancelled",
     "interrupted": "its last build was interrupted",
-    "error": "its last build did not come to an end",
+    "error": "its last build ended with an error",
 }
 """Reason by the last record's state, if that is not `done`."""
 
@@ -52,7 +52,7 @@ def reasons_to_bake(job: Mapping[str, Json], last: Record | None, missing: Itera
 
     def differences(before: Mapping[str, Json]) -> Iterator[str]:
         if job["image"] != before.get("image"):
-            yield "what it declares changed: its settings, names or modes"
+            yield "its declaration changed: settings, names or modes"
         files, others = _mapping(job["files"]), _mapping(before.get("files"))
         yield from _bounded(
             [f"{name} changed" for name in sorted(files) if name in others and files[name] != others[name]]
@@ -72,9 +72,9 @@ def _against(
     if last.job:
         found += differences(last.job)
     if last.state == "done" and too_old(last):
-        found.append("the package images that it was built with had grown too old")
+        found.append("the package images of its last build expired")
     if not found:
-        found.append(ASKED if last.job else "the record of its last build does not say from what it was built")
+        found.append(ASKED if last.job else "the record of its last build has no job to compare with")
     return tuple(in_line(reason)[:400] for reason in _bounded(found))
 
 
@@ -96,11 +96,11 @@ def _differences(plan: Plan, now: Mapping[str, Json], before: Mapping[str, Json]
     for key, what in {**kinds, "metadata": "metadata of source"}.items():
         yield from _bounded(list(_of_each(plan, what, _mapping(now.get(key)), _mapping(before.get(key)))))
     if now.get("arch") != before.get("arch"):
-        yield f"the architecture is {now.get('arch')}, and was {before.get('arch')}"
+        yield f"the architecture changed from {before.get('arch')} to {now.get('arch')}"
     if now.get("outputs") != before.get("outputs"):
-        yield "its outputs have other names"
+        yield "the names of its outputs changed"
     if now.get("gamebear") != before.get("gamebear"):
-        yield "jobs are told in another way than before"
+        yield "the format of jobs changed"
 
 
 def _of_each(plan: Plan, what: str, now: Mapping[str, Json], before: Mapping[str, Json]) -> Iterator[str]:
@@ -111,11 +111,11 @@ def _of_each(plan: Plan, what: str, now: Mapping[str, Json], before: Mapping[str
     for name in sorted({*now, *before}):
         shown = plan.inputs.get(name, name) if what == "input" else name
         if name not in before:
-            yield f"the {what} {shown} is new"
+            yield f"the {what} {shown} was added"
         elif name not in now:
-            yield f"the {what} {shown} is gone"
+            yield f"the {what} {shown} was removed"
         elif now[name] != before[name]:
-            yield f"the {what} {shown} {'is another' if what == 'source' else 'changed'}"
+            yield f"the {what} {shown} changed"
 
 
 def _mapping(value: Any) -> Mapping[str, Json]:

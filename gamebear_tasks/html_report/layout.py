@@ -61,7 +61,7 @@ class Page:
             element("meta", http_equiv="Content-Security-Policy", content=POLICY),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
             element("meta", name="color-scheme", content="light dark"),
-            element("title", f"{self.project}: the last runs"),
+            element("title", f"{self.project}: last runs"),
             element("style", style),
         )
         body = element("body", self._header(), element("main", *self._sections()), self._footer())
@@ -70,8 +70,8 @@ class Page:
     def _header(self) -> Html:
         return element(
             "header",
-            element("h1", element("span", self.project, class_="project"), " the last runs"),
-            element("p", "What doit ran, how it was had and why, where the time went.", class_="about"),
+            element("h1", element("span", self.project, class_="project"), " last runs"),
+            element("p", "Tasks that doit ran: result and reason, duration by phase, log.", class_="about"),
         )
 
     def _footer(self) -> Html:
@@ -82,7 +82,7 @@ class Page:
 
     def _sections(self) -> list[Html]:
         if not self.runs:
-            empty = "Nothing has been built here yet. Run doit, then gamebear report again."
+            empty = "No task has run here yet. Run doit, then gamebear report."
             return [element("p", empty, class_="empty")]
         told = model.told(self.runs)
         failures = [each for tasks in told for each in tasks if each.is_newest and each.record.state != "done"]
@@ -103,18 +103,18 @@ class Page:
                     "li",
                     element("h3", record.task, " ", _badge(model.way(record))),
                     element("p", _when(record.begun), " on ", _where(record.builder), class_="facts"),
-                    element("p", record.failure or "There is no more to tell of it.", class_="failure"),
+                    element("p", record.failure or "No error message.", class_="failure"),
                     log,
                 )
             )
         more = [_more(len(failures) - TASKS)] if len(failures) > TASKS else []
         return element(
             "section",
-            element("h2", "Not well", id="not-well"),
+            element("h2", "Failed", id="failed"),
             element("ul", *items, class_="cards"),
             *more,
             class_="failures",
-            aria_labelledby="not-well",
+            aria_labelledby="failed",
         )
 
     def _run(self, run: Run, tasks: list[Told], number: int) -> Html:
@@ -142,7 +142,7 @@ class Page:
         if len(tasks) > len(shown):
             parts.append(_more(len(tasks) - len(shown)))
         if not run.is_whole:
-            parts.append(element("p", "doit was ended before it could say what was up to date.", class_="facts"))
+            parts.append(element("p", "doit was killed, so its up-to-date tasks are unknown.", class_="facts"))
         if run.up_to_date:
             parts.append(_up_to_date(run.up_to_date))
         return element("details", summary, *parts, class_="run", open=number == 0)
@@ -159,7 +159,7 @@ class Page:
         took = element(
             "div", element("span", duration(record.seconds), class_="took"), " ", _change(told), class_="time"
         )
-        why = element("p", "; ".join(record.why) or "It is not known why.", class_="why")
+        why = element("p", f"Reason: {'; '.join(record.why) or 'unknown'}", class_="why")
         failure = [element("p", record.failure, class_="failure")] if record.failure else []
         return element(
             "li",
@@ -178,11 +178,11 @@ class Page:
             lines = "\n".join(_lines(told))[-self._room :]
             self._room -= len(lines)
             kept = len(entry.log.encode("utf-8", "replace"))
-            cut = f"the last {size(kept)} of {size(entry.size)}" if kept < entry.size else size(entry.size)
-            parts.append(element("p", "The log, ", cut, *([": ", files] if files else []), class_="facts"))
+            cut = f"last {size(kept)} of {size(entry.size)}" if kept < entry.size else size(entry.size)
+            parts.append(element("p", "Log (", cut, ")", *([": ", files] if files else []), class_="facts"))
             parts.append(_scrolled(lines, f"log of {told.record.task}"))
         else:
-            what = "Its log is not in this page" if entry.size else "It has no log"
+            what = "Log not included" if entry.size else "No log"
             parts.append(element("p", what, *([": ", files] if files else ["."]), class_="facts"))
         return element(
             "details", element("summary", "Phases and log"), _phases(told), element("div", *parts), class_="log"
@@ -209,7 +209,7 @@ def _legend() -> Html:
         "section",
         element("h2", "Colours", id="colours"),
         element("ul", *items),
-        element("p", "The upper line of a task is this machine, the lower one its builder."),
+        element("p", "Upper bar of a task: this machine. Lower bar: its builder."),
         class_="legend",
         aria_labelledby="colours",
     )
@@ -268,7 +268,7 @@ def _bar(phase: Phase, offset: float, first: float, last: float, kind: str) -> H
     end = min(max(phase.start + offset + phase.seconds, start), last)
     left = 100 * (start - first) / (last - first)
     width = 100 * (end - start) / (last - first)
-    title = f"{phase.name}: {duration(phase.seconds)}, from {duration(max(phase.start, 0))} on" if phase.name else None
+    title = f"{phase.name}: {duration(phase.seconds)}, at {duration(max(phase.start, 0))}" if phase.name else None
     return element("span", class_=f"bar {kind}", style=f"left:{min(left, 100):.3f}%;width:{width:.3f}%", title=title)
 
 
@@ -281,8 +281,8 @@ def _change(told: Told) -> Html:
     if change is None or told.before is None:
         return Html()
     if abs(change) < model.ALIKE:
-        return element("span", "as before", class_="change")
-    title = f"{duration(told.before.seconds)} the time before"
+        return element("span", "unchanged", class_="change")
+    title = f"previously {duration(told.before.seconds)}"
     return element("span", _percent(change), class_=f"change {'more' if change > 0 else 'less'}", title=title)
 
 
@@ -298,7 +298,7 @@ def _made(told: Told) -> Html:
     for made in record.outputs[:20]:
         growth = told.growth(made)
         if told.is_same(made):
-            note = " (the same)"
+            note = " (unchanged)"
         elif growth is not None and abs(growth) >= 0.0005:
             note = f" ({'+' if growth > 0 else MINUS}{abs(growth) * 100:.1f} %)"
         else:
@@ -319,7 +319,7 @@ def _phases(told: Told) -> Html:
         element(
             "tr",
             element("th", element("span", class_=f"swatch {model.KIND_OF.get(name, '')}"), f" {name}", scope="row"),
-            element("td", "builder" if name in BUILDER else "here"),
+            element("td", "builder" if name in BUILDER else "this machine"),
             element("td", duration(seconds), class_="number"),
         )
         for name, seconds in totals.items()
@@ -340,7 +340,7 @@ def _last_lines(told: Told) -> Html:
     if told.entry.log:
         parts.append(_scrolled("\n".join(_lines(told)[-LINES:]), f"last lines of {told.record.task}"))
     if files := _files(told):
-        parts.append(element("p", "There is more: ", files, class_="facts"))
+        parts.append(element("p", "Files: ", files, class_="facts"))
     return joined(*parts)
 
 
@@ -395,5 +395,5 @@ def _when(seconds: float) -> Html:
         local = time.strftime("%-d %B %Y, %H:%M:%S", time.localtime(seconds))
         exact = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
     except (OverflowError, ValueError, OSError):  # a damaged record
-        return Html("at some time")
+        return Html("unknown time")
     return element("time", local, datetime=exact)

@@ -30,7 +30,7 @@ class Told:
 
     Attributes:
         entry: the task's record and log.
-        before: its previous successful record with a result of the same origin (`had`); None without one.
+        before: its previous successful record with a result of the same `origin`; None without one.
         made_before: its outputs before this run, by path.
         is_newest: whether no later run has a record of the task, so that the task's files belong to this run.
     """
@@ -84,7 +84,7 @@ def told(runs: Sequence[Run]) -> list[list[Told]]:
         here = []
         for entry in run.entries:
             record = entry.record
-            key = record.task, record.had
+            key = record.task, record.origin
             here.append(Told(entry, went.get(key), dict(made.get(record.task, {})), record.task in tasks))
             if record.state == "done":
                 went[key] = record
@@ -105,8 +105,8 @@ def counts(run: Run) -> dict[str, int]:
 
 
 def way(record: Record) -> str:
-    """Return a task's result, in a word: the origin (`had`) if it was successful, else the state."""
-    return record.had if record.state == "done" else record.state
+    """Return a task's result, in a word: the `origin` if it was successful, else the state."""
+    return record.origin if record.state == "done" else record.state
 
 
 def span(run: Run) -> tuple[float, float]:

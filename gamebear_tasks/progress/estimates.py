@@ -26,7 +26,7 @@ def seconds(task: str, builder: str, last: Record | None) -> float | None:
 
 
 def _tells(record: Record) -> bool:
-    return record.state == "done" and record.had in ("built", "baked")
+    return record.state == "done" and record.origin in ("built", "baked")
 
 
 @cache

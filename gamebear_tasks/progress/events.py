@@ -8,7 +8,7 @@ every log line. An event is a JSON object with `task` and any of these keys:
 - `builder`: the builder's URL; `expected`: seconds that the last build took, null if unknown;
 - `up`, `down`: bytes sent and received so far; `goal`: bytes of the transfer that starts now;
 - `line`: last line of the log; `lines`: complete log lines to show;
-- `had`, `seconds`, `line_at_end`: origin, duration and summary of a successful result (see `task_record`).
+- `origin`, `seconds`, `line_at_end`: origin, duration and summary of a successful result (see `task_record`).
 
 An event with `asking` has no task. It reports whether the user is being prompted at the terminal, and the view
 acknowledges it with a byte.
@@ -54,7 +54,7 @@ Event = Mapping[str, Any]
 
 def left_out(count: int) -> str:
     """Return the line that replaces dropped log lines."""
-    return f"({count:,} lines are not shown, as the terminal took nothing for a while: build/logs has them)"
+    return f"({count:,} lines omitted: the terminal accepted no data; the log in build/logs is complete)"
 
 
 class Audience(Protocol):
@@ -142,7 +142,7 @@ class _Wire:
         and are dropped if the buffer is full.
         """
         is_log = "lines" in event
-        is_end = "had" in event
+        is_end = "origin" in event
         waits: float | None = 0.0
         if is_log or (is_end and self._patience is None):
             waits = self._patience
@@ -311,7 +311,9 @@ class Telling:
 
     def ended(self, record: Record) -> None:
         """Send the final event of a successful task."""
-        self.tell(had=record.had, seconds=record.seconds, up=record.up, down=record.down, line_at_end=record.line())
+        self.tell(
+            origin=record.origin, seconds=record.seconds, up=record.up, down=record.down, line_at_end=record.line()
+        )
 
 
 class _Lines:

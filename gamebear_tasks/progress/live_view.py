@@ -233,7 +233,7 @@ class Live:
         except Exception as error:  # noqa: BLE001 - builds continue without a view
             self._broken = True
             self._give_back()
-            notice(f"the live view has ended ({type(error).__name__}: {error}); what it showed is in build/logs")
+            notice(f"the live view failed ({type(error).__name__}: {error}); builds continue, see build/logs")
             if self._hearing is not None:
                 self._hearing.deafen()
             while not self._closing:
@@ -333,7 +333,7 @@ class Live:
         The worker delays it while the terminal accepts no data.
         """
         task = self.board.running.get(name)
-        return self._hearing is not None and how == "done" and task is not None and task.tells and not task.had
+        return self._hearing is not None and how == "done" and task is not None and task.tells and not task.origin
 
     # the terminal
 

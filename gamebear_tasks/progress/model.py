@@ -17,7 +17,7 @@ DOING = {
     "sources": "sources",
     "upload": "uploading",
     "fetch": "fetching",
-    "place": "placing",
+    "place": "installing",
     "queue": "queued",
     "prepare": "preparing",
     "container": "container",
@@ -33,6 +33,12 @@ DOING = {
     "compress": "compressing",
 }
 """Display text of each phase."""
+
+EVENT_FIELDS = (
+    *("phase", "there", "ahead", "builder", "expected"),
+    *("up", "down", "goal", "line", "origin", "seconds"),
+)
+"""Fields of an event that are attributes of `Running`."""
 
 TRANSFERS = ("upload", "fetch")
 """Phases that transfer bytes and show a transfer rate."""
@@ -56,7 +62,7 @@ class Running:
         goal: bytes of the current transfer; 0 if unknown.
         line: last line of the log.
         tells: its build has sent an event.
-        had: origin of its result (see `task_record`); empty until it is known.
+        origin: source of its result (see `task_record`); empty until it is known.
         seconds: its duration; negative until it is known.
         line_at_end: one-line summary of its result.
     """
@@ -74,7 +80,7 @@ class Running:
     goal: int = 0
     line: str = ""
     tells: bool = False
-    had: str = ""
+    origin: str = ""
     seconds: float = -1.0
     line_at_end: str = ""
     _samples: deque[tuple[float, int]] = field(default_factory=deque)
@@ -112,7 +118,19 @@ class Running:
             self._samples.clear()
         if self.there == "queue" and event.get("there", "queue") != "queue":
             self.line = ""  # the last line was about waiting
-        for name in ("phase", "there", "ahead", "builder", "expected", "up", "down", "goal", "line", "had", "seconds"):
+        for name in (
+            "phase",
+            "there",
+            "ahead",
+            "builder",
+            "expected",
+            "up",
+            "down",
+            "goal",
+            "line",
+            "origin",
+            "seconds",
+        ):
             if name in event:
                 setattr(self, name, event[name])
         self.line_at_end = event.get("line_at_end", self.line_at_end)
@@ -201,7 +219,7 @@ class Board:
         now = time.monotonic()
         was = self.running.pop(name, None) or Running(name, now)
         self._ended.add(name)
-        how = was.had or how if how == "done" else how
+        how = was.origin or how if how == "done" else how
         self.counts[how] += 1
         if how == "failed":
             self.failed.append(name)

@@ -95,7 +95,7 @@ class Plain:
     def _summary(self, spent: str) -> str:
         if not self.board.up + self.board.down:
             return f"{self.board.summary()} in {spent}"
-        return f"{self.board.summary()} in {spent}, {size(self.board.up)} up, {size(self.board.down)} down"
+        return f"{self.board.summary()} in {spent}, {size(self.board.up)} sent, {size(self.board.down)} received"
 
     def _run(self, hearing: Hearing) -> None:
         try:

@@ -100,7 +100,7 @@ def _running_line(task: Running, now: float, columns: int, names: int, before: i
     line.append(f"{_before(task):<{before}}", "yellow" if late else "dim")
     line.append("  ")
     if waits and task.ahead is not None:
-        line.append(f"{task.ahead} before it" if task.ahead else "next", "dim")
+        line.append(f"{task.ahead} ahead" if task.ahead else "next", "dim")
     elif task.transfers and (task.moved > 64 << 10 or task.goal > 1 << 20):
         _append_transfer(line, task, now, columns, signs)
     else:

@@ -182,7 +182,7 @@ class TaskLog:
         room = max(0, LIMIT - self.offset)
         self._keep(memoryview(data)[:room])
         if room and len(data) > room:
-            notice(f"{self.path} is full with the log's first {size(LIMIT)}; the rest is only shown")
+            notice(f"{self.path} has the first {size(LIMIT)} of the log; the rest is only shown")
         self._last = (self._last + data)[-_LAST:]
         self.offset += len(data)
         if self._out is None and self._tell is None:
@@ -203,8 +203,8 @@ class TaskLog:
                 data = data[self._file.write(data) :]
         except OSError as error:
             raise JobError(
-                f"The log {self.path} cannot be written: {error.strerror}.",
-                "Make room, then run doit again: what is being built goes on, and is found.",
+                f"{self.path} cannot be written: {error.strerror}.",
+                "Free disk space, then run doit again: the build continues, and doit reattaches.",
             ) from error
 
     def last_lines(self, count: int) -> list[str]:

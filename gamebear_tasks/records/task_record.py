@@ -3,7 +3,7 @@
 A record is JSON. It is written when the task ends, whether it succeeded or not, and replaced by the next run::
 
     {"version": 1, "task": "umtprd", "digest": "…", "attempt": "…", "builder": "ssh://pi@buildpi",
-     "state": "done", "failure": "", "had": "built", "why": ["buildscripts/umtprd.py changed"],
+     "state": "done", "failure": "", "origin": "built", "why": ["buildscripts/umtprd.py changed"],
      "begun": "2020-01-31T12:00:00.000Z", "seconds": 41.3, "bytes": {"up": 70123, "down": 51234},
      "outputs": [{"name": "umtprd", "path": "build/umtprd", "size": 51234, "sha256": "…"}],
      "valid": {"since": 1580472000.0, "seconds": 2592000.0},
@@ -12,9 +12,9 @@ A record is JSON. It is written when the task ends, whether it succeeded or not,
 
 `begun` is the time at which doit started the task, by this machine's clock. The starts of the phases are seconds since
 `begun`. They are negative for phases before it: loading doit, a build that another doit started. The client's phases
-do not overlap each other; the builder's phases overlap the client's. `had` is the origin of the result: `built`,
-`followed` (the build was already running), `fetched` (it was built before) or `baked` (an SD-card image, made on this
-machine). `job` is the job's document (see `jobspec.spec`), including the values of its arguments.
+do not overlap each other; the builder's phases overlap the client's. `origin` is `built`, `followed` (the build was
+already running), `fetched` (it was built before) or `baked` (an SD-card image, made on this machine). `job` is the
+job's document (see `jobspec.spec`), including the values of its arguments.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Record:
         builder: the builder's URL without credentials; empty for this machine.
         state: the result: `done`; `failed` or `cancelled` like the job; `interrupted` by a signal; `error` for a
             failure of the builder, the network or this machine, not of the job.
-        had: origin of the result: `built`, `followed`, `fetched` or `baked`.
+        origin: source of the result: `built`, `followed`, `fetched` or `baked`.
         begun: start time, in seconds since 1970.
         seconds: its duration.
         up: bytes sent to the builder.
@@ -117,7 +117,7 @@ class Record:
     digest: str
     builder: str
     state: str
-    had: str
+    origin: str
     begun: float
     seconds: float
     up: int
@@ -142,7 +142,7 @@ class Record:
         totals = self.totals()
         totals.pop("load", None)  # before the task started, so not part of its duration
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in totals.items() if seconds >= 0.05)
-        text = f"{self.task}: {self.had} in {duration(self.seconds)} on {self.builder}"
+        text = f"{self.task}: {self.origin} in {duration(self.seconds)} on {self.builder}"
         return f"{text} ({spent})" if spent else text
 
     def document(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Record:
             "builder": self.builder,
             "state": self.state,
             "failure": self.failure,
-            "had": self.had,
+            "origin": self.origin,
             "why": list(self.why),
             "begun": f"{begun}.{milliseconds % 1000:03}Z",
             "seconds": self.seconds,
@@ -185,7 +185,7 @@ class Record:
                 digest=str(document["digest"]),
                 builder=str(document["builder"]),
                 state=str(document["state"]),
-                had=str(document["had"]),
+                origin=str(document["origin" if "origin" in document else "had"]),  # `had` before 0.2
                 begun=_seconds_of(document["begun"]),
                 seconds=finite(document["seconds"]),
                 up=_count(document["bytes"]["up"]),
@@ -216,7 +216,7 @@ def finite(value: Any) -> float:
     """Validate a time in a record, in seconds, possibly negative; raises ValueError."""
     number = float(value)
     if not abs(number) < MOST_SECONDS:  # NaN is not less than anything
-        raise ValueError("no time")
+        raise ValueError("invalid time")
     return number
 
 
@@ -224,7 +224,7 @@ def _count(value: Any) -> int:
     """Validate a number of bytes in a record; raises ValueError."""
     number = int(value)
     if not 0 <= number < 1 << 63:
-        raise ValueError("no number of bytes")
+        raise ValueError("invalid number of bytes")
     return number
 
 
@@ -327,12 +327,12 @@ class Stopwatch:
         self._told = self.elapsed() - max((phase.start + phase.seconds for phase in phases), default=0.0)
         self._builders = tuple(replace(phase, start=round(self._told + phase.start, 3)) for phase in phases)
 
-    def record(self, task: str, digest: str, builder: str, state: str, had: str) -> Record:
+    def record(self, task: str, digest: str, builder: str, state: str, origin: str) -> Record:
         """Return a record of the task up to now; the parameters are attributes of `Record`."""
         phases = [self._until_told(Phase(*span)) for span in self._phases.spans] + list(self._builders)
         phases.sort(key=lambda phase: phase.start)
         elapsed = round(self.elapsed(), 3)
-        return Record(task, digest, builder, state, had, self.begun, elapsed, self.up, self.down, tuple(phases))
+        return Record(task, digest, builder, state, origin, self.begun, elapsed, self.up, self.down, tuple(phases))
 
     def _until_told(self, phase: Phase) -> Phase:
         """Cut an upload phase at the job's submission: the builder may work on the job before it responds."""
