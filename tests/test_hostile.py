@@ -219,7 +219,7 @@ def test_an_honest_one_would_be_believed(hostile: Hostile) -> None:
 
 # outputs
 
-OTHERS = "x failed on local: the builder returned other outputs"
+OTHERS = "failed on local: the builder returned other outputs"
 
 
 @pytest.mark.parametrize(
@@ -622,7 +622,7 @@ def follow(request): send(b"all is well\\n" * 20_000, state="running", attempt="
 """
     )
     run = hostile.doit("-v", "0", "time_limit=1").failed(
-        "x failed on local: it still runs", "after its time limit of 1 s."
+        "failed on local: it still runs", "after its time limit of 1 s."
     )
     assert "build/logs/x.log has the first 2.0 MiB of the log; the rest is only shown" in run.err
     assert (hostile.project.folder / "build" / "logs" / "x.log").stat().st_size == 2 * MIB
@@ -660,7 +660,7 @@ def submit(request): send(state="running", attempt="a1")
 def follow(request): send(state="running", attempt="a1")
 """
     )
-    hostile.doit("time_limit=1").failed("x failed on local: it still runs")
+    hostile.doit("time_limit=1").failed("failed on local: it still runs")
     assert hostile.asked.count("follow") < 30
 
 
@@ -676,7 +676,7 @@ def follow(request): send(bytes(8 << 20), state="running", attempt="a1")
 
 def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
     hostile.refused(
-        "def follow(request): send(state='running', attempt='another')", "x failed on local: the job was lost 3 times"
+        "def follow(request): send(state='running', attempt='another')", "failed on local: the job was lost 3 times"
     )
 
 

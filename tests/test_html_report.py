@@ -93,6 +93,7 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     read = Reader(path.read_text())
     failed, _, runs = read.text.partition(" Colours ")
     assert "Failed x failed" in failed and "ZeroDivisionError" in failed and "that is x" in failed
+    assert "division by zero. → Fix the script at x y.py, line 1" in failed
     assert "1 failed" in runs and "x y.py changed" in runs
     assert "2 built" in runs and "Reason: not built here before" in runs and "this is x" in runs
     assert read.links
@@ -108,7 +109,7 @@ def test_times_and_sizes_are_compared_with_the_time_before() -> None:
     failed = record("a", state="failed", outputs=(), seconds=1.0)
     quick = record("a", seconds=9.0, outputs=(Made("x", "build/a", 2048, "ab" * 32),))
     runs = [run(each, begun=1e9 + number) for number, each in enumerate([first, slower, failed, fetched, quick])]
-    changes = [[told.change for told in tasks] for tasks in model.told(runs[::-1])]
+    changes = [[each.change for each in tasks] for tasks in model.compared(runs[::-1])]
     assert changes == [[-0.5], [None], [None], [1.0], [None]]
     text = Reader(page(runs[::-1], "p", 1e9)).text
     assert "18 s +100 %" in text and f"9.0 s {chr(0x2212)}50 %" in text

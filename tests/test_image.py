@@ -849,7 +849,7 @@ def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch
     project.write("dodo.py", DODO.format(password=HASH, more='enable=["nothing.service"],'))
     project.doit().failed()
     record = record_of(project)
-    assert record.why == ("what it declares changed: its settings, names or modes", "key.pub changed")
+    assert record.why == ("its declaration changed: settings, names or modes", "key.pub changed")
     assert (record.state, record.failure[:34]) == ("failed", "The image has no unit nothing.serv")
     monkeypatch.chdir(project.folder)
     assert [[entry.record.state for entry in run.entries] for run in last_runs()] == [["failed"], ["done"]]

@@ -207,8 +207,7 @@ class Building:
             if status.state == "lost":
                 notice(f"{name} was lost on {builder.url}: the builder restarted or ran out of memory")
             elif not again or count == TRIES:
-                failed = status.failure
-                self.note(status.state, f"{failed.message} {failed.hint}".strip() if failed else "")
+                self.note(status.state, run_journal.failure(*_texts(status)) if status.failure else "")
                 raise self._failure(builder, status, log)
         raise JobError(
             f"{self._failed_on}: the job was lost {TRIES} times.",
@@ -288,15 +287,13 @@ class Building:
         if status.state == "cancelled":
             again = shlex.join(["doit", self.task, *typed_settings()])
             return JobError(f"{self.task} was cancelled on {self._url}.", f"Build it again: {again}")
-        cause = status.failure.message.strip() if status.failure else ""
-        cause = cause or "the builder reported no cause"
-        hint = status.failure.hint if status.failure else ""
+        cause, hint = _texts(status)
         lines = [] if log.is_shown else log.last_lines(TAIL)
         tail = [f"  | {line}" for line in lines if not line.startswith(OWN_LINES)]
         step = self._next_step(builder, status)
         return JobError(
-            f"{self._failed_on}: {cause}{'' if cause.endswith(ENDS) else '.'}",
-            hint or "Read the log, fix the cause, then run doit again.",
+            f"{self._failed_on}: {cause}",
+            hint,
             [
                 f"The log is {log.path}{' and ends with:' if tail else '.'}",
                 *tail,
@@ -314,6 +311,14 @@ class Building:
         if status.failure.containers:
             return f"To keep its container for a shell: doit {task} keep_failed=yes; gamebear shell {task}"
         return ""
+
+
+def _texts(status: Status) -> tuple[str, str]:
+    """Return the cause of a failure, as a sentence, and its fix."""
+    cause = status.failure.message.strip() if status.failure else ""
+    cause = cause or "the builder reported no cause"
+    hint = status.failure.hint if status.failure else ""
+    return cause if cause.endswith(ENDS) else f"{cause}.", hint or "Read the log, fix the cause, then run doit again."
 
 
 def typed_settings() -> tuple[str, ...]:

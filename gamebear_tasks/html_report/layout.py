@@ -16,7 +16,7 @@ from ..util.locations import LOGS
 from ..util.text import duration, line_of, size
 from . import model
 from .html import Html, element, joined
-from .model import Told
+from .model import TaskRun
 
 TASKS = 200
 """Maximum number of tasks that are shown for a run."""
@@ -84,20 +84,20 @@ class Page:
         if not self.runs:
             empty = "No task has run here yet. Run doit, then gamebear report."
             return [element("p", empty, class_="empty")]
-        told = model.told(self.runs)
-        failures = [each for tasks in told for each in tasks if each.is_newest and each.record.state != "done"]
+        compared = model.compared(self.runs)
+        failures = [each for tasks in compared for each in tasks if each.is_newest and each.record.state != "done"]
         sections = [self._failures(failures)] if failures else []
         sections.append(_legend())
-        for number, (run, tasks) in enumerate(zip(self.runs, told, strict=True)):
+        for number, (run, tasks) in enumerate(zip(self.runs, compared, strict=True)):
             sections.append(self._run(run, tasks, number))
         return sections
 
-    def _failures(self, failures: list[Told]) -> Html:
+    def _failures(self, failures: list[TaskRun]) -> Html:
         """Return the section about the tasks whose last run was not successful."""
         items = []
-        for told in failures[:TASKS]:
-            record = told.record
-            log = _last_lines(told)
+        for task_run in failures[:TASKS]:
+            record = task_run.record
+            log = _last_lines(task_run)
             items.append(
                 element(
                     "li",
@@ -117,9 +117,9 @@ class Page:
             aria_labelledby="failed",
         )
 
-    def _run(self, run: Run, tasks: list[Told], number: int) -> Html:
+    def _run(self, run: Run, tasks: list[TaskRun], number: int) -> Html:
         name = f"run-{number + 1}"
-        up, down = model.totals(told.record for told in tasks)
+        up, down = model.totals(task_run.record for task_run in tasks)
         sums = [f"{duration(run.seconds)}", f"{size(up)} sent", f"{size(down)} received"]
         asked = element("span", "doit ", " ".join(run.asked), class_="asked") if run.asked else None
         badges = [
@@ -135,7 +135,7 @@ class Page:
         )
         first, last = model.span(run)
         shown = tasks[:TASKS]
-        rows = [self._task(told, run.begun, first, last) for told in shown]
+        rows = [self._task(task_run, run.begun, first, last) for task_run in shown]
         parts = [
             element("div", _axis(first, last), element("ol", *rows, class_="tasks"), class_="timeline"),
         ]  # fmt: skip
@@ -147,8 +147,8 @@ class Page:
             parts.append(_up_to_date(run.up_to_date))
         return element("details", summary, *parts, class_="run", open=number == 0)
 
-    def _task(self, told: Told, begun: float, first: float, last: float) -> Html:
-        record = told.record
+    def _task(self, task_run: TaskRun, begun: float, first: float, last: float) -> Html:
+        record = task_run.record
         head = element(
             "div",
             element("h3", record.task),
@@ -157,35 +157,35 @@ class Page:
             class_="name",
         )
         took = element(
-            "div", element("span", duration(record.seconds), class_="took"), " ", _change(told), class_="time"
+            "div", element("span", duration(record.seconds), class_="took"), " ", _change(task_run), class_="time"
         )
         why = element("p", f"Reason: {'; '.join(record.why) or 'unknown'}", class_="why")
         failure = [element("p", record.failure, class_="failure")] if record.failure else []
         return element(
             "li",
             head,
-            _bars(told, begun, first, last),
+            _bars(task_run, begun, first, last),
             took,
-            element("div", why, *failure, _made(told), self._log(told), class_="rest"),
+            element("div", why, *failure, _made(task_run), self._log(task_run), class_="rest"),
         )
 
-    def _log(self, told: Told) -> Html:
+    def _log(self, task_run: TaskRun) -> Html:
         """Return the collapsible element with a task's phases and the end of its log."""
-        entry = told.entry
+        entry = task_run.entry
         parts = []
-        files = _files(told)
+        files = _files(task_run)
         if entry.log and self._room > 0:
-            lines = "\n".join(_lines(told))[-self._room :]
+            lines = "\n".join(_lines(task_run))[-self._room :]
             self._room -= len(lines)
             kept = len(entry.log.encode("utf-8", "replace"))
             cut = f"last {size(kept)} of {size(entry.size)}" if kept < entry.size else size(entry.size)
             parts.append(element("p", "Log (", cut, ")", *([": ", files] if files else []), class_="facts"))
-            parts.append(_scrolled(lines, f"log of {told.record.task}"))
+            parts.append(_scrolled(lines, f"log of {task_run.record.task}"))
         else:
             what = "Log not included" if entry.size else "No log"
             parts.append(element("p", what, *([": ", files] if files else ["."]), class_="facts"))
         return element(
-            "details", element("summary", "Phases and log"), _phases(told), element("div", *parts), class_="log"
+            "details", element("summary", "Phases and log"), _phases(task_run), element("div", *parts), class_="log"
         )
 
 
@@ -248,8 +248,8 @@ def _clock(second: float, length: float) -> str:
     return f"{sign}{hours}:{minutes:02}:{seconds:02}" if hours else f"{sign}{minutes}:{seconds:02}"
 
 
-def _bars(told: Told, begun: float, first: float, last: float) -> Html:
-    record = told.record
+def _bars(task_run: TaskRun, begun: float, first: float, last: float) -> Html:
+    record = task_run.record
     offset = record.begun - begun
     whole = Phase("", 0.0, record.seconds)
     theirs = [phase for phase in record.phases if phase.name in BUILDER]
@@ -276,13 +276,13 @@ def _badge(way: str, text: str = "") -> Html:
     return element("span", text or way, class_=f"badge {way.replace(' ', '-')}")
 
 
-def _change(told: Told) -> Html:
-    change = told.change
-    if change is None or told.before is None:
+def _change(task_run: TaskRun) -> Html:
+    change = task_run.change
+    if change is None or task_run.before is None:
         return Html()
     if abs(change) < model.ALIKE:
         return element("span", "unchanged", class_="change")
-    title = f"previously {duration(told.before.seconds)}"
+    title = f"previously {duration(task_run.before.seconds)}"
     return element("span", _percent(change), class_=f"change {'more' if change > 0 else 'less'}", title=title)
 
 
@@ -292,12 +292,12 @@ def _percent(change: float) -> str:
     return f"{'+' if change > 0 else MINUS}{abs(change) * 100:.0f} %"
 
 
-def _made(told: Told) -> Html:
-    record = told.record
+def _made(task_run: TaskRun) -> Html:
+    record = task_run.record
     parts: list[str] = []
     for made in record.outputs[:20]:
-        growth = told.growth(made)
-        if told.is_same(made):
+        growth = task_run.growth(made)
+        if task_run.is_same(made):
             note = " (unchanged)"
         elif growth is not None and abs(growth) >= 0.0005:
             note = f" ({'+' if growth > 0 else MINUS}{abs(growth) * 100:.1f} %)"
@@ -311,8 +311,8 @@ def _made(told: Told) -> Html:
     return element("ul", *(element("li", part) for part in parts), class_="facts")
 
 
-def _phases(told: Told) -> Html:
-    totals = told.record.totals()
+def _phases(task_run: TaskRun) -> Html:
+    totals = task_run.record.totals()
     if not totals:
         return Html()
     rows = [
@@ -330,16 +330,16 @@ def _phases(told: Told) -> Html:
     )  # fmt: skip
 
 
-def _lines(told: Told) -> list[str]:
-    return list(map(line_of, told.entry.log.rstrip("\n").split("\n")))
+def _lines(task_run: TaskRun) -> list[str]:
+    return list(map(line_of, task_run.entry.log.rstrip("\n").split("\n")))
 
 
-def _last_lines(told: Told) -> Html:
+def _last_lines(task_run: TaskRun) -> Html:
     """Return the last log lines of a failed task, and links to its files."""
     parts = []
-    if told.entry.log:
-        parts.append(_scrolled("\n".join(_lines(told)[-LINES:]), f"last lines of {told.record.task}"))
-    if files := _files(told):
+    if task_run.entry.log:
+        parts.append(_scrolled("\n".join(_lines(task_run)[-LINES:]), f"last lines of {task_run.record.task}"))
+    if files := _files(task_run):
         parts.append(element("p", "Files: ", files, class_="facts"))
     return joined(*parts)
 
@@ -349,13 +349,13 @@ def _scrolled(lines: str, label: str) -> Html:
     return element("div", element("pre", lines), class_="lines", tabindex="0", role="region", aria_label=label)
 
 
-def _files(told: Told) -> Html | None:
+def _files(task_run: TaskRun) -> Html | None:
     """Return links to the task's log and record, if they still belong to this run."""
-    task = told.record.task
-    record = run_journal.last(task) if told.is_newest else None
-    if record is None or record.begun != told.record.begun:
+    task = task_run.record.task
+    record = run_journal.last(task) if task_run.is_newest else None
+    if record is None or record.begun != task_run.record.begun:
         return None
-    links = [("the whole log", path_of(task))] if told.entry.size else []
+    links = [("the whole log", path_of(task))] if task_run.entry.size else []
     links.append(("the record", record_of(task)))
     shown = [joined(" and " if number else "", _link(*link)) for number, link in enumerate(links)]
     return joined(*shown, ".")

@@ -25,7 +25,7 @@ ALIKE = 0.02
 
 
 @dataclass(frozen=True)
-class Told:
+class TaskRun:
     """A task of a run, and the records to compare it with.
 
     Attributes:
@@ -65,7 +65,7 @@ class Told:
         return before is not None and before.sha256 == made.sha256 != ""
 
 
-def told(runs: Sequence[Run]) -> list[list[Told]]:
+def compared(runs: Sequence[Run]) -> list[list[TaskRun]]:
     """Return the tasks of each run, unsuccessful ones first.
 
     Args:
@@ -79,13 +79,13 @@ def told(runs: Sequence[Run]) -> list[list[Told]]:
         later |= names
     went: dict[tuple[str, str], Record] = {}
     made: dict[str, dict[str, Made]] = {}
-    found: list[list[Told]] = []
+    found: list[list[TaskRun]] = []
     for run, tasks in zip(reversed(runs), reversed(newest), strict=True):
         here = []
         for entry in run.entries:
             record = entry.record
             key = record.task, record.origin
-            here.append(Told(entry, went.get(key), dict(made.get(record.task, {})), record.task in tasks))
+            here.append(TaskRun(entry, went.get(key), dict(made.get(record.task, {})), record.task in tasks))
             if record.state == "done":
                 went[key] = record
                 made[record.task] = {output.path: output for output in record.outputs}

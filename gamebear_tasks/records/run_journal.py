@@ -79,13 +79,19 @@ def noted(note: Callable[[str, str], object]) -> Iterator[None]:
     try:
         yield
     except (GamebearError, OSError) as error:
-        note("failed" if isinstance(error, ImageError) else "error", str(error).partition("\n")[0])
+        text = failure(error.message, error.hint) if isinstance(error, GamebearError) else str(error)
+        note("failed" if isinstance(error, ImageError) else "error", text)
         raise
     except BaseException:  # Ctrl-C, or a bug
         note("interrupted", "")
         raise
     finally:
         del _underway[id(note)]
+
+
+def failure(message: str, hint: str) -> str:
+    """Return the text of a failure for a record: cause and fix, a line each."""
+    return f"{message}\n→ {hint}" if hint else message
 
 
 _underway: dict[int, Callable[[str, str], object]] = {}

@@ -107,7 +107,7 @@ class Record:
         phases: its phases, sorted by start.
         attempt: the builder's id of this run of the job; empty without one.
         why: the reasons for the build, a phrase each (see `rebuild_reasons`).
-        failure: the error message, a paragraph; empty if there was no error.
+        failure: cause and fix, a line each; empty if there was no error.
         outputs: the outputs that were installed as targets.
         valid: `since` (seconds since 1970) and `seconds` for which the result is valid; None if it never expires.
         job: the job's document; empty if the task failed before it had a job.
