@@ -136,7 +136,7 @@ class Building:
         return {name: Path(path) for name, path in self.plan.targets.items()}
 
     def note(self, state: str, failure: str = "") -> task_record.Record:
-        """Write the task's record beside its log, and return it. Only the first call writes.
+        """Write the task's record next to its log, and return it. Only the first call writes.
 
         Args:
             state: the record's state (see `Record`).

@@ -51,7 +51,7 @@ class _Part:
 
 
 STATEMENT = ".intoto.json"
-"""File name suffix of the provenance statement beside a target. A target's own name may not have it."""
+"""File name suffix of the provenance statement next to a target. A target's own name may not have it."""
 
 
 def statement_of(target: Path) -> Path:

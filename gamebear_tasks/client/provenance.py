@@ -2,7 +2,7 @@
 
 Each target has one at `<target>.intoto.json`: an in-toto Statement v1 with a predicate SLSA Provenance v1.
 docs/reference/provenance.md documents the fields. A statement combines the task's record, the declaration of its
-`artifact()`, and the builder's report on the images it used. The report is cached beside the task's log, so that the
+`artifact()`, and the builder's report on the images it used. The report is cached next to the task's log, so that the
 builder is queried once.
 Formats: https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1, https://github.com/package-url/purl-spec.
 """

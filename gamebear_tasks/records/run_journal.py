@@ -98,7 +98,7 @@ _underway: dict[int, Callable[[str, str], object]] = {}
 
 
 def keep(record: Record, log: Path | None) -> None:
-    """Write a task's record beside its log, and append it to the journal of the current run; best effort.
+    """Write a task's record next to its log, and append it to the journal of the current run; best effort.
 
     Args:
         record: the task's record.

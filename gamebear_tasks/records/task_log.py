@@ -118,7 +118,7 @@ class Harmless:
 class TaskLog:
     """A task's log: saved to a file and shown live.
 
-    A note beside the file names the task and the job's digest and attempt. A later run of this task resumes the log at
+    A note next to the file names the task and the job's digest and attempt. A later run of this task resumes the log at
     its end. If the note names another task, job or attempt, the log is overwritten.
 
     Args:

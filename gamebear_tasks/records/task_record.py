@@ -1,4 +1,4 @@
-"""Task records: result, phases, transferred bytes and outputs of a task's last run, saved beside its log.
+"""Task records: result, phases, transferred bytes and outputs of a task's last run, saved next to its log.
 
 A record is JSON. It is written when the task ends, whether it succeeded or not, and replaced by the next run::
 
