@@ -30,12 +30,9 @@ class RunnerError(Exception):
 
 
 def ended_by(status: int) -> str:
-    """Describe how a program ended, by its exit status; negative for a signal, or 128 plus its number, as of a shell.
-
-    255 is not a signal: ssh and buildah exit with it.
-    """
+    """Describe how a program ended by its exit status: negative for a signal, or 128 plus its number as in a shell."""
     number = -status if status < 0 else status - 128
-    if status != 255 and number in set(signal.Signals):
+    if number in set(signal.Signals):
         return f"was killed by {signal.Signals(number).name}"
     return f"exited with {status}"
 
