@@ -32,7 +32,7 @@ from gamebear_tasks.records import task_record
 from gamebear_tasks.records.run_reader import last_runs
 from gamebear_tasks.records.task_record import Record
 from gamebear_tasks.sdcard.boot_config import with_lines, with_words
-from gamebear_tasks.sdcard.filesystems.program import check_installed
+from gamebear_tasks.sdcard.filesystems.program import check_installed, run
 from gamebear_tasks.sdcard.workdir import workshop
 
 HASH = "$6$saltsalt$" + "h" * 86
@@ -455,6 +455,34 @@ def test_a_full_disk_is_one_paragraph_and_nothing_is_left(base: Path, tmp_path: 
         assert failure.message.count("\n") == 1 and "Make room" in failure.message
         assert [path.name for path in small.iterdir() if path.name != "build"] == ["out.img"]
         assert (small / "out.img").read_bytes() == b"old"
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@pytest.mark.parametrize("stage", ["debugfs", "xz", "any program"])
+def test_the_fix_for_a_disk_that_a_program_fills(stage: str, base: Path, tmp_path: Path) -> None:
+    """Whatever the program prints about it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    content = tmp_path / "big"
+    content.write_bytes(os.urandom(8 * MIB))
+    bake(base, tmp_path / "whole.img", contents=[file(content, "/opt/")])
+    used = (tmp_path / "whole.img").stat().st_blocks * 512
+    size = {"debugfs": used + 4 * MIB, "xz": used + 12 * MIB}.get(stage, 4096)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small], check=True)
+    try:
+        if stage == "any program":
+            (small / "filling").write_bytes(bytes(4096))
+            with pytest.raises(ImageError) as caught:
+                run(["sh", "-c", "echo ei onnistu; exit 1"], folder=small, now=0, what="It failed")
+            message = str(caught.value)
+        else:
+            output = small / ("out.img.xz" if stage == "xz" else "out.img")
+            failure = baked(base, output, contents=[file(content, "/opt/")])
+            assert failure is not None
+            message = failure.message
+            assert f": {stage}: " in message
+        assert "Make room in" in message
     finally:
         subprocess.run(["umount", small], check=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..util.disk_space import room_hint
 from ..util.subprocesses import ProgramError, run
 from .filesystems.program import environment, failure
 
@@ -31,4 +32,6 @@ def pack(image: Path, target: Path, program: str) -> None:
         with image.open("rb") as plain, target.open("wb") as out:
             run([program, *options], env=environment(), stdin=plain, stdout=out)
     except ProgramError as error:
-        raise failure("The image cannot be compressed", program, error.output, error.hint) from error
+        raise failure(
+            "The image cannot be compressed", program, error.output, error.hint or room_hint(target.parent)
+        ) from error

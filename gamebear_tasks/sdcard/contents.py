@@ -145,13 +145,17 @@ class _Member(tarfile.TarInfo):
         return member
 
 
+class _HeaderError(tarfile.ReadError):
+    """A header of a tar is malformed."""
+
+
 @contextlib.contextmanager
 def _reading_headers() -> Iterator[None]:
     """Convert the exceptions that malformed headers cause in `tarfile` to TarError."""
     try:
         yield
     except (ArithmeticError, ValueError, MemoryError) as error:
-        raise tarfile.ReadError(f"a header makes no sense ({type(error).__name__})") from error
+        raise _HeaderError(f"a header is invalid ({type(error).__name__})") from error
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -180,18 +184,20 @@ def _read_to_the_end(archive: tarfile.TarFile) -> None:
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with contextlib.ExitStack() as stack:
-            with _reading_headers():
-                archive = stack.enter_context(
-                    tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape", tarinfo=_Member)
-                )
+            try:
+                with _reading_headers():
+                    archive = stack.enter_context(
+                        tarfile.open(path, "r:*", encoding="utf-8", errors="surrogateescape", tarinfo=_Member)
+                    )
+            except _HeaderError:
+                raise
+            except tarfile.ReadError as error:  # its message has the error of each decompressor
+                raise tarfile.ReadError("it is not a tar file, or compressed in another way") from error
             yield archive
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
-        said = " ".join(str(error).split())
-        if said.startswith("file could not be opened"):  # followed by the error of each decompressor
-            said = "it does not begin as one"
         raise ImageError(
-            f"{path} cannot be unpacked: {said}.",
-            "It must be a whole tar file (plain, gzip, bzip2, xz).",
+            f"{path} cannot be unpacked: {' '.join(str(error).split())}.",
+            "Use a complete tar file (plain, gzip, bzip2, xz).",
         ) from error
     except OSError as error:
         if error.errno is not None:

@@ -18,9 +18,13 @@ from typing import BinaryIO, Generic, TypeVar
 from ..errors import SettingsError, SourceError
 from ..runner.util.atomic_files import sha256_of, sync_folder
 from ..runner.util.locks import locked
+from ..util.disk_space import room_hint
 from ..util.subprocesses import ProgramError
 from .declare import LOCK_FILE
 from .lockfile import Lock
+
+REPORT = "Use another version, or report it upstream."
+"""Hint for a source that is invalid itself."""
 
 TREES = 2
 """Version of the tree that a pin produces. Increase it together with `spec.FORMAT`."""
@@ -172,7 +176,7 @@ class FetchedSource(BaseSource[PinT]):
             sync_folder(cache)
             return target
         except ProgramError as error:
-            raise self.error(f"cannot be fetched: {error.reason}", error.hint) from error
+            raise self.error(f"cannot be fetched: {error.reason}", error.hint or room_hint(cache)) from error
         finally:
             remove(scratch)
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SettingsError
 from ..util.subprocesses import ProgramError
-from .base import FetchedSource, Pin, check_url, public_url, remove
-from .git_repository import DamagedError, Repository, git, repository_folder
-from .git_urls import location
+from .base import REPORT, FetchedSource, Pin, check_url, public_url, remove
+from .git_repository import DamagedError, Repository, query, repository_folder
 from .lockfile import GitEntry, Lock, is_commit, is_tag
 
 
@@ -111,19 +111,16 @@ class Git(FetchedSource[GitPin]):
             names = [f"refs/tags/{self.rev}", f"refs/heads/{self.rev}"]  # same order of precedence as `git rev-parse`
         peeled = [name for ref in names for name in (ref + "^{}", ref)]
         try:
-            listing = git("ls-remote", "--", location(self.url), *peeled, "refs/tags/*").decode(errors="replace")
+            found = query(self.url, *peeled, "refs/tags/*")
         except ProgramError as error:
-            raise self.error(
-                f"cannot be looked up: {error.reason}", error.hint or "Is the URL right, and the network there?"
-            ) from error
-        found = {ref: commit for commit, _, ref in (line.partition("\t") for line in listing.splitlines())}
+            raise self.error(f"cannot be resolved: {error.reason}", error.hint) from error
         for name in peeled:
             if is_commit(found.get(name)):
                 return GitEntry(found[name], _tag_of(name, found))
-        hint = "Look for its name with `git ls-remote`."
+        hint = f"Check the name: `git ls-remote {shlex.quote(self.url)}` lists branches and tags."
         if re.fullmatch(r"[0-9a-f]{4,63}", self.rev):
-            hint = "If it is an abbreviated commit, write it in full; only that is a pin."
-        raise self.error("cannot be looked up: the repository has no branch or tag of that name", hint)
+            hint = "Write an abbreviated commit hash in full."
+        raise self.error("cannot be resolved: the repository has no branch or tag of that name", hint)
 
     def _write_tar(self, out: BinaryIO, pin: GitPin, cache: Path, scratch: Path) -> None:
         try:
@@ -135,7 +132,7 @@ class Git(FetchedSource[GitPin]):
             try:
                 self._write_commit(out, pin, cache, scratch)
             except DamagedError as error:
-                raise self.error(f"cannot be read: {error}", f"Remove {cache / 'git'} and try again.") from error
+                raise self.error(f"cannot be read: {error}", f"Remove {cache / 'git'}, then run doit again.") from error
 
     def _write_commit(self, out: BinaryIO, pin: GitPin, cache: Path, scratch: Path) -> None:
         from . import deterministic_tar  # here, so that declaring a source is cheap
@@ -151,7 +148,7 @@ class Git(FetchedSource[GitPin]):
                 entries = list(checkout.entries(repository, pin.commit, ""))
                 deterministic_tar.write(out, entries, int(committed[1]) if committed else 0)
             except deterministic_tar.TreeError as error:
-                raise self.error(f"is refused: {error}", "Tell its authors.") from error
+                raise self.error(f"is rejected: {error}", REPORT) from error
 
 
 def _tag_of(ref: str, found: dict[str, str]) -> str:

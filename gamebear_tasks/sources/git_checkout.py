@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..util.disk_space import room_hint
 from ..util.subprocesses import ProgramError
 from . import deterministic_tar
-from .base import BaseSource
+from .base import REPORT, BaseSource
 from .git_attributes import attributes_of, check_out, converted
 from .git_lfs import fetch_objects, object_path, pointers_in
 from .git_repository import BlobReader, DamagedError, Listed, Repository, blobs, git
@@ -103,7 +104,9 @@ class Checkout:
         try:
             git(*settings, "read-tree", commit, variables=index)
         except ProgramError as error:
-            raise self.source.error(f"cannot be read: {error.reason}", "Tell its authors.") from error
+            raise self.source.error(
+                f"cannot be read: {error.reason}", error.hint or room_hint(self.scratch) or REPORT
+            ) from error
         attributes = attributes_of(settings, index, files)
         tracked = {path for path, (filter, *_) in attributes.items() if filter == "lfs"}
         pointers = pointers_in(tracked, files, read, self.source)
@@ -120,7 +123,7 @@ class Checkout:
     def _submodule(self, url: str | None, commit: str, path: str) -> Iterator[deterministic_tar.Entry]:
         leave_out = "Leave submodules out: git(…, submodules=False)."
         if url is None:
-            raise self.source.error(f"has a submodule {path} whose URL its .gitmodules does not tell", leave_out)
+            raise self.source.error(f"has a submodule {path} without a URL in its .gitmodules", leave_out)
         if not url:
             return
         self.count += 1

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..runner.util.atomic_files import sha256_of
-from ..util.subprocesses import ProgramError
-from .base import BaseSource
+from ..util.disk_space import room_hint
+from ..util.subprocesses import ProgramError, install_hint
+from .base import REPORT, BaseSource
 from .git_repository import BlobReader, Listed, Repository, git, setting
 from .git_urls import location, upstream_url
 
@@ -40,9 +41,7 @@ def pointers_in(
         if match := POINTER.fullmatch(text):
             pointers[path] = match["oid"].decode(), int(match["size"])
         elif POINTER_START.match(text):
-            raise source.error(
-                f"cannot be read: its file {path} is a Git LFS pointer of an unknown kind", "Tell its authors."
-            )
+            raise source.error(f"cannot be read: its file {path} is not a supported Git LFS pointer", REPORT)
     return pointers
 
 
@@ -84,8 +83,8 @@ def fetch_objects(
         return
     if not shutil.which("git-lfs"):
         raise source.error(
-            f"needs git-lfs, which is not installed here: its file {missing[0]} is stored with Git LFS",
-            "Install it (Debian: `apt install git-lfs`; macOS: `brew install git-lfs`).",
+            f"cannot be fetched: git-lfs is not installed, and {missing[0]} is stored with Git LFS",
+            install_hint(["git-lfs"]),
         )
     settings = [f"remote.origin.url={location(repository.url)}"]
     # Read .lfsconfig here, because git-lfs would follow its includes, even to local files.
@@ -115,8 +114,7 @@ def fetch_objects(
         )
     except ProgramError as error:
         missing = missing_objects(repository, pointers) or missing
-        raise source.error(f"cannot be fetched: the Git LFS file {missing[0]}: {error.reason}", error.hint) from error
+        hint = error.hint or room_hint(repository.folder) or "Check the network and the login of the Git LFS server."
+        raise source.error(f"cannot be fetched: the Git LFS file {missing[0]}: {error.reason}", hint) from error
     if missing := missing_objects(repository, pointers):
-        raise source.error(
-            f"cannot be fetched: its server does not have the Git LFS file {missing[0]}", "Tell its authors."
-        )
+        raise source.error(f"cannot be fetched: the server lacks the Git LFS file {missing[0]}", REPORT)

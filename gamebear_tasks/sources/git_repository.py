@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..runner.util.locks import locked
+from ..util.disk_space import room_hint
 from ..util.subprocesses import MissingProgramError, ProgramError, StalledError, end, run, start
-from .base import BaseSource, remove
+from .base import REPORT, BaseSource, remove
 from .git_urls import location
-
-UNREACHABLE = (
-    r"could not resolve|unable to (look up|connect|access)|(could not|couldn't|failed to) connect|timed out"
-    r"|connection (refused|reset)|authentication failed|permission denied|access denied|could not read"
-    r"|not found|does not exist|does not appear to be|terminal prompts disabled|certificate"
-)
-"""Pattern of git's messages for errors that another kind of fetch would not avoid."""
 
 FOREIGN = (
     "GIT_DIR",
@@ -114,28 +109,14 @@ class Repository:
         if item is None:
             return {}
         if int(item.size) > SETTINGS_LIMIT:
-            raise source.error(f"is refused: its {item.path} has {item.size} bytes", "Tell its authors.")
+            raise source.error(f"is rejected: its {item.path} has {item.size} bytes", REPORT)
         try:
             # An include could refer to local files, and block forever on a FIFO.
-            text = git(
-                f"--git-dir={self.folder}",
-                "config",
-                "--blob",
-                item.hash,
-                "--no-includes",
-                "-z",
-                "--get-regexp",
-                pattern,
-            )
+            text = git(f"--git-dir={self.folder}", "config", "--blob", item.hash, "--no-includes", "-z", "--list")
         except ProgramError as error:
-            if error.status == 1 and not error.output:  # no setting matches
-                return {}
-            raise source.error(f"is refused: its {item.path}: {error.reason}", "Tell its authors.") from error
-        return {
-            key: value
-            for key, _, value in (line.partition("\n") for line in deterministic_tar.decoded(text).split("\0"))
-            if key
-        }
+            raise source.error(f"is rejected: its {item.path}: {error.reason}", REPORT) from error
+        settings = (line.partition("\n") for line in deterministic_tar.decoded(text).split("\0"))
+        return {key: value for key, _, value in settings if re.search(pattern, key)}
 
     def fetch(self, commit: str, source: BaseSource[Any], which: str = "") -> None:
         """Fetch a commit unless it is cached, without its history if the server supports that.
@@ -156,24 +137,35 @@ class Repository:
             with contextlib.suppress(DamagedError):
                 if self.git("cat-file", "-t", ref + "^{commit}"):
                     return
-            if not (self.folder / "objects").is_dir():
-                git(
-                    "init", "--quiet", "--bare", "--template=", f"--object-format={self.format}", "--", self.folder
-                )  # fmt: skip
-            # Leftovers of a killed git. The lock excludes other processes.
-            for stale in [*self.folder.glob("*.lock"), *self.folder.glob("objects/pack/tmp_*")]:
-                remove(stale)
             try:
+                self._remove_stale()
+                if not (self.folder / "objects").is_dir():
+                    git("init", "--quiet", "--bare", "--template=", f"--object-format={self.format}", "--", self.folder)
                 self._fetch(commit, ref)
             except ProgramError as error:
-                raise source.error(f"cannot be fetched: {which}{error.reason}", error.hint) from error
+                hint = error.hint or room_hint(self.folder.parent)
+                self._remove_stale()
+                raise source.error(
+                    f"cannot be fetched: {which}{error.reason}",
+                    hint or f"See what `git clone {shlex.quote(self.url)}` prints.",
+                ) from error
+
+    def _remove_stale(self) -> None:
+        """Remove temporary files of a failed or killed git. The lock excludes other processes."""
+        for stale in [*self.folder.glob("*.lock"), *self.folder.glob("objects/pack/tmp_*")]:
+            remove(stale)
 
     def _fetch(self, commit: str, ref: str) -> None:
         try:
             self._fetch_refs("--depth=1", refs=[f"+{commit}:{ref}"])
-        except ProgramError as error:
-            if isinstance(error, StalledError) or re.search(UNREACHABLE, error.output, re.IGNORECASE):
+        except (StalledError, MissingProgramError):
+            raise
+        except ProgramError:
+            # git's status does not depend on the cause. A server may also refuse single commits, so fetch everything
+            # unless the disk is full or the server cannot even be queried.
+            if room_hint(self.folder.parent):
                 raise
+            query(self.url, "HEAD")
         else:
             return
         unshallow = ["--unshallow"] if (self.folder / "shallow").exists() else []
@@ -181,7 +173,9 @@ class Repository:
         try:
             self.git("cat-file", "-t", commit + "^{commit}")
         except DamagedError as error:
-            raise ProgramError("git", 1, f"none of its branches and tags holds the commit {commit}") from error
+            missing = ProgramError("git", 1, f"no branch or tag contains the commit {commit}")
+            missing.hint = f"Check the commit: `git ls-remote {shlex.quote(self.url)}` lists branches and tags."
+            raise missing from error
         self.git("update-ref", ref, commit)
 
     def _fetch_refs(self, *options: str, refs: list[str]) -> None:
@@ -263,6 +257,25 @@ def git(
         silence=SILENCE,
         growing=growing,
     )
+
+
+def query(url: str, *refs: str) -> dict[str, str]:
+    """Query a repository for refs and return the hash of each that exists.
+
+    Args:
+        url: URL of the repository.
+        refs: Full names, or patterns.
+
+    Raises:
+        ProgramError: The host is unreachable, has no such repository, or refused the login. git does not tell these
+            apart by its status. The hint applies to each.
+    """
+    try:
+        listing = git("ls-remote", "--", location(url), *refs).decode(errors="replace")
+    except ProgramError as error:
+        error.hint = error.hint or f"Check URL, network and login: `git ls-remote {shlex.quote(url)}`."
+        raise
+    return {ref: commit for commit, _, ref in (line.partition("\t") for line in listing.splitlines())}
 
 
 def setting(name: str) -> bytes:

@@ -59,7 +59,7 @@ def upstream_url(source: BaseSource[Any], parent: str, declared: str, what: str)
     is_path_or_host = is_local(parent) if is_local(url) else re.match(r"[^-/:][^/:]*:(?!:)", url)
     if not url or not (url.startswith(SUBMODULE_SCHEMES) or is_path_or_host):
         raise source.error(
-            f"has a {what} with the URL {declared!r}, which is refused",
+            f"has a {what} with the unsafe URL {declared!r}",
             "Leave submodules out: git(…, submodules=False).",
         )
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...errors import ImageError
 from ...runner.util.atomic_files import CHUNK
+from ...util.disk_space import room_hint
 from ...util.subprocesses import check_not_interrupted, end, start
 from ...util.text import size
 from .partitions import Partition
@@ -182,7 +183,8 @@ class Debugfs:
         self._nonce = secrets.token_hex(8).encode()
         self._count = 0
         self._rest = b""
-        self._write = write
+        self._done = "written" if write else "read"
+        self._folder = image.parent
 
     def __enter__(self) -> Debugfs:
         try:
@@ -265,19 +267,19 @@ class Debugfs:
         """
         for command, answer in zip(commands, self.ask(commands), strict=True):
             if not re.fullmatch(rb"\s*(Allocated inode: \d+)?\s*", answer):
-                said = answer.decode("utf-8", "replace")
-                name = command.decode("utf-8", "replace")[:200]
-                raise failure(f"The root file system cannot be written ({name})", "debugfs", said)
+                _, quote, name = command.partition(b'"')
+                shown = name.partition(b'"')[0].decode("utf-8", "replace") if quote else "The root file system"
+                raise self._failure(f"{shown} cannot be {self._done}", answer)
 
     def _ended(self, said: bytes) -> ImageError:
         check_not_interrupted(self._process.wait())
         return self._failed(said)
 
     def _failed(self, said: bytes) -> ImageError:
-        what = "written" if self._write else "read"
-        return failure(
-            f"The root file system cannot be {what}", "debugfs", said.decode("utf-8", "replace") or "nothing"
-        )
+        return self._failure(f"The root file system cannot be {self._done}", said or b"it exited without a message")
+
+    def _failure(self, what: str, said: bytes) -> ImageError:
+        return failure(what, "debugfs", said.decode("utf-8", "replace"), room_hint(self._folder))
 
 
 @dataclass(frozen=True)

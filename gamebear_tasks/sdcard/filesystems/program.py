@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import ImageError
 from ...util import subprocesses
+from ...util.disk_space import room_hint
 from ...util.subprocesses import ProgramError, install_hint
 
 
@@ -74,7 +75,7 @@ def run(
     try:
         said = subprocesses.run(argv, env=environment(now), cwd=folder, stdin=stdin, merged=True, allowed=allowed)
     except ProgramError as error:
-        raise failure(what, argv[0], error.output or error.reason, error.hint or hint) from error
+        raise failure(what, argv[0], error.output or error.reason, error.hint or room_hint(folder) or hint) from error
     return said.decode("utf-8", "replace")
 
 
@@ -88,7 +89,5 @@ def failure(what: str, program: str, said: str, hint: str = "") -> ImageError:
         hint: Suggested fix, if it is not the default one.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    hint = hint or "See that the base and what goes in are whole, then run doit again."
-    if "no space left" in said.lower():
-        hint = "Make room where the image is to be, then run doit again."
-    return ImageError(f"{what}: {program} says: {' / '.join(lines[-4:])[:600].rstrip('.')}.", hint)
+    hint = hint or "Check the base image: download or copy it again."
+    return ImageError(f"{what}: {program}: {' / '.join(lines[-4:])[:600].rstrip('.')}.", hint)
