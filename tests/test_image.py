@@ -33,7 +33,7 @@ from gamebear_tasks.records.run_reader import last_runs
 from gamebear_tasks.records.task_record import Record
 from gamebear_tasks.sdcard.boot_config import with_lines, with_words
 from gamebear_tasks.sdcard.filesystems.program import check_installed, run
-from gamebear_tasks.sdcard.workdir import workshop
+from gamebear_tasks.sdcard.workdir import work_folder
 
 HASH = "$6$saltsalt$" + "h" * 86
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGl0IGlzIG5vIHJlYWwga2V5LCBidXQgYXMgbG9uZyEh me@here"
@@ -333,7 +333,7 @@ def test_a_base_from_the_web_is_downloaded_once(
     wrong = archive(url, sha256="0" * 64)
     task = sd_image(wrong, output=tmp_path / "no.img", arch="armhf")
     function, given = task["actions"][0]
-    assert "is not what was asked for" in function(*given, task=SimpleNamespace(name="image")).message
+    assert "does not match its pin" in function(*given, task=SimpleNamespace(name="image")).message
 
 
 # room
@@ -936,7 +936,7 @@ def test_a_folder_that_another_baking_takes_for_a_left_one_is_made_again(
         return made[-1]
 
     monkeypatch.setattr(tempfile, "mkdtemp", removed_at_once)
-    with workshop(tmp_path / "card.img") as folder:
+    with work_folder(tmp_path / "card.img") as folder:
         assert len(made) == 2 and folder.is_dir()
     assert list(tmp_path.iterdir()) == []
 

@@ -310,7 +310,7 @@ def test_a_program_for_another_architecture_is_refused_by_name(base: Path, tmp_p
     refused(
         base,
         tmp_path / "out.img",
-        f"{program} is a program for {arch}, and the image is for armhf.",
+        f"{program} is a program for {arch}, not for armhf.",
         contents=[file(program, "/bin/")],
     )
     packed = Packed(tmp_path / "some.tar").add("usr/lib/libx.so", data=ELF[arch]).done()
@@ -325,33 +325,33 @@ def test_what_is_for_a_device_of_its_own_is_no_foreign_program(base: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "kind", "fields", "said"),
     [
-        ("../x", tarfile.REGTYPE, {}, "'../x', which leads out"),
-        ("a/../../x", tarfile.REGTYPE, {}, "leads out"),
-        ("x", tarfile.LNKTYPE, {"linkname": "/etc/shadow"}, "is a hard link to '/etc/shadow', which is not before it"),
-        ("x", tarfile.LNKTYPE, {"linkname": "../../etc/shadow"}, "leads out"),
-        ("a\nb", tarfile.REGTYPE, {}, "has a line break in it"),
-        ("a", tarfile.SYMTYPE, {"linkname": "b\nc"}, "leads to one that has"),
-        ("a", tarfile.CHRTYPE, {"devminor": 100_000, "devmajor": 1}, "has a number that is not from 0 to 65535"),
+        ("../x", tarfile.REGTYPE, {}, "unsafe name '../x'"),
+        ("a/../../x", tarfile.REGTYPE, {}, "unsafe name"),
+        ("x", tarfile.LNKTYPE, {"linkname": "/etc/shadow"}, "'/etc/shadow', which does not precede it"),
+        ("x", tarfile.LNKTYPE, {"linkname": "../../etc/shadow"}, "unsafe name"),
+        ("a\nb", tarfile.REGTYPE, {}, "contains a line break"),
+        ("a", tarfile.SYMTYPE, {"linkname": "b\nc"}, "link target contains a line break"),
+        ("a", tarfile.CHRTYPE, {"devminor": 100_000, "devmajor": 1}, "has a number outside of 0 to 65535"),
         ("n" * 256, tarfile.REGTYPE, {}, "is longer than 255 bytes"),
-        ("etc", tarfile.REGTYPE, {}, "/etc is no folder, and a folder in the image"),
-        ("etc/passwd", tarfile.DIRTYPE, {}, "/etc/passwd is a folder, and something else in the image"),
-        ("etc/passwd/x", tarfile.REGTYPE, {}, "where /etc/passwd is no folder"),
-        ("boot/firmware/x", tarfile.SYMTYPE, {"linkname": "y"}, "it has no links or devices"),
-        ("boot/firmware", tarfile.REGTYPE, {}, "/boot/firmware is no folder, and a folder in the image"),
-        ("boot/firmware/a:b", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
-        ("boot/firmware/caf\udce9/x", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
-        ("boot/firmware/abcdefg~1", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
-        ("boot/firmware/aux", tarfile.REGTYPE, {}, "can be no name on the boot file system"),
+        ("etc", tarfile.REGTYPE, {}, "/etc cannot be replaced: it is a folder"),
+        ("etc/passwd", tarfile.DIRTYPE, {}, "/etc/passwd cannot be replaced: it is not a folder"),
+        ("etc/passwd/x", tarfile.REGTYPE, {}, "/etc/passwd is not a folder"),
+        ("boot/firmware/x", tarfile.SYMTYPE, {"linkname": "y"}, "FAT has no links or devices"),
+        ("boot/firmware", tarfile.REGTYPE, {}, "/boot/firmware cannot be replaced: it is a folder"),
+        ("boot/firmware/a:b", tarfile.REGTYPE, {}, "is not a valid name on the boot file system"),
+        ("boot/firmware/caf\udce9/x", tarfile.REGTYPE, {}, "is not a valid name on the boot file system"),
+        ("boot/firmware/abcdefg~1", tarfile.REGTYPE, {}, "is not a valid name on the boot file system"),
+        ("boot/firmware/aux", tarfile.REGTYPE, {}, "is not a valid name on the boot file system"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.acl.access": "user::rw-"}}, "has an access control list"),
         ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}posix_acl_access": "x"}}, "has an access control list"),
-        ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}nfs4_acl": "x"}}, "has the attribute 'system.nfs4_acl'"),
-        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.odd": "x"}}, "has the attribute 'odd'"),
-        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.user.big": "x" * 5000}}, "than ext4 keeps of a file"),
-        ("x", tarfile.REGTYPE, {"pax_headers": {"size": str(2**44 + 1)}}, "has 17592186044417 bytes, more than"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {f"{XATTR}nfs4_acl": "x"}}, "unsupported attribute 'system.nfs4_acl'"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.odd": "x"}}, "unsupported attribute 'odd'"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"SCHILY.xattr.user.big": "x" * 5000}}, "too many extended attributes"),
+        ("x", tarfile.REGTYPE, {"pax_headers": {"size": str(2**44 + 1)}}, "too large for ext4: 17592186044417 bytes"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "1e999999999"}}, "has the time 1e999999999"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": "99999999999"}}, "has the time 99999999999"),
         ("x", tarfile.REGTYPE, {"pax_headers": {"mtime": str(5 * 2**31)}}, "has the time 10737418240"),
-        ("x", b"Z", {}, "is of a kind that cannot be baked"),
+        ("x", b"Z", {}, "has the unsupported type b'Z'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_in_an_image_is_refused_by_name(
@@ -366,9 +366,7 @@ def test_a_device_with_a_number_below_zero_is_refused(base: Path, tmp_path: Path
         member = tarfile.TarInfo("x")
         member.type, member.devmajor, member.devminor = tarfile.CHRTYPE, 1, -1
         bad.addfile(member)
-    refused(
-        base, tmp_path / "out.img", "has a number that is not from 0 to 65535", contents=[tar(tmp_path / "bad.tar")]
-    )
+    refused(base, tmp_path / "out.img", "has a number outside of 0 to 65535", contents=[tar(tmp_path / "bad.tar")])
 
 
 def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:
@@ -379,7 +377,7 @@ def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:
         .add("a/x")
         .done()
     )
-    refused(base, tmp_path / "out.img", "leads through links without end", contents=[tar(packed)])
+    refused(base, tmp_path / "out.img", "has a loop of symbolic links", contents=[tar(packed)])
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
@@ -512,17 +510,17 @@ def test_a_file_of_the_base_that_is_too_long_is_not_read(tmp_path: Path) -> None
     small = make_base(tmp_path / "base.img")
     command = ["/usr/sbin/debugfs", "-w", "-R", f"sif /etc/hosts size {MOST_READ + 1}", f"{small}?offset={17 << 20}"]
     subprocess.run(command, check=True, capture_output=True)
-    refused(small, tmp_path / "out.img", "/etc/hosts of the base has 64.0 MiB, and no more than", hostname="bear")
+    refused(small, tmp_path / "out.img", "/etc/hosts of the base is too large: 64.0 MiB", hostname="bear")
     bake(small, tmp_path / "out.img", contents=[file(grown(tmp_path / "long"), "/opt/")])
 
 
 def test_a_file_that_goes_in_is_baked_however_long_it_is_and_not_read(base: Path, tmp_path: Path) -> None:
     long = grown(tmp_path / "long")
     hosts, config = file(long, "/etc/hosts"), file(long, "/boot/firmware/config.txt")
-    refused(base, tmp_path / "out.img", "long has 64.0 MiB, and no more than", contents=[hosts], hostname="bear")
-    refused(base, tmp_path / "out.img", "long has 64.0 MiB, and no more than", contents=[config], config=["a=1"])
+    refused(base, tmp_path / "out.img", "long is too large: 64.0 MiB", contents=[hosts], hostname="bear")
+    refused(base, tmp_path / "out.img", "long is too large: 64.0 MiB", contents=[config], config=["a=1"])
     packed = Packed(tmp_path / "long.tar").add("etc/hosts", data=bytes(MOST_READ + 1)).done()
-    said = "long.tar: etc/hosts has 64.0 MiB, and no more than"
+    said = "long.tar: etc/hosts is too large: 64.0 MiB"
     refused(base, tmp_path / "out.img", said, contents=[tar(packed, "/")], hostname="bear")
 
 
@@ -536,7 +534,7 @@ def test_a_file_or_link_that_is_too_long_is_not_asked_for(tmp_path: Path) -> Non
 
 def test_a_folder_with_too_many_names_is_not_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ext4, "MOST_SAID", 300)
-    refused(base, tmp_path / "out.img", "A folder of the root file system is too large to be read", hostname="bear")
+    refused(base, tmp_path / "out.img", "A folder of the root file system is too large", hostname="bear")
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])

@@ -149,8 +149,8 @@ def test_without_git_lfs_a_source_with_lfs_files_fails_and_names_one(
     without_lfs(tmp_path / "bin", monkeypatch)
     with pytest.raises(SourceError) as caught:
         git(str(firmware), rev).fetch(cache, NOTHING_LOCKED)
-    assert "needs git-lfs" in caught.value.message and "blobs/größe a.fw" in caught.value.message
-    assert "apt install git-lfs" in caught.value.hint
+    assert "git-lfs is not installed" in caught.value.message and "blobs/größe a.fw" in caught.value.message
+    assert "git-lfs" in caught.value.hint
     assert not list(cache.glob("*.tar"))
 
 
@@ -193,7 +193,7 @@ def test_an_lfs_pointer_of_an_unknown_kind_is_refused(upstream: Path, cache: Pat
     )
     call_git(upstream, "-c", "filter.lfs.clean=", "-c", "filter.lfs.process=", "add", "--all")
     call_git(upstream, "commit", "--quiet", "-m", "pointer")
-    with pytest.raises(SourceError, match=r"a\.fw is a Git LFS pointer of an unknown kind"):
+    with pytest.raises(SourceError, match=r"a\.fw is not a supported Git LFS pointer"):
         git(str(upstream), head(upstream)).fetch(cache, NOTHING_LOCKED)
 
 
@@ -203,7 +203,7 @@ def test_a_repository_cannot_have_its_lfs_files_taken_from_our_own(
 ) -> None:
     (firmware / ".lfsconfig").write_text(f'[lfs]\nurl = "{url}"\n')
     commit(firmware)
-    with pytest.raises(SourceError, match=r"has a Git LFS server with the URL .*, which is refused"):
+    with pytest.raises(SourceError, match=r"has a Git LFS server with the unsafe URL"):
         git(daemon("upstream"), head(firmware)).fetch(cache, NOTHING_LOCKED)
 
 

@@ -112,7 +112,7 @@ def order(script: Path, *, args: Mapping[str, Json] | None = None, **inputs: Pat
         args=args or {},
     )
     files = {sha256(path): path for path in (script, *inputs.values())}
-    return Order(job, files, lambda: {"tree": tree}, time_limit=120.0)
+    return Order(job, files, lambda: {"tree": (sha256(tree), tree)}, time_limit=120.0)
 
 
 def follow(builder: RunnerBuilder, order: Order) -> tuple[Status, str]:

@@ -23,9 +23,9 @@ class Order:
     Attributes:
         job: the job to build.
         files: local path of each file that the job names by SHA-256 (script, modules, inputs).
-        fetch_trees: returns the local path of the tar of each source, by source name, and of the parts of a pickled
-            function (`/function.lines`, `/cloudpickle.zip`). Call it only if the job must be built, because it may
-            download the sources. Raises SourceError.
+        fetch_trees: returns SHA-256 and local path of the tar of each source, by source name, and of the parts of a
+            pickled function (`/function.lines`, `/cloudpickle.zip`). Call it only if the job must be built, because it
+            may download the sources. Raises SourceError.
         time_limit: seconds after which the builder stops the job; 0 for no limit.
         base: origin of Debian's base images: `auto`, `registry` or `bootstrap`.
         python: `major.minor` version of the Python that a pickled function needs; None for a buildscript.
@@ -34,7 +34,7 @@ class Order:
 
     job: Job
     files: Mapping[str, Path]
-    fetch_trees: Callable[[], Mapping[str, Path]]
+    fetch_trees: Callable[[], Mapping[str, tuple[str, Path]]]
     time_limit: float = 0.0
     base: str = "auto"
     python: str | None = None

@@ -77,18 +77,23 @@ def _uses_metadata(plan: Plan, modules: Iterable[Path]) -> bool:
     return METADATA_NAME in own or any(METADATA_NAME in _text(path) for path in modules)
 
 
-def _fetch_trees(plan: Plan, lock: Lock | None) -> dict[str, Path]:
-    from ..sources.base import FetchedSource
+def _fetch_trees(plan: Plan, lock: Lock | None) -> dict[str, tuple[str, Path]]:
+    from ..sources.base import FetchedSource, sha256_of_tree
     from ..sources.cache import keep, sources_folder
 
     with task_record.phase("sources"):
-        fetched = {name: source for name, source in plan.sources.items() if isinstance(source, FetchedSource)}
-        trees = {name: source.fetch(sources_folder(), lock) for name, source in fetched.items() if lock}
+        trees = {}
+        for name, source in plan.sources.items():
+            if lock and isinstance(source, FetchedSource):
+                tree = source.fetch(sources_folder(), lock)
+                trees[name] = sha256_of_tree(tree), tree
         if not isinstance(plan.program, Path):
             from ..jobspec.function_digest import cloudpickle_archive
 
-            trees["/function.lines"] = keep(plan.program.lines)
-            trees["/cloudpickle.zip"] = keep(cloudpickle_archive())
+            parts = {"/function.lines": plan.program.lines, "/cloudpickle.zip": cloudpickle_archive()}
+            for name, data in parts.items():
+                path = keep(data)
+                trees[name] = path.name, path
     return trees
 
 

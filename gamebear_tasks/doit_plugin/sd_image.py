@@ -15,7 +15,7 @@ from ..config import architecture, settings
 from ..errors import ImageError, SettingsError
 from ..records.run_journal import up_to_date
 from ..sdcard.recipe import SUFFIXES, File, Recipe, Tar, User, size_of, state_of, texts
-from ..sdcard.workdir import remove_workshops
+from ..sdcard.workdir import remove_work_folders
 from ..util.file_hashes import content_of
 from .action import RemoveTargets
 from .artifact import Task, check_target
@@ -117,7 +117,7 @@ def sd_image(
         "file_dep": [str(path) for path in dict.fromkeys(recipe.files)],
         "targets": [str(target)],
         "uptodate": [_SameRecipe(recipe)],
-        "clean": [RemoveTargets(), _remove_workshops],
+        "clean": [RemoveTargets(), _remove_work_folders],
         "verbosity": 2,
     }
 
@@ -165,7 +165,7 @@ class _SameRecipe:
         return f"the recipe of {self._recipe.output}: its files' content, settings, names and modes"
 
 
-def _remove_workshops(task: Any, dryrun: bool) -> None:
+def _remove_work_folders(task: Any, dryrun: bool) -> None:
     """Clean action: remove the working folders of killed bakings."""
     for target in () if dryrun else task.targets:
-        remove_workshops(Path(target))
+        remove_work_folders(Path(target))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -22,6 +21,7 @@ from ..jobspec.canonical_json import Json
 from ..progress.events import Telling
 from ..records import run_journal, task_record
 from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder
+from ..util.disk_space import FULL
 from ..util.file_hashes import version
 from ..util.messages import notice
 from ..util.text import printable, size
@@ -33,8 +33,8 @@ from .filesystems.file_tree import Tree
 from .filesystems.partitions import Disk, Partition
 from .filesystems.program import check_installed
 from .filesystems.sparse_files import copy_part
-from .recipe import SUFFIXES, Recipe, state_of
-from .workdir import workshop
+from .recipe import MISSING_INPUT, SUFFIXES, Recipe, state_of
+from .workdir import work_folder
 
 TRIES = 4
 """Maximum number of attempts to grow the file system: each growth itself uses some of the new space, for metadata."""
@@ -54,8 +54,8 @@ def bake(recipe: Recipe, task: str) -> BaseFail | str:
         return TaskError(str(error))
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "Make room there" if full else "See that the file or folder is there and yours"
+        place = error.filename or recipe.output.parent.absolute()
+        hint = f"Make room in {recipe.output.parent.absolute()}" if error.errno in FULL else f"Check {place}"
         return TaskError(str(ImageError(f"{recipe.output} cannot be baked: {what}.", f"{hint}, then run doit again.")))
 
 
@@ -125,9 +125,9 @@ def _bake(recipe: Recipe, before: list[str], state: str) -> None:
     suffix = SUFFIXES[recipe.output.suffix]
     target = recipe.output
     if target.is_dir():
-        raise ImageError(f"{target} is a folder, and should become a file.", "Move it out of the way.")
+        raise ImageError(f"{target} cannot be replaced: it is a folder.", "Move it, or use another output=.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with workshop(target) as folder:
+    with work_folder(target) as folder:
         image = folder / "image"
         name = str(recipe.base) if isinstance(recipe.base, Path) else recipe.base.url
         with task_record.phase("unpack"):
@@ -139,7 +139,7 @@ def _bake(recipe: Recipe, before: list[str], state: str) -> None:
         with task_record.phase("compress" if suffix else "place"):
             pack(image, done, suffix)
         if _stamps(recipe) != before:
-            raise ImageError(f"What {target} is baked from changed meanwhile, so it was not placed.", "Run doit again.")
+            raise ImageError(f"{target} was not placed: an input changed during the build.", "Run doit again.")
         with task_record.phase("place"), placing([str(target)], state):
             with done.open("rb") as file:
                 os.fsync(file.fileno())
@@ -160,11 +160,9 @@ def _stamps(recipe: Recipe) -> list[str]:
         try:
             about = path.stat()
         except OSError as error:
-            raise ImageError(
-                f"{path} cannot be read: {error.strerror}.", "Is it the target of another task, or misspelt?"
-            ) from error
+            raise ImageError(f"{path} cannot be read: {error.strerror}.", MISSING_INPUT) from error
         if not stat.S_ISREG(about.st_mode):
-            raise ImageError(f"{path} is no file.", "Give a file; a folder goes in as a tar.")
+            raise ImageError(f"{path} is not a regular file.", "Use a file; pack a folder as a tar.")
         found.append(version(about))
     return found
 
@@ -182,11 +180,11 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
     now = about.time
     if about.blocks * about.block > card.root.size:
         raise ImageError(
-            f"The root file system of {name} is larger than its partition, number {card.root.number}.",
-            "Mend the base: let the partition be as large, or copy it again, whole.",
+            f"{name} is damaged: its root file system is larger than partition {card.root.number}.",
+            "Download or copy the base image again.",
         )
     with task_record.phase("check"):
-        ext4.mend(image, card.root, now, name)
+        ext4.repair(image, card.root, now, name)
     boot = _boot_of(image, card, now, name)
     with task_record.phase("compose"), ext4.Debugfs(image, card.root, now) as session:
         tree = Tree(ext4.Reader(session, image.parent), image.parent, now)
@@ -199,17 +197,17 @@ def _fill(recipe: Recipe, image: Path, name: str) -> None:
         leaves = ext4_writer.write(session, tree, ext4.superblock(image, card.root))
     if leaves:
         with task_record.phase("check"):
-            ext4.mend(image, card.root, now, str(recipe.output))
+            ext4.repair(image, card.root, now, str(recipe.output))
     if boot is not None and card.boot is not None:
         with task_record.phase("write"):
             boot.write()
-            _put_back(boot.path, image, card.boot)
+            _copy_back(boot.path, image, card.boot)
     with task_record.phase("check"):
         ext4.check(image, card.root, now)
     about = ext4.superblock(image, card.root)
     notice(
-        f"{recipe.output}: {len(tree.added)} names put in; {size(image.stat().st_size)},"
-        f" {size(about.free_blocks * about.block)} of it free"
+        f"{recipe.output}: {len(tree.added)} files and folders added; {size(image.stat().st_size)},"
+        f" {size(about.free_blocks * about.block)} free"
     )
 
 
@@ -224,7 +222,7 @@ def _boot_of(image: Path, card: Disk, now: int, name: str) -> Fat | None:
     return Fat(path, now, name)
 
 
-def _put_back(boot: Path, image: Path, part: Partition) -> None:
+def _copy_back(boot: Path, image: Path, part: Partition) -> None:
     """Write the boot file system back into the image.
 
     Both the extents that held data before and those that hold data now are written, so that old data is overwritten.
@@ -261,20 +259,20 @@ def _compose(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
     other = _architecture(tree)
     if other and other != recipe.arch:
         raise ImageError(
-            f"{name} is a system for {other}, and the image is for {recipe.arch}.",
-            f'Say arch="{other}", or mind the base.',
+            f"{name} has the architecture {other}, not {recipe.arch}.",
+            f'Set arch="{other}", or use another base.',
         )
     place = _boot_mount(tree)
     if boot is not None and place:
         tree.mount(place, boot.add, boot.is_folder)
     for item in recipe.contents:
-        contents.put(item, tree, recipe.arch)
+        contents.add(item, tree, recipe.arch)
     if recipe.hostname:
         users.set_hostname(tree, recipe.hostname)
     if recipe.user is not None:
         keys = users.public_keys(recipe.user)
         if not keys and recipe.user.password in (None, "!", "*"):
-            notice(f"{recipe.output}: user({recipe.user.name!r}) has neither a key nor a password to log in with")
+            notice(f"{recipe.output}: user({recipe.user.name!r}) has neither a key nor a password and cannot log in")
         users.set_user(tree, boot, recipe.user, keys)
         if keys and tree.exists("/lib/systemd/system/ssh.service"):
             systemd_units.enable(tree, "ssh.service")  # Raspberry Pi OS installs the unit, but disables it
@@ -307,7 +305,7 @@ def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
     if not recipe.config and not recipe.cmdline:
         return
     if boot is None:
-        raise ImageError(f"{name} has no FAT file system, so there is no config.txt.", "Leave config and cmdline out.")
+        raise ImageError(f"{name} has no FAT file system for config.txt.", "Remove config= and cmdline=.")
     for file, wanted, change in (
         ("config.txt", recipe.config, boot_config.with_lines),
         ("cmdline.txt", recipe.cmdline, boot_config.with_words),
@@ -317,8 +315,8 @@ def _configure(recipe: Recipe, tree: Tree, boot: Fat | None, name: str) -> None:
         data = boot.read(file)
         if data is None and file == "cmdline.txt":
             raise ImageError(
-                f"{name} has no cmdline.txt on its boot file system, so nothing can be added to it.",
-                "Without the rest of the line the image would not boot; put a whole one in with file().",
+                f"{name} has no cmdline.txt on its boot file system.",
+                "Add a complete cmdline.txt with file(), and remove cmdline=.",
             )
         text = (data or b"").decode("utf-8", "surrogateescape")
         changed = change(text, wanted)
@@ -335,8 +333,8 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
     have = image.stat().st_size
     if recipe.size is not None and recipe.size < have:
         raise ImageError(
-            f"{recipe.output} is to have {size(recipe.size)}, and its base {name} has {size(have)} already.",
-            "Give a larger size; a base is not shrunk.",
+            f"{recipe.output} cannot have {size(recipe.size)}: its base {name} has {size(have)}.",
+            "Set a larger size=, or remove it.",
         )
     wanted = recipe.size or 0
     about = ext4.superblock(image, card.root)
@@ -348,8 +346,8 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
         if wanted > have or (wanted == have and not is_filled):
             if card.fixed:
                 raise ImageError(
-                    f"The root partition of {name} cannot grow: {card.fixed}.",
-                    "Put less in, or use a base whose root is the last.",
+                    f"{name} cannot grow: {card.fixed}.",
+                    "Add less, or use a base whose root partition is the last.",
                 )
             card = _grow(image, card, wanted, now)
             have, is_filled = wanted, True
@@ -361,16 +359,16 @@ def _make_room(recipe: Recipe, image: Path, card: Disk, tree: Tree, now: int, na
         if not missing and not groups:
             return card
         if recipe.size is not None:
-            what = f"{size(blocks * about.block)} go in, and {size(about.free_blocks * about.block)} are free"
+            what = f"{size(blocks * about.block)} needed, {size(about.free_blocks * about.block)} free"
             if not missing:
-                what = f"{inodes} files and folders go in, and it has room for {about.free_inodes}"
+                what = f"{inodes} files and folders needed, {about.free_inodes} free"
             raise ImageError(
-                f"The root file system of {recipe.output} would be full: {what}.",
-                f"Give a larger size than {size(recipe.size)}, or none: then it grows as needed.",
+                f"{recipe.output} is too small: {what} on the root file system.",
+                f"Set size= to more than {size(recipe.size)}, or remove it: the image then grows as needed.",
             )
         # New space is partly used for inode tables and for the blocks that are reserved for root.
         more = max(missing * 9 // 8, groups * about.blocks_per_group)
         wanted = max(
             partitions.size_for(card, (about.blocks + more) * about.block), have + is_filled * partitions.ALIGNED
         )
-    raise ImageError(f"The root file system of {recipe.output} does not get larger.", "Say size=, or use another base.")
+    raise ImageError(f"{recipe.output} is too small: its root file system does not grow.", "Set size=.")

@@ -71,7 +71,7 @@ def _reader(path: Path, kind: str) -> Iterator[Readable]:
             images = [name for name in names if name.lower().endswith((".img", ".raw"))]
             if len(images) != 1:
                 found = ", ".join(images or names)[:200] or "nothing"
-                raise ImageError(f"{path} should hold one image, and holds {found}.", "Unpack the right one yourself.")
+                raise ImageError(f"{path} does not contain exactly one image, but {found}.", "Unpack the image first.")
             with archive.open(images[0]) as plain:
                 yield plain
     except (

@@ -18,7 +18,7 @@ from ..runner.util.atomic_files import CHUNK
 from . import elf
 from .filesystems.file_tree import Entry, Tree
 from .filesystems.sparse_files import write_sparse
-from .recipe import File, Tar
+from .recipe import MISSING_INPUT, File, Tar
 
 XATTR = "SCHILY.xattr."
 """Prefix of extended attributes in pax headers, as written by star and GNU tar."""
@@ -50,7 +50,7 @@ TYPES = {
 }
 
 
-def put(item: File | Tar, tree: Tree, arch: str) -> None:
+def add(item: File | Tar, tree: Tree, arch: str) -> None:
     """Add an item to a tree and stage its content.
 
     Args:
@@ -69,7 +69,7 @@ def put(item: File | Tar, tree: Tree, arch: str) -> None:
     except FileNotFoundError as error:
         if error.filename != str(item.path):
             raise
-        raise ImageError(f"{item.path} is not there.", "Is it the target of another task, or misspelt?") from error
+        raise ImageError(f"{item.path} does not exist.", MISSING_INPUT) from error
 
 
 def _put_file(item: File, tree: Tree, arch: str) -> None:
@@ -105,8 +105,8 @@ def _stage(source: IO[bytes], target: Path, arch: str, name: str) -> int:
         other = elf.architecture(out.read(64))
     if other and other != arch:
         raise ImageError(
-            f"{name} is a program for {other}, and the image is for {arch}.",
-            f"Build it for {arch} (arch={arch}), or bake an image of the other architecture.",
+            f"{name} is a program for {other}, not for {arch}.",
+            f"Build it with arch={arch}, or use a base for {other}.",
         )
     return target.stat().st_size
 
@@ -123,8 +123,8 @@ def _put_tar(item: Tar, tree: Tree, arch: str) -> None:
                 linked = entries.get(_name(member.linkname, item.path))
                 if linked is None:
                     raise ImageError(
-                        f"{origin} is a hard link to {member.linkname!r}, which is not before it in the tar.",
-                        "Pack both in one tar.",
+                        f"{origin} is a hard link to {member.linkname!r}, which does not precede it in the tar.",
+                        "Pack both into one tar.",
                     )
                 entry = linked
             else:
@@ -175,7 +175,7 @@ def _read_to_the_end(archive: tarfile.TarFile) -> None:
     archive.fileobj.seek(archive.offset)
     end = archive.fileobj.read(tarfile.BLOCKSIZE)
     if end != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"its end is missing, and at byte {archive.offset} there is no member either")
+        raise tarfile.ReadError(f"it is truncated or damaged at byte {archive.offset}")
     while archive.fileobj.read(CHUNK):
         pass
 
@@ -202,7 +202,7 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ImageError(f"{path} cannot be unpacked: {error}.", "Make it again.") from error  # gzip, bz2: no errno
+        raise ImageError(f"{path} cannot be unpacked: {error}.", "Pack it again.") from error  # gzip, bz2: no errno
 
 
 def _name(name: str, path: Path) -> str:
@@ -213,14 +213,14 @@ def _name(name: str, path: Path) -> str:
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise ImageError(f"{path} holds the name {name!r}, which leads out of it.", "Such a tar is not baked.")
+        raise ImageError(f"{path} contains the unsafe name {name!r}.", "Pack it without `..` in names.")
     return "/".join(parts)
 
 
 def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, tree: Tree, arch: str, origin: str) -> Entry:
     for what, number, most in (("owner", member.uid, 2**32 - 2), ("group", member.gid, 2**32 - 2)):
         if not 0 <= number <= most:
-            raise ImageError(f"{origin} has the {what} {number}, which no file can have.", "Pack it again.")
+            raise ImageError(f"{origin} has the invalid {what} {number}.", "Pack it again with --owner and --group.")
     mtime = _time(member.pax_headers.get("mtime", member.mtime), origin)
     atime = _time(member.pax_headers["atime"], origin) if "atime" in member.pax_headers else mtime
     staged = target = ""
@@ -229,7 +229,7 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, tree: Tree, arch: 
     if member.isreg():
         kind = stat.S_IFREG
         if member.size > LARGEST:
-            raise ImageError(f"{origin} has {member.size} bytes, more than a file can have.", "Pack it again.")
+            raise ImageError(f"{origin} is too large for ext4: {member.size} bytes.", "Leave it out of the tar.")
         staged = tree.new_staged()
         source = archive.extractfile(member)
         assert source
@@ -242,7 +242,7 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, tree: Tree, arch: 
     elif member.type in TYPES:
         kind, device = TYPES[member.type], (member.devmajor, member.devminor)
     else:
-        raise ImageError(f"{origin} is of a kind that cannot be baked ({member.type!r}).", "Leave it out of the tar.")
+        raise ImageError(f"{origin} has the unsupported type {member.type!r}.", "Leave it out of the tar.")
     return Entry(
         kind | (0o777 if kind == stat.S_IFLNK else member.mode & 0o7777),
         origin,
@@ -269,7 +269,7 @@ def _time(value: str | float, origin: str) -> int:
     except (ArithmeticError, ValueError):
         time = -(10**30)
     if not -(2**31) * 10**9 <= time < YEARS * 10**9:
-        raise ImageError(f"{origin} has the time {value}, which ext4 does not know.", "Pack it again.")
+        raise ImageError(f"{origin} has the time {value}, which ext4 does not support.", "Pack it again with --mtime.")
     return time
 
 
@@ -277,10 +277,10 @@ def _xattrs(member: tarfile.TarInfo, origin: str) -> dict[str, bytes]:
     found = {}
     for key, value in member.pax_headers.items():
         if key.startswith(ACL):
-            raise ImageError(f"{origin} has an access control list, which cannot be baked.", "Pack it without.")
+            raise ImageError(f"{origin} has an access control list, which is not supported.", "Pack it with --no-acls.")
         if key.startswith(XATTR):
             name = key[len(XATTR) :].replace("%3D", "=").replace("%25", "%")
             if not re.match(r"(user|trusted|security)\.", name) or re.search(r"[\0\r\n]", name):
-                raise ImageError(f"{origin} has the attribute {name!r}, which cannot be baked.", "Pack it without.")
+                raise ImageError(f"{origin} has the unsupported attribute {name!r}.", "Pack it without.")
             found[name] = value.encode("utf-8", "surrogateescape")
     return found

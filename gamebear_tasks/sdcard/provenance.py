@@ -34,7 +34,7 @@ def write(recipe: Recipe, record: Record) -> Path:
         digest = sha256_of(recipe.output)
     except OSError as error:
         what = f"{error.filename} cannot be read: {error.strerror}."
-        raise JobError(what, f"Run doit {record.task} again.") from error
+        raise JobError(what, f"Run `doit {record.task}` again.") from error
     hashes = record.job["files"]
     assert isinstance(hashes, Mapping)
     files = [resource(str(path), sha256=hashes[str(path)], role=role) for path, role in _parts(recipe)]

@@ -31,6 +31,9 @@ PROGRAMS = ("debugfs", "e2fsck", "resize2fs", "sfdisk", "fsck.fat", "mcopy", "md
 LARGEST = 2**50
 """Maximum bytes of an image."""
 
+MISSING_INPUT = "Check the path, or build the file first."
+"""Hint for an input file that cannot be read."""
+
 KEY = re.compile(r"(?<![^ \t])((?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+)[ \t]+([A-Za-z0-9+/]{16,}={0,2})(?![^ \t])")
 """Public SSH key in a line of `authorized_keys`, between options and a comment (sshd(8))."""
 
@@ -175,9 +178,7 @@ class Recipe:
             try:
                 hashes[path] = content(path)[0]
             except OSError as error:
-                raise ImageError(
-                    f"{path} cannot be read: {error.strerror}.", "Is it the target of another task, or misspelt?"
-                ) from error
+                raise ImageError(f"{path} cannot be read: {error.strerror}.", MISSING_INPUT) from error
         return {"image": self.identity(), "files": hashes}
 
 
@@ -207,7 +208,7 @@ def file(path: str | Path, destination: str, *, mode: int | None = None, owner: 
         ("group", group, "4294967294"),
     ):
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= int(most, 0):
-            raise SettingsError(f"{where}: {name}={number!r} is no such number.", f"It goes from 0 to {most}.")
+            raise SettingsError(f"{where}: {name}={number!r} is out of range.", f"Use a number from 0 to {most}.")
     return File(_path(path, where), _destination(destination, where), mode, owner, group)
 
 
@@ -245,15 +246,15 @@ def user(
         SettingsError: An argument is invalid.
     """
     if not isinstance(name, str) or not USER.fullmatch(name):
-        raise SettingsError(f"user({name!r}): that cannot be a user's name.", "Use a-z, 0-9, - and _.")
+        raise SettingsError(f"user({name!r}): the name is invalid.", "Use a-z, 0-9, - and _.")
     where = f"user({name!r})"
     if password is not None and not (isinstance(password, str) and HASH.fullmatch(password)):
         raise SettingsError(
-            f"{where}: its password= is no hash of a password.",
-            "Never write a password into dodo.py: `openssl passwd -6` asks for one and prints the hash to write there.",
+            f"{where}: password= is not a password hash.",
+            "Use the output of `openssl passwd -6`.",
         )
     if isinstance(authorized_keys, str | PurePath) or not isinstance(authorized_keys, Iterable):
-        raise SettingsError(f"{where}: authorized_keys= is a list.", "Put the one key in brackets.")
+        raise SettingsError(f"{where}: authorized_keys= is not a list.", "Put a single key in brackets.")
     return User(name, password, tuple(_key(key, where) for key in authorized_keys), texts("groups", groups, where))
 
 
@@ -262,7 +263,7 @@ def _key(key: object, where: str) -> str | Path:
         return key.strip()
     if isinstance(key, str) and ("PRIVATE KEY" in key or "\n" in key or KEY.search(key)):
         raise SettingsError(
-            f"{where}: a key in authorized_keys= is no public SSH key.", "Give the line of a .pub file."
+            f"{where}: authorized_keys= contains an invalid public SSH key.", "Use the line of a .pub file."
         )
     return _path(Path(os.path.expanduser(key)) if isinstance(key, str | PurePath) else key, f"{where}: authorized_keys")
 
@@ -291,7 +292,7 @@ def is_public_key(line: str) -> bool:
 
 def _path(path: object, where: str) -> Path:
     if not isinstance(path, str | PurePath) or not str(path) or "\0" in str(path):
-        raise SettingsError(f"{where}: {path!r} is no path.", "Give the name of a file, as a text or a Path.")
+        raise SettingsError(f"{where}: {path!r} is not a path.", "Use a str or a Path.")
     return Path(path)
 
 
@@ -303,7 +304,7 @@ def _destination(destination: object, where: str) -> str:
         or re.search(r"[\0\r\n]", destination)
     ):
         raise SettingsError(
-            f"{where}: {destination!r} is no place in an image.", 'Say it from the root, as in "/usr/local/bin/".'
+            f"{where}: {destination!r} is not an absolute path.", 'Use a path such as "/usr/local/bin/".'
         )
     return destination
 
@@ -315,13 +316,13 @@ def texts(name: str, given: object, where: str) -> tuple[str, ...]:
         SettingsError: It is not such a list.
     """
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise SettingsError(f"{where}: {name}= is a list of texts, not {given!r}.", "Put it in brackets.")
+        raise SettingsError(f"{where}: {name}={given!r} is not a list.", "Put it in brackets.")
     found = tuple(given)
     for text in found:
         if not isinstance(text, str) or not text.strip() or re.search(r"[\0\r\n]", text):
             raise SettingsError(
-                f"{where}: {name}= is a list of lines, and {text!r} is none.",
-                "Give each as one text, without a line break.",
+                f"{where}: {name}= contains {text!r}, which is not a one-line string.",
+                "Use a list of strings without line breaks.",
             )
     return tuple(text.strip() for text in found)
 
@@ -337,6 +338,6 @@ def size_of(name: str, given: object, where: str) -> int:
         count = size_in(given)
     if count is None or not 0 <= count <= LARGEST:
         raise SettingsError(
-            f"{where}: {name}={given!r} is no size.", 'Say it in bytes, or as "512M" or "4G"; up to 1024T.'
+            f"{where}: {name}={given!r} is not a size.", 'Use bytes, or a string such as "512M" or "4G"; up to 1024T.'
         )
     return count

@@ -39,28 +39,28 @@ def _enable(tree: Tree, unit: str, seen: set[str]) -> None:
         return
     seen.add(unit)
     if not UNIT.fullmatch(unit):
-        raise ImageError(f"{unit!r} is no unit's name.", "Say it as systemctl does: umtprd.service.")
+        raise ImageError(f"{unit!r} is not a unit name.", "Use a name such as umtprd.service.")
     name, instance = _template(unit)
     path = _path(tree, unit) or _path(tree, name)
     if not path:
         raise ImageError(
-            f"The image has no unit {unit}, so it cannot be enabled.",
-            f'Put it in, as with file({name!r}, "/etc/systemd/system/"), or mind its name.',
+            f"{unit} cannot be enabled: the image has no such unit.",
+            f'Check the name, or add it: file({name!r}, "/etc/systemd/system/").',
         )
     text = tree.read(path)
     if not text:
-        raise ImageError(f"The unit {unit} is masked or empty, so it cannot be enabled.", f"See {path} in the image.")
+        raise ImageError(f"{unit} cannot be enabled: it is masked or empty.", f"Check {path} in the image.")
     install = _install(text.decode("utf-8", "replace"), *_drop_ins(tree, dict.fromkeys((name, unit))))
     if not instance and "@." in name:
         instance = " ".join(install.get("DefaultInstance", ()))
         if not instance:
-            raise ImageError(f"{unit} is a template and needs an instance.", "Say it as in getty@tty1.service.")
+            raise ImageError(f"{unit} cannot be enabled: it is a template.", "Add an instance: getty@tty1.service.")
         unit = name.replace("@.", f"@{instance}.")
     wanted = [(how, by) for how in WANTED for by in install.get(how, ())]
     if not wanted and not install.get("Alias") and not install.get("Also"):
         raise ImageError(
-            f"The unit {unit} says in no [Install] section by what it is wanted, so it cannot be enabled.",
-            f"Write one into it, with WantedBy=multi-user.target for instance. It is {path} in the image.",
+            f"{unit} cannot be enabled: it has no [Install] section.",
+            f"Add one to {path} in the image, for instance with WantedBy=multi-user.target.",
         )
     origin = f"enable {unit}"
     for how, by in wanted:
@@ -110,7 +110,7 @@ def _named(text: str, unit: str, instance: str, path: str) -> str:
     values = {"%i": instance, "%I": instance, "%n": unit, "%N": full, "%p": full.partition("@")[0], "%%": "%"}
     name = re.sub(r"%.", lambda match: values.get(match[0], match[0]), text)
     if not UNIT.fullmatch(name):
-        raise ImageError(f"The [Install] section of {unit} has {text!r}, which names no unit.", f"Mend {path}.")
+        raise ImageError(f"{unit} cannot be enabled: {text!r} in [Install] is not a unit name.", f"Fix {path}.")
     return name
 
 

@@ -78,7 +78,7 @@ class Table:
             return None
         columns, numbers = COLUMNS[self._path]
         if len(row) < columns or not all(NUMBER.fullmatch(row[column]) for column in numbers):
-            raise ImageError(f"The line of {row[0]!r} in the image's {self._path} is damaged.", "Mend it in the base.")
+            raise ImageError(f"{self._path} of the image is damaged: the line of {row[0]!r}.", "Fix it in the base.")
         return row
 
     def numbers(self, column: int) -> set[int]:
@@ -106,7 +106,7 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
     origin = f"user({user.name!r})"
     passwd = Table(tree, "/etc/passwd")
     if not passwd.is_there:
-        raise ImageError(f"{origin}: the image has no /etc/passwd.", "Is its base a whole system?")
+        raise ImageError(f"{origin}: the image has no /etc/passwd.", "Use a base with a complete system.")
     row = passwd.row(user.name)
     if tree.exists(USERCONF) and boot is not None and user.name != "root":
         # Without userconf.txt, Raspberry Pi OS prompts for a user name at the first boot, and waits.
@@ -116,9 +116,8 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
     name = row[0] if row else user.name
     if row and name != user.name and tree.exists(f"/home/{user.name}"):
         raise ImageError(
-            f"{origin}: at its first boot the image calls {name} so, and cannot move {row[5]} to /home/{user.name},"
-            f" which is there.",
-            f"Put what is to be in that home into {row[5]}.",
+            f"{origin}: the image renames {name} at its first boot, but /home/{user.name} exists.",
+            f"Add the content of the home folder to {row[5]}.",
         )
     if row is None:
         row = _new_user(tree, passwd, user, origin)
@@ -128,7 +127,7 @@ def set_user(tree: Tree, boot: Fat | None, user: User, keys: list[str]) -> None:
     _set_password(tree, name, user.password, origin)
     _join(tree, name, user.groups, origin)
     owner = int(row[2]), int(row[3])
-    if tree.give(row[5], owner, 0o700):
+    if tree.set_owner(row[5], owner, 0o700):
         _copy_skeleton(tree, "/etc/skel", row[5], owner, origin)
     if keys:
         tree.folder(row[5], origin, 0o700, owner)
@@ -146,7 +145,8 @@ def _new_user(tree: Tree, passwd: Table, user: User, origin: str) -> list[str]:
     number = next((number for number in range(FIRST_UID, LAST_UID + 1) if number not in taken), None)
     if number is None:
         raise ImageError(
-            f"{origin}: the image has no user id left from {FIRST_UID} to {LAST_UID}.", "Name a user whom its base has."
+            f"{origin}: no user id from {FIRST_UID} to {LAST_UID} is free in the image.",
+            "Use an existing user of the base.",
         )
     own = group.row(user.name)
     gid = own[2] if own else str(number)
@@ -200,7 +200,7 @@ def _set_password(tree: Tree, name: str, password: str | None, origin: str) -> N
     if shadow.is_there:
         shadow.save(origin)
     else:
-        raise ImageError(f"{origin}: the image has no /etc/shadow.", "Is its base a whole system?")
+        raise ImageError(f"{origin}: the image has no /etc/shadow.", "Use a base with a complete system.")
 
 
 def _join(tree: Tree, name: str, groups: tuple[str, ...], origin: str) -> None:
@@ -210,7 +210,7 @@ def _join(tree: Tree, name: str, groups: tuple[str, ...], origin: str) -> None:
             row = table.row(group)
             if row is None:
                 if path == "/etc/group":
-                    raise ImageError(f"{origin}: the image has no group {group!r}.", "Mind its name, or leave it out.")
+                    raise ImageError(f"{origin}: the image has no group {group!r}.", "Check groups=.")
                 continue
             members = [member for member in row[3].split(",") if member]
             if name not in members:
@@ -232,7 +232,7 @@ def public_keys(user: User) -> list[str]:
             continue
         lines = [line.strip() for line in _text(key).splitlines() if line.strip() and not line.startswith("#")]
         if not lines or not all(is_public_key(line) for line in lines):
-            raise ImageError(f"{key} holds no public SSH keys.", "Give the .pub file; the other one is your secret.")
+            raise ImageError(f"{key} contains no public SSH keys.", "Use the .pub file, not the private key.")
         found += lines
     return list(dict.fromkeys(found))
 
@@ -242,4 +242,4 @@ def _text(path: Path) -> str:
         with open_regular(path) as file:
             return file.read(1 << 20).decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}.", "It should be a public SSH key.") from error
+        raise ImageError(f"{path} cannot be read: {error.strerror}.", "Check the path in authorized_keys=.") from error

@@ -30,12 +30,12 @@ atexit.register(_remove_open)
 
 
 @contextlib.contextmanager
-def workshop(target: Path) -> Iterator[Path]:
+def work_folder(target: Path) -> Iterator[Path]:
     """Yield a new work folder beside the target and remove it at the end. Abandoned ones are removed first."""
     folder, fd = make_folder(target.parent, _prefix(target), SUFFIX)
     _open.add(folder)
     try:
-        remove_workshops(target)
+        remove_work_folders(target)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -47,6 +47,6 @@ def _prefix(target: Path) -> str:
     return f".{target.name.encode('utf-8', 'surrogateescape')[:60].decode('utf-8', 'ignore')}."
 
 
-def remove_workshops(target: Path) -> None:
+def remove_work_folders(target: Path) -> None:
     """Remove the work folders of killed builds of a target."""
     remove_abandoned(target.parent, _prefix(target), SUFFIX)

@@ -30,10 +30,12 @@ class Either:
             SettingsError: There are none, or one of them is not a source.
         """
         if not self.options:
-            raise SettingsError("either() has no sources.", "Say either(git=git(…), debian=debian(…)).")
+            raise SettingsError("either() has no sources.", "Use either(git=git(…), debian=debian(…)).")
         for name, source in self.options:
             if not isinstance(source, BaseSource):
-                raise SettingsError(f"either({name}=…): {source!r} is no source.", "See git(), archive(), debian().")
+                raise SettingsError(
+                    f"either({name}=…): {source!r} is not a source.", "Use git(), archive() or debian()."
+                )
 
 
 Declared: TypeAlias = Source | Either

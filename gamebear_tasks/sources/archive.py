@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..errors import SettingsError, SourceError
+from ..errors import SettingsError
 from ..runner.util.atomic_files import CHUNK, is_sha256, sha256_of
 from ..runner.util.locks import locked
-from .base import FetchedSource, Pin, check_url, public_url
+from .base import FetchedSource, Pin, check_url, public_url, storage_error
 from .deterministic_tar import BLOCK, LINK_LIMIT, Entry, File, Folder, Link, Readable, TreeError, decoded, write
 from .lockfile import Lock
 
@@ -80,19 +80,19 @@ class Archive(FetchedSource[ArchivePin]):
         check_url(self.url, "archive()")
         if not re.match(r"(https?|file)://", self.url):
             raise SettingsError(
-                f"archive({self.url!r}): that is no URL of a file to download.",
-                "It begins with https://, http:// or file://.",
+                f"archive({self.url!r}): the URL has an unsupported scheme.",
+                "Use a URL that begins with https://, http:// or file://.",
             )
         if not isinstance(self.sha256, str) or not is_sha256(self.sha256.lower()):
             raise SettingsError(
-                f"archive({self.url!r}): {self.sha256!r} is no SHA-256 (64 hex digits).",
-                "`sha256sum` prints that of a file.",
+                f"archive({self.url!r}): {self.sha256!r} is not a SHA-256 (64 hex digits).",
+                "Use the output of `sha256sum FILE`.",
             )
         object.__setattr__(self, "sha256", self.sha256.lower())
         if not isinstance(self.strip, int) or self.strip < 0:
             raise SettingsError(
-                f"archive({self.url!r}): strip={self.strip!r} is no count of folders.",
-                "Say strip=0 for none, or how many folders are around everything.",
+                f"archive({self.url!r}): strip={self.strip!r} is not a number of folders.",
+                "Use strip=0, or the number of leading folders to strip.",
             )
 
     def __str__(self) -> str:
@@ -140,11 +140,11 @@ class Archive(FetchedSource[ArchivePin]):
                 write(out, stripped(entries, pin.strip), mtime)
         except TreeError as error:
             raise self.error(
-                f"cannot be used: {error}", "See what is in it, and whether it is the right file."
+                f"cannot be used: {error}", "Check URL and strip=: `tar tf` lists the members of an archive."
             ) from error
         except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, NotImplementedError) as error:
             raise self.error(
-                f"cannot be unpacked: {error}", "It must be a tar file (plain, gzip, bzip2, xz) or a zip file."
+                f"cannot be unpacked: {error}", "Use a tar file (plain, gzip, bzip2, xz) or a zip file."
             ) from error
         except Exception as error:
             # The parsers of the standard library raise various errors for damaged files: ValueError, OverflowError,
@@ -153,7 +153,7 @@ class Archive(FetchedSource[ArchivePin]):
                 raise
             raise self.error(
                 f"cannot be unpacked: it is damaged ({error or type(error).__name__})",
-                "See whether upstream has it whole, under another SHA-256.",
+                "Use another archive, or report it upstream.",
             ) from error
 
     def download(self, cache: Path) -> Path:
@@ -181,9 +181,7 @@ class Archive(FetchedSource[ArchivePin]):
                 finally:
                     part.unlink(missing_ok=True)
         except OSError as error:
-            raise SourceError(
-                f"{self} cannot be kept in {cache}: {error.strerror or error}.", "Is there space, and is it yours?"
-            ) from error
+            raise storage_error(cache, error) from error
         return target
 
     def _download_verified(self, target: Path) -> None:
@@ -191,8 +189,8 @@ class Archive(FetchedSource[ArchivePin]):
         actual = sha256_of(target)
         if actual != self.sha256:
             raise self.error(
-                f"is not what was asked for: its SHA-256 is {actual}, dodo.py says {self.sha256}",
-                "If upstream has replaced the file and you trust the new one, write its SHA-256 in dodo.py.",
+                f"does not match its pin: its SHA-256 is {actual}, not {self.sha256}",
+                "Verify the new file, then update sha256= in dodo.py.",
             )
 
     def _download(self, target: Path) -> None:
@@ -211,10 +209,14 @@ class Archive(FetchedSource[ArchivePin]):
                     while chunk := _received(answer):
                         file.write(chunk)
             except urllib.error.HTTPError as error:
-                raise self.error(f"cannot be downloaded: the server says {error.code} {error.reason}") from error
+                hint = "Check the URL in dodo.py." if 400 <= error.code < 500 else "Try again later."
+                raise self.error(f"cannot be downloaded: HTTP status {error.code} {error.reason}", hint) from error
             except urllib.error.URLError as error:
                 reason = error.reason.strerror if isinstance(error.reason, OSError) else None
-                raise self.error(f"cannot be downloaded: {reason or error.reason}") from error
+                hint = (
+                    "Check the path in dodo.py." if self.url.startswith("file:") else "Check the URL and the network."
+                )
+                raise self.error(f"cannot be downloaded: {reason or error.reason}", hint) from error
             except (http.client.HTTPException, _ConnectionBrokenError, ValueError) as error:
                 raise self.error(f"cannot be downloaded: {error or type(error).__name__}") from error
             if length.isdecimal() and file.tell() != int(length):
@@ -224,7 +226,7 @@ class Archive(FetchedSource[ArchivePin]):
         """Reject a FIFO, which would block, and a device, which may be endless."""
         with contextlib.suppress(OSError, ValueError):  # urllib reports these errors
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise self.error("cannot be downloaded: it is not a regular file", "See whether its path is right.")
+                raise self.error("cannot be downloaded: it is not a regular file", "Check the path in dodo.py.")
 
 
 class _ConnectionBrokenError(Exception):
@@ -256,14 +258,14 @@ def stripped(entries: list[Entry], strip: int) -> Iterator[Entry]:
         ]
         if len(tops) > 1 or files:
             names = ", ".join(sorted(tops)[:4])
-            raise TreeError(f"it has no single folder to strip at level {level + 1} but {names}: say strip={level}")
+            raise TreeError(f"it has no single folder at level {level + 1} but {names}; use strip={level}")
     kept = [
         dataclasses.replace(entry, path="/".join(path[strip:]))
         for entry, path in zip(entries, paths, strict=True)
         if len(path) > strip
     ]
     if not kept:
-        raise TreeError("there is nothing in it")
+        raise TreeError("it is empty")
     yield from kept
 
 
@@ -274,7 +276,7 @@ def _clean(name: str) -> str:
         TreeError: The name is absolute or contains `..`.
     """
     if name.startswith("/") or ".." in name.split("/"):
-        raise TreeError(f"it holds the unsafe name {name!r}")
+        raise TreeError(f"it contains the unsafe name {name!r}")
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -291,7 +293,7 @@ class _Bounded(io.FileIO):
             TreeError: The size is negative, or exceeds `CHUNK`.
         """
         if size is None or not 0 <= size <= CHUNK:
-            raise TreeError(f"it is damaged: it has a header of {size} bytes")
+            raise TreeError(f"it is damaged: a header claims {size} bytes")
         return super().read(size) or b""
 
 
@@ -383,7 +385,7 @@ def _zip_entries(archive: zipfile.ZipFile) -> tuple[list[Entry], int]:
         if is_dos:
             name = name.replace("\\", "/")
             if re.match("[A-Za-z]:", name):
-                raise TreeError(f"it holds the unsafe name {name!r}")
+                raise TreeError(f"it contains the unsafe name {name!r}")
         path = _clean(name)
         with contextlib.suppress(ValueError, OverflowError):
             latest = max(latest, calendar.timegm((*member.date_time, 0, 0, 0)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import urllib.parse
@@ -18,7 +20,7 @@ from typing import BinaryIO, Generic, TypeVar
 from ..errors import SettingsError, SourceError
 from ..runner.util.atomic_files import sha256_of, sync_folder
 from ..runner.util.locks import locked
-from ..util.disk_space import room_hint
+from ..util.disk_space import FULL, room_hint
 from ..util.subprocesses import ProgramError
 from .declare import LOCK_FILE
 from .lockfile import Lock
@@ -73,7 +75,7 @@ class BaseSource(ABC, Generic[PinT]):
         if pin := self.pin(lock):
             return pin
         raise SourceError(
-            f"{self} is not pinned: {LOCK_FILE} has no entry for it.",
+            f"{self} is not pinned: it has no entry in {LOCK_FILE}.",
             f"Run `gamebear lock` and commit {LOCK_FILE}.",
         )
 
@@ -111,12 +113,12 @@ class BaseSource(ABC, Generic[PinT]):
         """Return an error about this source.
 
         Args:
-            what: Rest of the sentence after the source's name, without a full stop.
+            what: Failure and cause, without the source's name and a full stop.
             hint: Suggested fix. The alternatives are appended.
         """
-        hint = hint or "It is not in the cache, so the network is needed this once."
+        hint = hint or "Check the network, then run doit again."
         others = " or ".join(f"`doit sources={name}`" for name in self.alternatives)
-        return SourceError(f"{self} {what}.", f"{hint} Another source for it: {others}." if others else hint)
+        return SourceError(f"{self} {what}.", f"{hint} Or use another source: {others}." if others else hint)
 
 
 class FetchedSource(BaseSource[PinT]):
@@ -136,8 +138,8 @@ class FetchedSource(BaseSource[PinT]):
     def fetch(self, cache: Path, lock: Lock) -> Path:
         """Return the tree as a tar file (see `deterministic_tar`) in the cache; fetch it if it is missing or damaged.
 
-        The file's name ends with its SHA-256, so that a damaged file is noticed and fetched again.
-        Threads and processes may ask for the same tree at the same time; one fetches, the others wait.
+        The file's name ends with its SHA-256, so a damaged file is detected and fetched again.
+        Concurrent threads and processes fetch a tree once; the others wait.
 
         Args:
             cache: Cache folder, private to the user; created if missing.
@@ -155,9 +157,7 @@ class FetchedSource(BaseSource[PinT]):
             with locked(cache / f".{name}.lock"):
                 return _cached(cache, name) or self._fetch(pin, cache, name)
         except OSError as error:
-            raise SourceError(
-                f"{self} cannot be kept in {cache}: {error.strerror or error}.", "Is there space, and is it yours?"
-            ) from error
+            raise storage_error(cache, error) from error
 
     def _fetch(self, pin: PinT, cache: Path, name: str) -> Path:
         for stale in cache.glob(f".{glob.escape(name)}.*"):  # left by a process that was killed
@@ -181,15 +181,31 @@ class FetchedSource(BaseSource[PinT]):
             remove(scratch)
 
 
+def storage_error(path: Path, error: OSError) -> SourceError:
+    """Return the error for a file or folder of this machine that cannot be read or written."""
+    if error.errno in FULL:
+        hint = f"Make room in {path}, then run doit again."
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        hint = f'Make it yours: `sudo chown -R "$USER" {shlex.quote(str(path))}`.'
+    else:
+        hint = f"Check {path}."
+    return SourceError(f"{path} cannot be used: {error.strerror or error}.", hint)
+
+
 def _cached(cache: Path, name: str) -> Path | None:
-    """Return the tar of a tree in the cache; remove a damaged one. None where there is none."""
+    """Return the tar of a tree in the cache; remove a damaged one. None if there is none."""
     for path in sorted(cache.glob(f"{glob.escape(name)}.*.tar")):
         with contextlib.suppress(OSError):
-            os.utime(path)  # the time of last use
-        if path.is_file() and sha256_of(path) == path.name.split(".")[-2]:
+            os.utime(path)  # garbage collection uses the time of last use
+        if path.is_file() and sha256_of(path) == sha256_of_tree(path):
             return path
         remove(path)
     return None
+
+
+def sha256_of_tree(path: Path) -> str:
+    """Return the SHA-256 in the file name of a fetched tree, which `fetch` has verified."""
+    return path.name.split(".")[-2]
 
 
 def remove(path: Path) -> None:
@@ -213,12 +229,11 @@ def check_url(url: object, what: str, upstream: bool = False) -> None:
     """
     if isinstance(url, str) and (host := _host_after_secret(url, upstream)) is not None:
         raise SettingsError(
-            f"{what}: the URL of {host} holds a password, or a user name that may be a token, which would end up in "
-            "dodo.py, logs and lock files.",
-            "Leave it out; git takes it from its credential helper or ~/.netrc.",
+            f"{what}: the URL of {host} contains a password or token.",
+            "Remove it from the URL and put it into git's credential helper or ~/.netrc.",
         )
     if not isinstance(url, str) or not url or url.startswith("-") or re.search(r"[\x00-\x1f\x7f]", url):
-        raise SettingsError(f"{what}: {url!r} is no URL.", "Write it in full, as https://host/path.")
+        raise SettingsError(f"{what}: {url!r} is not a URL.", "Use a full URL such as https://host/path.")
 
 
 def public_url(url: str) -> str:

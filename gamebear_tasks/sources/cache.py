@@ -3,9 +3,9 @@
 The modification time of an entry is the time of its last use::
 
     <name>.<sha256>.tar         a source's tree; `.<name>.lock` is held while it is fetched
-    <sha256>                    other files for builders
-    git/<hash>.git              what was fetched of a repository; `git/<hash>.lock` while it is
-    apt/<suite>/                a private apt's lists; `.lock` in it while it runs
+    <sha256>                    another file for builders
+    git/<hash>.git              a bare repository; `git/<hash>.lock` is held while it is fetched
+    apt/<suite>/                lists of a private apt; `.lock` in it is held while it runs
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import SourceError
 from ..runner.util.atomic_files import write_bytes
 from ..runner.util.locks import locked
 from ..util.locations import cache_folder
+from .base import storage_error
 
 HOUR = 3600.0
 """Minimum age in seconds of entries to remove: a job that is being sent may still need newer ones."""
@@ -45,7 +45,7 @@ def keep(data: bytes) -> Path:
         else:
             write_bytes(path, data)
     except OSError as error:
-        raise SourceError(f"{path} cannot be written: {error.strerror}.", "Is there space, and is it yours?") from error
+        raise storage_error(path.parent, error) from error
     return path
 
 

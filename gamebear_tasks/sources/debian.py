@@ -22,13 +22,20 @@ from ..errors import SettingsError, SourceError
 from ..runner.images.sources_list import Source, is_file_of_sources, parse, text_of
 from ..runner.util.atomic_files import is_file_name, is_sha256, sha256_of, write_bytes
 from ..runner.util.locks import locked
+from ..util.disk_space import room_hint
 from ..util.file_names import file_name
-from ..util.subprocesses import ProgramError, run
-from .base import FetchedSource, Pin, remove
+from ..util.subprocesses import ProgramError, install_hint, run
+from .base import REPORT, FetchedSource, Pin, remove, storage_error
 from .lockfile import DebianEntry, Lock
 
-NO_APT = "A git or archive source works everywhere: either(git=git(…), debian=…) and `doit sources=git`."
+APT_CONFIG = "Check the configuration of apt: `apt-config dump`."
+"""Hint for an apt that does not run."""
+
+NO_APT = "Use a git or archive source: either(git=git(…), debian=…) and `doit sources=git`."
 """Hint for machines without apt."""
+
+APT_UPDATE = "Check the network and the apt sources: `sudo apt-get update`."
+"""Hint for lists that apt cannot download."""
 
 SPACE = 128 << 20
 """Free bytes required for apt's lists. apt hangs forever if the disk is full (observed with apt 2.6)."""
@@ -89,8 +96,8 @@ class Debian(FetchedSource[DebianPin]):
                 isinstance(value, str) and re.fullmatch(pattern, value)
             ):
                 raise SettingsError(
-                    f"debian({self.package!r}): {value!r} is no name of a {what}.",
-                    "`apt-cache showsrc PACKAGE` shows names and versions; a suite is called as in apt's sources.",
+                    f"debian({self.package!r}): {value!r} is not a valid {what}.",
+                    "Use a name that `apt-cache showsrc PACKAGE` or sources.list(5) shows.",
                 )
 
     def __str__(self) -> str:
@@ -127,59 +134,73 @@ class Debian(FetchedSource[DebianPin]):
         Raises:
             SourceError: apt is missing, or its sources do not have the package.
         """
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with self._apt(cache) as apt:
-            failures = apt.update() if refresh or not apt.updated else ""
-            try:
-                listing = apt.run("apt-cache", "showsrc", "--only-source", "--", self.package)
-            except ProgramError:
-                listing = b""  # apt fails for an unknown package
+        try:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._apt(cache) as apt:
+                failures = apt.update() if refresh or not apt.updated else ""
+                listing = self._listing(apt)
+        except ProgramError as error:
+            raise self.error(f"cannot be resolved: {error.reason}", error.hint or APT_CONFIG) from error
+        except OSError as error:
+            raise storage_error(cache, error) from error
         found = entries(listing.decode(errors="replace"), self.package)
         if not found:
-            because = f"; apt could not refresh its lists: {failures}" if failures else ""
+            if failures:
+                raise self.error(f"cannot be resolved: apt cannot update its lists: {failures}", APT_UPDATE)
             raise self.error(
-                f"cannot be looked up: this machine's apt sources have no such source package{because}",
-                "Add a source that has it to /etc/apt/sources.list.d, or see https://tracker.debian.org for its name.",
+                "cannot be resolved: no apt source of this machine has such a source package",
+                "Check the name on https://tracker.debian.org, or add an apt source that has it.",
             )
         if self.version is None:
             return found[max(found, key=functools.cmp_to_key(_compared))]
         if self.version not in found:
             raise self.error(
-                f"cannot be looked up: this machine's apt sources have {', '.join(sorted(found))} only",
-                "Older versions are on https://snapshot.debian.org, which can be made an apt source.",
+                f"cannot be resolved: the apt sources of this machine have only {', '.join(sorted(found))}",
+                "Use one of these versions, or add https://snapshot.debian.org as an apt source.",
             )
         return found[self.version]
+
+    def _listing(self, apt: _Apt) -> bytes:
+        """Return the stanzas of the source package, or nothing if it is unknown.
+
+        Raises:
+            ProgramError: apt cannot read its lists.
+        """
+        try:
+            return apt.run("apt-cache", "showsrc", "--only-source", "--", self.package)
+        except ProgramError:
+            apt.run("apt-cache", "gencaches")  # showsrc exits with the same status for an unknown package
+            return b""
 
     def _write_tar(self, out: BinaryIO, pin: DebianPin, cache: Path, scratch: Path) -> None:
         from . import deterministic_tar  # not at the top: declaring a source must be cheap
 
         if not shutil.which("dpkg-source"):
-            raise self.error("cannot be unpacked: dpkg-source is not here", "Install it with `apt install dpkg-dev`.")
+            raise self.error("cannot be unpacked: dpkg-source is not installed", install_hint(["dpkg-source"]))
         downloads = scratch / "downloads"
         downloads.mkdir()
         self._download(pin, cache, downloads)
         for name, expected in pin.entry.files.items():
             if not (downloads / name).is_file():
-                raise self.error(f"cannot be fetched: apt did not bring {name}")
+                raise self.error(f"cannot be fetched: apt did not download {name}", APT_UPDATE)
             actual = sha256_of(downloads / name)
             if actual != expected:
                 raise self.error(
-                    f"is not what was asked for: the SHA-256 of {name} is {actual}, the lock file says {expected}",
-                    "If the lock file was made with the same apt sources, one of the two has been tampered with.",
+                    f"does not match its pin: the SHA-256 of {name} is {actual}, not {expected}",
+                    "Check the apt sources of this machine, then run `gamebear lock --update`.",
                 )
         unpacked = scratch / "tree"
         try:
             run(["dpkg-source", "--no-copy", "--extract", downloads / pin.entry.dsc, unpacked], cwd=scratch)
         except ProgramError as error:
-            raise self.error(
-                f"cannot be unpacked: {error.reason}", "Is dpkg-dev of this machine too old for it?"
-            ) from error
+            hint = error.hint or room_hint(scratch) or "Upgrade dpkg-dev: `sudo apt install dpkg-dev`."
+            raise self.error(f"cannot be unpacked: {error.reason}", hint) from error
         try:
             deterministic_tar.write(
                 out, deterministic_tar.from_folder(unpacked), _changed(unpacked / "debian" / "changelog")
             )
         except deterministic_tar.TreeError as error:
-            raise self.error(f"cannot be used: {error}", "Tell its maintainers.") from error
+            raise self.error(f"cannot be used: {error}", REPORT) from error
 
     def _download(self, pin: DebianPin, cache: Path, folder: Path) -> None:
         """Download the files with apt, which verifies them against the lists signed by Debian."""
@@ -196,27 +217,29 @@ class Debian(FetchedSource[DebianPin]):
             except ProgramError as error:
                 raise self.error(
                     f"cannot be fetched: version {pin.entry.version}: {failures or error.reason}",
-                    "If Debian has a newer version by now, take that (`gamebear lock --update`), "
-                    "or make https://snapshot.debian.org an apt source. Else the network is needed this once.",
+                    APT_UPDATE
+                    if failures
+                    else "Pin the current version (`gamebear lock --update`), or add https://snapshot.debian.org "
+                    "as an apt source.",
                 ) from error
 
     @contextlib.contextmanager
     def _apt(self, cache: Path) -> Iterator[_Apt]:
         if not shutil.which("apt-get"):
-            raise self.error("needs apt, which this machine does not have", NO_APT)
+            raise self.error("cannot be used: apt is not installed", NO_APT)
         root = cache / "apt" / (file_name(self.suite) if self.suite else "=all")
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(root).free < SPACE:
-            raise self.error(f"needs {SPACE >> 20} MiB for apt's lists in {root}", "Make room there.")
+            raise self.error(f"needs {SPACE >> 20} MiB for the lists of apt", f"Make room in {root}.")
         with locked(root / ".lock"):
             os.utime(root)  # garbage collection uses the time of last use
             sources, suites = apt_sources(self.suite)
             if not sources:
                 raise self.error(
-                    "cannot be looked up: no apt source of this machine has that suite"
+                    f"cannot be resolved: no apt source of this machine has the suite {self.suite}"
                     if self.suite
-                    else "cannot be looked up: this machine's apt has no sources",
-                    f"The suites are: {', '.join(suites)}." if suites else "See sources.list(5).",
+                    else "cannot be resolved: this machine has no apt sources",
+                    f"Use one of the suites {', '.join(suites)}." if suites else "Add one: see sources.list(5).",
                 )
             yield _Apt(root, sources)
 
@@ -238,14 +261,14 @@ class _Apt:
             if path.name not in sources:
                 remove(path)
         for name, text in sources.items():
-            self._keep(f"sources/{name}", text)
-        self._keep("status", "")
+            self._write(f"sources/{name}", text)
+        self._write("status", "")
         # apt reads $APT_CONFIG, then the system's apt.conf.d, then Dir::Etc::main. Setting the latter to last.conf
         # overrides the system's settings, but keeps its proxies, certificates and so on.
-        theirs = os.environ.get("APT_CONFIG")
+        user_file = os.environ.get("APT_CONFIG")
         main = system_setting("Dir::Etc::main/f")
-        self._keep("first.conf", f'{_include(theirs)}Dir::Etc::main "{root}/last.conf";\n')
-        self._keep(
+        self._write("first.conf", f'{_include(user_file)}Dir::Etc::main "{root}/last.conf";\n')
+        self._write(
             "last.conf",
             f"""{_include(main)}
 #clear APT::Update::Pre-Invoke;
@@ -281,12 +304,12 @@ Dir::Etc::sourceparts "{root}/sources";
         try:
             self.run("apt-get", "--quiet", "--option", "APT::Update::Error-Mode=any", "update")
         except ProgramError as error:
-            failures = [line for line in error.output.splitlines() if "Failed to fetch" in line]
-            return re.sub(r"^[EW]: ", "", failures[0]) if failures else error.reason
+            failures = [line.removeprefix("E: ") for line in error.output.splitlines() if line.startswith("E: ")]
+            return failures[0] if failures else error.reason
         (self.root / "updated").touch()
         return ""
 
-    def _keep(self, name: str, text: str) -> None:
+    def _write(self, name: str, text: str) -> None:
         path = self.root / name
         if not path.is_file() or path.read_text(encoding="utf-8", errors="surrogateescape") != text:
             remove(self.root / "updated")
@@ -387,8 +410,8 @@ def entries(listing: str, package: str) -> dict[str, DebianEntry]:
         entry = DebianEntry(version, files)
         if found.setdefault(version, entry) != entry:
             raise SourceError(
-                f"debian source {package}: this machine's apt sources have two of version {version} that differ.",
-                "Say which one: debian(…, suite=…).",
+                f"debian source {package} is ambiguous: the apt sources of this machine have two versions {version}.",
+                "Select one: debian(…, suite=…).",
             )
     return found
 

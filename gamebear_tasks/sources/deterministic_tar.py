@@ -129,7 +129,7 @@ def _complete(entries: Iterable[Entry]) -> dict[str, Entry]:
     tree: dict[str, Entry] = {}
     for entry in entries:
         if not is_relative_path(entry.path):
-            raise TreeError(f"it holds the unsafe name {entry.path!r}")
+            raise TreeError(f"it contains the unsafe name {entry.path!r}")
         if isinstance(entry, Link) and not _is_target(entry.target):
             raise TreeError(f"its link {entry.path!r} has no valid target")
         tree[entry.path] = entry
@@ -138,7 +138,7 @@ def _complete(entries: Iterable[Entry]) -> dict[str, Entry]:
         while "/" in parent:
             parent = parent.rpartition("/")[0]
             if not isinstance(tree.setdefault(parent, Folder(parent)), Folder):
-                raise TreeError(f"its entry {path!r} lies below {parent!r}, which is no folder")
+                raise TreeError(f"its entry {path!r} is below {parent!r}, which is not a folder")
     return tree
 
 
@@ -190,7 +190,7 @@ def from_folder(root: Path) -> Iterator[Entry]:
             elif path.is_file():
                 yield from_file(inside, path, bool(path.stat().st_mode & 0o111))
             else:
-                raise TreeError(f"its entry {inside!r} is neither a file nor a folder nor a symbolic link")
+                raise TreeError(f"its entry {inside!r} is not a file, folder or symbolic link")
 
 
 def from_file(inside: str, path: Path, executable: bool) -> File:

@@ -69,8 +69,8 @@ class Git(FetchedSource[GitPin]):
             r"[^-\s:~^?*\[\\\x00-\x20\x7f][^\s:~^?*\[\\\x00-\x20\x7f]*", self.rev
         ):
             raise SettingsError(
-                f"git({self.url!r}): {self.rev!r} is no commit, branch or tag.",
-                "`git ls-remote URL` lists what there is.",
+                f"git({self.url!r}): {self.rev!r} is not a commit, branch or tag.",
+                "Use a name that `git ls-remote URL` lists, or a full commit hash.",
             )
         if is_commit(self.rev.lower()):
             object.__setattr__(self, "rev", self.rev.lower())

@@ -17,7 +17,7 @@ from .base import REPORT, BaseSource
 from .git_attributes import attributes_of, check_out, converted
 from .git_lfs import fetch_objects, object_path, pointers_in
 from .git_repository import BlobReader, DamagedError, Listed, Repository, blobs, git
-from .git_urls import upstream_url
+from .git_urls import LEAVE_OUT, upstream_url
 
 SUBMODULES = 300
 """Maximum number of submodules of a tree. A hostile one could include itself twice, at an older commit."""
@@ -66,7 +66,7 @@ class Checkout:
                 raise DamagedError(f"the object {blob} is missing")
             item = Listed(mode, kind, blob, size, deterministic_tar.decoded(path))
             if any(part.lower() == ".git" for part in item.path.split("/")):
-                raise deterministic_tar.TreeError(f"it holds the unsafe name {item.path!r}")
+                raise deterministic_tar.TreeError(f"it contains the unsafe name {item.path!r}")
             listed.append(item)
         files = {item.path: item for item in listed if item.mode in ("100644", "100755", "100664")}
         replaced = self._replaced(repository, commit, files, read)
@@ -121,14 +121,13 @@ class Checkout:
         }
 
     def _submodule(self, url: str | None, commit: str, path: str) -> Iterator[deterministic_tar.Entry]:
-        leave_out = "Leave submodules out: git(…, submodules=False)."
         if url is None:
-            raise self.source.error(f"has a submodule {path} without a URL in its .gitmodules", leave_out)
+            raise self.source.error(f"has a submodule {path} without a URL in its .gitmodules", LEAVE_OUT)
         if not url:
             return
         self.count += 1
         if self.count > SUBMODULES:
-            raise self.source.error(f"has more than {SUBMODULES} submodules", leave_out)
+            raise self.source.error(f"has more than {SUBMODULES} submodules", LEAVE_OUT)
         inner = Repository(self.cache, url, commit)
         inner.fetch(commit, self.source, f"its submodule {path} ({url}) ")
         yield from self.entries(inner, commit, path + "/")

@@ -13,6 +13,10 @@ SUBMODULE_SCHEMES = ("https://", "http://", "ssh://", "git://", "git+ssh://", "s
 """Schemes that `.gitmodules` may use, besides `host:path` and relative URLs. `ext::` and local files are rejected."""
 
 
+LEAVE_OUT = "Exclude submodules: git(…, submodules=False)."
+"""Hint for submodules that cannot be fetched."""
+
+
 def is_local(url: str) -> bool:
     """Return whether git treats a URL as a path of this machine."""
     return url.startswith("file://") or ("://" not in url and ":" not in url.partition("/")[0])
@@ -60,7 +64,7 @@ def upstream_url(source: BaseSource[Any], parent: str, declared: str, what: str)
     if not url or not (url.startswith(SUBMODULE_SCHEMES) or is_path_or_host):
         raise source.error(
             f"has a {what} with the unsafe URL {declared!r}",
-            "Leave submodules out: git(…, submodules=False).",
+            LEAVE_OUT,
         )
     try:
         check_url(url, f"{source}, {what}", upstream=True)

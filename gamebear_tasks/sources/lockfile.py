@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..runner.util.atomic_files import is_file_name, is_sha256, open_regular, write_bytes
+from ..util.disk_space import room_hint
 from ..util.process import file_mode
 
 VERSION = 1
@@ -91,18 +92,16 @@ class Lock:
         except FileNotFoundError:
             return cls()
         except OSError as error:
-            raise SourceError(
-                f"{path} cannot be read: {error.strerror}.", "It has to be a file that you may read."
-            ) from error
+            raise SourceError(f"{path} cannot be read: {error.strerror}.", RESTORE) from error
         except _NewerError as error:
             raise SourceError(
-                f"{path} has version {error.args[0]}; this gamebear-tasks knows version {VERSION} only.",
+                f"{path} has the unsupported version {error.args[0]}; this gamebear-tasks supports {VERSION}.",
                 "Upgrade gamebear-tasks.",
             ) from error
         except ValueError as error:
             raise SourceError(f"{path} is damaged: {error}.", RESTORE) from error
         except (RecursionError, MemoryError) as error:
-            raise SourceError(f"{path} is damaged: its brackets are nested too deeply.", RESTORE) from error
+            raise SourceError(f"{path} is damaged: its values are nested too deeply.", RESTORE) from error
 
     @classmethod
     def _parsed(cls, data: Any) -> Lock:
@@ -123,7 +122,7 @@ class Lock:
         for name, table in (("git", git), ("debian", debian)):
             for key, _ in _table(data, name):
                 if key not in table:
-                    raise ValueError(f"the entry {key!r} in {name!r} makes no sense")
+                    raise ValueError(f"the entry {key!r} in {name!r} is invalid")
         return cls(git, debian)
 
     def write(self, path: Path) -> None:
@@ -146,9 +145,8 @@ class Lock:
         try:
             write_bytes(path, text.encode(), mode=file_mode())
         except OSError as error:
-            raise SourceError(
-                f"{path} cannot be written: {error.strerror}.", "Is there space, and is it yours?"
-            ) from error
+            hint = room_hint(path.parent) or f"Check the permissions of {path.parent.absolute()}."
+            raise SourceError(f"{path} cannot be written: {error.strerror}.", hint) from error
 
 
 class _NewerError(Exception):
@@ -182,7 +180,7 @@ def is_tag(text: object) -> bool:
 def _table(data: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
     table = data.get(name, {})
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise ValueError(f"{name!r} is no table")
+        raise ValueError(f"{name!r} is not a table")
     return list(table.items())
 
 

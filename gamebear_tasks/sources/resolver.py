@@ -19,8 +19,7 @@ def resolve(
 
     Other pins are kept unless `prune` is set: another dodo.py, a variable, or a task that is created later may declare
     them, and a branch without its pin would silently be built from another commit. Alternatives (`either()`) that
-    cannot
-    be resolved keep their previous pins, as long as one alternative has a pin.
+    cannot be resolved keep their previous pins, as long as one alternative has a pin.
 
     Args:
         sources: All declared sources.
@@ -40,7 +39,7 @@ def resolve(
     debian: dict[str, DebianEntry] = {}
     refreshed: set[str | None] = set()
 
-    def look(source: Source) -> None:
+    def look_up(source: Source) -> None:
         if isinstance(source, Git) and source.floating and source.key not in git:
             known = old.git.get(source.key)
             git[source.key] = known if known and not update else source.resolve()
@@ -54,15 +53,15 @@ def resolve(
     notes = []
     for declared in sources:
         if not isinstance(declared, Either):
-            look(declared)
+            look_up(declared)
             continue
         failures = []
         for _, source in declared.options:
             try:
-                look(source)
+                look_up(source)
             except SourceError as error:
                 failures.append(error)
-                notes.append(f"not looked up: {error.message}")
+                notes.append(f"not resolved: {error.message}")
                 if isinstance(source, Git) and source.key in old.git:
                     git[source.key] = old.git[source.key]
                 elif isinstance(source, Debian) and source.key in old.debian:
@@ -74,9 +73,7 @@ def resolve(
     if not prune:
         git.update((key, commit) for key, commit in old.git.items() if key not in git)
         debian.update((key, entry) for key, entry in old.debian.items() if key not in debian)
-        notes += [
-            f"{kind} {key}: kept, though not declared here; gamebear lock --prune drops it" for kind, key in undeclared
-        ]
+        notes += [f"{kind} {key}: not declared, kept; `gamebear lock --prune` removes it" for kind, key in undeclared]
     new = Lock(git, debian)
     changes = [
         *_changes("git", *({key: str(entry) for key, entry in lock.git.items()} for lock in (old, new))),
@@ -94,7 +91,7 @@ def resolve(
 def _changes(kind: str, old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
     for key in sorted(old.keys() | new.keys()):
         if key not in new:
-            yield f"{kind} {key}: dropped, no longer declared"
+            yield f"{kind} {key}: removed, not declared"
         elif key not in old:
             yield f"{kind} {key}: {new[key]}"
         elif old[key] != new[key]:

@@ -23,7 +23,6 @@ from ...errors import NONSENSE, BuilderError, BuilderLost, SourceError
 from ...jobspec.spec import File, Job
 from ...records.task_record import expected
 from ...runner.protocol import requests
-from ...runner.util.atomic_files import sha256_of
 from ...util.text import size
 from ..base import JobEntry, Kept, Order, Pruned, Sink, Status
 from . import responses
@@ -146,10 +145,8 @@ class RunnerBuilder:
             asked |= wanted
             if lacks.trees:
                 fetched = order.fetch_trees()
-                trees = {}
-                for name, path in fetched.items():
-                    trees[name] = sha256_of(path)
-                    files[trees[name]] = path
+                trees = {name: sha256 for name, (sha256, _) in fetched.items()}
+                files.update(fetched.values())
                 inline = []
                 if not lacks.blobs:
                     continue

@@ -84,8 +84,8 @@ def superblock(image: Path, root: Partition) -> Superblock:
 
     if len(data) < 1024 or number(0x18) > LARGEST_BLOCK:
         raise ImageError(
-            "The root file system of the base is damaged: its superblock makes no sense.",
-            "Download or make the base again.",
+            "The root file system of the base is damaged: its superblock is invalid.",
+            "Download or copy the base image again.",
         )
     is_64bit = bool(number(0x60) & 0x80)
     return Superblock(
@@ -102,7 +102,7 @@ def superblock(image: Path, root: Partition) -> Superblock:
     )
 
 
-def mend(image: Path, root: Partition, now: int, name: str) -> None:
+def repair(image: Path, root: Partition, now: int, name: str) -> None:
     """Check a file system, and repair it as at boot if it was not unmounted cleanly: replay its journal.
 
     Raises:
@@ -115,7 +115,7 @@ def mend(image: Path, root: Partition, now: int, name: str) -> None:
         alone.touch()
         copy_part(image, root.start, root.size, alone, 0)
         os.truncate(alone, root.size)
-        mend(alone, replace(root, start=0), now, name)
+        repair(alone, replace(root, start=0), now, name)
         copy_part(alone, 0, root.size, image, root.start)
         alone.unlink()
         return
@@ -134,7 +134,7 @@ def check(image: Path, root: Partition, now: int) -> None:
     Raises:
         ImageError: The check found an error.
     """
-    what = "The baked root file system is not in order, which is a fault of gamebear-tasks"
+    what = "The root file system of the image is damaged, which is a bug in gamebear-tasks"
     run(["e2fsck", "-f", "-p", "-E", "discard", _at(image, root)], folder=image.parent, now=now, what=what)
     run(["e2fsck", "-f", "-n", _at(image, root)], folder=image.parent, now=now, what=what)
 
@@ -220,7 +220,7 @@ class Debugfs:
         waiting: list[bytes] = []
         for command in [b"", *commands]:
             if len(command) > LINE or b"\n" in command or b"\r" in command:
-                raise ImageError(f"debugfs cannot take the name in {command[:100]!r}….", "Give it a shorter name.")
+                raise ImageError(f"{command[:100]!r}… is too long or has a line break.", "Use a shorter name.")
             self._count += 1
             marker = b"# %s %d\n" % (self._nonce, self._count)
             text = (command + b"\n" if command else b"") + marker
@@ -251,8 +251,8 @@ class Debugfs:
                 said += data
                 if len(said) > MOST_SAID:
                     raise ImageError(
-                        f"A folder of the root file system is too large to be read: {size(len(said))} of names.",
-                        "Is the base whole? Download or make it again.",
+                        f"A folder of the root file system is too large: {size(len(said))} of names.",
+                        "Download or copy the base image again.",
                     )
             answers.append(bytes(said[:end]))
             del said[: end + len(marker)]
@@ -351,8 +351,8 @@ class Reader:
         """
         if inode.size > LONGEST_LINK:
             raise ImageError(
-                f"A symbolic link of the base has {inode.size} bytes (inode {inode.number}).",
-                "The base is damaged: download or make it again.",
+                f"The base is damaged: the symbolic link of inode {inode.number} has {inode.size} bytes.",
+                "Download or copy the base image again.",
             )
         (said,) = self._session.ask([b"stat <%d>" % inode.number])
         match = re.search(rb'^Fast link dest: "(.*)"$', said, re.MULTILINE | re.DOTALL)

@@ -99,27 +99,27 @@ def _check(tree: Tree, about: Superblock) -> None:
     for name, entry in tree.added.items():
         if any(char in text for text in (name, entry.target) for char in "\r\n\0"):
             raise ImageError(
-                f"{entry.origin}: the name {name!r} has a line break in it, or leads to one that has.",
-                "It cannot be baked; give it another name.",
+                f"{entry.origin}: the name {name!r} or its link target contains a line break.",
+                "Rename it.",
             )
         if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in name.split("/")):
             raise ImageError(
                 f"{entry.origin}: the name {name[:300]!r} is longer than 255 bytes.",
-                "ext4 takes no longer one; give it another.",
+                "Use a shorter name.",
             )
         if stat.S_ISLNK(entry.mode) and not 0 < len(entry.target.encode("utf-8", "surrogateescape")) < 4096:
             raise ImageError(
-                f"{entry.origin}: the link {name!r} leads nowhere, or to too long a name.",
-                "Make it lead to a name of 1 to 4095 bytes, or leave it out.",
+                f"{entry.origin}: the link {name!r} has an empty or too long target.",
+                "Use a target of 1 to 4095 bytes, or leave it out.",
             )
         if sum(map(len, entry.xattrs.values())) > about.block + about.inode:
             raise ImageError(
-                f"{entry.origin} has more extended attributes than ext4 keeps of a file: they go into one block.",
+                f"{entry.origin} has too many extended attributes: ext4 stores one block of them.",
                 "Pack it without.",
             )
         if not all(0 <= number <= DEVICE for number in entry.device):
             raise ImageError(
-                f"{entry.origin}: the device {name!r} has a number that is not from 0 to {DEVICE}.", "Leave it out."
+                f"{entry.origin}: the device {name!r} has a number outside of 0 to {DEVICE}.", "Leave it out."
             )
 
 

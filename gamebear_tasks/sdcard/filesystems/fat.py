@@ -64,19 +64,19 @@ class Fat:
         """
         if not (entry.is_folder or stat.S_ISREG(entry.mode)):
             raise ImageError(
-                f"{entry.origin} would go on the boot file system, which is FAT: it has no links or devices.",
-                "Give it another destination.",
+                f"{entry.origin} cannot be stored on the boot file system: FAT has no links or devices.",
+                "Use another destination.",
             )
         if FORBIDDEN.search(name):
             raise ImageError(
-                f"{entry.origin}: {name!r} can be no name on the boot file system, which is FAT.",
-                "Give it another, of ASCII, without \\ : * ? \" < > | ~1, dots or spaces at its end, and no device's.",
+                f"{entry.origin}: {name!r} is not a valid name on the boot file system (FAT).",
+                'Use ASCII without \\ : * ? " < > | ~1, no dots or spaces at the end, and no device name.',
             )
         there = self._there.get(name.lower())
         if there is not None and there.endswith("/") != entry.is_folder:
             raise ImageError(
-                f"{entry.origin}: {name} on the boot file system is a folder here and a file there.",
-                "Give one of them another name.",
+                f"{entry.origin}: {name} is a file in one place and a folder on the boot file system or vice versa.",
+                "Rename one of them.",
             )
         parts = name.split("/")
         for count in range(1, len(parts)):
@@ -116,9 +116,9 @@ class Fat:
             needed -= self._replaced()
         if self._added and needed > self._free:
             raise ImageError(
-                f"The boot file system of {name} is full: {needed * self._cluster} bytes go in, and"
-                f" {self._free * self._cluster} are free.",
-                "It cannot grow; put less there.",
+                f"The boot file system of {name} is too small: {needed * self._cluster} bytes needed,"
+                f" {self._free * self._cluster} free.",
+                "Add less to it: it cannot grow.",
             )
 
     def _replaced(self) -> int:
@@ -146,16 +146,16 @@ class Fat:
             staged = self.path.parent / entry.staged
             time = min(max(entry.mtime // 10**9, YEAR_1980), YEAR_2108 - 2)
             os.utime(staged, (time, time))
-            hint = "Put less there: the topmost folder of a FAT16 holds a few hundred names, of long ones fewer."
+            hint = "Add fewer files: the root folder of FAT16 holds a few hundred names."
             self._run(["mcopy", "-i", self.path.name, "-o", "-m", staged.name, f"::/{name}"], what, hint=hint)
         self._run(
             ["fsck.fat", "-n", self.path.name],
-            "The baked boot file system is not in order, which is a fault of gamebear-tasks",
+            "The boot file system of the image is damaged, which is a bug in gamebear-tasks",
         )
 
 
 def _found(pattern: str, said: str) -> str:
     match = re.search(pattern, said)
     if not match:
-        raise ImageError(f"fsck.fat says nothing that we understand: {said.strip()[-300:]}.", "Which version is it?")
+        raise ImageError(f"fsck.fat has an unknown output: {said.strip()[-300:]}.", "Upgrade dosfstools.")
     return match[1]

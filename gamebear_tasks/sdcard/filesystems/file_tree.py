@@ -151,8 +151,8 @@ class Tree:
                 followed += 1
                 if followed > LINKS:
                     raise ImageError(
-                        f"{origin}: /{path.strip('/')} leads through links without end.",
-                        "See the symbolic links on the way to it, in the base and in what goes in.",
+                        f"{origin}: /{path.strip('/')} has a loop of symbolic links.",
+                        "Fix the links in the base or in the added files.",
                     )
                 target = self.link(here)
                 if target.startswith("/"):
@@ -161,8 +161,8 @@ class Tree:
                 continue
             if parts and mode and not stat.S_ISDIR(mode):
                 raise ImageError(
-                    f"{origin}: /{path.strip('/')} cannot be in the image, where /{here} is no folder.",
-                    "Give it another destination.",
+                    f"{origin}: /{path.strip('/')} cannot be added: /{here} is not a folder in the image.",
+                    "Use another destination.",
                 )
             name = here
         return name
@@ -171,8 +171,7 @@ class Tree:
         """Add an entry and its missing parent folders, and return its name.
 
         A file, link or device replaces another one. An existing folder, or a link to one, remains; its owner, mode and
-        times
-        change.
+        times change.
 
         Raises:
             ImageError: A folder would replace something else or vice versa.
@@ -189,10 +188,10 @@ class Tree:
                 self._implied.add(above)
         mode = self.mode(name)
         if mode and entry.is_folder != stat.S_ISDIR(mode):
-            kinds = ("a folder", "something else") if entry.is_folder else ("no folder", "a folder")
+            there = "a folder" if stat.S_ISDIR(mode) else "not a folder"
             raise ImageError(
-                f"{entry.origin}: /{name} is {kinds[0]}, and {kinds[1]} in the image.",
-                "Give it another destination, or leave it out.",
+                f"{entry.origin}: /{name} cannot be replaced: it is {there} in the image.",
+                "Use another destination, or leave it out.",
             )
         self.added.pop(name, None)
         self.added[name] = entry
@@ -248,7 +247,7 @@ class Tree:
             return
         name = self.resolve(path, origin)
         if self.mode(name) and not stat.S_ISREG(self.mode(name)):
-            raise ImageError(f"{origin}: /{name} should be a file, and is none in the image.", "Mend it in the base.")
+            raise ImageError(f"{origin}: /{name} is not a regular file in the image.", "Fix it in the base.")
         entry = self.entry(data, origin, mode, owner)
         there = self.added.get(name) or self.inode(name)
         if there is not None:
@@ -260,7 +259,7 @@ class Tree:
         if not self.is_folder(path):
             self.add(path, Entry(stat.S_IFDIR | mode, origin, *owner, mtime=self.now, atime=self.now))
 
-    def give(self, path: str, owner: tuple[int, int], mode: int) -> bool:
+    def set_owner(self, path: str, owner: tuple[int, int], mode: int) -> bool:
         """Set the owner of a folder and its subfolders, except those that the base or a tar describes.
 
         Args:

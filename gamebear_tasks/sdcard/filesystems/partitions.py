@@ -73,7 +73,7 @@ def read(image: Path, name: str) -> Disk:
         folder=image.parent,
         now=0,
         what=f"{name} has no partition table",
-        hint="It must be the image of a whole card, plain or compressed with xz, zstd, gzip or zip.",
+        hint="Use the image of a whole card, plain or compressed with xz, zstd, gzip or zip.",
     )
     table = json.JSONDecoder().raw_decode(said, said.index("{"))[0]["partitiontable"]  # may be among warnings
     sector = int(table.get("sectorsize", 512))
@@ -86,7 +86,7 @@ def read(image: Path, name: str) -> Disk:
             number = int(entry["node"].removeprefix(image.name).removeprefix("p"))
             part = Partition(number, int(entry["start"]) * sector, int(entry["size"]) * sector)
             if part.start + part.size > size:
-                raise ImageError(f"{name} ends before its partition {number} does.", "Download or copy it again.")
+                raise ImageError(f"{name} is truncated: partition {number} exceeds it.", "Download or copy it again.")
             ends.append(part.start + part.size)
             file.seek(part.start)
             start = file.read(2048)
@@ -97,13 +97,13 @@ def read(image: Path, name: str) -> Disk:
     if len(roots) != 1 or len(fats) > 1:
         raise ImageError(
             f"{name} has {len(roots)} ext4 and {len(fats)} FAT file systems.",
-            "It must have one ext4, the root, and one FAT to boot from, as Raspberry Pi OS has.",
+            "Use a base with one ext4 file system and at most one FAT, like Raspberry Pi OS.",
         )
     root = roots[0]
     label = table["label"]
-    fixed = "another one comes after it" if root.start + root.size < max(ends) else ""
+    fixed = "its root partition is not the last one" if root.start + root.size < max(ends) else ""
     if label == "dos" and root.number >= LOGICAL:
-        fixed = "it is a logical one, inside an extended one"
+        fixed = "its root partition is a logical partition"
     tail = 0
     if label == "gpt":
         entries = int(table.get("table-length", GPT_ENTRIES)) * GPT_ENTRY

@@ -44,7 +44,7 @@ def check_installed(programs: Iterable[str]) -> None:
     path = environment()["PATH"]
     missing = sorted(name for name in set(programs) if not shutil.which(name, path=path))
     if missing:
-        raise ImageError(f"An image cannot be baked here without {', '.join(missing)}.", install_hint(missing))
+        raise ImageError(f"Images cannot be baked: {', '.join(missing)} not installed.", install_hint(missing))
 
 
 def run(

@@ -49,8 +49,8 @@ def check_readable(count: int, name: str) -> None:
     """
     if count > MOST_READ:
         raise ImageError(
-            f"{name} has {readable_size(count)}, and no more than {readable_size(MOST_READ)} of such a file are read.",
-            "It should be a short text, or a program: see what it is.",
+            f"{name} is too large: {readable_size(count)}, at most {readable_size(MOST_READ)} are read.",
+            "Check the file: it must be a short text or a program.",
         )
 
 
