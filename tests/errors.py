@@ -231,7 +231,7 @@ SOURCES = [
     Row(
         "put a token into an archive's URL",
         "archive('https://ghp_secret@web.example/x.tar', sha256='0' * 64)",
-        "archive web.example token → leave",
+        "archive web.example token → remove",
     ),
     Row(
         "used FTP for an archive",
@@ -361,7 +361,7 @@ DOIT = [
     Row(
         "named a missing archive",
         "artifact('x.py', outputs=['x'], sources={'up': archive('file:///no/up.tar', sha256='0' * 64)}) → doit x",
-        "archive file:///no/up.tar no such file → network",
+        "archive file:///no/up.tar no such file → path",
     ),
     Row(
         "named a device as an archive",
@@ -383,7 +383,7 @@ DOIT = [
     Row("pruned to a size without a unit", f"{X} → gamebear prune --size 5", "--size 5 unit → 5G"),
     Row("pruned by a negative age", f"{X} → gamebear prune --older -1", "--older -1 → days"),
     Row("pruned to a number in words", f"{X} → gamebear prune --keep some", "--keep some → number"),
-    Row("baked from a missing base", "sd_image('no.img', output='card.img') → doit x", "no.img no such file → target"),
+    Row("baked from a missing base", "sd_image('no.img', output='card.img') → doit x", "no.img no such file → path"),
     Row("damaged the lock file", f"{UP} → doit x", "gamebear.lock line 1 → gamebear lock", "{"),
     Row(
         "used the lock file of a later release",

@@ -55,7 +55,7 @@ def test_a_choice_of_sources_that_there_is_not_is_told_even_if_all_is_up_to_date
     )
     project.doit("x").ok()
     assert project.doit("x", "sources=web").ok().ran == []
-    said = "The setting sources=debain names no alternative of any source. There are: git, web."
+    said = "sources=debain does not match an alternative of any source. Use one of: git, web."
     for arguments in (["x"], ["-n", "2", "x"]):
         assert_is_one_paragraph(project.doit(*arguments, "sources=debain"), said)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +110,18 @@ def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         return order_of(plan, Settings(arch="armhf")).job.digest
 
     return of
+
+
+def test_trees_are_ordered_by_their_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("x.py").write_text("")
+    with tarfile.open("up.tar", "w") as tar:
+        tar.add("x.py", "up/x.py")
+    up = archive((tmp_path / "up.tar").as_uri(), sha256=hashlib.sha256(Path("up.tar").read_bytes()).hexdigest())
+    trees = Plan(Path("x.py"), {"x": "x"}, sources={"src": up}).order(Settings(arch="armhf")).fetch_trees()
+    sha256, path = trees["src"]
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_what_a_program_sees_is_in_its_digest(digest: Callable[..., str]) -> None:

@@ -304,7 +304,7 @@ def _destination(destination: object, where: str) -> str:
         or re.search(r"[\0\r\n]", destination)
     ):
         raise SettingsError(
-            f"{where}: {destination!r} is not an absolute path.", 'Use a path such as "/usr/local/bin/".'
+            f"{where}: {destination!r} is not an absolute path in the image.", 'Use a path such as "/usr/local/bin/".'
         )
     return destination
 
@@ -322,7 +322,7 @@ def texts(name: str, given: object, where: str) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip() or re.search(r"[\0\r\n]", text):
             raise SettingsError(
                 f"{where}: {name}= contains {text!r}, which is not a one-line string.",
-                "Use a list of strings without line breaks.",
+                "Remove the line break, or use a list of strings.",
             )
     return tuple(text.strip() for text in found)
 

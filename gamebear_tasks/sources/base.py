@@ -230,7 +230,7 @@ def check_url(url: object, what: str, upstream: bool = False) -> None:
     if isinstance(url, str) and (host := _host_after_secret(url, upstream)) is not None:
         raise SettingsError(
             f"{what}: the URL of {host} contains a password or token.",
-            "Remove it from the URL and put it into git's credential helper or ~/.netrc.",
+            "Remove it; git takes it from its credential helper or ~/.netrc.",
         )
     if not isinstance(url, str) or not url or url.startswith("-") or re.search(r"[\x00-\x1f\x7f]", url):
         raise SettingsError(f"{what}: {url!r} is not a URL.", "Use a full URL such as https://host/path.")

@@ -87,17 +87,17 @@ class Debian(FetchedSource[DebianPin]):
         Raises:
             SettingsError: An attribute is invalid.
         """
-        for value, pattern, what in (
-            (self.package, r"[a-z0-9][a-z0-9+.-]+", "source package"),
-            (self.version, r"[0-9][A-Za-z0-9.+:~-]*", "version"),
-            (self.suite, r"[A-Za-z0-9][A-Za-z0-9._/-]*", "suite"),
+        for value, pattern, what, command in (
+            (self.package, r"[a-z0-9][a-z0-9+.-]+", "source package", "apt-cache showsrc PACKAGE"),
+            (self.version, r"[0-9][A-Za-z0-9.+:~-]*", "version", "apt-cache showsrc PACKAGE"),
+            (self.suite, r"[A-Za-z0-9][A-Za-z0-9._/-]*", "suite", "apt-cache policy"),
         ):
             if not (value is None and what != "source package") and not (
                 isinstance(value, str) and re.fullmatch(pattern, value)
             ):
                 raise SettingsError(
                     f"debian({self.package!r}): {value!r} is not a valid {what}.",
-                    "Use a name that `apt-cache showsrc PACKAGE` or sources.list(5) shows.",
+                    f"Use a {what} that `{command}` lists.",
                 )
 
     def __str__(self) -> str:
