@@ -119,7 +119,7 @@ def test_trees_are_ordered_by_their_sha256(tmp_path: Path, monkeypatch: pytest.M
     with tarfile.open("up.tar", "w") as tar:
         tar.add("x.py", "up/x.py")
     up = archive((tmp_path / "up.tar").as_uri(), sha256=hashlib.sha256(Path("up.tar").read_bytes()).hexdigest())
-    trees = Plan(Path("x.py"), {"x": "x"}, sources={"src": up}).order(Settings(arch="armhf")).fetch_trees()
+    trees = order_of(Plan(Path("x.py"), {"x": "x"}, sources={"src": up}), Settings(arch="armhf")).fetch_trees()
     sha256, path = trees["src"]
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 

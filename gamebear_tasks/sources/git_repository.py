@@ -114,7 +114,7 @@ class Repository:
             # An include could refer to local files, and block forever on a FIFO.
             text = git(f"--git-dir={self.folder}", "config", "--blob", item.hash, "--no-includes", "-z", "--list")
         except ProgramError as error:
-            cause = error.said.partition("\n")[0].removeprefix("error: ") or error.reason  # the last line is general
+            cause = error.output.partition("\n")[0].removeprefix("error: ") or error.reason  # the last line is general
             raise source.error(f"is rejected: its {item.path}: {cause}", REPORT) from error
         settings = (line.partition("\n") for line in deterministic_tar.decoded(text).split("\0"))
         return {key: value for key, _, value in settings if re.search(pattern, key)}
