@@ -203,13 +203,13 @@ with Container("compiler") as c:
 @pytest.mark.parametrize(
     ("image", "before", "message"),
     [
-        ("tiny", "", 'There is no ccache in the container. Install it: packages_image(…, ["ccache", "gcc", …])'),
+        ("tiny", "", 'ccache is not installed in the container. Install it: packages_image(…, ["ccache", "gcc", …])'),
         ("compiler", "rm /bin/grep", "There is no grep in the container. Install it"),
-        ("compiler", "rm /usr/bin/*gcc*", "no compiler in the container"),
+        ("compiler", "rm /usr/bin/*gcc*", "no compiler is installed in the container"),
         (
             "compiler",
             r"printf '#!/bin/sh\necho ccache version 3.7.12' > /usr/bin/ccache",
-            "ccache (version 3.7) is too old",
+            "ccache 3.7 in the container is too old",
         ),
     ],
 )

@@ -196,6 +196,19 @@ def test_root_is_in_the_groups_that_the_container_says_and_a_user_stays_one(buil
     assert outcome.log.splitlines() == ["0", "0 7", "1000"], outcome.message
 
 
+def test_the_output_of_a_command_follows_what_the_script_wrote_to_the_same_file(builder: Builder) -> None:
+    outcome = builder.run(
+        "import subprocess\n"
+        "with Container('tiny') as c, open('x', 'w') as file:\n"
+        "    file.write('first\\n')\n"
+        "    c.run('echo second', shell=True, stdout=file)\n"
+        "    file.write('third\\n')\n"
+        "    c.run('echo fourth >&2', shell=True, stderr=file)\n"
+        "print(open('x').read(), end='')\n"
+    )
+    assert outcome.log.splitlines() == ["first", "second", "third", "fourth"], outcome.message
+
+
 def test_an_image_without_a_shell_runs_its_program(builder: Builder) -> None:
     outcome = builder.run(
         "import subprocess\n"
@@ -228,10 +241,10 @@ def test_a_container_is_called_by_what_the_script_calls_its_image(builder: Build
 def test_a_setting_that_is_misspelt_is_an_error_with_a_hint(builder: Builder) -> None:
     outcome = builder.run("with Container('tiny') as c:\n    c.workdri = '/tmp'\n")
     assert outcome.message == (
-        "script.py, line 2: AttributeError: a container has no setting 'workdri'; did you mean workdir?"
+        "script.py, line 2: AttributeError: unknown container setting 'workdri'; did you mean workdir?"
     )
     outcome = builder.run("with Container('tiny') as c:\n    c.colour = 'red'\n")
-    assert "has no setting 'colour'; it has ccache, command, entrypoint, environ, " in outcome.message
+    assert "unknown container setting 'colour'; use one of ccache, command, entrypoint, environ, " in outcome.message
     outcome = builder.run(
         "class Mine(Container):\n"
         "    def __init__(self):\n"
@@ -584,12 +597,12 @@ def test_a_syntax_error_looks_as_python_shows_it(builder: Builder) -> None:
         ("x", "script", "script.py, line 1: NameError: name 'x' is not defined"),
         ("import sys\nsys.exit(2)", "script", "script.py, line 2: sys.exit(2)."),
         ("exit('no luck')", "script", "script.py, line 1: no luck."),
-        ("#| arg: n: int = x", "script", "script.py, line 1: the default of arg n is not a Python literal: x"),
+        ("#| arg: n: int = x", "script", "script.py, line 1: default of arg n is not a Python literal: x"),
         (b"\xff", "script", "script.py, line"),
-        ("Container('tiny').run('true')", "script", "script.py, line 1: TypeError: run() takes a list of words;"),
+        ("Container('tiny').run('true')", "script", "script.py, line 1: TypeError: run: expected a list of words"),
         ("return Container('tiny')", "script", "the script returned a container, which no longer"),
         ("Container('scratch').copy_out('x', 'y')", "script", "script.py, line 1: FileNotFoundError: [Errno 2]"),
-        ("c = Container('tiny')\nwith c: pass\nc.run(['true'])", "script", "script.py, line 3: ValueError: the conta"),
+        ("c = Container('tiny')\nwith c: pass\nc.run(['true'])", "script", "script.py, line 3: ValueError: contain"),
         ("with Container('scratch').commit() as img: return img", "script", "the script returned an image that its"),
     ],
 )

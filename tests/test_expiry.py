@@ -1,4 +1,4 @@
-"""Results that hold only for a time: a package image grows too old, or its base's name comes to mean another image.
+"""Results that hold only for a time: a package image grows too old, or its base's name refers to another image.
 
 The package images are real ones; apt in their base is a stand-in that installs nothing, for it is not about apt here.
 """
@@ -152,7 +152,7 @@ def test_a_result_is_built_again_when_the_base_is_another(aging: Aging) -> None:
     assert aging.project.doit().ok().ran == [], "doit cannot know it"
     aging.project.doit("clean").ok()
     run = aging.project.doit().ok()
-    assert "x is rebuilt on local: gamebear-mini:1 has come to mean another image" in run.err
+    assert "x is rebuilt on local: gamebear-mini:1 refers to another image now" in run.err
     assert aging.builds == 2
     aging.buildah("rmi", "--force", "gamebear-mini:1")
     aging.project.doit("clean").ok()
@@ -174,7 +174,7 @@ def test_what_may_be_no_day_old_is_built_each_time(aging: Aging) -> None:
         assert aging.project.doit().ok().ran == ["x"]
         assert aging.builds == count
     aging.script("max_age_days=-1")
-    aging.project.doit().failed("max_age_days is -1; it is a number of days, or None")
+    aging.project.doit().failed("max_age_days is -1, expected a number of days or None")
 
 
 # on the builder

@@ -373,8 +373,8 @@ def test_a_builder_with_another_python_is_told_apart_before_anything_is_built(pr
     project.write("y.py", f"open('y', 'w').write({str(tmp_path)!r})")
     path = f"{wrapper.parent}:{os.environ['PATH']}"
     project.doit("x", PATH=path).failed(
-        f"The function was pickled by Python {VERSION}, and the builder's python3 is 3.9.2",
-        "Run doit with Python 3.9, or make the function a buildscript.",
+        f"Python {VERSION} pickled it, and the builder has Python 3.9.2",
+        "Run doit with Python 3.9, or use a buildscript.",
     )
     assert not (tmp_path / "built").exists()
     project.doit("y", PATH=path).ok()

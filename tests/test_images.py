@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gamebear_tasks.runner.host import buildah, emulation, probe, subprocesses
-from gamebear_tasks.runner.host.buildah import ImageError
+from gamebear_tasks.runner.host.buildah import BuildahError, ImageError
 from gamebear_tasks.runner.host.capabilities import Facts, environment, from_json, namespace
 from gamebear_tasks.runner.images import apt_sources, base_images, package_images
 from gamebear_tasks.runner.images.apt_sources import Archive, archives
@@ -127,6 +127,38 @@ def test_containers_of_a_lost_build_are_removed_by_their_prefix(builder: Builder
     assert [name for name in names if not name.startswith("gamebear-probe")] == ["gamebear-b-1"]
 
 
+RM = """#!/bin/sh
+[ "$first" ] || case " $* " in
+    *" rm "*)
+        if [ -e "$0.removes" ]; then first=1 "$0" "$@"; fi
+        echo "Fehler: etwas anderes" >&2
+        exit 125
+        ;;
+esac
+PATH=${PATH#*:} exec buildah "$@"
+"""
+"""A buildah whose `rm` fails, in a language of its own, after another process has removed the container or not."""
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_a_container_that_cannot_be_removed_is_an_error_only_if_it_still_exists(
+    builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    builder.inside("buildah('from', '--name', 'gamebear-c-1', 'scratch'); print(1)")
+    (tmp_path / "buildah").write_text(RM)
+    (tmp_path / "buildah").chmod(0o755)
+    (tmp_path / ("buildah.removes" if is_removed else "none")).touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path), prepend=":")
+        if is_removed:
+            buildah.remove_containers(builder.root, builder.facts, "gamebear-c-")
+        else:
+            with pytest.raises(BuildahError, match="etwas anderes"):
+                buildah.remove_containers(builder.root, builder.facts, "gamebear-c-")
+    buildah.remove_containers(builder.root, builder.facts, "gamebear-c-")
+    assert "gamebear-c-1" not in builder.inside("print(json.dumps(buildah('containers')))")
+
+
 def test_a_folder_of_another_user_of_the_namespace_is_removed(builder: Builder) -> None:
     builder.inside("p = root / 'tmp' / 'x'; p.mkdir(); (p / 'f').touch(); os.chown(p, 7, 7); p.chmod(0o500); print(1)")
     buildah.remove_tree(builder.root, builder.facts, builder.root / "tmp" / "x")
@@ -136,8 +168,25 @@ def test_a_folder_of_another_user_of_the_namespace_is_removed(builder: Builder) 
 def test_a_builder_without_buildah_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(subprocesses, "SYSTEM_FOLDERS", ())
-    with pytest.raises(RunnerError, match=r"has no buildah.*sudo apt install buildah"):
+    with pytest.raises(RunnerError, match=r"buildah is not installed.*sudo apt install buildah"):
         probe.facts(tmp_path / "v1")
+
+
+@pytest.mark.parametrize("backend", ["netavark", "loopback", None])
+def test_netavark_is_suggested_only_where_no_network_backend_is_installed(
+    system: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str | None
+) -> None:
+    monkeypatch.setattr(probe, "NETWORK_BACKENDS", (str(tmp_path / "netavark"),))
+    monkeypatch.setattr(probe, "CNI_PLUGINS", (str(tmp_path / "loopback"),))
+    monkeypatch.setattr(probe, "_try", lambda root, tried: "netavark is in this text")
+    if backend:
+        (tmp_path / backend).mkdir()
+        (tmp_path / backend / backend).touch(0o755)
+    with pytest.raises(probe.ContainersError, match="netavark is in this text") as caught:
+        probe.facts(tmp_path / "v1")
+    assert caught.value.package == ("" if backend else "netavark")
+    assert ("sudo apt install netavark" in caught.value.hint) is (backend is None)
+    assert "buildah unshare true" in caught.value.hint
 
 
 def test_secrets_of_the_environment_stay_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +262,7 @@ def test_archives_are_read_from_both_formats_and_without_credentials() -> None:
 
 
 def test_a_builder_that_cannot_emulate_says_so_first() -> None:
-    with pytest.raises(RunnerError, match=r"is amd64 and cannot run armhf programs.*qemu-user-static"):
+    with pytest.raises(RunnerError, match=r"amd64.*cannot run armhf programs.*qemu-user-static"):
         base_images.check_runs(elsewhere(), "armhf")
     base_images.check_runs(elsewhere(emulated=("armhf",)), "armhf")
 
@@ -232,10 +281,12 @@ def test_an_image_under_the_right_name_but_of_another_architecture_does_not_matc
         "print(json.dumps([there == made == by_id, "
         "failure(bases.resolve, buildah, found, 'gamebear-cache:x', found.arch)]))"
     )
-    assert failed == [
-        True,
-        f"No image gamebear-cache:x for {builder.facts.arch} is on the builder. It is a local name: build it first.",
-    ]
+    is_same, said = failed
+    assert is_same
+    assert said == (
+        f"image gamebear-cache:x for {builder.facts.arch} is not on the builder."
+        " The name is local: build the image and tag it first."
+    )
 
 
 def test_an_image_that_was_looked_at_and_is_not_used_does_not_become_ours(builder: Builder) -> None:
@@ -251,6 +302,20 @@ def test_an_image_that_was_looked_at_and_is_not_used_does_not_become_ours(builde
         "print(json.dumps([before, json.loads(note.read_text())[1:]]))"
     )
     assert noted == [False, ["s390x", "", ""]]
+
+
+def test_a_local_image_is_found_by_its_digest_and_by_the_start_of_its_id(builder: Builder) -> None:
+    made, by_digest, by_both, other, by_id, absent = builder.inside(
+        "buildah('from', '--name', 'gamebear-digest', 'scratch')\n"
+        "made = buildah('commit', '-q', 'gamebear-digest', 'gamebear-cache:digest').strip()\n"
+        "buildah('rm', 'gamebear-digest')\n"
+        "(digest,) = [image['digest'] for image in buildah.images() if image['id'] == made]\n"
+        "names = [f'gamebear-cache@{digest}', f'gamebear-cache:digest@{digest}', 'gamebear-cache@sha256:' + 'a' * 64,\n"
+        "         made[:12], 'f' * 12]\n"
+        "print(json.dumps([made, *(bases.local(buildah, name, found.arch) for name in names)]))"
+    )
+    assert by_digest == by_both == by_id == made
+    assert other == absent == ""
 
 
 def test_a_base_that_cannot_be_had_is_told_with_what_was_tried(builder: Builder) -> None:
@@ -295,7 +360,8 @@ def test_a_disk_too_small_for_a_bootstrap_is_told_as_that_and_nothing_else_is_tr
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
     arch = builder.facts.arch
-    assert said == f"There was no room to bootstrap debian bookworm for {arch}. It takes 500 MB while it is made."
+    assert said.startswith(f"debian bookworm for {arch} cannot be bootstrapped: the disk is full.")
+    assert "gamebear prune" in said
     assert not left
 
 
@@ -324,7 +390,7 @@ def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
     assert (own["gamebear.installed"], own["gamebear.added"]) == (more["gamebear.installed"], more["gamebear.added"])
     assert first == again != other
     assert "libc6-dev" in installed
-    assert failed.startswith(f"debian has no package no-such for {builder.facts.arch}.")
+    assert failed.startswith(f"package no-such for {builder.facts.arch} is not available in debian.")
     assert not containers
 
 
@@ -335,6 +401,6 @@ def test_facts_survive_their_file() -> None:
 
 def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt_sources, "own_sources", list)
-    with pytest.raises(ImageError, match="name no mirror of Debian") as caught:
+    with pytest.raises(ImageError, match="Debian has no mirror") as caught:
         apt_sources.main_archive("bookworm", "debian")
     assert "deb MIRROR bookworm main" in str(caught.value)

@@ -129,12 +129,12 @@ def test_other_comments_are_comments(line: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("#| pipp: x", "s.py, line 2: a buildscript has no `#| pipp:` line. It has `#| pip:` and `#| arg:`."),
-        ("#| pip:", "s.py, line 2: `#| pip:` names no requirement. Write `#| pip: requests`."),
-        ("#| arg: my-arg", "s.py, line 2: `#| arg: my-arg` cannot be understood."),
-        ("#| arg: x: = 3", "s.py, line 2: `#| arg: x: = 3` cannot be understood."),
-        ("#| arg: 2x", "s.py, line 2: `#| arg: 2x` cannot be understood."),
-        ("#| arg: x = y", "s.py, line 2: the default of arg x is not a Python literal: y"),
+        ("#| pipp: x", "s.py, line 2: unknown directive `#| pipp:`. Use `#| pip:` or `#| arg:`."),
+        ("#| pip:", "s.py, line 2: `#| pip:` without a requirement. Write `#| pip: requests`."),
+        ("#| arg: my-arg", "s.py, line 2: invalid directive `#| arg: my-arg`."),
+        ("#| arg: x: = 3", "s.py, line 2: invalid directive `#| arg: x: = 3`."),
+        ("#| arg: 2x", "s.py, line 2: invalid directive `#| arg: 2x`."),
+        ("#| arg: x = y", "s.py, line 2: default of arg x is not a Python literal: y"),
     ],
 )
 def test_a_line_that_makes_no_sense_is_an_error_with_its_number(line: str, message: str) -> None:
@@ -175,12 +175,12 @@ def test_an_arg_is_made_what_it_is_declared_as(line: str, given: object, value: 
 @pytest.mark.parametrize(
     ("line", "given", "message"),
     [
-        ("x: int", {"x": "y"}, "s.py, line 1: 'y' is no value for arg x: int (invalid literal"),
-        ("x: bool", {"x": "maybe"}, "s.py, line 1: 'maybe' is no value for arg x: bool (say true or false"),
-        ("x: nothing", {}, "s.py, line 1: arg x is to be a nothing, and there is no such type or function."),
-        ("x: os.path", {}, "s.py, line 1: arg x is to be a os.path, and there is no such type"),
-        ("x: str = ...", {}, 's.py needs a value for its arg x (line 1). Give it in the task: args={"x": …}.'),
-        ("x", {"y": 1, "z": 1}, "s.py has no arg 'y', 'z'. It has x."),
+        ("x: int", {"x": "y"}, "s.py, line 1: invalid value 'y' for arg x: int: invalid literal"),
+        ("x: bool", {"x": "maybe"}, "s.py, line 1: invalid value 'maybe' for arg x: bool: expected true or false"),
+        ("x: nothing", {}, "s.py, line 1: unknown type nothing of arg x."),
+        ("x: os.path", {}, "s.py, line 1: unknown type os.path of arg x"),
+        ("x: str = ...", {}, 's.py, line 1: arg x has no value. Set it in the task: args={"x": …}.'),
+        ("x", {"y": 1, "z": 1}, "s.py: unknown arg 'y', 'z'. Use one of x, or declare `#| arg: y`."),
     ],
 )
 def test_a_wrong_arg_is_an_error_that_names_it(line: str, given: dict[str, object], message: str) -> None:
@@ -190,7 +190,7 @@ def test_a_wrong_arg_is_an_error_that_names_it(line: str, given: dict[str, objec
 
 
 def test_an_arg_for_a_script_that_declares_none_says_how_to() -> None:
-    with pytest.raises(ScriptError, match=r"s\.py has no arg 'y'\. It has none; declare one with `#\| arg: y`\."):
+    with pytest.raises(ScriptError, match=r"s\.py: unknown arg 'y'\. Declare `#\| arg: y`\."):
         bind(read(b"", "s.py"), {"y": 1})
 
 
@@ -216,7 +216,7 @@ def test_a_temporary_directory_is_a_path() -> None:
 def test_what_pip_cannot_install_is_an_error_and_leaves_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ScriptError, match=r"pip could not install ./no-such-folder for the buildscript \(status 1\)"):
+    with pytest.raises(ScriptError, match=r"pip failed with status 1: ./no-such-folder not installed"):
         add_requirements(tmp_path, ["./no-such-folder"])
     assert [path.suffix for path in (tmp_path / "venvs").iterdir()] == [".lock"]
 

@@ -19,6 +19,7 @@ import pytest
 from gamebear_tasks.runner.host.rootfs import Rootfs
 from gamebear_tasks.runner.images import apt
 from gamebear_tasks.runner.images.apt import Apt, AptError, Package, Unfit, trim
+from gamebear_tasks.runner.images.package_images import _missing
 
 INSTALLED = """\
 Package: dpkg
@@ -152,6 +153,17 @@ def test_a_package_that_is_not_there_is_apts_error(root: Path, repository: Repos
     assert "E: Unable to locate package no-such" in caught.value.said
 
 
+def test_packages_without_a_candidate_are_found_without_reading_apts_messages(
+    root: Path, repository: Repository
+) -> None:
+    make_package(repository.folder, "broken", needs="absent")
+    make_package(repository.folder, "provider", needs="needed\nProvides: virtual")
+    repository.publish()
+    apt = ready(root, repository)
+    wanted = ["tool=2", "tool=1:2-3", "no-such", "common", "needed/no-suite", "broken", "absent", "virtual"]
+    assert _missing(apt.runs, wanted) == ["absent", "needed/no-suite", "no-such", "tool=2"]
+
+
 def test_what_would_remove_something_is_left_to_the_containers_own_apt(root: Path, repository: Repository) -> None:
     old = INSTALLED.replace("dpkg", "rival").replace("1.21", "1\nConflicts: tool")
     (root / "var/lib/dpkg/status").write_text(INSTALLED + old)
@@ -239,7 +251,7 @@ def test_a_source_that_apt_may_read_otherwise_is_left_to_the_containers_own_apt(
 @pytest.mark.parametrize("source", ["deb [trusted=yes] file:/srv ./", "deb cdrom:[Debian]/ bookworm main"])
 def test_a_source_on_the_containers_disk_is_left_to_its_own_apt(root: Path, source: str) -> None:
     (root / "etc/apt/sources.list").write_text(f"{source}\n")
-    with pytest.raises(Unfit, match="not of the web"):
+    with pytest.raises(Unfit, match="not http or https"):
         opened(root)
 
 
@@ -287,7 +299,7 @@ def test_keys_that_only_the_builder_has_do_not_count(root: Path, tmp_path: Path)
 
 def test_an_image_without_dpkg_is_left_alone(root: Path) -> None:
     (root / "var/lib/dpkg/status").unlink()
-    with pytest.raises(Unfit, match="has no dpkg"):
+    with pytest.raises(Unfit, match="dpkg is not installed"):
         opened(root)
 
 

@@ -26,7 +26,7 @@ def task_y():
 """
 
 VFS = "gamebear: on local: the image store uses the vfs driver, which copies the whole base image for every container: "
-VFS += "install fuse-overlayfs there (sudo apt install fuse-overlayfs)\n"
+VFS += "run there sudo apt install fuse-overlayfs\n"
 
 GOOD = Facts("1.28.2", True, (), "overlay", "chroot", True, "amd64", ())
 
@@ -85,20 +85,20 @@ def test_where_nothing_can_be_noted_it_is_said_in_each_run(mine: Project) -> Non
 def test_a_card_that_is_slow_is_told_with_the_way_out(mine: Project) -> None:
     (mine.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 2.5}))
     said = built(mine)
-    assert "on local: a small file takes more than 1 second to reach the disk of" in said
-    assert "have the store on a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in said
+    assert "on local: syncing a small file to the disk of" in said
+    assert "move the store to a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in said
 
 
 def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mine: Project) -> None:
     path = mine.write(str(mine.home / ".config/gamebear/builder.json"), '{"slots": 2,}')
-    said = f"{path} is not JSON and is not heeded"
+    said = f"{path} is ignored: it is not JSON"
     assert built(mine).count(f"gamebear: on local: {said}") == 1
     assert (mine.folder / "build" / "logs" / "x.log").read_text().count(said) == 1
     assert said not in built(mine), "that was said before"
     run = mine.gamebear("doctor", "--json", "builder=local:")
     found = {finding["name"]: finding for finding in json.loads(run.out)["places"][1]["findings"]}
     assert found["builder.json"]["state"] == "note" and said in found["builder.json"]["what"]
-    assert found["builder.json"]["remedy"] == 'Have all of it say {"slots": 2}, say, or remove it.'
+    assert found["builder.json"]["remedy"] == 'Write for example {"slots": 2}, or remove the file.'
 
 
 # on the builder
@@ -109,11 +109,11 @@ def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mi
     [
         ("{}", None, ""),
         ('{"slots": 2}', 2, ""),
-        ('{"slots": "two"}', None, 'are "two", which is not heeded'),
-        ('{"slots": 0}', None, "are 0, which is not heeded"),
-        ('{"slots": true}', None, "are true, which is not heeded"),
-        ('{"slots": 2, "slot\\n": 3}', 2, 'also says "slot\\n", which means nothing'),
-        ("[2]", None, "is not an object of JSON"),
+        ('{"slots": "two"}', None, 'is ignored: slots is "two"'),
+        ('{"slots": 0}', None, "is ignored: slots is 0"),
+        ('{"slots": true}', None, "is ignored: slots is true"),
+        ('{"slots": 2, "slot\\n": 3}', 2, 'unknown settings, which are ignored: "slot\\n"'),
+        ("[2]", None, "it is not a JSON object"),
         ("", None, "is not JSON"),
         ("[" * 100_000, None, "is not JSON"),
     ],
@@ -134,7 +134,7 @@ def test_what_a_builder_json_may_hold(
 def test_a_builder_json_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "gamebear" / "builder.json").mkdir(parents=True)
-    assert "cannot be read and is not heeded (Is a directory)" in builder_config.read().wrong
+    assert "is ignored: it cannot be read (Is a directory)" in builder_config.read().wrong
 
 
 @pytest.fixture
@@ -155,8 +155,8 @@ def mounted(system: None, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("size=1000M", ["has less than 1 GiB left: make room there, say with gamebear prune --older 30 --images"]),
-        ("size=2G,nr_inodes=10000", ["can hold only few more files (df -i)"]),
+        ("size=1000M", ["has less than 1 GiB left: free space, for example with gamebear prune --older 30 --images"]),
+        ("size=2G,nr_inodes=10000", ["has few free inodes (df -i)"]),
         ("size=2G,nr_inodes=0", []),
         ("size=2G,nr_inodes=100000", []),
     ],
@@ -169,7 +169,7 @@ def test_a_disk_that_is_nearly_full_is_told(mounted: Callable[[str], Path], opti
 
 def test_a_builder_without_namespaces_is_told(mounted: Callable[[str], Path]) -> None:
     (found,) = performance_warnings.notices(mounted("size=2G"), GOOD._replace(pid_namespace=False)).values()
-    assert "no PID namespace to be had" in found and "--privileged" in found
+    assert "PID namespaces are unavailable" in found and "--privileged" in found
 
 
 @pytest.mark.parametrize(

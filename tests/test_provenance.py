@@ -139,7 +139,7 @@ def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_e
     assert not list(pair.folder.glob("build/*.intoto.json")), "what was said is about other files"
     for path in pair.store.glob("jobs/*/state.json"):
         path.unlink()
-    pair.gamebear("provenance").failed("The builder no longer has the result of job", "doit clean TASK, then doit TASK")
+    pair.gamebear("provenance").failed("is no longer on the builder", "doit clean TASK, then doit TASK")
 
 
 def test_nothing_secret_of_a_url_is_told() -> None:

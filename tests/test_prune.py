@@ -161,7 +161,7 @@ def test_a_job_that_runs_is_left_alone(tmp_path: Path, fresh_home: Path) -> None
     client = job.started()
     grow_old(job.store, 10)
     said = prune(job, "--older", "0", "--size", "0", "--keep", "0")
-    assert "Left, as somebody uses them or did a moment ago: 1 of the jobs." in said
+    assert "Kept jobs that are in use or were used a moment ago: 1." in said
     job.go()
     assert client.wait(60) == 0, job.said
     assert job.builds == 1
@@ -275,7 +275,7 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     os.utime(use.stored / "state.json")
     held = use.store.images / "gamebear-packages-0.lock"
     with locked(held):
-        assert "images were left" in prune(use, "--older", "9", "--images")
+        assert "images were kept" in prune(use, "--older", "9", "--images")
     assert len(images()) == 2
     assert "1 image " in prune(use, "--older", "9", "--images")
     assert images() == ["localhost/gamebear-test:two"]

@@ -32,8 +32,8 @@ from gamebear_tasks.runner.executor import workspace
 from gamebear_tasks.runner.host import buildah, capabilities
 from gamebear_tasks.runner.images import apt_sources
 from gamebear_tasks.runner.protocol import wire
-from gamebear_tasks.runner.protocol.requests import Cancel, Put
-from gamebear_tasks.runner.server import cancellation
+from gamebear_tasks.runner.protocol.requests import Cancel, Discard, Put
+from gamebear_tasks.runner.server import cancellation, outputs
 from gamebear_tasks.runner.server import session as serve
 from gamebear_tasks.runner.store import slots
 from gamebear_tasks.runner.store.store import Store, StoredJob
@@ -324,7 +324,7 @@ def test_a_disk_that_is_full_at_upload_is_named_and_the_upload_goes_on_when_ther
 ) -> None:
     job = Job(tmp_path, home, inputs={"big": os.urandom(5 * MIB)}, XDG_CACHE_HOME=str(disk))
     fill(ballast, but=2 * MIB)
-    job.failed("On this machine: The builder's disk is full", "Make room there", "gamebear prune")
+    job.failed("On this machine: The builder's disk is full", "Free space there", "gamebear prune")
     assert job.builds == 0
     ballast.unlink()
     job.ok()
@@ -338,7 +338,7 @@ def test_a_disk_that_is_full_before_the_job_begins_is_named(
     Job(tmp_path / "another", home, XDG_CACHE_HOME=str(disk)).ok()
     job = Job(tmp_path / "this", home, XDG_CACHE_HOME=str(disk))
     fill(ballast, but=0)
-    run = job.project.doit().failed("The builder's disk is full", "Make room there")
+    run = job.project.doit().failed("The builder's disk is full", "Free space there")
     assert job.builds == 0 and "lost" not in run.text
     ballast.unlink()
     job.ok()
@@ -351,9 +351,8 @@ def test_a_disk_that_is_full_before_the_job_begins_is_named(
         pytest.param('with open("big", "wb") as big:\n        while True: big.write(bytes(1 << 20))', id="its files"),
         pytest.param("while True: print('x' * 100000)", id="its log"),
         pytest.param(
-            "import subprocess\n    print('begin')\n    try:\n"
-            "        subprocess.run(['dd', 'if=/dev/zero', 'bs=1M', 'of=big'], check=True)\n"
-            "    finally:\n        os.unlink('big')",
+            "import subprocess\n    print('begin')\n"
+            "    subprocess.run(['dd', 'if=/dev/zero', 'bs=1M', 'of=big'], check=True)",
             id="a program",
         ),
     ],
@@ -364,7 +363,7 @@ def test_a_build_that_fills_the_disk_fails_because_of_that(
     (tmp_path / "fill").touch()
     job = Job(tmp_path, home, f'if os.path.exists(HERE + "/fill"):\n    {body}', XDG_CACHE_HOME=str(disk))
     fill(ballast, but=8 * MIB)
-    job.failed("x failed on local: ", "The builder's disk is full", "Make room there")
+    job.failed("x failed on local: ", "The builder's disk is full", "Free space there")
     assert job.builds == 1
     (tmp_path / "fill").unlink()
     ballast.unlink()
@@ -387,7 +386,7 @@ if os.path.exists(HERE + "/fill"):
 """
     (tmp_path / "fill").touch()
     job = Job(tmp_path, home, body, XDG_CACHE_HOME=str(disk))
-    job.failed("The builder's disk is full", "Make room there")
+    job.failed("The builder's disk is full", "Free space there")
     assert job.builds == 1
     (tmp_path / "fill").unlink()
     ballast.unlink()
@@ -756,6 +755,20 @@ def queued(tmp_path: Path) -> StoredJob:
     return job
 
 
+def test_a_result_that_is_pruned_while_it_is_discarded_is_not_an_error(
+    queued: StoredJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = StoredJob.lock
+
+    def pruned_first(stored: StoredJob) -> Lock:
+        shutil.rmtree(stored.folder)
+        return lock(stored)
+
+    monkeypatch.setattr(StoredJob, "lock", pruned_first)
+    assert outputs.discard(queued.store, Discard(digest=queued.digest, attempt="a1")) == {"discarded": False}
+    assert not queued.folder.exists()
+
+
 def of(digest: str, attempt: str) -> Cancel:
     return Cancel(digest=digest, attempt=attempt, client="me", force=False, who="")
 
@@ -847,10 +860,29 @@ def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
         shutil.rmtree(queued.work)
 
 
-def test_a_failed_build_whose_log_cannot_be_read_fails_as_it_did(queued: StoredJob) -> None:
+def test_a_disk_that_was_full_during_the_build_is_named_although_it_has_room_again(
+    queued: StoredJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def is_full(*folders: str) -> bool:
+        asked.append(folders)
+        return len(asked) == 1
+
+    monkeypatch.setattr(supervise, "is_full", is_full)
     supervisor = supervise.Supervisor(queued, "a1")
-    queued.log.unlink()
-    supervisor._check_room("", {})
+    with subprocess.Popen(["sleep", "1"]) as process:
+        supervisor._wait(process)
+    with pytest.raises(workspace.JobFailed, match="disk is full"):
+        supervisor._check_room("`make` failed with status 2.", {})
+    assert set(asked) == {(str(queued.store.root),)}
+    os.close(supervisor.log)
+
+
+def test_a_failed_build_says_nothing_of_a_disk_that_has_room_whatever_its_log_says(queued: StoredJob) -> None:
+    supervisor = supervise.Supervisor(queued, "a1")
+    os.write(supervisor.log, b"write error: No space left on device\n")
+    supervisor._check_room("No space left on device", {})
     os.close(supervisor.log)
 
 
@@ -882,6 +914,9 @@ def test_an_index_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(apt_sources, "UNPACKED_LIMIT", 3 * MIB)
     apt_sources._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
     apt_sources._check_xz(lzma.compress(b""))
-    for content, reason in ((lzma.compress(bytes(5 * MIB)), "more than 3 MiB"), (lzma.compress(b"x")[:-4], "cut off")):
+    for content, reason in (
+        (lzma.compress(bytes(5 * MIB)), "more than 3 MiB"),
+        (lzma.compress(b"x")[:-4], "truncated"),
+    ):
         with pytest.raises(lzma.LZMAError, match=reason):
             apt_sources._check_xz(content)

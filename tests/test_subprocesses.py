@@ -130,7 +130,7 @@ ENV = {"PATH": os.environ["PATH"]}
 
 def test_a_timeout_is_told_from_every_exit_status() -> None:
     assert captured(["sh", "-c", "echo no >&2; exit 124"], ENV) == (124, "", "no\n")
-    assert captured(["sleep", "1000"], ENV, timeout=0.2) == (-9, "", "no answer within 0 seconds")
+    assert captured(["sleep", "1000"], ENV, timeout=0.2) == (-9, "", "timeout after 0 seconds")
 
 
 def test_a_timeout_kills_the_descendants_too(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_timeout_kills_the_descendants_too(tmp_path: Path) -> None:
 
 def test_a_silent_program_is_killed_with_its_descendants(tmp_path: Path) -> None:
     status, said = streamed(["sh", "-c", f"{stubborn(tmp_path)}; wait"], ENV, silence=lambda _: 1.6)
-    assert status == -9 and "nothing was heard for" in said
+    assert status == -9 and "no output for" in said
     wait_for(lambda: not running(tmp_path))
 
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         from .maintenance import retained_containers
 
         return retained_containers.main(*rest)
-    print(f"the runner has no command {command!r}", file=sys.stderr)
+    print(f"unknown command of the runner: {command!r}", file=sys.stderr)
     return 2
 
 

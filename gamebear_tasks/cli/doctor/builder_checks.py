@@ -302,7 +302,7 @@ def _containers(facts: _Facts) -> Iterator[Finding]:
             yield _cost("processes", text)
         yield _storage(facts, known)
     elif not explained and failure:
-        packages = ("netavark",) if "without netavark" in failure.text("what") else ()
+        packages = ("netavark",) if failure.text("package") == "netavark" else ()
         yield Finding(
             "isolation",
             FAILED,

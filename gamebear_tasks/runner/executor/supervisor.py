@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import select
-import shutil
 import signal
 import stat
 import subprocess
@@ -34,18 +33,13 @@ from ..store import builder_config, slots
 from ..store.phases import Phases, note
 from ..store.store import Store, StoredJob, StoreError, hold_runner, runner_folder, storage_failure
 from ..util.atomic_files import content, data_extents, read_json, sync_folder
-from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by, tells_of_full_disk
+from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
+from ..util.free_space import is_full
 from . import workspace
 from .workspace import JobFailed, failure
 
 LOG_LIMIT = 1 << 30
 """Bytes of log after which a build is stopped: it is in an endless loop and would fill the disks of both sides."""
-
-LOG_TAIL = 16 << 10
-"""Bytes at the end of a failed build's log that are searched for the cause."""
-
-NO_ROOM = 1 << 20
-"""Free bytes below which a failed build is reported as failed by a full disk."""
 
 GO = b"\n"
 """Sent to a build when its working directory is ready."""
@@ -97,6 +91,10 @@ class Supervisor:
         self.limit = 0.0
         """Time limit of the attempt in seconds, counted from when it has its slot; 0 for no limit."""
         self._deadline = math.inf
+        self._disks = [str(self.store.root)]
+        """Folders of the file systems that a build writes to."""
+        self._was_full = False
+        """Whether one of these was full while the build ran."""
 
     def run(self) -> None:
         """Build the job and write its final state. Failures of the job are recorded, not raised.
@@ -201,6 +199,7 @@ class Supervisor:
             known = facts(self.store.root)
             stay_with(known)
             keep_notices(self.store, known)
+            self._disks += [known.graph_root] if known.graph_root else []
         self._check_stop()
         arch = str(job["arch"])
         if arch != known.arch and arch not in known.emulated:
@@ -324,17 +323,13 @@ class Supervisor:
         self.phases.add("build", started, now)
 
     def _check_room(self, said: str, details: dict[str, Any]) -> None:
-        """Raise JobFailed for a full disk if that made the build fail: programs report it in many different ways.
+        """Raise JobFailed for a full disk if a disk is full or was full while the build ran.
 
         Args:
-            said: error message of the build, searched together with the end of the log.
+            said: error message of the build.
             details: details of the failure.
         """
-        tail = ""
-        with contextlib.suppress(OSError), self.stored.log.open("rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - LOG_TAIL))
-            tail = log.read().decode("utf-8", "replace")
-        if tells_of_full_disk(said + tail) or shutil.disk_usage(self.store.root).free < NO_ROOM:
+        if self._was_full or is_full(*self._disks):
             error = storage_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             message = f"{error.message.removesuffix('.')}: {said}" if said else error.message
             raise JobFailed(error.kind, message, error.hint, **details)
@@ -346,6 +341,7 @@ class Supervisor:
             ended.register(pidfd, select.POLLIN)
             while not ended.poll(200):
                 self._check_stop()
+                self._was_full = self._was_full or is_full(*self._disks)
                 if os.fstat(self.log).st_size > LOG_LIMIT:
                     raise JobFailed(
                         "log",

@@ -184,7 +184,12 @@ def build(digest: str) -> int:
         _execute(digest, folder, result)
     except BaseException as error:  # noqa: BLE001 - a script may raise anything
         result = {**result, "ok": False, **_failure(error)}
-    write_json(folder / "result.json", result, sync=False)
+    try:
+        write_json(folder / "result.json", result, sync=False)
+    except OSError as error:  # a full disk; the supervisor reports it
+        with contextlib.suppress(OSError):
+            print(f"gamebear: result.json cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     return 0 if result["ok"] else 1
 
 

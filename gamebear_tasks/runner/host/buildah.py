@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..util.errors import RunnerError
+from ..util.free_space import is_full
 from ..util.locks import locked
 from . import streams
 from .capabilities import Facts, environment, made_folder, namespace
@@ -39,7 +40,7 @@ class BuildahError(RunnerError):
 
     def __init__(self, command: Sequence[str], status: int, stderr: str, hint: str = "") -> None:
         said = last_lines(stderr)
-        message = f"`buildah {shlex.join(command)}` ended with status {status}"
+        message = f"`buildah {shlex.join(command)}` failed with status {status}"
         message += f": {said}" if said else "."
         super().__init__(message, hint)
         self.command = list(command)
@@ -116,6 +117,10 @@ class Buildah:
             {**entry, "id": str(entry["id"]).rpartition(":")[2], "names": list(entry.get("names") or ())}
             for entry in listed
         ]
+
+    def is_disk_full(self) -> bool:
+        """Return whether the disk of the image store or of buildah's temporary files is full."""
+        return is_full(self.environment["TMPDIR"], *filter(None, [self.facts.graph_root]))
 
     @contextlib.contextmanager
     def looking_for_image(self) -> Iterator[None]:
@@ -216,19 +221,29 @@ def remove_containers(
     before, store, env = namespace(facts), list(facts.storage), environment(root, facts)
     if scratch is not None:
         env["TMPDIR"] = str(made_folder(scratch))
-    status, stdout, stderr = captured([*before, "buildah", *store, "containers", "--all", "--json"], env)
-    if status:
-        raise BuildahError(["containers", "--all", "--json"], status, stderr)
-    try:
-        listed = json.loads(stdout or "null") or []
-    except ValueError:
-        raise BuildahError(["containers", "--all", "--json"], status, "its output is not JSON") from None
-    for container in listed:
-        if container["containername"].startswith(prefix) and container["containername"] not in but:
-            args = ["rm", container["id"]]
-            status, _, stderr = captured([*before, "buildah", *store, *args], env)
-            if status and "not known" not in stderr:
-                raise BuildahError(args, status, stderr)
+
+    def run(*args: str) -> str:
+        status, stdout, stderr = captured([*before, "buildah", *store, *args], env)
+        if status:
+            raise BuildahError(args, status, stderr)
+        return stdout
+
+    def names() -> dict[str, str]:
+        """Return the name of every container, by id."""
+        args = ("containers", "--all", "--json")
+        try:
+            listed = json.loads(run(*args) or "null") or []
+        except ValueError:
+            raise BuildahError(args, 0, "the output is not JSON") from None
+        return {container["id"]: container["containername"] for container in listed}
+
+    for identity, name in names().items():
+        if name.startswith(prefix) and name not in but:
+            try:
+                run("rm", identity)
+            except BuildahError:
+                if identity in names():  # race: another process may have removed it
+                    raise
 
 
 def remove_tree(root: Path, facts: Facts, path: Path) -> None:
@@ -248,8 +263,8 @@ def remove_tree(root: Path, facts: Facts, path: Path) -> None:
     status, _, stderr = captured(command, environment(root, facts))
     if status or os.path.lexists(path):
         raise RunnerError(
-            f"{path} cannot be removed: {last_lines(stderr)}",
-            f"Remove it on the builder: buildah unshare rm -rf {path}",
+            f"{path} cannot be removed: {last_lines(stderr) or f'rm failed with status {status}'}.",
+            f"Remove it on the builder: buildah unshare rm -rf {shlex.quote(str(path))}",
         )
 
 

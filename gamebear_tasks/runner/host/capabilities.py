@@ -34,6 +34,7 @@ class Facts(NamedTuple):  # importing dataclasses is as slow as all other import
         pid_namespace: Whether a build can be process 1 of a PID namespace, so that all its processes end with it.
         arch: Debian's name of the builder's architecture.
         emulated: Debian's names of other architectures whose programs run here, by emulation or by the CPU.
+        graph_root: Folder of the image store; empty if unknown.
     """
 
     version: str
@@ -44,6 +45,7 @@ class Facts(NamedTuple):  # importing dataclasses is as slow as all other import
     pid_namespace: bool
     arch: str
     emulated: tuple[str, ...]
+    graph_root: str = ""
 
 
 def from_json(value: Any) -> Facts:

@@ -36,8 +36,14 @@ from .subprocesses import SYSTEM_FOLDERS, captured, last_lines
 REASON = 400
 """Characters of buildah's long error output that a message quotes at most."""
 
-RECIPE = 2
+RECIPE = 3
 """Version of the probe; a new number causes every builder to probe again."""
+
+NETWORK_BACKENDS = ("/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman")
+"""Default folders of netavark, see `helper_binaries_dir` in containers.conf(5)."""
+
+CNI_PLUGINS = ("/usr/local/libexec/cni", "/usr/libexec/cni", "/usr/local/lib/cni", "/usr/lib/cni", "/opt/cni/bin")
+"""Default folders of CNI's plugins, see `cni_plugin_dirs` in containers.conf(5)."""
 
 SUBORDINATE_IDS = ("/etc/subuid", "/etc/subgid")
 
@@ -126,13 +132,13 @@ def _probe(root: Path) -> Facts:
     env = own_environment(root, rootless)
     env["BUILDAH_ISOLATION"] = "chroot"
     if not shutil.which("buildah", path=env["PATH"]):
-        raise RunnerError("The builder has no buildah.", "Install it there: sudo apt install buildah")
+        raise RunnerError("buildah is not installed on the builder.", "Run there: sudo apt install buildah")
     status, stdout, stderr = captured(["buildah", "--version"], env, timeout=PROBE_SECONDS)
     words = stdout.split()
     if status or words[:2] != ["buildah", "version"] or len(words) < 3:
         raise RunnerError(
-            f"The builder's buildah does not run: {last_lines(stderr or stdout)}.",
-            "Install it again: sudo apt install --reinstall buildah",
+            f"buildah does not run on the builder: {last_lines(stderr or stdout) or f'status {status}'}.",
+            "Run there: sudo apt install --reinstall buildah",
         )
     if rootless:
         _check_user_namespace(env)
@@ -148,42 +154,68 @@ def _probe(root: Path) -> Facts:
         emulated=emulated(arch),
     )
     failures: list[str] = []
-    for driver, storage in _stores(root, rootless, env):
+    for driver, storage, graph_root in _stores(root, rootless, env):
         for pid_namespace in (True, False):
             for isolation in ("rootless", "chroot") if rootless else ("oci", "chroot"):
-                tried = found._replace(storage=storage, driver=driver, isolation=isolation, pid_namespace=pid_namespace)
+                tried = found._replace(
+                    storage=storage,
+                    driver=driver,
+                    isolation=isolation,
+                    pid_namespace=pid_namespace,
+                    graph_root=graph_root,
+                )
                 failure = _try(root, tried)
                 if not failure:
                     return tried
                 failures.append(f"{driver}, {isolation}{', own PIDs' if pid_namespace else ''}: {failure}")
-    if all("netavark" in failure for failure in failures):
-        raise RunnerError(
-            "The builder's buildah does not start without netavark, not even for containers without a network.",
-            "Install it there: sudo apt install netavark",
-        )
-    raise RunnerError(
-        f"No container can be run on the builder, in {len(failures)} ways; the plainest is {failures[-1][:REASON]}.",
-        "Inside another container, that one must be allowed to mount and to make namespaces "
-        "(for example --privileged); on a machine of its own, see that `buildah unshare true` works.",
+    # buildah reports the cause only as text. The text is quoted, and the fix covers every common cause.
+    raise ContainersError(
+        f"the builder cannot run containers: {failures[-1][:REASON]} ({len(failures)} configurations tried).",
+        "Check on the builder that `buildah unshare true` works. Inside a container, allow mounts and namespaces (for "
+        "example --privileged).",
+        "" if _has_network_backend(env) else "netavark",
     )
 
 
-def _stores(root: Path, rootless: bool, env: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each image store to try, best first: driver, buildah's options."""
+class ContainersError(RunnerError):
+    """No container can be run on this builder.
+
+    Args:
+        message: what failed.
+        hint: suggested fix.
+        package: Debian package that buildah may require and that is not installed; empty if there is none.
+    """
+
+    def __init__(self, message: str, hint: str, package: str) -> None:
+        super().__init__(message, f"Run there: sudo apt install {package}. If that fails: {hint}" if package else hint)
+        self.package = package
+
+
+def _has_network_backend(env: dict[str, str]) -> bool:
+    """Return whether netavark or CNI is installed; buildah may refuse to start without, even if no network is used."""
+    if shutil.which("netavark", path=":".join([env["PATH"], *NETWORK_BACKENDS])):
+        return True
+    return any(shutil.which("loopback", path=folder) for folder in CNI_PLUGINS)
+
+
+def _stores(root: Path, rootless: bool, env: dict[str, str]) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Yield each image store to try, best first: driver, buildah's options, folder."""
     runtime = ("--runroot", str(made_folder(runtime_folder(root)) / "containers"))
     status, stdout, _ = captured(["buildah", "info"], env, timeout=PROBE_SECONDS)
     try:
-        default = json.loads(stdout)["store"]["GraphDriverName"] if not status else ""
-    except (ValueError, KeyError, TypeError):
-        default = ""
+        store = json.loads(stdout)["store"] if not status else {}
+        default, place = store.get("GraphDriverName", ""), str(store.get("GraphRoot", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        default, place = "", ""
     if default and default != "vfs":
-        yield default, runtime if rootless else ()
-    own = ("--root", str(made_folder(root / "storage")), *runtime, "--storage-driver")
-    yield "overlay", (*own, "overlay")
+        yield default, runtime if rootless else (), place
+    folder = str(made_folder(root / "storage"))
+    own = ("--root", folder, *runtime, "--storage-driver")
+    yield "overlay", (*own, "overlay"), folder
     fuse = shutil.which("fuse-overlayfs", path=env["PATH"])
     if fuse:
-        yield "overlay", (*own, "overlay", "--storage-opt", f"overlay.mount_program={fuse}")
-    yield "vfs", (*own, "vfs")
+        yield "overlay", (*own, "overlay", "--storage-opt", f"overlay.mount_program={fuse}"), folder
+    yield "vfs", (*own, "vfs"), folder
 
 
 def _try(root: Path, tried: Facts) -> str:
@@ -219,8 +251,8 @@ def _check_user_namespace(env: dict[str, str]) -> None:
     missing = [name for name in ("newuidmap", "newgidmap") if not shutil.which(name, path=env["PATH"])]
     if missing:
         raise RunnerError(
-            f"The builder has no {' and no '.join(missing)}, without which {user} cannot run containers.",
-            "Install it there: sudo apt install uidmap",
+            f"{user} cannot run containers on the builder: {' and '.join(missing)} not installed.",
+            "Run there: sudo apt install uidmap",
         )
     status, stdout, stderr = captured(
         ["buildah", "unshare", "cat", "/proc/self/uid_map", "/proc/self/gid_map"], env, timeout=PROBE_SECONDS
@@ -232,16 +264,16 @@ def _check_user_namespace(env: dict[str, str]) -> None:
     counts = subordinate_ids(user)
     if min(counts) < ENOUGH_IDS:
         raise RunnerError(
-            f"On the builder, {user} has {counts[0]} subordinate user ids and {counts[1]} group ids (/etc/subuid, "
-            "/etc/subgid); packages are installed in a container only with 65536 of each.",
-            f"Give them: sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} "
-            "(another range where another user has that one).",
+            f"{user} has too few subordinate ids on the builder: {counts[0]} user ids and {counts[1]} group ids "
+            f"(/etc/subuid, /etc/subgid), {ENOUGH_IDS} of each are required.",
+            f"Run there: sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user} "
+            "(choose another range if another user has this one).",
         )
     raise RunnerError(
-        f"The builder gives {user} no user namespace: {last_lines(stderr)}.",
-        "The kernel's settings may forbid it (sysctl user.max_user_namespaces, "
-        "kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), or newuidmap is not "
-        "set-uid root (sudo apt install --reinstall uidmap).",
+        f"{user} cannot create a user namespace on the builder: {last_lines(stderr)}.",
+        "Check there the kernel's settings (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, "
+        "kernel.apparmor_restrict_unprivileged_userns), and that newuidmap is set-uid root "
+        "(sudo apt install --reinstall uidmap).",
     )
 
 

@@ -298,7 +298,7 @@ class Rootfs:
         """
         info = os.fstat(folder)
         if (info.st_dev, info.st_ino) in above:
-            raise OSError(errno.ELOOP, "A link leads back to a folder that holds it", path)
+            raise OSError(errno.ELOOP, "A link leads to a parent folder of itself", path)
         above = (*above, (info.st_dev, info.st_ino))
         for name in sorted(os.listdir(folder)):
             place, there = Place(folder, name, f"{path}/{name}"), Place(copy, name, inside + name)
@@ -526,7 +526,7 @@ def _copy_xattrs(source: int, target: int) -> None:
             os.setxattr(target, name, value)
         except OSError as error:
             path = os.readlink(f"/proc/self/fd/{source}")
-            raise OSError(error.errno, f"its attribute {name} cannot be kept: {error.strerror}", path) from None
+            raise OSError(error.errno, f"its extended attribute {name} cannot be set: {error.strerror}", path) from None
 
 
 def _make_folder(name: str, folder: int, path: str) -> None:

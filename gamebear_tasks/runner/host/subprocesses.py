@@ -38,7 +38,7 @@ def captured(
     try:
         stdout, stderr = process.communicate(input, timeout)
     except subprocess.TimeoutExpired:
-        return -signal.SIGKILL, "", f"no answer within {timeout:.0f} seconds"
+        return -signal.SIGKILL, "", f"timeout after {timeout:.0f} seconds"
     finally:
         processes.end(process)
     return process.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
@@ -95,7 +95,7 @@ def streamed(
             else:
                 waited += 0.5
                 if silence is not None and waited > silence(tail.decode("utf-8", "replace")):
-                    tail += f"\nnothing was heard for {waited:.0f} seconds\n".encode()
+                    tail += f"\nno output for {waited:.0f} seconds\n".encode()
                     silence = None
                     processes.end(process)
         return process.wait(), tail.decode("utf-8", "replace")

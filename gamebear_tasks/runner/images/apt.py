@@ -67,8 +67,8 @@ class AptError(RunnerError):
 
     def __init__(self, status: int, said: str) -> None:
         super().__init__(
-            last_lines(said) or f"apt-get: status {status}",
-            "See the names of the packages, and that the builder reaches its mirror.",
+            last_lines(said) or f"apt-get failed with status {status}",
+            "Check the names of the packages, and that the builder reaches its mirror.",
         )
         self.status = status
         self.said = said
@@ -141,9 +141,9 @@ class Apt:
         self.debs = folder / "debs"
         self.environment = {**environment, "LC_ALL": "C", "APT_CONFIG": str(folder / "apt.conf")}
         if not all(shutil.which(program, path=environment["PATH"]) for program in ("apt-get", "apt-config")):
-            raise Unfit("the builder has none")
+            raise Unfit("apt is not installed on the builder")
         if re.search(r'["\\\s,\]]', str(folder)):
-            raise Unfit(f"its settings cannot name {folder}")
+            raise Unfit(f"apt.conf cannot contain the path {folder}")
         for name in ("cache/archives/partial", "debs", "lists/partial", "none/apt.conf.d", "all/apt.conf.d", "state"):
             (folder / name).mkdir(parents=True)
         for name in ("apt.conf.d", "auth.conf.d", "keys", "preferences.d", "sources.list.d", "trusted.gpg.d"):
@@ -189,10 +189,10 @@ class Apt:
             Unfit: The file has unusual syntax, or a source that is not http or https.
         """
         if re.search(r'[^\S \t\n]|[\x00-\x08\x0e-\x1f"]', sources) or re.search(r"(?i)\bsigned-by[+-]", sources):
-            raise Unfit("its sources are written in an unusual way")  # apt might parse them differently
+            raise Unfit("the image's apt sources have an unusual syntax")  # apt might parse them differently
         found = sources_list.parse(sources, suffix)
         if not all(uri.lower().startswith(("http://", "https://")) for source in found for uri in source.uris):
-            raise Unfit("it has a source that is not of the web")
+            raise Unfit("the image has an apt source that is not http or https")
         return sources_list.text_of(self._with_copied_keys(source, rootfs) for source in found)
 
     def _with_copied_keys(self, source: Source, rootfs: Rootfs) -> Source:
@@ -215,7 +215,7 @@ class Apt:
         status = (self.folder / "status").read_text("utf-8", "replace") if (self.folder / "status").exists() else ""
         own = re.search(r"^Package: dpkg\n(?:.+\n)*?Architecture: ([a-z0-9-]+)$", status, re.MULTILINE)
         if not own:
-            raise Unfit("its list of installed packages has no dpkg")
+            raise Unfit("dpkg is not installed in the image")
         self.arch = own.group(1)
         architectures = [self.arch]
         with contextlib.suppress(FileNotFoundError):
@@ -259,7 +259,7 @@ class Apt:
                 else:
                     found.append((name, value))
             elif not LEFT.fullmatch(name) or (("Invoke" in name or "Pkgs" in name) and not HARMLESS.fullmatch(value)):
-                raise Unfit(f"it has a setting of its own, {name}")
+                raise Unfit(f"the image has the apt setting {name}")
         return found
 
     def _dump(self, folder: Path) -> list[str]:
@@ -302,7 +302,7 @@ class Apt:
         for word, package in _planned(said):
             step = {"Inst": "unpack", "Conf": "configure"}.get(word)
             if step is None or package is None:
-                raise Unfit(f"it would have to remove packages ({word})")
+                raise Unfit(f"packages would be removed ({word})")
             if not steps or steps[-1][0] != step:
                 steps.append((step, []))
             steps[-1][1].append(package)
@@ -310,7 +310,7 @@ class Apt:
         uris = self._said("--print-uris", *command)
         for match in re.finditer(r"^'[^']*' (\S+) \d+ SHA256:([0-9a-f]{64})$", uris, re.MULTILINE):
             if not is_file_name(match.group(1)):
-                raise Unfit(f"a package has the name {match.group(1)!r}")
+                raise Unfit(f"a package's file name is invalid: {match.group(1)!r}")
             sha256[match.group(1)] = match.group(2)
         plan = Plan(command, tuple((step, tuple(each)) for step, each in steps), sha256)
         missing = [package.file for package in plan.packages if package.file not in sha256]
@@ -332,6 +332,10 @@ class Apt:
         if status:
             raise AptError(status, said + errors)
         return said
+
+    def runs(self, *arguments: str) -> bool:
+        """Return whether apt-get succeeds with some arguments, without output."""
+        return captured(["apt-get", "--quiet", *arguments], self.environment)[0] == 0
 
     def fetch(self, plan: Plan, unpacked: bool) -> None:
         """Download all packages of a plan into `debs`, each verified against its SHA-256.
@@ -374,7 +378,7 @@ class Apt:
             AptError: The package is missing, or differs from the package list.
         """
         if not archive.exists() or sha256_of(archive) != sha256:
-            raise AptError(1, f"E: {archive.name} is not what the package list says")
+            raise AptError(1, f"E: {archive.name} does not match its SHA-256 in the package list")
         with contextlib.suppress(FileExistsError):
             os.link(archive, self.pool / sha256)
 
@@ -422,7 +426,7 @@ def _unpack(source: Path, target: Path) -> bool:
 
     with source.open("rb") as file, target.open("xb") as out:
         if file.read(8) != b"!<arch>\n":
-            raise AptError(1, f"E: {source.name} is no Debian package")
+            raise AptError(1, f"E: {source.name} is not a Debian package")
         out.write(b"!<arch>\n")
         while header := file.read(60):
             stem, suffix = os.path.splitext(header[:16].decode("ascii").rstrip(" /"))

@@ -136,8 +136,8 @@ def main_archive(suite: str, distribution: str) -> Archive:
     own.sort(key=lambda archive: archive.suite not in (suite, "stable", own_release()[1]))
     if not own:
         raise ImageError(
-            f"The builder's apt sources name no mirror of {distribution.capitalize()}.",
-            f"Name one there in /etc/apt/sources.list: deb MIRROR {suite} main",
+            f"{distribution.capitalize()} has no mirror in the builder's apt sources.",
+            f"Add one there to /etc/apt/sources.list: deb MIRROR {suite} main",
         )
     uri, keyring = own[0].uri, own[0].keyring
     components = ("main",) if distribution == "debian" else ("main", "contrib", "non-free", "rpi")
@@ -158,8 +158,8 @@ def keyrings_for(archive: Archive, distribution: str) -> list[str]:
     if trusted and own_release()[0] == distribution:
         return trusted
     raise ImageError(
-        f"The builder has no keys to check {archive.uri} with ({KEYRINGS[distribution]}).",
-        f"Install them there: sudo apt install {distribution}-archive-keyring",
+        f"{archive.uri} cannot be verified: the builder has no {KEYRINGS[distribution]}.",
+        f"Run there: sudo apt install {distribution}-archive-keyring",
     )
 
 
@@ -172,7 +172,7 @@ def extra_archives(main: Archive, arch: str) -> list[Archive]:
             extra = Archive(archive.uri, archive.suite, ("main",))
             reason = _index_failure(extra, arch)
             if reason:
-                print(f"Leaving out {extra.suite}: {reason}", flush=True)
+                print(f"Skipping {extra.suite}: {reason}", flush=True)
             else:
                 extras.append(extra)
     return extras
@@ -195,11 +195,11 @@ def _index_failure(archive: Archive, arch: str) -> str:
             listed = answer.read(1 << 22).decode("utf-8", "replace")
         match = re.search(rf"^ ([0-9a-f]{{64}}) +\d+ {re.escape(name)}$", listed, re.MULTILINE)
         if not match:
-            return f"it has no {name}"
+            return f"{name} is missing"
         with urllib.request.urlopen(f"{base}/{name}", timeout=MIRROR_SECONDS) as answer:
             content = answer.read(1 << 26)
         if hashlib.sha256(content).hexdigest() != match.group(1):
-            return f"its {name} is not the one that its InRelease lists"
+            return f"{name} does not match its SHA-256 in InRelease"
         _check_xz(content)
     except (OSError, ValueError, lzma.LZMAError, urllib.error.URLError) as error:
         return f"{name}: {error}"
@@ -219,11 +219,11 @@ def _check_xz(content: bytes) -> None:
         stream = lzma.LZMADecompressor(memlimit=UNPACKED_MEMORY)
         while not stream.eof:
             if stream.needs_input and not content:
-                raise lzma.LZMAError("it is cut off")
+                raise lzma.LZMAError("the file is truncated")
             unpacked += len(stream.decompress(content, 1 << 20))
             content = b""
             if unpacked > UNPACKED_LIMIT:
-                raise lzma.LZMAError(f"it unpacks to more than {UNPACKED_LIMIT >> 20} MiB")
+                raise lzma.LZMAError(f"the file unpacks to more than {UNPACKED_LIMIT >> 20} MiB")
         content = stream.unused_data.lstrip(b"\0")
         if not unpacked and not content:
             return  # an index without packages

@@ -22,7 +22,7 @@ from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
 from ..host.capabilities import Facts, made_folder
 from ..host.subprocesses import last_lines, streamed
 from ..util.atomic_files import read_json
-from ..util.errors import RunnerError, tells_of_full_disk
+from ..util.errors import RunnerError
 from ..util.locks import locked
 from .apt_sources import RELEASES, STABLE, own_release
 from .bootstrap import bootstrap, tag_of
@@ -48,6 +48,9 @@ FIRST_ANSWER_SECONDS = 30.0
 LAYER_SECONDS = 1800.0
 """Seconds that a registry may be silent while it sends a layer."""
 
+MAKE_ROOM = "Free space on the builder: gamebear prune --older 30"
+"""Suggested fix for a full disk."""
+
 
 def resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     """Return the full id of the image with a name; it is pulled or bootstrapped if necessary.
@@ -71,7 +74,9 @@ def resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
 def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     policy = os.environ.get(POLICY_VARIABLE) or "auto"
     if policy not in ("auto", "registry", "bootstrap"):
-        raise RunnerError(f"{POLICY_VARIABLE} is {policy!r} on the builder.", "It may be auto, registry or bootstrap.")
+        raise RunnerError(
+            f"{POLICY_VARIABLE} is invalid on the builder: {policy!r}.", "Set it to auto, registry or bootstrap."
+        )
     by_id = _by_id(buildah, name)
     if by_id:
         return by_id
@@ -84,7 +89,9 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
     if found:
         return found
     if is_local_only(name):
-        raise ImageError(f"No image {name} for {wanted} is on the builder.", "It is a local name: build it first.")
+        raise ImageError(
+            f"image {name} for {wanted} is not on the builder.", "The name is local: build the image and tag it first."
+        )
     check_runs(facts, wanted)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = f"{suite}-{wanted}" if suite else hashlib.sha256(f"{qualified(name)} {wanted}".encode()).hexdigest()
@@ -97,24 +104,37 @@ def _resolve(buildah: Buildah, facts: Facts, name: str, arch: str) -> str:
             try:
                 return _pull(buildah, name, wanted)
             except BuildahError as error:
-                if tells_of_full_disk(error.stderr):
-                    raise NoRoomError(f"There was no room for the base image {name} for {wanted}.", "") from error
-                failures.append(f"the registry: {last_lines(error.stderr, 1).removeprefix('Error: ')}")
+                cause = last_lines(error.stderr, 1).removeprefix("Error: ")
+                if buildah.is_disk_full():
+                    raise NoRoomError(
+                        f"base image {name} for {wanted} cannot be stored: the disk is full ({cause}).", MAKE_ROOM
+                    ) from error
+                failures.append(f"registry: {cause}")
         if policy != "registry" and suite:
             try:
                 return bootstrap(buildah, suite, wanted)
             except NoRoomError:
                 raise
             except ImageError as error:
-                failures.append(f"a bootstrap: {error}")
-    hint = "See that the builder reaches the registry"
+                failures.append(f"bootstrap: {error}")
+    hint = "Check that the builder reaches the registry"
     if suite and policy != "registry":
         hint += ", or can bootstrap Debian (sudo apt install mmdebstrap, and an apt mirror)"
     raise ImageError(
-        f"The base image {name} for {wanted} cannot be had. Tried: the builder's own store: not there; "
-        f"{'; '.join(failures).rstrip('.')}.",
-        f"{hint}, or put the image there by hand: {shlex.join(buildah.command('pull', qualified(name)))}",
+        f"base image {name} for {wanted} not found: not in the builder's store; {'; '.join(failures).rstrip('.')}.",
+        f"{hint}, or pull the image there: {shlex.join(buildah.command('pull', qualified(name)))}",
     )
+
+
+def local(buildah: Buildah, name: str, arch: str) -> str:
+    """Return the id of the local image with an id or a name, or an empty string. Uses no network.
+
+    Args:
+        buildah: Runs buildah, inside the namespace.
+        name: Id or name of the image, as in the script.
+        arch: Debian's name of the job's architecture.
+    """
+    return _by_id(buildah, name) or meaning(buildah, name, arch, "registry")
 
 
 def meaning(buildah: Callable[..., str], name: str, arch: str, policy: str) -> str:
@@ -138,12 +158,11 @@ def check_runs(facts: Facts, arch: str) -> None:
         RunnerError: They do not, or the architecture is unknown.
     """
     if arch not in PLATFORMS:
-        raise RunnerError(f"There is no architecture {arch!r}.", f"Known are {', '.join(sorted(PLATFORMS))}.")
+        raise RunnerError(f"architecture {arch!r} is unknown.", f"Use one of {', '.join(sorted(PLATFORMS))}.")
     if arch != facts.arch and arch not in facts.emulated:
         raise RunnerError(
-            f"The builder is {facts.arch} and cannot run {arch} programs.",
-            f"Use a builder that is {arch}, or let this one emulate it: "
-            "sudo apt install qemu-user-static binfmt-support",
+            f"the builder ({facts.arch}) cannot run {arch} programs.",
+            f"Use an {arch} builder, or run on this one: sudo apt install qemu-user-static binfmt-support",
         )
 
 
@@ -158,6 +177,12 @@ def qualified(name: str) -> str:
     return f"{host}/{rest}" + ("" if ":" in last or "@" in last else ":latest")
 
 
+def repository(name: str) -> str:
+    """Return an image's name without its tag or digest."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{last.partition('@')[0].partition(':')[0]}"
+
+
 def is_local_only(name: str) -> bool:
     """Return whether a name can only be a local cache's tag, for which no registry is queried."""
     host, slash, _ = name.partition("/")
@@ -167,8 +192,8 @@ def is_local_only(name: str) -> bool:
         return False
     if slash and ("." in host or ":" in host):
         return False
-    repository, _, tag = name.rpartition("/")[2].partition(":")
-    return repository.startswith("gamebear-") or re.fullmatch(r"[0-9a-f]{64}", tag) is not None
+    last, _, tag = name.rpartition("/")[2].partition(":")
+    return last.startswith("gamebear-") or re.fullmatch(r"[0-9a-f]{64}", tag) is not None
 
 
 def debian_suite(name: str) -> str:
@@ -203,9 +228,7 @@ def _named_architecture(name: str) -> str:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,499}", name, re.ASCII):
-        raise ImageError(
-            f"{name!r} is not the name of an image.", "Write it as debian:bookworm, or host/folder/name:tag."
-        )
+        raise ImageError(f"image name {name!r} is invalid.", "Use a name like debian:bookworm or host/folder/name:tag.")
 
 
 def _by_id(buildah: Buildah, name: str) -> str:
@@ -219,13 +242,20 @@ def _by_id(buildah: Buildah, name: str) -> str:
 
 
 def _names(buildah: Callable[..., str]) -> dict[str, list[str]]:
-    """Return the names of every local image, by full id."""
+    """Return the names of every local image, with tags and with digests, by full id."""
     listed = json.loads(buildah("images", "--all", "--no-trunc", "--json") or "null") or []
-    return {str(image["id"]).rpartition(":")[2]: list(image.get("names") or []) for image in listed}
+    found: dict[str, list[str]] = {}
+    for image in listed:
+        names = found.setdefault(str(image["id"]).rpartition(":")[2], [])
+        for name in image.get("names") or []:
+            names += [name, f"{repository(name)}@{image.get('digest')}"]
+    return found
 
 
 def _places(name: str, arch: str, suite: str) -> list[str]:
     """Return the names to search for in the local store, best first."""
+    if "@" in name:
+        name = f"{repository(name)}@{name.rpartition('@')[2]}"  # a digest makes the tag irrelevant
     last = name.rpartition("/")[2]
     tagged = name if ":" in last or "@" in last else f"{name}:latest"
     places = [tagged, f"localhost/{tagged}", qualified(name), f"localhost/{_pulled_tag(name, arch)}"]
@@ -331,7 +361,7 @@ def _pull(buildah: Buildah, name: str, arch: str) -> str:
     identity = next((line for line in reversed(said.split()) if re.fullmatch(r"[0-9a-f]{64}", line)), "")
     identity = identity or {n: i for i, names in _names(buildah).items() for n in names}.get(qualified(name), "")
     if not identity:
-        raise BuildahError(command, 0, "it was pulled, but is not in the store")
+        raise BuildahError(command, 0, "the pulled image is not in the store")
     if not _fits(*architecture(json.loads(buildah("inspect", "--type", "image", identity))), arch):
         raise BuildahError(command, 0, f"the registry's image is not for {arch}")
     buildah("tag", identity, _pulled_tag(name, arch))
@@ -339,4 +369,5 @@ def _pull(buildah: Buildah, name: str, arch: str) -> str:
 
 
 def _patience(said: str) -> float:
+    # buildah reports its progress only as text. If a release changes the words, slow layers time out too early.
     return LAYER_SECONDS if re.search("Getting image source|Copying|Storing", said) else FIRST_ANSWER_SECONDS

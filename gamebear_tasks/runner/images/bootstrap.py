@@ -11,7 +11,7 @@ from pathlib import Path
 from ..host.arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
 from ..host.subprocesses import last_lines, streamed
-from ..util.errors import tells_of_full_disk
+from ..util.free_space import is_full
 from .apt_sources import Archive, distribution_for, extra_archives, keyrings_for, main_archive
 
 
@@ -32,12 +32,13 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
     tools = [tool for tool in ("mmdebstrap", "debootstrap") if shutil.which(tool, path=buildah.environment["PATH"])]
     if not tools:
         raise ImageError(
-            "The builder has neither mmdebstrap nor debootstrap.", "Install one: sudo apt install mmdebstrap"
+            "mmdebstrap and debootstrap are not installed on the builder.", "Run there: sudo apt install mmdebstrap"
         )
     main = main_archive(suite, distribution)
     keyrings = keyrings_for(main, distribution)
     all_archives = [main, *extra_archives(main, arch)]
     failures: list[str] = []
+    tree = None
     for tool in tools:
         container = f"{buildah.prefix}base-{os.urandom(4).hex()}"
         print(f"Bootstrapping {distribution} {suite} for {arch} from {main.uri} with {tool}", flush=True)
@@ -51,17 +52,17 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
                 status, said = _debootstrap(buildah, tree, main, keyrings[0], arch)
             else:
                 status, said = 1, "debootstrap needs a keyring in one file"
-            if status and tells_of_full_disk(said):
-                raise _no_room(distribution, suite, arch)
             if status:
+                if is_full(tree) or buildah.is_disk_full():
+                    raise _no_room(distribution, suite, arch)
                 errors = "\n".join(line for line in said.splitlines() if line.startswith("E: "))
-                failures.append(f"{tool} ended with status {status}: {last_lines(errors or said, 2)}")
+                failures.append(f"{tool} failed with status {status}: {last_lines(errors or said, 2)}")
                 continue
             _finish(tree, all_archives)
             buildah("umount", container)
             identity = _commit(buildah, container, main, distribution, arch)
         except (BuildahError, OSError) as error:
-            if tells_of_full_disk(str(error)):
+            if buildah.is_disk_full() or (tree is not None and is_full(tree)):
                 raise _no_room(distribution, suite, arch) from error
             failures.append(str(error))
             continue
@@ -71,13 +72,14 @@ def bootstrap(buildah: Buildah, suite: str, arch: str) -> str:
         print(f"Bootstrapped in {time.monotonic() - started:.0f} s", flush=True)
         return identity
     raise ImageError(
-        "; ".join(failures), f"See that the builder reaches {main.uri} and that it has {main.suite} for {arch}."
+        "; ".join(failures), f"Check that the builder reaches {main.uri}, and that it has {main.suite} for {arch}."
     )
 
 
 def _no_room(distribution: str, suite: str, arch: str) -> NoRoomError:
     return NoRoomError(
-        f"There was no room to bootstrap {distribution} {suite} for {arch}.", "It takes 500 MB while it is made."
+        f"{distribution} {suite} for {arch} cannot be bootstrapped: the disk is full.",
+        "Free 500 MB on the builder: gamebear prune --older 30",
     )
 
 
@@ -168,5 +170,5 @@ def _commit(buildah: Buildah, container: str, main: Archive, distribution: str, 
     for key, value in said.items():
         options += ["--annotation", f"{key}={value}", "--label", f"{key}={value}"]
     buildah("config", *options, container)
-    print("Keeping it in the image store", flush=True)
+    print("Committing the image", flush=True)
     return buildah("commit", "--quiet", container, tag_of(main.suite, arch)).strip().rpartition(":")[2]

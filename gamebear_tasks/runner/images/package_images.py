@@ -24,10 +24,10 @@ from ..host.buildah import Buildah, BuildahError, ImageError, NoRoomError
 from ..host.capabilities import Facts
 from ..host.rootfs import Rootfs
 from ..host.subprocesses import last_lines
-from ..util.errors import tells_of_full_disk
+from ..util.free_space import is_full
 from ..util.locks import locked
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
-from .base_images import check_runs, resolve
+from .base_images import MAKE_ROOM, check_runs, resolve
 
 RECIPE = 2
 """Version of the recipe below; a new number causes every package image to be rebuilt."""
@@ -98,17 +98,17 @@ def packages_image(
         ValueError: An argument is invalid.
     """
     if rebuild not in ("base", "never"):
-        raise ValueError(f"rebuild is {rebuild!r}; it may be 'base' or 'never'")
+        raise ValueError(f"packages_image: rebuild is {rebuild!r}, expected 'base' or 'never'")
     if max_age_days is not None and not max_age_days >= 0:
-        raise ValueError(f"max_age_days is {max_age_days!r}; it is a number of days, or None")
+        raise ValueError(f"packages_image: max_age_days is {max_age_days!r}, expected a number of days or None")
     if rebuild == "never" and max_age_days is not None:
-        raise ValueError("rebuild='never' and max_age_days contradict each other")
+        raise ValueError("packages_image: rebuild='never' excludes max_age_days")
     if isinstance(packages, str):
-        raise ValueError("the packages are one string; they should be a list of names")
+        raise ValueError("packages_image: names is a string, expected a list of strings")
     wanted = sorted(set(packages))
     for package in wanted:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+.](:[a-z0-9-]+)?([=/][A-Za-z0-9.+:~-]+)?", package):
-            raise ValueError(f"{package!r} is not the name of a Debian package")
+            raise ValueError(f"packages_image: {package!r} is not the name of a Debian package")
     with buildah.looking_for_image():
         identity = _found_or_built(
             buildah, facts, base, wanted, arch=arch, recommends=recommends, max_age_days=max_age_days, rebuild=rebuild
@@ -268,20 +268,21 @@ def _installed(
     rootfs = None
     try:
         buildah("from", "--name", container, part.identity)
-        rootfs = Rootfs(buildah("mount", container).rstrip("\n"))
+        rootfs_folder = buildah("mount", container).rstrip("\n")
+        rootfs = Rootfs(rootfs_folder)
         before = _versions(installed(rootfs, folder))
         try:
             apt = Apt(folder / "apt", buildah.root / POOL, rootfs, buildah.environment)
-            _update(apt.update)
+            _update(apt.update, lambda: is_full(folder, rootfs_folder))
             if part.added:
                 if part.added & apt.outdated():
                     raise _Unsuitable
-                print(f"Going on from the image that has {' '.join(part.packages)} already", flush=True)
+                print(f"Extending the image with {' '.join(part.packages)}", flush=True)
             plan = apt.plan(packages, recommends)
         except Unfit as reason:
             if part.added:
                 raise _Unsuitable from None
-            print(f"Using the image's own apt, and not the builder's: {reason}", flush=True)
+            print(f"Using the image's apt instead of the builder's: {reason}", flush=True)
             _install_inside(buildah, facts, container, packages, recommends, base, arch)
         else:
             apt.fetch(plan, unpacked=apt.arch != facts.arch)
@@ -301,10 +302,12 @@ def _installed(
         }
         options = [word for key, value in notes.items() for word in ("--annotation", f"{key}={value}")]
         buildah("config", *options, container)
-        print("Keeping it in the image store", flush=True)
+        print("Committing the image", flush=True)
         return buildah("commit", "--quiet", container, tag).strip().rpartition(":")[2]
     except AptError as error:
-        raise _installation_error(base, arch, error.status, error.said) from None
+        if is_full(folder, rootfs_folder):
+            raise _no_room(base, arch) from None
+        raise _installation_error(base, arch, error.status, error.said, _missing(apt.runs, packages)) from None
     finally:
         if rootfs is not None:
             rootfs.close()
@@ -336,7 +339,9 @@ def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Pla
     mounts += ["--mount", "type=tmpfs,dst=/var/lib/dpkg/updates"]
     status, said = buildah.logged_in(container, [*ENVIRONMENT, "sh", "/mnt/install.sh"], *_network(facts), *mounts)
     if status:
-        raise _installation_error(base, arch, status, said, "dpkg")
+        if buildah.is_disk_full():
+            raise _no_room(base, arch)
+        raise _installation_error(base, arch, status, said, program="dpkg")
 
 
 def _mark_automatic(rootfs: Rootfs, folder: Path, apt: Apt, plan: Plan, wanted: Sequence[str]) -> None:
@@ -366,12 +371,18 @@ def _install_inside(
     def run(*words: str) -> tuple[int, str]:
         return buildah.logged_in(container, [*ENVIRONMENT, *words], *_network(facts))
 
-    _update(lambda *options: run(*APT, *options, "update"))
+    def runs(*words: str) -> bool:
+        words = (*ENVIRONMENT, *APT, *words)
+        return buildah.run_in(container, words, *_network(facts), out=lambda _: None) == 0
+
+    _update(lambda *options: run(*APT, *options, "update"), buildah.is_disk_full)
     # An explicit value instead of --no-install-recommends overrides the base's own configuration in both cases.
     option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
     status, said = run(*APT, option, "install", "--", *packages)
     if status:
-        raise _installation_error(base, arch, status, said)
+        if buildah.is_disk_full():
+            raise _no_room(base, arch)
+        raise _installation_error(base, arch, status, said, _missing(runs, packages))
     run("sh", "-c", REMOVE_LEFTOVERS)
 
 
@@ -422,8 +433,12 @@ def _versions(packages: Iterable[Installed]) -> dict[str, str]:
     return {package.shown: package.version for package in packages}
 
 
-def _update(update: Callable[..., tuple[int, str]]) -> None:
+def _update(update: Callable[..., tuple[int, str]], is_disk_full: Callable[[], bool]) -> None:
     """Fetch the package lists, with retries because a mirror may be busy.
+
+    Args:
+        update: Runs `apt-get update` with some options; returns its status and output.
+        is_disk_full: Returns whether the disk is full.
 
     Raises:
         NoRoomError: The disk is full.
@@ -435,36 +450,51 @@ def _update(update: Callable[..., tuple[int, str]]) -> None:
         status, said = update(*(["--option=APT::Update::Error-Mode=any"] if pause is not None else []))
         if not status:
             return
-        if tells_of_full_disk(said):
-            raise NoRoomError("There was no room for the package lists.", "")
+        if is_disk_full():
+            raise NoRoomError("the package lists cannot be stored: the disk is full.", MAKE_ROOM)
         if pause is not None:
-            print(f"The package lists could not be fetched; again in {pause:.0f} s", flush=True)
+            print(f"apt-get update failed; retrying in {pause:.0f} s", flush=True)
             time.sleep(pause)
     raise ImageError(
-        f"The package lists could not be fetched: {_reasons(said)}",
-        "See that the builder reaches the mirrors in the base image's /etc/apt/sources.list.",
+        f"the package lists cannot be fetched: {_reasons(said)}.",
+        "Check that the builder reaches the mirrors in the base image's /etc/apt/sources.list.",
     )
 
 
-def _installation_error(base: str, arch: str, status: int, said: str, program: str = "apt-get") -> ImageError:
-    missing: list[str] = []
-    for pattern in (
-        r"^E: Unable to locate package (\S+)",
-        r"^E: Package '?([^\s']+)'? has no installation candidate",
-        r"^E: (?:Version|Release) '\S+' for '([^\s']+)' was not found",
-    ):
-        missing += re.findall(pattern, said, re.MULTILINE)
+def _missing(runs: Callable[..., bool], packages: Iterable[str]) -> list[str]:
+    """Return the packages that apt has no candidate for.
+
+    apt-get exits with 100 for every error, so each package is tested alone.
+
+    Args:
+        runs: Returns whether `apt-get` succeeds with some arguments.
+        packages: Names of the wanted packages.
+    """
+    # `download` does not resolve dependencies; `install` also accepts a virtual package.
+    options = ("--quiet", "--print-uris")
+    return [
+        name
+        for name in sorted(packages)
+        if not runs(*options, "download", "--", name) and not runs("--simulate", "install", "--", name)
+    ]
+
+
+def _installation_error(
+    base: str, arch: str, status: int, said: str, missing: Sequence[str] = (), program: str = "apt-get"
+) -> ImageError:
     if missing:
         return ImageError(
-            f"{base} has no package {', '.join(sorted(set(missing)))} for {arch}.",
-            "See how it is called in the base's release: https://packages.debian.org",
+            f"package {', '.join(missing)} for {arch} is not available in {base}.",
+            "Look up its name in the base's release: https://packages.debian.org",
         )
-    if tells_of_full_disk(said):
-        return NoRoomError(f"There was no room to install the packages into {base} for {arch}.", "")
     return ImageError(
-        f"The packages could not be installed into {base} for {arch} ({program}: status {status}): {_reasons(said)}",
-        "The log above has the details.",
+        f"packages cannot be installed into {base} for {arch}: {_reasons(said)} ({program}: status {status}).",
+        "Read the log of the task.",
     )
+
+
+def _no_room(base: str, arch: str) -> NoRoomError:
+    return NoRoomError(f"packages cannot be installed into {base} for {arch}: the disk is full.", MAKE_ROOM)
 
 
 def _reasons(said: str) -> str:

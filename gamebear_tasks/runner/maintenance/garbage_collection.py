@@ -142,7 +142,7 @@ class Prune:
         except _TimeIsUp:
             self.pruned.more = True
         if self._busy:
-            self.pruned.left.append(f"Left, as somebody uses them or did a moment ago: {len(self._busy)} of the jobs.")
+            self.pruned.left.append(f"Kept jobs that are in use or were used a moment ago: {len(self._busy)}.")
         return self.pruned
 
     def _go_on(self) -> None:
@@ -204,12 +204,12 @@ class Prune:
                     self._busy.add(job.digest)
                     return False
                 if not job.release_kept():
-                    self.pruned.left.append(f"Somebody has a shell open in a container of job {job.digest[:12]}.")
+                    self.pruned.left.append(f"Job {job.digest[:12]} was kept: a shell is open in its container.")
                     return False
                 if job.mark.exists():
                     clean_up(job)
                 if job.mark.exists():
-                    self.pruned.left.append(f"What job {job.digest[:12]} left in its containers could not be removed.")
+                    self.pruned.left.append(f"The containers of job {job.digest[:12]} could not be removed.")
                     return False
                 away = self._thrown_away(job.folder)
         finally:
@@ -349,7 +349,7 @@ class Prune:
             for path in [in_use, *locks]:
                 lock = held.enter_context(Lock.opened(path))
                 if not _acquired(lock):
-                    self.pruned.left.append("A job is looking for an image or making one, so the images were left.")
+                    self.pruned.left.append("The images were kept: a job is resolving or building one.")
                     return
             before = _free(self.store.root)
             try:
@@ -378,7 +378,7 @@ class Prune:
             try:
                 outside(root, known, "rmi", *((names if own_store else ours) or [identity]))
             except BuildahError as error:
-                self.pruned.left.append(f"The image {(ours or [identity])[0]} was left: {error}")
+                self.pruned.left.append(f"Image {(ours or [identity])[0]} was kept: {error}")
             else:
                 there.discard(identity)
                 self.pruned.images += 1

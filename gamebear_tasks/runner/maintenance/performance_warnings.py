@@ -48,29 +48,29 @@ def notices(root: Path, known: Facts) -> dict[str, str]:
         found["builder.json"] = f"{said.wrong}: {said.remedy}"
     if known.driver == "vfs":
         found["storage"] = (
-            "the image store uses the vfs driver, which copies the whole base image for every container: install"
-            " fuse-overlayfs there (sudo apt install fuse-overlayfs)"
+            "the image store uses the vfs driver, which copies the whole base image for every container: run there"
+            " sudo apt install fuse-overlayfs"
         )
     if not known.pid_namespace:
         found["processes"] = (
-            "there is no PID namespace to be had, so a killed build may leave processes behind: it is likely a"
-            " container itself, and should be started with --privileged"
+            "PID namespaces are unavailable, so a killed build may leave processes: if the builder is a container,"
+            " start it with --privileged"
         )
     if shutil.disk_usage(root).free < LITTLE_ROOM:
         found["room"] = (
-            f"the disk of {root.parent} has less than {LITTLE_ROOM >> 30} GiB left: make room there, say with"
+            f"the disk of {root.parent} has less than {LITTLE_ROOM >> 30} GiB left: free space, for example with"
             " gamebear prune --older 30 --images"
         )
     about = os.statvfs(root)
     if about.f_files and about.f_favail < FEW_INODES:
         found["inodes"] = (
-            f"the file system of {root.parent} can hold only few more files (df -i), whatever room it has: make room"
-            " there, say with gamebear prune --older 30 --images"
+            f"the file system of {root.parent} has few free inodes (df -i): remove files, for example with gamebear"
+            " prune --older 30 --images"
         )
     if sync_seconds(root) > SLOW_SYNC:
         found["disk speed"] = (
-            f"a small file takes more than {SLOW_SYNC:g} second to reach the disk of {root.parent}, as on a worn memory"
-            " card: have the store on a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)"
+            f"syncing a small file to the disk of {root.parent} takes more than {SLOW_SYNC:g} second, as on a worn"
+            " memory card: move the store to a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)"
         )
     return found
 

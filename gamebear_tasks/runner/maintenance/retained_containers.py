@@ -192,8 +192,8 @@ def entered(stored: StoredJob, container: int, words: Sequence[str], terminal: T
 
     if not 0 <= container < len(listed(stored).get("containers", ())):
         raise RunnerError(
-            f"The builder no longer has that container of job {stored.digest[:12]}.",
-            "Run its task again with keep_failed=yes.",
+            f"The container of job {stored.digest[:12]} no longer exists.",
+            "Run the task again with keep_failed=yes.",
         )
     root = stored.store.root
     known = facts(root)
@@ -224,7 +224,7 @@ def main(digest: str, number: str, *command: str) -> int:
         with stored.held_kept() as held:
             containers = noted(stored, stored.written_state().get("attempt", ""))
             if not held or int(number) >= len(containers):
-                raise RunnerError("The container is no longer there: it was removed at this moment.", "Run doit again.")
+                raise RunnerError("The container no longer exists: it was just removed.", "Run doit again.")
             name = list(containers)[int(number)]
             return _run_in(store, name, containers[name], list(command))
     except RunnerError as error:
@@ -273,7 +273,7 @@ def _without_what_is_gone(options: list[str]) -> list[str]:
     for option, value in zip(words[::2], words[1::2]):
         source = value.split(":")[0] if option == "--volume" else _source_of(value) if option == "--mount" else ""
         if source and not os.path.exists(source):
-            print(f"gamebear: {source} is gone, so it is not mounted here", file=sys.stderr)
+            print(f"gamebear: {source} is not mounted: it no longer exists", file=sys.stderr)
         else:
             kept += [option, value]
     return kept

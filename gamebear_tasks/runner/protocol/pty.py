@@ -79,7 +79,7 @@ class Frames:
         while len(self._rest) >= _HEAD.size:
             kind, length = _HEAD.unpack_from(self._rest)
             if length > LONGEST:
-                raise FrameError(f"a frame claims {length} bytes")
+                raise FrameError(f"a frame declares {length} bytes")
             if len(self._rest) < _HEAD.size + length:
                 return
             piece = bytes(self._rest[_HEAD.size : _HEAD.size + length])
@@ -288,13 +288,13 @@ def started(
         RunnerError: it cannot be started.
     """
     if not words:
-        raise RunnerError("There is no program to run.", "Name one, with its arguments.")
+        raise RunnerError("The command is empty.", "Specify a program and its arguments.")
     try:
         return Attended(words, environment, folder, terminal, within, umask)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise RunnerError(
-            f"{words[0]} cannot be started: {why}.", "See that it is installed there, and in the PATH."
+            f"{words[0]} cannot be started: {why}.", "Check that it is installed there, and in the PATH."
         ) from error
 
 

@@ -316,17 +316,17 @@ def received(header: Mapping[str, object]) -> Request:
     op = header.get("op")
     kind = OPERATIONS.get(op) if isinstance(op, str) else None
     if kind is None:
-        raise RequestError(f"The runner does not know the operation {_short(op)}.", NOT_OURS)
+        raise RequestError(f"Unknown operation {_short(op)}.", NOT_OURS)
     values = {name: value for name, value in header.items() if name not in ("op", "body")}
     fields = fields_of(kind)
     for name, annotation in fields.items():
         if name not in values:
-            raise RequestError(f"The request {kind.op} is not valid: the field {name} is missing.", NOT_OURS)
+            raise RequestError(f"Invalid request {kind.op}: the field {name} is missing.", NOT_OURS)
         if not _is_valid(values[name], annotation):
-            raise RequestError(f"The request {kind.op} is not valid: {name} is not of type {annotation}.", NOT_OURS)
+            raise RequestError(f"Invalid request {kind.op}: {name} is not of type {annotation}.", NOT_OURS)
     for name in values:
         if name not in fields:
-            raise RequestError(f"The request {kind.op} is not valid: it has no field {_short(name)}.", NOT_OURS)
+            raise RequestError(f"Invalid request {kind.op}: unknown field {_short(name)}.", NOT_OURS)
     return kind(**values)
 
 

@@ -21,7 +21,7 @@ MAX_HEADER = 4 << 20
 MAX_BODY = 1 << 62
 """Maximum length of a body, in bytes; a message that claims more is invalid."""
 
-NOT_OURS = "Run doit again; if it stays so, upgrade gamebear-tasks where doit runs."
+NOT_OURS = "Run doit again. If the error persists, upgrade gamebear-tasks on the client."
 """Suggested fix for invalid requests, which the project's client does not send."""
 
 MAX_NUMBER = 1 << 63
@@ -57,7 +57,7 @@ def encode(header: Mapping[str, object], body: int = 0) -> bytes:
     """
     text = json.dumps({**header, "body": body} if body else header, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER:
-        raise WireError(f"a header has {len(text)} bytes, and {MAX_HEADER} are the most")
+        raise WireError(f"a header has {len(text)} bytes, more than {MAX_HEADER}")
     return _LENGTH.pack(len(text)) + text
 
 
@@ -81,7 +81,7 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
         raise CutOff("the stream ends within a message")
     (length,) = _LENGTH.unpack(start)
     if length > MAX_HEADER:
-        raise WireError(f"a header claims {length} bytes")
+        raise WireError(f"a header declares {length} bytes")
     text = read(length)
     if len(text) < length:
         raise CutOff("the stream ends within a message")
@@ -94,7 +94,7 @@ def decode(read: Callable[[int], bytes]) -> tuple[Header, int] | None:
     _check_depth(header, MAX_DEPTH)
     body = header.get("body", 0)
     if type(body) is not int or not 0 <= body <= MAX_BODY:
-        raise WireError("a body has no proper length")
+        raise WireError("a body has an invalid length")
     return header, body
 
 

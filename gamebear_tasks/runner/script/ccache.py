@@ -130,11 +130,15 @@ class Cache:
         for needed in ("ccache", "grep"):  # without grep, nothing would ever be cached
             if needed not in names:
                 raise CacheError(
-                    f"There is no {needed} in the container.", f'Install it: packages_image(…, ["{needed}", "gcc", …])'
+                    f"ccache cannot be used: {needed} is not installed in the container.",
+                    f'Install it: packages_image(…, ["{needed}", "gcc", …])',
                 )
         self.compilers = sorted(name for name in names if COMPILER_NAME.fullmatch(name))
         if not self.compilers:
-            raise CacheError("There is no compiler in the container.", "Say c.ccache = True when it is installed.")
+            raise CacheError(
+                "ccache cannot be used: no compiler is installed in the container.",
+                "Set c.ccache = True after its installation.",
+            )
         parts = [entry for folder in PARTS for entry in files.listing(folder)]
         key = json.dumps([FORMAT, image, arch, binaries, parts, files.sha256_of(PACKAGES)]).encode()
         self.folder = root / "ccache" / hashlib.sha256(key).hexdigest()
@@ -165,8 +169,8 @@ class Cache:
         if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST:
             said = numbers[0] if numbers else "unknown"
             raise CacheError(
-                f"The container's ccache (version {said}) is too old: it would not notice a damaged entry.",
-                "Leave c.ccache out, or take an image with ccache 4 (Debian 11 or later has it).",
+                f"ccache {said} in the container is too old: it does not detect damaged entries.",
+                "Remove c.ccache, or use an image with ccache 4 (Debian 11 or later).",
             )
         (self.folder / "checked").touch()
 

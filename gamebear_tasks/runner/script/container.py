@@ -141,8 +141,8 @@ class Container:
         # A misspelt setting would be silently ignored. Subclasses in scripts may have attributes of their own.
         if type(self) is Container and not name.startswith("_") and name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(SETTINGS))}"
-            raise AttributeError(f"a container has no setting {name!r}; {hint}")
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(SETTINGS))}"
+            raise AttributeError(f"unknown container setting {name!r}; {hint}")
         super().__setattr__(name, value)
 
     def __str__(self) -> str:
@@ -171,7 +171,7 @@ class Container:
 
     def _check_there(self) -> None:
         if self.name not in self._job.open:
-            raise ValueError(f"the container {self.name} is removed: its with-block is over")
+            raise ValueError(f"container {self.name} has been removed: its with block has ended")
 
     def _let_go(self) -> None:
         self.ccache = False
@@ -595,7 +595,7 @@ class Container:
 
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https", "ftp"):
-            raise ValueError(f"add_url takes http, https and ftp URLs, not {url!r}; for a file there is copy_in")
+            raise ValueError(f"add_url: {url!r} is not an http, https or ftp URL; use copy_in for a file")
         path = self._absolute(os.fspath(dest))
         files = self._files()
         if path.endswith("/") or files.is_folder(path):
@@ -684,10 +684,10 @@ def _command(cmd: Any, shell: bool) -> list[str]:
         line = cmd if isinstance(cmd, str) else shlex.join(str(word) for word in cmd)
         return ["/bin/sh", "-c", line]
     if isinstance(cmd, (str, bytes)):
-        raise TypeError(f"run() takes a list of words; to have a shell read a line, say run({cmd!r}, shell=True)")
+        raise TypeError(f"run: expected a list of words, got a string; for a shell, use run({cmd!r}, shell=True)")
     words = [os.fsdecode(word) if isinstance(word, (bytes, os.PathLike)) else str(word) for word in cmd]
     if not words:
-        raise ValueError("run() needs a command")
+        raise ValueError("run: the command is empty")
     return words
 
 
@@ -695,7 +695,7 @@ def _volume(value: Any) -> str:
     """Return `outside:inside[:options]`; a relative path outside starts in the working directory."""
     parts = value.split(":") if isinstance(value, str) else [os.fspath(part) for part in value]
     if len(parts) < 2:
-        raise ValueError(f"{value!r} is no mount: (outside, inside, *options) is wanted")
+        raise ValueError(f"invalid mount {value!r}, expected (outside, inside, *options)")
     return ":".join([os.path.abspath(parts[0]), *parts[1:]])
 
 
@@ -726,4 +726,7 @@ def _sink(where: int | IO[Any] | None, usual: int) -> tuple[Sink, bytearray | No
         return kept.extend, kept
     if where == subprocess.DEVNULL:
         return len, None
-    return descriptor(usual if where is None else where if isinstance(where, int) else where.fileno()), None
+    if where is None or isinstance(where, int):
+        return descriptor(usual if where is None else where), None
+    where.flush()  # earlier output of the script comes first
+    return descriptor(where.fileno()), None

@@ -72,7 +72,7 @@ class Table(MutableMapping[str, str]):
 
     def __setitem__(self, key: str, value: object) -> None:
         if not key or "=" in key:
-            raise ValueError(f"{key!r} cannot be the name of an environment variable or a label")
+            raise ValueError(f"invalid name of an environment variable or label: {key!r}")
         self.changes[key] = str(value)
 
     def __delitem__(self, key: str) -> None:
@@ -118,7 +118,7 @@ class Table(MutableMapping[str, str]):
 def as_words(value: Any) -> list[str]:
     """Return a list of words, empty for None."""
     if isinstance(value, (str, bytes)):
-        raise TypeError(f"a list of words is wanted, such as {shlex.split(os.fsdecode(value))}, not the text {value!r}")
+        raise TypeError(f"expected a list of words such as {shlex.split(os.fsdecode(value))}, got the string {value!r}")
     return [str(word) for word in value or ()]
 
 
@@ -140,5 +140,5 @@ def as_duration(value: Any) -> str:
 def as_paths(value: Any) -> set[str]:
     """Return a set of paths."""
     if isinstance(value, str):
-        raise TypeError(f"a set of paths is wanted, such as {{{value!r}}}, not the text {value!r}")
+        raise TypeError(f"expected a set of paths such as {{{value!r}}}, got the string {value!r}")
     return {str(path) for path in value}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ..host.arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from ..host.buildah import BuildahError, ImageError
 from ..images import base_images, package_images
 from ..store.expiry import policy_of
@@ -39,44 +37,19 @@ def resolve(name: str) -> str:
         raise ImageNotFoundError(error.message, error.hint) from None
 
 
-def _find(name: str) -> str:
-    """Return the id of a local image for the job's architecture, or an empty string. Uses no network.
+def _local(name: str) -> str:
+    """Return the id of a local image for the job's architecture, or an empty string.
 
     An image that a job committed matches every job for the same architecture, whatever the image contains.
+
+    Raises:
+        CommandError: buildah failed.
     """
     job = current()
-    hexadecimal = re.fullmatch(r"(?:sha256:)?([0-9a-f]{12,64})", name)
-    if hexadecimal:
-        found = _inspect_image(hexadecimal[1])
-        if found and found["FromImageID"].startswith(hexadecimal[1]):
-            return str(found["FromImageID"])
-    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,499}", name, re.ASCII):
-        return ""
-    qualified = base_images.qualified(name)
-    places = [qualified]
-    if not _names_registry(name):
-        last = name.rpartition("/")[2]
-        places.insert(0, f"localhost/{name}" + ("" if ":" in last or "@" in last else ":latest"))
-    for place in places:
-        found = _inspect_image(place)
-        if not found:
-            continue
-        made_for = (found.get("ImageAnnotations") or {}).get(ARCHITECTURE_ANNOTATION)
-        fits = base_images.architecture(found)[0] == PLATFORMS.get(job.arch, (job.arch, ""))[0]
-        named = qualified.split("/")[1] in base_images.REGISTRY_FOLDERS
-        if made_for == job.arch or (made_for is None and (fits or named)):
-            return str(found["FromImageID"])
-    return ""
-
-
-def _inspect_image(name: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(current().buildah("inspect", "--type", "image", name))
+        return base_images.local(job.buildah, name, job.arch)
     except BuildahError as error:
-        if "not known" in error.stderr or "no such image" in error.stderr.lower():
-            return {}
         raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-    return found
 
 
 def _names_registry(name: str) -> bool:
@@ -122,7 +95,7 @@ class Image:
             return
         buildah = current().buildah
         with buildah.looking_for_image():
-            found = _find(ident)
+            found = _local(ident)
             if found:
                 buildah.note_use(found)
         if not found and _names_registry(ident) and not ident.startswith("localhost/"):
@@ -201,7 +174,9 @@ class Image:
         except BuildahError as error:
             raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
         for entry in listed:
-            names = entry["names"] if name is None or has_tag else [_with_tag(each) for each in entry["names"]]
+            names = entry["names"]
+            if name is not None and not has_tag:
+                names = [f"{base_images.repository(each)}:latest" for each in names]
             if name is None or wanted & set(names):
                 yield entry
 
@@ -253,12 +228,6 @@ def image_of(identity: str, name: str = "") -> Image:
 def called(image: Image) -> str:
     """Return an image's name for messages: the name that the script used, or else the first digits of the id."""
     return image._called or image.id[:12]
-
-
-def _with_tag(name: str) -> str:
-    """Return a name with its tag or digest replaced by `latest`."""
-    folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{last.partition('@')[0].partition(':')[0]}:latest"
 
 
 def packages_image(

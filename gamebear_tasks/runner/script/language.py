@@ -140,7 +140,7 @@ def read(source: bytes, name: str) -> Program:
     try:
         tree = ast.parse(source, name)
     except ValueError as error:  # null bytes, before Python 3.12
-        raise ScriptError(f"{name} is not Python: {error}.", "Mend it; is it a text file?") from None
+        raise ScriptError(f"{name} is not Python: {error}.", "Check that the script is a text file in UTF-8.") from None
     requirements, arguments = _directives(source, name)
     visible = _WithoutReturns()
     module = _compile(visible.visit(ast.parse(source, name)), name)
@@ -258,15 +258,13 @@ def _directives(source: bytes, name: str) -> tuple[tuple[str, ...], dict[str, Ar
         kind, data, line = match["kind"].strip(), match["data"].strip(), token.start[0]
         if kind == "pip":
             if not data:
-                raise ScriptError(f"{name}, line {line}: `#| pip:` names no requirement.", "Write `#| pip: requests`.")
+                raise ScriptError(f"{name}, line {line}: `#| pip:` without a requirement.", "Write `#| pip: requests`.")
             requirements.append(data)
         elif kind == "arg":
             argument = _argument(data, name, line)
             arguments[argument.name] = argument
         else:
-            raise ScriptError(
-                f"{name}, line {line}: a buildscript has no `#| {kind}:` line.", "It has `#| pip:` and `#| arg:`."
-            )
+            raise ScriptError(f"{name}, line {line}: unknown directive `#| {kind}:`.", "Use `#| pip:` or `#| arg:`.")
     return tuple(requirements), arguments
 
 
@@ -274,17 +272,17 @@ def _argument(data: str, script: str, line: int) -> Argument:
     match = ARGUMENT.fullmatch(data)
     if match is None or not match["name"].isidentifier():
         raise ScriptError(
-            f"{script}, line {line}: `#| arg: {data}` cannot be understood.",
-            "Write `#| arg: name: type = default`, where the type (a dotted name) and the default (a Python literal)"
-            " may be left out.",
+            f"{script}, line {line}: invalid directive `#| arg: {data}`.",
+            "Write `#| arg: name: type = default`. The type (a dotted name) and the default (a Python literal) are"
+            " optional.",
         )
     text = (match["default"] or "None").strip()
     try:
         default = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ScriptError(
-            f"{script}, line {line}: the default of arg {match['name']} is not a Python literal: {text}",
-            'Put text in quotes: `= "text"`.',
+            f"{script}, line {line}: default of arg {match['name']} is not a Python literal: {text}",
+            'Quote strings: `= "text"`.',
         ) from None
     return Argument(match["name"], match["type"] or "", default, line)
 
@@ -309,8 +307,8 @@ def bind(program: Program, given: Mapping[str, object]) -> dict[str, object]:
     if unknown:
         known = ", ".join(program.arguments)
         raise ScriptError(
-            f"{program.name} has no arg {', '.join(map(repr, unknown))}.",
-            f"It has {known}." if known else f"It has none; declare one with `#| arg: {unknown[0]}`.",
+            f"{program.name}: unknown arg {', '.join(map(repr, unknown))}.",
+            (f"Use one of {known}, or declare" if known else "Declare") + f" `#| arg: {unknown[0]}`.",
         )
     values: dict[str, object] = {}
     for argument in program.arguments.values():
@@ -319,8 +317,8 @@ def bind(program: Program, given: Mapping[str, object]) -> dict[str, object]:
             values[argument.name] = _convert(argument, value, program.name)
         elif argument.default is ...:
             raise ScriptError(
-                f"{program.name} needs a value for its arg {argument.name} (line {argument.line}).",
-                f'Give it in the task: args={{"{argument.name}": …}}.',
+                f"{program.name}, line {argument.line}: arg {argument.name} has no value.",
+                f'Set it in the task: args={{"{argument.name}": …}}.',
             )
         else:
             _type(argument, program.name)
@@ -337,8 +335,8 @@ def _convert(argument: Argument, value: object, script: str) -> object:
     except Exception as error:  # noqa: BLE001 - the script's own type may raise anything
         declared = f"{argument.name}: {argument.type}"
         raise ScriptError(
-            f"{script}, line {argument.line}: {value!r} is no value for arg {declared} ({error}).",
-            "Give another in args= of artifact(), or declare another type.",
+            f"{script}, line {argument.line}: invalid value {value!r} for arg {declared}: {error}.",
+            "Change args= of artifact(), or the declared type.",
         ) from None
 
 
@@ -349,7 +347,7 @@ def _boolean(value: object) -> bool:
         return True
     if text in ("false", "no", "off", "0", ""):
         return False
-    raise ValueError("say true or false, yes or no, 1 or 0")
+    raise ValueError("expected true or false, yes or no, on or off, 1 or 0")
 
 
 def _type(argument: Argument, script: str) -> Callable[[object], object] | None:
@@ -359,9 +357,8 @@ def _type(argument: Argument, script: str) -> Callable[[object], object] | None:
     found = _lookup(argument.type.split("."))
     if not callable(found):
         raise ScriptError(
-            f"{script}, line {argument.line}: arg {argument.name} is to be a {argument.type}, and there is no such type"
-            " or function.",
-            "It is a builtin (`int`, `bool`, `str`) or the full name of something in a module (`pathlib.Path`).",
+            f"{script}, line {argument.line}: unknown type {argument.type} of arg {argument.name}.",
+            "Use a builtin (`int`, `bool`, `str`) or a dotted name in a module (`pathlib.Path`).",
         )
     return cast(Callable[[object], object], found)
 
@@ -441,17 +438,16 @@ def _make_environment(folder: Path, requirements: Sequence[str]) -> None:
     if _run([sys.executable, "-m", "venv", str(folder)]):
         shutil.rmtree(folder, ignore_errors=True)
         raise ScriptError(
-            "The buildscript's `#| pip:` lines need a virtual environment, and Python cannot make one on the builder.",
-            "Install what it needs there: sudo apt install python3-venv",
+            "`#| pip:` failed: Python cannot create a virtual environment on the builder.",
+            "Run there: sudo apt install python3-venv",
         )
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
     status = _run([*pip, "install", "--quiet", "--", *requirements])
     if status:
         shutil.rmtree(folder, ignore_errors=True)
         raise ScriptError(
-            f"pip could not install {', '.join(requirements)} for the buildscript (status {status});"
-            " what it said is in the log.",
-            "See that the builder reaches its package index, and that the `#| pip:` lines name what exists.",
+            f"pip failed with status {status}: {', '.join(requirements)} not installed; the log has pip's output.",
+            "Check the `#| pip:` lines, and that the builder reaches its package index.",
         )
 
 

@@ -22,7 +22,15 @@ from typing import Any
 from ..host.buildah import ImageError, outside
 from ..host.capabilities import Facts, environment, namespace
 from ..host.emulation import emulated
-from ..host.probe import ENOUGH_IDS, SUBORDINATE_IDS, debian_arch, facts, subordinate_ids, subordinate_ranges
+from ..host.probe import (
+    ENOUGH_IDS,
+    SUBORDINATE_IDS,
+    ContainersError,
+    debian_arch,
+    facts,
+    subordinate_ids,
+    subordinate_ranges,
+)
 from ..host.subprocesses import captured, last_lines, search_path
 from ..images import apt_sources
 from ..images.base_images import debian_suite, meaning
@@ -124,6 +132,8 @@ def examine(store: Store, arches: Sequence[str], base: str) -> Said:
         known = facts(store.root)
     except RunnerError as error:
         found["failure"] = {"what": error.message, "remedy": error.hint}
+        if isinstance(error, ContainersError) and error.package:
+            found["failure"]["package"] = error.package
     except OSError as error:
         failure = storage_failure(error)
         found["failure"] = {"what": failure.message, "remedy": failure.hint}

@@ -68,8 +68,8 @@ def materials(store: Store, digest: str, attempt: str) -> MaterialsReply:
     state = stored.written_state()
     if state["state"] != "done" or state["attempt"] != attempt:
         raise RunnerError(
-            f"The builder no longer has the result of job {digest[:12]}, nor what it was built in.",
-            "Have it built again: doit clean TASK, then doit TASK.",
+            f"The result of job {digest[:12]} is no longer on the builder.",
+            "Build it again: doit clean TASK, then doit TASK.",
         )
     known = facts(store.root)
     images = _images(stored)
@@ -81,12 +81,12 @@ def materials(store: Store, digest: str, attempt: str) -> MaterialsReply:
         images = _images(stored)
     if images is None:
         raise RunnerError(
-            f"What job {digest[:12]} was built in cannot be looked up on the builder.",
-            "See there whether `buildah images` works; then ask again.",
+            f"The images of job {digest[:12]} cannot be listed on the builder.",
+            "Check that `buildah images` works there, then try again.",
         )
     listed = [{"id": identity, **image} for identity, image in list(images.items())[:IMAGES]]
     if len(json.dumps(listed)) > MAX_HEADER // 2:
-        raise RunnerError(f"What job {digest[:12]} was built in makes no sense: it is too much.", NOT_OURS)
+        raise RunnerError(f"The record of the images of job {digest[:12]} is too large.", NOT_OURS)
     return {
         "images": listed,
         "begun": stamp(stored.folder / "order.json"),

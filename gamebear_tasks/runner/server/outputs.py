@@ -44,7 +44,7 @@ def fetch(store: Store, request: requests.Fetch) -> Answer:
         stack.enter_context(stored.held_outputs(request.attempt))
         if not path.is_file():
             raise RunnerError(
-                f"The builder no longer has the output {request.name!r} of job {request.digest[:12]}.",
+                f"Output {request.name!r} of job {request.digest[:12]} is no longer on the builder.",
                 "Run doit again.",
             )
         size = path.stat().st_size
@@ -67,9 +67,10 @@ def discard(store: Store, request: requests.Discard) -> DiscardReply:
     """Verify a result's outputs, and invalidate the result if they are corrupted."""
     stored = store.job(request.digest)
     attempt = request.attempt
-    if not stored.folder.is_dir():
+    try:
+        lock = stored.lock()
+    except FileNotFoundError:  # the job does not exist, or has just been pruned
         return {"discarded": False}
-    lock = stored.lock()
     try:
         if not lock.acquire():
             return {"discarded": False}

@@ -226,7 +226,7 @@ def _refusal(error: Exception) -> RefusalReply:
     if isinstance(error, OSError):
         failure = storage_failure(error)
         return {"error": failure.message, "hint": failure.hint, "kind": failure.kind}
-    return {"error": f"The runner cannot answer a request ({error!r}).", "hint": NOT_OURS, "kind": "request"}
+    return {"error": f"The runner failed to process a request: {error!r}.", "hint": NOT_OURS, "kind": "request"}
 
 
 def main() -> int:

@@ -106,7 +106,7 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
     stored = store.job(request.digest)
     text = request.job.encode("ascii")
     if hashlib.sha256(text).hexdigest() != request.digest:
-        raise RunnerError(f"The description of job {request.digest} is not the one that its name stands for.", NOT_OURS)
+        raise RunnerError(f"The description of job {request.digest[:12]} does not match its digest.", NOT_OURS)
     lock = _take_or_join(stored)
     who = request.who[:WHO]
     stored.touch_client(request.client, who)
@@ -129,9 +129,9 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
             import platform
 
             raise RunnerError(
-                f"The function was pickled by Python {request.python}, and the builder's python3 is"
-                f" {platform.python_version()}: neither reads the other's functions.",
-                f"Run doit with Python {own_python}, or make the function a buildscript.",
+                f"The function cannot be loaded: Python {request.python} pickled it, and the builder has Python"
+                f" {platform.python_version()}.",
+                f"Run doit with Python {own_python}, or use a buildscript.",
             )
         trees = request.trees
         missing = _missing(store, request)
@@ -139,8 +139,8 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
             return {"state": "absent", "missing": missing, "trees_wanted": trees is None}
         if not stored.release_kept():
             raise RunnerError(
-                "Somebody has a shell open in a container that the last attempt of this very job has left.",
-                "Leave that shell (gamebear shell), then run doit again.",
+                f"Job {request.digest[:12]} cannot start: a shell is open in a container of its last attempt.",
+                "Exit that shell (gamebear shell), then run doit again.",
             )
         write_bytes(stored.folder / "job.json", text)
         order = {
@@ -241,6 +241,6 @@ def _acquire_or_join(stored: StoredJob, lock: Lock) -> bool:
         if stored.written_state()["state"] in ("queued", "running") and time.monotonic() > until - 9.5:
             return False
         if time.monotonic() > until:
-            raise RunnerError(f"Job {stored.digest[:12]} is held by a process that does nothing.", "Run doit again.")
+            raise RunnerError(f"Job {stored.digest[:12]} is locked by another process.", "Run doit again.")
         time.sleep(0.02)
     return True

@@ -87,7 +87,7 @@ class Body:
             RunnerError: the body is shorter.
         """
         if size > self.left:
-            raise RunnerError("A request's body is shorter than it says.", NOT_OURS)
+            raise RunnerError("The body of a request is too short.", NOT_OURS)
         parts = []
         while size:
             parts.append(self.read(size))
@@ -128,7 +128,7 @@ def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
     """
     data = body.read_all(size)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise RunnerError(f"A file arrived damaged: its content is not {sha256}.", "Run doit again.")
+        raise RunnerError(f"A file was damaged during the upload: its SHA-256 is not {sha256}.", "Run doit again.")
     blob = store.blob(sha256)
     part = _part(store, sha256)
     while not use(blob):
@@ -168,13 +168,12 @@ def put(store: Store, request: requests.Put, body: Body) -> PutReply:
     sha256, size, offset = request.sha256, request.size, request.offset
     part = _part(store, sha256)
     if size < offset:
-        raise RequestError("The request put is not valid: offset is larger than size.", NOT_OURS)
+        raise RequestError("Invalid request put: offset is larger than size.", NOT_OURS)
     lock = _take_over(store, part, sha256)
     if lock is None:
         return {"have": size}
     wanted = _wanted(part)
-    with contextlib.suppress(FileNotFoundError):
-        wanted.unlink()
+    wanted.unlink(missing_ok=True)
     try:
         have = os.fstat(lock.fd).st_size
         if have < offset:
@@ -216,11 +215,11 @@ def _take_over(store: Store, part: Path, sha256: str) -> Lock | None:
                 part.unlink()
         lock.release()
         if time.monotonic() > until:
+            _wanted(part).unlink(missing_ok=True)  # otherwise the other session would end when it is silent
             raise SystemExit(0)  # the client queries the stored size and retries
         _wanted(part).touch()
         time.sleep(0.1)
-    with contextlib.suppress(FileNotFoundError):
-        _wanted(part).unlink()
+    _wanted(part).unlink(missing_ok=True)
     return None
 
 

@@ -45,26 +45,29 @@ def path() -> Path:
 def read() -> Said:
     """Read this builder's settings. An unreadable or invalid file is reported in `wrong` and does not raise."""
     file = path()
-    example = 'have all of it say {"slots": 2}, say, or remove it'
+    example = 'write for example {"slots": 2}, or remove the file'
     try:
         with open_regular(file) as opened:
             said = json.loads(opened.read())
     except (FileNotFoundError, NotADirectoryError):
         return Said()
     except OSError as error:
-        return Said(wrong=f"{file} cannot be read and is not heeded ({error.strerror})", remedy=f"mend that, {example}")
+        return Said(
+            wrong=f"{file} is ignored: it cannot be read ({error.strerror})",
+            remedy=f"fix that, {example}",
+        )
     except (ValueError, RecursionError, MemoryError) as error:
-        return Said(wrong=f"{file} is not JSON and is not heeded ({error})", remedy=example)
+        return Said(wrong=f"{file} is ignored: it is not JSON ({error})", remedy=example)
     if not isinstance(said, dict):
-        return Said(wrong=f"{file} is not an object of JSON and is not heeded", remedy=example)
+        return Said(wrong=f"{file} is ignored: it is not a JSON object", remedy=example)
     slots = said.pop("slots", None)
     if slots is not None and not (type(slots) is int and 0 < slots <= MOST_SLOTS):
-        wrong = f"the slots of {file} are {_short(slots)}, which is not heeded"
-        return Said(wrong=wrong, remedy='have it say how many jobs run at once, as {"slots": 2} does')
+        wrong = f"{file} is ignored: slots is {_short(slots)}"
+        return Said(wrong=wrong, remedy='set it to the number of concurrent jobs, for example {"slots": 2}')
     if said:
         names = ", ".join(map(_short, list(said)[:5]))
-        wrong = f"{file} also says {names}, which means nothing and is not heeded"
-        return Said(slots, wrong, "slots is all that it may say")
+        wrong = f"{file} has unknown settings, which are ignored: {names}"
+        return Said(slots, wrong, "remove them; the only setting is slots")
     return Said(slots)
 
 

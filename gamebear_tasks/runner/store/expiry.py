@@ -73,7 +73,7 @@ def why_expired(state: Mapping[str, Any], meaning: Callable[[str, str], str]) ->
             return f"the package image {_called(policy)} is older than {days:g} day{'' if days == 1 else 's'}"
     for policy in _policies(state):
         if policy["base"] and meaning(policy["base"], policy["arch"]) not in ("", policy["base_id"]):
-            return f"{policy['base']} has come to mean another image"
+            return f"{policy['base']} refers to another image now"
     return ""
 
 

@@ -90,19 +90,19 @@ def storage_failure(error: OSError) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"The builder's disk is full ({where}).",
-            "Make room there (gamebear prune --older 30 removes what was not used for 30 days), then run doit again.",
+            "Free space there (gamebear prune --older 30 removes files unused for 30 days), then run doit again.",
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return StoreError(f"The builder lets us open too few files: {error}.", "Allow more there: ulimit -n 1024")
+        return StoreError(f"The builder has too many open files: {error}.", "Run there: ulimit -n 1024")
     if error.errno == errno.ENOENT:
         return StoreError(
-            f"Something of the builder's store is gone while it is used ({error.filename or where}).",
-            "Has somebody removed it? Then run doit again: what is missing is made anew.",
+            f"A file of the builder's store was removed while in use ({error.filename or where}).",
+            "Run doit again: missing files are created again.",
         )
     if error.errno == errno.EROFS:
-        return StoreError(f"The builder's disk has become read-only ({where}).", "It may be failing: see dmesg there.")
+        return StoreError(f"The builder's disk is read-only ({where}).", "Check the disk there: dmesg")
     return StoreError(
-        f"The builder's store cannot be used: {error}.", "See there who owns the folder and what its disk says (dmesg)."
+        f"The builder's store cannot be used: {error}.", f"Check there the owner of {where}, and the disk (dmesg)."
     )
 
 
@@ -186,7 +186,7 @@ class StoredJob:
         """
         path = self.folder / "job.json"
         if sha256_of(path) != self.digest:
-            raise ValueError(f"the stored description of job {self.digest} is damaged")
+            raise ValueError(f"the stored description of job {self.digest[:12]} is damaged")
         document: dict[str, Any] = json.loads(path.read_bytes())
         return document
 

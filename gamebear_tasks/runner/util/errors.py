@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import signal
 
 OUT_OF_MEMORY = "Check with `dmesg` whether the builder ran out of memory; if so, run fewer processes"
@@ -35,11 +33,3 @@ def ended_by(status: int) -> str:
     if number in set(signal.Signals):
         return f"was killed by {signal.Signals(number).name}"
     return f"exited with {status}"
-
-
-def tells_of_full_disk(text: str) -> bool:
-    """Return whether a program's output reports a full disk.
-
-    It is searched for the text of strerror(3), ignoring case, because Go writes it with a small n.
-    """
-    return os.strerror(errno.ENOSPC).casefold() in text.casefold()
