@@ -1029,7 +1029,9 @@ def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(ImageError) as error:
         check_installed(["mcopy", "debugfs"])
-    assert str(error.value).endswith("packages): e2fsprogs, mtools") and "debugfs, mcopy not installed." in str(error.value)
+    assert str(error.value).endswith("packages): e2fsprogs, mtools") and "debugfs, mcopy not installed." in str(
+        error.value
+    )
 
 
 def test_a_hash_is_not_in_a_users_representation() -> None:
