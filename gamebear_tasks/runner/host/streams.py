@@ -80,7 +80,7 @@ def without_panic(said: bytes, status: int) -> tuple[bytes, int]:
     """Return buildah's error output and status, corrected if buildah panicked during the cleanup after a command.
 
     Debian 12's release (1.28) panics if another run in the same container ended earlier: two concurrent shells, for
-    example.
+    example. The command's exit status is then only in the text before the panic.
     """
     before, panic, where = said.partition(b"panic: runtime error: ")
     if not panic or b"buildah.(*Builder).Run.func" not in where:
