@@ -204,7 +204,7 @@ with Container("compiler") as c:
     ("image", "before", "message"),
     [
         ("tiny", "", 'ccache is not installed in the container. Install it: packages_image(…, ["ccache", "gcc", …])'),
-        ("compiler", "rm /bin/grep", "There is no grep in the container. Install it"),
+        ("compiler", "rm /bin/grep", "grep is not installed in the container"),
         ("compiler", "rm /usr/bin/*gcc*", "no compiler is installed in the container"),
         (
             "compiler",
