@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ...builders.transports.ssh.transport import TESTED, is_tested
 from ...sdcard.filesystems.program import environment
 from ...util.subprocesses import ProgramError, install_hint, run
 from .builder_checks import FAILED, OK, WARNING, Finding
@@ -31,7 +32,7 @@ def findings(needs: Sequence[Need], by_ssh: bool) -> list[Finding]:
     """
     found = [Finding("python", OK, _versions()), *map(_programs, needs)]
     if by_ssh:
-        found += _keys()
+        found += [_paramiko(), *_keys()]
     return found
 
 
@@ -43,6 +44,19 @@ def _versions() -> str:
         except PackageNotFoundError:
             words.append(f"{package} (not installed)")
     return ", ".join(words)
+
+
+def _paramiko() -> Finding:
+    installed = version("paramiko")
+    if is_tested(installed):
+        return Finding("paramiko", OK, f"{installed}, accelerated")
+    first, last = (".".join(map(str, numbers)) for numbers in TESTED)
+    return Finding(
+        "paramiko",
+        NOTE,
+        f"{installed} is not tested, so connections use its public API, which is slower",
+        f"Install a release from {first} to {last}: pip install 'paramiko>={first},<={last}.99'",
+    )
 
 
 def _programs(need: Need) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import copy
 import getpass
 import io
 import os
@@ -16,7 +17,8 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,14 +26,15 @@ import paramiko
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from paramiko.agent import AgentKey, AgentSSH
-from paramiko.pkey import PKey, PublicBlob
+from paramiko.pkey import PKey
 
 from ....errors import BuilderLost, LogInError
 from ....progress import events
 from . import known_hosts
+from .agent import AgentKey
+from .agent import keys as agent_keys
 from .config import Host
-from .transport import Login, Transport
+from .transport import Transport
 
 AUTH_TIMEOUT = 60.0
 """Seconds within which a server must answer one key: PAM and reverse DNS lookups are slow on some."""
@@ -51,7 +54,7 @@ _TRIES = 3
 
 
 class _Refused(Exception):
-    """The server disconnected during the log-in, or there is no method left to try."""
+    """The server disconnected during the log-in with a message, or no method is left to try."""
 
 
 def log_in(transport: Transport, host: Host, place: str, starts: str) -> str:
@@ -70,18 +73,19 @@ def log_in(transport: Transport, host: Host, place: str, starts: str) -> str:
         LogInError: the server rejects the log-in.
         BuilderLost: the connection broke.
     """
-    transport.auth_timeout = AUTH_TIMEOUT
-    attempt = _Attempt(transport, host, Login(transport), starts)
+    transport.set_auth_timeout(AUTH_TIMEOUT)
+    attempt = _Attempt(transport, host, starts)
     try:
         with _agent(host.agent) as agent:
             attempt.run(agent)
     except _Refused as refused:
-        raise _error(attempt, place, str(refused)) from refused
+        raise _error(attempt, place) from refused
     except (EOFError, OSError) as error:
         raise BuilderLost(
-            f"{place} broke the connection off while we logged in ({error or 'no reason given'})."
+            f"{place} closed the connection during the log-in: {str(error) or 'no reason given'}.",
+            _one_key(host) if len(attempt.tried) > 1 else f"Run `ssh {host.address.words} true`: it must succeed.",
         ) from error
-    return attempt.tried[-1] if attempt.tried else "nothing: it asks for none"
+    return attempt.tried[-1] if attempt.tried else "no authentication"
 
 
 @dataclass
@@ -90,16 +94,17 @@ class _Attempt:
 
     transport: Transport
     host: Host
-    login: Login
     starts: str
     offered: frozenset[str] = frozenset()
     asked: bool = False
+    is_listed: bool = False
     tried: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     locked: list[Path] = field(default_factory=list)
     done: bool = False
+    timeout: float = AUTH_TIMEOUT
 
-    def run(self, agent: AgentSSH | None) -> None:
+    def run(self, agent: Sequence[AgentKey]) -> None:
         """Try all methods; raises _Refused if none succeeds."""
         # Most servers accept keys, so the first key is sent without a query before it. A refusal lists the methods.
         self._offer(["publickey"])
@@ -110,61 +115,54 @@ class _Attempt:
                 break
             self.tried.append(label)
             self._show(key)
-        if not self.asked:
+        if not (self.done or self.is_listed):
             self._ask()
         if not self.done and "keyboard-interactive" in self.offered and self.host.may_ask and _has_terminal():
-            self.transport.auth_timeout = PATIENCE
-            self._try(lambda done: self.login.auth_interactive(self.host.user, self._answer, done))
+            self.timeout = PATIENCE
+            self.transport.set_auth_timeout(PATIENCE)
+            self._try(lambda: self.transport.auth_interactive(self.host.user, self._answer))
         if not self.done and "password" in self.offered:
             password = _secret(f"{self.host.user}@{self.host.hostname}'s password: ", self.host.may_ask)
             if password is not None:
                 self.tried.append("the password")
-                self._try(lambda done: self.login.auth_password(self.host.user, password, done))
+                self._try(lambda: self.transport.auth_secret(self.host.user, password))
                 if not self.done:
                     _forget(f"{self.host.user}@{self.host.hostname}'s password: ")
         if not self.done:
             raise _Refused
 
     def _show(self, key: PKey) -> None:
-        """Authenticate with a key; pipeline the request for the program behind the first one."""
-
-        def show(done: threading.Event) -> None:
-            first = not self.asked
-            self.login.auth_publickey(self.host.user, key, done)
-            if first and self.starts:
-                self.transport.start_ahead(self.starts)
-
-        self._try(show)
+        """Authenticate with a key; the request for the program may be pipelined behind the first one."""
+        command = "" if self.asked else self.starts
+        self._try(lambda: self.transport.auth_key(self.host.user, key, command))
 
     def _ask(self) -> None:
         """Query the server's methods with the method `none`, as ssh does first."""
-        self._try(lambda done: self.login.auth_none(self.host.user, done))
+        self._try(lambda: self.transport.auth_none(self.host.user))
 
-    def _try(self, method: Callable[[threading.Event], None]) -> None:
+    def _try(self, method: Callable[[], list[str]]) -> None:
         """Try a method; record whether it suffices, and the methods that the server permits next."""
-        done = threading.Event()
-        self.login.methods = []
+        start = time.monotonic()
+        self.asked = True
         try:
-            method(done)
-            self.asked = True
-            further = self.login.wait_for_response(done)
+            further = method()
         except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
-            if self.login.is_authenticated():  # it then disconnected because of the pipelined request
+            if self.transport.is_authenticated():  # it then disconnected because of the pipelined request
                 self.done = True
                 return
             if not self.transport.is_active():
                 if self.transport.farewell:
-                    raise _Refused(self.transport.farewell) from error
+                    raise _Refused from error
                 raise EOFError from error
-            if str(error) == "Authentication timeout.":
-                raise TimeoutError(f"no answer within {AUTH_TIMEOUT:.0f} seconds") from error
-            self.transport.forget_ahead()
-            if self.login.methods:
-                self._offer(self.login.methods)
+            if time.monotonic() - start >= self.timeout:
+                raise TimeoutError(f"no answer within {self.timeout:.0f} seconds") from error
+            if self.transport.permitted:
+                self.is_listed = True
+                self._offer(self.transport.permitted)
         else:
             self.done = not further
             if further:
-                self.transport.forget_ahead()
+                self.is_listed = True
                 self._offer(further)
 
     def _offer(self, methods: list[str]) -> None:
@@ -181,37 +179,29 @@ class _Attempt:
             self.tried.append("what you typed")
         return answers
 
-    def _keys(self, agent: AgentSSH | None) -> Iterator[tuple[str, PKey]]:
+    def _keys(self, agent: Sequence[AgentKey]) -> Iterator[tuple[str, PKey]]:
         """Yield each key to try and its label: configured keys in the agent, the agent's other keys, files."""
         files = [file for path in dict.fromkeys(self.host.identities) if (file := _KeyFile.read(path)) is not None]
-        certificates = [blob for path in self.host.certificates if (blob := _certificate(path)) is not None]
-        held: dict[bytes, AgentKey] = {key.blob: key for key in agent.get_keys()} if agent else {}
+        # Each certificate, by the key that it certifies: CertificateFile first.
+        paths = dict.fromkeys((*self.host.certificates, *(file.certificate for file in files)))
+        certificates = [(path, blob) for path in paths if (blob := _public(path))]
+        held: dict[bytes, AgentKey] = {key.blob: key for key in agent}
         chosen = [held.pop(file.blob) for file in files if file.blob in held]
-        beside = [blob for file in files if (blob := _certificate(file.certificate)) is not None]
-        chosen += [held.pop(blob.key_blob) for blob in (*certificates, *beside) if blob.key_blob in held]
+        chosen += [held.pop(blob) for _, blob in certificates if blob in held]
         seen = {key.blob for key in chosen}
         for key in chosen + ([] if self.host.only_identities else list(held.values())):
             seen.add(key.blob)
             label = f"the agent's {key.comment or 'key'} {_fingerprint(key.blob)}"
-            for path in (file.certificate for file in files if file.blob == key.blob):
-                if blob := _certificate(path):
-                    key.public_blob = blob  # type: ignore[assignment]
-                    yield f"{label} with {path.name}", key
-                    key.public_blob = None
+            if any(file.blob == key.blob for file in files):
+                yield from _certified(key, label, certificates)
             yield label, key
         for file in sorted(files, key=lambda file: file.encrypted):
             if file.blob and file.blob in seen:
                 continue
             loaded = self._load(file)
-            if loaded is None:
-                continue
-            blobs = [certificate for certificate in certificates if _plain(certificate.key_blob) == loaded.asbytes()]
-            for blob in (_certificate(file.certificate), *blobs):
-                if blob is not None:
-                    loaded.public_blob = blob
-                    yield f"{file.path} with its certificate", loaded
-                    loaded.public_blob = None
-            yield f"{file.path} {_fingerprint(loaded.asbytes())}", loaded
+            if loaded is not None:
+                yield from _certified(loaded, str(file.path), certificates)
+                yield f"{file.path} {_fingerprint(loaded.asbytes())}", loaded
 
     def _load(self, file: _KeyFile) -> PKey | None:
         if file.problem:
@@ -244,34 +234,36 @@ class _Attempt:
         return None
 
 
-def _error(attempt: _Attempt, place: str, farewell: str) -> LogInError:
+def _error(attempt: _Attempt, place: str) -> LogInError:
     """Return an error with the reason, the keys that were tried, and the fix."""
     host = attempt.host
     words = host.address.words
-    tried = "; ".join(attempt.tried) if attempt.tried else "nothing, for want of a key that can be used"
-    message = f"{place} does not let {host.user} in. Tried: {tried}."
+    farewell = attempt.transport.farewell
+    parts = [f"tried {'; '.join(attempt.tried) or 'no key, because none is usable'}"]
     if attempt.unusable:
-        message += f" Not used: {'; '.join(attempt.unusable)}."
-    if farewell:
-        message += f" It says: {farewell}."
-    if "too many authentication failures" in farewell.lower():
-        return LogInError(
-            message,
-            f"Name one key in ~/.ssh/config, under `Host {host.address.host}`: IdentityFile, IdentitiesOnly yes.",
-        )
+        parts.append(f"not usable: {'; '.join(attempt.unusable)}")
     if attempt.locked:
-        names = " ".join(map(str, attempt.locked))
-        message += f" {names} needs its passphrase, and there is no terminal to ask for it."
-        return LogInError(message, f"Run `ssh-add {names}` first.")
+        parts.append(f"{', '.join(map(str, attempt.locked))} has a passphrase, but there is no terminal to ask for it")
+    if farewell:
+        parts.append(f"the server says: {farewell}")
+    message = f"{place} rejects the log-in of {host.user}: {'. '.join(parts)}."
+    if farewell and len(attempt.tried) > 1:  # OpenSSH has no own disconnect code for MaxAuthTries
+        return LogInError(message, _one_key(host))
+    if attempt.locked:
+        return LogInError(message, f"Run `ssh-add {' '.join(map(str, attempt.locked))}` first.")
     public = [path for path in host.identities if path.with_name(path.name + ".pub").exists()]
     if not attempt.tried and not public:
-        return LogInError(message, f"Make a key with `ssh-keygen`, then `ssh-copy-id {words}`.")
+        return LogInError(message, f"Make a key with `ssh-keygen`, then run `ssh-copy-id {words}`.")
     key = f"-i {public[0]} " if public else ""
     return LogInError(
         message,
-        f"Put your key there with `ssh-copy-id {key}{words}`; if it is there already, see that the account is not "
-        f"locked. `ssh {words} true` must work.",
+        f"Run `ssh-copy-id {key}{words}`. If the key is already there, check that the account is not locked: "
+        f"`ssh {words} true` must succeed.",
     )
+
+
+def _one_key(host: Host) -> str:
+    return f"Name one key in ~/.ssh/config, under `Host {host.address.host}`: IdentityFile, IdentitiesOnly yes."
 
 
 # keys
@@ -397,11 +389,16 @@ def _public(path: Path) -> bytes:
         return b""
 
 
-def _certificate(path: Path) -> PublicBlob | None:
-    try:
-        return PublicBlob.from_file(str(path))
-    except (OSError, ValueError, UnicodeDecodeError, paramiko.SSHException):
-        return None
+def _certified(key: PKey, label: str, certificates: Sequence[tuple[Path, bytes]]) -> Iterator[tuple[str, PKey]]:
+    """Yield a key with each of the certificates that belong to it, and a label for each."""
+    for path, blob in certificates:
+        if _plain(blob) == key.asbytes():
+            certified = copy.copy(key)
+            try:
+                certified.load_certificate(str(path))
+            except (OSError, ValueError, paramiko.SSHException):
+                continue
+            yield f"{label} with {path.name}", certified
 
 
 def _plain(blob: bytes) -> bytes:
@@ -420,23 +417,19 @@ def _fingerprint(blob: bytes) -> str:
 
 
 @contextlib.contextmanager
-def _agent(path: str | None) -> Iterator[AgentSSH | None]:
-    """Connect to an agent's socket; yield None if there is no agent or it does not speak the protocol."""
+def _agent(path: str | None) -> Iterator[Sequence[AgentKey]]:
+    """Yield the keys of the agent at a socket; none if there is no agent or it does not speak the protocol."""
     if path is None:
-        yield None
+        yield ()
         return
-    agent = AgentSSH()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(AUTH_TIMEOUT)  # a hardware key may wait for a touch
         try:
             connection.connect(path)
-            # paramiko.Agent supports only $SSH_AUTH_SOCK, not IdentityAgent; it initializes its connection with the
-            # same call.
-            agent._connect(connection)  # type: ignore[attr-defined]
+            found = agent_keys(connection)
         except (OSError, paramiko.SSHException):
-            yield None
-            return
-        yield agent
+            found = ()
+        yield found
 
 
 # prompts

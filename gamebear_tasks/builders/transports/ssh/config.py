@@ -120,12 +120,12 @@ def parse_url(url: str) -> Address:
     user = None if user is None else urllib.parse.unquote(user)
     if user is not None and ":" in user:
         raise SettingsError(
-            f"The builder ssh://…@{place} has a password in its address, where others can read it.",
-            "Leave it out: log in with a key (ssh-copy-id puts it there), or type the password when asked.",
+            f"The builder ssh://…@{place} contains a password, which others can read.",
+            "Remove the password: log in with a key (ssh-copy-id), or enter it when prompted.",
         )
     if rest not in ("", "/") or (user is not None and re.search("[/?#]", user)):
         raise SettingsError(
-            f"{what} has a path, a query or a fragment in its address, and a builder has none.",
+            f"{what} has a path, a query or a fragment.",
             "Write it as ssh://[user@]host[:port].",
         )
     return _address(place, user, what)
@@ -135,19 +135,19 @@ def _address(place: str, user: str | None, what: str) -> Address:
     """Parse host[:port]; `what` begins the error message."""
     hint = "Write it as ssh://[user@]host[:port], an IPv6 address in brackets."
     if not place:
-        raise SettingsError(f"{what} names no host.", hint)
+        raise SettingsError(f"{what} has no host.", hint)
     match = re.match(r"(\[[^\[\]]*\]|[^\[\]:]+)(?::(.*))?\Z", place, re.DOTALL)
     if match is None:
-        raise SettingsError(f"{what} has no host that can be understood in {place!r}.", hint)
+        raise SettingsError(f"{what} has an invalid host: {place!r}.", hint)
     host, port = match[1].strip("[]"), match[2]
     if not (_HOST.match(host) or _ADDRESS_6.match(host)):  # `ssh -G` also prints names and IPv4 addresses in brackets
-        raise SettingsError(f"{what} has a host, {host!r}, that is neither a name nor an address.", hint)
+        raise SettingsError(f"{what} has an invalid host: {host!r} is neither a name nor an address.", hint)
     if user is not None and not _USER.match(user):
-        raise SettingsError(f"{what} has a user, {user!r}, that no system would have.", hint)
+        raise SettingsError(f"{what} has an invalid user: {user!r}.", hint)
     number = None
     if port is not None:
         if not re.match(r"[0-9]{1,5}\Z", port) or not 0 < int(port) < 65536:
-            raise SettingsError(f"{what} has {port!r} for a port.", "A port is a number from 1 to 65535.")
+            raise SettingsError(f"{what} has an invalid port: {port!r}.", "Use a number from 1 to 65535.")
         number = int(port)
     return Address(host, user, number)
 
@@ -195,8 +195,8 @@ def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
         said = run(command, env=os.environ, silence=60)  # `Match exec` has the user's locale, as in ssh
     except ProgramError as error:
         raise SettingsError(
-            f"The SSH configuration for {address.host} cannot be read; ssh says: {' '.join(error.output.split())}",
-            f"`ssh -G {address.words}` must succeed.",
+            f"The SSH configuration for {address.host} cannot be read: {' '.join(error.output.split())}",
+            f"Correct ~/.ssh/config: `ssh -G {address.words}` must succeed.",
         ) from error
     options: dict[str, list[str]] = {}
     for line in os.fsdecode(said).splitlines():
@@ -216,17 +216,17 @@ def _ask_paramiko(address: Address) -> dict[str, list[str]]:
     except OSError as error:
         raise SettingsError(
             f"The SSH configuration {path} cannot be read: {error.strerror}.",
-            f"Make it a file of yours: chmod 600 {path}",
+            f"Make it readable: chmod 600 {path}",
         ) from error
     if re.search(r"^\s*Include\b", text, re.IGNORECASE | re.MULTILINE):
         raise SettingsError(
-            f"The SSH configuration {path} has an Include, which only `ssh` can follow, and there is no ssh here.",
+            f"The SSH configuration {path} cannot be read: Include requires `ssh`, which is not installed.",
             "Install OpenSSH's client (Debian: openssh-client).",
         )
     try:
         found = paramiko.SSHConfig.from_text(text).lookup(address.host)
     except Exception as error:  # paramiko's errors and others, all caused by the file
-        raise SettingsError(f"The SSH configuration {path} cannot be read: {error}.", "Mend it there.") from error
+        raise SettingsError(f"The SSH configuration {path} cannot be read: {error}.", "Correct the file.") from error
     options = {key: [value] if isinstance(value, str) else list(value) for key, value in found.items()}
     if address.port:
         options["port"] = [str(address.port)]
@@ -257,10 +257,9 @@ def _host(address: Address, options: Mapping[str, list[str]]) -> Host:
         text = one(keyword, str(default))
         if not re.match(r"[0-9]{1,10}\Z", text) or not 0 <= int(text) <= most:
             raise SettingsError(
-                f"The SSH configuration for {address.host} has {text!r} for {keyword}, which must be a number "
-                f"up to {most} here.",
-                "Write the number in ~/.ssh/config, or install OpenSSH's client (Debian: openssh-client), which also "
-                "reads names.",
+                f"The SSH configuration for {address.host} has an invalid {keyword}: {text!r} is not a number up to "
+                f"{most}.",
+                "Write a number in ~/.ssh/config, or install OpenSSH's client (Debian: openssh-client).",
             )
         return int(text)
 

@@ -1,7 +1,7 @@
 """Builder `ssh://`: one SSH connection with many channels, established like that of `ssh` itself.
 
 Paramiko is imported only when the first connection is opened. The parts are: `config` resolves the URL, `known_hosts`
-verifies the host key, `authentication` logs in, `transport` and `packetizer` fix and accelerate paramiko.
+verifies the host key, `authentication` logs in, `transport` selects how paramiko is used.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ...protocol.client import RunnerBuilder
 from ...protocol.transport import SEND_SILENCE
 from . import config, known_hosts
 from .config import Address, Host
+from .transport import (
+    InvalidHostKeySignature,
+    NotAnSSHServer,
+    ProgramRefused,
+    Session,
+    Transport,
+    open_transport,
+)
 
 if TYPE_CHECKING:
     import paramiko
 
-    from .transport import Session, Transport
 
 HANDSHAKE_TIMEOUT = 60.0
 """Seconds for the key exchange: a small board under load needs ten."""
 
-INTRODUCTION = "SSH-2.0-gamebear_tasks"
-"""Identification string (RFC 4253, section 4.2), sent as soon as the TCP connection is open.
-
-No server starts the key exchange before it has received this string.
-"""
-
 _MOST_JUMPS = 8
 _SETTLING = 0.5
-_PIECE = 32 * 1024
 
 _connections: weakref.WeakSet[SSHConnection] = weakref.WeakSet()
 
@@ -72,6 +72,7 @@ class SSHConnection:
         self._opening = threading.Lock()
         self.described: dict[str, str] = {}
         self._closed = False
+        self._failure: BaseException | None = None
         self._has_started = False
         self._transports: list[Transport] = []
         self._proxies: list[subprocess.Popen[bytes]] = []
@@ -92,6 +93,8 @@ class SSHConnection:
             self._check()
             try:
                 channel = self._transport.begin_session(command, HANDSHAKE_TIMEOUT)
+            except ProgramRefused as error:
+                raise (self.refused() if self.survives() else self.lost(error)) from error
             except TimeoutError as error:
                 raise BuilderLost(f"{self.place} does not answer.") from error
             except (paramiko.SSHException, EOFError, OSError) as error:
@@ -99,11 +102,11 @@ class SSHConnection:
                     raise self.lost(error) from error
                 if self._has_started:
                     raise BuilderBusy(
-                        f"{self.place} gives no further session.", "Raise MaxSessions in its sshd_config."
+                        f"{self.place} rejects another session.", "Raise MaxSessions in its sshd_config."
                     ) from error
                 raise BuilderError(
-                    f"{self.place} lets us in, but gives no session ({error}).",
-                    "See MaxSessions in its sshd_config, and `restrict` in the account's authorized_keys.",
+                    f"{self.place} rejects every session: {error}.",
+                    "Raise MaxSessions in its sshd_config, and remove `restrict` from the account's authorized_keys.",
                 ) from error
             self._has_started = True
         return SSHChannel(self, channel)
@@ -146,11 +149,18 @@ class SSHConnection:
     def lost(self, error: BaseException | None = None) -> BuilderLost:
         """Return an error with the reason why the connection is gone."""
         if self._closed:
-            return BuilderLost(f"{self.place}: the connection was closed.")
+            return BuilderLost(f"{self.place} is disconnected: the connection was closed here.")
         farewell = self._transport.farewell
-        cause = self._transport.saved_exception or error
-        why = f"it says: {farewell}" if farewell else _why(cause)
-        return BuilderLost(f"{self.place} is gone: {why}.")
+        self._failure = cause = self._transport.get_exception() or self._failure or error
+        why = f"the server says: {farewell}" if farewell else _why(cause)
+        return BuilderLost(f"{self.place} is disconnected: {why}.")
+
+    def refused(self) -> BuilderError:
+        """Return the error for a server that starts no programs."""
+        return BuilderError(
+            f"{self.place} refuses to run programs.",
+            "Remove ForceCommand from sshd_config, command= from authorized_keys, or set a login shell.",
+        )
 
     def abandon(self) -> None:
         """Forget the connection without a message to the builder, in a fork of the process that uses it."""
@@ -159,7 +169,7 @@ class SSHConnection:
 
     def _check(self) -> None:
         if os.getpid() != self._process:
-            raise BuilderLost(f"{self.place}: the connection is another process's.")
+            raise BuilderLost(f"{self.place} is disconnected: the connection belongs to another process.")
         if self._closed:
             raise self.lost()
 
@@ -170,7 +180,7 @@ class SSHConnection:
         if depth > _MOST_JUMPS:
             raise SettingsError(
                 f"{self.place} is behind more than {_MOST_JUMPS} jump hosts.",
-                f"See whether ProxyJump goes round in a circle in ~/.ssh/config, at {address.host}.",
+                f"Check ~/.ssh/config for a ProxyJump cycle at {address.host}.",
             )
         loading = threading.Thread(target=_load_paramiko_ahead)
         loading.start()  # in parallel with `ssh -G` and the TCP connection
@@ -182,7 +192,6 @@ class SSHConnection:
         finally:
             loading.join()  # must not run during interpreter shutdown
         from . import authentication
-        from .transport import Transport
 
         if dial is not None:
             sock: socket.socket | paramiko.Channel = dial.connected()
@@ -191,31 +200,20 @@ class SSHConnection:
             # As with ssh -J: the first jump host is reached as configured, each further one through those before it.
             through = self._connect(last, before or None, depth + 1)
             sock = self._forward(through, host, place)
-            introduce(sock)
         else:
             sock = self._run_proxy(host)
-            introduce(sock)
-        known = known_hosts.known(host)
         try:
-            transport = Transport(
-                sock,
-                INTRODUCTION,
-                known_hosts.algorithms(host, known),
-                host.ciphers,
-                host.macs,
-                host.alive_interval,
-                host.alive_count,
-            )
+            known = known_hosts.known(host)
+            transport = open_transport(sock, known_hosts.algorithms(host, known), host)
         except BaseException:
             sock.close()
             raise
         self._transports.append(transport)
-        transport.banner_timeout = host.connect_timeout
         self._shake_hands(transport, host, place)
         self._check_host_key(transport, host, known, place, bool(jumps or host.proxy_command))
         let_in_by = authentication.log_in(transport, host, place, "" if depth else self._first)
         self.described = {
-            "server": transport.remote_version,
+            "server": transport.server or "unknown",
             "host key": known_hosts.fingerprint(transport.host_key_blob),
             "log-in": f"{host.user}, by {let_in_by}",
         }
@@ -226,37 +224,38 @@ class SSHConnection:
         from paramiko.ssh_exception import IncompatiblePeer, MessageOrderError
 
         try:
-            start = time.monotonic()
             transport.shake_hands(host.connect_timeout + HANDSHAKE_TIMEOUT)
         except IncompatiblePeer as error:
             raise BuilderError(
-                f"{place} and we have no algorithm in common: {error}.", "Upgrade its OpenSSH, or paramiko here."
+                f"{place} has no algorithm in common with this machine: {error}.",
+                "Upgrade its OpenSSH, or paramiko here.",
+            ) from error
+        except (MessageOrderError, InvalidHostKeySignature) as error:
+            raise BuilderError(
+                f"{place} violates the SSH protocol, possibly an attack: {error}.",
+                "Check the network between this machine and the builder before you retry.",
+            ) from error
+        except NotAnSSHServer as error:
+            raise BuilderError(
+                f"{place} is not an SSH server: port {host.port} answers with another protocol.",
+                "Set the port of its sshd: ssh://user@host:port.",
             ) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
-            text = str(error)
-            if isinstance(error, MessageOrderError) or "Signature verification" in text:
-                raise BuilderError(
-                    f"{place} does not keep to the SSH protocol ({text}); this may be an attack.",
-                    "Ask who runs the network between you and it before you try again.",
-                ) from error
-            if "protocol version" in text or "Invalid SSH banner" in text:
-                raise BuilderError(
-                    f"{place} answers on port {host.port}, but not as an SSH server.",
-                    "Name the port that its sshd listens at: ssh://user@host:port.",
-                ) from error
+            # paramiko replaces the exception of a failed identification by an SSHException.
+            cause = error.__context__ if isinstance(error.__context__, EOFError | OSError) else error
             proxy = self._proxy_says()
             if transport.farewell:
-                why = f"it says: {transport.farewell}"
-            elif "banner" in text:
-                why = "it closed the connection, or said nothing, before it introduced itself"
+                why = f"the server says: {transport.farewell}"
+            elif isinstance(cause, EOFError) and cause is not error:
+                why = "the server closed the connection before its identification"
             else:
-                why = _why(error)
-            closed_at_once = "banner" in text and time.monotonic() - start < host.connect_timeout
-            raise (BuilderCrowded if closed_at_once or transport.farewell else BuilderLost)(
+                why = _why(cause)
+            refused = transport.farewell or (cause is not error and isinstance(cause, EOFError | ConnectionError))
+            raise (BuilderCrowded if refused else BuilderLost)(
                 f"{place} cannot be reached: {why}{proxy}.",
-                "See what ProxyCommand or ProxyJump does in ~/.ssh/config."
+                "Check ProxyCommand and ProxyJump in ~/.ssh/config."
                 if proxy
-                else "It may be starting up, or have too many connections at once (MaxStartups).",
+                else f"Run `ssh {host.address.words} true`: it fails while sshd starts, or above its MaxStartups.",
             ) from error
 
     def _check_host_key(
@@ -269,28 +268,28 @@ class SSHConnection:
             transport.hang_up()
             if isinstance(error, struct.error):
                 raise HostKeyError(
-                    f"{place} has sent a host key that is damaged.",
-                    "See on it that its keys are whole: ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub",
+                    f"{place} is rejected: its host key is damaged.",
+                    "Check its keys there: ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub",
                 ) from error
             raise _host_key_error(error, host, blob, place, indirect) from error
 
     def _forward(self, through: Transport, host: Host, place: str) -> paramiko.Channel:
         import paramiko
 
-        there = (host.hostname, host.port)
         try:
-            return through.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=host.connect_timeout)
+            return through.forward(host.hostname, host.port, host.connect_timeout)
         except paramiko.ChannelException as error:
             if error.code == 1:
                 raise BuilderError(
-                    f"{place} cannot be reached: the host before it forwards no connections.",
-                    "See AllowTcpForwarding in its sshd_config.",
+                    f"{place} cannot be reached: the jump host forbids forwarding.",
+                    "Set AllowTcpForwarding yes in the jump host's sshd_config.",
                 ) from error
             raise BuilderLost(
-                f"{place} cannot be reached: the host before it cannot connect to {host.hostname} port {host.port}."
+                f"{place} cannot be reached: the jump host cannot connect to {host.hostname} port {host.port}.",
+                f"Check that sshd runs at {host.hostname} port {host.port}.",
             ) from error
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise BuilderLost(f"{place} cannot be reached through the host before it: {_why(error)}.") from error
+            raise BuilderLost(f"{place} cannot be reached through its jump host: {_why(error)}.") from error
 
     def _run_proxy(self, host: Host) -> socket.socket:
         """Start `ProxyCommand` at one end of a socket pair; return the other end."""
@@ -316,7 +315,7 @@ class SSHConnection:
             self._proxies[-1].wait(1.0)
         self._proxy_errors[-1].seek(0)
         said = " ".join(self._proxy_errors[-1].read(500).decode(errors="replace").split())
-        return f" (its ProxyCommand says: {said})" if said else " (by its ProxyCommand)"
+        return f" (ProxyCommand says: {said})" if said else " (through ProxyCommand)"
 
 
 class SSHChannel:
@@ -329,47 +328,26 @@ class SSHChannel:
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of `data`."""
-        view = memoryview(data).cast("B")
-        until = time.monotonic() + SEND_SILENCE
         try:
-            view = view[self._channel.send_ahead(view) :]
-        except Exception as error:
+            self._channel.transmit(memoryview(data).cast("B"), SEND_SILENCE)
+        except TimeoutError as error:
+            raise BuilderLost(
+                f"{self._connection.place} accepts no data: timeout after {SEND_SILENCE:g} seconds."
+            ) from error
+        except Exception as error:  # any error of paramiko or its socket
             raise self._lost(error) from error
-        while view:
-            # The channel's own timeout is reserved for `receive`.
-            if not self._may_send(until - time.monotonic()):
-                raise BuilderLost(f"{self._connection.place} has taken nothing for {SEND_SILENCE:g} seconds.")
-            try:
-                sent = self._channel.send(bytes(view[:_PIECE]))
-            except TimeoutError:  # another thread has used up the window
-                continue
-            except Exception as error:  # any error of paramiko or its socket
-                raise self._lost(error) from error
-            if not sent:
-                raise self._lost(None)
-            view = view[sent:]
-            until = time.monotonic() + SEND_SILENCE
-
-    def _may_send(self, timeout: float) -> bool:
-        """Wait until the window opens or the channel is closed; return whether that happened before the timeout."""
-        channel = self._channel
-        with channel.lock:
-            return channel.out_buffer_cv.wait_for(
-                lambda: bool(channel.out_window_size > 0 or channel.closed or channel.eof_sent), max(0.0, timeout)
-            )
 
     def receive(self, size: int, timeout: float) -> bytes:
         """Return 1 to `size` bytes, or `b""` once the program has closed its output."""
-        self._channel.settimeout(timeout)
         try:
-            data = self._channel.recv(size)
+            data = self._channel.receive(size, timeout)
         except TimeoutError as error:
-            raise BuilderLost(f"{self._connection.place} has been silent for {timeout:g} seconds.") from error
+            raise BuilderLost(f"{self._connection.place} sends no data: timeout after {timeout:g} seconds.") from error
         except Exception as error:  # any error of paramiko or its socket
             raise self._lost(error) from error
         if (
             not data
-            and not self._channel.eof_received
+            and not self._channel.has_ended
             and (self._closed or self._channel.is_refused or not self._connection.survives())
         ):
             raise self._lost(None)
@@ -377,17 +355,16 @@ class SSHChannel:
 
     def errors(self) -> bytes:
         """Return the last 64 KiB of the program's standard error."""
-        return self._channel.errors.tail
+        return self._channel.error_output()
 
     def exit_status(self, timeout: float) -> int | None:
         """Return the program's exit status; None while it runs, or if a signal ended it."""
-        if not self._channel.status_event.wait(timeout):
-            return None
-        if self._channel.exit_status == -1:
-            if not self._connection.survives():
-                raise self._lost(None)
-            return None
-        return self._channel.exit_status
+        status = self._channel.wait(timeout)
+        if status != -1:
+            return status
+        if not self._connection.survives():
+            raise self._lost(None)
+        return None
 
     def close(self) -> None:
         """Close the channel. Never raises."""
@@ -398,24 +375,15 @@ class SSHChannel:
 
     def _lost(self, error: BaseException | None) -> BuilderError:
         if self._channel.is_refused and not self._closed:
-            return BuilderError(
-                f"{self._connection.place} refuses to run programs.",
-                "See there whether ForceCommand in sshd_config, command= in authorized_keys or the shell forbids it.",
-            )
-        if self._closed or self._channel.eof_received or self._connection.survives():
-            what = "was closed" if self._closed else "has ended"
-            return BuilderLost(f"{self._connection.place}: the program that it ran for us {what}.", "Run doit again.")
+            return self._connection.refused()
+        if self._closed or self._channel.has_ended or self._connection.survives():
+            what = "was closed here" if self._closed else "has ended"
+            return BuilderLost(f"{self._connection.place} is disconnected: the runner {what}.", "Run doit again.")
         return self._connection.lost(error)
 
 
-def introduce(sock: socket.socket | paramiko.Channel) -> None:
-    """Send the identification string; a failure shows when the answer is read."""
-    with contextlib.suppress(OSError):
-        sock.sendall(f"{INTRODUCTION}\r\n".encode())
-
-
 class _Dial(threading.Thread):
-    """Thread that connects to a host's port and sends the identification string, while paramiko is imported."""
+    """Thread that connects to a host's port, while paramiko is imported."""
 
     def __init__(self, host: Host, place: str) -> None:
         super().__init__(daemon=True)
@@ -427,8 +395,7 @@ class _Dial(threading.Thread):
     def run(self) -> None:
         """Connect."""
         try:
-            self._outcome = sock = _dial(self._host, self._place)
-            introduce(sock)
+            self._outcome = _dial(self._host, self._place)
         except Exception as error:  # noqa: BLE001 - `connected` raises it
             self._outcome = error
 
@@ -453,12 +420,12 @@ def _dial(host: Host, place: str) -> socket.socket:
         addresses = socket.getaddrinfo(host.hostname, host.port, host.family, socket.SOCK_STREAM)
     except UnicodeError as error:
         raise SettingsError(
-            f"{place} has a host name, {host.hostname!r}, that cannot be one.", "See HostName in ~/.ssh/config."
+            f"{place} has an invalid host name: {host.hostname!r}.", "Correct HostName in ~/.ssh/config."
         ) from error
     except OSError as error:
         raise BuilderLost(
-            f"{place} cannot be reached: no host {host.hostname} is known here ({error.strerror}).",
-            "See that its name is right and that the network is there.",
+            f"{place} cannot be reached: host name {host.hostname} cannot be resolved: {error.strerror}.",
+            "Correct the host name, or check the network.",
         ) from error
     failure: OSError = TimeoutError()
     for family, kind, protocol, _, address in addresses:
@@ -480,7 +447,7 @@ def _dial(host: Host, place: str) -> socket.socket:
     )
     raise BuilderLost(
         f"{place} cannot be reached: {host.hostname} port {host.port}: {why}.",
-        "See that it is switched on, on the network, and runs an SSH server.",
+        "Check that it is switched on, connected, and runs an SSH server.",
     ) from failure
 
 
@@ -494,32 +461,32 @@ def _host_key_error(
     file = host.known_hosts[0] if host.known_hosts else "known_hosts"
     if refused.reason == "changed":
         return HostKeyError(
-            f"{place} is refused: its host key has changed. It is now {shown}; known is "
-            f"{', '.join(known_hosts.fingerprint(line.blob) for line in refused.lines)} ({places}). This may be an "
-            "attack: somebody between you and the builder. Or the builder was set up anew.",
-            f"Only if you know that it was: `ssh-keygen -R '{host.known_as}' -f {file}`, then `ssh {words}` and "
+            f"{place} is rejected: its host key has changed to {shown}, known is "
+            f"{', '.join(known_hosts.fingerprint(line.blob) for line in refused.lines)} ({places}). "
+            "This may be an attack, or the builder was reinstalled.",
+            f"Only if it was reinstalled: `ssh-keygen -R '{host.known_as}' -f {file}`, then `ssh {words}` and "
             "compare the fingerprint.",
         )
     if refused.reason == "revoked":
         return HostKeyError(
-            f"{place} is refused: its host key {shown} is marked as revoked ({refused.detail or places}).",
-            "It must not be trusted any more: give the builder a new host key.",
+            f"{place} is rejected: its host key {shown} is revoked ({refused.detail or places}).",
+            "Create a new host key on the builder.",
         )
     if refused.reason == "certificate":
         return HostKeyError(
-            f"{place} is refused: its host certificate cannot be trusted: {refused.detail}.",
-            "Have the builder's host key certified anew by the authority in known_hosts.",
+            f"{place} is rejected: its host certificate is not trusted: {refused.detail}.",
+            "Sign the builder's host key again with the authority in known_hosts.",
         )
     other = ""
     if refused.reason == "other":
-        other = f" Only keys of another kind are known for it ({places}), which it does not have any more."
+        other = f" known_hosts has only keys of another kind ({places}), which it no longer has."
     scan = (
         ""
         if indirect or host.alias
         else f", or `ssh-keyscan {f'-p {host.port} ' if host.port != 22 else ''}{host.hostname} >> {file}`"
     )
     return HostKeyError(
-        f"{place} is refused: its host key {shown} is not known here.{other}",
+        f"{place} is rejected: its host key {shown} is unknown.{other}",
         "Compare the fingerprint with the builder's own (on it: `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`), "
         f"then run `ssh {words}` once and accept it{scan}.",
     )
@@ -528,11 +495,11 @@ def _host_key_error(
 def _why(error: BaseException | None) -> str:
     """Return the reason in an exception of paramiko or a socket, in a few words."""
     if isinstance(error, TimeoutError):
-        return "it takes too long to answer"
+        return "timeout"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     text = str(error or "").rstrip(".")
-    return "the connection broke" if text in ("", "Socket is closed") else text
+    return text or "the connection broke"
 
 
 def _abandon_in_child() -> None:

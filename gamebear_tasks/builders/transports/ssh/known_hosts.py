@@ -258,16 +258,16 @@ class _Certificate:
         from paramiko.pkey import PKey
 
         if self.type != _FOR_HOSTS:
-            raise HostKeyRefused("certificate", "it is a person's and not a host's")
+            raise HostKeyRefused("certificate", "it is a user certificate")
         if not _listed(self.principals, name):
             raise HostKeyRefused("certificate", f"it is for {', '.join(self.principals) or 'no host'}, not for {name}")
         if not self.valid_after <= time.time() < self.valid_before:
-            raise HostKeyRefused("certificate", "it is not valid at this time (or the clock here is wrong)")
+            raise HostKeyRefused("certificate", "it is not valid now, or the clock of this machine is wrong")
         if self.critical:
-            raise HostKeyRefused("certificate", "it has restrictions that are not understood here")
+            raise HostKeyRefused("certificate", "it has unknown critical options")
         kind = split_string(self.authority)[0].decode("ascii", "replace")
         if split_string(self.signature)[0].decode("ascii", "replace") not in ALGORITHMS.get(kind, ()):
-            raise HostKeyRefused("certificate", "it is signed by an algorithm that is not trusted here")
+            raise HostKeyRefused("certificate", "its signature algorithm is not trusted")
         authority = PKey.from_type_string(kind, self.authority)
         if not authority.verify_ssh_sig(self.signed, Message(self.signature)):
             raise HostKeyRefused("certificate", "its signature is wrong")
