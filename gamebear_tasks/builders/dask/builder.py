@@ -135,14 +135,8 @@ class DaskBuilder:
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
         """Wait a bounded time for news of a job, on any worker."""
-        place = self._find(digest)
-        if place is None:
-            return Status("lost", attempt), b""
-        worker, runner = place
-        try:
-            status, log = runner.follow(digest, attempt, offset)
-        except WorkerGone:
-            self._forget(worker)
+        news = self._news(digest, attempt, lambda runner: runner.follow(digest, attempt, offset))
+        if news is None:
             self._gone[digest] += 1
             if self._gone[digest] < TRIES:
                 time.sleep(PAUSE)
@@ -150,8 +144,24 @@ class DaskBuilder:
             del self._gone[digest]
             return Status("lost", attempt), b""
         self._gone.pop(digest, None)
+        status, log = news
         if status.is_final and status.state != "lost" and not log:  # a lost job is resubmitted on the same lease
             self._release(digest)
+        return news
+
+    def _news(
+        self, digest: str, attempt: str, ask: Callable[[RunnerBuilder], tuple[Status, bytes]]
+    ) -> tuple[Status, bytes] | None:
+        """Ask the worker that has a job; return the state `lost` if none has it, None if the worker disconnects."""
+        place = self._find(digest)
+        if place is None:
+            return Status("lost", attempt), b""
+        worker, runner = place
+        try:
+            status, log = ask(runner)
+        except WorkerGone:
+            self._forget(worker)
+            return None
         return self._told(worker, status), log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
@@ -169,7 +179,7 @@ class DaskBuilder:
                 self._forget(worker)
                 time.sleep(PAUSE)
         raise BuilderLost(
-            f"The worker of {self.url} that has job {digest[:12]} has gone.", "Run doit again: another builds it."
+            f"{self.url} has lost the worker of job {digest[:12]}.", "Run doit again: another worker builds it."
         )
 
     def cancel(self, digest: str, attempt: str) -> bool:
@@ -189,7 +199,7 @@ class DaskBuilder:
         total = 0
         for worker, answer in self._each(lambda runner: runner.jobs(limit, prefix)).items():
             if isinstance(answer, BuilderError):
-                self._say(f"{worker} does not say which jobs it has: {answer}")
+                self._say(f"{worker} cannot list its jobs: {answer}")
                 continue
             entries, count = answer
             total += count
@@ -201,29 +211,23 @@ class DaskBuilder:
 
     def watch(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
         """Wait a bounded time for news of a job, without counting as waiting for it."""
-        place = self._find(digest)
-        if place is None:
-            return Status("lost", attempt), b""
-        worker, runner = place
-        try:
-            status, log = runner.watch(digest, attempt, offset)
-        except WorkerGone:
-            self._forget(worker)
-            return Status("lost", attempt), b""
-        return self._told(worker, status), log
+        news = self._news(digest, attempt, lambda runner: runner.watch(digest, attempt, offset))
+        return news or (Status("lost", attempt), b"")
 
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
         """Cancel a job, unless others wait for it; return those who do."""
         place = self._find(digest)
         if place is None:
-            raise WorkerGone(f"The worker of {self.url} that had job {digest[:12]} has gone.", "See `gamebear jobs`.")
+            raise WorkerGone(
+                f"{self.url} has lost the worker of job {digest[:12]}.", "Run `gamebear jobs` to list the jobs."
+            )
         return place[1].end(digest, attempt, force)
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, object]:
         """Return the materials of a result, from the worker that has it."""
         place = self._find(digest)
         if place is None:
-            raise BuilderError(f"No worker of {self.url} has job {digest[:12]} any more.", "Have it built again.")
+            raise BuilderError(f"{self.url} has lost the worker of job {digest[:12]}.", "Build it again.")
         return place[1].materials(digest, attempt)
 
     def discard(self, digest: str, attempt: str) -> None:
@@ -246,7 +250,7 @@ class DaskBuilder:
         """Run a command in a kept container, on the worker that has it."""
         runner = self._builder_of(digest)
         if runner is None:
-            raise WorkerGone(f"The worker of {self.url} that kept the container has gone.", "Start it again.")
+            raise WorkerGone(f"{self.url} has lost the worker with the retained container.", "Restart the worker.")
         return runner.enter(digest, container, words)
 
     def _builder_of(self, digest: str) -> RunnerBuilder | None:
@@ -356,7 +360,7 @@ class DaskBuilder:
     def _check_wanted(self, digest: str) -> None:
         """Raise BuilderError if another thread has cancelled the job since it was submitted."""
         if digest in self._ended:
-            raise BuilderError(f"Job {digest[:12]} was taken out of the line of {self.url}.", "Run doit again.")
+            raise BuilderError(f"{self.url} has removed job {digest[:12]} from its queue.", "Run doit again.")
 
     def _find(self, digest: str) -> tuple[str, RunnerBuilder] | None:
         """Return the worker that has a job; wait for a worker that may return; None if none has it."""
@@ -396,7 +400,7 @@ class DaskBuilder:
 
     def _connect(self, worker: str) -> Connection:
         if not self._ask("worker", worker=worker).get("there"):
-            raise WorkerGone(f"The worker {worker} of {self.url} has gone.", "Run doit again.")
+            raise WorkerGone(f"{self.url} has lost the worker {worker}.", "Run doit again.")
         return self._connected().connection(worker)
 
     def _release(self, digest: str) -> None:
@@ -476,8 +480,8 @@ def _address(text: object, url: str) -> str:
     if isinstance(text, str) and len(text) < 300 and re.fullmatch(r"(tcp|tls)://[\w.:\[\]%-]+:\d+", text, re.ASCII):
         return text
     raise BuilderError(
-        f"{url} names a worker that makes no sense ({words_of(text)[:100]}).",
-        "See that its scheduler is the one you mean, and that client and workers have one release of gamebear-tasks.",
+        f"{url} sends an invalid worker address: {words_of(text)[:100]}.",
+        "Check the scheduler's address, and install the same release of gamebear-tasks on client and workers.",
     )
 
 
@@ -528,12 +532,12 @@ def open_builder(url: str) -> DaskBuilder:
     named = re.fullmatch(r"\[[0-9a-fA-F:.%]+\]|[\w.-]+", host, re.ASCII)
     if scheme not in _SCHEMES or not named or not 1 <= int(port or 8786) <= 65535:
         raise SettingsError(
-            f"The builder {shown(url)!r} names no Dask scheduler.",
-            "Say builder=dask://HOST:8786, or dask+tls://HOST:8786; what belongs to TLS is in Dask's configuration.",
+            f"The builder {shown(url)!r} is not the address of a Dask scheduler.",
+            "Use builder=dask://HOST:8786, or dask+tls://HOST:8786 with the certificates in Dask's configuration.",
         )
     if importlib.util.find_spec("distributed") is None:
         raise SettingsError(
-            f"The builder {shown(url)!r} needs Dask, which is not installed here.",
-            "pip install 'gamebear-tasks[dask]'",
+            f"The builder {shown(url)!r} requires Dask, which is not installed.",
+            "Run pip install 'gamebear-tasks[dask]'",
         )
     return DaskBuilder(url, f"{_SCHEMES[scheme]}://{host}:{port or 8786}")

@@ -72,13 +72,13 @@ class Stream:
             said = words_of(answer["exception_text"])
             if is_missing_module(said):
                 raise BuilderError(
-                    f"The scheduler {address} has no gamebear-tasks ({said}).",
-                    "Where the scheduler runs: pip install 'gamebear-tasks[dask]', and start it again.",
+                    f"The scheduler {address} has no gamebear-tasks: {said}.",
+                    "On the scheduler's machine: pip install 'gamebear-tasks[dask]', then restart it.",
                 )
             raise BuilderError(
-                f"The scheduler {address} does not load gamebear-tasks: {said}.",
-                "Install the same release of it and of dask there as here, and let it keep"
-                " the handler register_scheduler_plugin.",
+                f"The scheduler {address} cannot load gamebear-tasks: {said}.",
+                "Install the same releases of gamebear-tasks and dask there as here, and enable its handler"
+                " register_scheduler_plugin.",
             )
         await comm.write({"op": PLUGIN, "protocol": PROTOCOL, "client": client, "reply": True})
         greeting = await comm.read()
@@ -165,7 +165,7 @@ class Link:
                 self._forget(stream)
                 if time.monotonic() > until:
                     raise BuilderLost(
-                        f"The scheduler {self.address} has been silent for {SILENCE:g} seconds."
+                        f"The scheduler {self.address} does not answer: timeout after {SILENCE:g} seconds."
                     ) from None
             except BuilderLost:
                 self._forget(stream)
@@ -208,12 +208,12 @@ class Link:
         try:
             return self.loop.wait_for(Stream.open(self.address, self._tls, self._client), 3 * GREETING)
         except (BuilderLost, TimeoutError) as error:
-            said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} says nothing.")
+            said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} does not answer.")
             if self._stream.met:
                 raise said from error
             raise BuilderLost(
-                f"The scheduler of {self.url} is out of reach: {said.message}",
-                "See that it runs (dask scheduler) and that its port is open to this machine.",
+                f"The scheduler of {self.url} cannot be reached: {said.message}",
+                "Check that it runs (dask scheduler) and that its port is open to this machine.",
             ) from error
 
     def _forget(self, stream: Stream) -> None:

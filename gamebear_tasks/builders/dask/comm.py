@@ -122,13 +122,15 @@ def client_tls(address: str) -> ssl.SSLContext | None:
     try:
         context, encrypted = distributed_api.tls_of_client()
     except (OSError, ValueError, TypeError) as error:
-        raise BuilderError(f"Dask's TLS settings cannot be used: {error}.", _TLS) from error
+        raise BuilderError(f"Dask's TLS settings are invalid: {error}.", _TLS) from error
     if address.startswith("tls:"):
         if context is None:
-            raise BuilderError(f"{address} wants TLS, and Dask's configuration names no certificates.", _TLS)
+            raise BuilderError(f"{address} requires TLS, but Dask's configuration has no certificates.", _TLS)
         return context
     if encrypted:
-        raise BuilderError(f"Dask's configuration wants encryption, and {address} has none.", "Say dask+tls://…")
+        raise BuilderError(
+            f"{address} is not encrypted, but Dask's configuration requires it.", "Use builder=dask+tls://…"
+        )
     return None
 
 
@@ -182,8 +184,8 @@ class Comm:
         except (ValueError, TypeError, struct.error) as error:
             self.abort()
             raise BuilderError(
-                f"{self.peer_address} answers something that makes no sense ({words_of(error)}).",
-                "See that a Dask scheduler and workers of about this version run there.",
+                f"{self.peer_address} sends an invalid message: {words_of(error)}.",
+                "Check that a Dask scheduler and workers of the same release run there.",
             ) from error
         return {str(name): value for name, value in message.items()} if isinstance(message, dict) else {}
 
@@ -232,8 +234,8 @@ async def connect(address: str, tls: ssl.SSLContext | None) -> Comm:
         raise BuilderLost(f"{address} cannot be reached: {_reason(error)}.") from error
     except (ValueError, OverflowError) as error:  # an invalid host name or port
         raise BuilderError(
-            f"{address} is no address to connect to: {words_of(error)}.",
-            "See which HOST:PORT the builder's URL names, and its workers say (dask worker --host).",
+            f"{address} is not a valid address: {words_of(error)}.",
+            "Correct HOST:PORT in the builder's URL, or at the workers (dask worker --host).",
         ) from error
     comm = Comm(address, reader, writer)
     try:
@@ -242,7 +244,7 @@ async def connect(address: str, tls: ssl.SSLContext | None) -> Comm:
         await comm.write(_HANDSHAKE)
     except asyncio.TimeoutError:
         comm.abort()
-        raise BuilderLost(f"{address} takes a connection, and says nothing.") from None
+        raise BuilderLost(f"{address} accepts a connection, but does not answer.") from None
     except BaseException:
         comm.abort()
         raise
@@ -307,13 +309,13 @@ class DaskChannel:
                 self._broken()
                 raise BuilderLost(
                     f"{self._comm.peer_address} has lost the worker: {words_of(message['lost'])}.",
-                    "What it built is given to another; run doit again to find it.",
+                    "Run doit again: another worker builds it.",
                 )
             if "error" in message or "exception_text" in message:
                 said = message.get("error") or message.get("exception_text")
                 raise BuilderError(
-                    f"{self._comm.peer_address} starts no runner: {words_of(said)}.",
-                    "See the worker's own log, and start it again.",
+                    f"{self._comm.peer_address} cannot start the runner: {words_of(said)}.",
+                    "Read the worker's log, then restart it.",
                 )
         data, self._buffer = self._buffer[:size], self._buffer[size:]
         return data
@@ -323,7 +325,9 @@ class DaskChannel:
             return self._loop.wait_for(work, seconds)
         except TimeoutError:
             self._broken()
-            raise BuilderLost(f"{self._comm.peer_address} has been silent for {seconds:g} seconds.") from None
+            raise BuilderLost(
+                f"{self._comm.peer_address} does not answer: timeout after {seconds:g} seconds."
+            ) from None
         except BuilderLost:
             self._broken()
             raise
@@ -365,7 +369,9 @@ class DaskConnection:
             return DaskChannel(self._loop, self._loop.wait_for(self._start(command), 2 * CONNECTING), self._broken)
         except TimeoutError:
             self._broken()
-            raise BuilderLost(f"{self._address} starts nothing within {2 * CONNECTING:g} seconds.") from None
+            raise BuilderLost(
+                f"{self._address} does not start the runner: timeout after {2 * CONNECTING:g} seconds."
+            ) from None
         except BuilderLost:
             self._broken()
             raise

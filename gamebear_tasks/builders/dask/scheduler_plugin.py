@@ -269,7 +269,7 @@ class Cluster:
     def _why_not(self, state: WorkerState) -> str:
         """Return the reason why a worker with slots cannot be used."""
         known = self.known.get(state.address, Known())
-        return known.error or ("" if known.asked or not _architectures(state) else "it has not said yet what it has")
+        return known.error or ("" if known.asked or not _architectures(state) else "its store has not been listed yet")
 
     def _holder(self, digest: str, states: Iterable[str]) -> str:
         for worker, known in self.known.items():
@@ -555,5 +555,5 @@ def _why(error: BaseException | None) -> str:
     # Dask sends `Exception(repr(error))` for an error that the worker cannot pickle.
     said = str(error) if type(error) is Exception else repr(error)
     if distributed_api.is_missing_module(said):
-        return f"it has no gamebear-tasks, or not all that it needs ({said}); there: pip install 'gamebear-tasks[dask]'"
+        return f"gamebear-tasks or a dependency is missing ({said}); there: pip install 'gamebear-tasks[dask]'"
     return f"{type(error).__name__}: {error}"
