@@ -494,7 +494,7 @@ SSH = [
     Row(
         "used an unknown host",
         "url.update(host='buildpi.invalid')",
-        "ssh://pi@buildpi.invalid:2222 host known → name network",
+        "ssh://pi@buildpi.invalid:2222 host resolved → name network",
     ),
     Row(
         "chained jump hosts in a circle",

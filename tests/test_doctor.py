@@ -161,7 +161,7 @@ def debian(system: None, tmp_path: Path) -> Iterator[Sshd]:
 @pytest.mark.slow
 def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_path: Path) -> None:
     project = Project(tmp_path / "project", home=client_home(tmp_path, debian), GAMEBEAR_BUILDER=debian.url)
-    assert "has no python3" in " ".join(project.gamebear("doctor").out.split())
+    assert "cannot start python3" in " ".join(project.gamebear("doctor").out.split())
     fixed = project.gamebear("doctor", "--fix", "--json").ok()
     commands = [each["command"] for each in json.loads(fixed.out)["places"][1]["fixed"]]
     assert [command.rpartition("=300 ")[2] for command in commands if " install " in command] == [
@@ -212,7 +212,7 @@ def test_a_builder_without_python_gets_the_package(tmp_path: Path, fresh: Accoun
     found = findings(run)
     assert run.status == 1 and list(found) == ["reachable", "host key", "login", "python"]
     assert found["python"]["packages"] == ["python3"]
-    assert found["python"]["fix"] == "On the builder: sudo apt install python3"
+    assert "sudo apt install python3" in found["python"]["fix"]
 
 
 def test_a_builder_without_room_for_its_store_is_a_failure(tmp_path: Path, fresh: Account) -> None:
@@ -230,8 +230,8 @@ def test_an_account_without_a_shell_is_a_failure(tmp_path: Path, fresh: Account)
         project = Project(tmp_path / "project", home=client_home(tmp_path, server))
         run = project.gamebear("doctor", "--json", f"builder={server.url}")
     found = findings(run)
-    assert run.status == 2 and list(found) == ["reachable", "host key", "login"]
-    assert "chsh --shell /bin/sh" in found["login"]["fix"]
+    assert run.status == 1 and list(found) == ["reachable", "host key", "login", "python"]
+    assert "chsh --shell /bin/sh" in found["python"]["fix"]
 
 
 def test_slow_diagnostics_are_polled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +250,7 @@ def test_slow_diagnostics_are_polled(tmp_path: Path, monkeypatch: pytest.MonkeyP
             ["local:"],
             "Task 'local:' does not exist. → List the tasks: gamebear list --all. To check another builder",
         ),
-        (["builder=moon:x"], "No installed builder has the scheme 'moon'"),
+        (["builder=moon:x"], "has an unknown scheme: 'moon'"),
     ],
 )
 def test_invalid_arguments_are_rejected(project: Project, arguments: list[str], said: str) -> None:

@@ -237,7 +237,7 @@ def test_an_output_that_is_missing_is_not_made_up(hostile: Hostile, outputs: str
     hostile.refused(f"def follow(request): send(**{{**result(), 'outputs': {outputs}}})", OTHERS)
 
 
-NONSENSE = "makes no sense"
+NONSENSE = "sends an invalid reply"
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ NONSENSE = "makes no sense"
 def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: str) -> None:
     hostile.refused(
         f"def follow(request): send(**result({about}))",
-        "this machine describes the output 'x' in a way that makes no sense.",
+        "this machine sends an invalid reply: output 'x'.",
         "see on the builder what runs there",
     )
 
@@ -327,7 +327,7 @@ def fetch(request):
     ["7", "[7]", "[[0, -1]]", "[[-4, 4]]", "[[0, 1 << 62]]", "[[0, 2], [1, 2]]", "[['0', 2]]", "[[0, True]]"],
 )
 def test_holes_that_make_no_sense_are_refused(hostile: Hostile, holes: str) -> None:
-    hostile.refused(f"def fetch(request): send(DATA[2:], holes={holes})", "the holes of a file")
+    hostile.refused(f"def fetch(request): send(DATA[2:], holes={holes})", "holes of a file")
 
 
 def test_holes_do_not_make_room_for_more_than_was_said(hostile: Hostile) -> None:
@@ -433,7 +433,7 @@ def test_a_header_as_long_as_may_be_takes_no_memory_to_speak_of(hostile: Hostile
 
 JOB: dict[str, Any] = {"digest": "ab" * 32, "state": "done", "attempt": "a1", "log": 100}
 
-NO_END = "come in small pieces, without an end."
+NO_END = "come in too many small pieces."
 
 
 def test_a_builder_that_has_always_a_little_more_is_not_asked_for_ever(hostile: Hostile) -> None:
@@ -573,8 +573,8 @@ def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.refused(
         "def submit(request): time.sleep(600)",
-        "this machine broke off 2 times in a row.",
-        "has been silent for 1 seconds.",
+        "this machine disconnected 2 times in a row",
+        "sends no data: timeout after 1 seconds.",
         "run doit again",
     )
     assert set(hostile.asked) == {"submit"}
@@ -583,7 +583,7 @@ def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
 @pytest.mark.system
 def test_a_builder_that_never_greets_is_given_up(hostile: Hostile) -> None:
     hostile.silence = 1.0
-    hostile.refused("def greet(): time.sleep(600)", "has been silent for 1 seconds.")
+    hostile.refused("def greet(): time.sleep(600)", "sends no data: timeout after 1 seconds.")
 
 
 @pytest.mark.system
@@ -597,7 +597,7 @@ def fetch(request):
     time.sleep(600)
 """
     )
-    hostile.project.doit().failed("broke off 2 times in a row.", "has been silent for 1 seconds.")
+    hostile.project.doit().failed("disconnected 2 times in a row", "sends no data: timeout after 1 seconds.")
     assert not hostile.target.exists()
     assert hostile.asked.count("fetch") <= 2
 
@@ -609,7 +609,7 @@ def greet():
     while True:
         raw(b"Welcome! " * 1000)
 """,
-        "this machine prints without end when we log in.",
+        "this machine prints more than 1 MiB at log-in.",
     )
 
 
@@ -687,7 +687,7 @@ def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
 def test_a_builder_gets_no_file_that_is_not_the_job_s(hostile: Hostile, missing: str) -> None:
     hostile.refused(
         f"def submit(request): send(state='absent', missing=[{missing}])",
-        "this machine asks for a file that the job does not have.",
+        "it requests a file that is not part of the job.",
     )
     assert "put" not in hostile.asked
 
@@ -695,14 +695,15 @@ def test_a_builder_gets_no_file_that_is_not_the_job_s(hostile: Hostile, missing:
 @pytest.mark.parametrize("missing", ["None", "7", "{}"])
 def test_a_builder_that_does_not_say_what_it_lacks_is_refused(hostile: Hostile, missing: str) -> None:
     hostile.refused(
-        f"def submit(request): send(state='absent', missing={missing})", "this machine does not say what it lacks."
+        f"def submit(request): send(state='absent', missing={missing})",
+        "this machine sends an invalid reply: no list of missing files.",
     )
 
 
 def test_a_builder_that_asks_for_the_same_again_and_again_is_refused(hostile: Hostile) -> None:
     hostile.refused(
         "def submit(request): send(state='absent', missing=[[request['needs'][0], 0]])",
-        "this machine does not keep the files that it is sent",
+        "this machine loses uploaded files",
     )
     assert len(hostile.asked) < 20
 

@@ -154,8 +154,8 @@ def test_after_the_limit_it_says_that_the_build_goes_on_and_the_next_doit_finds_
     assert client.wait(60) != 0
     said = " ".join(remote.said().split())
     assert f"{remote.project.environment['GAMEBEAR_BUILDER']} cannot be reached" in said
-    assert "has been out of reach for 2 seconds" in said
-    assert "What it is building goes on; run doit again when it is back, and it is found by its name." in said
+    assert "cannot be reached for 2 seconds" in said
+    assert "it reattaches to the job, which continues." in said
     assert not OUR_FRAMES.search(said)
     assert not remote.target.exists()
     assert len(processes(remote.store, "supervise")) == 1
@@ -290,18 +290,21 @@ def test_what_ssh_refuses_is_said_once_in_a_paragraph_and_nothing_is_placed(
 
     (ssh / "known_hosts").write_text("")
     remote.project.doit().failed(
-        "is refused: its host key SHA256:",
-        "is not known here.",
+        "is rejected: its host key SHA256:",
+        "is unknown.",
         f"ssh-keyscan -p {port} 127.0.0.1 >> {ssh}/known_hosts",
     )
     (ssh / "known_hosts").write_text(f"[127.0.0.1]:{port} {public(new_key(tmp_path / 'former'))}\n")
     remote.project.doit().failed(
-        "its host key has changed.", "This may be an attack", f"ssh-keygen -R '[127.0.0.1]:{port}' -f {ssh}/known_hosts"
+        "its host key has changed to SHA256:",
+        "This may be an attack",
+        f"ssh-keygen -R '[127.0.0.1]:{port}' -f {ssh}/known_hosts",
     )
     (ssh / "known_hosts").write_text(right)
     (ssh / "id_ed25519").unlink()
     new_key(ssh / "id_ed25519")
-    remote.project.doit().failed(f"does not let {server.account.name} in", f"ssh-copy-id -i {ssh}/id_ed25519 -p {port}")
+    rejected = f"rejects the log-in of {server.account.name}"
+    remote.project.doit().failed(rejected, f"ssh-copy-id -i {ssh}/id_ed25519 -p {port}")
     assert remote.proxy.connections == 3, "a refusal was tried again"
     assert remote.builds == 0
     assert not remote.target.exists()
@@ -334,7 +337,7 @@ def test_a_builder_that_says_nothing_costs_one_time_out_and_what_does_not_need_i
         start = time.monotonic()
         run = project.doit("-c", *mode, f"builder={url}", timeout=60).failed(f"The builder {url} cannot be reached")
         took = time.monotonic() - start
-    assert "or said nothing, before it introduced itself" in run.text
+    assert "closed the connection before its identification" in run.text
     assert run.text.count(f"The builder {url} cannot be reached") == 4
     assert (project.folder / "here").exists()
     assert took < 10, "three times what one time-out takes"

@@ -161,7 +161,7 @@ def test_two_packages_with_one_scheme_are_both_named(tmp_path: Path, monkeypatch
     install(tmp_path, "moon", "json:loads")
     install(tmp_path, "moon", "pickle:loads")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SettingsError, match="Two packages have a builder 'moon:': json_plugin and pickle_plugin"):
+    with pytest.raises(SettingsError, match="'moon:' is ambiguous: json_plugin and pickle_plugin"):
         open_builder("moon:x")
 
 

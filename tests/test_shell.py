@@ -306,7 +306,7 @@ def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote
         wait_for(lambda: is_running("sleep", str(seconds)))
         remote.proxy.cut()
         assert keyboard.end() == 2
-        assert "ERROR: " in keyboard.text and "is gone" in keyboard.text
+        assert "ERROR: " in keyboard.text and "is disconnected" in keyboard.text
         assert keyboard.is_as_before
     wait_for(lambda: not is_running("sleep", str(seconds)))
     assert place.project.gamebear("shell", "x", "--", "cat", "half").ok().out == "half done\n"

@@ -152,6 +152,6 @@ def test_a_lost_connection_is_told_and_leaves_the_terminal_as_it_was(remote: Rem
         assert not keyboard.is_as_before
         remote.proxy.cut()
         assert keyboard.end() == 1
-        assert "ERROR: " in keyboard.text and "is gone" in keyboard.text
+        assert "ERROR: " in keyboard.text and "is disconnected" in keyboard.text
         assert not OUR_FRAMES.search(keyboard.text)
         assert keyboard.is_as_before

@@ -23,20 +23,21 @@ def open_builder(url: str) -> Builder:
     scheme, colon, _ = url.partition(":")
     if not colon or not scheme:
         raise SettingsError(
-            f"The builder {shown(url)!r} is not a URL.", "Say builder=local: or builder=ssh://user@host, for example."
+            f"The builder {shown(url)!r} is not a URL.", "Use builder=local: or builder=ssh://user@host."
         )
     found: dict[str, dict[str, EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, {})[entry.value] = entry
     if scheme not in found:
         raise SettingsError(
-            f"No installed builder has the scheme {scheme!r} of {shown(url)!r}.",
-            f"There are: {', '.join(sorted(found))}. Others come with packages that add them.",
+            f"The builder {shown(url)!r} has an unknown scheme: {scheme!r}.",
+            f"Use one of {', '.join(sorted(found))}, or install the package that provides it.",
         )
     packages = sorted(entry.dist.name if entry.dist else entry.value for entry in found[scheme].values())
     if len(packages) > 1:
         raise SettingsError(
-            f"Two packages have a builder '{scheme}:': {' and '.join(packages)}.", "Uninstall one: pip uninstall NAME"
+            f"The builder '{scheme}:' is ambiguous: {' and '.join(packages)} provide it.",
+            "Uninstall one: pip uninstall NAME",
         )
     (entry,) = found[scheme].values()
     try:
@@ -44,6 +45,6 @@ def open_builder(url: str) -> Builder:
     except Exception as error:
         raise SettingsError(
             f"The builder '{scheme}:' of the package {packages[0]} cannot be loaded: {type(error).__name__}: {error}.",
-            "Install the package again, in a version that fits the gamebear-tasks that is here.",
+            f"Upgrade it: pip install --upgrade {packages[0]}",
         ) from error
     return open_it(url)

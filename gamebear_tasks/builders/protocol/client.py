@@ -152,8 +152,8 @@ class RunnerBuilder:
                     continue
             inline = self._upload(lacks.blobs, files)
         raise BuilderError(
-            f"{self.place} does not keep the files that it is sent for job {job.digest[:12]}.",
-            "See whether its disk is full or failing, then run doit again.",
+            f"{self.place} loses uploaded files of job {job.digest[:12]}.",
+            "Check its disk (df, dmesg), then run doit again.",
         )
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
@@ -234,7 +234,7 @@ class RunnerBuilder:
             holes.extend(responses.holes(reply, offset + got, offset + limit, self.place))
             if length + sum(hole for _, hole in holes) > limit - got:
                 raise BuilderError(
-                    f"{self.place} sends more of {name} than the {size(limit)} that were to come; nothing was kept.",
+                    f"{self.place} sends more of {name} than the announced {size(limit)}.",
                     NONSENSE,
                 )
 
@@ -269,7 +269,7 @@ class RunnerBuilder:
         cancelled = responses.cancelled(self._ask(request))
         if not cancelled.has_others and cancelled.state == "running":
             raise BuilderError(
-                f"{self.place} has not ended the job yet.", "It was told to; doit finds it if it goes on all the same."
+                f"{self.place} has not stopped the job yet.", "Run `gamebear jobs` to see whether it still runs."
             )
         return not cancelled.has_others
 
@@ -301,12 +301,14 @@ class RunnerBuilder:
         if cancelled.others:
             return cancelled.others
         if cancelled.state == "running":
-            raise BuilderError(f"{self.place} has not ended the job yet.", "It was told to: see `gamebear jobs`.")
+            raise BuilderError(
+                f"{self.place} has not stopped the job yet.", "Run `gamebear jobs` to see whether it still runs."
+            )
         if cancelled.state != "cancelled":
             how = cancelled.state if cancelled.state in ("done", "failed") else "lost, or begun again"
             raise BuilderError(
-                f"{self.place} has not cancelled the job, which had ended before: it is {how}.",
-                "`gamebear jobs` lists first what runs.",
+                f"{self.place} cannot cancel the job: it is {how}.",
+                "Run `gamebear jobs` to list the running jobs.",
             )
         return ()
 
@@ -356,8 +358,8 @@ class RunnerBuilder:
                 break
             if time.monotonic() > until:
                 raise BuilderError(
-                    f"{self.place} has not found out in {EXAMINATION:g} seconds what it can do.",
-                    "See what it is busy with (top, dmesg), then run gamebear doctor again.",
+                    f"{self.place} does not complete its diagnostics: timeout after {EXAMINATION:g} seconds.",
+                    "Check its load there (top, dmesg), then run gamebear doctor again.",
                 )
             time.sleep(SHORT)  # throttle: a runner holds its answer until the diagnostics are complete
         about = responses.facts(said)
@@ -380,7 +382,7 @@ class RunnerBuilder:
         finally:
             channel.close()
         if status is None:
-            raise BuilderLost(f"What was run on {self.place} has ended in a way that is not known.")
+            raise BuilderLost(f"{self.place} did not report the exit status of the script.")
         return status
 
     def kept(self, digest: str) -> Kept | None:
@@ -425,7 +427,9 @@ class RunnerBuilder:
         for sha256, have in missing:
             path = files.get(sha256)
             if path is None:
-                raise BuilderError(f"{self.place} asks for a file that the job does not have.", NONSENSE)
+                raise BuilderError(
+                    f"{self.place} sends an invalid reply: it requests a file that is not part of the job.", NONSENSE
+                )
             length = path.stat().st_size
             if length > CHUNK:
                 self._upload_large(sha256, path, length, have)
@@ -548,8 +552,8 @@ class _Setbacks:
             raise error
         if self.count > TRIES:
             raise BuilderLost(
-                f"{self._builder.place} broke off {self.count} times in a row. {error.message}",
-                "What it is building goes on; see what is wrong there, then run doit again: it is found by its name.",
+                f"{self._builder.place} disconnected {self.count} times in a row: {error.message}",
+                "Check the builder, then run doit again: it reattaches to the job, which continues.",
             ) from error
         time.sleep(min(0.05 * 2**self.count, 3.0) * random.uniform(0.5, 1.0) if self.count > 1 else 0.0)
 

@@ -30,4 +30,4 @@ class Rounds:
         """
         self._count += not is_worth_it
         if self._count > ROUNDS:
-            raise BuilderError(f"{self._what} come in small pieces, without an end.", NONSENSE)
+            raise BuilderError(f"{self._what} come in too many small pieces.", NONSENSE)

@@ -64,7 +64,7 @@ class Reconnecting(Generic[C]):
             BuilderLost: the builder was unreachable for `patience` seconds, or another thread is still connecting.
         """
         if not self._connecting.acquire(timeout=min(wait, threading.TIMEOUT_MAX)):
-            raise BuilderLost(f"{self._place} is out of reach.", "Run doit again when it is back.")
+            raise BuilderLost(f"{self._place} cannot be reached.", "Run doit again when it is reachable.")
         try:
             connection = self._open
             if connection is None:
@@ -123,8 +123,8 @@ class Reconnecting(Generic[C]):
             return error
         if self.met:
             error = BuilderLost(
-                f"{self._place} has been out of reach for {patience:g} seconds: {error.message}",
-                "What it is building goes on; run doit again when it is back, and it is found by its name.",
+                f"{self._place} cannot be reached for {patience:g} seconds: {error.message}",
+                "Run doit again when it is reachable: it reattaches to the job, which continues.",
             )
         self.given_up = error
         return error

@@ -100,12 +100,14 @@ def lacks(place: str, reply: Mapping[str, object]) -> Lacks:
     """
     missing = reply.get("missing")
     if not isinstance(missing, list):
-        raise BuilderError(f"{place} does not say what it lacks.", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: no list of missing files.", NONSENSE)
     blobs = []
     for item in missing:
         sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
         if not _is_digest(sha256) or type(have) is not int:
-            raise BuilderError(f"{place} asks for a file that the job does not have.", NONSENSE)
+            raise BuilderError(
+                f"{place} sends an invalid reply: it requests a file that is not part of the job.", NONSENSE
+            )
         blobs.append((sha256, max(have, 0)))
     return Lacks(tuple(blobs), bool(reply.get("trees_wanted")))
 
@@ -137,7 +139,7 @@ def cancelled(reply: Mapping[str, object]) -> Cancelled:
 
 
 def pruned(reply: Mapping[str, object], before: Pruned) -> Pruned:
-    """Return the sum of what a reply says was pruned, and of what was pruned before; what was left is the last."""
+    """Add a reply's pruned amounts to the previous sum; the remaining amounts are those of the reply."""
     left = reply.get("left")
     return Pruned(
         before.jobs + count(reply.get("jobs")),
@@ -167,7 +169,7 @@ def kept(place: str, reply: Mapping[str, object]) -> Kept | None:
     if not containers:
         return None
     if type(last) is not int or not 0 <= last < len(containers) or age is None:
-        raise BuilderError(f"{place} describes what it keeps in a way that makes no sense.", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: retained containers.", NONSENSE)
     return Kept(tuple(containers), last, age)
 
 
@@ -185,13 +187,13 @@ def status(place: str, reply: Mapping[str, object], joined: bool = False) -> Sta
     state = reply.get("state")
     attempt = reply.get("attempt")
     if not _is_state(state) or not _is_name(attempt):
-        raise BuilderError(f"{place} answers something that makes no sense (state {words_of(state)}).", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: state {words_of(state)}.", NONSENSE)
     outputs = {}
     for name, about in mapping(reply.get("outputs")).items():
         about = mapping(about)
         length, sha256 = about.get("size"), about.get("sha256")
         if type(length) is not int or not 0 <= length <= wire.MAX_BODY or not _is_digest(sha256):
-            raise BuilderError(f"{place} describes the output {name[:100]!r} in a way that makes no sense.", NONSENSE)
+            raise BuilderError(f"{place} sends an invalid reply: output {name[:100]!r}.", NONSENSE)
         data = about.get("data")
         data = data if type(data) is int and 0 <= data <= length else None
         outputs[name] = Output(length, sha256, about.get("executable") is True, data)
@@ -210,7 +212,7 @@ def status(place: str, reply: Mapping[str, object], joined: bool = False) -> Sta
         )
     valid = reply.get("valid")
     if valid is not None and not (_is_number(valid) and valid >= 0):
-        raise BuilderError(f"{place} answers something that makes no sense (valid {words_of(valid)[:100]}).", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: valid {words_of(valid)[:100]}.", NONSENSE)
     return Status(
         state,
         attempt,
@@ -236,7 +238,7 @@ def holes(reply: Mapping[str, object], start: int, end: int, place: str) -> list
     for hole in given if isinstance(given, list) else [given]:
         offset, length = hole if isinstance(hole, list) and len(hole) == 2 else (None, None)
         if type(offset) is not int or type(length) is not int or not (start <= offset < offset + length <= end):
-            raise BuilderError(f"{place} describes the holes of a file in a way that makes no sense.", NONSENSE)
+            raise BuilderError(f"{place} sends an invalid reply: holes of a file.", NONSENSE)
         found.append((offset, length))
         start = offset + length
     return found

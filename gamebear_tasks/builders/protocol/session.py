@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ...errors import NONSENSE, BuilderError, BuilderLost, LogInError, PythonError, StoreError
+from ...errors import NONSENSE, BuilderError, BuilderLost, PythonError, StoreError
 from ...records.task_record import received, sent
 from ...runner.protocol import requests, wire
 from ...util.text import printable, size
@@ -60,20 +60,20 @@ class Session:
             return
         if word.startswith("python"):
             raise PythonError(
-                f"{self._place} has Python {words_of(word[7:])}, and the runner needs 3.9 or newer.",
-                "Upgrade the builder's system (Debian 11 or later has it).",
+                f"{self._place} has Python {words_of(word[7:])}, but the runner requires 3.9.",
+                "Upgrade the builder to Debian 11 or later.",
             )
         if word.startswith("lacks"):
             raise PythonError(
-                f"The python3 of {self._place} lacks a part of the standard library ({words_of(word[6:])}).",
+                f"{self._place} has an incomplete Python: {words_of(word[6:])} is missing.",
                 "On the builder: sudo apt install python3 (python3-minimal is not enough).",
             )
         if word == "failed":
             reply, _ = self._message() or ({}, 0)
-            raise StoreError(f"On {self._place}: {words_of(reply.get('error'))}", words_of(reply.get("hint", "")))
+            raise StoreError(f"{self._place}: {words_of(reply.get('error'))}", words_of(reply.get("hint", "")))
         raise StoreError(
-            f"The runner cannot be put on {self._place}: {words_of(word[7:])}.",
-            "See that its disk has room and that ~/.cache there can be written to.",
+            f"{self._place} cannot store the runner: {words_of(word[7:])}.",
+            "Free disk space there, and make ~/.cache writable.",
         )
 
     def _preamble(self) -> str:
@@ -91,20 +91,20 @@ class Session:
             seen += data
             if len(seen) > 1 << 20:
                 raise BuilderError(
-                    f"{self._place} prints without end when we log in.", "See what its shell's start-up files do."
+                    f"{self._place} prints more than 1 MiB at log-in.", "Correct the start-up files of its login shell."
                 )
 
     def _no_runner(self, seen: bytes) -> BuilderError:
         status = self._channel.exit_status(5.0)
         said = last_lines_of(self._channel.errors() or seen)
         if status is None:
-            return BuilderLost(f"The connection to {self._place} closed at once. {said}".rstrip())
-        if "python3" in (said or "python3") and (status == 127 or "not found" in said):
-            return PythonError(f"{self._place} has no python3 ({said}).", "On the builder: sudo apt install python3")
-        what = f"No runner can be started on {self._place} (status {status}): {said.rstrip('.')}."
-        if "currently not available" in said:  # nologin(8)
-            return LogInError(what, "The account has no shell. On the builder: sudo chsh --shell /bin/sh ACCOUNT")
-        return BuilderError(what, "See that a shell there can run python3.")
+            return BuilderLost(f"{self._place} closed the connection before the runner started. {said}".rstrip())
+        # Login shells differ in status and words, so one fix fits all.
+        return PythonError(
+            f"{self._place} cannot start python3 (exit status {status}): {said.rstrip('.')}.",
+            "On the builder: sudo apt install python3. If the account has no login shell: "
+            "sudo chsh --shell /bin/sh ACCOUNT",
+        )
 
     def ask(
         self,
@@ -174,7 +174,7 @@ class Session:
         except wire.CutOff as error:
             raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
         except wire.WireError as error:
-            raise BuilderError(f"{self._place} answers something that makes no sense ({error}).", NONSENSE) from error
+            raise BuilderError(f"{self._place} sends an invalid reply: {error}.", NONSENSE) from error
 
     def _read(self, count: int) -> bytes:
         while len(self._buffer) < count:

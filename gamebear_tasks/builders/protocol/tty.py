@@ -157,7 +157,7 @@ class _Listener(threading.Thread):
         except (BuilderError, OSError) as error:
             self.error = error
         except (FrameError, struct.error) as error:
-            self.error = BuilderError(f"{self._place} answers something that makes no sense ({error}).", NONSENSE)
+            self.error = BuilderError(f"{self._place} sends an invalid reply: {error}.", NONSENSE)
         finally:
             self.is_over = True
             with contextlib.suppress(OSError):

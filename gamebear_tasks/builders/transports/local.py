@@ -53,20 +53,22 @@ class ProcessChannel:
         try:
             while view:
                 if not select.select([], [self._stdin], [], SEND_SILENCE)[1]:
-                    raise BuilderLost(f"The runner on this machine has taken nothing for {SEND_SILENCE:g} seconds.")
+                    raise BuilderLost(
+                        f"The runner on this machine accepts no data: timeout after {SEND_SILENCE:g} seconds."
+                    )
                 with contextlib.suppress(BlockingIOError):
                     view = view[os.write(self._stdin, view) :]
         except OSError as error:
-            raise BuilderLost(f"The runner on this machine has ended ({error.strerror}).") from error
+            raise BuilderLost(f"The runner on this machine has ended: {error.strerror}.") from error
 
     def receive(self, size: int, timeout: float) -> bytes:
         """Return 1 to `size` bytes, or `b""` at the end."""
         if not select.select([self._stdout], [], [], timeout)[0]:
-            raise BuilderLost(f"The runner on this machine has been silent for {timeout:g} seconds.")
+            raise BuilderLost(f"The runner on this machine sends no data: timeout after {timeout:g} seconds.")
         try:
             return os.read(self._stdout, size)
         except OSError as error:
-            raise BuilderLost(f"The runner on this machine has ended ({error.strerror}).") from error
+            raise BuilderLost(f"The runner on this machine has ended: {error.strerror}.") from error
 
     def errors(self) -> bytes:
         """Return the end of the program's standard error."""
@@ -116,9 +118,9 @@ class ProcessConnection:
             return ProcessChannel([*self._prefix, "sh", "-c", command])
         except OSError as error:
             command = " ".join([*self._prefix, "sh"])
-            hint = "See that it is in your PATH."
+            hint = "Install it, or add its folder to PATH."
             if error.errno == errno.EAGAIN:
-                hint = "Too many programs of yours run here: end some, or allow more (ulimit -u)."
+                hint = "End some of your programs, or raise the limit: ulimit -u."
             raise BuilderError(f"{command} cannot be started: {error.strerror}.", hint) from error
 
     def close(self) -> None:
@@ -133,6 +135,6 @@ def open_builder(url: str) -> RunnerBuilder:
     """
     if url != "local:":
         raise SettingsError(
-            f"The builder {shown(url)!r} is not known.", "This machine is `local:`, nothing after the colon."
+            f"The builder {shown(url)!r} is invalid: `local:` takes no address.", "Use builder=local: for this machine."
         )
     return RunnerBuilder(url, "this machine", ProcessConnection)
