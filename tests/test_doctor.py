@@ -22,6 +22,7 @@ from sshd import Account, Sshd, client_home, new_account
 
 from gamebear_tasks.builders.protocol.responses import facts
 from gamebear_tasks.builders.transports.local import open_builder
+from gamebear_tasks.cli.doctor import local_checks
 from gamebear_tasks.cli.doctor.builder_checks import FAILED, OK, WARNING, Finding, findings_of
 from gamebear_tasks.cli.doctor.fixes import Step, StepResult, apply_fixes, steps_for
 from gamebear_tasks.config import own_architecture
@@ -199,7 +200,7 @@ def test_an_unreachable_builder_is_reported_in_forty_columns(project: Project) -
     run = project.gamebear(
         "doctor", "builder=ssh://pi@127.0.0.1:1", "patience=0", COLUMNS="40", PYTHONIOENCODING="ascii"
     )
-    assert run.status == 2 and "x reachable" in run.out and "-> See that it is" in run.out
+    assert run.status == 2 and "x reachable" in run.out and "-> Check that it is" in run.out
     assert max(len(line) for line in run.out.splitlines() if "ssh://" not in line) <= 40
     assert not run.err
 
@@ -295,7 +296,7 @@ def test_programs_that_tasks_need_are_checked_on_this_machine(
     run = project.gamebear("doctor", "--json", *arguments, *away, PATH=str(tmp_path))
     here = {finding["name"]: finding for finding in json.loads(run.out)["places"][0]["findings"]}
     states = {"git": git, "dpkg-source": debian, "image tools": image}
-    assert {name: finding["state"] for name, finding in here.items() if name not in ("python", "keys")} == {
+    assert {name: finding["state"] for name, finding in here.items() if name not in ("python", "paramiko", "keys")} == {
         name: state for name, state in states.items() if state
     }
     assert "mcopy" in here["image tools"]["message"] and "mtools" in here["image tools"]["fix"]
@@ -513,3 +514,15 @@ def test_the_architectures_of_a_table_are_each_builders_own(project: Project) ->
     found = findings(run)
     assert "programs for loong64 do not run" in found["architecture"]["message"]
     assert {f"base image {own}", "base image loong64"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("release", "state", "said"),
+    [("5.1.0", "ok", "accelerated"), ("99.0", "warning", "public API")],
+    ids=["tested", "new"],
+)
+def test_it_reports_how_paramiko_is_used(monkeypatch: pytest.MonkeyPatch, release: str, state: str, said: str) -> None:
+    monkeypatch.setattr(local_checks, "version", lambda _: release)
+    finding = local_checks.findings([], by_ssh=True)[1]
+    assert (finding.name, finding.state) == ("paramiko", state)
+    assert said in finding.message and ("pip install" in finding.fix) is (state != "ok")

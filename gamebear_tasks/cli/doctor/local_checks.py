@@ -53,7 +53,7 @@ def _paramiko() -> Finding:
     first, last = (".".join(map(str, numbers)) for numbers in TESTED)
     return Finding(
         "paramiko",
-        NOTE,
+        WARNING,
         f"{installed} is not tested, so connections use its public API, which is slower",
         f"Install a release from {first} to {last}: pip install 'paramiko>={first},<={last}.99'",
     )
