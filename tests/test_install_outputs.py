@@ -429,6 +429,23 @@ def test_the_part_of_another_download_that_goes_on_is_left_alone(tmp_path: Path)
     assert not busy.exists()
 
 
+def test_an_unused_part_that_cannot_be_removed_does_not_keep_the_target_from_being_placed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, unused = tmp_path / "b.tar", tmp_path / ".b.tar.0123456789abcdef.part"
+    unused.touch()
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == unused:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch)
+    assert target.read_bytes() == CONTENT["b.tar"]
+
+
 def test_a_part_is_locked_while_it_is_fetched_and_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "b.tar"
     rename = os.replace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 from project import wait_for
 
-from gamebear_tasks.runner.util.locks import hold, is_at, seized
+from gamebear_tasks.runner.util.locks import Lock, hold, is_at, opened_alone, seized
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -55,6 +57,76 @@ def test_a_file_that_is_replaced_meanwhile_is_locked_where_it_is_now(path: Path,
     thread.join()
     assert is_at(held[0], path)
     os.close(held[0])
+
+
+def test_several_processes_hold_a_shared_lock(path: Path) -> None:
+    first = hold(path, shared=True)
+    second = os.open(path, os.O_RDONLY)
+    fcntl.flock(second, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    for fd in (first, second):
+        os.close(fd)
+
+
+def test_a_lock_that_the_file_system_refuses_leaves_no_open_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) as caught:
+        hold(path)
+    assert caught.value.errno == errno.ENOLCK
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_other_users_can_neither_read_nor_hold_a_lock_file(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with opened_alone(tmp_path / "one"), Lock(tmp_path / "two"):
+            assert [(tmp_path / name).stat().st_mode & 0o7777 for name in ("one", "two")] == [0o600, 0o600]
+    finally:
+        os.umask(before)
+
+
+def test_a_block_begins_when_another_holder_has_released_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    order: list[str] = []
+
+    def second() -> None:
+        with Lock(path):
+            order.append("second")
+
+    with Lock(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        wait_for(lambda: not thread.is_alive() or len(waiting(path)) == 1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_a_lock_that_is_released_twice_closes_no_other_file(tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "it")
+    fd = lock.fd
+    lock.release()
+    other = os.open(tmp_path, os.O_RDONLY)
+    assert other == fd
+    lock.release()
+    os.fstat(other)
+    os.close(other)
+
+
+def test_a_process_without_standard_input_releases_its_locks(tmp_path: Path) -> None:
+    saved = os.dup(0)
+    os.close(0)
+    try:
+        with Lock(tmp_path / "it") as lock:
+            assert lock.fd == 0
+        with seized(tmp_path / "it") as held:
+            assert held
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
 
 
 def waiting(path: Path) -> list[str]:

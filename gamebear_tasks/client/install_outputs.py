@@ -76,7 +76,7 @@ def _stem(target: Path) -> str:
     The partial download's name is UTF-8 and has at most 255 bytes. Different targets in a folder have different stems.
     """
     name = os.fsencode(target.name)
-    text = name[:60].decode("utf-8", "ignore")
+    text = name[:60].decode(errors="ignore")
     return text if text == target.name else f"{text}~{hashlib.sha256(name).hexdigest()[:16]}"
 
 
@@ -208,7 +208,7 @@ class _Checked:
     def write(self, data: bytes, /) -> int:
         view = memoryview(data)
         while view:
-            view = view[self._file.write(view) or 0 :]
+            view = view[self._file.write(view) :]
         self._digest.update(data)
         self.size += len(data)
         return len(data)
@@ -245,7 +245,7 @@ def _rename(parts: list[_Part], kept: list[Path]) -> None:
             os.replace(part.path, part.target)
             placed.append(part.target)
     except BaseException:
-        for target in placed if several else ():
+        for target in placed:
             with contextlib.suppress(OSError):
                 target.unlink()
         raise

@@ -127,11 +127,9 @@ class Store:
         Raises:
             OSError: a folder cannot be created.
         """
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.root.parent, self.root):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o700)
-        for folder in (self.blobs, self.jobs, self.live, self.kept, self.slots, self.images, self.tmp, self.trash):
+        self.root.parent.parent.mkdir(parents=True, exist_ok=True)
+        folders = (self.blobs, self.jobs, self.live, self.kept, self.slots, self.images, self.tmp, self.trash)
+        for folder in (self.root.parent, self.root, *folders):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def blob(self, sha256: str) -> Path:
