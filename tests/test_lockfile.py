@@ -6,8 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from project import Project
 from upstreams import call_git, commit, no_programs
 
@@ -280,6 +283,120 @@ def test_a_lock_file_that_makes_no_sense_is_refused(text: str, reason: str, lock
     lock_path.write_bytes(text.encode("latin-1"))
     with pytest.raises(SourceError, match=reason):
         Lock.read(lock_path)
+
+
+hashes = st.binary(min_size=32, max_size=32).map(bytes.hex)
+commits = hashes | st.binary(min_size=20, max_size=20).map(bytes.hex)
+keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=9)
+git_entries = st.builds(GitEntry, commits, st.sampled_from(["", "v1", "release/1.0", "ü"]))
+debian_entries = st.builds(
+    lambda version, files, dsc: DebianEntry(version, {**files, "x.dsc": dsc}),
+    keys,
+    st.dictionaries(st.sampled_from(["x.tar.xz", "x.tar.xz.asc", "dsc"]), hashes),
+    hashes,
+)
+
+
+@given(st.dictionaries(keys, git_entries, max_size=3), st.dictionaries(keys, debian_entries, max_size=3))
+def test_a_lock_file_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, entries: dict[str, GitEntry], packages: dict[str, DebianEntry]
+) -> None:
+    path = tmp_path_factory.mktemp("lock") / "gamebear.lock"
+    lock = Lock(entries, packages)
+    lock.write(path)
+    assert Lock.read(path) == lock
+    assert all(entry.dsc == "x.dsc" for entry in Lock.read(path).debian.values())
+
+
+def entry(**parts: Any) -> bytes:
+    """Return a lock file with one entry of a table."""
+    ((table, value),) = parts.items()
+    return json.dumps({"version": 1, table: {"the-key": value}}).encode()
+
+
+DSC = {"x.dsc": "a" * 64}
+
+
+@pytest.mark.parametrize(
+    "commit", ["a" * 39, "a" * 41, "a" * 63, "a" * 65, "A" * 40, "g" * 40, "a" * 40 + "\n", "main", "", 1, None]
+)
+def test_a_pin_is_a_full_commit_hash(lock_path: Path, commit: object) -> None:
+    lock_path.write_bytes(entry(git={"commit": commit}))
+    with pytest.raises(SourceError, match="the-key"):
+        Lock.read(lock_path)
+
+
+@pytest.mark.parametrize(
+    "tag", ["a b", "a~1", "a^", "a:b", "a?", "a*", "a[", "a\\b", "a\n", "a\x7f", "\0", 1, None, ["a"]]
+)
+def test_a_tag_has_a_name_that_git_allows(lock_path: Path, tag: object) -> None:
+    lock_path.write_bytes(entry(git={"commit": "a" * 40, "tag": tag}))
+    with pytest.raises(SourceError, match="the-key"):
+        Lock.read(lock_path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"version": "1"},
+        {"files": DSC},
+        {"version": 1, "files": DSC},
+        {"version": "1", "files": ["x.dsc"]},
+        {"version": "1", "files": {}},
+        {"version": "1", "files": {"x.tar": "a" * 64}},
+        {"version": "1", "files": {**DSC, "y.dsc": "b" * 64}},
+        {"version": "1", "files": {**DSC, "../x": "b" * 64}},
+        {"version": "1", "files": {**DSC, "x.tar": "b" * 63}},
+        {"version": "1", "files": {**DSC, "x.tar": None}},
+    ],
+    ids=json.dumps,
+)
+def test_a_package_has_a_version_and_files_with_one_dsc(lock_path: Path, value: dict[str, Any]) -> None:
+    lock_path.write_bytes(entry(debian=value))
+    with pytest.raises(SourceError, match="the-key"):
+        Lock.read(lock_path)
+
+
+@pytest.mark.parametrize("table", ["git", "debian"])
+@pytest.mark.parametrize("value", ["[]", "1", "null", '{"x": 1}', '{"x": []}'])
+def test_a_table_has_entries_only(lock_path: Path, table: str, value: str) -> None:
+    lock_path.write_text(f'{{"version": 1, "{table}": {value}}}')
+    with pytest.raises(SourceError, match=f"damaged.*{table}"):
+        Lock.read(lock_path)
+
+
+@pytest.mark.parametrize("version", ["0", "2", "-1"])
+def test_a_lock_file_of_another_version_is_not_damaged(lock_path: Path, version: str) -> None:
+    lock_path.write_text(f'{{"version": {version}, "git": 1}}')
+    with pytest.raises(SourceError, match=f"version {version}.*version 1") as caught:
+        Lock.read(lock_path)
+    assert "Upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize("version", ["1.0", '"1"', "null", "[1]"])
+def test_a_version_is_a_number(lock_path: Path, version: str) -> None:
+    lock_path.write_text(f'{{"version": {version}}}')
+    with pytest.raises(SourceError, match="damaged"):
+        Lock.read(lock_path)
+
+
+def test_a_lock_file_may_have_its_maximum_size(lock_path: Path) -> None:
+    text = '{"version": 1}'
+    lock_path.write_text(text + " " * ((16 << 20) - len(text)))
+    assert Lock.read(lock_path) == Lock()
+
+
+def test_a_lock_file_that_cannot_be_read_or_written_is_named(lock_path: Path) -> None:
+    lock_path.mkdir()
+    with pytest.raises(SourceError, match=r"gamebear\.lock .*Is a directory"):
+        Lock.read(lock_path)
+    with pytest.raises(SourceError, match=r"gamebear\.lock .*written"):
+        Lock().write(lock_path)
+
+
+def test_an_entry_is_shown_with_its_tag() -> None:
+    assert str(GitEntry("a" * 40)) == "a" * 40
+    assert str(GitEntry("a" * 40, "v1")) == f"{'a' * 40} (v1)"
 
 
 def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_state_is_another_if_anything_that_is_built_is_another() -> None:
         declared(targets={"out": "elsewhere/out", "log": "build/log"}),
         declared(args=b'{"n":2}'),
     ]
-    contents = [
+    contents: list[dict[str, Any]] = [
         {"arch": "arm64"},
         {"program": "0" * 64},
         {"modules": {}},
