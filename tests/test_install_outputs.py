@@ -168,6 +168,20 @@ def test_a_download_that_breaks_before_its_first_byte_leaves_nothing(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_download_that_breaks_leaves_the_part_of_another_doit_alone(tmp_path: Path) -> None:
+    target = tmp_path / "b.tar"
+
+    def breaks(name: str, offset: int, sink: Sink, limit: int) -> None:
+        (part,) = tmp_path.glob(part_pattern(target))
+        part.unlink()
+        part.write_bytes(b"another's")
+        raise BuilderLost("The connection broke.")
+
+    with pytest.raises(BuilderLost):
+        place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, breaks)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"another's"]
+
+
 def test_an_artifact_for_which_there_is_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="does not fit on the disk") as caught:
         place({"umtprd": tmp_path / "umtprd"}, {"umtprd": Output(10**15, "0" * 64, False)}, fetch)

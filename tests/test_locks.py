@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from project import wait_for
 
-from gamebear_tasks.runner.util.locks import Lock, hold, is_at, opened_alone, seized
+from gamebear_tasks.runner.util.locks import Lock, hold, is_at, locked, opened_alone, seized
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -124,9 +124,28 @@ def test_a_process_without_standard_input_releases_its_locks(tmp_path: Path) -> 
             assert lock.fd == 0
         with seized(tmp_path / "it") as held:
             assert held
+        with pytest.raises(OSError):
+            os.fstat(0)  # it was closed
     finally:
         os.dup2(saved, 0)
         os.close(saved)
+
+
+def test_a_lock_ends_with_its_block_although_a_child_has_inherited_the_file(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with opened_alone(tmp_path / "it") as fd:
+        inherited = os.dup(fd)
+    with seized(tmp_path / "it") as held:
+        assert held
+    os.close(inherited)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_block_may_share_its_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / "it", shared=True):
+        fd = os.open(tmp_path / "it", os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.close(fd)
 
 
 def waiting(path: Path) -> list[str]:

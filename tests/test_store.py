@@ -131,6 +131,13 @@ def test_entries_of_a_job_in_the_store_have_the_documented_places(store: Store) 
         f"jobs/{job.digest}/out-a1",
     ]
     assert store.notices == store.root / "notices.json"
+    job.folder.mkdir()
+    with job.lock() as lock:
+        assert lock.path == job.folder / "lock"
+
+
+def test_containers_of_two_jobs_have_different_names(store: Store) -> None:
+    assert len({store.job(digit * 64).container_prefix for digit in "0123"}) == 4
 
 
 @pytest.mark.parametrize(
@@ -298,6 +305,28 @@ def test_an_order_says_whether_the_last_attempt_was_lost(job: StoredJob, is_lost
     assert json.loads((job.folder / "order.json").read_text()) == {"time_limit": 3, "after_lost": is_lost}
 
 
+def test_an_attempt_begins_although_an_old_output_cannot_be_removed(
+    job: StoredJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job.outputs("a0") / "deep").mkdir(parents=True)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    attempt = job.begin_attempt({})
+    assert job.written_state()["attempt"] == attempt
+
+
+def test_an_attempt_begins_without_a_wait_for_the_disk_but_for_its_mark(
+    job: StoredJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    job.begin_attempt({})
+    assert synced == [str(job.store.live)]
+
+
 def test_the_mark_of_a_live_job_is_on_the_disk_before_its_attempt_begins(
     job: StoredJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,7 +402,18 @@ def test_containers_are_retained_until_the_job_is_cleaned_up_after(job: StoredJo
     assert job.release_kept()
     assert not job.kept.exists() and job.mark.exists() and not job.is_kept()
     job.kept.touch()
-    assert not job.is_kept(), "they are being removed"
+    with job.held_kept() as held:
+        assert not held and not job.is_kept(), "they are being removed"
+
+
+def test_several_shells_hold_retained_containers(job: StoredJob) -> None:
+    job.kept.touch()
+    before = os.listdir("/proc/self/fd")
+    with job.held_kept():
+        fd = os.open(job.kept, os.O_RDONLY)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.close(fd)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_job_without_retained_containers_has_none_to_release(job: StoredJob) -> None:
@@ -456,11 +496,26 @@ def test_outputs_that_are_being_fetched_are_not_seized(done: StoredJob) -> None:
         assert free
 
 
+def test_what_is_no_folder_of_outputs_or_cannot_be_locked_is_held_by_nobody(
+    done: StoredJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (done.folder / "out-file").touch()
+    with done.seized_outputs() as free:
+        assert free
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with done.held_outputs("a1"), done.seized_outputs() as free:
+        assert free
+
+
 # clients
 
 
 def aged(job: StoredJob, client: str, seconds: float, content: str = "") -> None:
-    job.touch_client(client, content)
+    job.touch_client(client, content) if content else job.touch_client(client)
     os.utime(job.folder / "clients" / client, (NOW - seconds,) * 2)
 
 
@@ -547,7 +602,7 @@ def test_the_last_use_is_the_latest_of_submission_state_and_clients(
 
 
 def test_a_runner_is_held_while_its_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (runner_folder() / "gamebear_tasks" / "runner").is_dir() or (runner_folder() / "runner").is_dir()
+    assert (runner_folder() / "runner" / "__main__.py").is_file()
     os.utime(tmp_path, (1, 1))
     monkeypatch.setattr(module, "runner_folder", lambda: tmp_path)
     before = set(os.listdir("/proc/self/fd"))
