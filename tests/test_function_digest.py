@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import importlib.util
+import io
+import json
 import os
 import shutil
 import sys
 import types
+import zipfile
 from pathlib import Path
 
+import cloudpickle
 import pytest
 from project import Project
 
+from gamebear_tasks.errors import SettingsError
 from gamebear_tasks.jobspec import function_digest
 
 VERSION = "{}.{}".format(*sys.version_info[:2])
@@ -237,6 +244,98 @@ def task_x():
     assert (project.folder / "x").read_text() == f"before{tmp_path}"
     assert project.doit("x").ok().ran == ["x"], "the edited function is another"
     assert (project.folder / "x").read_text() == f"after{tmp_path}"
+
+
+class Callable_:
+    def __call__(self) -> None:
+        pass
+
+
+def test_a_functions_name_is_a_file_name() -> None:
+    assert function_digest.name_of(load).endswith("load")
+    assert function_digest.name_of(Callable_.__call__) == "Callable_.__call__"
+    assert function_digest.name_of(functools.partial(load)) == "partial"
+    assert function_digest.name_of(Callable_()) == "Callable_"
+    odd = functools.wraps(load)(lambda: None)
+    odd.__qualname__ = "a/b/c"
+    assert function_digest.name_of(odd) == "a_b_c"
+
+
+def test_a_function_takes_the_modules_beside_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "import functools\ndef build():\n    import beside, package.sub\nrest = functools.partial(build)\n"
+    (tmp_path / "project" / "package").mkdir(parents=True)
+    for name in ("beside.py", "package/sub.py", "package/unused.py"):
+        (tmp_path / "project" / name).write_text("")
+    module = load(tmp_path / "project", text)
+    for here, folder in (
+        (tmp_path / "project", Path()),
+        (tmp_path, Path("project")),
+        (Path("/"), tmp_path / "project"),
+    ):
+        monkeypatch.chdir(here)
+        folder = folder.relative_to("/") if here == Path("/") else folder
+        for function in (module.build, module.rest):
+            assert function_digest.pickled(function).modules == {
+                "beside.py": folder / "beside.py",
+                "package/sub.py": folder / "package/sub.py",
+            }
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert function_digest.pickled(module.build).modules["beside.py"] == tmp_path / "project/beside.py"
+
+
+def test_a_function_of_a_package_takes_the_modules_beside_the_package(tmp_path: Path) -> None:
+    for name in ("outer", "outer/inner"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "outer/inner/other.py").write_text("")
+    module = load(
+        tmp_path / "outer" / "inner", "def build():\n    import beside\n    from . import other\n", "outer.inner.own"
+    )
+    module.__package__ = "outer.inner"
+    assert "beside.py" in function_digest.pickled(module.build).modules
+    module.__package__ = ""
+    assert "beside.py" not in function_digest.pickled(module.build).modules
+
+
+def test_a_function_whose_module_has_no_file_takes_none(tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("")
+    module = load(tmp_path, "def build():\n    import beside\n")
+    module.__file__ = None
+    assert function_digest.pickled(module.build).modules == {}
+
+
+def test_the_archive_of_cloudpickle_is_importable_and_reproducible(tmp_path: Path) -> None:
+    data = function_digest.cloudpickle_archive()
+    assert function_digest.cloudpickle_archive() == data
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        assert {"cloudpickle/__init__.py", "cloudpickle/cloudpickle.py"} <= set(names) and names == sorted(names)
+        for entry in archive.infolist():
+            assert (entry.date_time, entry.compress_type) == ((1980, 1, 1, 0, 0, 0), zipfile.ZIP_STORED)
+        (folder,) = cloudpickle.__path__
+        assert all(archive.read(name) == (Path(folder).parent / name).read_bytes() for name in names)
+
+
+def test_lines_are_json_for_tracebacks(tmp_path: Path) -> None:
+    path = tmp_path / "dodo_of_test.py"
+    lines = function_digest.pickled(load(tmp_path, "\n\ndef build():\n    return 1\n").build).lines
+    ((file, first, table),) = json.loads(lines)
+    assert (Path(file).name, first) == (path.name, 3)
+    assert base64.b64decode(table) == load(tmp_path, path.read_text()).build.__code__.co_linetable
+    assert b" " not in lines.replace(str(path).encode(), b"")
+
+
+def test_a_function_that_cannot_be_sent_is_named_with_the_reason(tmp_path: Path) -> None:
+    module = load(tmp_path, "import threading\nLOCK = threading.Lock()\ndef build():\n    return LOCK\n")
+    with pytest.raises(SettingsError, match=r"build.*LOCK") as caught:
+        function_digest.pickled(module.build)
+    assert "args=" in caught.value.hint
+
+
+def test_a_new_python_has_another_version() -> None:
+    assert function_digest.python_version() == VERSION
 
 
 # its digest (see also test_canonical_pickle)
