@@ -112,7 +112,8 @@ def test_a_lock_that_is_released_twice_closes_no_other_file(tmp_path: Path) -> N
     other = os.open(tmp_path, os.O_RDONLY)
     assert other == fd
     lock.release()
-    os.fstat(other)
+    for still_open in (other, 1):
+        os.fstat(still_open)
     os.close(other)
 
 
@@ -129,6 +130,38 @@ def test_a_process_without_standard_input_releases_its_locks(tmp_path: Path) -> 
     finally:
         os.dup2(saved, 0)
         os.close(saved)
+
+
+def test_a_lock_is_acquired_unless_another_holds_it(tmp_path: Path) -> None:
+    one, two = Lock(tmp_path / "it"), Lock(tmp_path / "it")
+    assert one.path == tmp_path / "it"
+    assert one.acquire() and one.acquire()
+    assert not two.acquire() and not two.is_free()
+    one.release()
+    assert two.is_free() and two.acquire()
+    three = Lock(tmp_path / "it")
+    assert not three.is_free()
+    two.release()
+    four = Lock(tmp_path / "it")
+    assert three.is_free() and four.is_free(), "concurrent checks do not disturb each other"
+    assert not four.acquire(), "a check lasts until it is released"
+    three.release()
+    assert four.acquire()
+    four.release()
+
+
+def test_a_lock_whose_file_was_moved_is_not_current(tmp_path: Path) -> None:
+    with Lock(tmp_path / "it") as lock:
+        assert lock.is_current()
+        (tmp_path / "it").rename(tmp_path / "old")
+        assert not lock.is_current()
+        (tmp_path / "it").touch()
+        assert not lock.is_current()
+
+
+def test_a_folder_is_held_like_a_file(tmp_path: Path) -> None:
+    with opened_alone(tmp_path), seized(tmp_path) as held:
+        assert not held
 
 
 def test_a_lock_ends_with_its_block_although_a_child_has_inherited_the_file(tmp_path: Path) -> None:
