@@ -351,11 +351,12 @@ def test_a_blob_that_no_job_refers_to_goes_when_it_is_old(store: Store, policy: 
     for name in (b"script", b"tree"):
         blob(store, name, 10**6)
     old, new = blob(store, b"old", limit), blob(store, b"new", limit - 1)
-    old.write_bytes(bytes(1 << 20))
-    age(old, limit)
-    pruned = Prune(store, policy, 60).run()
-    assert (pruned.jobs, pruned.blobs) == (0, 1)
-    assert 1 << 20 <= pruned.freed < 2 << 20
+    older = blob(store, b"older", limit + 1)
+    for path in (old, older):
+        path.write_bytes(os.urandom(1 << 20))
+        age(path, limit)
+    size = sum(path.stat().st_blocks * 512 for path in (old, older))
+    assert Prune(store, policy, 60).run() == Pruned(blobs=2, freed=size)
     assert not old.exists() and new.exists() and len(list(store.blobs.iterdir())) == 3
 
 
@@ -428,11 +429,12 @@ def test_the_size_of_a_job_is_read_once_for_each_use(store: Store, monkeypatch: 
         return 1
 
     monkeypatch.setattr(garbage_collection, "_allocated", allocated)
-    job, running = put(store, 300), put(store, 300, "running", number=1)
+    job, other = put(store, 300), put(store, 300, number=2)
+    running = put(store, 300, "running", number=1)
     with running.lock():
         for _ in range(2):
             prune(store, size=100)
-    assert [walked.count(each.folder) for each in (job, running)] == [1, 2], "a running job grows"
+    assert [walked.count(each.folder) for each in (job, other, running)] == [1, 1, 2], "a running job grows"
     disuse(job, 200)
     prune(store, size=100)
     assert walked.count(job.folder) == 2
@@ -518,6 +520,9 @@ def test_an_incomplete_upload_goes_a_day_after_its_last_byte(store: Store, own: 
     path.touch()
     age(path, 2 * DAY - 1)
     assert prune(store, older=2.0 * DAY).blobs == 0
+    age(path, -2 * DAY)
+    assert prune(store).blobs == 0
+    assert path.stat().st_mtime < time.time() + DAY, "it would never expire"
 
 
 def test_an_environment_that_was_used_stays_and_goes_with_its_lock(store: Store, own: Path) -> None:
@@ -548,6 +553,14 @@ def test_cached_packages_go_by_age(store: Store, own: Path) -> None:
     assert prune(store) == Pruned()
     assert 1 << 20 <= prune(store, older=3.0 * DAY).freed < 2 << 20
     assert not old.exists() and new.exists()
+
+
+def test_all_other_entries_are_counted(store: Store, own: Path) -> None:
+    for kind in KINDS:
+        path = KINDS[kind](store)
+        path.mkdir(parents=True)
+        age(path, 1000 * DAY)
+    assert prune(store).others == len(KINDS)
 
 
 def test_each_call_removes_something_and_says_that_there_is_more(store: Store, own: Path) -> None:
