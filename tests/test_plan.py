@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +20,7 @@ from gamebear_tasks.jobspec.function_digest import PickledFunction
 from gamebear_tasks.jobspec.plan import Contents, Plan, check_choice, declare, read_lock
 from gamebear_tasks.jobspec.spec import FORMAT, File
 from gamebear_tasks.records.task_record import Stopwatch
+from gamebear_tasks.sources.base import FetchedSource
 from gamebear_tasks.sources.cache import sources_folder
 from gamebear_tasks.sources.declare import either, git
 from gamebear_tasks.sources.lockfile import GitEntry, Lock
@@ -32,17 +33,26 @@ def sha256(text: str | bytes) -> str:
 
 
 @dataclass(frozen=True)
-class Upstream:
-    """A source whose pin, metadata and tree are given."""
+class Local:
+    """A source whose pin, metadata and files are given, and that needs no tree."""
 
     pin: str = "1"
     about: str = "a tag"
+    local: Mapping[str, Path] = field(default_factory=dict)
+
+    def files(self) -> Mapping[str, Path]:
+        return self.local
 
     def identity(self, lock: Lock) -> Mapping[str, Any]:
         return {"pin": self.pin, "locked": sorted(lock.git)}
 
     def metadata(self, lock: Lock) -> Mapping[str, str]:
         return {"tag": self.about, "locked": ",".join(lock.git)}
+
+
+@FetchedSource.register
+class Upstream(Local):
+    """A source whose tree is fetched."""
 
     def fetch(self, cache: Path, lock: Lock) -> Path:
         return cache / self.pin / ",".join(lock.git)
@@ -208,6 +218,14 @@ def test_an_order_has_the_job_and_the_files_that_it_names() -> None:
         sha256("input"): Path("in"),
     }
     assert (order.time_limit, order.base, order.keep_failed, order.python) == (60.0, "bootstrap", True, None)
+
+
+def test_files_of_local_sources_are_sent_and_only_the_others_are_fetched() -> None:
+    sources = {"src": Upstream(), "here": Local(local={sha256("tree"): Path("tree/file")})}
+    order = declared(sources=sources).order(Settings(arch="armhf"))
+    assert order.files[sha256("tree")] == Path("tree/file")
+    assert order.job.sources.keys() == {"src", "here"}
+    assert order.fetch_trees().keys() == {"src"}
 
 
 def test_a_function_is_sent_with_the_python_that_can_read_it() -> None:
