@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gamebear_tasks.util import file_hashes
-from gamebear_tasks.util.file_hashes import KEPT, SETTLED, content_of, is_settled, opened_content_of
+from gamebear_tasks.util.file_hashes import CACHE_FILE, SETTLED, content_of, is_settled, opened_content_of
 
 OLD = 1_600_000_000
 
@@ -22,7 +22,7 @@ OLD = 1_600_000_000
 def next_doit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """A project with a log folder; calling it ends this doit and starts another, with the cache on disk only."""
     monkeypatch.chdir(tmp_path)
-    KEPT.parent.mkdir(parents=True)
+    CACHE_FILE.parent.mkdir(parents=True)
     monkeypatch.setattr(file_hashes, "_known", {})
     monkeypatch.setattr(file_hashes, "_new", set())
     monkeypatch.setattr(file_hashes, "_places", [])
@@ -51,9 +51,9 @@ def settled(name: str, text: str) -> str:
 
 def falsify(name: str) -> None:
     """Put a wrong hash into the cache file; if it is returned, the file was not read."""
-    kept = json.loads(KEPT.read_text())
+    kept = json.loads(CACHE_FILE.read_text())
     kept["files"][name] = kept["files"][name][:-64] + "0" * 64
-    KEPT.write_text(json.dumps(kept))
+    CACHE_FILE.write_text(json.dumps(kept))
 
 
 def test_the_hash_of_a_settled_file_is_cached_for_the_next_doit(
@@ -87,25 +87,25 @@ def test_the_cache_file_has_the_new_entries_and_the_old_ones_of_files_that_exist
     for name in "abc":
         content_of(name)
     next_doit()
-    assert json.loads(KEPT.read_text()).keys() == {"version", "files"}
-    assert json.loads(KEPT.read_text())["version"] == "1"
+    assert json.loads(CACHE_FILE.read_text()).keys() == {"version", "files"}
+    assert json.loads(CACHE_FILE.read_text())["version"] == "1"
     Path("a").unlink()
     settled("d", "d")
     content_of("d")
     next_doit()
-    assert json.loads(KEPT.read_text())["files"].keys() == {"b", "c", "d"}
+    assert json.loads(CACHE_FILE.read_text())["files"].keys() == {"b", "c", "d"}
 
 
 def test_the_cache_file_is_not_written_without_new_entries_or_a_log_folder(next_doit: Callable[[], None]) -> None:
     Path("new").write_text("just written")
     content_of("new")
     next_doit()
-    assert not KEPT.exists()
+    assert not CACHE_FILE.exists()
     settled("file", "text")
     content_of("file")
-    KEPT.parent.rmdir()
+    CACHE_FILE.parent.rmdir()
     next_doit()
-    assert not KEPT.parent.exists()
+    assert not CACHE_FILE.parent.exists()
 
 
 def test_the_cache_file_of_another_folder_is_not_written(
@@ -114,10 +114,10 @@ def test_the_cache_file_of_another_folder_is_not_written(
     settled("file", "text")
     content_of("file")
     other = tmp_path / "other"
-    (other / KEPT.parent).mkdir(parents=True)
+    (other / CACHE_FILE.parent).mkdir(parents=True)
     monkeypatch.chdir(other)
     next_doit()
-    assert not KEPT.exists() and not (tmp_path / KEPT).exists()
+    assert not CACHE_FILE.exists() and not (tmp_path / CACHE_FILE).exists()
 
 
 def test_a_cache_that_cannot_be_written_does_not_end_doit(
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_doit(
     settled("file", "text")
     content_of("file")
     next_doit()
-    assert not KEPT.exists()
+    assert not CACHE_FILE.exists()
 
 
 def test_the_cache_is_saved_at_exit_once(next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_the_cache_is_saved_at_exit_once(next_doit: Callable[[], None], monkeypa
     Path("file").write_text("text")
     for _ in range(2):
         content_of("file")
-    assert registered == [(file_hashes._keep, os.path.abspath(KEPT))]
+    assert registered == [(file_hashes._keep, os.path.abspath(CACHE_FILE))]
 
 
 def test_caching_does_not_wait_for_the_disk(next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_caching_does_not_wait_for_the_disk(next_doit: Callable[[], None], monke
     settled("file", "text")
     content_of("file")
     next_doit()
-    assert KEPT.exists()
+    assert CACHE_FILE.exists()
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_caching_does_not_wait_for_the_disk(next_doit: Callable[[], None], monke
     ],
 )
 def test_a_damaged_cache_is_an_empty_one(next_doit: Callable[[], None], content: str) -> None:
-    KEPT.write_text(content)
-    assert file_hashes.read_cache(str(KEPT), "1") == {}
+    CACHE_FILE.write_text(content)
+    assert file_hashes._read(str(CACHE_FILE)) == {}
     Path("file").write_text("text")
     assert content_of("file")[0] == hashlib.sha256(b"text").hexdigest()
 

@@ -13,12 +13,14 @@ from typing import Any, cast
 
 import pytest
 
+from gamebear_tasks.client.order import order_of
 from gamebear_tasks.config import Settings
 from gamebear_tasks.errors import JobError, SettingsError
 from gamebear_tasks.jobspec import function_digest, plan
+from gamebear_tasks.jobspec.canonical_json import FORMAT
 from gamebear_tasks.jobspec.function_digest import PickledFunction
 from gamebear_tasks.jobspec.plan import Contents, Plan, check_choice, declare, read_lock
-from gamebear_tasks.jobspec.spec import FORMAT, File
+from gamebear_tasks.jobspec.spec import File
 from gamebear_tasks.records.task_record import Stopwatch
 from gamebear_tasks.sources.base import FetchedSource
 from gamebear_tasks.sources.cache import sources_folder
@@ -55,7 +57,7 @@ class Upstream(Local):
     """A source whose tree is fetched."""
 
     def fetch(self, cache: Path, lock: Lock) -> Path:
-        return cache / self.pin / ",".join(lock.git)
+        return cache / self.pin / f"{','.join(lock.git)}.{sha256('tree')}.tar"
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +205,7 @@ def test_a_new_format_of_jobs_makes_every_state_another(monkeypatch: pytest.Monk
 
 
 def test_an_order_has_the_job_and_the_files_that_it_names() -> None:
-    order = declared().order(Settings(arch="armhf", time_limit=60.0, base="bootstrap", keep_failed=True))
+    order = order_of(declared(), Settings(arch="armhf", time_limit=60.0, base="bootstrap", keep_failed=True))
     job = order.job
     assert (job.arch, job.program, job.identity, job.python) == ("armhf", "x.py", sha256("import m\n"), "")
     assert sorted(job.outputs) == ["log", "out"]
@@ -222,14 +224,14 @@ def test_an_order_has_the_job_and_the_files_that_it_names() -> None:
 
 def test_files_of_local_sources_are_sent_and_only_the_others_are_fetched() -> None:
     sources = {"src": Upstream(), "here": Local(local={sha256("tree"): Path("tree/file")})}
-    order = declared(sources=sources).order(Settings(arch="armhf"))
+    order = order_of(declared(sources=sources), Settings(arch="armhf"))
     assert order.files[sha256("tree")] == Path("tree/file")
     assert order.job.sources.keys() == {"src", "here"}
     assert order.fetch_trees().keys() == {"src"}
 
 
 def test_a_function_is_sent_with_the_python_that_can_read_it() -> None:
-    order = declared(FUNCTION).order(Settings(arch="armhf"))
+    order = order_of(declared(FUNCTION), Settings(arch="armhf"))
     assert order.python == order.job.python == function_digest.python_version()
     assert order.job.identity == sha256(b"the pickle")
     assert order.files[sha256(b"the pickle")].read_bytes() == b"the pickle"
@@ -239,16 +241,16 @@ def test_a_function_is_sent_with_the_python_that_can_read_it() -> None:
 
 @pytest.mark.parametrize(("declared_limit", "limit"), [(None, 86400.0), (0.0, 0.0), (5.0, 5.0)])
 def test_a_declared_time_limit_comes_before_the_settings(declared_limit: float | None, limit: float) -> None:
-    assert declared(time_limit=declared_limit).order(Settings(arch="armhf")).time_limit == limit
+    assert order_of(declared(time_limit=declared_limit), Settings(arch="armhf")).time_limit == limit
 
 
 def test_an_order_of_given_contents_reads_no_file_again() -> None:
     contents = declared().read("arm64")
     for name in ("in", "gamebear.lock"):
         Path(name).unlink()
-    order = declared().order(Settings(arch="armhf"), contents)
+    order = order_of(declared(), Settings(arch="armhf"), contents)
     assert order.job.arch == "arm64" and order.job.inputs == {"data": File(sha256("input"), True)}
-    assert order.fetch_trees() == {"src": sources_folder() / "1" / "u main"}
+    assert order.fetch_trees() == {"src": (sha256("tree"), sources_folder() / "1" / f"u main.{sha256('tree')}.tar")}
 
 
 @pytest.mark.parametrize("where", ["x.py", "m.py", "function", "module of a function"])
@@ -261,29 +263,29 @@ def test_a_program_that_mentions_the_metadata_of_its_sources_gets_it(where: str)
     else:
         Path("m.py").write_text("print(__sources__)\n")
         program = FUNCTION
-    order = declared(program).order(Settings(arch="armhf"))
+    order = order_of(declared(program), Settings(arch="armhf"))
     assert order.job.metadata == {"src": {"tag": "a tag", "locked": "u main"}}
-    assert declared(program, sources={}).order(Settings(arch="armhf")).job.metadata == {}
+    assert order_of(declared(program, sources={}), Settings(arch="armhf")).job.metadata == {}
 
 
 def test_a_program_that_goes_before_it_is_searched_for_metadata_is_named() -> None:
     contents = declared().read("armhf")
     Path("x.py").unlink()
     with pytest.raises(JobError, match=r"^x.py .*No such file"):
-        declared().order(Settings(arch="armhf"), contents)
+        order_of(declared(), Settings(arch="armhf"), contents)
 
 
 def test_trees_are_fetched_as_the_phase_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     phases: list[str] = []
     listener = SimpleNamespace(phase=phases.append, moved=lambda up, down: None)
-    order = declared(FUNCTION).order(Settings(arch="armhf"))
+    order = order_of(declared(FUNCTION), Settings(arch="armhf"))
     with Stopwatch(cast(Any, listener)).running():
         trees = order.fetch_trees()
     assert phases == ["sources", ""]
     assert trees.keys() == {"src", "/function.lines", "/cloudpickle.zip"}
-    assert trees["/function.lines"].read_bytes() == b"[]"
-    assert trees["/cloudpickle.zip"].read_bytes() == function_digest.cloudpickle_archive()
-    assert declared(sources={}).order(Settings(arch="armhf")).fetch_trees() == {}
+    assert trees["/function.lines"][1].read_bytes() == b"[]"
+    assert trees["/cloudpickle.zip"][1].read_bytes() == function_digest.cloudpickle_archive()
+    assert order_of(declared(sources={}), Settings(arch="armhf")).fetch_trees() == {}
 
 
 # declarations
@@ -309,7 +311,7 @@ def test_a_choice_that_no_source_offers_is_refused(declarations: None) -> None:
     declare(either(git=git("https://git.example/x", "a" * 40), other=git("https://git.example/y", "b" * 40)))
     for choice in ("", "git", "other"):
         check_choice(choice)
-    with pytest.raises(SettingsError, match="sources=neither") as caught:
+    with pytest.raises(SettingsError, match="neither") as caught:
         check_choice("neither")
     assert "git" in caught.value.hint and "other" in caught.value.hint
 

@@ -143,13 +143,13 @@ def test_containers_of_two_jobs_have_different_names(store: Store) -> None:
 @pytest.mark.parametrize(
     ("code", "cause", "fix"),
     [
-        (errno.ENOSPC, "full", "Make room"),
-        (errno.EDQUOT, "full", "Make room"),
+        (errno.ENOSPC, "full", "Free space"),
+        (errno.EDQUOT, "full", "Free space"),
         (errno.EMFILE, "files", "ulimit"),
         (errno.ENFILE, "files", "ulimit"),
         (errno.ENOENT, "/gone", "doit again"),
         (errno.EROFS, "read-only", "dmesg"),
-        (errno.EACCES, "Permission denied", "owns"),
+        (errno.EACCES, "Permission denied", "owner"),
     ],
 )
 def test_a_failure_of_the_stores_disk_has_its_cause_and_fix(code: int, cause: str, fix: str) -> None:
