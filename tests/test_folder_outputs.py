@@ -8,7 +8,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from project import Project
 
+from gamebear_tasks import artifact
 from gamebear_tasks.client import installed_folders
 from gamebear_tasks.client.installed_folders import (
     ArchiveError,
@@ -18,7 +20,7 @@ from gamebear_tasks.client.installed_folders import (
     swap_in,
     unpack,
 )
-from gamebear_tasks.errors import JobError
+from gamebear_tasks.errors import JobError, SettingsError
 from gamebear_tasks.runner.util.folder_archive import FolderError, entries, sha256_of_folder, write
 
 
@@ -217,3 +219,104 @@ def test_after_a_crash_at_any_step_the_folder_can_be_installed(
     installed_folders.remove_tree(Path("build/.old"))
     install({"a": "3"})
     assert entries("build/dist") == ["a"]
+
+
+# on a builder
+
+
+DODO = """
+from gamebear_tasks import artifact
+
+def task_dist():
+    return artifact("dist.py", outputs=["build/dist/", "build/wheels/*.whl", "build/plain"], inputs=["given.whl"])
+"""
+
+SCRIPT = """
+import os
+os.makedirs("dist/sub")
+open("dist/sub/program", "w").write("VERSION")
+os.chmod("dist/sub/program", 0o755)
+os.symlink("sub/program", "dist/link")
+open("a-VERSION.whl", "w").write("wheel")
+open("b.whl", "w").write("wheel")
+open("plain", "w").write("plain")
+"""
+
+
+@pytest.fixture
+def built(tmp_path: Path, system: None) -> Project:
+    project = Project(tmp_path / "project", tmp_path / "home")
+    project.write("dodo.py", DODO)
+    project.write("dist.py", SCRIPT.replace("VERSION", "1"))
+    project.write("given.whl", "")
+    project.doit().ok()
+    return project
+
+
+def test_a_folder_and_matching_files_are_installed(built: Project) -> None:
+    build = built.folder / "build"
+    assert entries(str(build / "dist")) == ["link", "sub", "sub/program"]
+    assert os.readlink(build / "dist/link") == "sub/program"
+    assert (build / "dist/sub/program").stat().st_mode & 0o777 == 0o755
+    assert entries(str(build / "wheels")) == ["a-1.whl", "b.whl"]
+    assert built.doit().ok().ran == []
+    assert not list(build.glob(".*.part")) + list(build.glob(".*.tree")) + list(build.glob(".*.old"))
+
+
+def test_a_rebuild_removes_files_that_are_no_longer_made(built: Project) -> None:
+    built.write("dist.py", SCRIPT.replace("VERSION", "2").replace("sub", "other"))
+    assert built.doit().ok().ran == ["dist"]
+    assert entries(str(built.folder / "build/dist")) == ["link", "other", "other/program"]
+    assert entries(str(built.folder / "build/wheels")) == ["a-2.whl", "b.whl"]
+
+
+def test_clean_removes_exactly_what_was_installed_and_doit_fetches_it_again(built: Project) -> None:
+    built.write("build/wheels/mine.whl", "precious")
+    built.doit("clean").ok()
+    build = built.folder / "build"
+    assert not (build / "dist").exists()
+    assert entries(str(build / "wheels")) == ["mine.whl"]
+    built.doit().failed("wheels", "mine.whl")
+    (build / "wheels/mine.whl").unlink()
+    assert built.doit().ok().ran == ["dist"]
+    assert entries(str(build / "wheels")) == ["a-1.whl", "b.whl"]
+
+
+def test_a_file_that_is_missing_in_the_folder_is_fetched_again(built: Project) -> None:
+    (built.folder / "build/dist/link").unlink()
+    assert built.doit().ok().ran == ["dist"]
+    assert os.readlink(built.folder / "build/dist/link") == "sub/program"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("import shutil; shutil.rmtree('dist')", ["dist", "missing"]),
+        ("import shutil; shutil.rmtree('dist'); open('dist', 'w')", ["dist", "not a folder"]),
+        ("import shutil; shutil.rmtree('dist'); os.mkdir('dist')", ["dist", "empty"]),
+        ("os.symlink('/etc/passwd', 'dist/out')", ["out", "leads out"]),
+        ("os.mkfifo('dist/pipe')", ["pipe"]),
+        ("[os.remove(each) for each in os.listdir() if each.endswith('.whl')]", ["*.whl"]),
+        ("os.mkdir('c.whl')", ["c.whl", "folder"]),
+    ],
+)
+def test_an_output_that_is_no_such_folder_fails_and_leaves_the_old_one(
+    built: Project, change: str, words: list[str]
+) -> None:
+    built.write("dist.py", SCRIPT.replace("VERSION", "2") + change)
+    built.doit().failed(*words)
+    assert (built.folder / "build/dist/sub/program").read_text() == "1"
+    assert entries(str(built.folder / "build/wheels")) == ["a-1.whl", "b.whl"]
+
+
+@pytest.mark.parametrize("output", ["build/", "./", "*.whl", "build/*.whl", "../*.whl", "build/logs/"])
+def test_a_folder_that_has_other_files_is_rejected(project: Path, output: str) -> None:
+    (project / "x.py").touch()
+    with pytest.raises(SettingsError, match="other files" if output != "./" else "name"):
+        artifact("x.py", outputs=[output])
+
+
+def test_a_target_in_another_target_is_rejected(project: Path) -> None:
+    (project / "x.py").touch()
+    with pytest.raises(SettingsError, match="other files"):
+        artifact("x.py", outputs=["out/dist/", "out/dist/inner"])

@@ -116,8 +116,9 @@ class Building:
     def _run(self) -> Order:
         check_choice(self.chosen.sources)
         log = task_log.path_of(self.task)
-        for path in (*self._targets().values(), log):
-            check_place(path)
+        for name, path in self._targets().items():
+            check_place(path, is_folder=name in self.plan.folders)
+        check_place(log)
         builder = builder_of_this_run(self.chosen.builder_for(self.plan.arch or self.chosen.arch))
         self._url = shown(builder.url)
         absent = missing(self.plan.targets.values())
@@ -270,7 +271,7 @@ class Building:
 
         task_record.expected(sum(output.room for output in status.outputs.values()))
         with task_record.phase("place"), placing(self.plan.targets.values(), self._state):
-            place(self._targets(), status.outputs, fetch)
+            place(self._targets(), status.outputs, fetch, self.plan.folders)
 
     def _overdue(self, builder: Builder, order: Order) -> JobError:
         return JobError(

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -19,9 +19,11 @@ from typing import BinaryIO, TypeAlias
 from ..builders.base import Output, Sink
 from ..errors import JobError
 from ..runner.util.atomic_files import content, sha256_of, sync_folder, zeros
+from ..runner.util.folder_archive import FolderError, sha256_of_folder
 from ..runner.util.locks import opened_alone, seized
 from ..util.process import file_mode
 from ..util.text import size
+from . import installed_folders
 
 Fetch: TypeAlias = Callable[[str, int, Sink, int], None]
 """Download an output: (name, offset, sink, limit), offset and limit in bytes. Raises BuilderError."""
@@ -43,11 +45,23 @@ class _Part:
         target: path of the target.
         path: path of the temporary file.
         output: size and SHA-256 that the builder reported.
+        is_folder: whether the output is the archive of a folder, which is unpacked to `tree`.
     """
 
     target: Path
     path: Path
     output: Output
+    is_folder: bool = False
+
+    @property
+    def tree(self) -> Path:
+        """Path of the unpacked folder, before it is installed."""
+        return self.path.with_suffix(".tree")
+
+    @property
+    def old(self) -> Path:
+        """Path of the previous folder, before it is removed."""
+        return self.path.with_suffix(".old")
 
 
 STATEMENT = ".intoto.json"
@@ -59,9 +73,15 @@ def statement_of(target: Path) -> Path:
     return target.with_name(f"{target.name}{STATEMENT}")
 
 
-def part_pattern(target: Path) -> str:
+def part_pattern(target: Path, suffix: str = "part") -> str:
     """Return the glob that matches partial downloads of a target, relative to the target's folder."""
-    return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.part"
+    return f".{_glob_escaped(_stem(target))}.{'[0-9a-f]' * 16}.{suffix}"
+
+
+def leftovers(target: Path) -> Iterator[Path]:
+    """Yield the partial downloads of a target, and the temporary folders of a folder output."""
+    for suffix in ("part", "tree", "old"):
+        yield from target.parent.glob(part_pattern(target, suffix))
 
 
 def _part(target: Path, output: Output) -> Path:
@@ -80,13 +100,15 @@ def _stem(target: Path) -> str:
     return text if text == target.name else f"{text}~{hashlib.sha256(name).hexdigest()[:16]}"
 
 
-def check_place(path: Path) -> None:
-    """Check that a file can be created at a path, before hours are spent on building it.
+def check_place(path: Path, *, is_folder: bool = False) -> None:
+    """Check that a file, or a folder output, can be created at a path, before hours are spent on building it.
 
     Raises:
         JobError: the path is a folder, one of its parents is not a folder, or permission is missing.
     """
-    if path.is_dir():
+    if is_folder:
+        installed_folders.check_replaceable(path)
+    elif path.is_dir():
         raise JobError(
             f"{path} cannot be written: it is a folder, not a file.", "Move the folder away, or change the target."
         )
@@ -102,7 +124,9 @@ def check_place(path: Path) -> None:
         )
 
 
-def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch) -> int:
+def place(
+    targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fetch, folders: Collection[str] = ()
+) -> int:
     """Download a job's outputs and install them as its targets, all or none.
 
     Each output is written to a temporary file in its target's folder, which resumes an interrupted download. It is
@@ -113,6 +137,7 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
         targets: path of each target, by the output's name.
         outputs: size and SHA-256 that the builder reported, by the output's name. They are untrusted.
         fetch: downloads the content.
+        folders: names of the outputs that are archives of folders (see `folder_archive`), which are unpacked.
 
     Returns:
         The number of bytes downloaded.
@@ -129,16 +154,20 @@ def place(targets: Mapping[str, Path], outputs: Mapping[str, Output], fetch: Fet
         with contextlib.ExitStack() as open_parts:
             for name, target in targets.items():
                 output = outputs[name]
-                check_place(target)
+                is_folder = name in folders
+                check_place(target, is_folder=is_folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if _is_already(target, output):
-                    _set_mode(target, output)
+                if _is_already(target, output, is_folder):
+                    if not is_folder:
+                        _set_mode(target, output)
                     kept.append(target)
                     continue
-                part = _Part(target, _part(target, output), output)
+                part = _Part(target, _part(target, output), output, is_folder)
                 parts.append(part)
                 file = open_parts.enter_context(_opened(part))
                 fetched += _complete(name, part, file, fetch)
+                if is_folder:
+                    _unpack(part)
             _rename(parts, kept)
     except OSError as error:
         for part in parts:
@@ -237,40 +266,79 @@ def _rename(parts: list[_Part], kept: list[Path]) -> None:
     several = len(parts) + len(kept) > 1
     if several:
         for part in parts:
-            with contextlib.suppress(FileNotFoundError):
-                part.target.unlink()
+            _remove(part.target)
     placed = [*kept]
     try:
         for part in parts:
-            os.replace(part.path, part.target)
+            if part.is_folder:
+                installed_folders.swap_in(part.tree, part.target, part.old)
+            else:
+                os.replace(part.path, part.target)
             placed.append(part.target)
     except BaseException:
         for target in placed:
             with contextlib.suppress(OSError):
-                target.unlink()
+                _remove(target)
         raise
     for part in parts:
+        part.path.unlink(missing_ok=True)  # a folder's archive
         with contextlib.suppress(OSError):
             statement_of(part.target).unlink()  # it describes the previous content
     for folder in {part.target.parent for part in parts}:
         sync_folder(folder)
     for part in parts:
-        for other in part.target.parent.glob(part_pattern(part.target)):
+        for other in leftovers(part.target):
             _remove_unused(other)
 
 
-def _remove_unused(path: Path) -> None:
-    """Remove a partial download of other content, unless another doit holds its lock."""
-    with seized(path) as held, contextlib.suppress(OSError):
-        if held:
-            path.unlink()
-
-
-def _is_already(target: Path, output: Output) -> bool:
+def _unpack(part: _Part) -> None:
+    """Unpack the archive of a folder beside its target; raises Mismatch or OSError."""
+    for stale in (part.tree, part.old):  # left by a process that was killed
+        installed_folders.remove_tree(stale)
     try:
+        installed_folders.unpack(part.path, part.tree)
+    except installed_folders.ArchiveError as error:
+        part.path.unlink()
+        installed_folders.remove_tree(part.tree)
+        raise Mismatch(
+            f"{part.target} was not installed: its archive from the builder has {error}.",
+            "Run doit again; if it fails again, do not trust the builder.",
+        ) from error
+    except BaseException:
+        installed_folders.remove_tree(part.tree)
+        raise
+
+
+def _remove(target: Path) -> None:
+    """Remove a target that was installed, if there is one; raises OSError."""
+    if target.is_dir() and not target.is_symlink():
+        installed_folders.remove(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a partial download or an unpacked folder of other content, unless another doit uses it."""
+    with seized(path.with_suffix(".part")) as held, contextlib.suppress(OSError):
+        if held or not os.path.lexists(path.with_suffix(".part")):
+            remove_leftover(path)
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a partial download or a temporary folder; raises OSError."""
+    if path.is_dir():
+        installed_folders.remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_already(target: Path, output: Output, is_folder: bool) -> bool:
+    try:
+        if is_folder:
+            return target.is_dir() and sha256_of_folder(str(target)) == output.sha256
         about = os.lstat(target)
         return stat.S_ISREG(about.st_mode) and about.st_size == output.size and sha256_of(target) == output.sha256
-    except OSError:
+    except (OSError, FolderError):
         return False
 
 

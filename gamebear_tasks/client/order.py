@@ -51,6 +51,7 @@ def order_of(plan: Plan, chosen: Settings, contents: Contents | None = None) -> 
         identity=made_of.program,
         python=python,
         outputs=tuple(plan.targets),
+        folders=plan.folders,
         modules={name: File(sha256) for name, sha256 in made_of.modules.items()},
         inputs={name: File(*content) for name, content in made_of.inputs.items()},
         sources=made_of.sources,

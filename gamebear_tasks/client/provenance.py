@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import re
 import time
 import urllib.parse
@@ -26,6 +27,7 @@ from ..jobspec.plan import Plan
 from ..records import task_log
 from ..records.task_record import Made, Record
 from ..runner.util.atomic_files import read_json, sha256_of, write_bytes
+from ..runner.util.folder_archive import FolderError, sha256_of_folder
 from ..sources.base import public_url
 from ..util.messages import notice
 from ..util.process import file_mode
@@ -112,8 +114,8 @@ def changed(record: Record, made: Made) -> JobError:
 
 def _sha256(made: Made) -> str:
     try:
-        return sha256_of(made.path)
-    except OSError:
+        return sha256_of_folder(made.path) if os.path.isdir(made.path) else sha256_of(made.path)
+    except (OSError, FolderError):
         return ""
 
 

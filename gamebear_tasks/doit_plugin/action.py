@@ -89,14 +89,23 @@ class RemoveTargets(PythonAction):  # type: ignore[misc]  # doit has no types
         return self._remove
 
     def _remove(self, dryrun: bool = False) -> None:
-        from ..client.install_outputs import part_pattern, statement_of
+        from ..client import installed_folders
+        from ..client.install_outputs import leftovers, remove_leftover, statement_of
 
         for target in map(Path, self._targets):
-            for path in (target, statement_of(target), *target.parent.glob(part_pattern(target))):
+            if os.path.isdir(target) and not os.path.islink(target):
+                print(in_line(f"{self._name} - removing installed files from folder '{target}'"))
+                if not dryrun:
+                    installed_folders.remove(target)
+            for path in (target, statement_of(target)):
                 if os.path.isfile(path) or os.path.islink(path):  # neither raises an error for an overlong name
                     print(in_line(f"{self._name} - removing file '{path}'"))
                     if not dryrun:
                         path.unlink(missing_ok=True)
+            for path in leftovers(target):
+                print(in_line(f"{self._name} - removing '{path}'"))
+                if not dryrun:
+                    remove_leftover(path)
 
     def __str__(self) -> str:
         return "remove targets"

@@ -97,7 +97,8 @@ def artifact(
     """
     if not callable(program):
         program = _script(program) if isinstance(program, str | PurePath) else _no_program(program)
-    targets = _named(outputs, "outputs")
+    folders: list[str] = []
+    targets = _named(outputs, "outputs", folders)
     if not targets:
         raise SettingsError(f"artifact({_called(program)}) has no outputs.", 'Add outputs=["build/NAME"].')
     chosen = settings_of_this_run()
@@ -114,6 +115,7 @@ def artifact(
         arch="" if arch is None else architecture("arch", arch, f"artifact({_called(program)})"),
         time_limit=None if time_limit is None else seconds("time_limit", time_limit, f"artifact({_called(program)})"),
         lock=LOCK,
+        folders=tuple(folders),
     )
     _check_names(plan)
     if upstream:
@@ -166,9 +168,17 @@ class _SameJob:
             return False  # building the task reports the error
         if built != self._plan.state(contents) or not is_placed(self._plan.targets.values(), built):
             return False
+        if self._plan.folders and not self._has_all_files():
+            return False
         valid = values.get("valid")
         self._is_too_old = valid is not None and not _still_holds(valid)
         return not self._is_too_old
+
+    def _has_all_files(self) -> bool:
+        """Return whether no file of a folder output is missing."""
+        from ..client.installed_folders import is_complete
+
+        return all(is_complete(self._plan.targets[name]) for name in self._plan.folders)
 
     def __repr__(self) -> str:
         if self._is_too_old:
@@ -211,8 +221,13 @@ def _is_path(path: object) -> bool:
         return False
 
 
-def _named(paths: object, what: str) -> dict[str, str]:
+def _named(paths: object, what: str, folders: list[str] | None = None) -> dict[str, str]:
     """Return paths by their names in the program's working directory: their file names, or the keys of a mapping.
+
+    Args:
+        paths: Collection of paths.
+        what: Name of the argument, for errors.
+        folders: For outputs: the names of folders and patterns are appended.
 
     Raises:
         SettingsError: It is a string or not a collection of paths, or two paths have the same name.
@@ -228,6 +243,11 @@ def _named(paths: object, what: str) -> dict[str, str]:
             place, own = path, path.rpartition("/")[2]
         elif _is_path(path):
             place, own = str(Path(path)), Path(path).name
+            if folders is not None and PATTERN.search(own):
+                place = os.path.dirname(place)
+                folders.append(own)
+            elif folders is not None and str(path).endswith("/"):
+                folders.append(own)
         else:
             raise SettingsError(f"{what}= contains {path!r}, which is not a path.", f'Use {what}=["PATH"].')
         name = own if key is None else key
@@ -244,6 +264,10 @@ PLAIN_PATH = re.compile(r"/?([\w@+-][\w@+.-]{0,200}/)*[\w@+-][\w@+.-]{0,200}", r
 """Pattern of paths that need no further checks: pathlib writes them unchanged, and their names are valid.
 
 Without it, an up-to-date run with 2,000 tasks takes a twentieth longer."""
+
+
+PATTERN = re.compile(r"[*?[]")
+"""Characters that make the name of an output a pattern."""
 
 
 def _chosen_sources(sources: object, preference: str, targets: Iterable[str]) -> dict[str, Source]:
@@ -276,6 +300,8 @@ def _check_names(plan: Plan) -> None:
             _check_name(name, "an output", plan)
         if "logs" in path or path.endswith((".json", ".html")):
             check_target(path, f"artifact({plan.name!r})")
+    for name in plan.folders:
+        _check_folder(name, plan)
     if not plan.inputs and not plan.sources:
         return
     taken = {plan.name: "the program"} if isinstance(plan.program, Path) else {}
@@ -299,6 +325,17 @@ def _check_name(name: object, what: str, plan: Plan) -> None:
         raise SettingsError(
             f"{name!r} cannot be the name of {what} of {plan.name}.",
             "Use a file name without a folder, of at most 255 bytes.",
+        )
+
+
+def _check_folder(name: str, plan: Plan) -> None:
+    """Reject the target of a folder output if it contains other files of the project; raises SettingsError."""
+    place = os.path.relpath(plan.targets[name] or ".")
+    others = [path for other, path in plan.targets.items() if other != name]
+    if any(not os.path.relpath(path, place).startswith("..") for path in (".", str(LOGS), *others)):
+        raise SettingsError(
+            f"artifact({plan.name!r}): the target {place!r} of the output {name!r} has other files in it.",
+            f'Give it a folder of its own: outputs=["build/NAME/{name if PATTERN.search(name) else ""}"].',
         )
 
 

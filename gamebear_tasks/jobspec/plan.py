@@ -56,6 +56,7 @@ class Plan(NamedTuple):  # there may be thousands, and creating it takes a third
     Attributes:
         program: the buildscript, or the function as it was when dodo.py was loaded.
         targets: path of each target, by the output's name.
+        folders: names of the outputs whose target is a folder; a name with `*`, `?` or `[` is a pattern.
         modules: local modules, by path relative to the program's folder.
         inputs: local path of each input, by its name in the program's working directory.
         sources: upstream trees, by name.
@@ -74,6 +75,7 @@ class Plan(NamedTuple):  # there may be thousands, and creating it takes a third
     arch: str = ""
     time_limit: float | None = None
     lock: Path = Path(LOCK_FILE)
+    folders: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -132,7 +134,7 @@ class Plan(NamedTuple):  # there may be thousands, and creating it takes a third
             from .function_digest import python_version
 
             python = python_version()
-        whole = (FORMAT, python, self.name, self.args, [*self.targets.items()], contents[:-2])
+        whole = (FORMAT, python, self.name, self.args, [*self.targets.items()], self.folders, contents[:-2])
         return hashlib.sha256(ascii(whole).encode()).hexdigest()
 
 

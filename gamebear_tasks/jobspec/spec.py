@@ -39,7 +39,8 @@ class Job:
         program: the name of the buildscript, or of the Python function.
         identity: SHA-256 of the program as it is sent: the buildscript's bytes, or the function's pickle.
         python: `major.minor` of the Python that pickled the function; empty for a buildscript.
-        outputs: names of the files that the program creates in its working directory.
+        outputs: names of the files and folders that the program creates in its working directory; patterns of files.
+        folders: those outputs that become a folder: names of folders, and patterns.
         modules: local modules that the program imports, by their path relative to the buildscript's folder.
         inputs: files that are placed beside the script, by name.
         sources: identities of pinned upstream trees, by name. Each tree is placed beside the script as a folder.
@@ -52,6 +53,7 @@ class Job:
     program: str
     identity: str
     outputs: tuple[str, ...]
+    folders: tuple[str, ...] = ()
     python: str = ""
     modules: Mapping[str, File] = field(default_factory=dict)
     inputs: Mapping[str, File] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Job:
             "sources": {name: dict(source) for name, source in self.sources.items()},
             "args": dict(self.args),
             "outputs": sorted(self.outputs),
+            **({"folders": sorted(self.folders)} if self.folders else {}),
             **({"metadata": {name: dict(each) for name, each in self.metadata.items()}} if self.metadata else {}),
         }
 

@@ -32,10 +32,11 @@ from ..maintenance.performance_warnings import keep_notices
 from ..store import builder_config, slots
 from ..store.phases import Phases, note
 from ..store.store import Store, StoredJob, StoreError, hold_runner, runner_folder, storage_failure
+from ..util import folder_archive
 from ..util.atomic_files import content, data_extents, read_json, sync_folder
 from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
 from ..util.free_space import is_full
-from . import workspace
+from . import outputs, workspace
 from .workspace import JobFailed, failure
 
 LOG_LIMIT = 1 << 30
@@ -227,7 +228,7 @@ class Supervisor:
                 raise
         self._run_program(process)
         with self.phases.phase("keep"):
-            return self._keep_outputs(job["outputs"])
+            return self._keep_outputs(job)
 
     @property
     def _result(self) -> Path:
@@ -354,11 +355,11 @@ class Supervisor:
 
     # outputs
 
-    def _keep_outputs(self, names: list[str]) -> dict[str, Any]:
-        """Move the outputs from the working directory into the store and sync them.
+    def _keep_outputs(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Move the outputs from the working directory into the store and sync them; folders as archives.
 
         Args:
-            names: file names of the outputs.
+            job: the job's JSON.
 
         Returns:
             By name: `size` in bytes, `data` (bytes that are not in holes), `sha256` and `executable`.
@@ -370,9 +371,9 @@ class Supervisor:
         folder = self.stored.outputs(self.attempt)
         folder.mkdir(mode=0o700)
         sync_folder(self.stored.folder)
-        outputs = {}
-        for name in names:
-            source = self.stored.work / name
+        kept = {}
+        for name in job["outputs"]:
+            source = self._archived(job, name) if name in job.get("folders", ()) else self.stored.work / name
             try:
                 fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             except OSError as error:
@@ -389,14 +390,41 @@ class Supervisor:
                     self._check_stop()
                     digest.update(data)
             os.rename(source, folder / name)
-            outputs[name] = {
+            kept[name] = {
                 "size": about.st_size,
                 "data": sum(last - first for first, last in extents),
                 "sha256": digest.hexdigest(),
                 "executable": bool(about.st_mode & 0o100),
             }
         sync_folder(folder)
-        return outputs
+        return kept
+
+    def _archived(self, job: dict[str, Any], name: str) -> Path:
+        """Archive a folder, or the files that match a pattern; return the archive's path.
+
+        Raises:
+            JobFailed: an entry is neither a file, a folder nor a link within the folder; or it cannot be read.
+        """
+        archive = self.stored.scratch / "output.tar"
+        work = self.stored.work
+        try:
+            top = str(work) if outputs.is_pattern(name) else str(work / name)
+            paths = outputs.matching(work, job, name) if outputs.is_pattern(name) else folder_archive.entries(top)
+            if os.path.islink(top):
+                raise folder_archive.FolderError(name, "is a link")
+            if outputs.is_pattern(name) and (folders := [path for path in paths if os.path.isdir(work / path)]):
+                raise folder_archive.FolderError(folders[0], "is a folder")
+            with archive.open("wb") as out:
+                folder_archive.write(out, top, paths, self._check_stop)
+        except folder_archive.FolderError as error:
+            hint = "Remove it, or pack the folder into a tar file and make that the output."
+            raise JobFailed("output", f"output {name}: {error.path} {error.reason}.", hint) from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = f"output {name} cannot be read: {error.strerror or error}."
+            raise JobFailed("output", message, "Leave readable regular files.") from error
+        return archive
 
     def _clean_up(self, final: dict[str, Any]) -> None:
         """Remove the attempt's leftovers, or retain its containers and record that in its failure."""

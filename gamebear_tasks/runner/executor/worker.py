@@ -49,6 +49,7 @@ from ..store.store import Store, runner_folder
 from ..util.atomic_files import read_json, write_json
 from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
 from ..util.processes import descendants
+from . import outputs
 from .workspace import failure
 
 KILLED = 128 + signal.SIGKILL
@@ -359,12 +360,23 @@ def _names(image: Image) -> list[str]:
 
 
 def _check_outputs(document: dict[str, Any]) -> None:
-    """Ensure that every output is a regular file in the working directory, owned and readable by the builder's user.
+    """Ensure that every output is in the working directory, owned and readable by the builder's user.
 
     Raises:
-        OutputError: an output is missing or is not a regular file.
+        OutputError: an output is missing, or is not a regular file or, if it is a folder, not a folder.
     """
+    folders = document.get("folders") or ()
     for name in document["outputs"]:
+        if name in folders and outputs.is_pattern(name):
+            found = outputs.matching(Path.cwd(), document, name)
+            if not found:
+                raise OutputError(
+                    f"no file in the working directory matches the output {name!r}; {_whats_new(document)}.",
+                    f"Copy it out of the container: c.copy_out('/path/in/container/NAME', 'NAME matching {name}')",
+                )
+            for each in found:
+                outputs.own(each)
+            continue
         try:
             info = os.lstat(name)
         except FileNotFoundError:
@@ -374,21 +386,22 @@ def _check_outputs(document: dict[str, Any]) -> None:
                 f"{are.format(_listed(missing))} missing from the working directory; {_whats_new(document)}.",
                 f"Copy it out of the container: c.copy_out({f'/path/in/container/{missing[0]}'!r}, {missing[0]!r})",
             ) from None
+        if name in folders:
+            if not stat.S_ISDIR(info.st_mode) or not os.listdir(name):
+                kind = "empty" if stat.S_ISDIR(info.st_mode) else "not a folder"
+                raise OutputError(f"output {_listed([name])}/ is {kind}.", f"Leave the artifact's files in {name}/.")
+            outputs.own(name)
+            continue
         if not stat.S_ISREG(info.st_mode):
             tests = (stat.S_ISDIR, *FOLDER), (stat.S_ISLNK, *LINK)
             kind, hint = next(((kind, hint) for test, kind, hint in tests if test(info.st_mode)), SPECIAL_FILE)
             raise OutputError(f"output {_listed([name])} is {kind}, not a regular file.", hint)
-        if os.geteuid() == 0 and info.st_uid != 0:
-            os.chown(name, 0, 0)  # the namespace's root is the builder's user
-        if not info.st_mode & stat.S_IRUSR:
-            os.chmod(name, info.st_mode & 0o777 | stat.S_IRUSR)
+        outputs.own(name)
 
 
 def _whats_new(document: dict[str, Any]) -> str:
     """Describe the files that the script added to its working directory."""
-    given = {path.split("/")[0] for part in ("modules", "inputs", "sources") for path in document.get(part) or ()}
-    given.add((document.get("script") or {}).get("name", ""))
-    new = sorted(set(os.listdir()) - given - {"__pycache__"})
+    new = sorted(set(os.listdir()) - outputs.given(document))
     return f"new files: {_listed(new)}" if new else "it has no new files"
 
 
