@@ -267,7 +267,7 @@ def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: s
     hostile.refused(
         f"def follow(request): send(**result({about}))",
         "this machine sends an invalid reply: output 'x'.",
-        "see on the builder what runs there",
+        "remove ~/.cache/gamebear/v1/runner",
     )
 
 
