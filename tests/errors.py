@@ -139,6 +139,11 @@ DODO = [
     Row("used bytes as an input", "artifact('x.py', outputs=['x'], inputs=[b'in'])", "inputs b'in' → PATH"),
     Row("used None as an input", "artifact('x.py', outputs=['x'], inputs={'in': None})", "inputs None → PATH"),
     Row(
+        "used a folder as an input",
+        "artifact('x.py', outputs=['x'], inputs=['build'])",
+        "build folder → folder('build')",
+    ),
+    Row(
         "used a path as an input's name",
         "artifact('x.py', outputs=['x'], inputs={'a/b': 'in'})",
         "a/b input x.py → file folder",
@@ -339,11 +344,6 @@ X = "artifact('x.py', outputs=['x'])"
 
 DOIT = [
     Row("named a missing input", "artifact('x.py', inputs=['no'], outputs=['x']) → doit x", "no such file → path"),
-    Row(
-        "named a folder as an input",
-        "artifact('x.py', inputs=['folder'], outputs=['x']) → doit x",
-        "folder directory → path",
-    ),
     Row("named a folder as a target", "artifact('x.py', outputs=['folder']) → doit x", "folder file → move"),
     Row("named a target below a file", "artifact('x.py', outputs=['in/a/x']) → doit x", "in/a/x file folder → move"),
     Row("did not pin a branch", f"{UP} → doit x", "git https://git.example/up main gamebear.lock → lock commit"),

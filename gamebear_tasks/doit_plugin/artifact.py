@@ -312,6 +312,11 @@ def _check_names(plan: Plan) -> None:
         for name in names:
             if type(name) is not str or "/" in name or not PLAIN_PATH.fullmatch(name):
                 _check_name(name, what, plan)
+            if what == "an input" and os.path.isdir(path := plan.inputs[name]):
+                raise SettingsError(
+                    f"The input {path!r} of {plan.name} is a folder.",
+                    f"Make it a source: sources={{{name!r}: folder({path!r})}}.",
+                )
             if name in taken:
                 raise SettingsError(
                     f"{name!r} is the name of {what} of {plan.name}, and of {taken[name]}.",
@@ -324,7 +329,8 @@ def _check_name(name: object, what: str, plan: Plan) -> None:
     if not _is_path(name) or not is_file_name(name):
         raise SettingsError(
             f"{name!r} cannot be the name of {what} of {plan.name}.",
-            "Use a file name without a folder, of at most 255 bytes.",
+            "Use a file name without a folder, of at most 255 bytes."
+            + (" For a tree of files, use sources= and folder()." if what != "an output" else ""),
         )
 
 
