@@ -28,7 +28,7 @@ import pytest
 from project import Project, Run, measured, wait_for
 
 from gamebear_tasks.runner.executor import supervisor as supervise
-from gamebear_tasks.runner.executor import workspace
+from gamebear_tasks.runner.executor.workspace import JobFailed, Workspace
 from gamebear_tasks.runner.host import buildah, capabilities
 from gamebear_tasks.runner.images import apt_sources
 from gamebear_tasks.runner.protocol import wire
@@ -36,7 +36,7 @@ from gamebear_tasks.runner.protocol.requests import Cancel, Discard, Put
 from gamebear_tasks.runner.server import cancellation, outputs
 from gamebear_tasks.runner.server import session as serve
 from gamebear_tasks.runner.store import slots
-from gamebear_tasks.runner.store.store import Store, StoredJob
+from gamebear_tasks.runner.store.store import Store, StoredJob, version
 from gamebear_tasks.runner.util.atomic_files import sha256
 from gamebear_tasks.runner.util.locks import Lock
 
@@ -822,7 +822,7 @@ def test_a_job_can_be_stopped_while_its_folder_is_filled(queued: StoredJob) -> N
         supervisor._check_stop()
 
     with pytest.raises(supervise.Cancelled):
-        workspace.fill(queued, job, {}, check)
+        Workspace(queued, job, {}, check).fill()
     assert "b" not in laid
     os.close(supervisor.log)
 
@@ -845,6 +845,21 @@ def test_a_job_that_was_stopped_while_the_builder_was_looked_at_does_not_begin(
     os.close(supervisor.log)
 
 
+def test_only_a_blob_that_was_just_verified_is_not_hashed_again(queued: StoredJob) -> None:
+    digest = hashlib.sha256(b"an input").hexdigest()
+    blob = queued.store.blob(digest)
+    job = {"script": {"name": "x.py", "sha256": digest}, "modules": {}, "inputs": {}, "sources": {}}
+    blob.write_bytes(b"an input")
+    order = {"verified": {digest: version(blob.stat())}}
+    Workspace(queued, job, order, lambda: None).fill()
+    assert (queued.work / "x.py").read_bytes() == b"an input"
+    shutil.rmtree(queued.work)
+    blob.write_bytes(b"an INPUT")  # the same size
+    with pytest.raises(JobFailed, match="damaged"):
+        Workspace(queued, job, order, lambda: None).fill()
+    assert not blob.exists()
+
+
 def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -855,8 +870,8 @@ def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
         digest = hashlib.sha256(content).hexdigest()
         queued.store.blob(digest).write_bytes(content)
         job = {"script": {"name": "x.py", "sha256": digest}, "modules": {}, "inputs": {}, "sources": {"src": {}}}
-        with pytest.raises(workspace.JobFailed, match="source src cannot be unpacked"):
-            workspace.fill(queued, job, {"src": digest}, lambda: None)
+        with pytest.raises(JobFailed, match="source src cannot be unpacked"):
+            Workspace(queued, job, {"trees": {"src": digest}}, lambda: None).fill()
         shutil.rmtree(queued.work)
 
 
@@ -873,7 +888,7 @@ def test_a_disk_that_was_full_during_the_build_is_named_although_it_has_room_aga
     supervisor = supervise.Supervisor(queued, "a1")
     with subprocess.Popen(["sleep", "1"]) as process:
         supervisor._wait(process)
-    with pytest.raises(workspace.JobFailed, match="disk is full"):
+    with pytest.raises(JobFailed, match="disk is full"):
         supervisor._check_room("`make` failed with status 2.", {})
     assert set(asked) == {(str(queued.store.root),)}
     os.close(supervisor.log)

@@ -36,8 +36,8 @@ from ..util import folder_archive
 from ..util.atomic_files import content, data_extents, read_json, sync_folder
 from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
 from ..util.free_space import is_full
-from . import outputs, workspace
-from .workspace import JobFailed, failure
+from . import outputs
+from .workspace import JobFailed, Workspace, failure
 
 LOG_LIMIT = 1 << 30
 """Bytes of log after which a build is stopped: it is in an endless loop and would fill the disks of both sides."""
@@ -222,7 +222,7 @@ class Supervisor:
                 remove_tree(self.store.root, known, self.stored.work)
             process = self._start_program(known, str(order.get("base", "auto")))
             try:
-                workspace.fill(self.stored, job, order.get("trees") or {}, self._check_stop)
+                Workspace(self.stored, job, order, self._check_stop).fill()
             except BaseException:
                 stop(process)
                 raise

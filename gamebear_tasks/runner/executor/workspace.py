@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..protocol import manifest
-from ..store.store import StoredJob
-from ..util.atomic_files import CHUNK, is_file_name, is_relative_path, is_sha256, sha256_of, write_all
+from ..store import folder_sources
+from ..store.store import StoredJob, version
+from ..util.atomic_files import (
+    CHUNK,
+    copy_content,
+    is_file_name,
+    is_relative_path,
+    is_sha256,
+    sha256_of,
+    write_all,
+)
 from ..util.errors import RunnerError
 
 if TYPE_CHECKING:  # slow to import, and many jobs have no source
@@ -67,91 +76,152 @@ class JobFailed(RunnerError):
         self.failure = failure(kind, message, hint, **details)
 
 
-def fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]) -> None:
-    """Create a job's working directory; the SHA-256 of every blob is verified while it is copied.
+class Workspace:
+    """A job's working directory while it is created.
 
     Args:
         stored: the job.
         job: the job's JSON.
-        trees: SHA-256 of the tar file of each source, by source name; of `/function.lines` and `/cloudpickle.zip` if
-            the job is a function.
+        order: the order that started it, with `trees`: SHA-256 of the tar file of each source, by source name, and of
+            `/function.lines` and `/cloudpickle.zip` if the job is a function; and `verified`: version (see
+            `store.version`) by SHA-256 of each blob that the session has just received and verified.
         check_stop: called repeatedly; an exception that it raises ends the operation.
-
-    Raises:
-        JobFailed: a blob is missing or corrupted, or the job contains an invalid name.
-        OSError: a file cannot be written, for example because the disk is full.
     """
-    try:
-        _fill(stored, job, trees, check_stop)
-    except JobFailed as error:
-        if error.failure["kind"] == "blob":
-            _remove_damaged(stored, job, trees, check_stop)
-        raise
 
+    def __init__(
+        self, stored: StoredJob, job: dict[str, Any], order: dict[str, Any], check_stop: Callable[[], None]
+    ) -> None:
+        self._stored = stored
+        self._job = job
+        self._trees: dict[str, str] = order.get("trees") or {}
+        self._verified: dict[str, list[int]] = order.get("verified") or {}
+        self._check_stop = check_stop
 
-def _remove_damaged(
-    stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]
-) -> None:
-    """Remove all corrupted blobs of a job, so that the client sends them all at once.
+    def fill(self) -> None:
+        """Create the working directory; the SHA-256 of every blob is verified while it is copied.
 
-    A power cut often corrupts several.
-    """
-    files = [*job["modules"].values(), *job["inputs"].values(), job.get("script") or job["function"]]
-    for sha256 in {*(file["sha256"] for file in files), *filter(is_sha256, trees.values())}:
-        check_stop()
-        blob = stored.store.blob(sha256)
-        with contextlib.suppress(OSError):
-            if sha256_of(blob) != sha256:
-                blob.unlink()
+        Raises:
+            JobFailed: a blob is missing or corrupted, or the job contains an invalid name.
+            OSError: a file cannot be written, for example because the disk is full.
+        """
+        try:
+            self._fill()
+        except JobFailed as error:
+            if error.failure["kind"] == "blob":
+                self._remove_damaged()
+            raise
 
+    def _remove_damaged(self) -> None:
+        """Remove all corrupted blobs of the job, so that the client sends them all at once.
 
-def _fill(stored: StoredJob, job: dict[str, Any], trees: dict[str, str], check_stop: Callable[[], None]) -> None:
-    _make_folder(stored.work)
-    if "script" in job:
-        _lay(stored, check_stop, job["script"]["sha256"], stored.work, job["script"]["name"], True)
-    else:
-        _lay(stored, check_stop, job["function"]["sha256"], stored.folder, "function.pickle", False)
-        for name in ("function.lines", "cloudpickle.zip"):
-            _lay(stored, check_stop, _tree(trees, f"/{name}"), stored.folder, name, False)
-    for path, file in job["modules"].items():
-        _lay(stored, check_stop, file["sha256"], stored.work, path, False)
-    for name, file in job["inputs"].items():
-        _lay(stored, check_stop, file["sha256"], stored.work, name, bool(file.get("executable")))
-    for name in job["sources"]:
-        if not is_file_name(name):
-            raise JobFailed("job", f"{name!r} is not a valid name of a source.", "Rename it in sources= of artifact().")
-        if "folder" in job["sources"][name]:
-            _lay_folder(stored, check_stop, str(job["sources"][name]["folder"]), name)
-            continue
-        _lay(stored, check_stop, _tree(trees, name), stored.folder, "source.tar", False)
-        _unpack_source(stored.folder / "source.tar", stored.work / name, name, check_stop)
+        A power cut often corrupts several.
+        """
+        job, store = self._job, self._stored.store
+        files = [*job["modules"].values(), *job["inputs"].values(), job.get("script") or job["function"]]
+        used = {*(file["sha256"] for file in files), *filter(is_sha256, self._trees.values())}
+        for sha256 in folder_sources.manifests(job).values():
+            used.add(sha256)
+            with contextlib.suppress(OSError, manifest.ManifestError):
+                used.update(folder_sources.files(store, sha256))
+        for sha256 in used:
+            self._check_stop()
+            blob = store.blob(sha256)
+            with contextlib.suppress(OSError):
+                if sha256_of(blob) != sha256:
+                    blob.unlink()
 
-
-def _lay_folder(stored: StoredJob, check_stop: Callable[[], None], sha256: str, name: str) -> None:
-    """Create a folder source from its manifest.
-
-    Raises:
-        JobFailed: the manifest or a file is missing or corrupted.
-        OSError: a file cannot be written.
-    """
-    top = stored.work / name
-    _lay(stored, check_stop, sha256, stored.folder, "manifest", False)
-    entries = manifest.decode((stored.folder / "manifest").read_bytes())
-    (stored.folder / "manifest").unlink()
-    _make_folder(top)
-    for kind, path, value in entries:
-        place = top / path
-        _make_folders(place.parent, top)
-        if kind == "d":
-            _make_folders(place, top)
-        elif kind == "l":
-            place.symlink_to(value)
-            os.utime(place, (manifest.MTIME, manifest.MTIME), follow_symlinks=False)
+    def _fill(self) -> None:
+        job, stored = self._job, self._stored
+        _make_folder(stored.work)
+        if "script" in job:
+            self._copy(job["script"]["sha256"], stored.work, job["script"]["name"], True)
         else:
-            _lay(stored, check_stop, value, top, path, kind == "x")
-            os.utime(place, (manifest.MTIME, manifest.MTIME))
-    for folder, _, _ in os.walk(top, topdown=False):
-        os.utime(folder, (manifest.MTIME, manifest.MTIME))
+            self._copy(job["function"]["sha256"], stored.folder, "function.pickle", False)
+            for name in ("function.lines", "cloudpickle.zip"):
+                self._copy(self._tree(f"/{name}"), stored.folder, name, False)
+        for path, file in job["modules"].items():
+            self._copy(file["sha256"], stored.work, path, False)
+        for name, file in job["inputs"].items():
+            self._copy(file["sha256"], stored.work, name, bool(file.get("executable")))
+        for name, source in job["sources"].items():
+            if not is_file_name(name):
+                message = f"{name!r} is not a valid name of a source."
+                raise JobFailed("job", message, "Rename it in sources= of artifact().")
+            if "folder" in source:
+                self._create_folder(str(source["folder"]), name)
+                continue
+            self._copy(self._tree(name), stored.folder, "source.tar", False)
+            _unpack_source(stored.folder / "source.tar", stored.work / name, name, self._check_stop)
+
+    def _create_folder(self, sha256: str, name: str) -> None:
+        """Create a folder source from its manifest.
+
+        Raises:
+            JobFailed: the manifest or a file is missing or corrupted.
+            OSError: a file cannot be written.
+        """
+        top = self._stored.work / name
+        self._copy(sha256, self._stored.folder, "manifest", False)
+        entries = manifest.decode((self._stored.folder / "manifest").read_bytes())
+        (self._stored.folder / "manifest").unlink()
+        _make_folder(top)
+        made = {""}
+        for kind, path, value in entries:
+            parent = path if kind == "d" else path.rpartition("/")[0]
+            if parent not in made:
+                _make_folders(top / parent, top)
+                made.add(parent)
+            if kind == "l":
+                os.symlink(value, top / path)
+                os.utime(top / path, (manifest.MTIME, manifest.MTIME), follow_symlinks=False)
+            elif kind != "d":
+                self._copy(value, top, path, kind == "x", manifest.MTIME)
+        for folder, _, _ in os.walk(top, topdown=False):
+            os.utime(folder, (manifest.MTIME, manifest.MTIME))
+
+    def _tree(self, name: str) -> str:
+        if not is_sha256(self._trees.get(name)):
+            raise JobFailed("blob", f"the order has no SHA-256 of {name}.", "Run doit again.")
+        return self._trees[name]
+
+    def _copy(self, sha256: str, folder: Path, name: str, executable: bool, mtime: float | None = None) -> None:
+        """Copy a blob to its place, and verify its SHA-256 unless the session has just done so.
+
+        It is a copy, and no hard link, because scripts may change their files.
+
+        Raises:
+            JobFailed: the name is invalid, or the blob is missing or corrupted.
+            OSError: the file cannot be written.
+        """
+        if not is_relative_path(name):
+            raise JobFailed("job", f"{name!r} is not a valid path of a file.", "Rename it in artifact().")
+        path = f"{folder}/{name}"
+        if "/" in name:
+            _make_folders(Path(path).parent, folder)
+        blob = self._stored.store.blob(sha256)
+        try:
+            with open(blob, "rb", buffering=0) as source, open(path, "wb", buffering=0) as target:
+                about = os.fstat(source.fileno())
+                if self._verified.get(sha256) == version(about):
+                    copy_content(source.fileno(), target.fileno(), self._check_stop)
+                    found = sha256
+                else:
+                    digest = hashlib.sha256()
+                    while data := source.read(min(CHUNK, about.st_size + 1)):
+                        self._check_stop()
+                        digest.update(data)
+                        write_all(target.fileno(), data)
+                    found = digest.hexdigest()
+                    os.utime(source.fileno())
+                os.fchmod(target.fileno(), 0o755 if executable else 0o644)
+                if mtime is not None:
+                    os.utime(target.fileno(), (mtime, mtime))
+        except FileNotFoundError:
+            raise JobFailed("blob", f"the builder's copy of {name} is gone.", "Run doit again.") from None
+        if found != sha256:
+            with contextlib.suppress(OSError):
+                blob.unlink()
+            raise JobFailed("blob", f"the builder's copy of {name} was damaged and is removed.", "Run doit again.")
 
 
 def _unpack_source(path: Path, folder: Path, name: str, check_stop: Callable[[], None]) -> None:
@@ -162,50 +232,8 @@ def _unpack_source(path: Path, folder: Path, name: str, check_stop: Callable[[],
         with tarfile.open(path) as tar:
             unpack(tar, folder, check_stop)
     except (tarfile.TarError, EOFError) as error:
-        raise JobFailed(
-            "source",
-            f"source {name} cannot be unpacked: {error}.",
-            BROKEN_SOURCE,
-        ) from error
+        raise JobFailed("source", f"source {name} cannot be unpacked: {error}.", BROKEN_SOURCE) from error
     path.unlink()
-
-
-def _tree(trees: dict[str, str], name: str) -> str:
-    if not is_sha256(trees.get(name)):
-        raise JobFailed("blob", f"the order has no SHA-256 of {name}.", "Run doit again.")
-    return trees[name]
-
-
-def _lay(
-    stored: StoredJob, check_stop: Callable[[], None], sha256: str, folder: Path, name: str, executable: bool
-) -> None:
-    """Copy a blob to its place and verify its SHA-256 on the way.
-
-    Raises:
-        JobFailed: the name is invalid, or the blob is missing or corrupted.
-        OSError: the file cannot be written.
-    """
-    if not is_relative_path(name):
-        raise JobFailed("job", f"{name!r} is not a valid path of a file.", "Rename it in artifact().")
-    path = folder / name
-    _make_folders(path.parent, folder)
-    digest = hashlib.sha256()
-    blob = stored.store.blob(sha256)
-    try:
-        with blob.open("rb", buffering=0) as source, path.open("wb", buffering=0) as target:
-            size = os.fstat(source.fileno()).st_size
-            while data := source.read(min(CHUNK, size + 1)):
-                check_stop()
-                digest.update(data)
-                write_all(target.fileno(), data)
-            os.utime(source.fileno())
-            os.fchmod(target.fileno(), 0o755 if executable else 0o644)
-    except FileNotFoundError:
-        raise JobFailed("blob", f"the builder's copy of {name} is gone.", "Run doit again.") from None
-    if digest.hexdigest() != sha256:
-        with contextlib.suppress(OSError):
-            blob.unlink()
-        raise JobFailed("blob", f"the builder's copy of {name} was damaged and is removed.", "Run doit again.")
 
 
 def _make_folder(path: Path) -> None:

@@ -17,11 +17,11 @@ from ..protocol.manifest import ManifestError
 from ..protocol.wire import NOT_OURS
 from ..store import folder_sources
 from ..store.expiry import seconds_left, why_expired
-from ..store.store import WHO, State, Store, StoredJob, runner_folder
+from ..store.store import WHO, State, Store, StoredJob, runner_folder, version
 from ..util.atomic_files import sync_folder, write_bytes
 from ..util.errors import RunnerError
 from ..util.locks import Lock
-from .uploads import Body, size_so_far, take_blob, use
+from .uploads import Body, received, size_so_far, take_blob, use
 
 if TYPE_CHECKING:
     from ..protocol.replies import JobReply
@@ -149,6 +149,7 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
             "base": request.base,
             "who": who,
             "keep": request.keep,
+            "verified": _received(store),
         }
         attempt = stored.begin_attempt(order)
         supervisors.start(stored, attempt, lock)
@@ -170,6 +171,16 @@ def _missing(store: Store, request: requests.Submit) -> list[tuple[str, int]]:
             store.blob(manifest).unlink()  # damaged
     missing = [sha256 for sha256 in sorted(wanted) if not use(store.blob(sha256))]
     return [(sha256, size_so_far(store, sha256)) for sha256 in missing[:LACKS]]
+
+
+def _received(store: Store) -> dict[str, list[int]]:
+    """Return the version of each blob that this session has received since the last job, and forget them."""
+    versions = {}
+    while received:
+        sha256 = received.pop()
+        with contextlib.suppress(FileNotFoundError):
+            versions[sha256] = version(store.blob(sha256).stat())
+    return versions
 
 
 def _meaning(store: Store, name: str, arch: str, base: str, until: float) -> str:

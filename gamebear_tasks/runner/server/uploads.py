@@ -119,6 +119,10 @@ def have(store: Store, request: requests.Have) -> HaveReply:
     return {"have": blob.stat().st_size if blob.is_file() else size_so_far(store, request.sha256)}
 
 
+received: set[str] = set()
+"""SHA-256 of each blob that this session has received and verified since the last job (see `submission`)."""
+
+
 def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
     """Receive a small blob in full.
 
@@ -139,6 +143,7 @@ def take_blob(store: Store, body: Body, sha256: str, size: int) -> None:
                 write_all(lock.fd, data)
                 os.ftruncate(lock.fd, size)  # an interrupted upload may have left more
                 os.replace(part, blob)
+                received.add(sha256)
             except BaseException:
                 with contextlib.suppress(OSError):
                     part.unlink()
@@ -194,6 +199,7 @@ def put(store: Store, request: requests.Put, body: Body) -> PutReply:
             part.unlink()
             return {"have": 0, "damaged": True}
         os.replace(part, store.blob(sha256))
+        received.add(sha256)
     finally:
         lock.release()
     return {"have": size}

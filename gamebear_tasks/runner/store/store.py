@@ -447,6 +447,11 @@ def stamp(path: Path) -> float:
         return 0.0
 
 
+def version(about: os.stat_result) -> list[int]:
+    """Return numbers that change whenever a blob may have changed: inode, bytes, and mtime and ctime in nanoseconds."""
+    return [about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+
+
 def size_of(path: Path) -> int:
     """Return a file's size in bytes; 0 if it does not exist."""
     try:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,9 @@ from .locks import opened_alone
 
 CHUNK = 1 << 20
 """Bytes per read or write."""
+
+COPIED = 64 << 20
+"""Maximum bytes of one copy in the kernel, which no signal interrupts."""
 
 ZEROS = bytes(CHUNK)
 """A piece of the content of a hole in a sparse file."""
@@ -190,6 +193,28 @@ def write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def copy_content(source: int, target: int, check_stop: Callable[[], None]) -> None:
+    """Copy a file in the kernel, which shares the blocks on file systems with reflinks (copy_file_range(2)).
+
+    Args:
+        source: descriptor of the file, at its start.
+        target: descriptor of an empty file.
+        check_stop: called repeatedly; an exception that it raises ends the operation.
+
+    Raises:
+        OSError: the file cannot be copied.
+    """
+    try:
+        while os.copy_file_range(source, target, COPIED):
+            check_stop()
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            raise
+        while data := os.read(source, CHUNK):
+            check_stop()
+            write_all(target, data)
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
