@@ -77,4 +77,4 @@ def test_bash_offers_doits_commands_and_tasks_for_doit(at_the_prompt: Project) -
 
 def test_zsh_offers_the_options_of_our_commands_with_what_they_do(at_the_prompt: Project) -> None:
     said = shell(at_the_prompt, "zsh", ZSH.replace("COMMAND", "jobs"))
-    assert "--lines" in said and "list them as JSON" in said
+    assert "--lines" in said and "list the jobs as JSON" in said

@@ -20,6 +20,7 @@ from ..jobspec.canonical_json import Json, canonical_json
 from ..jobspec.module_finder import local_modules
 from ..jobspec.plan import NONE, SAVED, Plan, check_choice, declare, read_lock
 from ..records.run_journal import REPORT, up_to_date
+from ..runner.executor.outputs import is_pattern
 from ..runner.util.atomic_files import is_file_name
 from ..sources.declare import LOCK_FILE
 from ..util.file_hashes import content_of
@@ -243,7 +244,7 @@ def _named(paths: object, what: str, folders: list[str] | None = None) -> dict[s
             place, own = path, path.rpartition("/")[2]
         elif _is_path(path):
             place, own = str(Path(path)), Path(path).name
-            if folders is not None and PATTERN.search(own):
+            if folders is not None and is_pattern(own):
                 place = os.path.dirname(place)
                 folders.append(own)
             elif folders is not None and str(path).endswith("/"):
@@ -264,10 +265,6 @@ PLAIN_PATH = re.compile(r"/?([\w@+-][\w@+.-]{0,200}/)*[\w@+-][\w@+.-]{0,200}", r
 """Pattern of paths that need no further checks: pathlib writes them unchanged, and their names are valid.
 
 Without it, an up-to-date run with 2,000 tasks takes a twentieth longer."""
-
-
-PATTERN = re.compile(r"[*?[]")
-"""Characters that make the name of an output a pattern."""
 
 
 def _chosen_sources(sources: object, preference: str, targets: Iterable[str]) -> dict[str, Source]:
@@ -341,7 +338,7 @@ def _check_folder(name: str, plan: Plan) -> None:
     if any(not os.path.relpath(path, place).startswith("..") for path in (".", str(LOGS), *others)):
         raise SettingsError(
             f"artifact({plan.name!r}): the target {place!r} of the output {name!r} has other files in it.",
-            f'Give it a folder of its own: outputs=["build/NAME/{name if PATTERN.search(name) else ""}"].',
+            f'Give it a folder of its own: outputs=["build/NAME/{name if is_pattern(name) else ""}"].',
         )
 
 

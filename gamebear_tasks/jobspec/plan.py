@@ -56,7 +56,7 @@ class Plan(NamedTuple):  # there may be thousands, and creating it takes a third
     Attributes:
         program: the buildscript, or the function as it was when dodo.py was loaded.
         targets: path of each target, by the output's name.
-        folders: names of the outputs whose target is a folder; a name with `*`, `?` or `[` is a pattern.
+        folders: names of the outputs whose target is a folder; a name with `*`, `?` or `[…]` is a pattern.
         modules: local modules, by path relative to the program's folder.
         inputs: local path of each input, by its name in the program's working directory.
         sources: upstream trees, by name.

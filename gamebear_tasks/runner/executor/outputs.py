@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -11,8 +12,8 @@ from typing import Any
 
 
 def is_pattern(name: str) -> bool:
-    """Return whether the name of a folder output is a pattern of files, see fnmatch."""
-    return any(character in name for character in "*?[")
+    """Return whether the name of an output is a pattern of files: it has `*`, `?` or `[…]`, see fnmatch."""
+    return re.search(r"[*?]|\[.+\]", name, re.DOTALL) is not None
 
 
 def given(document: Mapping[str, Any]) -> set[str]:
