@@ -415,3 +415,27 @@ def test_a_prune_keeps_the_files_of_jobs_that_it_keeps(built: Project) -> None:
         os.utime(path, (0, 0))
     built.gamebear("prune", "--older", "1").ok()
     assert {path.name for path in (built.store / "blobs").iterdir()} == kept
+
+
+def test_a_build_of_a_local_checkout_warns_if_its_files_differ_from_the_pinned_commit(
+    tmp_path: Path, system: None
+) -> None:
+    project = Project(tmp_path / "project", tmp_path / "home")
+    write(project.folder, "up/a.c")
+    git("init", "-q", cwd=project.folder / "up")
+    git("add", "-A", cwd=project.folder / "up")
+    git("commit", "-qm", "one", cwd=project.folder / "up")
+    words = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(words, cwd=project.folder / "up", check=True, capture_output=True, text=True).stdout.strip()
+    project.write("x.py", "open('x', 'w').write(open('up/a.c').read())")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact, git\n"
+        f"def task_x(): return artifact('x.py', sources={{'up': git('up', '{commit}')}}, outputs=['x'])\n",
+    )
+    assert "pinned" not in project.doit("x").ok().text
+    (project.folder / "up/a.c").write_text("edited")
+    run = project.doit("-a", "x").ok()
+    assert "up has uncommitted changes" in run.err and "folder('up')" in run.err
+    git("commit", "-qam", "two", cwd=project.folder / "up")
+    assert f"pinned commit {commit[:12]}" in project.doit("-a", "x").ok().err

@@ -128,6 +128,9 @@ class Building:
             self._order = order = order_of(self.plan, self.chosen, contents)
         last = run_journal.last(self.task)
         self.why = reasons(self.plan, order.job, last, absent)
+        for name, source in self.plan.sources.items():
+            if contents.lock is not None and (warning := source.warning(contents.lock)):
+                notice(f"source {name} of {self.task}: {warning}")
         self.telling.begins(self._url, last)
         with self.telling.shown(self.out) as out, TaskLog(self.task, out, self.telling.last_line) as kept:
             self._have_built(builder, order, kept)

@@ -105,6 +105,10 @@ class BaseSource(ABC, Generic[PinT]):
         """Return the local files that the identity names by SHA-256; empty for a tree that is sent as a tar file."""
         return {}
 
+    def warning(self, lock: Lock) -> str:
+        """Return a warning to show before a build, in one line; empty if there is none."""
+        return ""
+
     def without(self, targets: Iterable[str]) -> BaseSource[PinT]:
         """Return the source of a task with these targets, which a local folder excludes."""
         return self

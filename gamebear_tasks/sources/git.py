@@ -9,6 +9,7 @@ those with such an attribute are checked out.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import SettingsError
-from ..util.subprocesses import ProgramError
+from ..util.subprocesses import ProgramError, run
 from .base import REPORT, FetchedSource, Pin, check_url, public_url, remove
-from .git_repository import DamagedError, Repository, query, repository_folder
+from .git_repository import DamagedError, Repository, environment, query, repository_folder
+from .git_urls import is_local
 from .lockfile import GitEntry, Lock, is_commit, is_tag
 
 
@@ -121,6 +123,26 @@ class Git(FetchedSource[GitPin]):
         if re.fullmatch(r"[0-9a-f]{4,63}", self.rev):
             hint = "Write an abbreviated commit hash in full."
         raise self.error("cannot be resolved: the repository has no branch or tag of that name", hint)
+
+    def warning(self, lock: Lock) -> str:
+        """Return a warning if the repository is a local checkout whose files differ from the pinned commit."""
+        path = self.url.removeprefix("file://")
+        pin = self.pin(lock)
+        if pin is None or not is_local(self.url) or not os.path.lexists(os.path.join(path, ".git")):
+            return ""
+        options = ["git", "-C", path, "-c", "core.fsmonitor=false"]
+        try:
+            head = run([*options, "rev-parse", "HEAD"], env=environment()).decode().strip()
+            changed = run([*options, "status", "--porcelain"], env=environment())
+        except ProgramError:
+            return ""  # fetching it reports the error
+        if head == pin.commit and not changed:
+            return ""
+        differs = "has uncommitted changes" if head == pin.commit else f"is at {head[:12]}"
+        return (
+            f"{path} {differs}, and is built at the pinned commit {pin.commit[:12]}; "
+            f"folder({path!r}) builds the working tree"
+        )
 
     def _write_tar(self, out: BinaryIO, pin: GitPin, cache: Path, scratch: Path) -> None:
         try:
