@@ -129,7 +129,7 @@ def test_who_is_not_root_is_told_so(monkeypatch: pytest.MonkeyPatch, account: Ac
 
 
 def test_a_url_without_a_name_is_refused(mine: Project) -> None:
-    mine.doit("builder=user:", "x").failed("The builder 'user:' names no user. Say builder=user:NAME.")
+    mine.doit("builder=user:", "x").failed("The builder 'user:' has no user name. Use builder=user:NAME.")
 
 
 def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
@@ -241,7 +241,7 @@ def test_its_damaged_output_is_built_again(mine: Project, spool: Path) -> None:
 
 def test_it_says_what_it_does_not_do(mine: Project, spool: Path) -> None:
     mine.write("dodo.py", DODO.replace('"x.py"', "build") + "\ndef build():\n    pass\n")
-    mine.doit("x").failed("builds plain buildscripts only, and build is more.")
+    mine.doit("x").failed("cannot build build: it supports only buildscripts without sources.")
 
 
 def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
@@ -250,15 +250,15 @@ def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
     assert builds(spool) == 1
     (end,) = spool.glob("*/end.json")
     os.utime(end, (1, 1))
-    mine.gamebear("prune", "--size", "1M").failed("removes by age only.")
+    mine.gamebear("prune", "--size", "1M").failed("can prune by age only.")
     assert "1 job removed" in mine.gamebear("prune", "--older", "1").ok().out
     assert list(spool.iterdir()) == []
 
 
 def test_the_doctor_shows_what_it_says_of_itself(mine: Project, spool: Path) -> None:
     said = " ".join(mine.gamebear("doctor").ok().out.split())
-    assert "of a kind that cannot be examined further" in said and f"spool {spool}" in said
+    assert "this kind of builder has no further checks" in said and f"spool {spool}" in said
 
 
 def test_a_spool_that_is_not_there_is_an_error(mine: Project) -> None:
-    mine.doit("x", "builder=spool:/proc/nowhere").failed("/proc/nowhere is no folder to leave jobs in.")
+    mine.doit("x", "builder=spool:/proc/nowhere").failed("/proc/nowhere is not a folder.")

@@ -18,7 +18,7 @@ def open_builder(url: str) -> RunnerBuilder:
     """
     name = url.partition(":")[2]
     if not name:
-        raise SettingsError(f"The builder {url!r} names no user.", "Say builder=user:NAME.")
+        raise SettingsError(f"The builder {url!r} has no user name.", "Use builder=user:NAME.")
     return RunnerBuilder(url, f"{name}'s account", lambda: connect(name))
 
 
@@ -32,7 +32,7 @@ def connect(name: str) -> ProcessConnection:
         user = pwd.getpwnam(name)
     except KeyError:
         raise BuilderError(
-            f"This machine has no user {name!r}.", "Make one, such as: sudo useradd --create-home builder"
+            f"This machine has no user {name!r}.", f"Create it: sudo useradd --create-home {name}"
         ) from None
     if os.geteuid() != 0:
         raise BuilderError(f"Only root may start programs as {user.pw_name}.", "Run doit as root, or use ssh://.")
