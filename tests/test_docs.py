@@ -352,7 +352,7 @@ _DEFAULTS |= {"arch": "this machine's", "sources": "the first"}
 
 
 def test_what_a_buildscript_sees_is_described() -> None:
-    rows = set(_rows(_section(BUILDSCRIPTS, "What it sees")))
+    rows = set(_rows(_section(BUILDSCRIPTS, "Builtins")))
     assert rows == {*SEEN, "__return__", "__args__", "__file__", "__name__"}
     values: dict[str, object] = {}
     assert callable(read(b"return __return__", "script.py").run(values))
