@@ -1,8 +1,8 @@
-"""Makes the pictures of `gamebear report`: builds the three artifacts, breaks one, and has a browser show the page.
+"""Create the pictures of `gamebear report`: build the three artifacts, break one, render the page in a browser.
 
-`python3 docs/pictures/report.py FOLDER` works in a new folder; builder and architecture are those of the settings
-(GAMEBEAR_BUILDER, GAMEBEAR_ARCH). Where FOLDER is there, only the pictures are made again.
-Wants what the tests want: their Python packages, and Debian's chromium-headless-shell.
+`python3 docs/pictures/report.py FOLDER` builds in a new folder; builder and architecture are those of the settings
+(GAMEBEAR_BUILDER, GAMEBEAR_ARCH). If FOLDER exists, only the pictures are created again. Requires the Python packages
+of the tests, and Debian's chromium-headless-shell.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
 from browser import Browser  # noqa: E402
-from PIL import Image  # noqa: E402 - matplotlib has it
+from PIL import Image  # noqa: E402 - a dependency of matplotlib
 
 PARTS = ("dodo.py", "gamebear.lock", "pyproject.toml", "buildscripts", "image")
-"""What of the project is built from."""
+"""Files of the project that the builds need."""
 
 
 def lay(folder: Path) -> None:
@@ -31,7 +31,7 @@ def lay(folder: Path) -> None:
 
 
 def build(folder: Path) -> None:
-    """Run doit twice: everything from nothing; then one artifact is missing, and a script has an error."""
+    """Run doit twice: a first build; then with one artifact missing and an error in a script."""
     doit = [sys.executable, "-m", "doit"]
     parallel = ["--continue", "-n", "3", "-P", "thread"]
     subprocess.run([*doit, *parallel], cwd=folder, check=True)
@@ -43,7 +43,7 @@ def build(folder: Path) -> None:
 
 
 def take_pictures(page: Path, folder: Path) -> None:
-    """Have a browser show the page: wide and light, wide and dark with one task unfolded, narrow."""
+    """Render the page in a browser: wide and light, wide and dark with one task unfolded, narrow."""
     second = "document.querySelectorAll('.run')[1]"
     with Browser() as browser:
         browser.open(page, 1120)
@@ -63,7 +63,7 @@ def take_pictures(page: Path, folder: Path) -> None:
 
 
 def _picture(browser: Browser, path: Path) -> None:
-    """Write what is seen, in so few colours that it is small."""
+    """Write a screenshot, with few colours so that the file is small."""
     browser.picture(path)
     with Image.open(path) as image:
         image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(

@@ -1,6 +1,6 @@
-"""Makes the pictures of the terminal: builds a small project in one, breaks a task, asks the doctor.
+"""Create the pictures of the terminal: build a small project, run a task that fails, run the doctor.
 
-`python3 docs/pictures/screens.py`, as root, works on this machine in two minutes. It wants what the tests want.
+`python3 docs/pictures/screens.py`, as root, builds on this machine in two minutes. It has the requirements of the tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from project import Project  # noqa: E402 - the tests'
+from project import Project  # noqa: E402 - of the tests
 from rich.console import Console  # noqa: E402
 from rich.text import Text  # noqa: E402
 from terminal import Terminal, terminal  # noqa: E402
@@ -81,7 +81,7 @@ int main(void)
 
 
 def main() -> None:
-    """Make them all."""
+    """Create all pictures."""
     with tempfile.TemporaryDirectory() as name:
         project = Project(Path(name, "handheld"), home=Path(name, "you"), GAMEBEAR_BASE="bootstrap")
         for file, text in (("dodo.py", DODO), ("compile.py", COMPILE), ("broken.py", BROKEN), ("broken.c", WRONG)):
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def _changed(project: Project, *tasks: str) -> None:
-    """Let some tasks be out of date, which stay what they were for the expected time."""
+    """Make tasks out of date, with the same expected duration."""
     path = project.folder / "dodo.py"
     text = path.read_text()
     for task in tasks:
@@ -116,14 +116,14 @@ def _changed(project: Project, *tasks: str) -> None:
 
 
 def _draw(shown: Terminal, project: Project, name: str) -> None:
-    """Write what is on a terminal as SVG, without what names this machine."""
+    """Write the content of a terminal as SVG, without names of this machine."""
     screen = shown.coloured.rstrip()
     screen = screen.replace(str(project.home), "/home/you").replace(str(project.folder), "/home/you/handheld")
     screen = re.sub(r"(Linux \d+\.\d+)[^, ]*", r"\1", screen)
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(screen))
     drawn = console.export_svg(title="handheld", unique_id=name)
-    drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)  # a picture asks no server for fonts
+    drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)  # a picture must not load fonts from a server
     (PICTURES / f"{name}.svg").write_text(re.sub(r"[ \t]+$", "", drawn, flags=re.MULTILINE))
 
 

@@ -70,8 +70,8 @@ def sd_image(
     """
     if not isinstance(output, str | PurePath) or not OUTPUT.fullmatch(str(output).rpartition("/")[2]):
         raise SettingsError(
-            f"sd_image(): output={output!r} is no image's name.",
-            f"It ends with .img, or with .img{' or .img'.join(end for end, how in SUFFIXES.items() if how)}.",
+            f"sd_image(): output={output!r} is not the name of an image.",
+            f"Use a name that ends with .img, .img{' or .img'.join(end for end, how in SUFFIXES.items() if how)}.",
         )
     target = Path(output)
     where = f"sd_image({str(target)!r})"
@@ -81,18 +81,21 @@ def sd_image(
     elif not _is_archive(base):
         raise SettingsError(
             f"{where}: the base {base!r} is neither a file nor an archive().",
-            'Say sd_image("base.img.xz", …), or give it an archive(URL, sha256=…).',
+            'Use sd_image("base.img.xz", …), or an archive(URL, sha256=…).',
         )
     items = tuple(contents) if isinstance(contents, Iterable) and not isinstance(contents, str) else (contents,)
     for item in items:
         if not isinstance(item, File | Tar):
-            raise SettingsError(f"{where}: contents= has {item!r}.", "Say each as file(…) or tar(…).")
+            raise SettingsError(
+                f"{where}: contents= contains {item!r}, which is neither a file() nor a tar().",
+                "Use file(…) or tar(…).",
+            )
     if hostname is not None and not (isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)):
         raise SettingsError(
-            f"{where}: {hostname!r} is no host name.", "It has letters, digits and -, without a domain."
+            f"{where}: hostname={hostname!r} is not a host name.", "Use letters, digits and -, without a domain."
         )
     if user is not None and not isinstance(user, User):
-        raise SettingsError(f"{where}: user={user!r} is no user.", "Say user=user(…).")
+        raise SettingsError(f"{where}: user={user!r} is not a user().", "Use user=user(…).")
     recipe = Recipe(
         base=base,
         output=target,
@@ -110,7 +113,7 @@ def sd_image(
         raise SettingsError(f"{where}: it would be baked from itself.", "Give the output another name.")
     if recipe.size is not None and recipe.size % 512:
         raise SettingsError(
-            f"{where}: size={size!r} is no whole number of sectors of 512 bytes.", 'Say it in MiB or GiB: size="4G".'
+            f"{where}: size={size!r} is not a multiple of a sector, 512 bytes.", 'Use MiB or GiB: size="4G".'
         )
     return {
         "actions": [(_bake, [recipe])],
