@@ -1,6 +1,6 @@
 """Create the pictures of the terminal: build a small project, run a task that fails, run the doctor.
 
-`python3 docs/pictures/screens.py`, as root, builds on this machine in two minutes. It has the requirements of the tests.
+`python3 docs/pictures/screens.py`, as root, builds on this machine in two minutes. It requires what the tests require.
 """
 
 from __future__ import annotations
