@@ -129,7 +129,7 @@ def test_who_is_not_root_is_told_so(monkeypatch: pytest.MonkeyPatch, account: Ac
 
 
 def test_a_url_without_a_name_is_refused(mine: Project) -> None:
-    mine.doit("builder=user:", "x").failed("The builder 'user:' has no user name. Use builder=user:NAME.")
+    mine.doit("builder=user:", "x").failed("The builder 'user:' has no user name", "Use builder=user:NAME.")
 
 
 def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
