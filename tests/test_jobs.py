@@ -102,7 +102,7 @@ def test_force_cancels_a_job_from_another_laptop_while_a_user_waits(remote: Remo
     )
     assert "was cancelled" in other.jobs("cancel", name, "--force").ok().err
     assert client.wait() != 0
-    assert "x.py was cancelled on" in remote.said()
+    assert "x was cancelled on" in remote.said()
     other.jobs("cancel", name).failed("cannot be cancelled: its state is cancelled")
     remote.assert_nothing_is_left()
 

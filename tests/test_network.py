@@ -337,7 +337,7 @@ def test_a_builder_that_says_nothing_costs_one_time_out_and_what_does_not_need_i
         start = time.monotonic()
         run = project.doit("-c", *mode, f"builder={url}", timeout=60).failed(f"The builder {url} cannot be reached")
         took = time.monotonic() - start
-    assert "closed the connection before its identification" in run.text
+    assert "timeout" in run.text
     assert run.text.count(f"The builder {url} cannot be reached") == 4
     assert (project.folder / "here").exists()
     assert took < 10, "three times what one time-out takes"

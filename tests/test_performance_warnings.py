@@ -97,8 +97,8 @@ def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mi
     assert said not in built(mine), "that was said before"
     run = mine.gamebear("doctor", "--json", "builder=local:")
     found = {finding["name"]: finding for finding in json.loads(run.out)["places"][1]["findings"]}
-    assert found["builder.json"]["state"] == "note" and said in found["builder.json"]["what"]
-    assert found["builder.json"]["remedy"] == 'Write for example {"slots": 2}, or remove the file.'
+    assert found["builder.json"]["state"] == "warning" and said in found["builder.json"]["message"]
+    assert found["builder.json"]["fix"] == 'Write for example {"slots": 2}, or remove the file.'
 
 
 # on the builder
