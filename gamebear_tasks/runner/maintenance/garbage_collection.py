@@ -92,6 +92,12 @@ _sizes: dict[tuple[str, float], int] = {}
 does not walk a slow disk again."""
 
 
+class InUse(RunnerError):
+    """A job is running, or a client uses it."""
+
+    kind = "use"
+
+
 class _TimeIsUp(Exception):
     pass
 
@@ -188,34 +194,19 @@ class Prune:
         return False
 
     def _remove_job(self, job: StoredJob) -> bool:
-        """Remove a job that is not in use; return whether it was removed."""
+        """Remove a job that was not used recently; return whether it was removed."""
         try:
-            lock = job.lock()
-        except FileNotFoundError:
+            away = _taken_out(job, RECENT)
+        except InUse:
+            self._busy.add(job.digest)
             return False
-        try:
-            with job.seized_outputs() as unused:
-                if (
-                    not unused
-                    or not _acquired(lock)
-                    or not lock.is_current()
-                    or 0 <= time.time() - job.last_use() < RECENT
-                ):
-                    self._busy.add(job.digest)
-                    return False
-                if not job.release_kept():
-                    self.pruned.left.append(f"Job {job.digest[:12]} was kept: a shell is open in its container.")
-                    return False
-                if job.mark.exists():
-                    clean_up(job)
-                if job.mark.exists():
-                    self.pruned.left.append(f"The containers of job {job.digest[:12]} could not be removed.")
-                    return False
-                away = self._thrown_away(job.folder)
-        finally:
-            lock.release()
+        except RunnerError as error:
+            self.pruned.left.append(error.message)
+            return False
+        if away is None:
+            return False
         self.pruned.jobs += 1
-        self._remove(away)
+        self.remove(away)
         return True
 
     # blobs
@@ -333,7 +324,7 @@ class Prune:
     def _throw_out(self, path: Path) -> None:
         self._go_on()
         self.pruned.others += 1
-        self._remove(self._thrown_away(path))
+        self.remove(_thrown_away(self.store, path))
 
     # images
 
@@ -402,12 +393,7 @@ class Prune:
                 os.utime(path)  # otherwise it would never expire
         return max(0.0, self._now - last_use)
 
-    def _thrown_away(self, path: Path) -> Path:
-        away = self.store.trash / f"{path.name[:100]}-{secrets.token_hex(4)}"
-        os.rename(path, away)
-        return away
-
-    def _remove(self, path: Path) -> None:
+    def remove(self, path: Path) -> None:
         """Remove an entry of the trash, including files owned by other users of a container."""
         self.pruned.freed += _allocated(path)
         shutil.rmtree(path, ignore_errors=True)
@@ -420,7 +406,71 @@ class Prune:
     def _empty_trash(self) -> None:
         for path in _entries(self.store.trash):
             self._go_on()
-            self._remove(path)
+            self.remove(path)
+
+
+def forget(store: Store, digest: str) -> int | None:
+    """Remove a job with its outputs and log; return the bytes freed, or None if there is no such job.
+
+    Its inputs and images stay.
+
+    Raises:
+        InUse: the job is running, or a client uses it.
+        RunnerError: a shell is open in a retained container, or its containers cannot be removed.
+        OSError: the store cannot be written.
+    """
+    away = _taken_out(store.job(digest), recent=0.0)
+    if away is None:
+        return None
+    prune = Prune(store, Policy(), 0.0)
+    prune.remove(away)
+    return prune.pruned.freed
+
+
+def _taken_out(job: StoredJob, recent: float) -> Path | None:
+    """Move a job to the trash under its lock; return its path there, or None if there is no such job.
+
+    Args:
+        job: the job.
+        recent: seconds since its last use during which it counts as in use.
+
+    Raises:
+        InUse, RunnerError: as in `forget`.
+    """
+    name = f"Job {job.digest[:12]}"
+    try:
+        lock = job.lock()
+    except FileNotFoundError:
+        return None
+    try:
+        with job.seized_outputs() as unused:
+            if not unused:
+                raise InUse(f"{name} was kept: a client downloads its outputs.", "Retry after the download.")
+            if not _acquired(lock) or not lock.is_current():
+                raise InUse(
+                    f"{name} was kept: it is running.", f"Cancel it first: gamebear jobs cancel {job.digest[:12]}"
+                )
+            if 0 <= time.time() - job.last_use() < recent:
+                raise InUse(f"{name} was kept: it was used a moment ago.", "Retry in a minute.")
+            if not job.release_kept():
+                raise RunnerError(
+                    f"{name} was kept: a shell is open in its container.", "Exit that shell (gamebear shell)."
+                )
+            if job.mark.exists():
+                clean_up(job)
+            if job.mark.exists():
+                raise RunnerError(
+                    f"{name} was kept: its containers could not be removed.", "See `buildah containers` on the builder."
+                )
+            return _thrown_away(job.store, job.folder)
+    finally:
+        lock.release()
+
+
+def _thrown_away(store: Store, path: Path) -> Path:
+    away = store.trash / f"{path.name[:100]}-{secrets.token_hex(4)}"
+    os.rename(path, away)
+    return away
 
 
 def target_of(job: StoredJob) -> str:

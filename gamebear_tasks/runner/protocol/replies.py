@@ -134,6 +134,13 @@ class DiscardReply(TypedDict):
     discarded: bool
 
 
+class ForgetReply(TypedDict):
+    """Whether there was a job, and the bytes freed."""
+
+    removed: bool
+    freed: int
+
+
 class PruneReply(TypedDict):
     """What was removed; see `maintenance.garbage_collection.Pruned`."""
 

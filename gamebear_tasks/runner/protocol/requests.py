@@ -17,6 +17,9 @@ from .wire import MAX_BODY, MAX_NUMBER, NOT_OURS
 LINE = 4096
 """Maximum length of a `Line`, in characters."""
 
+TOKEN = 64
+"""Maximum length of a `Token`, in characters."""
+
 WINDOW = 0xFFFF
 """Maximum number of rows and of columns of a terminal, see ioctl_tty(2)."""
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     FileName = str
     Attempt = str
     Client = str
+    Token = str
     Ascii = str
     Line = str
     Flag = bool
@@ -98,6 +102,8 @@ class Submit(Request):
         base: policy that selects the origin of Debian's base images.
         python: Python version (major.minor) that a pickled function needs.
         again: start a new attempt even if the last one failed or was cancelled and no client has acknowledged that.
+        fresh: token of the run that forces a rebuild; empty for no rebuild. Only an attempt with this token answers the
+            request, so that a retry of the request does not build twice.
         who: display name of the client's user.
         keep: retain the containers for inspection if the job fails.
         wait: seconds to wait for the end of a job that has just been started.
@@ -114,6 +120,7 @@ class Submit(Request):
     base: Line
     python: Line | None
     again: Flag
+    fresh: Token
     who: Line
     keep: Flag
     wait: Seconds
@@ -209,6 +216,13 @@ class Discard(Request):
     op = "discard"
     digest: Sha256
     attempt: Attempt
+
+
+class Forget(Request):
+    """Remove a job that does not run, with its outputs and log."""
+
+    op = "forget"
+    digest: Sha256
 
 
 class Prune(Request):
@@ -351,6 +365,10 @@ def _is_empty_or_file_name(value: object) -> bool:
     return value == "" or is_file_name(value)
 
 
+def _is_token(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= TOKEN and (value == "" or (value.isascii() and value.isalnum()))
+
+
 def _is_ascii(value: object) -> bool:
     return isinstance(value, str) and value.isascii()
 
@@ -414,6 +432,7 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "FileName": is_file_name,
     "Attempt": _is_empty_or_file_name,
     "Client": _is_empty_or_file_name,
+    "Token": _is_token,
     "Ascii": _is_ascii,
     "Line": _is_line,
     "Flag": _is_flag,

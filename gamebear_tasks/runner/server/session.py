@@ -28,6 +28,7 @@ from .uploads import Body, have, put, put_small
 if TYPE_CHECKING:
     from ..protocol.pty import Attended
     from ..protocol.replies import (
+        ForgetReply,
         HelloReply,
         KeptReply,
         ListReply,
@@ -107,6 +108,8 @@ class Session:
             return cancel(self.store, request), None
         if isinstance(request, requests.Discard):
             return discard(self.store, request), None
+        if isinstance(request, requests.Forget):
+            return self._forget(request), None
         if isinstance(request, requests.Prune):
             return self._prune(request), None
         if isinstance(request, requests.Examine):
@@ -160,6 +163,13 @@ class Session:
         from .materials import materials  # rarely needed
 
         return materials(self.store, request.digest, request.attempt)
+
+    def _forget(self, request: requests.Forget) -> ForgetReply:
+        """Remove a job that does not run; see `garbage_collection.forget`."""
+        from ..maintenance.garbage_collection import forget  # slow to import, and rarely needed
+
+        freed = forget(self.store, request.digest)
+        return {"removed": freed is not None, "freed": freed or 0}
 
     def _prune(self, request: requests.Prune) -> PruneReply:
         """Prune the store for a bounded time; if the reply has `more`, the client requests the rest."""

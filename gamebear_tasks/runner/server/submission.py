@@ -17,7 +17,7 @@ from ..protocol.manifest import ManifestError
 from ..protocol.wire import NOT_OURS
 from ..store import folder_sources
 from ..store.expiry import seconds_left, why_expired
-from ..store.store import WHO, State, Store, StoredJob, runner_folder, version
+from ..store.store import WHO, State, Store, StoredJob, is_attempt_of, runner_folder, version
 from ..util.atomic_files import sync_folder, write_bytes
 from ..util.errors import RunnerError
 from ..util.locks import Lock
@@ -116,14 +116,17 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
     try:
         state = stored.written_state()
         expired = ""
-        if state["state"] == "done" and _has_outputs(stored, state):
+        is_ours = is_attempt_of(state.get("attempt", ""), request.fresh)
+        if state["state"] == "done" and (is_ours or not request.fresh) and _has_outputs(stored, state):
             until = time.monotonic() + MEANING_SECONDS
             expired = why_expired(state, lambda name, arch: _meaning(store, name, arch, request.base, until))
             if not expired:
                 return told(state)
         has_failed = state["state"] in ("failed", "cancelled")
-        if has_failed and not request.again and not stored.was_seen(state["attempt"]):
-            return told(state)
+        if has_failed and not request.again:
+            is_answer = is_ours if request.fresh else not stored.was_seen(state["attempt"])
+            if is_answer:
+                return told(state)
         own_python = "{}.{}".format(*sys.version_info[:2])
         if request.python is not None and request.python != own_python:
             import platform
@@ -151,7 +154,7 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
             "keep": request.keep,
             "verified": _received(store),
         }
-        attempt = stored.begin_attempt(order)
+        attempt = stored.begin_attempt(order, request.fresh)
         supervisors.start(stored, attempt, lock)
         return {"state": "queued", "attempt": attempt, "started": True, "expired": expired}
     finally:

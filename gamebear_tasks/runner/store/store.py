@@ -233,18 +233,19 @@ class StoredJob:
         ended = state["state"] in FINAL
         write_json(self.folder / "state.json", {**state, "since": time.time()}, sync=ended)
 
-    def begin_attempt(self, order: dict[str, Any]) -> str:
+    def begin_attempt(self, order: dict[str, Any], fresh: str = "") -> str:
         """Prepare a new attempt and return its name. The caller holds the job's lock.
 
         The state is written last. Until then the job has its previous state, minus what has been removed here.
 
         Args:
             order: parameters of the attempt, stored as `order.json`.
+            fresh: token of the run that forces this attempt; empty if it is not forced. See `is_attempt_of`.
 
         Raises:
             OSError: the store cannot be written.
         """
-        attempt = os.urandom(8).hex()
+        attempt = os.urandom(8).hex() + (f"-{fresh}" if fresh else "")
         after_lost = self.mark.exists()
         self.mark.touch()
         sync_folder(self.mark.parent)
@@ -424,6 +425,14 @@ class StoredJob:
             for path in (self.folder / "clients").iterdir():
                 if abs(time.time() - stamp(path)) > CLIENT_KEPT:
                     path.unlink(missing_ok=True)
+
+
+def is_attempt_of(attempt: str, fresh: str) -> bool:
+    """Return whether the run with a token forced an attempt.
+
+    The attempt's name contains the token, so that it is stored atomically with the state.
+    """
+    return bool(fresh) and attempt.endswith(f"-{fresh}")
 
 
 def runner_folder() -> Path:
