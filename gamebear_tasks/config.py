@@ -41,6 +41,7 @@ class Settings:
         time_limit: Seconds after which the builder stops a job, unless its task sets its own limit; 0 for no limit.
         provenance: Whether every build writes a provenance statement next to each artifact.
         keep_failed: Whether the containers of a failed job are retained, for `gamebear shell`.
+        fresh: Whether all selected tasks and their dependencies are rebuilt, although results exist.
     """
 
     builder: str = "local:"
@@ -52,6 +53,7 @@ class Settings:
     time_limit: float = 86400.0
     provenance: bool = False
     keep_failed: bool = False
+    fresh: bool = False
 
     @property
     def builders(self) -> tuple[str, ...]:
@@ -145,6 +147,18 @@ def settings_of_this_run() -> Settings:
 
 
 _of_this_run: tuple[Mapping[str, str], Settings] | None = None
+
+
+def token_of_this_run() -> str:
+    """Return a random token: the same within a run of doit, also in processes forked after the first call."""
+    global _token
+    variables = variables_of_this_run()
+    if _token is None or _token[0] is not variables:
+        _token = variables, os.urandom(8).hex()
+    return _token[1]
+
+
+_token: tuple[Mapping[str, str] | None, str] | None = None
 
 
 def variables_of_this_run() -> Mapping[str, str] | None:
@@ -368,6 +382,7 @@ _CHECKS: dict[str, Callable[[str, object, str], object]] = {
     "builder": _builder,
     "base": _one_of("auto", "registry", "bootstrap"),
     "interrupt": _one_of("cancel", "detach"),
+    "fresh": _boolean,
     "keep_failed": _boolean,
     "patience": seconds,
     "provenance": _boolean,

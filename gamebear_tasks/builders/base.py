@@ -1,7 +1,7 @@
 """Interface of a builder: the methods and the data types of the builder API.
 
-`Builder` is required. The runtime-checkable protocols `Keeper`, `Terminal`, `Listed`, `Examined`, `Several` and
-`Traced` are optional capabilities. Builders are opened by the scheme of their URL (see `registry`); other packages
+`Builder` is required. The runtime-checkable protocols `Keeper`, `Terminal`, `Listed`, `Forgetful`, `Examined`,
+`Several` and `Traced` are optional capabilities. Builders are opened by the scheme of their URL (see `registry`); other packages
 register schemes as entry points.
 """
 
@@ -30,6 +30,9 @@ class Order:
         base: origin of Debian's base images: `auto`, `registry` or `bootstrap`.
         python: `major.minor` version of the Python that a pickled function needs; None for a buildscript.
         keep_failed: whether to keep the job's containers if it fails (see `Keeper`).
+        fresh: token (alphanumeric, at most 64 characters) of a run that forces a rebuild; empty if it does not. A
+            result counts only if it was built for the same token: a retry with it does not build twice. A running job
+            is joined.
     """
 
     job: Job
@@ -39,6 +42,7 @@ class Order:
     base: str = "auto"
     python: str | None = None
     keep_failed: bool = False
+    fresh: str = ""
 
 
 @dataclass(frozen=True)
@@ -385,6 +389,22 @@ class Listed(Protocol):
             digest: the job.
             attempt: identifier of the run.
             force: cancel the job even if others wait for it.
+        """
+        ...
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """Optional capability: removes the result of one job, for `gamebear jobs forget`."""
+
+    def forget(self, digest: str) -> int | None:
+        """Remove a job that does not run, with its outputs and log; its inputs and images stay.
+
+        Returns:
+            The bytes freed; None if there is no such job.
+
+        Raises:
+            BuilderError: the job is running or in use.
         """
         ...
 

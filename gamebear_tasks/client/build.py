@@ -33,7 +33,7 @@ from .cancellation import Interest, end_what_is_left
 from .install_outputs import Mismatch, check_place, place
 from .order import order_of
 from .placement_marks import placing
-from .rebuild_reasons import ASKED, missing, reasons
+from .rebuild_reasons import ASKED, forced, missing, reasons
 
 TAIL = 15
 """Number of last log lines in a failure's error, unless the log itself was shown."""
@@ -128,6 +128,8 @@ class Building:
             self._order = order = order_of(self.plan, self.chosen, contents)
         last = run_journal.last(self.task)
         self.why = reasons(self.plan, order.job, last, absent)
+        if self.chosen.fresh:
+            self.why = forced(self.why)
         for name, source in self.plan.sources.items():
             if contents.lock is not None and (warning := source.warning(contents.lock)):
                 notice(f"source {name} of {self.task}: {warning}")

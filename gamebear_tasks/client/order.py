@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..builders.base import Order
-from ..config import Settings
+from ..config import Settings, token_of_this_run
 from ..jobspec.plan import Contents, Plan, unreadable
 from ..jobspec.spec import File, Job
 from ..records import task_record
@@ -65,6 +65,7 @@ def order_of(plan: Plan, chosen: Settings, contents: Contents | None = None) -> 
         time_limit=chosen.time_limit if plan.time_limit is None else plan.time_limit,
         base=chosen.base,
         keep_failed=chosen.keep_failed,
+        fresh=token_of_this_run() if chosen.fresh else "",
         python=python or None,
     )
 

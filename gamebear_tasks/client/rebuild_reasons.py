@@ -20,6 +20,8 @@ NEVER = "not built here before"
 
 ASKED = "forced (doit -a, doit forget or its own uptodate); the job is unchanged"
 
+FRESH = "fresh=yes"
+
 ENDS = {
     "failed": "its last build failed",
     "cancelled": "its last build was cancelled",
@@ -76,6 +78,15 @@ def _against(
     if not found:
         found.append(ASKED if last.job else "the record of its last build has no job to compare with")
     return tuple(in_line(reason)[:400] for reason in _bounded(found))
+
+
+def forced(found: Iterable[str]) -> tuple[str, ...]:
+    """Return the reasons for a task that the setting `fresh` rebuilds.
+
+    Args:
+        found: the reasons without that setting.
+    """
+    return (FRESH, *(reason for reason in found if reason != ASKED))
 
 
 def missing(paths: Iterable[str]) -> list[str]:

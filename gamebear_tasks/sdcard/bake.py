@@ -91,6 +91,8 @@ class Baking:
             state = state_of(self._job)
             last = run_journal.last(self.task)
             self.why = rebuild_reasons.reasons_to_bake(self._job, last, absent)
+            if settings().fresh:
+                self.why = rebuild_reasons.forced(self.why)
             self.telling.begins("", last)
             _bake(self.recipe, before, state)
             record = self.note("done")

@@ -230,6 +230,16 @@ class DaskBuilder:
             raise BuilderError(f"{self.url} has lost the worker of job {digest[:12]}.", "Build it again.")
         return place[1].materials(digest, attempt)
 
+    def forget(self, digest: str) -> int | None:
+        """Remove a job that does not run, from each worker that has it; return the bytes freed, None if none has it."""
+        self._places.pop(digest, None)
+        found = self._each(lambda runner: runner.forget(digest)).values()
+        for error in found:
+            if isinstance(error, BuilderError) and not isinstance(error, WorkerGone):
+                raise error
+        freed = [count for count in found if isinstance(count, int)]
+        return sum(freed) if freed else None
+
     def discard(self, digest: str, attempt: str) -> None:
         """Verify a result on its worker, and drop it if it is damaged."""
         place = self._find(digest)
@@ -332,6 +342,7 @@ class DaskBuilder:
                 target=target,
                 blobs=sorted(order.files)[:1000],
                 again=again,
+                fresh=bool(order.fresh),
                 wait=wait,
             )
             wait = WAIT

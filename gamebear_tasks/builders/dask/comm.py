@@ -35,7 +35,7 @@ T = TypeVar("T")
 PLUGIN = "gamebear"
 """Name of the scheduler plug-in and of the operation that addresses it."""
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol between this package's clients, schedulers and workers."""
 
 LIMIT = 2 << 20

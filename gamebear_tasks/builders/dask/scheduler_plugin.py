@@ -43,7 +43,8 @@ class Lease:
         name: name in Dask's dashboard.
         target: see `runner.maintenance.garbage_collection.target_of`.
         blobs: SHA-256 of the job's files.
-        prefer: the only acceptable worker while it is available, because the job already runs on it.
+        prefer: the only acceptable worker while it is available, because the job already runs on it, or has a result
+            there that a forced rebuild replaces.
         waiters: clients that want the job.
         places: the only workers on which it was submitted to Dask; empty for any of the architecture.
         task: the task that submits the lease and waits for its end; it holds a slot from then on.
@@ -431,19 +432,21 @@ class Cluster:
         target: str,
         blobs: list[str],
         again: bool,
+        fresh: bool,
         wait: float,
     ) -> Mapping[str, object]:
-        """Return the worker for a job; wait up to `wait` seconds for a slot."""
+        """Return the worker for a job; wait up to `wait` seconds for a slot. `fresh` forces a rebuild."""
         lease = self.leases.get(digest)
-        if lease is None or not lease.worker:
-            holder = self._holder(digest, ("done",) if again else ("done", "failed", "cancelled"))
-            if holder:
-                return {"worker": holder}
+        holder = self._holder(digest, ("done",) if again else ("done", "failed", "cancelled"))
+        if holder and not fresh and (lease is None or not lease.worker):
+            return {"worker": holder}
         runs_on = self._holder(digest, _RUNS)
         if lease is None and runs_on and not self.scheduler.workers[runs_on].resources.get(arch, 0):
             return {"worker": runs_on}  # it has no slots any more, so no lease can be placed there
         if lease is None:
             lease = Lease(next(self._numbers), digest, arch, name, target, frozenset(blobs), runs_on)
+            if fresh and not runs_on and holder in {state.address for state in self._usable(arch)}:
+                lease.prefer = holder  # the new result replaces the old one; two workers would have two results
             self.leases[digest] = lease
             self.queue.append(lease)
             lease.waiters.add(client)

@@ -127,6 +127,7 @@ class RunnerBuilder:
                     base=order.base,
                     python=order.python,
                     again=again,
+                    fresh=order.fresh,
                     who=_who(),
                     keep=order.keep_failed,
                     wait=0.0 if self._sessions.are_scarce else SOON,
@@ -320,6 +321,12 @@ class RunnerBuilder:
         """Verify a result on the builder, and drop it if it is damaged."""
         self._ends.pop((digest, attempt), None)
         self._ask(requests.Discard(digest=digest, attempt=attempt))
+
+    def forget(self, digest: str) -> int | None:
+        """Remove a job that does not run; return the bytes freed, None if there is no such job."""
+        for key in [key for key in list(self._ends) if key[0] == digest]:
+            self._ends.pop(key, None)
+        return responses.forgotten(self._ask(requests.Forget(digest=digest)))
 
     @property
     def has_given_up(self) -> bool:

@@ -138,6 +138,11 @@ def cancelled(reply: Mapping[str, object]) -> Cancelled:
     )
 
 
+def forgotten(reply: Mapping[str, object]) -> int | None:
+    """Return the bytes freed by the removal of a job; None if there was no such job."""
+    return count(reply.get("freed")) if reply.get("removed") is True else None
+
+
 def pruned(reply: Mapping[str, object], before: Pruned) -> Pruned:
     """Add a reply's pruned amounts to the previous sum; the remaining amounts are those of the reply."""
     left = reply.get("left")
