@@ -30,6 +30,7 @@ OTHER = {
     "time_limit": ("0", "60", 61.5, 86400.0),
     "provenance": ("true", "0", True, False),
     "keep_failed": ("true", "0", True, False),
+    "fresh": ("yes", "no", True, False),
 }
 """For each setting: a doit variable, an environment variable, a value in pyproject.toml, and the default."""
 
@@ -51,8 +52,8 @@ def value(name: str) -> object:
 
 
 def as_set(name: str, given: object) -> object:
-    if name in ("provenance", "keep_failed"):
-        return str(given).lower() in ("1", "true")
+    if isinstance(OTHER[name][3], bool):
+        return str(given).lower() in ("1", "true", "yes")
     return float(str(given)) if name in ("patience", "time_limit") else given
 
 

@@ -297,6 +297,14 @@ def test_an_attempt_begins_without_what_the_last_one_left(job: StoredJob) -> Non
     assert len(attempt) == 16 and job.begin_attempt({}) != attempt
 
 
+def test_a_forced_attempt_belongs_to_the_run_with_its_token_only(job: StoredJob) -> None:
+    attempt = job.begin_attempt({}, "a1")
+    assert job.written_state()["attempt"] == attempt and module.is_attempt_of(attempt, "a1")
+    assert not any(module.is_attempt_of(attempt, token) for token in ("", "1", "a2"))
+    assert not module.is_attempt_of(job.begin_attempt({}), "a1")
+    assert job.begin_attempt({}, "a1") != attempt
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_an_order_says_whether_the_last_attempt_was_lost(job: StoredJob, is_lost: bool) -> None:
     if is_lost:

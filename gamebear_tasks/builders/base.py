@@ -1,8 +1,8 @@
 """Interface of a builder: the methods and the data types of the builder API.
 
 `Builder` is required. The runtime-checkable protocols `Keeper`, `Terminal`, `Listed`, `Forgetful`, `Examined`,
-`Several` and `Traced` are optional capabilities. Builders are opened by the scheme of their URL (see `registry`); other packages
-register schemes as entry points.
+`Several` and `Traced` are optional capabilities. Builders are opened by the scheme of their URL (see `registry`); other
+packages register schemes as entry points.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..builders.base import Builder, JobEntry, Listed
+from ..builders.base import Builder, Forgetful, JobEntry, Listed
 from ..builders.protocol.flood_guard import WORTH, Rounds
 from ..config import settings
 from ..errors import BuilderError, GamebearError, SettingsError
@@ -56,10 +56,10 @@ class Found:
 
 
 class Jobs(ProjectCommand):
-    """Lists, follows and cancels jobs."""
+    """Lists, follows, cancels and removes jobs."""
 
-    doc_purpose = "list, follow or cancel jobs on the builders"
-    doc_usage = "[follow ID|TASK] [cancel ID|TASK]"
+    doc_purpose = "list, follow, cancel or remove jobs on the builders"
+    doc_usage = "[follow ID|TASK] [cancel ID|TASK] [forget ID|TASK]"
     doc_description = """Without an argument, lists the jobs on the configured builders
 (builder=URL for another): running and queued jobs first, then
 finished jobs, newest first.
@@ -69,6 +69,10 @@ Ctrl-C stops printing; the job continues. Exit status: 0 if the
 job succeeded, 1 if it failed or was cancelled.
 
 `gamebear jobs cancel ID` cancels a job, also one of another user.
+
+`gamebear jobs forget ID` removes a finished job with its outputs
+and log from the builders. Inputs, images and targets stay. The
+next `doit` that needs the job builds it.
 
 ID is a job's digest or its first digits, as in the list. TASK is
 a task of dodo.py."""
@@ -110,15 +114,17 @@ a task of dodo.py."""
         return status
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
-        """List, follow or cancel; return the exit status."""
+        """List, follow, cancel or forget; return the exit status."""
         if not args:
             return self._list(options)
         verb, *names = args
-        if verb not in ("follow", "cancel") or len(names) != 1:
+        if verb not in ("follow", "cancel", "forget") or len(names) != 1:
             raise SettingsError(
                 f"gamebear jobs has invalid arguments: {' '.join(args)!r}.",
-                "Run gamebear jobs, gamebear jobs follow ID, or gamebear jobs cancel ID.",
+                "Run gamebear jobs, or gamebear jobs follow ID, cancel ID or forget ID.",
             )
+        if verb == "forget":
+            return self._forget(names[0])
         found = self._find(names[0])
         return _follow(found, options["lines"]) if verb == "follow" else _cancel(found, options["force"])
 
@@ -151,24 +157,58 @@ a task of dodo.py."""
     def _find(self, name: str) -> Found:
         """Return the job with an id, or of a task; raises GamebearError."""
         builders = [_opened(url) for url in settings().builders]
-        if re.fullmatch(f"[0-9a-f]{{{MINIMUM_DIGITS},64}}", name):
-            found = _matching(name, builders)
-            running = [job for job in found if not job.entry.is_final]
-            if len({job.entry.digest for job in found}) == 1:  # several builders may have the same job
-                return (running or found)[0]
-            if found:
-                some = ", ".join(job.name for job in found[:5])
-                raise SettingsError(f"Job id {name} is ambiguous: {some}.", "Use more digits.")
-        self.load_tasks()
-        for digest in self._digests(name):
-            found = _matching(digest, builders)
-            if found:
-                return next((job for job in found if not job.entry.is_final), found[0])
+        if found := self._find_all(name, builders):
+            return next((job for job in found if not job.entry.is_final), found[0])
         urls = " or ".join(shown(builder.url) for builder in builders)
         if name in self.tasks:
             raise SettingsError(f"Task {name!r} has no job on {urls}.", "List the jobs: gamebear jobs --all")
         kind = "job or task" if self.tasks else "job"
         raise SettingsError(f"No {kind} {name!r} on {urls}.", "List the jobs: gamebear jobs --all")
+
+    def _find_all(self, name: str, builders: list[Builder]) -> list[Found]:
+        """Return the job with an id, or of a task, once for each builder that has it.
+
+        Raises:
+            GamebearError: The id is ambiguous, or no builder can be reached.
+        """
+        if _is_id(name):
+            found = _matching(name, builders)
+            if len({job.entry.digest for job in found}) > 1:
+                some = ", ".join(job.name for job in found[:5])
+                raise SettingsError(f"Job id {name} is ambiguous: {some}.", "Use more digits.")
+            if found:
+                return found
+        self.load_tasks()
+        for digest in self._digests(name):
+            if found := _matching(digest, builders):
+                return found
+        return []
+
+    def _forget(self, name: str) -> int:
+        """Remove a job from all builders that have it; without such a job, do nothing. Return the exit status."""
+        builders = [_opened(url) for url in settings().builders]
+        count = len(builders)
+        found = self._find_all(name, builders)
+        if not found and not _is_id(name) and name not in self.tasks:
+            self._find(name)  # raises SettingsError
+        for job in found:
+            if not job.entry.is_final:
+                raise BuilderError(
+                    f"Job {job.name} cannot be removed: it is {job.entry.state}.",
+                    f"Cancel it first: gamebear jobs cancel {job.entry.digest[: job.entry.digits]}",
+                )
+        for job in {job.builder.url: job for job in found}.values():
+            if not isinstance(job.builder, Forgetful):
+                raise BuilderError(
+                    f"Builder {shown(job.builder.url)} cannot remove single jobs.",
+                    "Use a builder that can: local:, ssh:// or dask://.",
+                )
+            freed = job.builder.forget(job.entry.digest)
+            notice(f"{job.name} was removed; {size(freed or 0)} freed")
+        if not found:
+            urls = " or ".join(shown(builder.url) for builder in builders)
+            notice(f"there is no job {name} on {urls}")
+        return 0 if len(builders) == count else FAILED
 
     def _digests(self, name: str) -> list[str]:
         """Return the digests of a task's job: with its current files, and of its last build in this folder."""
@@ -185,6 +225,10 @@ a task of dodo.py."""
                     digests.append(order_of(action.plan, settings()).job.digest)
         digests.append(noted(name)[0])
         return [digest for digest in digests if digest]
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(f"[0-9a-f]{{{MINIMUM_DIGITS},64}}", name) is not None
 
 
 def _opened(url: str) -> Builder:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ..client.cancellation import begin_run
 from ..client.placement_marks import is_placed
-from ..config import architecture, seconds, settings_of_this_run, variables_of_this_run
+from ..config import Settings, architecture, seconds, settings_of_this_run, token_of_this_run, variables_of_this_run
 from ..errors import GamebearError, SettingsError
 from ..jobspec.canonical_json import Json, canonical_json
 from ..jobspec.module_finder import local_modules
@@ -128,7 +128,7 @@ def artifact(
         "actions": [Build(plan)],
         "file_dep": files,
         "targets": [*targets.values()],
-        "uptodate": [_SameJob(plan, plan.arch or chosen.arch, chosen.sources)],
+        "uptodate": [_SameJob(plan, plan.arch or chosen.arch, chosen)],
         "clean": [RemoveTargets()],
         "verbosity": 2,
     }
@@ -143,10 +143,11 @@ class _SameJob:
 
     __signature__ = inspect.signature(lambda task, values: None)  # doit requests it at each call: computed once
 
-    def __init__(self, plan: Plan, arch: str, preference: str) -> None:
+    def __init__(self, plan: Plan, arch: str, chosen: Settings) -> None:
         self._plan = plan
         self._arch = arch
-        self._preference = preference
+        self._preference = chosen.sources
+        self._is_forced = chosen.fresh
 
     _is_too_old = False
 
@@ -159,6 +160,9 @@ class _SameJob:
         return False
 
     def _is_same(self, task: Any, values: Mapping[str, Any]) -> bool:
+        if self._is_forced:
+            token_of_this_run()  # here, so that the processes of doit -n inherit it
+            return False
         built = values.get(SAVED)
         if built is None:
             return False
@@ -182,6 +186,8 @@ class _SameJob:
         return all(is_complete(self._plan.targets[name]) for name in self._plan.folders)
 
     def __repr__(self) -> str:
+        if self._is_forced:
+            return "the setting fresh"
         if self._is_too_old:
             return f"the age of the package images that {self._plan.name} was built with, or a clock that was set back"
         return f"the job of {self._plan.name}: its files, arguments, sources, architecture, names, or the function"

@@ -153,6 +153,8 @@ class _SameRecipe:
         return is_same
 
     def _is_same(self, task: Any, values: Mapping[str, Any]) -> bool:
+        if settings().fresh:
+            return False
         baked = values.get(SAVED)
         try:
             if baked is None or baked != state_of(self._recipe.document(content_of)):
@@ -165,6 +167,8 @@ class _SameRecipe:
         return True
 
     def __repr__(self) -> str:
+        if settings().fresh:
+            return "the setting fresh"
         return f"the recipe of {self._recipe.output}: its files' content, settings, names and modes"
 
 
