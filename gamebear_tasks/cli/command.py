@@ -16,6 +16,7 @@ from doit.cmdparse import CmdOption, CmdParseError
 from ..client import cancellation
 from ..client.cancellation import Terminated
 from ..errors import GamebearError, SettingsError, remedy
+from ..jobspec.plan import Plan
 from ..util.messages import drop, print_error
 from ..util.text import in_line
 
@@ -83,6 +84,14 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             ) from error
         return status
 
+    def options_first(self, in_args: Sequence[str]) -> list[str]:
+        """Return a command line with its options before its arguments, the order that doit requires."""
+        try:
+            options, words = getopt.gnu_getopt([*in_args], self.cmdparser.get_short(), self.cmdparser.get_long())
+        except getopt.GetoptError:
+            return [*in_args]  # doit reports the error
+        return [*(word for option in options for word in option if word), "--", *words]
+
     def execute(self, opt_values: Mapping[str, Any], pos_args: Sequence[str]) -> int:
         """Enter the project and run; return the exit status."""
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -144,6 +153,23 @@ class ProjectCommand(Command):  # type: ignore[misc]  # doit has no types
             raise SettingsError(
                 f"{command} takes no arguments, got {args[0]!r}.", f"List its options: {self.bin_name} help {self.name}"
             )
+
+    def plan_of(self, task: str) -> Plan:
+        """Return the plan of a task that uses `artifact()`.
+
+        Raises:
+            SettingsError: There is no such task.
+        """
+        from ..doit_plugin.action import Build
+
+        found = self.tasks.get(task)
+        if found is not None:
+            for action in found.actions:
+                if isinstance(action, Build):
+                    return action.plan
+        problem = "does not use artifact()" if found is not None else "does not exist"
+        suitable = [name for name, each in self.tasks.items() if any(isinstance(one, Build) for one in each.actions)]
+        raise SettingsError(f"Task {task!r} {problem}.", f"Use one of: {', '.join(suitable) or 'no task is suitable'}.")
 
     def print_lines(self, lines: Iterable[str]) -> None:
         """Print each line when it is ready. If the reader exits (`| head`), the remaining work still completes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import getopt
 import re
 import shutil
 import sys
@@ -107,11 +106,7 @@ a task of dodo.py."""
 
     def parse_execute(self, in_args: Sequence[str]) -> int:
         """Accept options after the arguments too; return the exit status."""
-        with contextlib.suppress(getopt.GetoptError):  # doit reports the error
-            options, words = getopt.gnu_getopt(in_args, self.cmdparser.get_short(), self.cmdparser.get_long())
-            in_args = [*(word for option in options for word in option if word), "--", *words]
-        status: int = super().parse_execute(in_args)
-        return status
+        return super().parse_execute(self.options_first(in_args))
 
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """List, follow, cancel or forget; return the exit status."""

@@ -33,6 +33,7 @@ COMMANDS = {
     "lock": "gamebear_tasks.cli.lock:Lock",
     "provenance": "gamebear_tasks.cli.provenance:Provenance",
     "prune": "gamebear_tasks.cli.prune:Prune",
+    "rebuild": "gamebear_tasks.cli.rebuild:Rebuild",
     "report": "gamebear_tasks.cli.report:Report",
     "shell": "gamebear_tasks.cli.shell:Shell",
     "sources": "gamebear_tasks.cli.sources:Sources",

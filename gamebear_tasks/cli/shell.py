@@ -11,7 +11,6 @@ from ..builders.base import Keeper, Kept, KeptContainer
 from ..client.build import builder_of_this_run, typed_settings
 from ..client.order import order_of
 from ..config import settings
-from ..doit_plugin.action import Build
 from ..errors import BuilderError, GamebearError, JobError, SettingsError
 from ..jobspec.plan import Plan
 from ..records import run_journal
@@ -59,7 +58,7 @@ A builder retains the containers of the last {MOST} failed jobs for
     def run(self, options: Mapping[str, Any], args: Sequence[str]) -> int:
         """Open the shell; return its exit status."""
         task, words = _parse(args)
-        plan = self._plan(task)
+        plan = self.plan_of(task)
         chosen = settings()
         url = chosen.builder_for(plan.arch or chosen.arch)
         builder = builder_of_this_run(url)
@@ -77,16 +76,6 @@ A builder retains the containers of the last {MOST} failed jobs for
         if not words and sys.stdin.isatty():
             _describe(task, url, kept, number)
         return builder.enter(digest, number, words)
-
-    def _plan(self, task: str) -> Plan:
-        found = self.tasks.get(task)
-        if found is not None:
-            for action in found.actions:
-                if isinstance(action, Build):
-                    return action.plan
-        problem = "does not use artifact()" if found is not None else "does not exist"
-        suitable = [name for name, each in self.tasks.items() if any(isinstance(one, Build) for one in each.actions)]
-        raise SettingsError(f"Task {task!r} {problem}.", f"Use one of: {', '.join(suitable) or 'no task is suitable'}.")
 
     def _find(self, builder: Keeper, url: str, task: str, plan: Plan) -> tuple[str, Kept]:
         """Return the digest and containers of a task's last failed job, even if the task's files have changed since."""

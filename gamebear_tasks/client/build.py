@@ -11,11 +11,12 @@ import os
 import shlex
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..builders.base import Builder, Keeper, Order, Sink, Status
+from ..builders.base import Builder, Keeper, Order, Output, Sink, Status
 from ..builders.protocol.flood_guard import WORTH, Rounds
 from ..builders.registry import open_builder
 from ..config import origin_in_errors, settings, variables_of_this_run
@@ -30,7 +31,7 @@ from ..util.urls import shown
 from . import cancellation
 from .builder_notices import notice_once
 from .cancellation import Interest, end_what_is_left
-from .install_outputs import Mismatch, check_place, place
+from .install_outputs import Fetch, Mismatch, check_place, place
 from .order import order_of
 from .placement_marks import placing
 from .rebuild_reasons import ASKED, forced, missing, reasons
@@ -275,8 +276,12 @@ class Building:
                 builder.fetch(order.job.digest, status.attempt, name, offset, target, limit)
 
         task_record.expected(sum(output.room for output in status.outputs.values()))
-        with task_record.phase("place"), placing(self.plan.targets.values(), self._state):
-            place(self._targets(), status.outputs, fetch, self.plan.folders)
+        with task_record.phase("place"):
+            self._install(status.outputs, fetch)
+
+    def _install(self, outputs: Mapping[str, Output], fetch: Fetch) -> None:
+        with placing(self.plan.targets.values(), self._state):
+            place(self._targets(), outputs, fetch, self.plan.folders)
 
     def _overdue(self, builder: Builder, order: Order) -> JobError:
         return JobError(
