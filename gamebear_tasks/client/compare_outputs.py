@@ -26,6 +26,15 @@ LONGEST_HEADER = 64 << 10
 LONGEST_NAME = 200
 """Maximum characters of a member's name in a description."""
 
+_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Types of members that `tarfile` reads into memory because they describe the next one."""
+
 _READ_ERRORS = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError, zlib.error)
 
 
@@ -66,9 +75,7 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         member = super().frombuf(buf, encoding, errors)
-        if member.type not in tarfile.SUPPORTED_TYPES or member.type in tarfile.REGULAR_TYPES:
-            return member
-        if member.size > LONGEST_HEADER:
+        if member.type in _HEADERS and member.size > LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {member.size} bytes")
         return member
 
@@ -103,6 +110,8 @@ def _member_differences(first: tarfile.TarFile, second: tarfile.TarFile) -> Iter
         number += 1
         one, other = _next(first), _next(second)
         if one is None and other is None:
+            if number == 1:
+                raise tarfile.ReadError("no members")  # a file that begins with zeros, such as a disk image
             return
         if one is None or other is None:
             member, build = (one, "first") if one is not None else (other, "second")
