@@ -394,6 +394,9 @@ DOIT = [
     Row("followed a job without its ID", f"{X} → gamebear jobs follow", "jobs follow → ID"),
     Row("followed an unknown job", f"{X} → gamebear jobs follow nosuch", "local: nosuch → jobs"),
     Row("cancelled a task that never ran", f"{X} → gamebear jobs cancel x", "job task x local: → jobs"),
+    Row("told a builder to forget an unknown job", f"{X} → gamebear jobs forget nosuch", "local: nosuch → jobs"),
+    Row("rebuilt without a task", f"{X} → gamebear rebuild", "rebuild task none → TASK --check"),
+    Row("checked the build of an unknown task", f"{X} → gamebear rebuild --check y", "task y → x"),
     Row("opened a shell without a task", f"{X} → gamebear shell", "shell task → TASK --container"),
     Row("opened a shell in an unknown task", f"{X} → gamebear shell y", "task y → x"),
     Row(
@@ -410,6 +413,7 @@ DOIT = [
         "task ssh://pi@buildpi → gamebear list builder=URL",
     ),
     Row("set keep_failed to an unknown value", f"{X} → doit x keep_failed=maybe", "keep_failed maybe → true false"),
+    Row("set fresh to an unknown value", f"{X} → doit x fresh=maybe", "fresh maybe → true false"),
 ]
 """A task in dodo.py, and the command."""
 

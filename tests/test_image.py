@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import json
 import os
 import re
 import shutil
@@ -799,6 +800,9 @@ def test_only_a_real_change_bakes_again(project: Project) -> None:
     assert project.doit().ok().ran == ["thing", "image"]
     first = (project.folder / "build" / "card.img").read_bytes()
     assert project.doit().ok().ran == []
+    assert project.doit("fresh=yes").ok().ran == ["image"]
+    about = json.loads((project.folder / "build" / "logs" / "image.json").read_bytes())
+    assert about["why"] == ["fresh=yes"]
     (project.folder / "thing").touch()
     assert project.doit().ok().ran == []
     for change in ('hostname="bear",', 'config=["dtoverlay=dwc2"],', 'size="44M",'):
