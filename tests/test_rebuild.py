@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -398,6 +399,29 @@ def test_a_check_whose_build_fails_reports_the_failure_and_leaves_nothing(counte
     counted.gamebear("rebuild", "x", "--check").failed("x failed on local: x.py", "AssertionError")
     assert record(counted) == before
     assert sorted(path.name for path in (counted.folder / "build").iterdir()) == ["logs", "x"]
+
+
+@pytest.mark.system
+def test_an_interrupted_check_cancels_its_job_and_leaves_nothing(counted: Counted) -> None:
+    counted.script(WAITING.format(go=str(counted.folder / "go")))
+    client = counted.start("rebuild", "x", "--check")
+    wait_for(lambda: counted.builds == 1)
+    client.send_signal(signal.SIGINT)
+    assert client.wait(60) == 130
+    (state,) = counted.store.glob("jobs/*/state.json")
+    assert json.loads(state.read_bytes())["state"] == "cancelled"
+    assert [path.name for path in (counted.folder / "build").iterdir()] == ["logs"]
+    assert_nothing_is_left(counted)
+
+
+@pytest.mark.system
+def test_rebuild_finds_the_dodo_file_as_doit_does(counted: Counted) -> None:
+    (counted.folder / "dodo.py").rename(counted.folder / "other.py")
+    inner = Counted(counted.folder / "inner", counted.home)
+    inner.gamebear("rebuild", "-f", "../other.py", "-d", "..", "x", "builder=local:").ok()
+    assert counted.builds == 1 and counted.target.exists()
+    counted.gamebear("-f", "other.py", "rebuild", "x").ok()
+    assert counted.builds == 2
 
 
 # comparison
