@@ -22,11 +22,15 @@ from remote import Remote
 from gamebear_tasks.builders.base import Order, Status
 from gamebear_tasks.builders.protocol.client import RunnerBuilder
 from gamebear_tasks.builders.transports.local import open_builder
+from gamebear_tasks.cli.rebuild import _Build
+from gamebear_tasks.client import order as order_module
 from gamebear_tasks.client.compare_outputs import MOST, differences
 from gamebear_tasks.config import own_architecture
 from gamebear_tasks.errors import BuilderError
+from gamebear_tasks.jobspec.plan import Plan
 from gamebear_tasks.jobspec.spec import Job
 from gamebear_tasks.runner.store.store import Store
+from gamebear_tasks.runner.util.atomic_files import sha256_of
 
 DODO = """
 from gamebear_tasks import artifact
@@ -257,6 +261,44 @@ def test_a_cluster_replaces_a_result_where_it_is_and_forgets_it(pair: Cluster, t
     project.doit("clean").ok()
     project.doit().ok()
     assert project.builds == 4
+
+
+def test_a_cluster_rebuilds_in_a_slot_of_the_worker_that_has_the_result(pair: Cluster, tmp_path: Path) -> None:
+    settings = {"GAMEBEAR_BUILDER": pair.url, "GAMEBEAR_ARCH": "amd64"}
+    project = Counted(tmp_path / "project", tmp_path / "home", **settings)
+    project.script()
+    project.doit().ok()
+    (digest,) = (digest for worker in pair.workers for digest in worker.digests)
+    running = []
+    for name in ("a", "b"):
+        other = Counted(tmp_path / name, tmp_path / "home", **settings)
+        other.script(WAITING.format(go=str(other.folder / "go")))
+        running.append((other, other.start()))
+    wait_for(lambda: all(other.builds for other, _ in running))
+    rebuild = project.start("fresh=yes")
+    wait_for(lambda: "no free slot" in (project.folder / "doit.out").read_text())
+    holder = next(worker for worker in pair.workers if digest in worker.digests)
+    there = {json.loads(path.read_bytes())["script"]["sha256"] for path in holder.store.glob("jobs/*/job.json")}
+    running.sort(key=lambda pair: sha256_of(pair[0].folder / "x.py") in there)  # the job of the other worker is first
+    for other, client in running:
+        (other.folder / "go").touch()
+        assert client.wait(120) == 0
+    assert rebuild.wait(120) == 0, (project.folder / "doit.out").read_text()
+    assert project.builds == 2
+    assert [digest in worker.digests for worker in pair.workers] == [worker is holder for worker in pair.workers]
+
+
+@pytest.mark.system
+def test_a_builder_that_ignores_fresh_is_reported_by_a_check(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(counted.folder)
+    monkeypatch.setenv("HOME", str(counted.home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(order_module, "token_of_this_run", str)
+    plan = Plan(Path("x.py"), {"x": "build/x"})
+    first = _Build(plan, "x", counted.folder / "first")
+    first.build()
+    with pytest.raises(BuilderError, match="x was not built again: local: returned the same result"):
+        _Build(plan, "x", counted.folder / "second", first).build()
 
 
 # jobs forget
