@@ -432,7 +432,7 @@ def is_attempt_of(attempt: str, fresh: str) -> bool:
 
     The attempt's name contains the token, so that it is stored atomically with the state.
     """
-    return bool(fresh) and attempt.endswith(f"-{fresh}")
+    return attempt.endswith(f"-{fresh}")
 
 
 def runner_folder() -> Path:
