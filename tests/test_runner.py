@@ -327,7 +327,7 @@ def test_a_phase_that_does_not_look_whether_it_is_to_end_is_ended_all_the_same(
     place = {
         "another job's leftovers": (supervisor, "clean_up_after_lost_jobs"),
         "the builder is looked at": (supervisor, "facts"),
-        "the folder is filled": (workspace, "fill"),
+        "the folder is filled": (workspace.Workspace, "fill"),
     }[phase]
     monkeypatch.setattr(*place, waits)
     monkeypatch.setattr(supervisor.Supervisor, "_document", lambda self: {"arch": own_architecture()})
@@ -343,6 +343,6 @@ def test_a_script_that_changes_while_it_is_built_is_not_taken_for_built(counted:
     go(counted)
     assert client.wait(60) != 0
     assert not (counted.folder / "build" / "x").exists()
-    assert "changed while it was built" in (counted.folder / "doit.out").read_text()
+    assert "files changed during the build" in (counted.folder / "doit.out").read_text()
     counted.doit().ok()
     assert builds(counted) == 2

@@ -103,6 +103,7 @@ class Supervisor:
         Raises:
             OSError: the final state cannot be written.
         """
+        os.environ["TMPDIR"] = str(self.stored.scratch)  # a program that is killed leaves its temporary files there
         try:
             said = builder_config.read()
             if said.wrong:
@@ -428,6 +429,7 @@ class Supervisor:
 
     def _clean_up(self, final: dict[str, Any]) -> None:
         """Remove the attempt's leftovers, or retain its containers and record that in its failure."""
+        os.environ.pop("TMPDIR", None)  # the scratch folder is removed
         failed = final.get("failure", {})
         names = retained_containers.noted(self.stored, self.attempt) if self.keeps and failed else {}
         if not names or failed["kind"] == StoreError.kind:  # a full disk needs the space
