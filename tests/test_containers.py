@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import http.server
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +19,8 @@ from typing import Any
 
 import pytest
 import tiny
-from project import wait_for
+from project import Project, wait_for
+from sshd import Account
 
 from gamebear_tasks.jobspec import function_digest
 from gamebear_tasks.runner.executor.supervisor import GO
@@ -26,7 +29,7 @@ from gamebear_tasks.runner.host.capabilities import Facts, environment, namespac
 from gamebear_tasks.runner.host.probe import facts
 
 REPOSITORY = Path(__file__).parent.parent
-PROGRAMS = ("sh", "cat", "env", "id", "ls", "mkdir", "pwd", "sleep", "true", "false")
+PROGRAMS = ("sh", "bash", "cat", "env", "id", "ls", "mkdir", "pwd", "sleep", "true", "false")
 
 
 @dataclasses.dataclass
@@ -484,6 +487,155 @@ def test_what_is_copied_in_belongs_to_root(builder: Builder) -> None:
         "    c.run(['sh', '-c', 'ls -ln /tmp/there'])\n"
     )
     assert outcome.log.splitlines()[-1].split()[:4] == ["-rw-r--r--", "1", "0", "0"], outcome.message
+
+
+@pytest.mark.parametrize(
+    ("owner", "ids"),
+    [
+        ("pi", (1000, 7)),
+        ("pi:more", (1000, 70)),
+        ("1000", (1000, 7)),
+        ("12:more", (12, 70)),
+        ("12", (12, 0)),
+        ("12:34", (12, 34)),
+        (0, (0, 0)),
+    ],
+)
+def test_what_is_copied_in_may_belong_to_another(builder: Builder, owner: object, ids: tuple[int, int]) -> None:
+    """A name's group is its primary one; a number's too if it has an entry, else 0, as for `buildah run --user`."""
+    outcome = builder.run(
+        "import os\n"
+        "Path('d/e').mkdir(parents=True)\n"
+        "Path('d/f').write_text('x')\n"
+        "Path('d/f').chmod(0o6711)\n"
+        "os.link('d/f', 'd/g')\n"
+        "Path('d/l').symlink_to('f')\n"
+        "with Container('tiny') as c:\n"
+        "    with c.mount() as root:\n"
+        "        (root / 'etc/passwd').write_text('root:x:0:0::/:/bin/sh\\nbroken\\npi:x:1000:7::/:/bin/sh\\n')\n"
+        "        (root / 'etc/group').write_text('root:x:0:\\nmore:x:70:\\n')\n"
+        f"    c.copy_in('d', '/new/d', owner={owner!r})\n"
+        f"    c.copy_in('d/f', '/tmp/alone', owner={owner!r})\n"
+        f"    c.copy_in('d/f', '/other/', owner={owner!r})\n"
+        "    with c.mount() as root:\n"
+        "        for path in (root / 'new', root / 'tmp/alone', root / 'tmp', *sorted((root / 'new').rglob('*'))):\n"
+        "            info = path.lstat()\n"
+        "            print(path.name, info.st_uid, info.st_gid, oct(info.st_mode & 0o7777))\n"
+        "        assert (root / 'other').stat().st_uid == (root / 'other/f').stat().st_uid\n"
+    )
+    assert outcome.status == 0, outcome.message
+    lines = {name: ((int(uid), int(gid)), mode) for name, uid, gid, mode in map(str.split, outcome.log.splitlines())}
+    assert {name for name, (found, _) in lines.items() if found == ids} >= {"new", "alone", "d", "e", "f", "g", "l"}
+    assert lines["tmp"][0] == (0, 0), "a folder that was there keeps its owner"
+    assert [lines[name][1] for name in ("f", "g", "alone")] == ["0o6711"] * 3
+
+
+@pytest.mark.parametrize(
+    ("owner", "message"),
+    [
+        ("nosuch", 'copy_in failed: the container has no user nosuch. Add it before: c.run(["useradd", "nosuch"])'),
+        ("pi:nosuch", 'the container has no group nosuch. Add it before: c.run(["groupadd'),
+        ("4294967295", "the container has no user 4294967295."),
+        ("", "ValueError: invalid owner"),
+        (":pi", "ValueError: invalid owner"),
+        ("pi:", "ValueError: invalid owner"),
+        ("a:b:c", "ValueError: invalid owner"),
+    ],
+)
+def test_an_owner_that_the_container_does_not_know_is_an_error(builder: Builder, owner: str, message: str) -> None:
+    outcome = builder.run(f"with Container('tiny') as c:\n    c.copy_in('script.py', '/x', owner={owner!r})\n")
+    assert outcome.status == 1
+    assert outcome.message.startswith("script.py, line 2: ") and message in outcome.message
+
+
+CONNECT = 'for to in {places}; do bash -c "echo > /dev/tcp/$to/{port}" && echo reached $to; done 2>/dev/null; true'
+
+
+def addresses() -> list[str]:
+    """Return this machine's loopback address, and another address of its own if it has one."""
+    found = ["127.0.0.1"]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as some:
+        some.connect(("192.0.2.1", 9))  # sends nothing
+        found.append(some.getsockname()[0])
+    return found
+
+
+def test_a_command_without_network_reaches_nothing_of_this_machine(builder: Builder) -> None:
+    with socket.create_server(("", 0)) as listener, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(b"\0gamebear-test-%d" % os.getpid())
+        line = CONNECT.format(places=" ".join(addresses()), port=listener.getsockname()[1])
+        outcome = builder.run(
+            f"line = {line!r}\n"
+            "with Container('tiny') as c:\n"
+            "    for options in ({}, {'user': 'pi'}, {'env': {'A': 'b'}, 'input': 'x'}):\n"
+            "        c.run(line, shell=True, **options)\n"
+            "        c.run(f'echo without; {line}; cat /proc/net/unix', shell=True, network=False, **options)\n"
+            "    c.run(['cat', '/proc/net/fib_trie', '/proc/net/dev'], network=False)\n"
+            "    c.run(line, shell=True)\n"
+        )
+    assert outcome.status == 0, outcome.message
+    reached = [f"reached {address}" for address in addresses()]
+    said = [line for line in outcome.log.splitlines() if line.startswith(("reached", "without"))]
+    assert said == [*reached, "without"] * 3 + reached
+    assert f"gamebear-test-{os.getpid()}" not in outcome.log, "no abstract sockets of the builder"
+    assert "127.0.0.1" in outcome.log, "the loopback interface is up"
+
+
+def test_a_command_without_network_may_fail_and_its_status_is_told(builder: Builder) -> None:
+    outcome = builder.run("with Container('tiny') as c:\n    c.run('echo out; exit 7', shell=True, network=False)\n")
+    assert outcome.result["kind"] == "command" and outcome.result["status"] == 7
+    assert outcome.log == "out\n"
+
+
+ROOTLESS = """
+line = {line!r}
+with Container("scratch") as c:
+    c.copy_in({tree!r}, "/")
+    c.copy_in("x.py", "/home/pi/x.py", owner="pi")
+    c.run("ls -ldn /home/pi; [ -w /home/pi/x.py ] && echo writable", shell=True, user="pi")
+    try:
+        c.copy_in("x.py", "/y.py", owner="4000000000")
+    except Exception as error:
+        print(error)
+    c.run(line, shell=True)
+    c.run(f"echo without; {{line}}; cat /proc/net/fib_trie", shell=True, network=False, user="pi")
+with Container("scratch") as c:
+    c.copy_in({tree!r}, "/")
+    c.run(["true"], network=False)
+open("out", "w").close()
+"""
+
+FORBIDDEN = """
+Path("/proc/sys/user/max_net_namespaces").write_text("0")  # of the job's user namespace
+with Container("scratch") as c:
+    c.copy_in({tree!r}, "/")
+    c.run("echo not run", shell=True, network=False)
+"""
+
+
+def test_an_ordinary_user_of_the_builder_has_owners_and_no_network(remote_project: Project, account: Account) -> None:
+    tree = account.home / f"tiny-{os.getpid()}"
+    tiny.fill(tree, PROGRAMS)
+    remote_project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n\ndef task_x():\n    return artifact('x.py', outputs=['build/out'])\n",
+    )
+    log = remote_project.folder / "build/logs/x.log"
+    with socket.create_server(("", 0)) as listener:
+        line = CONNECT.format(places=" ".join(addresses()), port=listener.getsockname()[1])
+        remote_project.write("x.py", ROOTLESS.format(line=line, tree=str(tree)))
+        remote_project.doit("x").ok()
+    said = log.read_text()
+    assert "drwxr-xr-x 2 1000 1000" in said and "writable" in said
+    assert "copy_in failed: uid 4000000000 is outside of the builder's user namespace." in said
+    reached = [line for line in said.splitlines() if line.startswith(("reached", "without"))]
+    assert reached == [*(f"reached {address}" for address in addresses()), "without"]
+    assert "127.0.0.1" in said
+    remote_project.write("x.py", FORBIDDEN.format(tree=str(tree)))
+    remote_project.doit("x").failed(
+        "x.py, line 5: run(network=False) failed: the builder cannot create a network namespace", "max_net_namespaces"
+    )
+    assert "not run" not in log.read_text()
 
 
 def test_the_cache_of_the_seed_finds_its_image_the_second_time(builder: Builder) -> None:

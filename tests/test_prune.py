@@ -22,8 +22,9 @@ from gamebear_tasks.runner.maintenance import garbage_collection as pruning
 from gamebear_tasks.runner.maintenance.garbage_collection import Policy, Prune
 from gamebear_tasks.runner.protocol.requests import Fetch
 from gamebear_tasks.runner.server import outputs
+from gamebear_tasks.runner.store import caches
 from gamebear_tasks.runner.store.store import Store, StoredJob
-from gamebear_tasks.runner.util.locks import Lock, locked
+from gamebear_tasks.runner.util.locks import Lock, locked, seized
 
 DAY = 86400.0
 
@@ -252,6 +253,54 @@ def test_a_compiler_cache_goes_when_it_is_old_and_nobody_has_it(bare_store: Stor
     os.close(held)
     assert Prune(bare_store, Policy(size=0), 60).run().freed >= 100_000
     assert list(caches.iterdir()) == []
+
+
+def test_a_cache_goes_when_it_is_old_and_no_job_uses_it(bare_store: Store) -> None:
+    instances = {name: caches.acquire(bare_store.root, caches.key_of(name, "", "amd64")) for name in ("old", "used")}
+    for each in instances.values():
+        (each.files / "entry").write_bytes(bytes(100_000))
+        os.utime(each.files.parent, (1, 1))
+    instances["old"].release()
+    caches.acquire(bare_store.root, caches.key_of("new", "", "amd64")).release()
+    assert Prune(bare_store, Policy(older=4 * DAY), 60).run().others == 1
+    assert len(caches.all_of(bare_store.root)) == 2 and instances["used"].files.exists()
+    Prune(bare_store, Policy(size=0), 60).run()
+    assert caches.all_of(bare_store.root) == [instances["used"].files.parent]
+    instances["used"].release()
+    assert Prune(bare_store, Policy(size=0), 60).run().freed >= 100_000
+    assert caches.all_of(bare_store.root) == []
+
+
+def test_a_job_does_not_take_a_cache_that_is_being_removed(bare_store: Store) -> None:
+    key = caches.key_of("/c", "", "amd64")
+    first = caches.acquire(bare_store.root, key)
+    first.release()
+    folder, taken = first.files.parent, []
+    with Lock(folder / "lock"):
+        taken.append(caches.acquire(bare_store.root, key))
+    assert taken[0].files.parent.name == f"{key}-1", "it does not wait"
+    with Lock(folder / "lock"), seized(folder / "lock") as held:
+        assert not held
+    with seized(folder / "lock") as held:
+        folder.rename(bare_store.trash / "old")
+        taken.append(caches.acquire(bare_store.root, key))
+    assert taken[1].files == folder / "files"
+    for each in taken:
+        each.release()
+
+
+def test_a_lock_of_a_file_that_was_replaced_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").touch()
+    flock = fcntl.flock
+
+    def replaced(fd: int, operation: int) -> None:
+        flock(fd, operation)
+        (tmp_path / "new").touch()
+        (tmp_path / "new").replace(tmp_path / "x")
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with seized(tmp_path / "x") as held:
+        assert not held
 
 
 def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fresh_home: Path) -> None:

@@ -18,6 +18,7 @@ from ..util.free_space import is_full
 from ..util.locks import locked
 from . import streams
 from .capabilities import Facts, environment, made_folder, namespace
+from .network import WITHOUT_NETWORK
 from .subprocesses import captured, last_lines
 
 IMAGES_IN_USE = "in-use.lock"
@@ -149,6 +150,7 @@ class Buildah:
         out: streams.Sink,
         err: streams.Sink | None = None,
         is_root: bool = False,
+        network: bool = True,
     ) -> int:
         """Run a command in a container and return its exit status.
 
@@ -160,13 +162,18 @@ class Buildah:
             out: Sink for the output, called with each piece as it arrives.
             err: Sink for the error output; None: it goes to `out`, in order with the rest.
             is_root: Whether the container's user is root, so that root runs the command.
+            network: Whether the command has the builder's network. Without it, `network.check` must have succeeded.
         """
+        within = () if network else WITHOUT_NETWORK
+
+        def plain(words: Sequence[str]) -> list[str]:
+            return [*within, *self.command("run", *options, container, "--", *words)]
 
         def numbered(words: Sequence[str]) -> list[str]:
-            return self.command("run", "--user", "0:0", *options, container, "--", *words)
+            return [*within, *self.command("run", "--user", "0:0", *options, container, "--", *words)]
 
         return streams.run(
-            lambda words: self.command("run", *options, container, "--", *words),
+            plain,
             numbered if is_root else None,
             words,
             self.environment,

@@ -27,6 +27,12 @@ READ_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 XATTRS = ("security.capability", "security.ima", "user.")
 """Extended attributes that a copy preserves, as `buildah copy` does; a trailing dot means the whole namespace."""
 
+TEXT_SIZE = 1 << 24
+"""Maximum bytes of a text file of a container that is read."""
+
+Owner = tuple[int, int]
+"""User id and group id."""
+
 NO_LINK = (errno.EMLINK, errno.ENOENT, errno.ENOTSUP, errno.EPERM, errno.EXDEV)
 """Errors of link(2) after which the content is copied again instead."""
 
@@ -79,7 +85,7 @@ class Rootfs:
             self.fd = -1
 
     @contextlib.contextmanager
-    def place(self, path: str, *, follow: bool = True, parents: bool = False) -> Iterator[Place]:
+    def place(self, path: str, *, follow: bool = True, parents: Owner | None = None) -> Iterator[Place]:
         """Resolve a path inside the container.
 
         `..` stops at the root, an absolute link starts from the root.
@@ -87,7 +93,7 @@ class Rootfs:
         Args:
             path: Path relative to the root, with or without a leading slash.
             follow: Follow a link in the last component.
-            parents: Create missing folders of the path, with mode 0755.
+            parents: Create missing folders of the path, with mode 0755 and this owner; None: do not create them.
 
         Raises:
             FileNotFoundError: A folder of the path does not exist.
@@ -116,7 +122,7 @@ class Rootfs:
         finally:
             os.close(fd)
 
-    def _walk(self, folders: list[int], path: str, follow: bool, parents: bool) -> str:
+    def _walk(self, folders: list[int], path: str, follow: bool, parents: Owner | None) -> str:
         """Open the folders of a path one after the other; return the name of the last component."""
         ahead = collections.deque(_parts(path))
         links = 0
@@ -140,10 +146,10 @@ class Rootfs:
             if not ahead:
                 return name
             if info is None:
-                if not parents:
+                if parents is None:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
                 with contextlib.suppress(FileExistsError):
-                    _make_folder(name, folders[-1], path)
+                    _make_folder(name, folders[-1], path, parents)
             folders.append(_open(name, FOLDER, folders[-1], path))
         return "."
 
@@ -180,13 +186,49 @@ class Rootfs:
             return sha256(open(fd, "rb", closefd=False))
         return ""
 
+    def text(self, path: str) -> str:
+        """Return the text of a file such as /etc/passwd, or an empty string if there is none.
+
+        Raises:
+            OSError: The file cannot be read, or is larger than `TEXT_SIZE` (EFBIG).
+        """
+        try:
+            with self.place(path) as place, _source(place.name, place) as fd, open(fd, "rb", closefd=False) as file:
+                data = file.read(TEXT_SIZE + 1)
+        except FileNotFoundError:
+            return ""
+        if len(data) > TEXT_SIZE:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+        return data.decode("utf-8", "surrogateescape")
+
+    def mount_point(self, path: str) -> tuple[str, list[str]]:
+        """Create a folder for a mount, with its parents; return its path without links, and the paths that were new.
+
+        Raises:
+            NotADirectoryError: A part of the path is not a folder.
+            OSError: There are too many links (ELOOP).
+        """
+        new = []
+        parts = _parts(path)
+        for count in range(1, len(parts) + 1):
+            each = "/" + "/".join(parts[:count])
+            if self._make_folder(each, _own_ids()):
+                new.append(each)
+                with self.opened(each) as fd:
+                    os.fchmod(fd, 0o755)
+        with self.opened(path) as fd:
+            found = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), os.readlink(f"/proc/self/fd/{self.fd}"))
+        return f"/{found}", new
+
     def remove_empty(self, path: str) -> None:
         """Remove a folder if it is empty."""
         with contextlib.suppress(OSError), self.place(path, follow=False) as place:
             os.rmdir(place.name, dir_fd=place.folder)
 
-    def copy_in(self, source: Path, path: str) -> None:
-        """Copy a file or the contents of a folder into the container; the container's root owns the copies.
+    def copy_in(self, source: Path, path: str, owner: Owner | None = None) -> None:
+        """Copy a file or the contents of a folder into the container.
+
+        `owner` owns everything that is created; by default it is the container's root.
 
         If `path` is a folder or ends in a slash, a file is copied into it under its own name. Folders are merged, files
         and links replaced. Missing folders are created. Modes, times, `XATTRS`, hard links and holes are preserved. An
@@ -195,33 +237,35 @@ class Rootfs:
         Raises:
             OSError: A file is missing or has the wrong type, or an attribute cannot be set.
         """
+        owner = owner or _own_ids()
         if source.is_dir():
-            new = self._make_folder(path)
-            self._fill(source, path, _HardLinks(self))
+            new = self._make_folder(path, owner)
+            self._fill(source, path, _HardLinks(self, owner))
             if new:
                 with self.opened(path) as folder, _opened(str(source), READ_FOLDER, None) as original:
-                    _set_top(folder, original)
+                    _set_top(folder, original, owner)
             return
         if path.endswith("/") or self.is_folder(path):
             path = f"{path}/{source.name}"
         with _source(os.path.realpath(source), None) as file:
-            self.put(file, path)
+            self.put(file, path, owner)
 
-    def put(self, file: int, path: str) -> None:
+    def put(self, file: int, path: str, owner: Owner | None = None) -> None:
         """Copy an open file, from its beginning, to a path in the container, with its mode and times.
 
         Raises:
             OSError: The path is a folder, or a part of it is not.
         """
         os.lseek(file, 0, os.SEEK_SET)
-        with self.place(path, follow=False, parents=True) as place:
+        owner = owner or _own_ids()
+        with self.place(path, follow=False, parents=owner) as place:
             if place.is_folder():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-            _write(file, place.folder, place.name)
+            _write(file, place.folder, place.name, owner)
 
-    def _make_folder(self, path: str) -> bool:
+    def _make_folder(self, path: str, owner: Owner) -> bool:
         """Create a folder and its parents; return whether it was missing, in which case `_set` must follow."""
-        with self.place(path, parents=True) as place:
+        with self.place(path, parents=owner) as place:
             if place.info is None:
                 os.mkdir(place.name, 0o700, dir_fd=place.folder)
                 return True
@@ -239,18 +283,19 @@ class Rootfs:
                 elif place.is_folder():
                     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), place.path)
                 elif entry.is_symlink():
-                    _link(os.readlink(entry.path), entry.stat(follow_symlinks=False), folder, entry.name)
+                    _link(os.readlink(entry.path), entry.stat(follow_symlinks=False), folder, entry.name, links.owner)
                 else:
                     with _source(entry.path, None) as file:
                         links.write(file, place)
 
     def _fill_folder(self, entry: os.DirEntry[str], place: Place, links: _HardLinks) -> None:
-        new = self._make_folder(place.path)  # resolves the path: `/lib` may be a link to a folder, and stays one
+        # Resolves the path: `/lib` may be a link to a folder, and stays one.
+        new = self._make_folder(place.path, links.owner)
         self._fill(Path(entry.path), place.path, links)
         if new:
             original = _opened(entry.path, READ_FOLDER | os.O_NOFOLLOW, None)
             with self.opened(place.path) as folder, original as fd:
-                _set(folder, fd)
+                _set(folder, fd, links.owner)
 
     def copy_out(self, path: str, target: Path) -> None:
         """Copy a file or the contents of a folder out of the container; the current user owns the copies.
@@ -267,9 +312,9 @@ class Rootfs:
             if place.is_folder():
                 new = _make_folders(target)
                 with contextlib.closing(Rootfs(target)) as out, out.opened("/") as copy, place.opened() as folder:
-                    self._drain(folder, path, copy, "", _HardLinks(out, keep=0o777), ())
+                    self._drain(folder, path, copy, "", _HardLinks(out, _own_ids(), keep=0o777), ())
                     if new:
-                        _set_top(copy, folder)
+                        _set_top(copy, folder, _own_ids())
                     else:
                         os.utime(copy, ns=_times(os.fstat(folder)))
                 return
@@ -277,7 +322,7 @@ class Rootfs:
                 target = target / (_parts(path) or [place.name])[-1]
             _make_folders(target.parent)
             with _source(place.name, place) as file:
-                _write(file, None, str(target), keep=0o777)
+                _write(file, None, str(target), _own_ids(), keep=0o777)
 
     def _drain(
         self, folder: int, path: str, copy: int, inside: str, links: _HardLinks, above: tuple[tuple[int, int], ...]
@@ -308,7 +353,7 @@ class Rootfs:
                 continue
             leads_to = os.readlink(name, dir_fd=folder)
             if _stays_below(leads_to, inside.count("/")):
-                _link(leads_to, entry, copy, name)
+                _link(leads_to, entry, copy, name, links.owner)
                 continue
             with self.place(place.path) as followed:
                 self._drain_entry(followed, there, links, above)
@@ -324,7 +369,7 @@ class Rootfs:
             os.mkdir(there.name, 0o700, dir_fd=there.folder)
         with place.opened() as folder, there.opened() as copy:
             self._drain(folder, place.path, copy, f"{there.path}/", links, above)
-            _set(copy, folder)
+            _set(copy, folder, links.owner)
 
 
 class _HardLinks:
@@ -332,11 +377,13 @@ class _HardLinks:
 
     Args:
         root: The file system of the copies.
+        owner: Owner of the copies.
         keep: Mask of the mode bits that files keep.
     """
 
-    def __init__(self, root: Rootfs, keep: int = 0o7777) -> None:
+    def __init__(self, root: Rootfs, owner: Owner, keep: int = 0o7777) -> None:
         self._root = root
+        self.owner = owner
         self._keep = keep
         self._copies: dict[tuple[int, int], tuple[str, os.stat_result]] = {}
         """Path and status of the copy, by device and inode of the original."""
@@ -345,9 +392,9 @@ class _HardLinks:
         """Copy an open file to a place, or link the place to an existing copy."""
         info = os.fstat(source)
         if info.st_nlink == 1:
-            _write(source, place.folder, place.name, self._keep)
+            _write(source, place.folder, place.name, self.owner, self._keep)
         elif not self._link(info, place):
-            copy = _write(source, place.folder, place.name, self._keep)
+            copy = _write(source, place.folder, place.name, self.owner, self._keep)
             self._copies[info.st_dev, info.st_ino] = place.path, copy
 
     def _link(self, original: os.stat_result, place: Place) -> bool:
@@ -420,20 +467,21 @@ def _aside(name: str) -> str:
     return f"{parent}{slash}.{os.urandom(8).hex()}.tmp"
 
 
-def _write(source: int, folder: int | None, name: str, keep: int = 0o7777) -> os.stat_result:
+def _write(source: int, folder: int | None, name: str, owner: Owner, keep: int = 0o7777) -> os.stat_result:
     """Copy an open file to a name with an atomic rename; return the status of the copy.
 
     Args:
         source: File to copy, with its holes, `XATTRS`, mode and times.
         folder: Descriptor of the folder that `name` is relative to; None for the working directory.
         name: Name of the copy.
+        owner: Owner of the copy.
         keep: Mask of the mode bits that are kept.
     """
     aside = _aside(name)
     fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         _copy_content(source, fd)
-        _set(fd, source, keep)
+        _set(fd, source, owner, keep)
         info = os.fstat(fd)
         os.replace(aside, name, src_dir_fd=folder, dst_dir_fd=folder)
     except BaseException:
@@ -475,28 +523,34 @@ def _data(file: int, start: int) -> int:
         raise
 
 
-def _set(fd: int, source: int, keep: int = 0o7777) -> None:
-    """Set the group of an open file or folder to the process's, and copy mode, `XATTRS` and times from another."""
+def _own_ids() -> Owner:
+    """Return the process's ids: root's in the container, the script's user's outside."""
+    return os.geteuid(), os.getegid()
+
+
+def _set(fd: int, source: int, owner: Owner, keep: int = 0o7777) -> None:
+    """Set the owner of an open file or folder, and copy mode, `XATTRS` and times from another."""
     info = os.fstat(source)
-    _own(fd)  # first, because a change of owner removes capabilities
+    _own(fd, owner)  # first, because a change of owner removes capabilities
     _copy_xattrs(source, fd)
     os.fchmod(fd, info.st_mode & keep)
     os.utime(fd, ns=_times(info))
 
 
-def _set_top(fd: int, source: int) -> None:
+def _set_top(fd: int, source: int, owner: Owner) -> None:
     """Set the metadata of a new folder from the folder whose contents are copied to it.
 
     Its mode is at least 755, as with `buildah copy`, because private temporary folders are copied too.
     """
-    _set(fd, source)
+    _set(fd, source, owner)
     os.fchmod(fd, stat.S_IMODE(os.fstat(source).st_mode) | 0o755)
 
 
-def _own(fd: int) -> None:
-    """Set the group of an open file or folder to the process's; in a set-group-ID folder it differs."""
-    if os.fstat(fd).st_gid != os.getegid():
-        os.fchown(fd, -1, os.getegid())
+def _own(fd: int, owner: Owner) -> None:
+    """Set the owner of a new open file or folder; in a set-group-ID folder its group is not the process's."""
+    info = os.fstat(fd)
+    if (info.st_uid, info.st_gid) != owner:
+        os.fchown(fd, *owner)
 
 
 def _copy_xattrs(source: int, target: int) -> None:
@@ -529,17 +583,18 @@ def _copy_xattrs(source: int, target: int) -> None:
             raise OSError(error.errno, f"its extended attribute {name} cannot be set: {error.strerror}", path) from None
 
 
-def _make_folder(name: str, folder: int, path: str) -> None:
-    """Create a folder with mode 755 and the process's group, independent of umask and parent folder.
+def _make_folder(name: str, folder: int, path: str, owner: Owner) -> None:
+    """Create a folder with mode 755, independent of umask and parent folder.
 
     Args:
         name: Its name.
         folder: File descriptor of the parent folder.
         path: The requested path, for messages.
+        owner: Its owner.
     """
     os.mkdir(name, 0o700, dir_fd=folder)
     with Place(folder, name, path).opened() as fd:
-        _own(fd)
+        _own(fd, owner)
         os.fchmod(fd, 0o755)
 
 
@@ -553,11 +608,14 @@ def _make_folders(path: Path) -> bool:
     return True
 
 
-def _link(leads_to: str, info: os.stat_result, folder: int, name: str) -> None:
+def _link(leads_to: str, info: os.stat_result, folder: int, name: str, owner: Owner) -> None:
     """Create a symbolic link, replacing an existing file or link."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
     os.symlink(leads_to, name, dir_fd=folder)
+    made = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if (made.st_uid, made.st_gid) != owner:
+        os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
     os.utime(name, ns=_times(info), dir_fd=folder, follow_symlinks=False)
 
 

@@ -24,7 +24,7 @@ from ..host.buildah import IMAGES_IN_USE, BuildahError, outside, remove_tree
 from ..host.capabilities import Facts
 from ..host.probe import facts
 from ..images.apt import POOL, trim
-from ..store import folder_sources
+from ..store import caches, folder_sources
 from ..store.store import Store, StoredJob, runner_folder, stamp
 from ..util.atomic_files import is_sha256
 from ..util.errors import RunnerError
@@ -51,7 +51,7 @@ class Policy:
 
     Attributes:
         older: seconds since the last use after which an entry is removed; None: no age limit.
-        size: maximum bytes of jobs, blobs and compiler caches together. Failed jobs with retained containers are
+        size: maximum bytes of jobs, blobs and caches together. Failed jobs with retained containers are
             removed first, then the least recently used entries.
         keep: number of latest results to retain per target (architecture, program and outputs).
         images: also remove images made by the runner that no remaining job has used and that are unused for `older`
@@ -72,7 +72,7 @@ class Pruned:
         jobs: number of jobs removed.
         blobs: number of blobs and incomplete uploads removed.
         images: number of images removed.
-        others: number of other runner versions, compiler caches, virtual environments and temporary files removed.
+        others: number of other runner versions, caches, virtual environments and temporary files removed.
         freed: bytes freed.
         left: reasons why entries were not removed, one sentence each.
         more: the time limit expired before everything was processed.
@@ -248,7 +248,7 @@ class Prune:
     # size
 
     def _down_to_size(self) -> None:
-        """Remove the least recently used jobs, blobs and compiler caches until the rest fits into `Policy.size`."""
+        """Remove the least recently used jobs, blobs and caches until the rest fits into `Policy.size`."""
         if self.policy.size is None:
             return
         jobs = self._all_jobs()
@@ -258,8 +258,7 @@ class Prune:
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
                 entries.append(_Entry(about.st_mtime, about.st_blocks * 512, path))
-        for path in _entries(self.store.root / "ccache"):
-            entries.append(_Entry(stamp(path), _allocated(path), path))
+        entries += [_Entry(stamp(path), _allocated(path), path) for path in caches.all_of(self.store.root)]
         total = sum(entry.size for entry in entries)
         for entry in sorted(entries, key=lambda entry: (entry.job is None or not entry.job.is_kept(), entry.last_use)):
             if total <= self.policy.size:
@@ -286,14 +285,14 @@ class Prune:
     # other entries
 
     def _others(self) -> None:
-        """Remove unused runners, compiler caches, virtual environments, temporary files and cached packages."""
+        """Remove unused runners, caches, virtual environments, temporary files and cached packages."""
         limit = max(self.policy.older or 0.0, DAY)
         self.pruned.freed += trim(self.store.root / POOL, self._now - limit if self.policy.older is not None else None)
         own = runner_folder()
         for path in _entries(self.store.root / "runner"):
             if path != own and self._age(stamp(path), path) > limit:
                 self._remove_unheld(path)
-        for path in _entries(self.store.root / "ccache"):
+        for path in caches.all_of(self.store.root):
             if self._age(stamp(path), path) > limit:
                 self._remove_unheld(path)
         for path in self.store.tmp.glob("*.part"):
@@ -314,9 +313,9 @@ class Prune:
     def _remove_unheld(self, path: Path) -> bool:
         """Remove a folder that is not in use; return whether it was removed.
 
-        A process that runs from a runner's folder, or mounts a compiler cache, holds a shared lock on that folder.
+        A process that runs from a runner's folder, or uses a cache, holds its lock.
         """
-        with seized(path) as held:
+        with seized(caches.lock_file(path)) as held:
             if held:
                 self._throw_out(path)
         return held

@@ -28,6 +28,7 @@ from ..host import streams
 from ..host.buildah import Buildah
 from ..host.capabilities import environment, namespace
 from ..host.probe import facts
+from ..store import caches
 from ..store.store import Store, StoredJob, runner_folder, stamp
 from ..util.atomic_files import is_sha256, read_json, sync_folder, write_json
 from ..util.errors import RunnerError
@@ -234,7 +235,7 @@ def main(digest: str, number: str, *command: str) -> int:
 
 def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) -> int:
     known = facts(store.root)
-    options = _without_what_is_gone([str(word) for word in about["options"]])
+    options, _locks = _available([str(word) for word in about["options"]], store.root)
     buildah = Buildah(store.root, known)
     if not os.isatty(0):
         out, err = streams.descriptor(1), streams.descriptor(2)
@@ -266,17 +267,37 @@ def _run_in(store: Store, name: str, about: dict[str, Any], command: list[str]) 
         return status
 
 
-def _without_what_is_gone(options: list[str]) -> list[str]:
-    """Return options without mounts whose source is gone, such as a temporary folder; report each on stderr."""
+def _available(options: list[str], root: Path) -> tuple[list[str], list[Lock]]:
+    """Return options without the mounts that are unavailable now; report each of these on stderr.
+
+    A source may be gone, such as a temporary folder, or be a cache that a job uses.
+
+    Args:
+        options: options of `buildah run`.
+        root: the versioned store folder.
+
+    Returns:
+        The options, and the locks of the caches among them.
+    """
     words = [option for option in options if option != "--terminal"]
     kept: list[str] = []
+    locks: list[Lock] = []
     for option, value in zip(words[::2], words[1::2]):
         source = value.split(":")[0] if option == "--volume" else _source_of(value) if option == "--mount" else ""
-        if source and not os.path.exists(source):
-            print(f"gamebear: {source} is not mounted: it no longer exists", file=sys.stderr)
+        cause = ""
+        try:
+            if source:
+                os.stat(source)
+            if instance := caches.instance_of(root, Path(source)):
+                locks.append(Lock(instance / "lock"))
+                cause = "" if locks[-1].acquire() else "a job uses it"
+        except OSError:
+            cause = "it no longer exists"
+        if cause:
+            print(f"gamebear: {source} is not mounted: {cause}", file=sys.stderr)
         else:
             kept += [option, value]
-    return kept
+    return kept, locks
 
 
 def _source_of(mount: str) -> str:

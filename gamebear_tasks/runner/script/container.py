@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from ..host import accounts
 from ..host.arch import ARCHITECTURE_ANNOTATION, PLATFORMS
 from ..host.rootfs import Rootfs
 from ..host.streams import Sink, descriptor
@@ -110,7 +111,8 @@ class Container:
         self._rootfs: Rootfs | None = None
         self._path: Path | None = None
         self._ccache: Cache | None = None
-        self._ccache_was_mounted = False
+        self._caches: dict[str, Path] = {}
+        self._mount_points: list[str] = []
         command = ["from", "--quiet"]
         if str(image) == "scratch":
             architecture, variant = PLATFORMS[job.arch]
@@ -301,7 +303,41 @@ class Container:
         retries = self.healthcheck_retries
         return options + (["--healthcheck-retries", str(retries)] if retries else [])
 
-    # the compiler cache
+    # caches
+
+    def cache(self, path: str | os.PathLike[str], *, name: str = "") -> None:
+        """Mount a folder that persists across builds into the container, for the following commands.
+
+        The folder is initially empty and belongs to the container's root. It is kept on the builder under its name,
+        the container's image and the architecture. One job at a time uses it. Jobs that need it at the same time get
+        further folders. It is not part of the digest, and not part of images.
+
+        Args:
+            path: Path in the container; a relative path starts in `workdir`. Missing folders are created. Contents of
+                the image at this path are hidden.
+            name: Name of the cache; by default the path.
+
+        Raises:
+            ValueError: The path is `/` or contains a colon, or the container is removed.
+            NotADirectoryError: A part of the path is not a folder.
+
+        Example:
+            ```python
+            c.cache("/root/.cargo/registry")
+            c.run(["cargo", "build", "--release"], pwd="/src")
+            ```
+        """
+        self._check_there()
+        absolute = posixpath.normpath(self._absolute(os.fspath(path)))
+        if absolute.strip("/") == "" or ":" in absolute:
+            raise ValueError(f"cache: {os.fspath(path)!r} cannot be a mount point; use a folder without a colon")
+        inside, created = self._files().mount_point(absolute)
+        self._mount_points += created
+        self._caches[inside] = self._job.cache(name or absolute, self._image)
+
+    def _cache_options(self) -> list[str]:
+        """Return the options that mount the caches for a command."""
+        return [word for inside, files in sorted(self._caches.items()) for word in ("--volume", f"{files}:{inside}")]
 
     @property
     def ccache(self) -> bool:
@@ -342,7 +378,8 @@ class Container:
         if whom not in ("", "0", "root", "0:0", "root:root"):
             return []
         further.update(self._ccache.environment(further.get("PATH") or self.environ.get("PATH", "")))
-        self._ccache_was_mounted = True
+        if PLACE not in self._mount_points:
+            self._mount_points.append(PLACE)
         return ["--volume", f"{self._ccache.folder}:{PLACE}"]
 
     # commands
@@ -358,6 +395,7 @@ class Container:
         volumes: Iterable[Any] = (),
         mounts: Iterable[Mapping[str, object]] = (),
         terminal: bool = False,
+        network: bool = True,
         stdin: int | IO[Any] | None = None,
         input: str | bytes | None = None,
         stdout: int | IO[Any] | None = None,
@@ -376,6 +414,7 @@ class Container:
             mounts: Mounts for this command only, as mappings of the fields of `buildah run --mount`: `{"type": "bind",
                 "src": …, "dst": …}`.
             terminal: Allocate a terminal for the command.
+            network: Whether the command has the builder's network; without it, only a loopback interface.
             stdin: Standard input, as for `subprocess.run`; empty by default.
             input: Text or bytes for the standard input. Overrides `stdin`.
             stdout: Standard output, as for `subprocess.run`: None for the log, `PIPE` to capture it, `DEVNULL` or a
@@ -388,6 +427,7 @@ class Container:
 
         Raises:
             CommandError: The command ended with another status than 0, or could not be started.
+            NetworkError: `network` is False, and the builder cannot create a network namespace.
             TypeError: `cmd` is one string and `shell` is not set.
             ValueError: There are no words, a mount does not have at least two parts, or the container is removed.
 
@@ -400,6 +440,8 @@ class Container:
         """
         words = _command(cmd, shell)
         self._check_there()
+        if not network:
+            self._job.check_network()
         further = {key: str(value) for key, value in (env or {}).items()}
         folder = None if pwd is None else self._absolute(os.fspath(pwd))
         with contextlib.ExitStack() as stack:
@@ -414,7 +456,7 @@ class Container:
                 stack.enter_context(self._changed_for_now(further, folder))
                 self._apply()
                 options = []
-            options += cache
+            options += [*cache, *self._cache_options()]
             if user is not None:
                 options += ["--user", str(user) or "0:0"]  # buildah replaces an empty user by the container's user
             if self._job.facts.isolation != "chroot":
@@ -444,6 +486,7 @@ class Container:
                 out=out,
                 err=None if in_order else err,
                 is_root=user is None and self._is_roots(),
+                network=network,
             )
         if self._job.notes is not None:
             self._job.notes.ended(self.name, status)
@@ -515,20 +558,26 @@ class Container:
             self._rootfs = Rootfs(self._path)
         return self._rootfs
 
-    def copy_in(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
+    def copy_in(
+        self, src: str | os.PathLike[str], dst: str | os.PathLike[str], *, owner: str | int | None = None
+    ) -> None:
         """Copy a file or the contents of a folder into the container.
 
-        The container's root owns the copies. Missing folders are created, existing folders are merged, existing files
-        and links are replaced. Symbolic links in a folder stay links. Modes, times, hard links, holes and the extended
-        attributes `user.*`, `security.capability` and `security.ima` are preserved. An existing folder keeps its own
-        mode, times and attributes.
+        The container's root owns the copies, or `owner`. Missing folders are created, existing folders are merged,
+        existing files and links are replaced. Symbolic links in a folder stay links. Modes, times, hard links, holes
+        and the extended attributes `user.*`, `security.capability` and `security.ima` are preserved. An existing folder
+        keeps its own owner, mode, times and attributes.
 
         Args:
             src: Path outside; a relative path starts in the working directory.
             dst: Path in the container, including the file's name. A file is copied *into* `dst` if that is an existing
                 folder or ends in a slash. A relative path starts in `workdir`.
+            owner: Owner of everything that is created, missing folders included: `user` or `user:group`, each a name
+                in the container's /etc/passwd or /etc/group, or a number. Without a group it is the user's.
 
         Raises:
+            OwnerError: The container has no such user or group.
+            ValueError: `owner` has another form.
             FileNotFoundError: `src` does not exist.
             IsADirectoryError: A folder exists where a file or link belongs.
             NotADirectoryError: A part of the path is not a folder.
@@ -539,9 +588,12 @@ class Container:
             ```python
             c.copy_in("source", "/src")          # the contents of source become the contents of /src
             c.copy_in("settings.h", "/src/")     # becomes /src/settings.h
+            c.copy_in("source", "/home/pi/src", owner="pi")
             ```
         """
-        self._files().copy_in(Path(src), self._absolute(os.fspath(dst)))
+        files = self._files()
+        ids = None if owner is None else accounts.owner(files, str(owner))
+        files.copy_in(Path(src), self._absolute(os.fspath(dst)), ids)
 
     def copy_out(self, src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
         """Copy a file or the contents of a folder out of the container.
@@ -659,8 +711,8 @@ class Container:
             ```
         """
         health = self.healthcheck_cmd
-        if self._ccache_was_mounted:
-            self._files().remove_empty(PLACE)  # mount point that buildah created for the cache
+        for path in reversed(self._mount_points):
+            self._files().remove_empty(path)  # created for a cache
         self._apply("--annotation", f"{ARCHITECTURE_ANNOTATION}={self._job.arch}")
         form = ["--format", "docker"] if health else []
         said = self._buildah("commit", "--quiet", *form, self.name).split()

@@ -8,12 +8,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..host import network
 from ..host.buildah import Buildah, BuildahError
 from ..host.capabilities import Facts
 from ..host.subprocesses import last_lines
 from ..maintenance.retained_containers import FINISHED, Notes
+from ..store import caches
 from ..store.phases import Phases
 from ..util.errors import ended_by
 
@@ -117,9 +120,12 @@ class Job:
         self.had_containers = False
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
+        self._is_network_checked = False
         self.phases = Phases(tell=tell)
         self.images: dict[str, dict[str, Any]] = {}
         """Facts about the images that were used, by id; see `server.materials`."""
+        self.caches: dict[str, caches.Instance] = {}
+        """Caches that the job uses, by key; locked until this process ends."""
         self.policies: list[dict[str, Any]] = []
         """Conditions for the validity of the result; see `store.expiry`."""
 
@@ -127,6 +133,31 @@ class Job:
         """Record facts about a used image, unless the job itself committed it; see `server.materials`."""
         if identity not in self.committed:
             self.images.setdefault(identity, {}).update(known)
+
+    def cache(self, name: str, image: str) -> Path:
+        """Return the folder of a cache, which is the job's until it ends.
+
+        Args:
+            name: The cache's name, or its path in the container.
+            image: Id of the container's image.
+
+        Raises:
+            OSError: The store cannot be written.
+        """
+        key = caches.key_of(name, image, self.arch)
+        if key not in self.caches:
+            self.caches[key] = caches.acquire(self.buildah.root, key)
+        return self.caches[key].files
+
+    def check_network(self) -> None:
+        """Verify, once, that this builder can run commands without network.
+
+        Raises:
+            NetworkError: It cannot.
+        """
+        if not self._is_network_checked:
+            network.check(self.buildah.environment)
+            self._is_network_checked = True
 
     def run_takes_settings(self) -> bool:
         """Return whether `buildah run` accepts environment and working directory for one command."""

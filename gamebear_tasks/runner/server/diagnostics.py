@@ -281,7 +281,7 @@ def _settings() -> Said:
 
 def _sizes(root: Path, known: Facts | None) -> dict[str, int | None]:
     """Return the bytes on disk of each part of the store and of the images; None: not measured."""
-    names = {"inputs": "blobs", "jobs": "jobs", "packages": "debs", "compiler caches": "ccache"}
+    names = {"inputs": "blobs", "jobs": "jobs", "packages": "debs", "compiler caches": "ccache", "caches": "caches"}
     sizes: dict[str, int | None] = {
         name: _size([], root / folder) for name, folder in names.items() if (root / folder).is_dir()
     }

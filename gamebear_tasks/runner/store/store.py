@@ -22,7 +22,8 @@
                                 <id>.used may contain architecture of the job, OCI architecture, variant and user
     notices.json                what makes this builder slow, see `performance_warnings`
     trash/                      pruned entries are renamed to here, then removed
-    storage/, run/, venvs/, ccache/<key>/, runner/<sha256>/
+    storage/, run/, venvs/, runner/<sha256>/
+    ccache/, caches/            see `caches`
     tmp/                        partial files; <digest[:16]>/ is a job's scratch folder, removed with its leftovers
 """
 

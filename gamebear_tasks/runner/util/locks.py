@@ -71,7 +71,7 @@ def seized(path: os.PathLike[str] | str) -> Iterator[bool]:
     """Hold an existing file or folder exclusively for the block, without waiting.
 
     Yields:
-        Whether it is held. It is not if it is missing, or another process holds it.
+        Whether it is held. It is not if it is missing, was replaced meanwhile, or another process holds it.
     """
     fd = -1
     held = False
@@ -79,7 +79,7 @@ def seized(path: os.PathLike[str] | str) -> Iterator[bool]:
         with contextlib.suppress(OSError):
             fd = _opened(path)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
+            held = is_at(fd, path)
         yield held
     finally:
         if fd >= 0:
