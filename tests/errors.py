@@ -521,6 +521,11 @@ SCRIPTS = [
     Row("wrote outside of the working directory", "open('/proc/nowhere/x', 'w')", "x.py 1 /proc/nowhere/x → path"),
     Row("used an invalid image name", "Container('Debian: Bookworm')", "x.py 1 Bookworm → debian:bookworm"),
     Row("used an image that the builder does not have", "Image('nosuch')", "x.py 1 nosuch amd64 → Image.pull"),
+    Row(
+        "copied a file for a user that the container does not have",
+        "Container('scratch').copy_in('x.py', '/x', owner='pi')",
+        "x.py 1 copy_in user pi → useradd number",
+    ),
     Row("declared an arg without a name", "#| arg: = 3", "x.py 1 arg: → default"),
     Row("declared an arg of an unknown type", "#| arg: level: number = 3", "x.py 1 level number → pathlib.Path"),
     Row("set no value for an arg without a default", "#| arg: level = ...", "x.py 1 level → args="),

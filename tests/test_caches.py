@@ -212,7 +212,7 @@ open("out", "w").write("{number}")
 def test_an_ordinary_user_of_the_builder_has_caches_too(
     remote_project: Project, account: Account, tmp_path: Path
 ) -> None:
-    tree = account.home / f"tiny-{os.getpid()}"
+    tree = account.home / f"tiny-{os.urandom(4).hex()}"
     tiny.fill(tree, PROGRAMS)
     remote_project.write(
         "dodo.py",
