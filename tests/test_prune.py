@@ -289,6 +289,35 @@ def test_a_job_does_not_take_a_cache_that_is_being_removed(bare_store: Store) ->
         each.release()
 
 
+def test_a_cache_that_is_removed_while_a_job_locks_it_is_not_used(
+    bare_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = caches.key_of("/c", "", "amd64")
+    first = caches.acquire(bare_store.root, key)
+    first.release()
+    flock, away = fcntl.flock, bare_store.trash / "old"
+
+    def removed_before(fd: int, operation: int) -> None:
+        if not away.exists():
+            first.files.parent.rename(away)
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    taken = caches.acquire(bare_store.root, key)
+    assert taken.files == first.files and taken.files.exists() and away.exists()
+    taken.release()
+
+
+def test_a_use_makes_a_cache_new(bare_store: Store) -> None:
+    key = caches.key_of("/c", "", "amd64")
+    for _ in range(2):
+        used = caches.acquire(bare_store.root, key)
+        used.release()
+        assert Prune(bare_store, Policy(older=4 * DAY), 60).run().others == 0
+        os.utime(used.files.parent, (1, 1))
+    assert Prune(bare_store, Policy(older=4 * DAY), 60).run().others == 1
+
+
 def test_a_lock_of_a_file_that_was_replaced_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").touch()
     flock = fcntl.flock
