@@ -579,7 +579,7 @@ def test_a_command_without_network_reaches_nothing_of_this_machine(builder: Buil
     said = [line for line in outcome.log.splitlines() if line.startswith(("reached", "without"))]
     assert said == [*reached, "without"] * 3 + reached
     assert f"gamebear-test-{os.getpid()}" not in outcome.log, "no abstract sockets of the builder"
-    assert "127.0.0.1" in outcome.log, "the loopback interface is up"
+    assert "|-- 127.0.0.1\n" in outcome.log, "the loopback interface is up"
 
 
 def test_a_command_without_network_may_fail_and_its_status_is_told(builder: Builder) -> None:
@@ -631,7 +631,7 @@ def test_an_ordinary_user_of_the_builder_has_owners_and_no_network(remote_projec
     assert "copy_in failed: uid 4000000000 is outside of the builder's user namespace." in said
     reached = [line for line in said.splitlines() if line.startswith(("reached", "without"))]
     assert reached == [*(f"reached {address}" for address in addresses()), "without"]
-    assert "127.0.0.1" in said
+    assert "|-- 127.0.0.1\n" in said
     remote_project.write("x.py", FORBIDDEN.format(tree=str(tree)))
     remote_project.doit("x").failed(
         "x.py, line 5: run(network=False) failed: the builder cannot create a network namespace", "max_net_namespaces"
