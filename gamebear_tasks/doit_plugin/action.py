@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from doit.action import BaseAction, PythonAction
@@ -18,13 +21,14 @@ from ..util.text import in_line
 class Build(BaseAction):  # type: ignore[misc]  # doit has no types
     """Build a plan's job and install its outputs."""
 
+    task: Any = None
+    out: str | None = None
+    err: str | None = None
+    result: Any = None
+    values: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.task: Any = None
-        self.out: str | None = None
-        self.err: str | None = None
-        self.result: Any = None
-        self.values: dict[str, Any] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -70,10 +74,13 @@ class RemoveTargets(PythonAction):  # type: ignore[misc]  # doit has no types
 
     args = ()
 
-    def __init__(self) -> None:
-        self.kwargs: dict[str, Any] = {}  # doit sets `dryrun`
-        self._name = ""
-        self._targets: list[str] = []
+    def __init__(self) -> None:  # without PythonAction's, which requires the function
+        pass
+
+    @cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the function. doit sets `dryrun`."""
+        return {}
 
     @property
     def task(self) -> None:
