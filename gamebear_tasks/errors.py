@@ -9,7 +9,7 @@ from doit.exceptions import InvalidDodoFile
 
 from .util.text import arrow, in_line
 
-NONSENSE = (
+INVALID_REPLY = (
     "Run doit again. If the error persists, remove ~/.cache/gamebear/v1/runner on the builder; doit uploads it again."
 )
 """Hint for responses that the runner never sends."""

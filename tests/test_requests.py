@@ -287,7 +287,7 @@ def test_a_session_refuses_invalid_requests_and_answers_the_next(
     for header in invalid:
         reply = ask(header)
         assert reply.keys() == {"error", "hint", "kind"}
-        assert (reply["kind"], reply["hint"]) == ("request", wire.NOT_OURS)
+        assert (reply["kind"], reply["hint"]) == ("request", wire.INVALID_REQUEST)
         assert "Error" not in str(reply["error"]) and "_" not in str(reply["error"])
     assert ask({"op": "hello"})["machine"] == os.uname().machine
 

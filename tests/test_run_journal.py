@@ -92,7 +92,7 @@ def record(task: str, state: str = "done") -> Record:
 
 def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_journal, "MOST", 300_000)
+    monkeypatch.setattr(run_journal, "MAX_BYTES", 300_000)
     log = tmp_path / "log"
     log.write_text("x" * 79 + "\n" + "y" * 20_000)
     for number in range(30):
@@ -102,7 +102,7 @@ def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch
         os.utime(path, (number, number))
     sizes = [path.stat().st_size for path in Path(run_journal.RUNS).iterdir()]
     assert len(sizes) == len(last_runs()) < 20 and 280_000 < sum(sizes) <= 300_000 + max(sizes)
-    monkeypatch.setattr(run_journal, "MOST", 1 << 20)
+    monkeypatch.setattr(run_journal, "MAX_BYTES", 1 << 20)
     monkeypatch.setattr(run_journal, "ENOUGH", 50_000)
     monkeypatch.setattr(run_journal, "doit_process", lambda: (1, 99))
     for number in range(5):
@@ -113,7 +113,7 @@ def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch
     for number in range(100, 130):
         monkeypatch.setattr(run_journal, "doit_process", lambda number=number: (1, number + 1))
         run_journal.keep(record("one"), None)
-    assert len(last_runs()) == run_journal.KEPT
+    assert len(last_runs()) == run_journal.MAX_RUNS
 
 
 def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from ..builders.base import Builder, Keeper, Order, Output, Sink, Status
 from ..builders.protocol.flood_guard import WORTH, Rounds
 from ..builders.registry import open_builder
 from ..config import origin_in_errors, settings, variables_of_this_run
-from ..errors import NONSENSE, JobError
+from ..errors import INVALID_REPLY, JobError
 from ..jobspec.plan import SAVED, Plan, check_choice
-from ..progress.events import Telling
+from ..progress.events import EventSender
 from ..records import run_journal, task_log, task_record
 from ..records.task_log import TaskLog
 from ..util.messages import notice
@@ -30,7 +30,7 @@ from ..util.text import in_line, printable, size
 from ..util.urls import shown
 from . import cancellation
 from .builder_notices import notice_once
-from .cancellation import Interest, end_what_is_left
+from .cancellation import Interest, cancel_waiting
 from .install_outputs import Fetch, Mismatch, check_place, place
 from .order import order_of
 from .placement_marks import placing
@@ -65,8 +65,8 @@ class Building:
         self.plan = plan
         self.task = task
         self.out = out
-        self.telling = Telling(task)
-        self.watch = task_record.Stopwatch(self.telling)
+        self.events = EventSender(task)
+        self.watch = task_record.Stopwatch(self.events)
         self.chosen = settings()
         self.origin = "built"
         self.valid: dict[str, float] | None = None
@@ -87,7 +87,7 @@ class Building:
             GamebearError: the build failed.
             OSError: a local file cannot be written.
         """
-        with self.watch.running(), run_journal.noted(self.note):
+        with self.watch.running(), run_journal.recording_failures(self.note):
             order = self._run()
         record = self.note("done")
         if self.chosen.provenance:
@@ -95,8 +95,8 @@ class Building:
 
             url = self.chosen.builder_for(self.plan.arch or self.chosen.arch)
             provenance.write(self.task, self.plan, record, builder_of_this_run(url))
-        self.telling.ended(record)
-        if self.origin != "fetched" and not self.telling.is_heard:
+        self.events.ended(record)
+        if self.origin != "fetched" and not self.events.has_listener:
             notice(record.line())
         # doit reads these values in every run, so they are few; the record has the rest
         values: dict[str, Any] = {"digest": order.job.digest, SAVED: self._state}
@@ -134,8 +134,8 @@ class Building:
         for name, source in self.plan.sources.items():
             if contents.lock is not None and (warning := source.warning(contents.lock)):
                 notice(f"source {name} of {self.task}: {warning}")
-        self.telling.begins(self._url, last)
-        with self.telling.shown(self.out) as out, TaskLog(self.task, out, self.telling.last_line) as kept:
+        self.events.begins(self._url, last)
+        with self.events.shown(self.out) as out, TaskLog(self.task, out, self.events.last_line) as kept:
             self._have_built(builder, order, kept)
         return order
 
@@ -188,11 +188,11 @@ class Building:
                     expired = f"the builder's result expired: {in_line(status.expired)}"
                     self.why = (*(reason for reason in self.why if reason != ASKED), expired)
                 if status.joined and status.state == "done":
-                    self.telling.remark(f"{name} was built on {builder.url} before; downloading")
+                    self.events.remark(f"{name} was built on {builder.url} before; downloading")
                     if not log.offset:
                         log.hide()
                 elif status.joined and not status.is_final:
-                    self.telling.remark(f"{name} is already being built on {builder.url}; following")
+                    self.events.remark(f"{name} is already being built on {builder.url}; following")
                 self._status = status
                 self._status = status = self._follow(builder, order, status, log)
                 notice_once(builder.url, status.notices)
@@ -231,7 +231,7 @@ class Building:
         rounds = Rounds(f"The lines of the log of {self.task} on {builder.url}")
         while True:
             phase = status.phase or ("queue" if status.state == "queued" else "build")
-            self.telling.builds("" if status.is_final else phase, status.ahead)
+            self.events.builds("" if status.is_final else phase, status.ahead)
             status, data = builder.follow(order.job.digest, status.attempt, log.offset)
             log.write(data)
             if status.is_final and not data:
@@ -268,7 +268,7 @@ class Building:
         if set(status.outputs) != set(self.plan.targets):
             raise JobError(
                 f"{self._failed_on}: the builder returned other outputs: {repr(sorted(status.outputs))[:400]}.",
-                NONSENSE,
+                INVALID_REPLY,
             )
 
         def fetch(name: str, offset: int, target: Sink, limit: int) -> None:
@@ -360,7 +360,7 @@ def builder_of_this_run(url: str) -> Builder:
 
 def _end() -> None:
     """At exit, cancel the jobs that the process waits for; then close the builders, which cancelling needs."""
-    end_what_is_left()
+    cancel_waiting()
     for (pid, _), builder in list(_builders.items()):
         if pid == os.getpid():
             builder.close()

@@ -14,12 +14,12 @@ from ..runner.util.locks import locked
 from ..util.locations import cache_folder
 from ..util.messages import notice
 
-_told: dict[str, set[str]] = {}
+_shown: dict[str, set[str]] = {}
 """Notices of each builder that this process has handled, by URL."""
 
 
 @contextlib.contextmanager
-def told_before(url: str, texts: Collection[str]) -> Iterator[list[str]]:
+def shown_before(url: str, texts: Collection[str]) -> Iterator[list[str]]:
     """Yield the notices of a builder that were shown before; record the current ones after the block.
 
     A file lock, best effort, excludes other processes during the block.
@@ -37,8 +37,8 @@ def told_before(url: str, texts: Collection[str]) -> Iterator[list[str]]:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             held.enter_context(locked(path.with_suffix(".lock")))
         known = read_json(path)
-        yield [*(known if isinstance(known, list) else ()), *_told.get(url, ())]
-        _told.setdefault(url, set()).update(texts)
+        yield [*(known if isinstance(known, list) else ()), *_shown.get(url, ())]
+        _shown.setdefault(url, set()).update(texts)
         with contextlib.suppress(OSError):
             if known != list(texts):
                 write_json(path, list(texts))
@@ -51,7 +51,7 @@ def notice_once(url: str, texts: Collection[str]) -> None:
         url: the builder's URL.
         texts: all current notices of the builder, each worded to follow "on this builder".
     """
-    with told_before(url, texts) as told:
+    with shown_before(url, texts) as shown:
         for text in texts:
-            if text not in told:
+            if text not in shown:
                 notice(f"on {url} {text}")

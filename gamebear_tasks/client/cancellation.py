@@ -37,7 +37,7 @@ BOUNCE = 0.1
 HARD = 3
 """Number of further signals during exit after which the process exits immediately."""
 
-LOOK = 1.0
+POLL_INTERVAL = 1.0
 """Seconds between two checks whether the parent process is alive, and between two SIGTERMs to worker processes."""
 
 GRACE = 5.0
@@ -64,7 +64,7 @@ class Terminated(KeyboardInterrupt, SystemExit):
     @property
     def code(self) -> int:  # type: ignore[override]
         """The exit status. Python reads it if nothing caught the exception: the process is about to exit."""
-        if _signals.came and multiprocessing.parent_process() is None:
+        if _signals.first and multiprocessing.parent_process() is None:
             end_interrupted(self.number)
         return 128 + self.number
 
@@ -155,14 +155,14 @@ class Interest:
 _waiting: dict[int, Interest] = {}
 _waiting_lock = threading.Lock()
 
-told = threading.Event()
+announced = threading.Event()
 """Set once the user has been notified that the run was interrupted."""
 
 ending = threading.Event()
 """Set when the process starts to exit: the threads' waits end with it."""
 
 
-def end_what_is_left() -> None:
+def cancel_waiting() -> None:
     """Cancel the jobs that threads still wait for, because doit's threads die with the process.
 
     `build` calls this at exit, before it closes the builders.
@@ -190,7 +190,7 @@ class _Signals:
     Attributes:
         pid: id of the process; a forked process resets the state.
         before: the replaced signal handlers, by signal.
-        came: the first signal received, 0 for none.
+        first: the first signal received, 0 for none.
         last: monotonic time of the last signal that counted.
         waits: the main thread is in an interruptible wait, which a further signal ends.
         exiting: the process is exiting: a signal ends interruptible waits and nothing else.
@@ -207,7 +207,7 @@ class _Signals:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.before: dict[int, Any] = {}
-        self.came = 0
+        self.first = 0
         self.last = 0.0
         self.waits = False
         self.exiting = False
@@ -247,7 +247,7 @@ def begin_run(*, whole: bool = False) -> bool:
         _prepare_forks(util)
     if _signals.before:
         return False
-    _signals.came = 0
+    _signals.first = 0
     _take_signals()
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)  # atexit calls the function that was registered last first
@@ -256,7 +256,7 @@ def begin_run(*, whole: bool = False) -> bool:
 
 def end_run() -> None:
     """Restore the previous signal handlers, unless a signal was received: then the process is about to exit."""
-    if _signals.came or threading.current_thread() is not threading.main_thread():
+    if _signals.first or threading.current_thread() is not threading.main_thread():
         return
     for number, handler in _signals.before.items():
         if signal.getsignal(number) is _end:
@@ -281,7 +281,7 @@ def running() -> Iterator[None]:
             raise
         raise Terminated(signal.SIGINT) from None  # a program received Ctrl-C before doit did; no traceback
     finally:
-        if is_child and _signals.came:
+        if is_child and _signals.first:
             # The rest is doit's code, which may deadlock on a queue that a killed process has locked.
             threading.Thread(target=_leave_soon, daemon=True).start()
         elif begun or not (is_child or _signals.whole):
@@ -321,11 +321,11 @@ def _end(number: int, frame: types.FrameType | None) -> None:
         return
     now = time.monotonic()
     is_child = multiprocessing.parent_process() is not None
-    if _signals.came and is_child and number != signal.SIGINT:
+    if _signals.first and is_child and number != signal.SIGINT:
         return  # doit sends SIGTERM to its worker processes: this is not a second request of the user
-    if _signals.came and not _signals.waits and now - _signals.last < BOUNCE:
+    if _signals.first and not _signals.waits and now - _signals.last < BOUNCE:
         return
-    _signals.came = _signals.came or number
+    _signals.first = _signals.first or number
     _signals.last = now
     if not _signals.exiting or _signals.waits:
         raise Terminated(number)
@@ -350,9 +350,9 @@ def _at_exit() -> None:
     if _signals.pid != os.getpid():
         return
     _exiting()
-    if _signals.came:
+    if _signals.first:
         end_processes()
-        _say_once(_signals.came)
+        _announce(_signals.first)
 
 
 @atexit.register  # this module is loaded early, so the function is called late
@@ -384,15 +384,15 @@ def end_interrupted(number: int = signal.SIGINT) -> int:
     """
     _exiting()
     _signals.uncaught = number == signal.SIGINT
-    end_what_is_left()  # not at exit: Python 3.12 and later start no thread then
+    cancel_waiting()  # not at exit: Python 3.12 and later start no thread then
     end_processes()
-    _say_once(number)
+    _announce(number)
     return 128 + number
 
 
-def _say_once(number: int) -> None:
-    if not told.is_set():
-        told.set()
+def _announce(number: int) -> None:
+    if not announced.is_set():
+        announced.set()
         notice("interrupted" if number == signal.SIGINT else f"terminated by {signal.Signals(number).name}")
 
 
@@ -409,7 +409,7 @@ def end_processes() -> None:
     while _signals.has_processes and (left := multiprocessing.active_children()):
         for process in left:
             process.terminate()
-        left[0].join(LOOK)
+        left[0].join(POLL_INTERVAL)
 
 
 def end_with_parent() -> None:
@@ -463,7 +463,7 @@ def _watch(parent: Any) -> None:
     # Processes forked later hold the sentinel open too, so also compare the parent's id. With a fork server, the parent
     # by id is the fork server, so only the sentinel counts.
     is_child = os.getppid() == parent.pid
-    while not wait([parent.sentinel], LOOK) and (not is_child or os.getppid() == parent.pid):
+    while not wait([parent.sentinel], POLL_INTERVAL) and (not is_child or os.getppid() == parent.pid):
         pass
     _signals.orphaned = True
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

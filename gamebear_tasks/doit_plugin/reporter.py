@@ -145,7 +145,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             if view is not None:
                 view.close(is_interrupted)
                 if is_interrupted:
-                    cancellation.told.set()
+                    cancellation.announced.set()
         if self._is_live and self._skipped and (view is None or view.board.is_idle):
             self.write(", ".join(f"{count:,} {how}" for how, count in self._skipped.items()) + "\n")
         if self.runtime_errors:
@@ -214,7 +214,7 @@ class LiveReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
                 for process in multiprocessing.active_children():
                     process.join(LAST_WORDS)
                 raise
-        cancellation.end_what_is_left()
+        cancellation.cancel_waiting()
 
 
 def _is_shown(task: Any) -> bool:

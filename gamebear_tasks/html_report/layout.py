@@ -121,13 +121,13 @@ class Page:
         name = f"run-{number + 1}"
         up, down = model.totals(task_run.record for task_run in tasks)
         sums = [f"{duration(run.seconds)}", f"{size(up)} sent", f"{size(down)} received"]
-        asked = element("span", "doit ", " ".join(run.asked), class_="asked") if run.asked else None
+        requested = element("span", "doit ", " ".join(run.asked), class_="asked") if run.asked else None
         badges = [
             joined(_badge(way, f"{count} {way}"), " ") for way, count in model.counts(run).items()
         ]  # fmt: skip
         summary = element(
             "summary",
-            element("h2", _when(run.begun), *([" ", asked] if asked else []), id=name),
+            element("h2", _when(run.begun), *([" ", requested] if requested else []), id=name),
             " ",
             element("span", *badges, class_="badges"),
             " ",
@@ -254,13 +254,13 @@ def _bars(task_run: TaskRun, begun: float, first: float, last: float) -> Html:
     whole = Phase("", 0.0, record.seconds)
     theirs = [phase for phase in record.phases if phase.name in BUILDER]
     ours = [phase for phase in record.phases if phase.name not in BUILDER]
-    said = ", ".join(f"{name} {duration(seconds)}" for name, seconds in record.totals().items()) or "no phases"
+    summary = ", ".join(f"{name} {duration(seconds)}" for name, seconds in record.totals().items()) or "no phases"
     bars = [
         _bar(whole, offset, first, last, "whole"),
         *(_bar(phase, offset, first, last, f"ours {model.KIND_OF.get(phase.name, '')}") for phase in ours),
         *(_bar(phase, offset, first, last, f"theirs {model.KIND_OF.get(phase.name, '')}") for phase in theirs),
     ]
-    return element("div", *bars, class_="bars", role="img", aria_label=f"{record.task}: {said}")
+    return element("div", *bars, class_="bars", role="img", aria_label=f"{record.task}: {summary}")
 
 
 def _bar(phase: Phase, offset: float, first: float, last: float, kind: str) -> Html:

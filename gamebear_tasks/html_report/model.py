@@ -52,17 +52,17 @@ class TaskRun:
             return None
         return self.record.seconds / self.before.seconds - 1
 
-    def growth(self, made: Made) -> float | None:
+    def growth(self, output: Made) -> float | None:
         """Return the relative growth of an output since the previous run; None if they cannot be compared."""
-        before = self.made_before.get(made.path)
+        before = self.made_before.get(output.path)
         if before is None or not before.size:
             return None
-        return made.size / before.size - 1
+        return output.size / before.size - 1
 
-    def is_same(self, made: Made) -> bool:
+    def is_same(self, output: Made) -> bool:
         """Return whether an output has the same content as before this run."""
-        before = self.made_before.get(made.path)
-        return before is not None and before.sha256 == made.sha256 != ""
+        before = self.made_before.get(output.path)
+        return before is not None and before.sha256 == output.sha256 != ""
 
 
 def compared(runs: Sequence[Run]) -> list[list[TaskRun]]:
@@ -77,18 +77,19 @@ def compared(runs: Sequence[Run]) -> list[list[TaskRun]]:
         names = {entry.record.task for entry in run.entries}
         newest.append(names - later)
         later |= names
-    went: dict[tuple[str, str], Record] = {}
-    made: dict[str, dict[str, Made]] = {}
+    previous: dict[tuple[str, str], Record] = {}
+    previous_outputs: dict[str, dict[str, Made]] = {}
     found: list[list[TaskRun]] = []
     for run, tasks in zip(reversed(runs), reversed(newest), strict=True):
         here = []
         for entry in run.entries:
             record = entry.record
             key = record.task, record.origin
-            here.append(TaskRun(entry, went.get(key), dict(made.get(record.task, {})), record.task in tasks))
+            before = dict(previous_outputs.get(record.task, {}))
+            here.append(TaskRun(entry, previous.get(key), before, record.task in tasks))
             if record.state == "done":
-                went[key] = record
-                made[record.task] = {output.path: output for output in record.outputs}
+                previous[key] = record
+                previous_outputs[record.task] = {output.path: output for output in record.outputs}
         here.sort(key=lambda each: (each.record.state == "done", each.record.begun))
         found.append(here)
     return found[::-1]

@@ -20,12 +20,12 @@ def seconds(task: str, builder: str, last: Record | None) -> float | None:
     """
     if last is None:
         return None
-    if last.builder == builder and _tells(last):
+    if last.builder == builder and _has_phases(last):
         return last.seconds
     return _earlier().get((task, builder))
 
 
-def _tells(record: Record) -> bool:
+def _has_phases(record: Record) -> bool:
     return record.state == "done" and record.origin in ("built", "baked")
 
 
@@ -43,6 +43,6 @@ def _earlier() -> dict[tuple[str, str], float]:
             record = Record.of_document(json.loads(line)["record"])
         except (KeyError, TypeError, ValueError, RecursionError, MemoryError):
             continue  # incomplete line of a killed process
-        if record is not None and _tells(record):
+        if record is not None and _has_phases(record):
             found[record.task, record.builder] = record.seconds
     return found

@@ -26,7 +26,7 @@ EVENT_LIMIT = 4 << 20
 binary data in it six times as long."""
 
 
-class Hearing:
+class EventListener:
     """Listening socket for events, whose address is published in the environment.
 
     Args:
@@ -47,22 +47,22 @@ class Hearing:
         self._socket.bind(str(self._folder / "s"))
         self._socket.listen(64)
         self._socket.setblocking(False)
-        self._heard: dict[socket.socket, bytes] = {}
+        self._buffers: dict[socket.socket, bytes] = {}
         os.environ[VARIABLE] = f"{os.getpid()} {wants} {self._folder / 's'}"
 
-    def join(self, selector: selectors.BaseSelector, take: Callable[[Event], None]) -> None:
+    def join(self, selector: selectors.BaseSelector, handle: Callable[[Event], None]) -> None:
         """Register the socket and its connections with a selector.
 
         Args:
             selector: its caller calls the `data` of each key that is ready.
-            take: called with each event. Events with `asking` are acknowledged with a byte.
+            handle: called with each event. Events with `asking` are acknowledged with a byte.
         """
 
         def accept() -> None:
             with contextlib.suppress(OSError):
                 other, _ = self._socket.accept()
                 other.setblocking(False)
-                self._heard[other] = b""
+                self._buffers[other] = b""
                 selector.register(other, selectors.EVENT_READ, lambda: receive(other))
 
         def receive(other: socket.socket) -> None:
@@ -72,30 +72,30 @@ class Hearing:
                 return
             except OSError:
                 data = b""
-            *events, self._heard[other] = (self._heard[other] + data).split(b"\n")
-            if not data or len(self._heard[other]) > EVENT_LIMIT:
+            *events, self._buffers[other] = (self._buffers[other] + data).split(b"\n")
+            if not data or len(self._buffers[other]) > EVENT_LIMIT:
                 selector.unregister(other)
-                del self._heard[other]
+                del self._buffers[other]
                 other.close()
             for event in events:
-                said = json.loads(event)
-                take(said)
-                if "asking" in said:
+                decoded = json.loads(event)
+                handle(decoded)
+                if "asking" in decoded:
                     with contextlib.suppress(OSError):
                         other.send(b"\n")
 
         selector.register(self._socket, selectors.EVENT_READ, accept)
 
-    def deafen(self) -> None:
+    def disconnect(self) -> None:
         """Close the socket and all connections; senders get an error."""
-        for other in self._heard:
+        for other in self._buffers:
             other.close()
-        self._heard.clear()
+        self._buffers.clear()
         self._socket.close()
 
     def close(self) -> None:
         """Close the socket, remove its folder, and remove its address from the environment."""
-        self.deafen()
+        self.disconnect()
         os.environ.pop(VARIABLE, None)
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._held >= 0:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # callers that build have loaded these
 
 VARIABLE = "GAMEBEAR_PROGRESS"
 """Environment variable for the worker processes of `doit -n`: the pid of their parent, the requested log lines (see
-`Hearing`) and the path of its socket, separated by spaces."""
+`EventListener`) and the path of its socket, separated by spaces."""
 
 OFTEN = 0.1
 """Minimum seconds between two events about transferred bytes, and between two retries of a delayed final event."""
@@ -63,7 +63,7 @@ class Audience(Protocol):
     whole: bool
     """Whether it requests all log lines, not just the last ones."""
 
-    def hear(self, event: Event) -> None:
+    def handle(self, event: Event) -> None:
         """Handle an event; never raises."""
         ...
 
@@ -111,7 +111,7 @@ class _Wire:
 
     Args:
         path: path of the view's socket.
-        wants: the requested log lines (see `Hearing`).
+        wants: the requested log lines (see `EventListener`).
 
     Raises:
         OSError: the socket cannot be connected.
@@ -134,7 +134,7 @@ class _Wire:
         self._socket.connect(path)
         util.Finalize(self, self._finish, exitpriority=0)
 
-    def hear(self, event: Event) -> None:
+    def handle(self, event: Event) -> None:
         """Send an event; block according to its kind.
 
         Log lines block as long as the view accepts data, or without limit if it requests every line. The final event of
@@ -162,7 +162,7 @@ class _Wire:
             self._unsent += json.dumps(event).encode() + b"\n"
             self._is_stuck = not self._send_on(waits) and (self._is_stuck or is_log)
             if is_end and self._unsent and self._sender is None:
-                self._sender = threading.Thread(target=self._send_later, name="telling", daemon=True)
+                self._sender = threading.Thread(target=self._send_later, name="events", daemon=True)
                 self._sender.start()
 
     def _send_on(self, waits: float | None) -> bool:
@@ -200,7 +200,7 @@ class _Wire:
 
         After a timeout the byte may arrive later. It is counted, so that it does not acknowledge the next prompt.
         """
-        self.hear({"asking": leave})
+        self.handle({"asking": leave})
         with self._lock, contextlib.suppress(OSError):
             self._unacknowledged += 1
             self._socket.settimeout(ANSWER)
@@ -222,64 +222,64 @@ def terminal() -> Iterator[None]:
         there.leave_terminal(False)
 
 
-class Telling:
+class EventSender:
     """Sender of the events of one task's build.
 
     Args:
         task: the task's name.
 
     Attributes:
-        is_heard: there is a listener.
+        has_listener: there is a listener.
         wants_lines: the listener requests all log lines.
     """
 
     def __init__(self, task: str) -> None:
         self.task = task
         self._audience = audience()
-        self.is_heard = self._audience is not None
+        self.has_listener = self._audience is not None
         self.wants_lines = self._audience is not None and self._audience.whole
-        self._told = 0.0
+        self._moved_at = 0.0
         self._here = ""
 
-    def tell(self, **what: Any) -> None:
+    def send(self, **what: Any) -> None:
         """Send an event of the task."""
         if self._audience is not None:
-            self._audience.hear({"task": self.task, **what})
+            self._audience.handle({"task": self.task, **what})
 
     # the stopwatch's listener (`task_record.Listener`)
 
     def phase(self, name: str) -> None:
         """Send the current phase on this machine; empty for none."""
-        self.tell(phase=name)
+        self.send(phase=name)
 
     def moved(self, up: int, down: int) -> None:
         """Send the number of bytes sent and received, at most every `OFTEN` seconds."""
         now = time.monotonic()
-        if now - self._told >= OFTEN:
-            self._told = now
-            self.tell(up=up, down=down)
+        if now - self._moved_at >= OFTEN:
+            self._moved_at = now
+            self.send(up=up, down=down)
 
     def expects(self, up: int, down: int, count: int) -> None:
         """Send the size of the transfer that starts now, in bytes."""
-        self.tell(up=up, down=down, goal=count)
+        self.send(up=up, down=down, goal=count)
 
     # other events
 
     def begins(self, builder: str, last: Record | None) -> None:
         """Send the builder's URL, and the duration of the last build there."""
-        if self.is_heard:
+        if self.has_listener:
             from . import estimates
 
-            self.tell(builder=builder, expected=estimates.seconds(self.task, builder, last))
+            self.send(builder=builder, expected=estimates.seconds(self.task, builder, last))
 
     def builds(self, phase: str, ahead: int | None) -> None:
         """Send the job's phase on the builder and its queue position; an empty phase for a final state."""
-        self.tell(there=phase, ahead=ahead)
+        self.send(there=phase, ahead=ahead)
 
     def remark(self, text: str) -> None:
         """Send a remark that is relevant only while the task runs; print it as a notice without a live view."""
-        if self.is_heard and not self.wants_lines:
-            self.tell(line=in_line(text))
+        if self.has_listener and not self.wants_lines:
+            self.send(line=in_line(text))
         else:
             notice(text)
 
@@ -291,8 +291,8 @@ class Telling:
             out: the stream to use without a view; None to hide the log.
         """
         lines: _Lines | Harmless | None = None
-        if out is not None and (self.wants_lines or not self.is_heard):
-            lines = _Lines(self) if self.is_heard else Harmless(out)
+        if out is not None and (self.wants_lines or not self.has_listener):
+            lines = _Lines(self) if self.has_listener else Harmless(out)
         try:
             yield lines
         finally:
@@ -306,12 +306,12 @@ class Telling:
             return
         for line in reversed(text[-LONG:].splitlines()):
             if shown := line_of(line)[:400].strip():
-                self.tell(line=shown)
+                self.send(line=shown)
                 return
 
     def ended(self, record: Record) -> None:
         """Send the final event of a successful task."""
-        self.tell(
+        self.send(
             origin=record.origin, seconds=record.seconds, up=record.up, down=record.down, line_at_end=record.line()
         )
 
@@ -321,8 +321,8 @@ class _Lines:
 
     encoding = "utf-8"
 
-    def __init__(self, telling: Telling) -> None:
-        self._telling = telling
+    def __init__(self, events: EventSender) -> None:
+        self._events = events
         self._rest = ""
 
     def write(self, text: str) -> object:
@@ -332,7 +332,7 @@ class _Lines:
             lines.append(self._rest)
             self._rest = ""
         if lines:
-            self._telling.tell(lines=[line_of(line) for line in lines])
+            self._events.send(lines=[line_of(line) for line in lines])
         return None
 
     def flush(self) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from ..client import cancellation
 from ..util.messages import notice
 from . import events
-from .event_socket import Hearing
+from .event_socket import EventListener
 from .events import Event, listen
 from .model import Board, Outcome
 from .stdio_capture import Capture, still
@@ -78,10 +78,10 @@ class Live:
         self._interrupted = False
         self._capture = Capture()
         self._wake, self._waker = os.pipe()
-        self._hearing: Hearing | None = None
+        self._listener: EventListener | None = None
         if processes:
             with contextlib.suppress(OSError):
-                self._hearing = Hearing("whole" if whole else "last")
+                self._listener = EventListener("whole" if whole else "last")
         listen(self)
         atexit.register(self._close_at_exit, os.getpid())
         self._signals = self._take_signals()
@@ -140,8 +140,8 @@ class Live:
         finally:
             self._give_back()
             self._pass_on(0.0)
-            if self._hearing is not None:
-                self._hearing.close()
+            if self._listener is not None:
+                self._listener.close()
 
     def _close_at_exit(self, pid: int) -> None:
         """Restore the terminal if doit exits without calling `close`."""
@@ -150,7 +150,7 @@ class Live:
 
     # events of builds
 
-    def hear(self, event: Event) -> None:
+    def handle(self, event: Event) -> None:
         """Handle an event of this process; log lines block while the queue is full."""
         with self._changed:
             if "lines" in event and not self._has_room():
@@ -215,8 +215,8 @@ class Live:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._capture.reader, selectors.EVENT_READ, self._read)
                 selector.register(self._wake, selectors.EVENT_READ, lambda: None)
-                if self._hearing is not None:
-                    self._hearing.join(selector, self._take)
+                if self._listener is not None:
+                    self._listener.join(selector, self._take)
                 self._screen = screen = Screen(self._terminal, self._encoding)
                 frame = 0
                 while not self._closing:
@@ -234,8 +234,8 @@ class Live:
             self._broken = True
             self._give_back()
             notice(f"the live view failed ({type(error).__name__}: {error}); builds continue, see build/logs")
-            if self._hearing is not None:
-                self._hearing.deafen()
+            if self._listener is not None:
+                self._listener.disconnect()
             while not self._closing:
                 self._pass_on(PAUSE)
         finally:
@@ -244,16 +244,16 @@ class Live:
 
     def _listen(self, selector: selectors.BaseSelector, seconds: float) -> bool:
         """Handle input for a number of seconds; return whether there was any."""
-        came = False
+        received = False
         until = time.monotonic() + seconds
         while True:
             ready = selector.select(max(until - time.monotonic(), 0.0))
             calls: list[Callable[[], object]] = [key.data for key, _ in ready if key.fd != self._wake]
             for call in calls:
                 call()
-            came = came or bool(calls)
+            received = received or bool(calls)
             if time.monotonic() >= until or self._closing:
-                return came
+                return received
 
     def _read(self) -> None:
         lines = self._capture.read()
@@ -291,7 +291,7 @@ class Live:
         columns, rows = screen.size()
         signs = screen.signs
         names = render.width_of_names(self._names, columns)
-        ended = [end for end in self._ending if last or not self._is_to_come(*end)]
+        ended = [end for end in self._ending if last or not self._is_awaiting_events(*end)]
         self._ending = [end for end in self._ending if end not in ended]
         self._above += [self.board.end(*end) for end in ended]
         above: list[Text | str] = []
@@ -327,13 +327,13 @@ class Live:
             block.insert(0, render.part_line(self._capture.rest, columns, signs))
         return above, block
 
-    def _is_to_come(self, name: str, how: str, _: str) -> bool:
+    def _is_awaiting_events(self, name: str, how: str, _: str) -> bool:
         """Return whether the final event of a task in a worker process is still missing.
 
         The worker delays it while the terminal accepts no data.
         """
         task = self.board.running.get(name)
-        return self._hearing is not None and how == "done" and task is not None and task.tells and not task.origin
+        return self._listener is not None and how == "done" and task is not None and task.has_events and not task.origin
 
     # the terminal
 

@@ -61,7 +61,7 @@ class Running:
         start: bytes sent and received before the current transfer.
         goal: bytes of the current transfer; 0 if unknown.
         line: last line of the log.
-        tells: its build has sent an event.
+        has_events: its build has sent an event.
         origin: source of its result (see `task_record`); empty until it is known.
         seconds: its duration; negative until it is known.
         line_at_end: one-line summary of its result.
@@ -79,7 +79,7 @@ class Running:
     start: int = 0
     goal: int = 0
     line: str = ""
-    tells: bool = False
+    has_events: bool = False
     origin: str = ""
     seconds: float = -1.0
     line_at_end: str = ""
@@ -111,7 +111,7 @@ class Running:
 
     def take(self, event: Event) -> None:
         """Apply an event."""
-        self.tells = True
+        self.has_events = True
         begins = not self.goal and event.get("phase", self.phase) != self.phase
         if begins or "goal" in event:
             self.start = event.get("up", self.up) + event.get("down", self.down)

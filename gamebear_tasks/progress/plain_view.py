@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from ..util.text import duration, in_line, printable, size
-from .event_socket import Hearing
+from .event_socket import EventListener
 from .events import Event, listen
 from .model import Board
 
@@ -36,10 +36,10 @@ class Plain:
         self._closing = False
         self._ending: list[tuple[str, str, str]] = []
         self._thread: threading.Thread | None = None
-        self._hearing: Hearing | None = None
+        self._listener: EventListener | None = None
         if processes:
             with contextlib.suppress(OSError):
-                self._hearing = Hearing("every")
+                self._listener = EventListener("every")
         listen(self)
 
     def start(self, name: str, title: str, alone: bool) -> None:
@@ -47,8 +47,8 @@ class Plain:
         with self._lock:
             self.board.start(name)
             self._write(f".  {title}")
-            if self._hearing is not None and self._thread is None:
-                self._thread = threading.Thread(target=self._run, args=(self._hearing,), name="progress", daemon=True)
+            if self._listener is not None and self._thread is None:
+                self._thread = threading.Thread(target=self._run, args=(self._listener,), name="progress", daemon=True)
                 self._thread.start()
 
     def end(self, name: str, how: str, text: str, alone: bool) -> None:
@@ -65,7 +65,7 @@ class Plain:
             if line:
                 self._write(line)
 
-    def hear(self, event: Event) -> None:
+    def handle(self, event: Event) -> None:
         """Handle an event."""
         if "task" not in event:
             return
@@ -83,8 +83,8 @@ class Plain:
         listen(None)
         if self._thread is not None:
             self._thread.join(5.0)
-        if self._hearing is not None:
-            self._hearing.close()
+        if self._listener is not None:
+            self._listener.close()
         with self._lock:
             self._end_all()
             if self.board.is_idle:
@@ -97,10 +97,10 @@ class Plain:
             return f"{self.board.summary()} in {spent}"
         return f"{self.board.summary()} in {spent}, {size(self.board.up)} sent, {size(self.board.down)} received"
 
-    def _run(self, hearing: Hearing) -> None:
+    def _run(self, listener: EventListener) -> None:
         try:
             with contextlib.suppress(Exception), selectors.DefaultSelector() as selector:  # builds continue regardless
-                hearing.join(selector, self.hear)
+                listener.join(selector, self.handle)
                 while True:
                     with self._lock:
                         ending, self._ending = self._ending, []
@@ -113,7 +113,7 @@ class Plain:
                     if last:
                         return
         finally:
-            hearing.deafen()  # otherwise senders of log lines would block
+            listener.disconnect()  # otherwise senders of log lines would block
 
     def _end_all(self) -> None:
         ended, self._ending = self._ending, []

@@ -38,10 +38,10 @@ REPORT = "build/report.html"
 VERSION = 1
 """Format version of the journals."""
 
-KEPT = 20
+MAX_RUNS = 20
 """Maximum number of runs that are kept."""
 
-MOST = 16 << 20
+MAX_BYTES = 16 << 20
 """Maximum bytes of all journals together. The newest one is kept regardless of its size."""
 
 ENOUGH = 4 << 20
@@ -66,7 +66,7 @@ def _file_of_this_run() -> str:
 
 
 @contextlib.contextmanager
-def noted(note: Callable[[str, str], object]) -> Iterator[None]:
+def recording_failures(note: Callable[[str, str], object]) -> Iterator[None]:
     """Report the failure or interruption of a task that the block runs.
 
     Args:
@@ -114,7 +114,7 @@ def keep(record: Record, log: Path | None) -> None:
     del document["job"]
     with contextlib.suppress(OSError):
         os.makedirs(RUNS, exist_ok=True)
-        _add(_file_of_this_run(), {"record": document, "asked": _asked([record.task])}, log)
+        _add(_file_of_this_run(), {"record": document, "asked": _requested([record.task])}, log)
 
 
 def last(task: str) -> Record | None:
@@ -177,7 +177,7 @@ def _end_of(log: Path, most: int) -> dict[str, Any]:
 
 
 def _forget_old(newest: str) -> None:
-    """Remove the oldest journals that exceed the limits `KEPT` and `MOST`."""
+    """Remove the oldest journals that exceed the limits `MAX_RUNS` and `MAX_BYTES`."""
     kept = [os.stat(newest)]
     others = []
     for entry in os.scandir(RUNS):
@@ -185,14 +185,14 @@ def _forget_old(newest: str) -> None:
             with contextlib.suppress(FileNotFoundError):  # race: another doit removes it at the same time
                 others.append((entry.stat(), entry.path))
     for about, path in sorted(others, key=lambda other: other[0].st_mtime_ns, reverse=True):
-        if len(kept) < KEPT and sum(each.st_size for each in kept) + about.st_size <= MOST:
+        if len(kept) < MAX_RUNS and sum(each.st_size for each in kept) + about.st_size <= MAX_BYTES:
             kept.append(about)
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
 
-def _asked(tasks: Iterable[str]) -> list[str]:
+def _requested(tasks: Iterable[str]) -> list[str]:
     """Return the words of doit's command line that name one of the tasks, or its group."""
     words = sys.argv[1:]
     if not words:
@@ -215,7 +215,7 @@ def _at_end() -> None:
 
     names = up_to_date[:NAMES]
     with contextlib.suppress(OSError):
-        _add(path, {"up_to_date": names, "seconds": round(since_start() or 0.0, 3), "asked": _asked(up_to_date)})
+        _add(path, {"up_to_date": names, "seconds": round(since_start() or 0.0, 3), "asked": _requested(up_to_date)})
 
 
 atexit.register(_at_end)

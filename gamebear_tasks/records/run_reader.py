@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 
-from .run_journal import MOST, RUNS
+from .run_journal import MAX_BYTES, RUNS
 from .task_record import Record, finite
 
 
@@ -66,7 +66,7 @@ def _read(path: str) -> Run | None:
     is_whole = False
     try:
         with open(path, "rb") as file:
-            lines = file.read(2 * MOST).splitlines()
+            lines = file.read(2 * MAX_BYTES).splitlines()
     except OSError:
         return None
     for text in lines:

@@ -269,7 +269,7 @@ class Stopwatch:
         self.up = 0
         self.down = 0
         self._phases = Phases()
-        self._told = float("inf")
+        self._submitted_at = float("inf")
         self._builders: tuple[Phase, ...] = ()
         loading = _loading()
         if loading is not None:
@@ -324,21 +324,21 @@ class Stopwatch:
         builder's clock may differ from this machine's.
         """
         phases = tuple(phases)
-        self._told = self.elapsed() - max((phase.start + phase.seconds for phase in phases), default=0.0)
-        self._builders = tuple(replace(phase, start=round(self._told + phase.start, 3)) for phase in phases)
+        self._submitted_at = self.elapsed() - max((phase.start + phase.seconds for phase in phases), default=0.0)
+        self._builders = tuple(replace(phase, start=round(self._submitted_at + phase.start, 3)) for phase in phases)
 
     def record(self, task: str, digest: str, builder: str, state: str, origin: str) -> Record:
         """Return a record of the task up to now; the parameters are attributes of `Record`."""
-        phases = [self._until_told(Phase(*span)) for span in self._phases.spans] + list(self._builders)
+        phases = [self._until_submission(Phase(*span)) for span in self._phases.spans] + list(self._builders)
         phases.sort(key=lambda phase: phase.start)
         elapsed = round(self.elapsed(), 3)
         return Record(task, digest, builder, state, origin, self.begun, elapsed, self.up, self.down, tuple(phases))
 
-    def _until_told(self, phase: Phase) -> Phase:
+    def _until_submission(self, phase: Phase) -> Phase:
         """Cut an upload phase at the job's submission: the builder may work on the job before it responds."""
-        if phase.name != "upload" or not phase.start < self._told < phase.start + phase.seconds:
+        if phase.name != "upload" or not phase.start < self._submitted_at < phase.start + phase.seconds:
             return phase
-        return replace(phase, seconds=round(self._told - phase.start, 3))
+        return replace(phase, seconds=round(self._submitted_at - phase.start, 3))
 
 
 _running: ContextVar[Stopwatch | None] = ContextVar("_running", default=None)

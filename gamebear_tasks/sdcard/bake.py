@@ -18,7 +18,7 @@ from ..client.placement_marks import placing
 from ..config import settings
 from ..errors import GamebearError, ImageError
 from ..jobspec.canonical_json import Json
-from ..progress.events import Telling
+from ..progress.events import EventSender
 from ..records import run_journal, task_record
 from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder
 from ..util.disk_space import FULL
@@ -70,8 +70,8 @@ class Baking:
     def __init__(self, recipe: Recipe, task: str) -> None:
         self.recipe = recipe
         self.task = task
-        self.telling = Telling(task)
-        self.watch = task_record.Stopwatch(self.telling)
+        self.events = EventSender(task)
+        self.watch = task_record.Stopwatch(self.events)
         self.why: tuple[str, ...] = ()
         self._job: dict[str, Json] = {}
         self._record: task_record.Record | None = None
@@ -83,7 +83,7 @@ class Baking:
             ImageError: The recipe and the base do not fit together, or a program failed.
             OSError: A file cannot be read or written.
         """
-        with self.watch.running(), run_journal.noted(self.note):
+        with self.watch.running(), run_journal.recording_failures(self.note):
             target = self.recipe.output
             absent = rebuild_reasons.missing([str(target)])
             before = _stamps(self.recipe)
@@ -93,10 +93,10 @@ class Baking:
             self.why = rebuild_reasons.reasons_to_bake(self._job, last, absent)
             if settings().fresh:
                 self.why = rebuild_reasons.forced(self.why)
-            self.telling.begins("", last)
+            self.events.begins("", last)
             _bake(self.recipe, before, state)
             record = self.note("done")
-        self.telling.ended(record)
+        self.events.ended(record)
         if settings().provenance:
             from . import provenance
 

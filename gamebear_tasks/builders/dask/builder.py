@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ...errors import BuilderError, BuilderLost, SettingsError
 from ...runner.host.arch import ARCHITECTURES
-from ...runner.store.builder_config import MOST_SLOTS
+from ...runner.store.builder_config import MAX_SLOTS
 from ...util.messages import notice
 from ...util.text import size
 from ...util.urls import shown
@@ -52,9 +52,9 @@ PAUSE = 0.5
 """Seconds before requesting a worker again after the named one has disappeared."""
 
 WORKERS = 1000
-"""Maximum number of workers processed; at most `TOLD` unusable ones are listed in a message."""
+"""Maximum number of workers processed; at most `MAX_REASONS` unusable ones are listed in a message."""
 
-TOLD = 5
+MAX_REASONS = 5
 
 AT_ONCE = 8
 """Number of workers to query concurrently."""
@@ -105,7 +105,7 @@ class DaskBuilder:
         self._places: dict[str, str] = {}
         self._ended: set[str] = set()
         self._gone: Counter[str] = Counter()
-        self._said: set[str] = set()
+        self._noticed: set[str] = set()
 
     # builder interface
 
@@ -131,7 +131,7 @@ class DaskBuilder:
         except Exception:
             self._release(digest)  # free the unused slot for others
             raise
-        return self._told(worker, status)
+        return self._with_worker(worker, status)
 
     def follow(self, digest: str, attempt: str, offset: int) -> tuple[Status, bytes]:
         """Wait a bounded time for news of a job, on any worker."""
@@ -162,7 +162,7 @@ class DaskBuilder:
         except WorkerGone:
             self._forget(worker)
             return None
-        return self._told(worker, status), log
+        return self._with_worker(worker, status), log
 
     def fetch(self, digest: str, attempt: str, name: str, offset: int, target: Sink, limit: int) -> None:
         """Write an output's content from `offset` on to a sink."""
@@ -199,7 +199,7 @@ class DaskBuilder:
         total = 0
         for worker, answer in self._each(lambda runner: runner.jobs(limit, prefix)).items():
             if isinstance(answer, BuilderError):
-                self._say(f"{worker} cannot list its jobs: {answer}")
+                self._notice_once(f"{worker} cannot list its jobs: {answer}")
                 continue
             entries, count = answer
             total += count
@@ -351,14 +351,14 @@ class DaskBuilder:
             if answer.get("slots"):
                 until = None
                 if "workers" in answer:
-                    self._say(f"{self.url} has no free slot for {job.arch} now; waiting for one")
+                    self._notice_once(f"{self.url} has no free slot for {job.arch} now; waiting for one")
                 else:
                     time.sleep(0.1)  # the lease has just ended; the scheduler answers this at once
                 continue
             there = _known_slots(answer.get("workers"))
             if until is None:
                 until = time.monotonic() + self.patience
-                self._say(
+                self._notice_once(
                     f"{self.url} has no worker for {job.arch} ({there}); waiting for one for {self.patience:g} seconds"
                 )
             wait = min(WAIT, max(0.1, until - time.monotonic()))
@@ -450,7 +450,7 @@ class DaskBuilder:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return dict(zip(workers, pool.map(one, workers), strict=True))
 
-    def _told(self, worker: str, status: Status) -> Status:
+    def _with_worker(self, worker: str, status: Status) -> Status:
         """Return a status whose failure message names the worker."""
         if status.failure is None:
             return status
@@ -459,12 +459,12 @@ class DaskBuilder:
             failure=replace(status.failure, message=f"{status.failure.message.removesuffix('.')} (worker {worker})."),
         )
 
-    def _say(self, text: str) -> None:
+    def _notice_once(self, text: str) -> None:
         """Show a notice once."""
         with self._lock:
-            if text in self._said:
+            if text in self._noticed:
                 return
-            self._said.add(text)
+            self._noticed.add(text)
         notice(text)
 
 
@@ -511,7 +511,7 @@ def _counts(value: object) -> dict[str, int]:
     if not isinstance(value, dict):
         return {}
     known = set(ARCHITECTURES.values()) & set(value)
-    return {arch: min(value[arch], MOST_SLOTS) for arch in known if type(value[arch]) is int and value[arch] >= 0}
+    return {arch: min(value[arch], MAX_SLOTS) for arch in known if type(value[arch]) is int and value[arch] >= 0}
 
 
 def _known_slots(workers: object) -> str:
@@ -524,7 +524,7 @@ def _known_slots(workers: object) -> str:
         item = item if isinstance(item, dict) else {}
         for arch, slots in _counts(item.get("slots")).items():
             total[arch] = total.get(arch, 0) + slots
-        if item.get("error") and len(broken) < TOLD:
+        if item.get("error") and len(broken) < MAX_REASONS:
             broken.append(f"{words_of(item.get('worker'))[:100]} cannot be used: {words_of(item['error'])[:400]}")
     if not count:
         return "no worker is there"

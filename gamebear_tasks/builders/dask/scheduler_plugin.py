@@ -25,7 +25,7 @@ from .distributed_api import Client, Comm, Future, Scheduler, SchedulerPlugin, W
 GRACE = 60.0
 """Seconds within which a disconnected client may return before its interest in jobs expires."""
 
-LOOKING = 5.0
+REFRESH_TIMEOUT = 5.0
 """Seconds to wait for a worker's list of jobs and blobs before a job is placed without it."""
 
 STALE = 5.0
@@ -82,14 +82,14 @@ class Known:
         targets: targets that it has built before, so that their package images are available.
         blobs: SHA-256 of each blob.
         error: reason why the worker cannot be used.
-        asked: time of the query (`time.monotonic`); 0 until the worker has answered, and may not be used.
+        requested_at: time of the query (`time.monotonic`); 0 until the worker has answered, and may not be used.
     """
 
     jobs: dict[str, str] = field(default_factory=dict)
     targets: set[str] = field(default_factory=set)
     blobs: set[str] = field(default_factory=set)
     error: str = ""
-    asked: float = 0.0
+    requested_at: float = 0.0
 
 
 class SchedulerPart(SchedulerPlugin):
@@ -130,7 +130,7 @@ class Cluster:
         self.leases: dict[str, Lease] = {}
         self.queue: deque[Lease] = deque()
         self.known: dict[str, Known] = {}
-        self.looks: dict[str, asyncio.Task[None]] = {}
+        self.refreshes: dict[str, asyncio.Task[None]] = {}
         self.present: Counter[str] = Counter()
         self._numbers = itertools.count(int(time.time() * 1000) << 8)  # differ from those of an earlier scheduler
         self._client: Client | None = None
@@ -185,12 +185,12 @@ class Cluster:
     def add_worker(self, worker: str) -> None:
         """Register a new worker: query its store, then use it."""
         self.known[worker] = Known()
-        self._look(worker)
+        self._start_refresh(worker)
 
     def remove_worker(self, worker: str) -> None:
         """Unregister a worker that has gone: Dask places its leases again."""
         self.known.pop(worker, None)
-        task = self.looks.pop(worker, None)
+        task = self.refreshes.pop(worker, None)
         if task is not None:
             task.cancel()
         for lease in self.leases.values():
@@ -213,14 +213,14 @@ class Cluster:
     def _present(self, workers: Iterable[str]) -> list[str]:
         return [worker for worker in workers if worker in self.scheduler.workers]
 
-    def _look(self, worker: str) -> asyncio.Task[None]:
-        if worker not in self.looks:
-            self.looks[worker] = task = self._begin(self._look_at(worker))
-            task.add_done_callback(lambda _: self.looks.pop(worker, None))
-        return self.looks[worker]
+    def _start_refresh(self, worker: str) -> asyncio.Task[None]:
+        if worker not in self.refreshes:
+            self.refreshes[worker] = task = self._begin(self._refresh(worker))
+            task.add_done_callback(lambda _: self.refreshes.pop(worker, None))
+        return self.refreshes[worker]
 
-    async def _look_at(self, worker: str) -> None:
-        known = Known(asked=time.monotonic())
+    async def _refresh(self, worker: str) -> None:
+        known = Known(requested_at=time.monotonic())
         state = self.scheduler.workers.get(worker)
         if state is None or not _architectures(state):
             return
@@ -232,7 +232,9 @@ class Cluster:
             elif said != version("gamebear-tasks"):
                 known.error = f"it has gamebear-tasks {said}, and the scheduler {version('gamebear-tasks')}"
             else:
-                jobs, known.blobs = _checked_look(await distributed_api.call_worker(self.scheduler, worker, _LOOK))
+                jobs, known.blobs = _checked_listing(
+                    await distributed_api.call_worker(self.scheduler, worker, _LIST_STORE)
+                )
                 known.jobs = {digest: state for digest, (state, _) in jobs.items()}
                 known.targets = {target for _, target in jobs.values()}
         except Exception as error:  # noqa: BLE001 - after any error the worker is not used
@@ -250,12 +252,12 @@ class Cluster:
                 with contextlib.suppress(OSError):
                     await distributed_api.call_worker(self.scheduler, worker, "gamebear_stop", digest=digest)
 
-    async def _look_at_all(self, older: float) -> None:
+    async def _refresh_all(self, older: float) -> None:
         """Refresh lists of workers' stores older than `older` seconds, for a bounded time."""
         now = time.monotonic()
-        looks = [self._look(worker) for worker, known in self.known.items() if now - known.asked > older]
-        if looks:
-            await asyncio.wait(looks, timeout=LOOKING)
+        old = [worker for worker, known in self.known.items() if now - known.requested_at > older]
+        if old:
+            await asyncio.wait([self._start_refresh(worker) for worker in old], timeout=REFRESH_TIMEOUT)
 
     def _usable(self, arch: str) -> list[WorkerState]:
         return [
@@ -263,14 +265,15 @@ class Cluster:
             for worker, state in self.scheduler.workers.items()
             if state.resources.get(arch, 0) >= 1
             and (known := self.known.get(worker)) is not None
-            and known.asked
+            and known.requested_at
             and not known.error
         ]
 
     def _why_not(self, state: WorkerState) -> str:
         """Return the reason why a worker with slots cannot be used."""
         known = self.known.get(state.address, Known())
-        return known.error or ("" if known.asked or not _architectures(state) else "its store has not been listed yet")
+        is_listed = known.requested_at or not _architectures(state)
+        return known.error or ("" if is_listed else "its store has not been listed yet")
 
     def _holder(self, digest: str, states: Iterable[str]) -> str:
         for worker, known in self.known.items():
@@ -380,12 +383,12 @@ class Cluster:
         if protocol != PROTOCOL:
             return distributed_api.DONT_REPLY
         self.present[client] += 1
-        looking = self._begin(self._look_at_all(STALE))
+        refresh = self._begin(self._refresh_all(STALE))
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
                 question = await comm.read()
-                task = asyncio.ensure_future(self._answer(comm, client, looking, question))
+                task = asyncio.ensure_future(self._answer(comm, client, refresh, question))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
         except OSError:
@@ -412,9 +415,9 @@ class Cluster:
                 self._drop(lease)
 
     async def _answer(
-        self, comm: Comm, client: str, looking: asyncio.Task[None], question: Mapping[str, object]
+        self, comm: Comm, client: str, refresh: asyncio.Task[None], question: Mapping[str, object]
     ) -> None:
-        await asyncio.wait([looking], timeout=LOOKING)
+        await asyncio.wait([refresh], timeout=REFRESH_TIMEOUT)
         fields = {name: value for name, value in question.items() if name not in ("ask", "id")}
         try:
             answer: Mapping[str, object] = await self._asks[str(question["ask"])](client, **fields)
@@ -484,7 +487,7 @@ class Cluster:
             return {"worker": lease.worker}
         states = (*_RUNS, "done", "failed", "cancelled", "failed seen", "cancelled seen")
         if not self._holder(digest, states):
-            await self._look_at_all(1.0)
+            await self._refresh_all(1.0)
         return {"worker": self._holder(digest, states), "queued": lease is not None}
 
     async def ask_worker(self, client: str, worker: str) -> Mapping[str, object]:
@@ -493,7 +496,7 @@ class Cluster:
 
     async def ask_workers(self, client: str) -> Mapping[str, object]:
         """Return the workers with their resources."""
-        await self._look_at_all(STALE)
+        await self._refresh_all(STALE)
         return {"workers": self._workers()}
 
     def _workers(self) -> list[Mapping[str, object]]:
@@ -513,7 +516,7 @@ class Cluster:
         try:
             if worker not in self.scheduler.workers:
                 raise OSError(f"{worker} has gone")
-            other = await distributed_api.connect_to_worker(self.scheduler, worker, LOOKING)
+            other = await distributed_api.connect_to_worker(self.scheduler, worker, REFRESH_TIMEOUT)
         except OSError as error:
             await comm.write({"lost": str(error)})
             return distributed_api.DONT_REPLY
@@ -539,14 +542,14 @@ async def _pump(source: Comm, target: Comm) -> None:
 
 _RUNS = ("queued", "running")
 
-_LOOK = "gamebear_look"
+_LIST_STORE = "gamebear_look"
 
 
 def _architectures(state: WorkerState) -> list[str]:
     return sorted(set(ARCHITECTURES.values()) & set(state.resources))
 
 
-def _checked_look(found: object) -> tuple[dict[str, tuple[str, str]], set[str]]:
+def _checked_listing(found: object) -> tuple[dict[str, tuple[str, str]], set[str]]:
     """Validate a worker's list of jobs (state and target, by digest) and blobs; raises ValueError."""
     jobs, blobs = (found.get("jobs"), found.get("blobs")) if isinstance(found, Mapping) else (None, None)
     if not isinstance(jobs, Mapping) or not isinstance(blobs, (list, tuple)):

@@ -54,7 +54,7 @@ class WorkerPart:
         self._entries: dict[str, tuple[int, Entry]] = {}
         operations: dict[str, distributed_api.Operation] = {
             "gamebear_channel": self.channel,
-            "gamebear_look": self.look,
+            "gamebear_look": self.list_store,
             "gamebear_release": self.release,
             "gamebear_stop": self.stop,
         }
@@ -71,11 +71,11 @@ class WorkerPart:
         if job.state()["state"] in _RUNS:
             job.ask_to_stop(job.written_state()["attempt"])
 
-    async def look(self) -> Mapping[str, object]:
+    async def list_store(self) -> Mapping[str, object]:
         """Return the jobs in the store with their states, and the blobs."""
-        return await asyncio.to_thread(self._look)
+        return await asyncio.to_thread(self._list_store)
 
-    def _look(self) -> Mapping[str, object]:
+    def _list_store(self) -> Mapping[str, object]:
         jobs = {}
         for digest in _latest(self.store.jobs):
             with contextlib.suppress(OSError, ValueError):

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import NONSENSE, BuilderError, BuilderLost, SourceError
+from ...errors import INVALID_REPLY, BuilderError, BuilderLost, SourceError
 from ...jobspec.spec import File, Job
 from ...records.task_record import expected
 from ...runner.protocol import requests
@@ -236,7 +236,7 @@ class RunnerBuilder:
             if length + sum(hole for _, hole in holes) > limit - got:
                 raise BuilderError(
                     f"{self.place} sends more of {name} than the announced {size(limit)}.",
-                    NONSENSE,
+                    INVALID_REPLY,
                 )
 
         def take(data: bytes) -> None:
@@ -360,7 +360,7 @@ class RunnerBuilder:
         until = time.monotonic() + EXAMINATION
         while True:
             said = self._ask(requests.Examine(arches=list(arches), base=base, wait=FOLLOW))
-            heard = time.time()
+            received_at = time.time()
             if not said.get("more"):
                 break
             if time.monotonic() > until:
@@ -371,7 +371,7 @@ class RunnerBuilder:
             time.sleep(SHORT)  # throttle: a runner holds its answer until the diagnostics are complete
         about = responses.facts(said)
         clock = about.pop("time", None)
-        about["ahead"] = clock - heard if isinstance(clock, int | float) and not isinstance(clock, bool) else None
+        about["ahead"] = clock - received_at if isinstance(clock, int | float) and not isinstance(clock, bool) else None
         about["connection"] = self._sessions.described
         return about
 
@@ -435,7 +435,8 @@ class RunnerBuilder:
             path = files.get(sha256)
             if path is None:
                 raise BuilderError(
-                    f"{self.place} sends an invalid reply: it requests a file that is not part of the job.", NONSENSE
+                    f"{self.place} sends an invalid reply: it requests a file that is not part of the job.",
+                    INVALID_REPLY,
                 )
             length = path.stat().st_size
             if length > CHUNK:

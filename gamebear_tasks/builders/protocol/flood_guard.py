@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import NONSENSE, BuilderError
+from ...errors import INVALID_REPLY, BuilderError
 
 ROUNDS = 1000
 """Maximum number of small answers, after which the builder is considered faulty."""
@@ -30,4 +30,4 @@ class Rounds:
         """
         self._count += not is_worth_it
         if self._count > ROUNDS:
-            raise BuilderError(f"{self._what} come in too many small pieces.", NONSENSE)
+            raise BuilderError(f"{self._what} come in too many small pieces.", INVALID_REPLY)

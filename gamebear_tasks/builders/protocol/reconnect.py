@@ -84,7 +84,7 @@ class Reconnecting(Generic[C]):
     def _opened(self, patience: float | None) -> C:
         start = time.monotonic()
         pause, longest = PAUSES
-        has_said = False
+        has_reported = False
         while True:
             if self.given_up is not None:
                 raise self.given_up
@@ -97,8 +97,8 @@ class Reconnecting(Generic[C]):
                 left = start + bound - time.monotonic()
                 if left <= 0:
                     raise self._out_of_reach(error, patience) from error
-                if self.met and not has_said:
-                    has_said = True
+                if self.met and not has_reported:
+                    has_reported = True
                     notice(f"lost the connection to {self._place}; trying again for {bound:g} seconds")
                 # Random jitter: several processes may have lost the connection at once, or wait for admission.
                 time.sleep(min(pause * random.uniform(0.5, 1.0), max(left, 0.05)))

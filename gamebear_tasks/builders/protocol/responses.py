@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeGuard
 
-from ...errors import NONSENSE, BuilderError
+from ...errors import INVALID_REPLY, BuilderError
 from ...records.task_record import BUILDER, Phase
 from ...runner.protocol import wire
 from ...runner.store.phases import LIMIT as SPANS
@@ -33,10 +33,10 @@ CENTURY = 100 * 366 * 86400.0
 STATES = ("queued", "running", "done", "failed", "cancelled", "lost")
 """States of a job."""
 
-KEPT = 100
+MAX_CONTAINERS = 100
 """Maximum number of containers accepted in the list of a job's kept containers."""
 
-LEFT = 1000
+MAX_LEFTOVERS = 1000
 """Maximum number of reasons accepted for what a prune has left."""
 
 WAITING = 20
@@ -100,13 +100,13 @@ def lacks(place: str, reply: Mapping[str, object]) -> Lacks:
     """
     missing = reply.get("missing")
     if not isinstance(missing, list):
-        raise BuilderError(f"{place} sends an invalid reply: no list of missing files.", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: no list of missing files.", INVALID_REPLY)
     blobs = []
     for item in missing:
         sha256, have = item if isinstance(item, list) and len(item) == 2 else (None, 0)
         if not _is_digest(sha256) or type(have) is not int:
             raise BuilderError(
-                f"{place} sends an invalid reply: it requests a file that is not part of the job.", NONSENSE
+                f"{place} sends an invalid reply: it requests a file that is not part of the job.", INVALID_REPLY
             )
         blobs.append((sha256, max(have, 0)))
     return Lacks(tuple(blobs), bool(reply.get("trees_wanted")))
@@ -152,7 +152,7 @@ def pruned(reply: Mapping[str, object], before: Pruned) -> Pruned:
         before.images + count(reply.get("images")),
         before.others + count(reply.get("others")),
         before.freed + count(reply.get("freed")),
-        tuple(map(words_of, left[:LEFT])) if isinstance(left, list) else (),
+        tuple(map(words_of, left[:MAX_LEFTOVERS])) if isinstance(left, list) else (),
     )
 
 
@@ -169,12 +169,12 @@ def kept(place: str, reply: Mapping[str, object]) -> Kept | None:
         BuilderError: the reply is invalid.
     """
     found = reply.get("containers")
-    containers = [_kept_container(about) for about in (found[:KEPT] if isinstance(found, list) else ())]
+    containers = [_retained_container(about) for about in (found[:MAX_CONTAINERS] if isinstance(found, list) else ())]
     last, age = reply.get("last"), seconds(reply.get("age"))
     if not containers:
         return None
     if type(last) is not int or not 0 <= last < len(containers) or age is None:
-        raise BuilderError(f"{place} sends an invalid reply: retained containers.", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: retained containers.", INVALID_REPLY)
     return Kept(tuple(containers), last, age)
 
 
@@ -192,13 +192,13 @@ def status(place: str, reply: Mapping[str, object], joined: bool = False) -> Sta
     state = reply.get("state")
     attempt = reply.get("attempt")
     if not _is_state(state) or not _is_name(attempt):
-        raise BuilderError(f"{place} sends an invalid reply: state {words_of(state)}.", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: state {words_of(state)}.", INVALID_REPLY)
     outputs = {}
     for name, about in mapping(reply.get("outputs")).items():
         about = mapping(about)
         length, sha256 = about.get("size"), about.get("sha256")
         if type(length) is not int or not 0 <= length <= wire.MAX_BODY or not _is_digest(sha256):
-            raise BuilderError(f"{place} sends an invalid reply: output {name[:100]!r}.", NONSENSE)
+            raise BuilderError(f"{place} sends an invalid reply: output {name[:100]!r}.", INVALID_REPLY)
         data = about.get("data")
         data = data if type(data) is int and 0 <= data <= length else None
         outputs[name] = Output(length, sha256, about.get("executable") is True, data)
@@ -217,7 +217,7 @@ def status(place: str, reply: Mapping[str, object], joined: bool = False) -> Sta
         )
     valid = reply.get("valid")
     if valid is not None and not (_is_number(valid) and valid >= 0):
-        raise BuilderError(f"{place} sends an invalid reply: valid {words_of(valid)[:100]}.", NONSENSE)
+        raise BuilderError(f"{place} sends an invalid reply: valid {words_of(valid)[:100]}.", INVALID_REPLY)
     return Status(
         state,
         attempt,
@@ -243,7 +243,7 @@ def holes(reply: Mapping[str, object], start: int, end: int, place: str) -> list
     for hole in given if isinstance(given, list) else [given]:
         offset, length = hole if isinstance(hole, list) and len(hole) == 2 else (None, None)
         if type(offset) is not int or type(length) is not int or not (start <= offset < offset + length <= end):
-            raise BuilderError(f"{place} sends an invalid reply: holes of a file.", NONSENSE)
+            raise BuilderError(f"{place} sends an invalid reply: holes of a file.", INVALID_REPLY)
         found.append((offset, length))
         start = offset + length
     return found
@@ -285,7 +285,7 @@ def _status_in(value: object) -> int | None:
     return value if type(value) is int and abs(value) < 1 << 16 else None
 
 
-def _kept_container(about: object) -> KeptContainer:
+def _retained_container(about: object) -> KeptContainer:
     about = mapping(about)
     return KeptContainer(
         words_of(about.get("image", ""))[:400], _command_in(about.get("command")), _status_in(about.get("status"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ...errors import NONSENSE, BuilderError, BuilderLost, PythonError, StoreError
+from ...errors import INVALID_REPLY, BuilderError, BuilderLost, PythonError, StoreError
 from ...records.task_record import received, sent
 from ...runner.protocol import requests, wire
 from ...util.text import printable, size
@@ -149,7 +149,7 @@ class Session:
         if size_there > limit:
             raise BuilderError(
                 f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept.",
-                NONSENSE,
+                INVALID_REPLY,
             )
         if begun is not None:
             begun(reply, size_there)
@@ -174,7 +174,7 @@ class Session:
         except wire.CutOff as error:
             raise BuilderLost(f"The connection to {self._place} broke ({error}).") from error
         except wire.WireError as error:
-            raise BuilderError(f"{self._place} sends an invalid reply: {error}.", NONSENSE) from error
+            raise BuilderError(f"{self._place} sends an invalid reply: {error}.", INVALID_REPLY) from error
 
     def _read(self, count: int) -> bytes:
         while len(self._buffer) < count:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ...errors import NONSENSE, BuilderError, BuilderLost
+from ...errors import INVALID_REPLY, BuilderError, BuilderLost
 from ...runner.protocol.pty import (
     END,
     ERRORS,
@@ -157,7 +157,7 @@ class _Listener(threading.Thread):
         except (BuilderError, OSError) as error:
             self.error = error
         except (FrameError, struct.error) as error:
-            self.error = BuilderError(f"{self._place} sends an invalid reply: {error}.", NONSENSE)
+            self.error = BuilderError(f"{self._place} sends an invalid reply: {error}.", INVALID_REPLY)
         finally:
             self.is_over = True
             with contextlib.suppress(OSError):

@@ -30,7 +30,7 @@ from ..maintenance import retained_containers
 from ..maintenance.cleanup import clean_up, clean_up_after_lost_jobs, remove_leftovers
 from ..maintenance.performance_warnings import keep_notices
 from ..store import builder_config, slots
-from ..store.phases import Phases, note
+from ..store.phases import Phases, record_phase
 from ..store.store import Store, StoredJob, StoreError, hold_runner, runner_folder, storage_failure
 from ..util import folder_archive
 from ..util.atomic_files import content, data_extents, read_json, sync_folder
@@ -81,7 +81,7 @@ class Supervisor:
         self.store = stored.store
         self.attempt = attempt
         self.log = os.open(stored.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.phases = Phases(tell=partial(note, stored.folder))
+        self.phases = Phases(on_switch=partial(record_phase, stored.folder))
         self.policies: list[dict[str, Any]] = []
         order = read_json(stored.folder / "order.json")
         order = order if isinstance(order, dict) else {}
@@ -105,12 +105,12 @@ class Supervisor:
         """
         os.environ["TMPDIR"] = str(self.stored.scratch)  # a program that is killed leaves its temporary files there
         try:
-            said = builder_config.read()
-            if said.wrong:
-                self.say(f"on this builder {said.wrong}: {said.remedy}")
+            config = builder_config.read()
+            if config.wrong:
+                self.log_line(f"on this builder {config.wrong}: {config.remedy}")
             with self._stopped_in_time():
                 with self.phases.phase("queue"):
-                    slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.say)
+                    slot = slots.wait_for_one(self.store, self.attempt, self._check_stop, self.log_line)
                 with slot:
                     self._write_state("running")
                     with self.phases.phase("prepare"):
@@ -119,7 +119,7 @@ class Supervisor:
                     outputs = self._build()
             final: dict[str, Any] = {"state": "done", "outputs": outputs, "policies": self.policies}
         except Cancelled:
-            self.say("cancelled")
+            self.log_line("cancelled")
             final = {"state": "cancelled"}
         except TimeUp:
             message = f"the time limit of {self.limit:g} s was exceeded."
@@ -135,7 +135,7 @@ class Supervisor:
         self._clean_up(final)
         self._write_final_state(**final)
 
-    def say(self, text: str) -> None:
+    def log_line(self, text: str) -> None:
         """Write a message of the supervisor to the job's log. Best effort."""
         with contextlib.suppress(OSError):
             os.write(self.log, f"gamebear: {text}\n".encode("utf-8", "backslashreplace"))
@@ -213,7 +213,7 @@ class Supervisor:
             )
         with self.phases.phase("prepare"):
             if order.get("after_lost") and not remove_leftovers(self.stored):
-                self.say(f"cannot remove {self.stored.folder} or the containers {self.stored.container_prefix}…")
+                self.log_line(f"cannot remove {self.stored.folder} or the containers {self.stored.container_prefix}…")
                 raise RunnerError(
                     "the containers and files of an earlier attempt cannot be removed.",
                     "Remove them on the builder: the log names them.",
@@ -324,17 +324,17 @@ class Supervisor:
                 self.phases.add(str(name)[:20], begun, started)
         self.phases.add("build", started, now)
 
-    def _check_room(self, said: str, details: dict[str, Any]) -> None:
+    def _check_room(self, message: str, details: dict[str, Any]) -> None:
         """Raise JobFailed for a full disk if a disk is full or was full while the build ran.
 
         Args:
-            said: error message of the build.
+            message: error message of the build.
             details: details of the failure.
         """
         if self._was_full or is_full(*self._disks):
             error = storage_failure(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-            message = f"{error.message.removesuffix('.')}: {said}" if said else error.message
-            raise JobFailed(error.kind, message, error.hint, **details)
+            full = f"{error.message.removesuffix('.')}: {message}" if message else error.message
+            raise JobFailed(error.kind, full, error.hint, **details)
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         pidfd = os.pidfd_open(process.pid)

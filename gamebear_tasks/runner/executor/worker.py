@@ -44,7 +44,7 @@ from ..script import language
 from ..script.container import Container
 from ..script.context import MATERIALS, CommandError, Job, begin, programs
 from ..script.image import Image, ImageNotFoundError, packages_image
-from ..store.phases import note
+from ..store.phases import record_phase
 from ..store.store import Store, runner_folder
 from ..util.atomic_files import read_json, write_json
 from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
@@ -209,7 +209,7 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     prefix = Store(root).job(digest).container_prefix
     buildah = Buildah(root, known, prefix, folder / "images")
     notes = Notes(folder / "kept.json", attempt) if (attempt := os.environ.get(KEEP_VARIABLE)) else None
-    job = Job(buildah, known, str(document["arch"]), prefix, partial(note, folder), notes)
+    job = Job(buildah, known, str(document["arch"]), prefix, partial(record_phase, folder), notes)
     begin(job)
     try:
         with job.phases.phase("build"):
@@ -217,14 +217,14 @@ def _execute(digest: str, folder: Path, result: dict[str, Any]) -> None:
     finally:
         result.update(began=job.phases.began, phases=job.phases.spans)
         with contextlib.suppress(OSError):
-            noted = {"complete": not job.images, "images": job.images, "by": programs(job.facts)}
-            write_json(folder / MATERIALS, noted, sync=False)
+            materials = {"complete": not job.images, "images": job.images, "by": programs(job.facts)}
+            write_json(folder / MATERIALS, materials, sync=False)
 
 
 def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], result: dict[str, Any]) -> None:
     work = Path.cwd()
     returned: object = None
-    went_well = False
+    succeeded = False
     try:
         try:
             returned = _call(root, folder, document)
@@ -242,13 +242,13 @@ def _execute_in(job: Job, root: Path, folder: Path, document: dict[str, Any], re
         _check_outputs(document)
         if job.policies:
             result["policies"] = job.policies
-        went_well = True
+        succeeded = True
     finally:
-        if job.had_containers and not went_well:
+        if job.had_containers and not succeeded:
             result["containers"] = True
         try:
             with job.phases.phase("container"):
-                if went_well or job.notes is None:
+                if succeeded or job.notes is None:
                     job.close(returned.id if isinstance(returned, Image) else "")
                 elif job.had_containers:
                     job.let_go()
@@ -294,7 +294,8 @@ def _call(root: Path, folder: Path, document: dict[str, Any]) -> object:
 
 def _metadata(document: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Return each source's metadata for the script, with the common timestamp of its files as `date`."""
-    return {name: {**said, "date": _date(Path.cwd() / name)} for name, said in (document.get("metadata") or {}).items()}
+    metadata: dict[str, dict[str, str]] = document.get("metadata") or {}
+    return {name: {**values, "date": _date(Path.cwd() / name)} for name, values in metadata.items()}
 
 
 def _date(folder: Path) -> str:

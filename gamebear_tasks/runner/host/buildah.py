@@ -40,9 +40,9 @@ class BuildahError(RunnerError):
     kind = "command"
 
     def __init__(self, command: Sequence[str], status: int, stderr: str, hint: str = "") -> None:
-        said = last_lines(stderr)
+        output = last_lines(stderr)
         message = f"`buildah {shlex.join(command)}` failed with status {status}"
-        message += f": {said}" if said else "."
+        message += f": {output}" if output else "."
         super().__init__(message, hint)
         self.command = list(command)
         self.status = status

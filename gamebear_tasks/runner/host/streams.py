@@ -85,8 +85,8 @@ def without_panic(said: bytes, status: int) -> tuple[bytes, int]:
     before, panic, where = said.partition(b"panic: runtime error: ")
     if not panic or b"buildah.(*Builder).Run.func" not in where:
         return said, status
-    told = re.findall(rb"(?m)^subprocess exited with status (\d+)", before)
-    return before, int(told[-1]) if told else 0
+    statuses = re.findall(rb"(?m)^subprocess exited with status (\d+)", before)
+    return before, int(statuses[-1]) if statuses else 0
 
 
 _NOTHING = ("/bin/sh", "-c", ":")

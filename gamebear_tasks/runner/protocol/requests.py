@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..util.atomic_files import is_file_name, is_sha256
 from ..util.errors import RunnerError
-from .wire import MAX_BODY, MAX_NUMBER, NOT_OURS
+from .wire import INVALID_REQUEST, MAX_BODY, MAX_NUMBER
 
 LINE = 4096
 """Maximum length of a `Line`, in characters."""
@@ -330,17 +330,17 @@ def received(header: Mapping[str, object]) -> Request:
     op = header.get("op")
     kind = OPERATIONS.get(op) if isinstance(op, str) else None
     if kind is None:
-        raise RequestError(f"Unknown operation {_short(op)}.", NOT_OURS)
+        raise RequestError(f"Unknown operation {_short(op)}.", INVALID_REQUEST)
     values = {name: value for name, value in header.items() if name not in ("op", "body")}
     fields = fields_of(kind)
     for name, annotation in fields.items():
         if name not in values:
-            raise RequestError(f"Invalid request {kind.op}: the field {name} is missing.", NOT_OURS)
+            raise RequestError(f"Invalid request {kind.op}: the field {name} is missing.", INVALID_REQUEST)
         if not _is_valid(values[name], annotation):
-            raise RequestError(f"Invalid request {kind.op}: {name} is not of type {annotation}.", NOT_OURS)
+            raise RequestError(f"Invalid request {kind.op}: {name} is not of type {annotation}.", INVALID_REQUEST)
     for name in values:
         if name not in fields:
-            raise RequestError(f"Invalid request {kind.op}: unknown field {_short(name)}.", NOT_OURS)
+            raise RequestError(f"Invalid request {kind.op}: unknown field {_short(name)}.", INVALID_REQUEST)
     return kind(**values)
 
 

@@ -21,7 +21,7 @@ MAX_HEADER = 4 << 20
 MAX_BODY = 1 << 62
 """Maximum length of a body, in bytes; a message that claims more is invalid."""
 
-NOT_OURS = "Run doit again. If the error persists, upgrade gamebear-tasks on the client."
+INVALID_REQUEST = "Run doit again. If the error persists, upgrade gamebear-tasks on the client."
 """Suggested fix for invalid requests, which the project's client does not send."""
 
 MAX_NUMBER = 1 << 63

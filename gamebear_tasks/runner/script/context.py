@@ -96,7 +96,7 @@ class Job:
         facts: Capabilities of the builder.
         arch: Debian's name of the architecture of the job's images.
         prefix: Prefix of the containers' names.
-        tell: Called with each phase when it begins.
+        on_phase: Called with each phase when it begins.
         notes: Records the containers, if they are retained after a failure; otherwise None.
     """
 
@@ -106,7 +106,7 @@ class Job:
         facts: Facts,
         arch: str,
         prefix: str,
-        tell: Callable[[str], None] | None = None,
+        on_phase: Callable[[str], None] | None = None,
         notes: Notes | None = None,
     ) -> None:
         self.notes = notes
@@ -121,7 +121,7 @@ class Job:
         self.open: dict[str, Callable[[], None]] = {}
         self.committed: list[str] = []
         self._is_network_checked = False
-        self.phases = Phases(tell=tell)
+        self.phases = Phases(on_switch=on_phase)
         self.images: dict[str, dict[str, Any]] = {}
         """Facts about the images that were used, by id; see `server.materials`."""
         self.caches: dict[str, caches.Instance] = {}

@@ -26,17 +26,17 @@ def cancel(store: Store, request: requests.Cancel) -> CancelReply:
     others = stored.other_clients(request.client, COMPANY)
     if others and not request.force and (state := stored.state())["state"] in ("queued", "running"):
         return {"state": state["state"], "others": others}
-    asked = ""
+    requested = ""
     until = time.monotonic() + CANCEL_SECONDS
     while True:
         running = stored.is_locked()  # read before the state, so that the state is not older
         state = stored.written_state()
         current = state.get("attempt", "")
         wanted = request.attempt or current
-        if wanted != asked and (running or request.attempt):
+        if wanted != requested and (running or request.attempt):
             with contextlib.suppress(FileNotFoundError):  # race: the job was pruned
                 stored.ask_to_stop(wanted)
-            asked = wanted
+            requested = wanted
         if not running or current != wanted or time.monotonic() >= until:
             break
         time.sleep(0.05)

@@ -63,7 +63,7 @@ ASKING = 20.0
 MIRROR_SECONDS = 5.0
 """Timeout in seconds of a request to the mirror."""
 
-Said = dict[str, Any]
+Findings = dict[str, Any]
 
 
 class Examination:
@@ -76,8 +76,8 @@ class Examination:
     """
 
     def __init__(self, store: Store, arches: Sequence[str], base: str) -> None:
-        self.asked = (tuple(arches), base)
-        self._found: Said = {}
+        self.requested = (tuple(arches), base)
+        self._found: Findings = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(store, arches, base), daemon=True)
         self._thread.start()
@@ -88,7 +88,7 @@ class Examination:
         except Exception as error:  # noqa: BLE001 - raised again by answer()
             self._error = error
 
-    def answer(self, wait: float) -> Said:
+    def answer(self, wait: float) -> Findings:
         """Return the findings, or `more` if they need longer than `wait` seconds: the client then repeats the request.
 
         Raises:
@@ -102,7 +102,7 @@ class Examination:
         return {**self._found, "time": time.time()}
 
 
-def examine(store: Store, arches: Sequence[str], base: str) -> Said:
+def examine(store: Store, arches: Sequence[str], base: str) -> Findings:
     """Collect everything that is known about this builder.
 
     Args:
@@ -152,13 +152,13 @@ def examine(store: Store, arches: Sequence[str], base: str) -> Said:
     return found
 
 
-def _own_architecture() -> Said:
+def _own_architecture() -> Findings:
     """Return this machine's architectures, also if containers do not work yet."""
     arch = debian_arch(dict(os.environ))
     return {"arch": arch, "emulated": list(emulated(arch))}
 
 
-def _system() -> Said:
+def _system() -> Findings:
     about = {}
     with contextlib.suppress(OSError):
         for line in Path("/etc/os-release").read_text(errors="replace").splitlines():  # os-release(5)
@@ -186,25 +186,25 @@ def _user() -> str:
         return str(os.geteuid())
 
 
-def _namespaces() -> Said:
+def _namespaces() -> Findings:
     """Return whether an unprivileged user can create a user namespace, and the kernel settings that may forbid it."""
     settings: dict[str, int] = {}
     for name in SYSCTLS:
         with contextlib.suppress(OSError, ValueError):
             settings[name] = int(Path("/proc/sys", name.replace(".", "/")).read_text())
     env = {"PATH": search_path(), "LC_ALL": "C"}
-    status, _, said = captured(["unshare", "--user", "--map-root-user", "true"], env, timeout=ASKING)
-    return {"works": status == 0, "said": last_lines(said, 1), "settings": settings}
+    status, _, output = captured(["unshare", "--user", "--map-root-user", "true"], env, timeout=ASKING)
+    return {"works": status == 0, "said": last_lines(output, 1), "settings": settings}
 
 
-def _subordinate() -> Said:
+def _subordinate() -> Findings:
     """Return how many subordinate ids this user has, and the first id that is not assigned to any user."""
     uids, gids = subordinate_ids(_user())
     ends = [start + count for path in SUBORDINATE_IDS for _, start, count in subordinate_ranges(path)]
     return {"uids": uids, "gids": gids, "enough": ENOUGH_IDS, "free": max([100000, *ends])}
 
 
-def _memory() -> Said:
+def _memory() -> Findings:
     """Return the bytes of memory and swap, from proc_meminfo(5)."""
     sizes = {}
     with contextlib.suppress(OSError):
@@ -215,7 +215,7 @@ def _memory() -> Said:
     return {"total": sizes.get("MemTotal"), "swap": sizes.get("SwapTotal")}
 
 
-def _heat() -> Said:
+def _heat() -> Findings:
     """Return the processor's temperature in degrees Celsius and, on a Raspberry Pi, the firmware's throttling bits.
 
     The bits are those of `vcgencmd get_throttled`, in Raspberry Pi's documentation of config.txt.
@@ -251,7 +251,7 @@ def _kills_user_processes() -> bool:
     return kills
 
 
-def _disk(root: Path) -> Said:
+def _disk(root: Path) -> Findings:
     about = os.statvfs(root)
     return {
         "folder": str(root),
@@ -262,7 +262,7 @@ def _disk(root: Path) -> Said:
     }
 
 
-def _jobs(store: Store) -> Said:
+def _jobs(store: Store) -> Findings:
     """Return the number of slots, and of stored, running and queued jobs."""
     states = [store.job(path.name).state()["state"] for path in store.live.iterdir() if len(path.name) == 64]
     return {
@@ -273,10 +273,10 @@ def _jobs(store: Store) -> Said:
     }
 
 
-def _settings() -> Said:
+def _settings() -> Findings:
     """Return which of the builder's own settings is ignored, and how to fix it."""
-    said = builder_config.read()
-    return {"wrong": said.wrong, "remedy": said.remedy}
+    config = builder_config.read()
+    return {"wrong": config.wrong, "remedy": config.remedy}
 
 
 def _sizes(root: Path, known: Facts | None) -> dict[str, int | None]:
@@ -303,16 +303,16 @@ def _size(before: Sequence[str], folder: Path, env: Mapping[str, str] | None = N
         folder: the folder.
         env: environment of the command; None for this process's.
     """
-    status, said, _ = captured([*before, "du", "-skx", "--", str(folder)], dict(env or os.environ), timeout=MEASURING)
-    words = said.split()
+    status, output, _ = captured([*before, "du", "-skx", "--", str(folder)], dict(env or os.environ), timeout=MEASURING)
+    words = output.split()
     # Status 1: something was removed or unreadable; the sum of the rest is close enough.
     return int(words[0]) * 1024 if status in (0, 1) and words and words[0].isdigit() else None
 
 
-def _base(root: Path, known: Facts | None, arch: str, policy: str) -> Said:
+def _base(root: Path, known: Facts | None, arch: str, policy: str) -> Findings:
     """Return whether the base image `debian` exists for an architecture, and from which mirror it would be made."""
     suite = debian_suite("debian") or apt_sources.STABLE
-    found: Said = {"name": tag_of(suite, arch), "suite": suite, "there": None}
+    found: Findings = {"name": tag_of(suite, arch), "suite": suite, "there": None}
     if known is not None:
         until = time.monotonic() + ASKING
 

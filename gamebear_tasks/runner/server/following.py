@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..protocol import requests, wire
-from ..store.phases import noted
+from ..store.phases import current_phase
 from ..store.slots import line
 from ..store.store import FINAL, State, Store, StoredJob, size_of
 from ..util.atomic_files import read_json
@@ -73,7 +73,7 @@ def follow(supervisors: Supervisors, request: requests.Follow) -> Answer:
 
 def _now(store: Store, stored: StoredJob, attempt: str) -> list[str | int | None]:
     """Return a job's current phase and, while it waits for a slot, the number of jobs ahead of it in the queue."""
-    phase = noted(stored.folder)
+    phase = current_phase(stored.folder)
     waiting = line(store) if phase == "queue" else []
     return [phase, waiting.index(attempt) if attempt in waiting else None]
 

@@ -31,7 +31,7 @@ from ..host.probe import facts
 from ..host.rootfs import Rootfs
 from ..host.subprocesses import captured
 from ..images.package_images import NAME, Installed, installed
-from ..protocol.wire import MAX_HEADER, NOT_OURS
+from ..protocol.wire import INVALID_REQUEST, MAX_HEADER
 from ..script.context import MATERIALS, programs
 from ..store.store import Store, StoredJob, runner_folder, stamp
 from ..util.atomic_files import is_sha256, read_json, write_json
@@ -86,7 +86,7 @@ def materials(store: Store, digest: str, attempt: str) -> MaterialsReply:
         )
     listed = [{"id": identity, **image} for identity, image in list(images.items())[:IMAGES]]
     if len(json.dumps(listed)) > MAX_HEADER // 2:
-        raise RunnerError(f"The record of the images of job {digest[:12]} is too large.", NOT_OURS)
+        raise RunnerError(f"The record of the images of job {digest[:12]} is too large.", INVALID_REQUEST)
     return {
         "images": listed,
         "begun": stamp(stored.folder / "order.json"),
@@ -94,15 +94,15 @@ def materials(store: Store, digest: str, attempt: str) -> MaterialsReply:
         "host": platform.node(),
         "machine": platform.machine(),
         **programs(known),
-        **_noted_programs(stored),
+        **_recorded_programs(stored),
     }
 
 
-def _noted_programs(stored: StoredJob) -> Programs:
+def _recorded_programs(stored: StoredJob) -> Programs:
     """Return the `programs` recorded for a job; empty if it was built by a release that did not record them."""
     known = read_json(stored.folder / MATERIALS)
-    noted: Programs | None = known.get("by") if isinstance(known, dict) else None
-    return noted if isinstance(noted, dict) else {}
+    recorded: Programs | None = known.get("by") if isinstance(known, dict) else None
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _images(stored: StoredJob) -> dict[str, Any] | None:
@@ -122,8 +122,8 @@ def main(digest: str) -> int:
     store = Store()
     stored = store.job(digest)
     known = read_json(stored.folder / MATERIALS)
-    noted = known.get("images") if isinstance(known, dict) else None
-    images: dict[str, Any] = dict(noted) if isinstance(noted, dict) else {}
+    recorded = known.get("images") if isinstance(known, dict) else None
+    images: dict[str, Any] = dict(recorded) if isinstance(recorded, dict) else {}
     if not images:  # built by a release that did not record them
         with contextlib.suppress(OSError):
             images = {line: {"used": True} for line in (stored.folder / "images").read_text().splitlines()}
@@ -136,46 +136,47 @@ def main(digest: str) -> int:
             identity, image = waiting.pop(0)
             if identity in found or not is_sha256(identity):
                 continue
-            found[identity] = image = _looked_up(buildah, identity, image)
+            found[identity] = image = _completed(buildah, identity, image)
             del image["packages"][left:]
             left -= len(image["packages"])
             base = image["notes"].get("gamebear.base-id")
             if base is not None:
                 waiting.append((base, {"name": image["notes"].get("gamebear.base", "")}))
-    write_json(stored.folder / MATERIALS, {"complete": True, "images": found, "by": _noted_programs(stored)})
+    write_json(stored.folder / MATERIALS, {"complete": True, "images": found, "by": _recorded_programs(stored)})
     return 0
 
 
-def _looked_up(buildah: Buildah, identity: str, image: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(buildah: Buildah, identity: str, image: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recorded description of an image, completed from the image store."""
     notes = image.get("notes") or {}
     described: dict[str, Any] = {"name": image.get("name", ""), "used": bool(image.get("used")), "gone": False}
     try:
-        said = json.loads(buildah("inspect", "--type", "image", identity))
+        inspected = json.loads(buildah("inspect", "--type", "image", identity))
         names = [entry["names"] for entry in buildah.images(True) if entry["id"] == identity]
         described["names"] = [str(name)[:500] for name in (names[0] if names else [])][:IMAGES]
-        described["manifest"] = str(said.get("FromImageDigest") or "")[:100]
-        if not notes and _is_ours(described["names"]):
-            notes = said.get("ImageAnnotations") or {}
-        packages = _noted(notes) or (_packages_in(buildah, identity) if image.get("used") else [])
-        origin = {**(said.get("ImageAnnotations") or {}), **notes} if notes else said.get("ImageAnnotations") or {}
+        described["manifest"] = str(inspected.get("FromImageDigest") or "")[:100]
+        if not notes and _is_package_image(described["names"]):
+            notes = inspected.get("ImageAnnotations") or {}
+        packages = _annotated_packages(notes) or (_packages_in(buildah, identity) if image.get("used") else [])
+        origin = {**(inspected.get("ImageAnnotations") or {}), **notes}
     except (BuildahError, OSError, ValueError):
         described["gone"] = True
-        packages = _noted(notes)
+        packages = _annotated_packages(notes)
         origin = notes
-    ours = _is_ours(described.get("names", ())) or bool(notes)
-    told = NOTES if ours else NOTES[2:]  # a script's image inherits its base's notes; the first two no longer hold
-    described["notes"] = {name: str(origin[name])[:500] for name in told if name in origin}
+    is_package_image = _is_package_image(described.get("names", ())) or bool(notes)
+    # A script's image inherits the annotations of its base, of which the first two are wrong for it.
+    valid = NOTES if is_package_image else NOTES[2:]
+    described["notes"] = {name: str(origin[name])[:500] for name in valid if name in origin}
     described["packages"] = [[word[:500] for word in package] for package in packages]
     return described
 
 
-def _is_ours(names: Collection[str]) -> bool:
+def _is_package_image(names: Collection[str]) -> bool:
     """Return whether an image is a package image, by its names."""
     return any(name.startswith(f"localhost/{NAME}:") for name in names)
 
 
-def _noted(notes: Mapping[str, str]) -> list[list[str]]:
+def _annotated_packages(notes: Mapping[str, str]) -> list[list[str]]:
     """Return the packages that a package image's annotations list: name, version, architecture (empty: unknown)."""
     every = set(str(notes.get("gamebear.all", "")).split())
     arch = str(notes.get("gamebear.arch", "")) if "gamebear.all" in notes else ""

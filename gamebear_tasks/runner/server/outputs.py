@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..protocol.replies import DiscardReply, FetchReply, Reply
     from .channel import Answer
 
-USE_NOTED = 10.0
+USE_INTERVAL = 10.0
 """Seconds between updates of a job's last-use timestamp while an output is being fetched."""
 
 HOLE = 64 << 10
@@ -120,21 +120,21 @@ def _write_file(reply: Reply, path: Path, parts: list[tuple[int, int]], note_use
         reply: header of the reply.
         path: the file.
         parts: start and end of each part, in bytes.
-        note_use: called every `USE_NOTED` seconds.
+        note_use: called every `USE_INTERVAL` seconds.
 
     Raises:
         OSError: the file cannot be read, or the client has gone.
         SystemExit: the file has become shorter.
     """
     write(wire.encode(reply, sum(end - start for start, end in parts)))
-    noted = time.monotonic()
+    recorded = time.monotonic()
     with path.open("rb", buffering=0) as file:
         for start, end in parts:
             file.seek(start)
             while start < end:
-                if time.monotonic() > noted + USE_NOTED:
+                if time.monotonic() > recorded + USE_INTERVAL:
                     note_use()
-                    noted = time.monotonic()
+                    recorded = time.monotonic()
                 sent = _pass_on(file.fileno(), min(end - start, CHUNK))
                 if not sent:
                     raise SystemExit(1)  # the file was truncated: end the stream rather than send wrong bytes

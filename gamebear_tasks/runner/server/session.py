@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..protocol import requests, wire
 from ..protocol.requests import Request, received
-from ..protocol.wire import NOT_OURS
+from ..protocol.wire import INVALID_REQUEST
 from ..store.store import Store, hold_runner, storage_failure
 from ..util.atomic_files import read_json
 from ..util.errors import RunnerError
@@ -221,12 +221,12 @@ class Session:
         """Return a description of this builder for `doctor`; see `diagnostics`."""
         from .diagnostics import Examination  # slow to import, and rarely needed
 
-        if self._examination is None or self._examination.asked != (tuple(request.arches), request.base):
+        if self._examination is None or self._examination.requested != (tuple(request.arches), request.base):
             self._examination = Examination(self.store, request.arches, request.base)
-        asked, self._examination = self._examination, None
-        reply = asked.answer(min(request.wait, 30.0))
+        examination, self._examination = self._examination, None
+        reply = examination.answer(min(request.wait, 30.0))
         if reply.get("more"):
-            self._examination = asked
+            self._examination = examination
         return reply
 
 
@@ -236,7 +236,7 @@ def _refusal(error: Exception) -> RefusalReply:
     if isinstance(error, OSError):
         failure = storage_failure(error)
         return {"error": failure.message, "hint": failure.hint, "kind": failure.kind}
-    return {"error": f"The runner failed to process a request: {error!r}.", "hint": NOT_OURS, "kind": "request"}
+    return {"error": f"The runner failed to process a request: {error!r}.", "hint": INVALID_REQUEST, "kind": "request"}
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..protocol import requests
 from ..protocol.manifest import ManifestError
-from ..protocol.wire import NOT_OURS
+from ..protocol.wire import INVALID_REQUEST
 from ..store import folder_sources
 from ..store.expiry import seconds_left, why_expired
 from ..store.store import WHO, State, Store, StoredJob, is_attempt_of, runner_folder, version
@@ -106,7 +106,7 @@ def submit(supervisors: Supervisors, request: requests.Submit, body: Body) -> Jo
     stored = store.job(request.digest)
     text = request.job.encode("ascii")
     if hashlib.sha256(text).hexdigest() != request.digest:
-        raise RunnerError(f"The description of job {request.digest[:12]} does not match its digest.", NOT_OURS)
+        raise RunnerError(f"The description of job {request.digest[:12]} does not match its digest.", INVALID_REQUEST)
     lock = _take_or_join(stored)
     who = request.who[:WHO]
     stored.touch_client(request.client, who)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..protocol import requests
 from ..protocol.requests import RequestError
-from ..protocol.wire import NOT_OURS
+from ..protocol.wire import INVALID_REQUEST
 from ..store.store import Store, size_of
 from ..util.atomic_files import CHUNK, write_all
 from ..util.errors import RunnerError
@@ -87,7 +87,7 @@ class Body:
             RunnerError: the body is shorter.
         """
         if size > self.left:
-            raise RunnerError("The body of a request is too short.", NOT_OURS)
+            raise RunnerError("The body of a request is too short.", INVALID_REQUEST)
         parts = []
         while size:
             parts.append(self.read(size))
@@ -173,7 +173,7 @@ def put(store: Store, request: requests.Put, body: Body) -> PutReply:
     sha256, size, offset = request.sha256, request.size, request.offset
     part = _part(store, sha256)
     if size < offset:
-        raise RequestError("Invalid request put: offset is larger than size.", NOT_OURS)
+        raise RequestError("Invalid request put: offset is larger than size.", INVALID_REQUEST)
     lock = _take_over(store, part, sha256)
     if lock is None:
         return {"have": size}

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 from ..util.atomic_files import open_regular
 
-MOST_SLOTS = 999_999
+MAX_SLOTS = 999_999
 """Upper limit of `slots`."""
 
 
-class Said(NamedTuple):  # cheaper to import than a dataclass, as `Facts`
+class BuilderConfig(NamedTuple):  # cheaper to import than a dataclass, as `Facts`
     """Settings of a builder.
 
     Attributes:
@@ -42,33 +42,33 @@ def path() -> Path:
     return folder / "gamebear" / "builder.json"
 
 
-def read() -> Said:
+def read() -> BuilderConfig:
     """Read this builder's settings. An unreadable or invalid file is reported in `wrong` and does not raise."""
     file = path()
     example = 'write for example {"slots": 2}, or remove the file'
     try:
         with open_regular(file) as opened:
-            said = json.loads(opened.read())
+            settings = json.loads(opened.read())
     except (FileNotFoundError, NotADirectoryError):
-        return Said()
+        return BuilderConfig()
     except OSError as error:
-        return Said(
+        return BuilderConfig(
             wrong=f"{file} is ignored: it cannot be read ({error.strerror})",
             remedy=f"fix that, {example}",
         )
     except (ValueError, RecursionError, MemoryError) as error:
-        return Said(wrong=f"{file} is ignored: it is not JSON ({error})", remedy=example)
-    if not isinstance(said, dict):
-        return Said(wrong=f"{file} is ignored: it is not a JSON object", remedy=example)
-    slots = said.pop("slots", None)
-    if slots is not None and not (type(slots) is int and 0 < slots <= MOST_SLOTS):
+        return BuilderConfig(wrong=f"{file} is ignored: it is not JSON ({error})", remedy=example)
+    if not isinstance(settings, dict):
+        return BuilderConfig(wrong=f"{file} is ignored: it is not a JSON object", remedy=example)
+    slots = settings.pop("slots", None)
+    if slots is not None and not (type(slots) is int and 0 < slots <= MAX_SLOTS):
         wrong = f"{file} is ignored: slots is {_short(slots)}"
-        return Said(wrong=wrong, remedy='set it to the number of concurrent jobs, for example {"slots": 2}')
-    if said:
-        names = ", ".join(map(_short, list(said)[:5]))
+        return BuilderConfig(wrong=wrong, remedy='set it to the number of concurrent jobs, for example {"slots": 2}')
+    if settings:
+        names = ", ".join(map(_short, list(settings)[:5]))
         wrong = f"{file} has unknown settings, which are ignored: {names}"
-        return Said(slots, wrong, "remove them; the only setting is slots")
-    return Said(slots)
+        return BuilderConfig(slots, wrong, "remove them; the only setting is slots")
+    return BuilderConfig(slots)
 
 
 def _short(value: object) -> str:

@@ -15,13 +15,13 @@ SHORT = 0.001
 """Seconds below which a span is not recorded."""
 
 
-def note(folder: Path, name: str) -> None:
+def record_phase(folder: Path, name: str) -> None:
     """Record a job's current phase in its folder, for display. Best effort."""
     with contextlib.suppress(OSError):
         (folder / "phase").write_text(name)
 
 
-def noted(folder: Path) -> str:
+def current_phase(folder: Path) -> str:
     """Return a job's current phase; empty if unknown."""
     with contextlib.suppress(OSError, ValueError):
         return (folder / "phase").read_text("ascii")[:20]
@@ -33,17 +33,17 @@ class Phases:
 
     Args:
         began: start time by the machine's monotonic clock, which all of its processes share; now by default.
-        tell: called with the name of each span when it begins or resumes.
+        on_switch: called with the name of each span when it begins or resumes.
 
     Attributes:
         began: start time by the monotonic clock.
         spans: name, start and length of each span; start and length in seconds.
     """
 
-    def __init__(self, began: float | None = None, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(self, began: float | None = None, on_switch: Callable[[str], None] | None = None) -> None:
         self.began = time.monotonic() if began is None else began
         self.spans: list[tuple[str, float, float]] = []
-        self._tell = tell
+        self._on_switch = on_switch
         self._lock = threading.Lock()
         self._open = threading.local()
 
@@ -62,8 +62,8 @@ class Phases:
         if old is not None:
             self.add(old, self._open.since, now)
         self._open.name, self._open.since = new, now
-        if new is not None and new != old and self._tell is not None:
-            self._tell(new)
+        if new is not None and new != old and self._on_switch is not None:
+            self._on_switch(new)
 
     def add(self, name: str, start: float, end: float) -> None:
         """Record a span that has ended.
@@ -80,8 +80,8 @@ class Phases:
             number = next((n for n in reversed(range(len(self.spans))) if self.spans[n][0] == name), None)
             if number is not None:
                 _, first, before = self.spans[number]
-                goes_on = number == len(self.spans) - 1 and begun - first - before < 3 * SHORT
-                if goes_on or len(self.spans) >= LIMIT:
+                is_continued = number == len(self.spans) - 1 and begun - first - before < 3 * SHORT
+                if is_continued or len(self.spans) >= LIMIT:
                     self.spans[number] = (name, first, round(before + seconds, 3))
                     return
             if len(self.spans) < 2 * LIMIT:

@@ -17,14 +17,14 @@ SLOTS_VARIABLE = "GAMEBEAR_SLOTS"
 """Environment variable with the number of slots, set by a process that starts the runner."""
 
 
-def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: Callable[[str], None]) -> Lock:
+def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], report: Callable[[str], None]) -> Lock:
     """Wait for one of the builder's slots, first come first served, and return its acquired lock.
 
     Args:
         store: store whose slots are used.
         name: unique name of this waiter.
         check_stop: called while waiting; an exception that it raises ends the wait.
-        say: reports to the user that the job waits for a slot.
+        report: reports to the user that the job waits for a slot.
     """
     check_stop()
     with locked(store.slots / "line"):
@@ -35,7 +35,7 @@ def wait_for_one(store: Store, name: str, check_stop: Callable[[], None], say: C
         ticket = _ticket(store.slots, name, waiting)
     with ticket:
         try:
-            say("waiting for a free slot on the builder")
+            report("waiting for a free slot on the builder")
             while slot is None:
                 time.sleep(0.1)
                 check_stop()
@@ -81,9 +81,9 @@ def slot_count() -> int:
     There is at least one. Each slot needs both, because one compiler process takes a few hundred MiB. A Dask worker
     sets the environment variable instead, from its resources; it has precedence.
     """
-    said = os.environ.get(SLOTS_VARIABLE, "")
-    if re.fullmatch("[1-9][0-9]{0,5}", said):
-        return int(said)
+    configured = os.environ.get(SLOTS_VARIABLE, "")
+    if re.fullmatch("[1-9][0-9]{0,5}", configured):
+        return int(configured)
     count = builder_config.read().slots
     if count is not None:
         return count

@@ -35,7 +35,7 @@ LINKS = 40
 LONGEST_LINK = 4095
 """Maximum bytes of a symbolic link's target (path_resolution(7), PATH_MAX)."""
 
-MOST_SAID = 64 << 20
+MAX_OUTPUT = 64 << 20
 """Maximum bytes of debugfs's answer to one command. The listing of a folder with a million names is shorter."""
 
 
@@ -188,9 +188,9 @@ class Debugfs:
 
     def __enter__(self) -> Debugfs:
         try:
-            (said,) = self.ask([b"stat <2>"])
-            if not said.startswith(b"Inode: 2 "):
-                raise self._failed(said)
+            (output,) = self.ask([b"stat <2>"])
+            if not output.startswith(b"Inode: 2 "):
+                raise self._failed(output)
         except BaseException:
             end(self._process)
             raise
@@ -202,12 +202,12 @@ class Debugfs:
             if kind is not None:
                 return
             self._process.stdin.close()
-            said = self._rest + self._process.stdout.read()
+            output = self._rest + self._process.stdout.read()
             self._process.wait()
         finally:
             end(self._process)
-        if said.strip():
-            raise self._failed(said)
+        if output.strip():
+            raise self._failed(output)
 
     def ask(self, commands: Sequence[bytes]) -> list[bytes]:
         """Send commands and return debugfs's answer to each.
@@ -240,23 +240,23 @@ class Debugfs:
         except BrokenPipeError:
             raise self._ended(self._rest + self._process.stdout.read()) from None
         answers = []
-        said = bytearray(self._rest)
+        output = bytearray(self._rest)
         for marker in markers:
             seen = 0
-            while (end := said.find(marker, seen)) < 0:
-                seen = max(0, len(said) - len(marker))
+            while (end := output.find(marker, seen)) < 0:
+                seen = max(0, len(output) - len(marker))
                 data = self._process.stdout.read1(CHUNK)  # type: ignore[attr-defined]  # it is buffered
                 if not data:
-                    raise self._ended(bytes(said))
-                said += data
-                if len(said) > MOST_SAID:
+                    raise self._ended(bytes(output))
+                output += data
+                if len(output) > MAX_OUTPUT:
                     raise ImageError(
-                        f"A folder of the root file system is too large: {size(len(said))} of names.",
+                        f"A folder of the root file system is too large: {size(len(output))} of names.",
                         "Download or copy the base image again.",
                     )
-            answers.append(bytes(said[:end]))
-            del said[: end + len(marker)]
-        self._rest = bytes(said)
+            answers.append(bytes(output[:end]))
+            del output[: end + len(marker)]
+        self._rest = bytes(output)
         return answers
 
     def do(self, commands: Sequence[bytes]) -> None:
@@ -271,15 +271,15 @@ class Debugfs:
                 shown = name.partition(b'"')[0].decode("utf-8", "replace") if quote else "The root file system"
                 raise self._failure(f"{shown} cannot be {self._done}", answer)
 
-    def _ended(self, said: bytes) -> ImageError:
+    def _ended(self, output: bytes) -> ImageError:
         check_not_interrupted(self._process.wait())
-        return self._failed(said)
+        return self._failed(output)
 
-    def _failed(self, said: bytes) -> ImageError:
-        return self._failure(f"The root file system cannot be {self._done}", said or b"it exited without a message")
+    def _failed(self, output: bytes) -> ImageError:
+        return self._failure(f"The root file system cannot be {self._done}", output or b"it exited without a message")
 
-    def _failure(self, what: str, said: bytes) -> ImageError:
-        return failure(what, "debugfs", said.decode("utf-8", "replace"), room_hint(self._folder))
+    def _failure(self, what: str, output: bytes) -> ImageError:
+        return failure(what, "debugfs", output.decode("utf-8", "replace"), room_hint(self._folder))
 
 
 @dataclass(frozen=True)
@@ -321,9 +321,9 @@ class Reader:
     def listing(self, number: int) -> Mapping[str, Inode]:
         """Return the entries of a folder by name."""
         if number not in self._folders:
-            (said,) = self._session.ask([b"ls -p <%d>" % number])
+            (output,) = self._session.ask([b"ls -p <%d>" % number])
             found = {}
-            for inode, mode, uid, gid, name, size in ENTRY.findall(said):
+            for inode, mode, uid, gid, name, size in ENTRY.findall(output):
                 if name not in (b".", b"..", b"") and int(inode):
                     found[name.decode("utf-8", "surrogateescape")] = Inode(
                         int(inode), int(mode, 8), int(uid) & 0xFFFFFFFF, int(gid) & 0xFFFFFFFF, int(size or 0)
@@ -354,9 +354,9 @@ class Reader:
                 f"The base is damaged: the symbolic link of inode {inode.number} has {inode.size} bytes.",
                 "Download or copy the base image again.",
             )
-        (said,) = self._session.ask([b"stat <%d>" % inode.number])
-        match = re.search(rb'^Fast link dest: "(.*)"$', said, re.MULTILINE | re.DOTALL)
+        (output,) = self._session.ask([b"stat <%d>" % inode.number])
+        match = re.search(rb'^Fast link dest: "(.*)"$', output, re.MULTILINE | re.DOTALL)
         if match:
             return match[1].decode("utf-8", "surrogateescape")
-        (said,) = self._session.ask([b"cat <%d>" % inode.number])
-        return said[: inode.size].decode("utf-8", "surrogateescape")
+        (output,) = self._session.ask([b"cat <%d>" % inode.number])
+        return output[: inode.size].decode("utf-8", "surrogateescape")

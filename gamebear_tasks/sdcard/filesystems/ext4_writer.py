@@ -152,7 +152,7 @@ def _leaves_attributes(session: Debugfs, tree: Tree) -> bool:
     """Return whether a file to be replaced has an attribute block, which debugfs does not free."""
     inodes = {inode.number for name in tree.added if (inode := tree.inode(name)) and not stat.S_ISDIR(inode.mode)}
     answers = session.ask([b"stat <%d>" % number for number in sorted(inodes)])
-    return any(re.search(rb"^File ACL: [1-9]", said, re.MULTILINE) for said in answers)
+    return any(re.search(rb"^File ACL: [1-9]", output, re.MULTILINE) for output in answers)
 
 
 def _removals(tree: Tree) -> Iterable[tuple[str, list[bytes]]]:
@@ -182,7 +182,7 @@ def _creation(name: str, entry: Entry) -> bytes:
 def _numbers(session: Debugfs, tree: Tree, names: list[str]) -> list[int]:
     """Return the inode numbers of existing names."""
     answers = session.ask(_in_folders(tree, ((name, [b"stat " + _here(name)]) for name in names)))
-    return [int(match[1]) for said in answers if (match := re.match(rb"Inode: (\d+) ", said))]
+    return [int(match[1]) for output in answers if (match := re.match(rb"Inode: (\d+) ", output))]
 
 
 def _link(session: Debugfs, tree: Tree, name: str, number: int) -> None:
@@ -190,8 +190,8 @@ def _link(session: Debugfs, tree: Tree, name: str, number: int) -> None:
     cd = _in_folders(tree, [(name, [])])
     command = b"ln <%d> %s" % (number, _last(name))
     session.do(cd)
-    (said,) = session.ask([command])
-    if said.strip():  # a full directory, or another error, which the second attempt raises
+    (output,) = session.ask([command])
+    if output.strip():  # a full directory, or another error, which the second attempt raises
         session.do([b"expand_dir .", command])
 
 

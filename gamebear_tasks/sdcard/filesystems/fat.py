@@ -41,9 +41,9 @@ class Fat:
         self.path = path
         self._now = now
         self._added: dict[str, Entry] = {}
-        said = self._run(["fsck.fat", "-a", "-v", path.name], f"The boot file system of {name} is damaged", (0, 1))
-        self._cluster = int(_found(r"(\d+) bytes per cluster", said))
-        used, clusters = _found(r"(\d+/\d+) clusters", said).split("/")
+        output = self._run(["fsck.fat", "-a", "-v", path.name], f"The boot file system of {name} is damaged", (0, 1))
+        self._cluster = int(_found(r"(\d+) bytes per cluster", output))
+        used, clusters = _found(r"(\d+/\d+) clusters", output).split("/")
         self._free = int(clusters) - int(used)
         listed = self._run(
             ["mdir", "-i", path.name, "-b", "-/", "-a", "::"], "The boot file system cannot be read", (0, 1)
@@ -123,9 +123,9 @@ class Fat:
 
     def _replaced(self) -> int:
         """Return the number of clusters of the files to be replaced, which mcopy frees first."""
-        said = self._run(["mdu", "-i", self.path.name, "-a", "::"], "The boot file system cannot be read")
+        output = self._run(["mdu", "-i", self.path.name, "-a", "::"], "The boot file system cannot be read")
         added = {name.lower() for name, entry in self._added.items() if not entry.is_folder}
-        taken = (line.removeprefix("::/").rpartition(" ") for line in said.splitlines())
+        taken = (line.removeprefix("::/").rpartition(" ") for line in output.splitlines())
         return sum(int(clusters) for name, _, clusters in taken if name.lower() in added)
 
     def write(self) -> None:
@@ -154,8 +154,8 @@ class Fat:
         )
 
 
-def _found(pattern: str, said: str) -> str:
-    match = re.search(pattern, said)
+def _found(pattern: str, output: str) -> str:
+    match = re.search(pattern, output)
     if not match:
-        raise ImageError(f"fsck.fat has an unknown output: {said.strip()[-300:]}.", "Upgrade dosfstools.")
+        raise ImageError(f"fsck.fat has an unknown output: {output.strip()[-300:]}.", "Upgrade dosfstools.")
     return match[1]

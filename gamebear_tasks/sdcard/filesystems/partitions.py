@@ -68,14 +68,14 @@ def read(image: Path, name: str) -> Disk:
     Raises:
         ImageError: It has no partition table, or does not have exactly one ext4 and at most one FAT file system.
     """
-    said = run(
+    output = run(
         ["sfdisk", "--json", image.name],
         folder=image.parent,
         now=0,
         what=f"{name} has no partition table",
         hint="Use the image of a whole card, plain or compressed with xz, zstd, gzip or zip.",
     )
-    table = json.JSONDecoder().raw_decode(said, said.index("{"))[0]["partitiontable"]  # may be among warnings
+    table = json.JSONDecoder().raw_decode(output, output.index("{"))[0]["partitiontable"]  # may be among warnings
     sector = int(table.get("sectorsize", 512))
     size = image.stat().st_size
     fats: list[Partition] = []

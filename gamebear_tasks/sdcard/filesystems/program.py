@@ -73,21 +73,21 @@ def run(
         KeyboardInterrupt: Ctrl-C ended the program.
     """
     try:
-        said = subprocesses.run(argv, env=environment(now), cwd=folder, stdin=stdin, merged=True, allowed=allowed)
+        output = subprocesses.run(argv, env=environment(now), cwd=folder, stdin=stdin, merged=True, allowed=allowed)
     except ProgramError as error:
         raise failure(what, argv[0], error.output or error.reason, error.hint or room_hint(folder) or hint) from error
-    return said.decode("utf-8", "replace")
+    return output.decode("utf-8", "replace")
 
 
-def failure(what: str, program: str, said: str, hint: str = "") -> ImageError:
+def failure(what: str, program: str, output: str, hint: str = "") -> ImageError:
     """Return the error for a failed program.
 
     Args:
         what: The operation that failed.
         program: Name of the program.
-        said: Its output. The error contains the last lines.
+        output: Its output. The error contains the last lines.
         hint: Suggested fix, if it is not the default one.
     """
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     hint = hint or "Check the base image: download or copy it again."
     return ImageError(f"{what}: {program}: {' / '.join(lines[-4:])[:600].rstrip('.')}.", hint)

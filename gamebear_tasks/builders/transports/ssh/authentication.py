@@ -96,7 +96,7 @@ class _Attempt:
     host: Host
     starts: str
     offered: frozenset[str] = frozenset()
-    asked: bool = False
+    has_sent_request: bool = False
     is_listed: bool = False
     tried: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
@@ -109,7 +109,7 @@ class _Attempt:
         # Most servers accept keys, so the first key is sent without a query before it. A refusal lists the methods.
         self._offer(["publickey"])
         for label, key in self._keys(agent):
-            if "rsa" in key.get_name() and not self.asked:
+            if "rsa" in key.get_name() and not self.has_sent_request:
                 self._ask()  # the server announces its RSA signature algorithms before it answers
             if self.done or "publickey" not in self.offered:
                 break
@@ -133,7 +133,7 @@ class _Attempt:
 
     def _show(self, key: PKey) -> None:
         """Authenticate with a key; the request for the program may be pipelined behind the first one."""
-        command = "" if self.asked else self.starts
+        command = "" if self.has_sent_request else self.starts
         self._try(lambda: self.transport.auth_key(self.host.user, key, command))
 
     def _ask(self) -> None:
@@ -143,7 +143,7 @@ class _Attempt:
     def _try(self, method: Callable[[], list[str]]) -> None:
         """Try a method; record whether it suffices, and the methods that the server permits next."""
         start = time.monotonic()
-        self.asked = True
+        self.has_sent_request = True
         try:
             further = method()
         except (paramiko.SSHException, EOFError, OSError, ValueError) as error:
@@ -213,7 +213,7 @@ class _Attempt:
             except (paramiko.SSHException, ValueError, OSError, UnsupportedAlgorithm):
                 self.unusable.append(f"{file.path} (damaged)")
                 return None
-        if not self.asked:
+        if not self.has_sent_request:
             self._ask()  # no passphrase prompt if the server accepts no keys
         if self.done or "publickey" not in self.offered:
             return None

@@ -192,14 +192,14 @@ def _ask_ssh(ssh: str, address: Address) -> dict[str, list[str]]:
         command += ["-l", address.user]
     command += ["--", address.host]
     try:
-        said = run(command, env=os.environ, silence=60)  # `Match exec` has the user's locale, as in ssh
+        output = run(command, env=os.environ, silence=60)  # `Match exec` has the user's locale, as in ssh
     except ProgramError as error:
         raise SettingsError(
             f"The SSH configuration for {address.host} cannot be read: {' '.join(error.output.split())}",
             f"Correct ~/.ssh/config: `ssh -G {address.words}` must succeed.",
         ) from error
     options: dict[str, list[str]] = {}
-    for line in os.fsdecode(said).splitlines():
+    for line in os.fsdecode(output).splitlines():
         keyword, _, value = line.partition(" ")
         options.setdefault(keyword.lower(), []).append(value)
     return options

@@ -314,8 +314,8 @@ class SSHConnection:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._proxies[-1].wait(1.0)
         self._proxy_errors[-1].seek(0)
-        said = " ".join(self._proxy_errors[-1].read(500).decode(errors="replace").split())
-        return f" (ProxyCommand says: {said})" if said else " (through ProxyCommand)"
+        errors = " ".join(self._proxy_errors[-1].read(500).decode(errors="replace").split())
+        return f" (ProxyCommand says: {errors})" if errors else " (through ProxyCommand)"
 
 
 class SSHChannel:

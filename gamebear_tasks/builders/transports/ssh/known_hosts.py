@@ -205,8 +205,8 @@ def _check_revoked(path: Path, blob: bytes) -> None:
         try:
             run(command, merged=True)
         except ProgramError as error:
-            said = " ".join(error.output.replace(file.name, "host key").split())
-            raise HostKeyRefused("revoked", f"{path} (RevokedHostKeys): {said}") from error
+            output = " ".join(error.output.replace(file.name, "host key").split())
+            raise HostKeyRefused("revoked", f"{path} (RevokedHostKeys): {output}") from error
 
 
 @dataclass(frozen=True)

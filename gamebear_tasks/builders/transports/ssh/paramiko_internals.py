@@ -68,7 +68,7 @@ class Packetizer(ParamikoPacketizer):
         self.greeting = ""
         """The peer's last line before its identification; sshd sends its reason for refusing a connection as one."""
         self._identification = 0
-        self._heard = time.monotonic()
+        self._received_at = time.monotonic()
         self._unanswered = 0
         self._writing = False
 
@@ -83,14 +83,14 @@ class Packetizer(ParamikoPacketizer):
         data: bytes = super()._read_timeout(timeout)  # type: ignore[misc]
         self._identification += len(data)
         if self._identification > LONGEST_IDENTIFICATION:
-            self.greeting = self.greeting or "a line without end"
+            self.greeting = self.greeting or "a line that is too long"
             raise paramiko.SSHException("the peer sends no identification")
         return data
 
     def read_all(self, n: int, check_rekey: bool = False) -> bytes:
         """Read exactly `n` bytes; raises EOFError, or NeedRekeyException if requested and nothing was received yet."""
         data: bytes = super().read_all(n, check_rekey)
-        self._heard = time.monotonic()
+        self._received_at = time.monotonic()
         self._unanswered = 0
         return data
 
@@ -125,12 +125,12 @@ class Packetizer(ParamikoPacketizer):
         if owner is None or not owner.is_authenticated():
             return
         now = time.monotonic()
-        if now - self._heard < self.alive_interval:
+        if now - self._received_at < self.alive_interval:
             return
         if self._unanswered >= self.alive_count:
             raise PeerSilent(f"it has answered nothing for {self.alive_interval * (self.alive_count + 1):.0f} seconds")
         self._unanswered += 1
-        self._heard = now
+        self._received_at = now
         if not self._writing:
             owner.ask_for_life()
 
