@@ -1,4 +1,4 @@
-"""A file that is written aside is the old one or the new one, whole, whoever else writes it and wherever that ended."""
+"""Atomic writes: a file has its old or its new content, also with concurrent writers and after a kill at any point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own parts; they are not run here, because what they measure is not for a busy machine."""
+"""Parts of the benchmarks. The benchmarks themselves are not run: a busy machine distorts their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C means stop: whatever doit was doing, the job is gone from the builder; a second one leaves at once."""
+"""Ctrl-C in any phase of a build stops the job on the builder; a second Ctrl-C exits at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.system
 
 
 def interrupted(client: subprocess.Popen[bytes], remote: Remote) -> str:
-    """Press Ctrl-C, wait for the end, and return what was said."""
+    """Press Ctrl-C, wait until doit exits, and return its output."""
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
     said = remote.said()
@@ -101,7 +101,7 @@ def test_right_after_the_job_was_begun_it_is_ended_all_the_same(remote: Remote) 
     remote.waits()
     remote.project.doit("list").ok()
     remote.write("open('x', 'w').write('made')")
-    remote.project.doit().ok()  # the runner is there, so that the next connection has little to say
+    remote.project.doit().ok()  # the runner is already uploaded, so the next connection transfers little
     remote.waits()
     client = remote.project.start()
     jobs = remote.store / "jobs"

@@ -27,7 +27,7 @@ MODULE = "module_of_test"
 
 
 def module_of(text: str, file: str = "/nowhere/module_of_test.py") -> types.ModuleType:
-    """Run a text as a module that functions are pickled from."""
+    """Execute source text as a module, whose functions are pickled."""
     module = types.ModuleType(MODULE)
     module.__file__ = file
     sys.modules[MODULE] = module
@@ -57,7 +57,7 @@ class Loader(pickle.Unpickler):
 
 
 def called(pickled: Pickle) -> object:
-    """Return what a pickled function returns where its module is not there."""
+    """Return the result of a pickled function in a process without its module."""
     sys.modules.pop(MODULE, None)
     return Loader(pickled).load()()
 
@@ -489,7 +489,7 @@ class B(A):
 def build(): return B().f()
 """,
 }
-"""Two programs each: `<one|other>` is where they differ."""
+"""Pairs of programs; `<one|other>` marks their differences."""
 
 
 def both(text: str) -> tuple[str, str]:
@@ -509,7 +509,7 @@ def test_a_function_returns_the_same_where_its_module_is_not_there(text: str) ->
         assert called(pickled(each)) == module_of(each).build()
 
 
-# equal results have equal digests, whatever else differs
+# equal results have equal digests, despite other differences
 
 SUBJECT = """
 import enum
@@ -578,7 +578,7 @@ print(hashlib.sha256(canonical.dump(subject.build, subject).data).hexdigest())
 """
 
 OTHER_RELEASES = ["/usr/bin/python3"]
-"""Debian's Python, which may be another patch release of the same minor one."""
+"""Debian's Python, possibly another patch release of the same minor version."""
 
 
 def test_every_process_folder_hash_seed_and_patch_release_finds_the_same_digest(tmp_path: Path) -> None:
@@ -628,7 +628,7 @@ def test_the_submodules_that_its_file_imports_are_imported(tmp_path: Path) -> No
 
 
 def test_modules_that_it_refers_to_or_imports_are_listed() -> None:
-    constants = "; ".join(f"x = {n}" for n in range(1000, 1300))  # so many that an instruction has a prefix
+    constants = "; ".join(f"x = {n}" for n in range(1000, 1300))  # enough for an EXTENDED_ARG
     done = pickled(
         "import math\nfrom os.path import join\n__package__ = 'here.there'\n"
         f"def build():\n    {constants}\n    import json.decoder\n    from . import one\n"
@@ -647,7 +647,7 @@ def test_equal_immutable_values_are_one(value: str) -> None:
 
 
 def test_an_object_with_another_ones_name_is_not_taken_for_it() -> None:
-    """The builder would find the other one there."""
+    """The builder would load the other object."""
     text = "import json\ndef build(): return 1\nbuild.__module__, build.__qualname__ = 'json', 'dumps'"
     assert called(pickled(text)) == 1
 
@@ -677,7 +677,7 @@ def test_files_below_the_current_folder_are_named_relative_to_it(
 
 
 class Rendering:
-    """Writes values as Python, in ways that differ only in what means nothing."""
+    """Writes values as Python source, with differences that have no meaning."""
 
     def __init__(self, seed: int, varies: bool) -> None:
         self.random = random.Random(seed)
@@ -721,10 +721,10 @@ CARRIERS = {
     "dict in use": "X = {{'x': None}}\ndef f(): return X['x']\n{n}X['x'] = {v}",
     "generator": "X = {v}\n{n}def g():\n    yield X\ndef f(): return next(g())",
 }
-"""Ways for a function to know a value."""
+"""Ways in which a function can refer to a value."""
 
 IN_CODE = {"body", "method", "dict of lambdas"}
-"""Those in which another way to write the value is another program."""
+"""Ways in which another notation of the value is another program."""
 
 SHOW = """
 def show(value):
@@ -754,7 +754,7 @@ VALUES = st.recursive(
 
 @st.composite
 def programs(draw: st.DrawFn) -> tuple[str, str]:
-    """Two programs: often of the same value, now and then of values that are nearly the same."""
+    """Two programs: often with the same value, sometimes with nearly equal values."""
     ways = st.sampled_from(sorted(CARRIERS))
     one = draw(ways), draw(VALUES)
     nearly: st.SearchStrategy[Any] = st.sampled_from(
@@ -789,7 +789,7 @@ def test_a_set_has_the_same_order_however_it_was_made() -> None:
     assert digest_of(made.format([0, 8])) == digest_of(made.format([8, 0]))
 
 
-# what cannot be sent
+# functions that cannot be sent
 
 ENUM_WITH_FIELDS = """
 from enum import Enum

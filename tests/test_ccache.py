@@ -1,4 +1,4 @@
-"""The compiler cache: a real gcc and a real ccache in a container of Debian; objects are compared with gcc's own."""
+"""The compiler cache, with gcc and ccache in a Debian container; objects are compared with those of gcc alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ both() {
     fi
 }
 """
-"""A function for the shell: compile with the cache and without it, and compare."""
+"""Shell function that compiles with and without the cache, and compares the objects."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def _no_cache_yet(builder: Builder) -> None:
 
 
 def build(builder: Builder, steps: str, image: str = "compiler") -> tuple[Outcome, dict[str, int]]:
-    """Run steps in a shell of a container whose compilers are cached; return what ccache counted."""
+    """Run shell commands in a container with cached compilers; return ccache's statistics."""
     outcome = builder.run(SCRIPT.format(steps=json.dumps(STEP + steps), image=image))
     assert outcome.status == 0, outcome.log
     assert "WRONG" not in outcome.log, outcome.log
@@ -72,7 +72,7 @@ def build(builder: Builder, steps: str, image: str = "compiler") -> tuple[Outcom
 
 
 def hits(stats: dict[str, int]) -> tuple[int, int]:
-    """Return how many compilations were found in the cache, and how many were not."""
+    """Return the number of cache hits and misses."""
     assert stats["direct_cache_hit"] == 0
     return stats["preprocessed_cache_hit"], stats["cache_miss"]
 

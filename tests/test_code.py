@@ -1,4 +1,4 @@
-"""The code keeps the rules that are set for it."""
+"""The code passes ruff and mypy."""
 
 from __future__ import annotations
 

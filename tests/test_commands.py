@@ -1,4 +1,4 @@
-"""What all of our commands have in common: where they print to may be gone, or full."""
+"""Commands whose standard output is closed or full."""
 
 from __future__ import annotations
 

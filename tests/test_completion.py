@@ -1,4 +1,4 @@
-"""The Tab key in real shells: doit's completion for `doit` and for `gamebear`."""
+"""Tab completion for `doit` and `gamebear` in real shells."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ zpty -d shell
 
 @pytest.fixture
 def at_the_prompt(system: None, project: Project) -> Project:
-    """A project with two artifacts, whose doit is in the PATH."""
+    """A project with two artifacts; its doit is in the PATH."""
     project.write("hello.py", "")
     project.write("dodo.py", "from gamebear_tasks import artifact\n\n")
     for name in ("hello", "help_page"):

@@ -1,4 +1,4 @@
-"""Settings: which of several places wins, and what is said of a value that makes no sense."""
+"""Settings: precedence of their sources, and errors for invalid values."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_seconds_are_a_finite_number_or_refused(given: object) -> None:
     assert not isinstance(given, bool)
 
 
-# as a person sees it
+# output of doit
 
 TELLING = """
 from gamebear_tasks.config import settings
@@ -185,7 +185,7 @@ def test_a_damaged_pyproject_beside_a_dodo_elsewhere_is_told_by_us(tmp_path: Pat
         "sub/dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
     )
     project.write("sub/x.py", "")
-    project.write("sub/pyproject.toml", "[tool.gamebear\n")  # doit reads that of the folder it is started in
+    project.write("sub/pyproject.toml", "[tool.gamebear\n")  # doit reads pyproject.toml in its working folder
     project.doit("-f", "sub/dodo.py").failed("ERROR: pyproject.toml cannot be read: Expected ")
 
 
@@ -310,7 +310,7 @@ def test_builders_of_architectures_are_a_table_in_pyproject(folder: Path) -> Non
     with pytest.raises(SettingsError, match="No builder is set for arm64, only for armhf"):
         settings().builder_for("arm64")
     with pytest.raises(SettingsError, match="No builder is set for armhf"):
-        Settings(builder="armhf=").builder_for("armhf")  # from Python, where nothing was checked
+        Settings(builder="armhf=").builder_for("armhf")  # from Python, unvalidated
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_a_pyproject_that_breaks_parsers_is_refused_or_read(folder: Path, text: 
 
 
 def test_a_pyproject_that_is_a_fifo_is_refused(folder: Path) -> None:
-    """It would block; doit's own reading of one does, where it is beside dodo.py."""
+    """Reading it would block, as doit's own read of a pyproject.toml beside dodo.py does."""
     os.mkfifo(folder / "pyproject.toml")
     with pytest.raises(SettingsError, match=r"pyproject\.toml cannot be read: it is not a regular file"):
         settings()

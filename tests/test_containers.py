@@ -34,7 +34,7 @@ PROGRAMS = ("sh", "bash", "cat", "env", "id", "ls", "mkdir", "pwd", "sleep", "tr
 
 @dataclasses.dataclass
 class Outcome:
-    """What a build came to."""
+    """Outcome of a build."""
 
     status: int
     result: dict[str, Any]
@@ -43,12 +43,12 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """What a failed build says."""
+        """Error message of a failed build."""
         return str(self.result.get("message"))
 
 
 class Builder:
-    """A store of its own with one small image in it, `tiny`, of this machine's own programs."""
+    """A separate store with one small image, `tiny`, made of programs of this machine."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -152,7 +152,7 @@ def builder(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     made.buildah("config", "--env", "GREETING=hi", "--label", "from=tiny", "--cmd", "sh", "make-tiny")
     made.buildah("commit", "--rm", "make-tiny", "tiny")
     yield made
-    made.buildah("rm", "--all")  # what a failed test has left is mounted
+    made.buildah("rm", "--all")  # a failed test may leave mounts
     remove_tree(made.root, made.facts, made.root)
 
 
@@ -170,7 +170,7 @@ def test_what_a_command_prints_and_what_the_script_prints_are_in_order(builder: 
 
 
 def test_nothing_of_what_commands_print_is_lost(builder: Builder) -> None:
-    """With chroot isolation buildah itself loses the end of it, but seldom: so the way that it takes is looked at."""
+    """With chroot isolation, buildah itself rarely loses the end. So the test inspects the path of the output."""
     outcome = builder.run(
         "import subprocess\n"
         "with Container('tiny') as c:\n"
@@ -261,7 +261,7 @@ def test_a_setting_that_is_misspelt_is_an_error_with_a_hint(builder: Builder) ->
 
 @pytest.fixture
 def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that gets the command line of each buildah that is run."""
+    """A log file with the command line of each buildah process."""
     path = tmp_path / "lines"
     spy = tmp_path / "bin" / "buildah"
     spy.parent.mkdir()
@@ -273,7 +273,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_command_in_a_container_asks_no_more_of_buildah_than_it_needs(builder: Builder, lines: Path) -> None:
     script = "with Container('tiny') as c:\n    c.run(['true'])\n"
-    builder.run(script)  # what the image is for is known from now on
+    builder.run(script)  # the image's architecture is cached from now on
     lines.unlink()
     assert builder.run(script).status == 0
     own = " ".join(builder.facts.storage)
@@ -390,7 +390,7 @@ def test_an_older_buildah_gets_the_same_settings(builder: Builder, monkeypatch: 
 
 @pytest.mark.parametrize("version", ["", "1.26.0", "1.19.6"])
 def test_an_empty_value_is_a_value(builder: Builder, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    """By the ways of all releases of buildah: variables by its environment, by options of `run`, by `config` alone."""
+    """With the methods for all releases of buildah: environment, options of `run`, `config` alone."""
     if version:
         monkeypatch.setattr(builder, "facts", builder.facts._replace(version=version))
     outcome = builder.run(
@@ -825,11 +825,11 @@ def test_an_image_made_for_another_architecture_is_not_found(builder: Builder) -
 
 
 SLEEP = f"sleep 4{os.getpid():08}"
-"""A command that nobody else runs."""
+"""A command line that no other process has."""
 
 
 def is_asleep() -> bool:
-    """Say whether `SLEEP` runs, or who runs it."""
+    """Return whether `SLEEP` runs, or its processes."""
     return SLEEP in subprocess.run(["ps", "axww", "-o", "args"], check=True, capture_output=True, text=True).stdout
 
 
@@ -859,13 +859,13 @@ def test_a_build_without_a_pid_namespace_ends_as_completely(builder: Builder, mo
     try:
         test_what_a_build_leaves_running_ends_with_it(builder)
         test_all_ends_when_the_supervisor_is_gone(builder)
-    finally:  # this time buildah's mounts are everybody's
+    finally:  # without a mount namespace, buildah's mounts are visible to all processes
         store = builder.root / "storage" / "overlay"
         subprocess.run(["umount", "--recursive", store], check=False, capture_output=True)
 
 
 def make(who: str) -> None:
-    """Build as a function, sent to the builder."""
+    """A function as program, sent to the builder."""
     with Container("tiny") as c:  # type: ignore[name-defined]
         c.run(["sh", "-c", f"echo {who} > /out"])
         c.copy_out("/out", "out")

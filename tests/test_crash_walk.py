@@ -1,9 +1,9 @@
-"""SIGKILL at every point where the client, a session or a supervisor writes, one by one; and disks that fill there.
+"""SIGKILL or a full disk at each point where the client, a session or a supervisor modifies files.
 
-`crash_points.c` is preloaded: it counts what a process does to files, and kills it before the N-th, or in its middle.
-A first run counts the points; then each is a run of its own, followed by one without faults, which has to put all
-right: the artifacts whole, nothing built again that was done, nothing left on either side. The suite walks a sample,
-evenly spread; `-m slow` walks all and prints (`-s`) how it went.
+`crash_points.c` is preloaded: it counts the file operations of a process, and kills it before or during the N-th.
+A first run counts the points. Then each point has a separate run with the fault, followed by one without faults, which
+must recover: complete artifacts, no repeated build, no leftovers on either side. The suite tests an evenly spread
+sample; `-m slow` tests all points, and with `-s` prints the results.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ print("end")
 """
 
 COMMANDS = {"client": " -m doit", "session": "base64.b64decode", "supervisor": " supervise "}
-"""What tells each of the three kinds of process by its command line."""
+"""Patterns that identify the three kinds of processes by their command lines."""
 
 PRUNE = ("prune", "--older", "1", "--keep", "0")
 
 FULL = re.compile("disk is full|[Mm]ake room|No space left")
-"""What a person is told in one way or another."""
+"""Messages of which one must be shown to the user."""
 
 
 @dataclass
 class Figures:
-    """What a walk has found."""
+    """Results of a walk."""
 
     points: Counter[str] = field(default_factory=Counter)
     injected: int = 0
@@ -83,13 +83,13 @@ class Figures:
 
 
 class Walk:
-    """Runs of doit with a fault each.
+    """Runs of doit, each with one fault.
 
     Args:
-        folder: for the projects.
+        folder: folder for the projects.
         library: the compiled `crash_points.c`.
-        home: whose store it is; None: each run has a store of its own, which is not there yet.
-        command: what doit is to do.
+        home: home folder that contains the store; None for a new store for each run.
+        command: arguments of doit.
     """
 
     def __init__(self, folder: Path, library: Path, home: Path | None, command: tuple[str, ...] = ()) -> None:
@@ -101,7 +101,7 @@ class Walk:
         self._count = 0
 
     def new_project(self) -> Project:
-        """Return a project with a job and files that no store has seen; for a prune, built and of last week."""
+        """Return a project with a new job and new files; for a prune, a project that was built a week ago."""
         self._count += 1
         folder = self.folder / f"{self._count:04}"
         project = Project(folder, self.home or folder.with_suffix(".home"))
@@ -119,7 +119,7 @@ class Walk:
         return project
 
     def points(self, role: str) -> list[str]:
-        """Return the points of a role in a run without a fault: the call and the path of each."""
+        """Return the fault points of a role in a run without faults: system call and path of each."""
         project = self.new_project()
         self._run(project, role, 0, "kill").ok()
         by_process: dict[str, list[str]] = {}
@@ -129,12 +129,12 @@ class Walk:
         return max(by_process.values(), key=len)
 
     def walk(self, role: str, numbers: Iterable[int], points: list[str], how: str) -> None:
-        """Have a fault at some points of a role, numbered from 1 on."""
+        """Inject a fault at some points of a role, numbered from 1."""
         for at in numbers:
             project = self.new_project()
             self.figures.points[f"{role}'s ({how})"] += 1
             run = self._run(project, role, at, how)
-            if project.folder.with_suffix(".fired").exists():  # or this run had fewer points
+            if project.folder.with_suffix(".fired").exists():  # otherwise this run had fewer points
                 self.figures.injected += 1
                 self._check(project, f"{role}, {how}, {at} ({points[at - 1]})", how, run)
             shutil.rmtree(project.folder)
@@ -153,7 +153,7 @@ class Walk:
         )
 
     def _check(self, project: Project, name: str, how: str, faulty: Run) -> None:
-        """See what the next run makes of it."""
+        """Check that the next run recovers."""
         if how == "full" and (OUR_FRAMES.search(faulty.text) or (faulty.status and not FULL.search(faulty.text))):
             self.figures.failed.append(f"{name}: {faulty.text[-1500:]}")
         was_done, built = is_done(project), builds(project)
@@ -176,7 +176,7 @@ class Walk:
         left = self._left(project)
         if left:
             self.figures.left.append(f"{name}: {left}")
-            for each in left:  # or each point after this one would have it too
+            for each in left:  # otherwise each later point would have it too
                 with contextlib.suppress(OSError):
                     Path(each).unlink()
 
@@ -211,7 +211,7 @@ def store(project: Project) -> Store:
 
 
 def is_done(project: Project) -> bool:
-    """Say whether the store has the project's result."""
+    """Return whether the store has the project's result."""
     script = hashlib.sha256((project.folder / "xy.py").read_bytes()).hexdigest()
     for path in store(project).jobs.glob("*/job.json"):
         if script in path.read_text():
@@ -220,13 +220,13 @@ def is_done(project: Project) -> bool:
 
 
 def builds(project: Project) -> int:
-    """Return how often the project was built."""
+    """Return the number of builds of the project."""
     path = project.folder / "count"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def supervised(project: Project) -> list[int]:
-    """Return the supervisors and builds of a store that live."""
+    """Return the living supervisors and builds of a store."""
     root = str(store(project).root).encode()
     return [
         pid for pid, words in processes() if root in b" ".join(words) and (b"supervise" in words or b"build" in words)
@@ -244,14 +244,14 @@ def library(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def walk(tmp_path: Path, library: Path) -> Walk:
-    """Runs on one store, where the runner is already, and what the builder can do is known."""
+    """Runs on one store with an uploaded runner and cached capabilities."""
     made = Walk(tmp_path / "projects", library, tmp_path / "home")
     made.new_project().doit().ok()
     return made
 
 
 def spread(count: int, points: list[str]) -> list[int]:
-    """Return the numbers of some points, evenly spread, the first and the last among them."""
+    """Return the numbers of evenly spread points, including the first and the last."""
     return sorted({1 + round(number * (len(points) - 1) / (count - 1)) for number in range(count)})
 
 
@@ -279,7 +279,7 @@ def test_a_prune_that_is_killed_halfway_leaves_a_store_that_works(walk: Walk) ->
 
 
 def _may_be_torn(point: str) -> bool:
-    """Say whether a point is a write of ours: doit's own database (dbm.dumb, here) does not survive half of one."""
+    """Return whether a torn write at a point is tested: doit's database (dbm.dumb here) does not survive one."""
     return point.startswith("write ") and "/.doit.db" not in point
 
 

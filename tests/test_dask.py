@@ -1,4 +1,4 @@
-"""Many builders behind one name: jobs go where they can be built, and are found again whatever dies."""
+"""Dask clusters: jobs run on suitable workers, and are found again after the loss of any process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ open("x", "w").write("built")
 
 @pytest.fixture(scope="module")
 def shelf(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A scheduler, and two workers for which this machine pretends to be two."""
+    """A scheduler and two workers that simulate machines of two architectures."""
     cluster = Cluster(tmp_path_factory.mktemp("shelf"))
     try:
         cluster.start_worker("amd64=1")
@@ -76,7 +76,7 @@ def shelf(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 
 @pytest.fixture
 def pair(system: None, tmp_path: Path) -> Iterator[Cluster]:
-    """A scheduler and two workers of one architecture, to be broken."""
+    """A scheduler and two workers of one architecture, for fault injection."""
     cluster = Cluster(tmp_path / "pair")
     try:
         cluster.start_worker("amd64=1")
@@ -88,14 +88,14 @@ def pair(system: None, tmp_path: Path) -> Iterator[Cluster]:
 
 
 def project_on(cluster: Cluster, folder: Path, **settings: str) -> Project:
-    """Return a project that a cluster builds."""
+    """Return a project that is built by a cluster."""
     project = Project(folder / "project", home=folder / "home", GAMEBEAR_BUILDER=cluster.url, **settings)
     project.write("dodo.py", DODO)
     return project
 
 
 def waiting(project: Project) -> None:
-    """Give the project a job that waits for `go`, and tallies its runs."""
+    """Add a job to the project that waits for `go` and counts its runs."""
     project.write("x.py", WAITS.format(go=str(project.folder / "go"), tally=str(project.folder / "tally")))
 
 
@@ -108,12 +108,12 @@ def order(folder: Path, arch: str) -> Order:
 
 
 def said(project: Project) -> str:
-    """Return what the doit that was started has said."""
+    """Return the output of the started doit."""
     return (project.folder / "doit.out").read_text(errors="replace")
 
 
 def begun(project: Project) -> int:
-    """Return how often the waiting job was begun."""
+    """Return how often the waiting job was started."""
     tally = project.folder / "tally"
     return len(tally.read_text()) if tally.exists() else 0
 
@@ -208,7 +208,7 @@ def test_a_result_larger_than_anybody_wants_in_memory_streams(shelf: Cluster, tm
 
 
 def only_reach_the_scheduler(project: Project, cluster: Cluster) -> None:
-    """Make the project's client find nobody at the workers' addresses."""
+    """Make the workers' addresses unreachable for the project's client."""
     project.write(
         "sitecustomize.py",
         "import socket\n"
@@ -250,7 +250,7 @@ def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path:
     queued = second.start()
     wait_for(lambda: "has no free slot for amd64 now" in said(second), 60)
     assert begun(second) == 0
-    queued.send_signal(signal.SIGINT)  # a job that waits for its slot is let go at once
+    queued.send_signal(signal.SIGINT)  # a job that waits for a slot is released at once
     assert queued.wait(60) != 0
     assert not OUR_FRAMES.search(said(second)), said(second)
     (first.folder / "go").touch()
@@ -283,7 +283,7 @@ def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
     assert "jobs" in run.out, run.text
     assert [worker.digests for worker in shelf.workers] == [[], []]
     project.doit("clean").ok()
-    project.doit().ok()  # what is gone is built again
+    project.doit().ok()  # missing results are built again
 
 
 def test_a_job_that_is_cancelled_in_the_line_is_not_put_there_again_by_the_thread_that_waits(
@@ -319,7 +319,7 @@ def test_ctrl_c_ends_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> No
     assert not OUR_FRAMES.search(said(project).partition("KeyboardInterrupt")[0]), said(project)
     assert_nothing_is_left(project, shelf.workers[0].store)
     (project.folder / "go").touch()
-    project.doit().ok()  # its slot is free again
+    project.doit().ok()  # the slot is free again
 
 
 def test_a_client_that_dies_leaves_its_job_and_the_next_doit_finds_it(shelf: Cluster, tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
 
 
 def tls_context(folder: Path, ca: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
-    """Return a context with the certificate in a folder, which trusts another folder's authority."""
+    """Return a TLS context with the certificate of one folder that trusts the authority of another."""
     context = ssl.create_default_context(purpose, cafile=str(ca / "ca.pem"))
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
@@ -482,7 +482,7 @@ def tls_context(folder: Path, ca: Path, purpose: ssl.Purpose) -> ssl.SSLContext:
 
 @pytest.fixture(scope="module")
 def certificates(system: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two folders, each with an authority and a certificate of it."""
+    """Two folders, each with a certificate authority and a certificate that it signed."""
     folder = tmp_path_factory.mktemp("tls")
     for name in ("ours", "other"):
         settings_of_tls(folder / name)
@@ -612,7 +612,7 @@ def test_workers_out_of_reach_over_tls_are_reached_through_the_scheduler(tmp_pat
 
 def test_a_module_that_is_missing_is_told_by_the_type_of_the_error() -> None:
     assert "pip install" in _why(ModuleNotFoundError("gone"))
-    assert "pip install" in _why(Exception(repr(ModuleNotFoundError("gone"))))  # as Dask sends what it cannot pickle
+    assert "pip install" in _why(Exception(repr(ModuleNotFoundError("gone"))))  # for unpicklable errors
     assert _why(ValueError("No module named x")) == "ValueError: No module named x"
 
 
@@ -662,13 +662,13 @@ def test_a_closed_scheduler_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
         assert worker.address in await asyncio.to_thread(builder.describe)
         await asyncio.to_thread(builder.close)
         table = scheduler.extensions[PLUGIN]
-        while not table._leaving:  # the scheduler has not noticed yet that the client has gone
+        while not table._leaving:  # the scheduler has not detected the client's exit yet
             await asyncio.sleep(0.01)
         ours.extend(map(weakref.ref, (table, worker.extensions[PLUGIN])))
         del table
         await worker.close()
         await scheduler.close()
-        await asyncio.wait_for(collected(ours[0]), 30)  # Dask keeps operations that were called for ever
+        await asyncio.wait_for(collected(ours[0]), 30)  # Dask stores called operations forever
         return [weakref.ref(scheduler), weakref.ref(worker)]
 
     async def collected(item: weakref.ref[object]) -> None:
@@ -677,7 +677,7 @@ def test_a_closed_scheduler_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
     servers = asyncio.run(use())
     distributed.core._expects_comm.cache_clear()  # Dask's own leak
-    wait_for(lambda: gc.collect() >= 0 and not any(item() for item in (*servers, *ours)), 30)  # the runner ends first
+    wait_for(lambda: gc.collect() >= 0 and not any(item() for item in (*servers, *ours)), 30)  # the runner exits first
 
 
 @pytest.mark.parametrize(
@@ -751,7 +751,7 @@ def test_one_doit_builds_for_two_architectures_on_two_builders(shelf: Cluster, t
 
 
 class Evil:
-    """What, unpickled, leaves a mark."""
+    """An object that creates a marker file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -771,7 +771,7 @@ HOSTILE: dict[str, Callable[[Evil], object]] = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_nothing_that_a_cluster_sends_is_unpickled(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SILENCE", 1.0)  # some of it is no answer to what was asked
+    monkeypatch.setattr(client, "SILENCE", 1.0)  # some replies do not match the request
     mark = tmp_path / "mark"
 
     async def answer(comm: Any) -> None:

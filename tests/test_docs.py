@@ -1,4 +1,4 @@
-"""The documentation says what the code does: its examples work, its names, defaults and links are right."""
+"""The documentation matches the code: examples work; names, defaults and links are correct."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SEEN = {
     "Path",
     "__sources__",
 }
-"""What a buildscript sees besides builtins, its args and the other names with underscores."""
+"""Globals of a buildscript besides builtins, args and other names with underscores."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class Block:
 
     @property
     def is_dodo(self) -> bool:
-        """It is a dodo.py: it defines tasks."""
+        """Whether the block is a dodo.py: it defines tasks."""
         return re.search(r"^def task_", self.text, re.MULTILINE) is not None
 
     @property
     def is_buildscript(self) -> bool:
-        """It is a buildscript, or a module of one: it imports nothing of ours."""
+        """Whether the block is a buildscript or a module of one: it does not import gamebear_tasks."""
         return "gamebear_tasks" not in self.text
 
     @property
     def file(self) -> str:
-        """The name of the file that it is, where its first line is a comment that says so."""
+        """File name from a comment in the first line; empty without one."""
         match = re.match(r"# (\S+\.py)\n", self.text)
         return match[1] if match else ""
 
@@ -125,7 +125,7 @@ def test_a_buildscript_uses_nothing_that_is_not_there(block: Block) -> None:
 
 
 def _free_names(source: str) -> set[str]:
-    """Return the names that a script loads and binds nowhere."""
+    """Return the free names of a script."""
     bound: set[str] = set()
     loaded: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -147,7 +147,7 @@ def _calls(source: str) -> Iterator[ast.Call]:
 
 
 def _check_call(call: ast.Call) -> None:
-    """See that a call of something of ours has arguments that it takes; methods are told by `c.` and `img.`."""
+    """Assert that a call of a public function has valid arguments; `c.` and `img.` identify methods."""
     signature: inspect.Signature | None = None
     if isinstance(call.func, ast.Name) and call.func.id in ("Container", "Image", "packages_image"):
         signature = inspect.signature(generate.CALLS[call.func.id])
@@ -169,7 +169,7 @@ def test_what_an_example_imports_of_ours_is_there(block: Block) -> None:
 
 
 def _project_of(block: Block, folder: Path) -> Project:
-    """Make a project of a dodo.py: every buildscript that it names is there, as its own example or empty."""
+    """Create a project from a dodo.py; its buildscripts are those of the examples, or empty."""
     project = Project(folder / "project", home=folder / "home")
     project.write("dodo.py", block.text)
     examples = {example.file: example.text for example in SCRIPTS}
@@ -245,7 +245,7 @@ def test_json_in_an_example_is_json(block: Block, tmp_path: Path) -> None:
 
 
 def _section(document: Path, title: str) -> str:
-    """Return what is under a heading of the second level, with all below it."""
+    """Return the text under a heading of the second level, including subsections."""
     return next(part for part in re.split(r"^## ", document.read_text("utf-8"), flags=re.MULTILINE) if _is(part, title))
 
 
@@ -254,7 +254,7 @@ def _is(part: str, title: str) -> bool:
 
 
 def _rows(text: str) -> dict[str, list[str]]:
-    """Return the rows of the tables in a text by the code that begins them; several names may share a row."""
+    """Return the table rows of a text by the code in their first cell; several names may share a row."""
     rows: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith("| `"):
@@ -264,12 +264,12 @@ def _rows(text: str) -> dict[str, list[str]]:
 
 
 def _public(owner: type) -> set[str]:
-    """Return the public names of a class, and of what its constructor sets."""
+    """Return the public names of a class and the attributes that its constructor sets."""
     set_there = {
         node.attr
         for node in ast.walk(ast.parse(inspect.getsource(owner)))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-        if ast.unparse(node.value) in ("self", "image")  # `image` is what Image's other constructors make
+        if ast.unparse(node.value) in ("self", "image")  # other constructors of Image set `image`
     }
     return {name for name in {*dir(owner), *set_there} if not name.startswith("_")}
 
@@ -285,7 +285,7 @@ def test_all_that_containers_and_images_have_is_described_and_nothing_else(owner
 
 
 def _described_signatures() -> dict[str, str]:
-    """Return the signatures in the references: what is called, and the line."""
+    """Return the signatures in the references: name and line."""
     lines = [line for block in _in("text") for line in block.text.splitlines() if block.document.startswith("docs/ref")]
     return {line.partition("(")[0]: line for line in lines if re.match(r"[A-Za-z_.]+\(.*\)$", line)}
 
@@ -376,7 +376,7 @@ def _without_blocks(path: Path) -> str:
 
 @functools.cache
 def _anchors(path: Path) -> set[str]:
-    """Return what the headings of a document are called in links, by GitHub's rules."""
+    """Return the anchors of a document's headings by GitHub's rules."""
     headings = re.findall(r"^#+ (.+)$", _without_blocks(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

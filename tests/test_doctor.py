@@ -48,7 +48,7 @@ def task_x():
 
 @pytest.fixture(scope="module")
 def fresh(system: None) -> Iterator[Account]:
-    """An account as it is on a machine where nobody has thought of containers, which may use sudo with its password."""
+    """An account on a machine without container support. It may use sudo with its password."""
     with new_account(f"fresh-{os.getpid()}") as made:
         take_ids(made)
         subprocess.run(["chpasswd"], input=f"{made.name}:secret", text=True, check=True)
@@ -62,11 +62,11 @@ def fresh(system: None) -> Iterator[Account]:
 
 
 IN_USE = 8
-"""How usermod ends where a process of the account still runs: that of a log-in which is just over, say."""
+"""Exit status of usermod if the account has running processes, such as those of a login that is ending."""
 
 
 def take_ids(account: Account) -> None:
-    """Take its subordinate ids from an account."""
+    """Remove an account's subordinate ids."""
     every = "1-4000000000"
     command = ["usermod", "--del-subuids", every, "--del-subgids", every, account.name]
     wait_for(lambda: subprocess.run(command, check=False).returncode != IN_USE)
@@ -85,12 +85,12 @@ def pi(fresh: Account, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh
 
 @pytest.fixture
 def mine(tmp_path: Path, pi: Sshd) -> Project:
-    """A folder without a dodo.py, of somebody whom the fresh account lets in."""
+    """A folder without a dodo.py, of a user with access to the fresh account."""
     return Project(tmp_path / "project", home=client_home(tmp_path, pi), GAMEBEAR_BUILDER=pi.url)
 
 
 def findings(run: Run) -> dict[str, dict[str, Any]]:
-    """Return what a run with --json has found at the one builder, by name."""
+    """Return the findings of a run with --json for the only builder, by name."""
     _, place = json.loads(run.out)["places"]
     return {finding["name"]: finding for finding in place["findings"]}
 
@@ -139,7 +139,7 @@ def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Accoun
 
 @pytest.fixture
 def debian(system: None, tmp_path: Path) -> Iterator[Sshd]:
-    """The least that Debian installs: no Python, no buildah, and an account that may use sudo, which we log in to."""
+    """A minimal Debian without Python and buildah; the login account may use sudo."""
     root = tmp_path / "debian"
     subprocess.run(["mmdebstrap", "--quiet", "--variant=minbase", "--include=sudo", "bookworm", root], check=True)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
@@ -175,7 +175,7 @@ def test_a_fresh_debian_becomes_a_builder_with_one_command(debian: Sshd, tmp_pat
     project.doit("x").ok()
 
 
-# builders that cannot be asked
+# builders that cannot be queried
 
 
 def test_an_unknown_host_key_is_a_separate_failure_and_is_not_accepted(mine: Project) -> None:
@@ -189,7 +189,7 @@ def test_an_unknown_host_key_is_a_separate_failure_and_is_not_accepted(mine: Pro
 
 
 def test_a_failed_login_names_the_keys_that_were_tried(mine: Project, tmp_path: Path, pi: Sshd) -> None:
-    client_home(tmp_path / "other", pi)  # whose key is the only one now
+    client_home(tmp_path / "other", pi)  # its key is the only one now
     run = mine.gamebear("doctor", "--json")
     found = findings(run)
     assert run.status == 2 and list(found) == ["reachable", "host key", "login"]

@@ -1,4 +1,4 @@
-"""A real artifact: emulated armhf, rootless, over SSH, from Debian's source package; fetched again, not built again."""
+"""A real artifact from a Debian source package: emulated armhf, rootless, over SSH; later fetched and not rebuilt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ with Container("debian:bookworm") as c:
     with c.mount() as root, open("said", "wb") as said:
         subprocess.run(["chroot", root, "perl", "/listen.pl"], stdout=said, check=True)
 """
-"""Runs umtprd, which says what it is to the system's log only, where somebody listens."""
+"""Runs umtprd with a listener on the system log, to which alone it writes its version."""
 
 
 RUN_IT_TASK = """
@@ -51,7 +51,7 @@ def task_run_it():
 
 @pytest.fixture(scope="session")
 def gamebear(server: Sshd, home: Path, emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Our own project, built for armhf by the builder behind sshd."""
+    """This project, built for armhf by the builder behind sshd."""
     project = Project(
         tmp_path_factory.mktemp("gamebear") / "project",
         home=home,
@@ -68,7 +68,7 @@ def gamebear(server: Sshd, home: Path, emulation: None, tmp_path_factory: pytest
 
 
 def jobs_on(account: Account) -> dict[str, int]:
-    """Return how often each job on the builder was begun, by digest."""
+    """Return the number of starts of each job on the builder, by digest."""
     folder = account.home / ".cache" / "gamebear" / "v1" / "jobs"
     return {path.name: (path / "state.json").stat().st_mtime_ns for path in folder.iterdir()}
 
@@ -143,10 +143,10 @@ def test_nothing_is_left_on_the_builder(umtprd: Path, account: Account) -> None:
         found = subprocess.run(
             ["ps", "-u", account.name, "-o", "stat=,args="], capture_output=True, text=True, check=False
         )
-        lines = [line for line in found.stdout.splitlines() if line[0] != "Z"]  # init's, where there is one
+        lines = [line for line in found.stdout.splitlines() if line[0] != "Z"]  # those of init, if it runs
         return [line for line in lines if "buildah" in line or "python3" in line]
 
-    wait_for(lambda: not alive())  # a session sees a moment later that its client has gone
+    wait_for(lambda: not alive())  # a session detects its client's exit with a delay
     store = account.home / ".cache" / "gamebear" / "v1"
     assert list((store / "live").iterdir()) == []
     assert list((store / "jobs").glob("*/work")) == []

@@ -43,7 +43,7 @@ LOCK = threading.Lock()
 
 
 def locked() -> None:
-    """Be a function that cannot be sent."""
+    """A function that cannot be sent."""
     LOCK.acquire()
 
 
@@ -64,7 +64,7 @@ FILES = {
 
 
 def ids(row: Row) -> str:
-    """Name a test after what the person did."""
+    """Return the id of a test: the user's action."""
     return re.sub(r"\W+", "-", row.did)
 
 
@@ -177,7 +177,7 @@ def test_a_run_that_fails(folder: Path, tmp_path: Path, warm: Warm, row: Row, ch
 
 
 WITHOUT_RIGHTS = ("--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
-"""For root to be refused what files do not allow."""
+"""Drops the capability by which root bypasses file permissions."""
 
 
 @pytest.mark.system
@@ -259,7 +259,7 @@ def test_nobody_may_read_what_a_person_keeps_from_them(folder: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def reports(system: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """doit's report of each script, all of them built by one run."""
+    """doit's report of each script; one run builds all."""
     folder = tmp_path_factory.mktemp("scripts")
     project = Project(folder / "project", home=folder / "home")
     (project.home / ".config" / "gamebear").mkdir(parents=True)
@@ -287,7 +287,7 @@ def test_a_script_that_fails(reports: dict[str, str], row: Row, check: Check) ->
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Keys that the builder knows nothing of."""
+    """Keys that the builder does not accept."""
     folder = tmp_path_factory.mktemp("keys")
     return {"other": new_key(folder / "other"), "ecdsa": new_key(folder / "ecdsa", "ecdsa")}
 

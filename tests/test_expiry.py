@@ -1,6 +1,6 @@
-"""Results that hold only for a time: a package image grows too old, or its base's name refers to another image.
+"""Expiry of results: a package image is too old, or the name of its base refers to another image.
 
-The package images are real ones; apt in their base is a stand-in that installs nothing, for it is not about apt here.
+The package images are real. apt in their base is a substitute that installs nothing.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ import os, time
 true_time = time.time
 time.time = lambda: true_time() + float(os.environ.get("CLOCK_AHEAD", 0))
 """
-"""Puts a client's clock ahead; a runner is isolated and does not see it."""
+"""Sets a client's clock ahead. The runner is isolated and not affected."""
 
 
 class Aging:
-    """A project with one artifact, and what a month does to its builder."""
+    """A project with one artifact, whose builder's files can be aged."""
 
     def __init__(self, project: Project, storage: Path) -> None:
         self.project = project
@@ -68,7 +68,7 @@ class Aging:
             return outside(self.project.store, facts(self.project.store), *args).strip()
 
     def make_base(self, label: str) -> None:
-        """Give the base's name to a new image."""
+        """Create a new image with the base's name."""
         tree = self.project.folder / f"tree-{label}"
         tiny.fill(tree, ["sh", "env", "rm", "true"])
         for name in ("apt-get", "dpkg-query", "apt-mark", "apt-cache"):
@@ -84,7 +84,7 @@ class Aging:
         return [image["id"] for image in listed if "localhost/gamebear-packages" in str(image.get("names"))]
 
     def grow_older(self, seconds: float) -> None:
-        """Have everything on the builder be made so much earlier."""
+        """Move all timestamps on the builder to the past."""
         (image,) = self.package_images()
         inspected = json.loads(self.buildah("inspect", "--type", "image", image))
         names = next(entry["names"] for entry in json.loads(self.buildah("images", "--json")) if entry["id"] == image)

@@ -1,4 +1,4 @@
-"""One file per task: names of files for any text, and everything that is kept of a task under them."""
+"""File names for arbitrary task names, and the files stored under them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gamebear_tasks.records.task_record import Phase, Record
 from gamebear_tasks.util.file_names import LONGEST, file_name
 
 NAMES = st.text(st.characters(), max_size=400) | st.text("aA/_:.%=~é", max_size=12)
-"""Any text, lone surrogates included, and texts of which two are likely to be alike."""
+"""Any text, including lone surrogates, and texts that are likely to be similar."""
 
 RECORD = Record("a/b", "ab" * 32, "local:", "done", "built", 1e9, 1.0, 0, 0, (Phase("build", 0, 1),), "attempt")
 
@@ -125,7 +125,7 @@ def test_what_an_older_release_kept_of_another_task_is_not_read(
     monkeypatch.chdir(tmp_path)
     logs = tmp_path / "build/logs"
     logs.mkdir(parents=True)
-    RECORD.write(logs / "a_b.json")  # where a/b had its record, and its log
+    RECORD.write(logs / "a_b.json")  # former paths of the record and log of a/b
     (logs / "a_b.log").write_text("of a/b\n")
     (logs / ".a_b.json").write_text(json.dumps({"digest": RECORD.digest, "attempt": RECORD.attempt}))
     assert run_journal.last("a_b") is None

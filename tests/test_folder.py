@@ -27,7 +27,7 @@ LOCK = Lock({}, {})
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with a log folder, as the current folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folders, "SETTLED", -1.0)  # cache files that were written just now
+    monkeypatch.setattr(folders, "SETTLED", -1.0)  # recently written files are cached too
     (tmp_path / "build" / "logs").mkdir(parents=True)
     return tmp_path
 
@@ -98,7 +98,7 @@ def test_data_of_another_kind_is_not_a_manifest() -> None:
         decode(b"\0")
 
 
-# what it contains, outside of a checkout
+# contents, outside of a checkout
 
 
 def test_a_folder_contains_files_links_and_empty_folders(project: Path) -> None:

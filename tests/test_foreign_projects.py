@@ -131,9 +131,9 @@ class Environment:
     """A virtual environment with doit, and a project.
 
     Args:
-        folder: where to make the environment.
+        folder: where the environment is created.
         project: the project's folder, the same for all environments.
-        wheel: ours, to be installed too; None for doit alone.
+        wheel: gamebear-tasks, to be installed too; None for doit alone.
     """
 
     def __init__(self, folder: Path, project: Path, wheel: Path | None) -> None:
@@ -153,7 +153,7 @@ class Environment:
             pip("--python", folder / "bin" / "python", "install", "--no-index", "--no-deps", wheel)
 
     def run(self, command: str, **variables: str) -> tuple[int, str, str]:
-        """Run a command in the project; return its exit status and what it wrote, without paths and times."""
+        """Run a command in the project. Return its exit status and output, without paths and times."""
         done = subprocess.run(
             [self.doit, *command.split()[1:]],
             cwd=self.project,
@@ -169,7 +169,7 @@ class Environment:
             timeout=60,
         )
         out = self._stable(done.stdout)
-        if "-n" in command.split() or "dumpdb" in command:  # tasks end in any order
+        if "-n" in command.split() or "dumpdb" in command:  # the order of tasks varies
             out = "\n".join(sorted(out.splitlines()))
         return done.returncode, out, self._stable(done.stderr)
 
@@ -179,14 +179,14 @@ class Environment:
         return re.sub(r"\b\d{10}\.\d+", "TIME", text)  # an mtime in a database
 
     def begin(self) -> None:
-        """Make the project anew."""
+        """Create the project again."""
         shutil.rmtree(self.project, ignore_errors=True)
         self.project.mkdir()
         (self.project / "dodo.py").write_text(DODO)
         (self.project / "in").write_text("in")
 
     def files(self) -> dict[str, bytes]:
-        """Return the project's files and what they hold; of binary databases, which hold times, only that."""
+        """Return the project's files and contents; of binary databases, which contain times, only the existence."""
         return {
             str(path.relative_to(self.project)): b"" if path.name.startswith((".doit.db", "db.")) else path.read_bytes()
             for path in self.project.rglob("*")
@@ -196,7 +196,7 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def environments(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Environment]:
-    """One without our package, and one with it."""
+    """An environment without the package, and one with it."""
     folder = tmp_path_factory.mktemp("foreign")
     project = folder / "project"
     return Environment(folder / "without", project, None), Environment(folder / "with", project, wheel)

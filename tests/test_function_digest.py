@@ -1,4 +1,4 @@
-"""Functions of a dodo.py as jobs: sent by cloudpickle, named by what they are made of."""
+"""Functions of a dodo.py as jobs: pickled, and identified by a digest of everything they use."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ VERSION = "{}.{}".format(*sys.version_info[:2])
 
 @pytest.fixture
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """An empty project; its builder's store is that of the other quick tests."""
+    """An empty project that shares its builder's store with other fast tests."""
     return Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
 
 
 def load(folder: Path, text: str, name: str = "dodo_of_test") -> types.ModuleType:
-    """Import a module from a text, as doit imports dodo.py, in place of the one imported before."""
+    """Import a module from source text as doit imports dodo.py, replacing the previous one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.rpartition('.')[2]}.py"
     path.write_text(text)
@@ -43,7 +43,7 @@ def load(folder: Path, text: str, name: str = "dodo_of_test") -> types.ModuleTyp
     return module
 
 
-# what a function takes along
+# modules that a function includes
 
 EVERYTHING = """
 import json
@@ -101,7 +101,7 @@ MODULES = {
 
 @pytest.fixture(scope="module")
 def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose one function uses all that a function may use, built."""
+    """A built project with a function that uses everything a function may use."""
     made = Project(tmp_path_factory.mktemp("functions"), home=tmp_path_factory.getbasetemp() / "quick-home")
     lay_everything(made)
     made.doit().ok()
@@ -110,7 +110,7 @@ def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def built(template: Project, tmp_path: Path) -> Project:
-    """A copy of it, elsewhere."""
+    """A copy of the built project in another folder."""
     shutil.copytree(template.folder, tmp_path / "built")
     return Project(tmp_path / "built", home=template.home)
 
@@ -412,7 +412,7 @@ def test_what_is_sent_is_what_the_digest_covers(project: Project) -> None:
     assert contents() == {**first, "lines": "two", "class": "O3", "attribute": "O3", "enum": "-O1"}
 
 
-# what cannot be sent
+# functions that cannot be sent
 
 
 def test_the_refusal_is_shown_when_dodo_is_loaded(project: Project) -> None:

@@ -277,7 +277,7 @@ print(json.dumps([before, state()]))
 
 @pytest.mark.system
 def test_nothing_global_of_the_process_is_changed(project: Project) -> None:
-    """By importing us, and by a run of doit that builds."""
+    """Neither by an import of the package, nor by a run of doit that builds."""
     project.write(
         "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
     )

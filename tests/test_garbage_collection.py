@@ -1,4 +1,4 @@
-"""Garbage collection of the store: what is pruned by age, count and size, and what stays."""
+"""Garbage collection of the store by age, count and size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def now(monkeypatch: pytest.MonkeyPatch) -> float:
-    """A clock that stands still, so that nothing waits for it."""
+    """A stopped clock, so that no test waits."""
     now = float(int(time.time()))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(time, "time", lambda: now)
@@ -47,7 +47,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> float:
 
 @pytest.fixture
 def mib(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The size of every entry, whatever the file system."""
+    """The size of every entry, independent of the file system."""
     monkeypatch.setattr(garbage_collection, "_allocated", lambda path: 1 << 20)
     return 1 << 20
 
@@ -62,7 +62,7 @@ def age(path: Path, seconds: float) -> Path:
 
 
 def put(store: Store, unused: float = 300, state: str = "done", number: int = 0, **document: Any) -> StoredJob:
-    """Put a job into the store that was not used for some seconds."""
+    """Add a job to the store that was last used the specified seconds ago."""
     script = {"name": "x.py", "sha256": "0" * 64}
     text = json.dumps({"arch": "armhf", "script": script, "outputs": ["a", "b"], "n": number, **document}).encode()
     job = store.job(hashlib.sha256(text).hexdigest())
@@ -378,7 +378,7 @@ def test_a_blob_that_is_gone_before_its_turn_is_not_counted(store: Store, monkey
 
 @pytest.fixture
 def entries(store: Store, mib: int, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Six entries of 1 MiB each, the first to go first: the containers that a failed job retains, then by last use."""
+    """Six entries of 1 MiB each in the order of removal: retained containers of a failed job, then by last use."""
     failed = put(store, 100, "failed")
     failed.kept.touch()
     monkeypatch.setattr(garbage_collection, "clean_up", lambda job: job.mark.unlink())
@@ -605,7 +605,7 @@ class Images:
         self.free = 0
 
     def put(self, number: int, names: list[str] | None, unused: float | None) -> str:
-        """Put an image into the store; return its id."""
+        """Add an image to the store. Return its id."""
         identity = f"{number:064x}"
         assert self.there is not None
         self.there.append({"id": f"sha256:{identity}" if number % 2 else identity, "names": names})
@@ -654,7 +654,7 @@ def test_unused_images_of_the_runner_go(store: Store, images: Images) -> None:
     }
     images.put(5, [OURS], None)
     images.put(7, None, None)
-    (store.images / f"{'f' * 64}.used").touch()  # of an image that was removed by others
+    (store.images / f"{'f' * 64}.used").touch()  # left by an image that others removed
     job = put(store, 10)
     (job.folder / "images").write_bytes(f"\xff\n{'0' * 64}\n{6:064x}\n".encode("latin-1"))
     (put(store, 200, number=1).folder / "big").write_bytes(bytes(8 << 20))

@@ -1,4 +1,4 @@
-"""A builder that lies: it writes nothing but the target, fills nothing, runs nothing here, and is not waited for."""
+"""A hostile builder can neither write other files than the target, nor fill the disk, run code or block the client."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def task_x():
 
 
 LOGS = {".hashes", ".imports", ".placed", "x.log", "x.json", ".x.json", "x.py.log", "x.py.json", ".x.py.json"}
-"""What we keep beside a log, by doit and by its action alone."""
+"""Files beside a log, after a run of doit and after its action alone."""
 
 
 class Hostile:
-    """A builder that answers as a test says, and a project that is built by it."""
+    """A builder whose replies a test defines, and a project that uses it."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
@@ -119,18 +119,18 @@ class Hostile:
         project.write("x.py", "open('x', 'w').close()")
 
     def says(self, lies: str) -> None:
-        """Have it answer otherwise than an honest one."""
+        """Replace replies of an honest builder."""
         self.project.write("dodo.py", DODO.format(log_limit=2 * MIB, silence=self.silence))
         script = RUNNER.format(python=sys.executable, data=DATA, lies=lies, asked=str(self._asked))
         self.project.write("bin/python3", script).chmod(0o755)
 
     @property
     def asked(self) -> list[str]:
-        """What it was asked."""
+        """The requests that it received."""
         return self._asked.read_text().split() if self._asked.exists() else []
 
     def doit(self, *arguments: str) -> Run:
-        """Build by doit, in a process of its own; see that it takes neither for ever, nor much memory."""
+        """Build with doit in a separate process. Assert bounds on its time and memory."""
         with self._checked():
             run, memory = self.project.measured(*self.project.command(*arguments))
         assert memory < 200 * MIB, f"{memory / MIB:.0f} MiB"
@@ -138,7 +138,7 @@ class Hostile:
         return run
 
     def build(self) -> str:
-        """Build by doit's action, which is quicker; return what it says of a failure."""
+        """Build with doit's action, which is faster. Return the error of a failure."""
         with self._checked(), self._patched() as patch:
             patch.chdir(self.project.folder)
             patch.setattr(building, "_builders", {})
@@ -151,7 +151,7 @@ class Hostile:
         return said
 
     def ask(self, question: Callable[[RunnerBuilder], object]) -> str:
-        """Ask it something; return what is said of its answer."""
+        """Send a request. Return the error that the reply caused."""
         with self._checked(), self._patched():
             builder = local.open_builder("local:")
             try:
@@ -164,7 +164,7 @@ class Hostile:
 
     @contextlib.contextmanager
     def _patched(self) -> Iterator[pytest.MonkeyPatch]:
-        """Have this builder on this machine, and less patience than usual."""
+        """Install this builder on this machine, with shorter timeouts."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", self.project.environment["PATH"])
             patch.setattr(task_log, "LIMIT", 2 * MIB)
@@ -176,7 +176,7 @@ class Hostile:
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
-        """See that only what may be written is, the target only as it should be, and that it does not take for ever."""
+        """Assert that only allowed files are written, that the target is correct, and that the time is bounded."""
         outside = self.project.folder.parent
         before = contents(outside)
         start = time.monotonic()
@@ -192,7 +192,7 @@ class Hostile:
         assert not self.target.exists() or self.target.read_bytes() == DATA
 
     def refused(self, lies: str, *words: str) -> None:
-        """See that it is not believed, and that the person is told so."""
+        """Assert that the reply is rejected, with an error."""
         self.says(lies)
         said = " ".join(self.build().split())
         assert said
@@ -680,7 +680,7 @@ def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
     )
 
 
-# what it asks for
+# requests of the builder
 
 
 @pytest.mark.parametrize("missing", ["['/etc/shadow', 0]", "['0' * 64, 0]", "[None, 0]", "'x'", "[[], 0]", "['x']"])

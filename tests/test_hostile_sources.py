@@ -1,4 +1,4 @@
-"""Sources that mean harm or are damaged: they reach none of our files, block nothing, and end in an error of ours."""
+"""Hostile and damaged sources: they cannot access other files, do not block, and cause a proper error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytest_plugins = ("upstreams",)
 
 @pytest.mark.system
 def test_a_program_that_makes_progress_is_not_cut_however_long_it_takes(tmp_path: Path) -> None:
-    """By its output, or by a folder that grows."""
+    """Progress is output, or growth of a folder."""
     talks = "for i in 1 2 3 4 5; do echo $i >&2; sleep 1; done; echo done"
     writes = f"for i in 1 2 3 4 5; do echo $i >> {tmp_path}/file; sleep 1; done; echo done"
     assert run(["sh", "-c", talks], silence=4) == b"done\n"
@@ -56,7 +56,7 @@ def test_a_program_that_stalls_is_ended_with_its_children(tmp_path: Path) -> Non
 
 
 def test_a_program_is_not_waited_for_when_a_child_of_it_keeps_its_output_open(tmp_path: Path) -> None:
-    """As ssh's ControlPersist does."""
+    """As with ControlPersist of ssh."""
     assert run(["sh", "-c", f"echo out; sleep 1000 & echo $! > {tmp_path}/pid"]) == b"out\n"
     os.kill(int((tmp_path / "pid").read_text()), 9)
 
@@ -76,7 +76,7 @@ def test_a_program_may_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def silent() -> Iterator[socket.socket]:
-    """A server that takes connections and never answers."""
+    """A server that accepts connections and never replies."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         yield listener
@@ -86,7 +86,7 @@ def silent() -> Iterator[socket.socket]:
 def test_a_server_that_never_answers_is_given_up(
     silent: socket.socket, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fetching and looking up; and it is not asked again."""
+    """For fetches and lookups; it is not queried again."""
     monkeypatch.setattr("gamebear_tasks.sources.git_repository.SILENCE", 1.0)
     url = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
     with pytest.raises(SourceError, match=r"cannot be fetched: no progress for 1 seconds\.\n→ See whether the server"):
@@ -101,7 +101,7 @@ def test_a_server_that_never_answers_is_given_up(
 def test_a_git_that_stalls_here_does_not_cost_what_is_in_the_cache(
     upstream: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a file server that does not answer."""
+    """As on a file server that does not respond."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     source.fetch(cache, NOTHING_LOCKED).unlink()
     (tmp_path / "bin").mkdir()
@@ -129,7 +129,7 @@ def with_gitmodules(upstream: Path, text: str) -> str:
 
 
 def test_the_includes_of_gitmodules_are_not_followed(upstream: Path, cache: Path, tmp_path: Path) -> None:
-    """Neither to a file of ours, which would tell the URL here, nor to a FIFO, which would block for ever."""
+    """Neither to a local file, which would contain the URL here, nor to a FIFO, which would block."""
     (tmp_path / "ours").write_text(f'[submodule "x"]\npath = lib\nurl = {upstream}\n')
     os.mkfifo(tmp_path / "fifo")
     for name in ("ours", "fifo"):
@@ -141,7 +141,7 @@ def test_the_includes_of_gitmodules_are_not_followed(upstream: Path, cache: Path
 def test_a_link_for_gitmodules_is_not_read(upstream: Path, cache: Path) -> None:
     with_gitmodules(upstream, "")
     (upstream / ".gitmodules").unlink()
-    (upstream / ".gitattributes").unlink()  # for these git has an index, where such a link cannot be
+    (upstream / ".gitattributes").unlink()  # for these, git uses an index, which cannot contain such a link
     (upstream / ".gitmodules").symlink_to('[submodule "x"]\npath = lib\nurl = ./\n')
     call_git(upstream, "add", ".gitmodules", ".gitattributes")
     call_git(upstream, "commit", "--quiet", "--message", "link")
@@ -181,7 +181,7 @@ def test_a_relative_url_cannot_lead_out_of_its_host(parent: str, url: str) -> No
 def test_a_submodule_of_itself_at_older_commits_ends(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each commit doubles what the one before it has."""
+    """Each commit doubles the content of its predecessor."""
     monkeypatch.setattr("gamebear_tasks.sources.git_checkout.SUBMODULES", 5)
     for number in range(4):
         head = call_git(upstream, "rev-parse", "HEAD")
@@ -213,7 +213,7 @@ def call_git_with(folder: Path, text: str, *arguments: str) -> str:
 
 
 def test_the_target_of_a_link_is_bounded(upstream: Path, cache: Path) -> None:
-    """It is a blob of any size."""
+    """The target is a blob of any size."""
     (upstream.parent / "long").write_bytes(b"x" * 5000)
     blob = call_git(upstream, "hash-object", "-w", str(upstream.parent / "long"))
     call_git(upstream, "update-index", "--add", "--cacheinfo", f"120000,{blob},long")
@@ -248,14 +248,14 @@ def test_variables_of_gits_do_not_change_what_is_read(
 
 
 def fetched(data: bytes, folder: Path, strip: int = 0) -> dict[str, bytes | str | None]:
-    """Return what becomes of an archive."""
+    """Return the tree or the error of an archive."""
     folder.mkdir(exist_ok=True)
     digest = put(folder, data)
     return contents(archive((folder / "release").as_uri(), digest, strip=strip).fetch(folder / "cache", NOTHING_LOCKED))
 
 
 def zip_bytes(*members: tuple[str | zipfile.ZipInfo, bytes], host: int = 3, attributes: int = 0) -> bytes:
-    """Make a zip file as a system would."""
+    """Create a zip file like those of an operating system."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         for name, content in members:
@@ -272,7 +272,7 @@ def test_a_zip_from_windows_has_folders_for_backslashes(tmp_path: Path) -> None:
 
 
 def test_a_zip_from_unix_may_have_backslashes_in_names(tmp_path: Path) -> None:
-    """As unzip has it."""
+    """As in unzip."""
     assert fetched(zip_bytes(("a\\b", b"x"), host=3), tmp_path) == {"a\\b": b"x"}
 
 
@@ -283,14 +283,14 @@ def test_a_zip_from_windows_cannot_lead_elsewhere(name: str, tmp_path: Path) -> 
 
 
 def test_a_zip_may_say_in_other_ways_that_a_member_is_a_folder(tmp_path: Path) -> None:
-    """By DOS's attribute, or by Unix's mode, without a slash."""
+    """By the DOS attribute or the Unix mode, without a slash."""
     assert fetched(zip_bytes(("a", b""), ("a/b", b"x"), host=0, attributes=0x10), tmp_path / "dos")["a"] is None
     unix = zip_bytes(("a", b""), host=3, attributes=0o040755 << 16)
     assert fetched(unix, tmp_path / "unix") == {"a": None}
 
 
 def raw_zip(name: bytes, host: int, flags: int = 0, extra: bytes = b"") -> bytes:
-    """Make a zip file of one empty member, whose name is any bytes."""
+    """Create a zip file with one empty member, whose name has arbitrary bytes."""
     local = struct.pack("<4s5H3I2H", b"PK\3\4", 20, flags, 0, 0, 33, 0, 0, 0, len(name), 0) + name
     central = struct.pack(
         "<4s2B5H3I5H2I", b"PK\1\2", 20, host, 20, flags, 0, 0, 33, 0, 0, 0, len(name), len(extra), 0, 0, 0, 0, 0
@@ -300,7 +300,7 @@ def raw_zip(name: bytes, host: int, flags: int = 0, extra: bytes = b"") -> bytes
 
 
 def test_a_zips_names_are_read_as_unzip_reads_them(tmp_path: Path) -> None:
-    """Code page 437 from DOS, bytes from Unix, UTF-8 where a flag or an extra field says so; on every Python."""
+    """Code page 437 from DOS, bytes from Unix, UTF-8 with a flag or an extra field; on every Python."""
     raw = "größe".encode("cp437")
     field = b"\1" + struct.pack("<I", zlib.crc32(raw)) + "größer".encode()
     extra = struct.pack("<2H", 0x7075, len(field)) + field
@@ -321,7 +321,7 @@ def test_of_two_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
 
 
 def test_a_links_target_in_a_zip_is_not_read_into_memory(tmp_path: Path) -> None:
-    """It may be large when it is unpacked."""
+    """Its uncompressed size may be large."""
     info = zipfile.ZipInfo("link")
     info.external_attr = 0o120777 << 16
     info.compress_type = zipfile.ZIP_DEFLATED
@@ -335,7 +335,7 @@ def test_a_links_target_in_a_zip_is_not_read_into_memory(tmp_path: Path) -> None
 
 
 def pax(size: str) -> bytes:
-    """Make a tar file with a member whose size is told by a PAX header."""
+    """Create a tar file with a member whose size is in a PAX header."""
     record = f" size={size}\n"
     length = len(record) + len(str(len(record) + 3))
     body = f"{length}{record}".encode()
@@ -395,7 +395,7 @@ SEEDS = {
 
 
 def mutated(seed: bytes, seed_of_random: int) -> bytes:
-    """Return some bytes with a few changes of the kinds that break parsers."""
+    """Return bytes with a few typical mutations that break parsers."""
     chance = random.Random(seed_of_random)
     data = bytearray(seed)
     for _ in range(chance.randint(1, 8)):

@@ -1,4 +1,4 @@
-"""The page of the last runs: what it says, that it is only that, and how a real browser has it."""
+"""The HTML report: content, escaping, and rendering in a real browser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gamebear_tasks.records.run_reader import Entry, Run, last_runs
 from gamebear_tasks.records.task_record import Made, Phase, Record
 
 SECRET = "\x1b[31mred\x1b[0m\x07\u202e <script>alert(1)</script> </pre></details><img src=x onerror=alert(1)>"
-"""What a builder may say."""
+"""Hostile text from a builder."""
 
 SPANS = (Phase("connect", 0, 0.5), Phase("queue", 0.5, 1.0), Phase("build", 1.5, 7.0), Phase("fetch", 8.5, 0.5))
 
@@ -37,7 +37,7 @@ def run(*records: Record, begun: float = 1e9, up_to_date: tuple[str, ...] = (), 
 
 
 class Reader(html.parser.HTMLParser):
-    """Reads a page strictly: every element is closed, in its order."""
+    """A strict HTML reader: every element is closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Reader(html.parser.HTMLParser):
         return [value or "" for name, value in self.attributes if name == "href"]
 
 
-# what it says
+# content
 
 
 @pytest.mark.system
@@ -139,7 +139,7 @@ def test_a_timeline_holds_what_another_doit_had_begun_and_no_number_breaks_it() 
         assert 2 <= len(marks) <= 7 and first <= marks[0] and marks[-1] < last, (first, last)
 
 
-# that it is only that
+# escaping and bounds
 
 
 def test_nothing_that_a_builder_says_becomes_part_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ CONTRAST = """
 
 @pytest.fixture
 def shown(system: None, tmp_path: Path) -> Path:
-    """A page with some of everything."""
+    """A page with all kinds of content."""
     bad = record("a" * 150, state="failed", failure="make: " + "x" * 300, outputs=())
     other = record("pack:1", state="interrupted", origin="fetched")
     spans = tuple(Phase(name, number, 0.5) for number, name in enumerate(model.KIND_OF))

@@ -1,4 +1,4 @@
-"""Images are baked from bases of every kind, into targets of every kind, when something has changed and only then."""
+"""SD card images: kinds of bases and targets, contents, and rebuilds only after changes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def base(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def thing(tmp_path: Path) -> Path:
-    """A file to put in."""
+    """A file for the image."""
     path = tmp_path / "thing"
     path.write_bytes(b"a thing\n")
     return path
@@ -112,7 +112,7 @@ def test_the_same_goes_in_and_the_same_bytes_come_out(
     (tmp_path / ".mtoolsrc").write_text("nothing that mtools knows\n")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     (tmp_path / "elsewhere").mkdir()
-    time.sleep(1.1)  # a clock that shows in the image would have gone on by then
+    time.sleep(1.1)  # the clock has advanced, in case the image depends on it
     bake(base, tmp_path / "elsewhere" / f"two.img{suffix}", **settings)
     one = (tmp_path / f"one.img{suffix}").read_bytes()
     assert one == (tmp_path / "elsewhere" / f"two.img{suffix}").read_bytes()
@@ -133,7 +133,7 @@ def test_an_ordinary_user_bakes_the_same_as_root(base: Path, tmp_path: Path) -> 
             shutil.copy(path, folder)
         os.chown(folder, 65534, 65534)
         child = os.fork()
-        if child == 0:  # the interpreter's own files may be out of that user's reach, but all is loaded by now
+        if child == 0:  # the user may be unable to read the interpreter's files, but all modules are loaded
             os.setgroups([])
             os.setgid(65534)
             os.setuid(65534)
@@ -229,7 +229,7 @@ def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> N
     data[at - 8 : at + 40] = os.urandom(48)
     small.write_bytes(data)
     refused(small, tmp_path / "out.img", "The root file system of", "base.img is damaged: e2fsck: ")
-    data[17 * MIB + 1024 + 0x18] = 0xFF  # how large a block is
+    data[17 * MIB + 1024 + 0x18] = 0xFF  # the block size
     small.write_bytes(data)
     refused(small, tmp_path / "out.img", "The root file system of the base is damaged: its superblock is invalid")
 
@@ -293,7 +293,7 @@ def test_a_zip_file_of_macos_has_one_image_too(base: Path, tmp_path: Path) -> No
 
 @pytest.fixture
 def web(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """Serve the base, compressed; give its URL and what was asked for."""
+    """Serve the compressed base. Yield its URL and the received requests."""
     asked: list[str] = []
     folder = tmp_path / "web"
     folder.mkdir()
@@ -341,7 +341,7 @@ def test_a_base_from_the_web_is_downloaded_once(
 
 
 def big(path: Path, mib: int) -> Path:
-    """Make a file that no hole can stand for."""
+    """Create a file without zero blocks."""
     path.write_bytes(os.urandom(MIB) * mib)
     return path
 
@@ -462,7 +462,7 @@ def test_a_full_disk_is_one_paragraph_and_nothing_is_left(base: Path, tmp_path: 
 
 @pytest.mark.parametrize("stage", ["debugfs", "xz", "any program"])
 def test_the_fix_for_a_disk_that_a_program_fills(stage: str, base: Path, tmp_path: Path) -> None:
-    """Whatever the program prints about it."""
+    """Independent of the program's messages."""
     small = tmp_path / "small"
     small.mkdir()
     content = tmp_path / "big"
@@ -488,7 +488,7 @@ def test_the_fix_for_a_disk_that_a_program_fills(stage: str, base: Path, tmp_pat
         subprocess.run(["umount", small], check=True)
 
 
-# what the image is told
+# configuration of the image
 
 
 def test_lines_and_words_for_the_boot_loader_and_the_kernel(base: Path, tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_units_are_enabled_as_systemctl_does(base: Path, tmp_path: Path) -> None
 
 @pytest.mark.system
 def test_systemctl_itself_agrees(tmp_path: Path) -> None:
-    """The same units, enabled by systemctl, and by us."""
+    """The same units, enabled by systemctl and by sd_image()."""
     root = tmp_path / "root"
     units = {
         **{name: text for name, text in SYSTEM.items() if name.startswith("usr/lib/systemd") and "static" not in name},
@@ -820,7 +820,7 @@ def test_only_a_real_change_bakes_again(project: Project) -> None:
 
 
 def rewrite(project: Project, name: str, text: str) -> None:
-    """Write a file in place, and set its mtime to what it was."""
+    """Overwrite a file and restore its mtime."""
     path = project.folder / name
     before = path.stat()
     path.write_text(text)
@@ -964,7 +964,7 @@ def test_loading_a_dodo_and_an_up_to_date_image_run_nothing(project: Project) ->
 
 
 def users_of(folder: Path) -> list[str]:
-    """The processes that look for programs in a folder."""
+    """Processes whose PATH contains a folder."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -990,7 +990,7 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
     )  # fmt: skip
     wait_for(lambda: (project.folder / "reached").exists())
     if signal == "INT":
-        os.killpg(process.pid, 2)  # a terminal sends it to all
+        os.killpg(process.pid, 2)  # a terminal signals all processes
     else:
         process.send_signal(9 if signal == "KILL" else 15)
     said = process.communicate()[0].decode()

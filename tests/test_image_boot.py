@@ -1,8 +1,8 @@
-"""The whole way: the artifacts built for armhf, a base made, the image baked, and booted. A quarter of an hour.
+"""End to end, in a quarter of an hour: build artifacts for armhf, create a base, bake an image and boot it.
 
     pytest -m slow tests/test_image_boot.py
 
-It fetches from GitHub, or from wherever git's `insteadOf` leads, and needs `apt install qemu-system-arm`.
+It fetches from GitHub, or from the location set by git's `insteadOf`, and needs `apt install qemu-system-arm`.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def task_reporting():
 
 
 LONGEST = 1800.0
-"""Seconds that an emulated machine is given to boot, say what is in it, and go off."""
+"""Seconds within which an emulated machine must boot, report its contents and power off."""
 
 
 @pytest.fixture(scope="module")
 def needed() -> None:
-    """Say in a paragraph what the test needs and is not here, before it builds for minutes."""
+    """Fail early with a list of the missing prerequisites."""
     if not shutil.which("qemu-system-arm"):
         pytest.fail("The baked image boots in QEMU, which is not here: apt install qemu-system-arm.", pytrace=False)
     for url in re.findall(r'^\w+ = git\("(https://[^"]+)"', (ROOT / "dodo.py").read_text(), re.MULTILINE):
@@ -89,7 +89,7 @@ def needed() -> None:
 
 @pytest.fixture(scope="module")
 def project(needed: None, emulation: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Our own project, with an image that also says on the console what is in it."""
+    """This project, with an image that also reports its contents on the console."""
     project = Project(
         tmp_path_factory.mktemp("gamebear") / "project",
         home=tmp_path_factory.mktemp("home"),
@@ -131,7 +131,7 @@ def test_the_baked_image_boots_and_has_the_artifacts_in_place(
 
 
 def figures(build: Path, built: float, booting: float) -> str:
-    """Return how long everything took, and how large the images are."""
+    """Return all durations, and the sizes of the images."""
     begun = time.monotonic()
     shutil.copyfile(build / "reporting.img", build / "copy.img")
     copying = time.monotonic() - begun

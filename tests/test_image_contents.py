@@ -1,4 +1,4 @@
-"""What a tar holds is in the image as the tar has it; what cannot be there is refused, by name, with nothing placed."""
+"""Contents of tars are unpacked into images unchanged. Unsupported members are rejected by name, without an image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ELF = {
     "arm64": bytes.fromhex("7f454c4602010100000000000000000003 00b700".replace(" ", "")) + bytes(60),
     "amd64": bytes.fromhex("7f454c46020101000000000000000000 03003e00".replace(" ", "")) + bytes(60),
 }
-"""How programs of some architectures begin."""
+"""ELF headers of some architectures."""
 
 XATTR = "SCHILY.xattr.system."
 
@@ -47,7 +47,7 @@ Mode: TypeAlias = Literal["w", "w:gz", "w:bz2", "w:xz"]
 
 
 class Packed:
-    """A tar file being made."""
+    """A tar file under construction."""
 
     def __init__(self, path: Path, mode: Mode = "w") -> None:
         self.path = path
@@ -65,7 +65,7 @@ class Packed:
         return self
 
     def done(self) -> Path:
-        """Write it."""
+        """Write the tar file."""
         with tarfile.open(self.path, self._mode, format=tarfile.PAX_FORMAT, errors="surrogateescape") as archive:
             for member, data in self._members:
                 archive.addfile(member, io.BytesIO(data))
@@ -300,7 +300,7 @@ def test_a_file_goes_where_it_is_said(base: Path, tmp_path: Path) -> None:
     assert (found["new/folder/prog ram"].mode, found["new/folder/prog ram"].owner) == (0o104710, (3, 4))
 
 
-# what is refused
+# rejected contents
 
 
 @pytest.mark.parametrize("arch", ["armel", "arm64", "amd64"])
@@ -386,7 +386,7 @@ def test_a_tar_that_ends_too_early_or_is_damaged_is_refused(base: Path, tmp_path
     data = packed.read_bytes()
     cuts = (1024, 1300, 2048) if mode == "w" else (len(data) // 2, len(data) - 4)
     damages = [data[:cut] for cut in cuts]
-    # A name in its second header; what the content's check sum is, or that itself.
+    # A name in its second header; the checksum of the content, or the content.
     at = {"w": 1025, "w:gz": len(data) - 6, "w:bz2": len(data) - 4, "w:xz": len(data) - 40}[mode]
     damages.append(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     for damage in damages:
@@ -408,7 +408,7 @@ def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:
     refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "no.tar")])
 
 
-# whatever a tar holds
+# arbitrary tars
 
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters="/\0\r\n", exclude_categories=["Cs"]), min_size=1, max_size=12
@@ -420,7 +420,7 @@ PATHS = st.lists(
 
 @st.composite
 def members(draw: st.DrawFn) -> list[tuple[str, bytes, dict[str, Any]]]:
-    """Draw the members of a tar: folders, files, links and hard links of any name, in folders of their own."""
+    """Draw the members of a tar: folders, files, links and hard links with any names, in separate folders."""
     found: list[tuple[str, bytes, dict[str, Any]]] = []
     files: list[str] = []
     taken: dict[str, bytes] = {}
@@ -495,11 +495,11 @@ def test_any_tar_is_in_the_image_as_it_is(
     card.check()
 
 
-# how much is read
+# limits of reads
 
 
 def grown(path: Path) -> Path:
-    """Make a file of zeros that is a little longer than what is read into memory; it takes no room."""
+    """Create a sparse file that slightly exceeds the limit for reads into memory."""
     path.touch()
     os.truncate(path, MOST_READ + 1)
     return path
@@ -526,7 +526,7 @@ def test_a_file_that_goes_in_is_baked_however_long_it_is_and_not_read(base: Path
 
 def test_a_file_or_link_that_is_too_long_is_not_asked_for(tmp_path: Path) -> None:
     reader = Reader(cast(Debugfs, None), tmp_path)
-    with pytest.raises(ImageError, match=r"/etc/hosts is too large: 1024\.0 GiB"):  # and debugfs is not asked for it
+    with pytest.raises(ImageError, match=r"/etc/hosts is too large: 1024\.0 GiB"):  # and debugfs is not queried for it
         reader.content(Inode(12, stat.S_IFREG | 0o644, 0, 0, 1 << 40), "/etc/hosts")
     with pytest.raises(ImageError, match=r"symbolic link of inode 12 has 1099511627776 bytes"):
         reader.target(Inode(12, stat.S_IFLNK | 0o777, 0, 0, 1 << 40))

@@ -1,4 +1,4 @@
-"""Buildah as this machine has it, base images and package images; the real buildah, no registry."""
+"""The installed buildah, base images and package images; without a registry."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def failure(call, *args, **named):
 
 
 class Builder:
-    """A store of our own on this machine, and what runs inside its namespace."""
+    """A separate store on this machine, and programs in its namespace."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.facts = probe.facts(root)
         self.environment = environment(root, self.facts)
-        self.environment["PYTHONPATH"] = str(Path(buildah.__file__).parents[2])  # as the runner travels: alone
+        self.environment["PYTHONPATH"] = str(Path(buildah.__file__).parents[2])  # without the rest of the package
 
     def command(self, code: str) -> list[str]:
         return [*namespace(self.facts), sys.executable, "-c", PRELUDE + code, str(self.root)]
 
     def inside(self, code: str) -> Any:
-        """Run code inside the namespace; return what it prints last, as JSON."""
+        """Run code inside the namespace. Return its last output, decoded from JSON."""
         done = subprocess.run(self.command(code), env=self.environment, check=True, capture_output=True, text=True)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -62,7 +62,7 @@ class Builder:
 def builder(system: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("builder")
     config = folder / "storage.conf"
-    # Root's default store is the machine's: a test does not touch it.
+    # Root's default store belongs to the machine; tests do not modify it.
     config.write_text(
         f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/default"\nrunroot = "{folder}/default-run"\n'
     )
@@ -114,7 +114,7 @@ def test_the_end_of_a_build_is_the_end_of_all_that_it_started(builder: Builder) 
     with process.stdout as output:
         assert output.readline() == b"started\n"
         os.killpg(process.pid, signal.SIGKILL)
-        # The pipe ends when the last process that could write to it is gone.
+        # The pipe closes when the last process with its write end has exited.
         assert output.read() == b""
     process.wait()
 
@@ -137,7 +137,7 @@ RM = """#!/bin/sh
 esac
 PATH=${PATH#*:} exec buildah "$@"
 """
-"""A buildah whose `rm` fails, in a language of its own, after another process has removed the container or not."""
+"""A buildah whose `rm` fails with a localized message, with or without a concurrent removal."""
 
 
 @pytest.mark.parametrize("is_removed", [True, False])
@@ -345,7 +345,7 @@ def test_what_is_no_package_never_reaches_apt(package: str) -> None:
 def test_a_disk_too_small_for_a_bootstrap_is_told_as_that_and_nothing_else_is_tried(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fills = tmp_path / "mmdebstrap"  # the real one needs ten seconds until it gives up
+    fills = tmp_path / "mmdebstrap"  # the real one times out after ten seconds
     fills.write_text('#!/bin/sh\nfor last; do test -d "$last" && dd if=/dev/zero of="$last/x"; done\nexit 25\n')
     fills.chmod(0o755)
     disk = builder.root.parent / "default"  # of a root's images, see `builder`

@@ -1,4 +1,4 @@
-"""A target is absent, or whole and verified; of several, all or none."""
+"""Targets are absent, or complete and verified; of several, all or none."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ BOTH = {name: output(data) for name, data in CONTENT.items()}
 
 @pytest.fixture
 def targets(tmp_path: Path) -> Mapping[str, Path]:
-    """Targets for both outputs, in folders of their own that do not exist yet."""
+    """Targets for both outputs, in separate folders that do not exist yet."""
     return {name: tmp_path / f"{name}.d" / name for name in CONTENT}
 
 

@@ -48,7 +48,7 @@ class Laptop(Project):
 
 @pytest.fixture
 def other(tmp_path: Path, remote: Remote, home: Path, server: Sshd, warm: Warm) -> Laptop:
-    """A laptop without a project, from which the same builder is reached."""
+    """A laptop without a project, with access to the same builder."""
     own = known(home, tmp_path / "other-home", remote.proxy.port, server)
     laptop = Laptop(tmp_path / "elsewhere", home=own, **remote.settings)
     laptop.warm = warm
@@ -57,14 +57,14 @@ def other(tmp_path: Path, remote: Remote, home: Path, server: Sshd, warm: Warm) 
 
 @pytest.fixture
 def mine(project: Project, warm: Warm) -> Laptop:
-    """A laptop with a project, which it builds itself."""
+    """A laptop with a project that uses local:."""
     laptop = Laptop(project.folder, project.home)
     laptop.warm = warm
     return laptop
 
 
 def begun(remote: Remote, after: str = "print('end')") -> subprocess.Popen[bytes]:
-    """Start a doit whose job runs until it is let go."""
+    """Start a doit whose job runs until it is released."""
     remote.waits(before="print('begin \\x1b[31mred', flush=True)", after=after)
     client = remote.project.start()
     wait_for(lambda: "begin" in remote.said())
@@ -122,11 +122,11 @@ def test_following_a_job_does_not_count_as_waiting(remote: Remote, other: Laptop
     assert len(other.listed()[0]["waiting"]) == 1
     client.kill()
     client.wait()
-    wait_for(lambda: not served.intersection(sessions_of(account)))  # the builder has noticed
+    wait_for(lambda: not served.intersection(sessions_of(account)))  # the builder has detected it
     remote.go()
     assert follower.wait() == 1
     assert "the job failed" in said(other)
-    remote.project.doit().failed("the job failed")  # nobody who waits for it had seen it
+    remote.project.doit().failed("the job failed")  # no waiting client had acknowledged it
     assert remote.builds == 1
     remote.project.doit().failed("the job failed")
     assert remote.builds == 2

@@ -1,4 +1,4 @@
-"""The digest: the same for the same inputs, everywhere; another when anything that matters is another."""
+"""Digests of jobs: equal for equal inputs on every machine, different after any relevant change."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_value_that_is_not_json_is_refused(value: Any) -> None:
         canonical_json(value)
 
 
-# A job with everything in it, whose digest is written down here: no release may change it without raising FORMAT.
+# A job with all fields and its recorded digest: no release may change it without raising FORMAT.
 WITNESS = Job(
     arch="armhf",
     program="größe.py",

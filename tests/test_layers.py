@@ -48,10 +48,10 @@ LAYERS = (
 DEBTS = {
     ("progress.live_view", "client.cancellation"),  # the reporter is to begin the run, not the view
 }
-"""Imports that point up: remove one from here when it is gone. None is added."""
+"""Known imports that point up. Remove entries that no longer exist; add none."""
 
 DOIT = {"config", "errors", "sdcard.bake"}
-"""Modules outside `doit_plugin` and `cli` that import doit. None is added."""
+"""Known modules outside `doit_plugin` and `cli` that import doit. Add none."""
 
 
 def name_of(path: Path) -> str:
@@ -69,7 +69,7 @@ def package_of(module: str) -> str:
 
 
 def imports(module: str) -> Iterator[tuple[str, str]]:
-    """Yield what a module imports, also inside functions and for types: of ours (`.name`), and of others."""
+    """Yield a module's imports, including those in functions and for types: of the package (`.name`) and others."""
     path = MODULES[module]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What `.gitattributes` do to the files of a git source: Git LFS, line ends, keywords, encodings."""
+"""Effects of `.gitattributes` on a git source: Git LFS, line endings, keywords, encodings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRMWARE = bytes(range(256)) * 40
 
 @pytest.fixture
 def firmware(upstream: Path) -> Path:
-    """A repository with files in Git LFS, one of them in a folder with attributes of its own."""
+    """A repository with files in Git LFS, one of them in a folder with separate attributes."""
     call_git(upstream, "lfs", "install", "--local")
     (upstream / "blobs").mkdir()
     (upstream / "blobs" / ".gitattributes").write_text("*.fw filter=lfs diff=lfs merge=lfs -text\n")
@@ -44,7 +44,7 @@ def head(repository: Path) -> str:
 
 
 def without_lfs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let git be the only program there is, but for what starts it."""
+    """Hide all programs except git and those that start it."""
     folder.mkdir()
     for name in ("git", "setpriv"):
         (folder / name).symlink_to(str(shutil.which(name)))
@@ -118,7 +118,7 @@ def test_lfs_files_come_from_the_server_that_the_repository_names(
     lfs_server: tuple[dict[str, bytes], str],
     git_settings: Path,
 ) -> None:
-    """All of them, whatever is excluded there or by the user."""
+    """All files, regardless of exclusions by the repository or the user."""
     objects, url = lfs_server
     with git_settings.open("a") as settings:
         settings.write("[lfs]\nfetchexclude = *\n")
@@ -180,7 +180,7 @@ def test_a_damaged_lfs_object_in_the_cache_is_fetched_anew(firmware: Path, cache
     path.unlink()
     oid = hashlib.sha256(FIRMWARE).hexdigest()
     (kept,) = cache.glob(f"git/*.git/lfs/objects/*/*/{oid}")
-    kept.unlink()  # git-lfs links it with that of a repository of this machine
+    kept.unlink()  # git-lfs hard-links it to the object of a local repository
     kept.write_bytes(bytes(len(FIRMWARE)))
     assert source.fetch(cache, NOTHING_LOCKED).read_bytes() == before
 
@@ -227,7 +227,7 @@ def test_the_includes_of_an_lfsconfig_are_not_followed(
 
 
 def test_files_are_as_a_clone_has_them(upstream: Path, cache: Path, tmp_path: Path, git_settings: Path) -> None:
-    """Compared with a clone by a git without a configuration; filters of the user's are not run."""
+    """Compared with a clone by an unconfigured git; the user's filters are not run."""
     (upstream / ".gitattributes").write_text(
         "* text=auto\n*.bat eol=crlf\n*.id ident\n*.utf16 text working-tree-encoding=UTF-16LE-BOM\n"
         "*.enc filter=crypt\n*.both eol=crlf filter=crypt\nraw.bat -text\n"

@@ -1,4 +1,4 @@
-"""The lock file: what `gamebear lock` finds out, writes and leaves alone."""
+"""The lock file and `gamebear lock`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytest_plugins = ("upstreams",)
 
 @pytest.fixture
 def lock_path(tmp_path: Path) -> Path:
-    """A lock file that is not there yet."""
+    """Path of a lock file that does not exist yet."""
     return tmp_path / "gamebear.lock"
 
 
 def test_branches_and_tags_are_locked_to_their_commits(
     upstream: Path, lock_path: Path, cache: Path, daemon: Callable[[str], str]
 ) -> None:
-    """An annotated tag to the commit it is of; a tag before a branch of the same name."""
+    """An annotated tag is pinned to its commit. A tag precedes a branch of the same name."""
     first = call_git(upstream, "rev-parse", "HEAD")
     call_git(upstream, "tag", "--annotate", "--message", "release", "v1")
     call_git(upstream, "tag", "both")
@@ -51,7 +51,7 @@ def test_branches_and_tags_are_locked_to_their_commits(
 
 
 def test_the_tag_of_a_branchs_commit_is_locked(upstream: Path, lock_path: Path, cache: Path) -> None:
-    """As `git describe --tags --exact-match` prefers them: an annotated one, then the highest version."""
+    """In the order of `git describe --tags --exact-match`: an annotated tag, then the highest version."""
     source = git(str(upstream), "main")
 
     def tag() -> str:
@@ -84,7 +84,7 @@ def test_the_lock_file_is_made_to_be_committed(lock_path: Path) -> None:
 
 
 def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Path, cache: Path) -> None:
-    """A branch that has moved on; and the file is not written without need."""
+    """Although the branch has moved. The file is not written without need."""
     source = git(str(upstream), "main")
     first = call_git(upstream, "rev-parse", "HEAD")
     resolve([source], lock_path, cache)
@@ -151,7 +151,7 @@ def late(project: Project, upstream: Path) -> Project:
 
 
 def locked(project: Project) -> set[str]:
-    """Return the revisions that are pinned."""
+    """Return the pinned revisions."""
     return {key.rpartition(" ")[2] for key in Lock.read(project.folder / "gamebear.lock").git}
 
 
@@ -165,7 +165,7 @@ def test_sources_of_tasks_that_are_created_later_are_pinned_and_fetched(late: Pr
 
 
 def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> None:
-    """Their creator needs what another task makes, which was built when they were pinned."""
+    """Their creator needs the target of another task, which existed when they were pinned."""
     late.gamebear("lock").ok()
     text = (late.folder / "dodo.py").read_text()
     needs = "    Path('first').read_text()\n"
@@ -196,14 +196,14 @@ def test_pins_of_another_dodo_file_are_kept(late: Project) -> None:
 
 
 def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked and nothing written."""
+    """Nothing is queried and nothing written."""
     no_programs(monkeypatch)
     assert resolve([git("https://git.example/x", "a" * 40)], lock_path, cache) == []
     assert not lock_path.exists()
 
 
 def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Path, cache: Path) -> None:
-    """One of two is not there."""
+    """One of two sources does not exist."""
     Lock({"https://git.example/gone main": GitEntry("b" * 40)}).write(lock_path)
     before = lock_path.read_bytes()
     with pytest.raises(SourceError) as caught:
@@ -215,14 +215,14 @@ def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Pat
 
 
 def test_an_abbreviated_commit_is_no_pin(upstream: Path, lock_path: Path, cache: Path) -> None:
-    """It is said what to write."""
+    """The error contains the fix."""
     with pytest.raises(SourceError, match="Write an abbreviated commit hash in full"):
         resolve([git(str(upstream), call_git(upstream, "rev-parse", "--short", "HEAD"))], lock_path, cache)
 
 
 @pytest.mark.system
 def test_a_repository_that_is_not_there(tmp_path: Path, lock_path: Path, cache: Path) -> None:
-    """Git's own words."""
+    """The error contains git's message."""
     with pytest.raises(SourceError, match=r"cannot be resolved: '.*/nowhere' does not appear to be a git"):
         resolve([git(str(tmp_path / "nowhere"), "main")], lock_path, cache)
 
@@ -244,7 +244,7 @@ def test_an_alternative_that_cannot_be_looked_up_keeps_its_entry(
 
 
 def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Path, Lock, Path]) -> None:
-    """Version and the SHA-256 of all its files, as Debian has signed them."""
+    """The pin is the version and the SHA-256 of all files, as signed by Debian."""
     cache, lock, _ = apt_cache
     entry = lock.debian["umtp-responder"]
     assert entry.version.startswith("1.3.10-")
@@ -279,7 +279,7 @@ def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Pa
     ],
 )
 def test_a_lock_file_that_makes_no_sense_is_refused(text: str, reason: str, lock_path: Path) -> None:
-    """And what is wrong with it is said."""
+    """The error names the cause."""
     lock_path.write_bytes(text.encode("latin-1"))
     with pytest.raises(SourceError, match=reason):
         Lock.read(lock_path)
@@ -400,7 +400,7 @@ def test_an_entry_is_shown_with_its_tag() -> None:
 
 
 def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:
-    """In depth, or in size."""
+    """By its nesting, or by its size."""
     lock_path.write_text("[" * 200_000)
     with pytest.raises(SourceError, match="is damaged: its values are nested too deeply"):
         Lock.read(lock_path)
@@ -410,7 +410,7 @@ def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:
 
 
 def test_a_lock_file_that_is_no_regular_file_is_refused(lock_path: Path) -> None:
-    """A FIFO would block, and a device never end."""
+    """A FIFO would block, and a device may be endless."""
     os.mkfifo(lock_path)
     with pytest.raises(SourceError, match="cannot be read: it is not a regular file"):
         Lock.read(lock_path)

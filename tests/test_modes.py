@@ -1,4 +1,4 @@
-"""Modes, hard links, attributes and holes from a source to a container and back: as root here, rootless over SSH."""
+"""Modes, hard links, attributes and holes are preserved from source to output, as root and rootless."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def place(
 
 
 def build(project: Project) -> None:
-    """Run doit as somebody whose files are private."""
+    """Run doit with umask 077."""
     done = subprocess.run(
         project.command(), cwd=project.folder, env=project.environment, capture_output=True, text=True, umask=0o077
     )
@@ -232,7 +232,7 @@ def test_links_attributes_holes_and_modes_of_folders_survive_both_ways(
 ) -> None:
     project, store = place
     foreign = account.home / "foreign"
-    foreign.write_text("of another namespace")  # whose root is user 4242, whom ours does not have
+    foreign.write_text("of another namespace")  # user 4242 does not exist outside
     os.setxattr(foreign, "security.capability", struct.pack("<6I", 0x3000001, 1 << 13, 0, 0, 0, 4242))
     project.write(
         "dodo.py", 'from gamebear_tasks import artifact\ndef task_x(): return artifact("x.py", outputs=["x"])'

@@ -1,4 +1,4 @@
-"""Which modules of the project a buildscript takes along."""
+"""Detection of the local modules that a buildscript imports."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_the_modules_are_there_when_the_script_runs(tmp_path: Path, tmp_path_fac
 
 
 def imported_by_python(script: Path) -> str:
-    """Return what Python itself prints for a script."""
+    """Return the output of a script run by Python itself."""
     return subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
 
 
@@ -280,7 +280,7 @@ def test_linked_modules_and_packages_are_found_under_their_links_names(tmp_path:
 
 
 TICK = 0.05
-"""Seconds after which a change has other times: longer than the kernel's clock tick."""
+"""Seconds after which a change is visible in timestamps: longer than the kernel's clock tick."""
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that are parsed."""
+    """The parsed source texts."""
     texts: list[str] = []
     parse = ast.parse
 

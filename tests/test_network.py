@@ -1,4 +1,4 @@
-"""A network that fails, a builder that is down, crowded or hostile: the artifact is right or absent, built once."""
+"""Network failures, and unreachable or overloaded builders: the artifact is correct or absent, and built once."""
 
 from __future__ import annotations
 
@@ -343,7 +343,7 @@ def test_a_builder_that_says_nothing_costs_one_time_out_and_what_does_not_need_i
     assert took < 10, "three times what one time-out takes"
 
 
-# a builder that gives little
+# a builder with tight limits
 
 MANY = """
 from gamebear_tasks import artifact
@@ -363,7 +363,7 @@ with open(f"x{{number}}", "w") as file:
 
 
 class Crowd:
-    """A builder that gives little, and a project with many jobs."""
+    """A builder with tight limits, and a project with many jobs."""
 
     def __init__(self, folder: Path, server: Sshd, count: int) -> None:
         self.server = server
@@ -374,7 +374,7 @@ class Crowd:
         self.project.write("x.py", ONE_OF_MANY.format(count=str(self.counted)))
 
     def take_slots(self, count: int) -> None:
-        """Let the builder do more at once; only to be done sooner."""
+        """Raise the builder's number of slots, to save time."""
         folder = self.server.account.home / ".config" / "gamebear"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "builder.json").write_text(f'{{"slots": {count}}}')
@@ -434,7 +434,7 @@ def test_a_builder_whose_log_ins_are_taken_for_a_while_is_waited_for(crowd: Call
     with socket.create_connection(("127.0.0.1", one.server.port)) as in_the_way:
         in_the_way.recv(100)
         client = one.project.start()
-        time.sleep(4.0)  # longer than one that is not there at all is tried
+        time.sleep(4.0)  # longer than an unreachable one is tried
         assert client.poll() is None, (one.project.folder / "doit.out").read_text()
     assert client.wait(60) == 0
     one.assert_all_is_right()
@@ -459,7 +459,7 @@ shutil.copyfile("big.bin", "x")
 
 
 def through_and_back(crowd: Crowd, size: int) -> int:
-    """Send a file of `size` bytes to the builder and back; return by how much the client grew, in bytes."""
+    """Send a file of `size` bytes to the builder and back. Return the growth of the client's memory in bytes."""
     block = os.urandom(MIB)
     with (crowd.project.folder / "big.bin").open("wb") as file:
         for number in range(size // MIB):

@@ -1,4 +1,4 @@
-"""The wheel, and what it is where somebody else has installed it."""
+"""The wheel: contents, installation and use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def task_tree():
 
 
 class Elsewhere(Project):
-    """A project with a virtual environment of its own, in which our wheel is installed."""
+    """A project with a separate virtual environment in which the wheel is installed."""
 
     def __init__(self, folder: Path, home: Path, wheel: Path) -> None:
         super().__init__(folder, home)
@@ -39,7 +39,7 @@ class Elsewhere(Project):
         self.python = str(folder / "venv" / "bin" / "python")
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
         pip("--python", self.python, "install", "--no-index", "--no-deps", wheel)
-        # What we depend on is borrowed: a path in a .pth file brings no other .pth file, so not this checkout.
+        # Shared dependencies: a path in a .pth file does not load other .pth files, such as that of this checkout.
         (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
         borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         (site / "borrowed.pth").write_text("".join(f"{path}\n" for path in borrowed))

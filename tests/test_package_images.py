@@ -1,4 +1,4 @@
-"""The builder's own apt, at work for a container: a real apt, a repository of our own."""
+"""The builder's apt installs packages into a container: real apt, local repository."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Description: it is here already
 
 
 def make_package(folder: Path, name: str, *, needs: str = "", arch: str = "armhf", compression: str = "xz") -> Path:
-    """Make a Debian package with one file and a script."""
+    """Create a Debian package with one file and a script."""
     tree = folder / f"{name}-tree"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "usr").mkdir()
@@ -51,7 +51,7 @@ def make_package(folder: Path, name: str, *, needs: str = "", arch: str = "armhf
 
 
 class Repository:
-    """A flat repository, and what was asked of it."""
+    """A flat repository that records requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class Repository:
         self.url = ""
 
     def publish(self) -> None:
-        """List the packages that are in the folder."""
+        """Write the index of the packages in the folder."""
         text = ""
         for path in sorted(self.folder.glob("*.deb")):
             fields = subprocess.run(["dpkg-deb", "--field", path], check=True, capture_output=True, text=True).stdout
@@ -68,7 +68,7 @@ class Repository:
         (self.folder / "Packages.gz").write_bytes(gzip.compress(text.encode()))
 
     def downloads(self) -> list[str]:
-        """Return the packages that were asked for."""
+        """Return the requested packages."""
         return [name for name in self.asked if name.endswith(".deb")]
 
 
@@ -103,7 +103,7 @@ def repository(system: None, tmp_path: Path) -> Iterator[Repository]:
 
 @pytest.fixture
 def root(system: None, tmp_path: Path) -> Path:
-    """A container's files, as far as apt looks at them."""
+    """The files of a container that apt reads."""
     folder = tmp_path / "root"
     for name in ("etc/apt/apt.conf.d", "etc/apt/sources.list.d", "var/lib/dpkg"):
         (folder / name).mkdir(parents=True)
@@ -126,7 +126,7 @@ def ready(root: Path, repository: Repository, number: int = 1) -> Apt:
     return found
 
 
-# What the container decides
+# Container
 
 
 def test_the_containers_architecture_and_packages_decide_what_is_installed(root: Path, repository: Repository) -> None:
@@ -183,7 +183,7 @@ def test_a_packages_list_that_nobody_signed_is_refused(root: Path, repository: R
     assert "does not have a Release file" in said
 
 
-# Its settings
+# Settings
 
 
 def test_a_containers_own_settings_count(root: Path) -> None:
@@ -303,7 +303,7 @@ def test_an_image_without_dpkg_is_left_alone(root: Path) -> None:
         opened(root)
 
 
-# The packages
+# Packages
 
 
 def test_a_package_is_downloaded_once(root: Path, repository: Repository) -> None:

@@ -1,4 +1,4 @@
-"""What costs a builder much is told to whoever builds there: once, with the remedy, and again when it is so again."""
+"""Performance warnings of a builder: shown once with the fix, and again when the cause recurs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def mine(system: None, project: Project) -> Project:
 
 
 def built(project: Project, *arguments: str) -> str:
-    """Have both jobs built again; return what is said besides."""
+    """Build both jobs again. Return the other output."""
     for name in "xy":
         path = project.folder / f"{name}.py"
         path.write_text(f"{path.read_text()}\n#")

@@ -36,7 +36,7 @@ def sha256(text: str | bytes) -> str:
 
 @dataclass(frozen=True)
 class Local:
-    """A source whose pin, metadata and files are given, and that needs no tree."""
+    """A source with fixed pin, metadata and files, and without a tree."""
 
     pin: str = "1"
     about: str = "a tag"
@@ -293,7 +293,7 @@ def test_trees_are_fetched_as_the_phase_sources(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def declarations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dodo.py that declares nothing yet."""
+    """A dodo.py without declarations."""
     monkeypatch.setattr(plan, "declared", {})
     monkeypatch.setattr(plan, "_alternatives", set())
 

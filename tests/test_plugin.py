@@ -1,4 +1,4 @@
-"""Builders from other packages: the examples of docs/how-to/own-builder.md, installed and used as it says."""
+"""Builders from other packages: the examples of docs/how-to/own-builder.md, installed and used as documented."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ with open("x", "w") as file:
 
 
 def documented() -> dict[str, str]:
-    """Return the code blocks of the document that name a file in their first line, by that name."""
+    """Return the code blocks of the document by the file name in their first line."""
     blocks = {}
     fences = re.finditer(r"^( *)```(?:toml|python)\n(.*?)^ *```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     for _, block in (match.groups() for match in fences):
@@ -73,7 +73,7 @@ def plugins(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mine(tmp_path: Path, plugins: Path) -> Project:
-    """A project of somebody who has the examples installed."""
+    """A project of a user who has installed the examples."""
     project = Project(
         tmp_path / "project",
         home=tmp_path / "home",
@@ -92,7 +92,7 @@ def installed(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def install(folder: Path, scheme: str, target: str) -> None:
-    """Install a package that has nothing but an entry point."""
+    """Install a package that consists of an entry point."""
     about = folder / f"{target.partition(':')[0]}_plugin-1.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about.name[:-12]}\nVersion: 1\n")
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
 def test_its_failure_is_told_and_built_again(mine: Project, spool: Path) -> None:
     mine.write("x.py", "print('no'); raise SystemExit(3)")
     shown = mine.doit("x").failed("x failed on spool:", ": exited with 3.", "The log is")
-    assert shown.out.splitlines().count("no") == 1 and "| no" not in shown.out  # it was seen already
+    assert shown.out.splitlines().count("no") == 1 and "| no" not in shown.out  # already acknowledged
     mine.doit("-v", "1", "x").failed(": exited with 3.", "and ends with: | no")
     mine.doit("x").failed(": exited with 3.")
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run, in a real terminal (tmux) and without one."""
+"""Visible output of a run, in a real terminal (tmux) and without one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project
         assert re.search(r"^. [ab]  building +[0-9.]+ s  cc -c [ab]\.c$", screen, re.M), screen
         assert re.search(r"^◦ [ab]  queued +[0-9.]+ s  next$", screen, re.M), screen
         assert "1 running · 1 queued" in screen
-        wait_for(lambda: seen.has_cursor)  # it is still there for whoever kills doit
+        wait_for(lambda: seen.has_cursor)  # it exists until doit is killed
         seen.resize(24, 12)
         rows = seen.shows("building", "[0/3] ", "…\n").rstrip("\n").split("\n")
         assert [len(row) for row in rows] == [23, 23, 23], "one row for each task, and one for all"
@@ -192,7 +192,7 @@ def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tup
         project.write(f"{name}.py", f"print('{name * 99}\\n' * 20_000, flush=True)\nopen({name!r}, 'w').close()\n")
     with Keyboard(project.gamebear_command("-v", "2", *how), project.folder, project.environment) as keyboard:
         wait_for(lambda: all((project.folder / "build" / name).exists() for name in "ab"))
-        time.sleep(2.0)  # longer than the end of a task waits to be told
+        time.sleep(2.0)  # longer than the end of a task is delayed
         assert keyboard.end() == 0
     words = r"\(\d[\d,]* lines omitted: the terminal accepted no data; the log in build/logs is complete\)"
     assert re.search(words, keyboard.text) and re.search(r"2 built\S* in", keyboard.text)

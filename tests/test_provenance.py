@@ -1,4 +1,4 @@
-"""Where an artifact comes from: statements beside it, read back by libraries that know the formats."""
+"""Provenance statements, parsed by the libraries of their formats."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Version: 1
 
 @pytest.fixture
 def pair(system: None, project: Project, tmp_path: Path) -> Project:
-    """A project whose one task has two outputs, built in a container of a small image."""
+    """A project with one task and two outputs, built in a container of a small image."""
     storage = tmp_path / "storage.conf"
     storage.write_text(
         f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/storage"\nrunroot = "{tmp_path}/run-storage"\n'

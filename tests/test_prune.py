@@ -1,4 +1,4 @@
-"""Pruning a builder's store: what goes, what stays, and that nobody who uses it minds."""
+"""Pruning a builder's store, also while it is in use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DAY = 86400.0
 
 @pytest.fixture
 def fresh_home(tmp_path: Path, facts: Path) -> Path:
-    """A person's home without a store, on a machine whose abilities are known."""
+    """A home folder without a store, on a machine with cached capabilities."""
     root = tmp_path / "home" / ".cache" / "gamebear" / "v1"
     root.mkdir(parents=True)
     known = json.loads((facts / "facts.json").read_bytes())
@@ -50,7 +50,7 @@ def facts(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grow_old(store: Store, days: float, *jobs: StoredJob) -> None:
-    """Let jobs, or all that is in a store, be unused for some days."""
+    """Age jobs, or a whole store, by some days."""
     then = time.time() - days * DAY
     for folder in [job.folder for job in jobs] or [store.blobs, store.jobs, store.images]:
         for path in folder.rglob("*"):
@@ -363,7 +363,7 @@ def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fre
     made[1].ok()
 
 
-# what no run of doit comes to at the right moment
+# races that a run of doit does not reach
 
 
 @pytest.fixture
@@ -396,7 +396,7 @@ def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one(tmp_path: Path) 
 
 
 def old_result(store: Store, digit: str) -> StoredJob:
-    """Put a result into a store that nobody has used for some minutes."""
+    """Add a result to a store that was unused for some minutes."""
     job = store.job(digit * 64)
     (job.folder / "clients").mkdir(parents=True)
     for path in (job.folder / "job.json", job.folder / "lock"):
@@ -488,7 +488,7 @@ def test_removing_images_ends_when_the_time_is_up(bare_store: Store, monkeypatch
     assert len(list(bare_store.images.glob("*.used"))) == 5
 
 
-# what this machine keeps itself
+# caches of this machine
 
 
 def test_sources_that_this_machine_did_not_use_for_so_long_go_too(tmp_path: Path, fresh_home: Path) -> None:

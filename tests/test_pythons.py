@@ -1,4 +1,4 @@
-"""The runner on the oldest and the newest Debian that it is for: Python 3.9 and 3.13, buildah 1.19 and 1.39."""
+"""The runner on the oldest and newest supported Debian: Python 3.9 and 3.13, buildah 1.19 and 1.39."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def releases(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     try:
         for release in made.values():
             release.ready()
-        for suite in PYTHON:  # the runner as a package of Python's, for what is not started by its command line
+        for suite in PYTHON:  # the runner as a Python package, for code that its command line does not start
             shutil.copytree(RUNNER, made[suite].root / "srv/gamebear_tasks/runner")
             (made[suite].root / "srv/gamebear_tasks/__init__.py").touch()
         yield made
@@ -76,7 +76,7 @@ def builder(*prefix: str) -> RunnerBuilder:
 
 
 class LoginShell:
-    """Starts programs as sshd does: given to the account's own shell."""
+    """Starts programs with the account's login shell, as sshd does."""
 
     is_alive = True
 
@@ -88,11 +88,11 @@ class LoginShell:
         return ProcessChannel([*self.shell, "-c", command])
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
 
 def order(script: Path, *, args: Mapping[str, Json] | None = None, **inputs: Path) -> Order:
-    """Return the order of a script that leaves `x`, from files and a source tree called `tree`."""
+    """Return the order of a script that creates `x` from files and a source tree `tree`."""
 
     def sha256(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -116,7 +116,7 @@ def order(script: Path, *, args: Mapping[str, Json] | None = None, **inputs: Pat
 
 
 def follow(builder: RunnerBuilder, order: Order) -> tuple[Status, str]:
-    """Have a job built; return how it ended, and its log."""
+    """Build a job. Return its final status and its log."""
     status, log = builder.submit(order), b""
     while True:
         status, data = builder.follow(order.job.digest, status.attempt, len(log))
@@ -125,7 +125,7 @@ def follow(builder: RunnerBuilder, order: Order) -> tuple[Status, str]:
             return status, log.decode()
 
 
-# what it does there
+# behaviour on other releases
 
 
 def test_the_runner_is_sent_and_says_where_it_is(release: Debian) -> None:
@@ -200,7 +200,7 @@ def test_a_builder_without_buildah_says_how_to_get_it(release: Debian, tmp_path:
     assert log == "", "the error is shown once"
 
 
-# what it is made of
+# imports
 
 
 def test_every_module_compiles_and_can_be_imported(release: Debian) -> None:
@@ -211,7 +211,7 @@ def test_every_module_compiles_and_can_be_imported(release: Debian) -> None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield the modules that a module imports when it runs, also inside functions, but the runner's own."""
+    """Yield the modules that a module imports at run time, also in functions, without those of the runner."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -278,7 +278,7 @@ def test_the_client_builds_there_with_what_debian_has(trixie: Debian, wheel: Pat
     assert trixie.run("sh", "-c", doit, PYTHONPATH="/srv/project/site") == "-- x\n-- y\n"
 
 
-# how it is started
+# start
 
 
 BANNERS = {

@@ -124,7 +124,7 @@ INVALID: dict[str, list[object]] = {
         ["xterm", 24, 80],
     ],
 }
-"""Values that a field must not have, besides those of another JSON type, by its annotation."""
+"""Invalid values of a field by its annotation, besides those of another JSON type."""
 
 LIMITS: dict[str, list[object]] = {
     "FileName": ["x", "x" * 255, "..."],
@@ -141,7 +141,7 @@ LIMITS: dict[str, list[object]] = {
     "Progress": [["", None], ["queue", 0]],
     "Terminal": [{"term": "", "rows": 0, "columns": 65535}],
 }
-"""Values at the limits of what a field may have, by its annotation."""
+"""Valid values of a field at its limits, by its annotation."""
 
 words = st.text("ab/.\0\x1b\u00e9\ud800", max_size=3)
 

@@ -1,4 +1,4 @@
-"""Files copied into and out of a container's file system, which may be laid out to lead us astray."""
+"""Files copied into and out of a container, whose file system may be hostile."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_mode_and_time_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: 
 
 @pytest.fixture(params=[0o000, 0o077])
 def umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    """An umask that would show."""
+    """An unusual umask."""
     before = os.umask(request.param)
     yield
     os.umask(before)
@@ -157,7 +157,7 @@ def test_all_bits_of_a_folders_mode_are_kept_both_ways(root: Path, rootfs: Rootf
 
 
 def both_ways(rootfs: Rootfs, tree: Path, root: Path, out: Path) -> tuple[Path, Path]:
-    """Copy a folder in, and the copy out; return both copies."""
+    """Copy a folder in, and the copy out. Return both copies."""
     rootfs.copy_in(tree, "/opt/tree")
     rootfs.copy_out("/opt/tree", out)
     return root / "opt" / "tree", out
@@ -180,7 +180,7 @@ def test_hard_links_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Pat
 
 
 def test_hard_links_into_one_folder_by_two_paths(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
-    """The container's /lib is a link to /usr/lib, so that two names of the tree may be one of the container."""
+    """/lib of the container is a link to /usr/lib, so two names of the tree may be one of the container."""
     (root / "usr/lib").mkdir(parents=True)
     (root / "lib").symlink_to("usr/lib")
     tree = tmp_path / "tree"
@@ -231,7 +231,7 @@ def test_attributes_that_are_meant_for_others_are_kept_both_ways(root: Path, roo
     (root / "etc/group").touch()
     (root / "opt/tree").mkdir(parents=True)
     os.chown(root / "opt/tree", -1, 7)
-    (root / "opt/tree").chmod(0o2755)  # so the copy's group has to be changed
+    (root / "opt/tree").chmod(0o2755)  # so the group of the copy must be changed
     for copy in both_ways(rootfs, tree, root, tmp_path / "out"):
         found = {name: os.getxattr(copy / "tool", name) for name in os.listxattr(copy / "tool")}
         assert found == {"user.a": b"", "security.capability": capability}
@@ -277,7 +277,7 @@ def test_holes_stay_holes_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) 
 
 
 def test_files_of_the_kernel_are_copied_to_their_end(root: Path, rootfs: Rootfs) -> None:
-    """Their size says nothing: 0 below /proc, a page below /sys."""
+    """Their size is not meaningful: 0 below /proc, a page below /sys."""
     for path in ("/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled", "/sys/kernel/profiling"):
         if Path(path).exists():
             rootfs.copy_in(Path(path), "/copy")

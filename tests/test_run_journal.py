@@ -1,4 +1,4 @@
-"""The last runs: what they keep of what ran and of what was up to date, and how much of it."""
+"""The run journal: executed and up-to-date tasks, and its limits."""
 
 from __future__ import annotations
 

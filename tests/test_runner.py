@@ -1,4 +1,4 @@
-"""Jobs on a builder: found by name, run once, detached, cleaned up after. On this machine, without a container."""
+"""Jobs on a builder: found by digest, run once, detached, cleaned up. On this machine, without a container."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ print("end")
 
 @pytest.fixture
 def counted(project: Project) -> Project:
-    """A project whose one job counts how often it is built, and then waits for a file called `go`."""
+    """A project with one job that counts its builds, then waits for the file `go`."""
     project.write("dodo.py", DODO)
     write_script(project, f"while not os.path.exists({str(project.folder / 'go')!r}): time.sleep(0.02)")
     return project
@@ -223,7 +223,7 @@ def test_an_output_that_is_missing_is_named(counted: Project) -> None:
 def test_buildah_works_in_the_jobs_scratch_folder_while_a_job_is_cleaned_up_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If it is killed then, the next cleanup removes what it leaves."""
+    """If it is killed then, the next cleanup removes its leftovers."""
     seen = []
 
     def captured(command: list[str], env: dict[str, str]) -> tuple[int, str, str]:
@@ -246,7 +246,7 @@ import os
 with open("x", "wb") as file:
     file.truncate(200 << 30)
 """
-"""Leaves an output of 200 GiB that takes no room, but minutes to hash."""
+"""Creates a sparse output of 200 GiB that takes minutes to hash."""
 
 
 def test_the_time_limit_ends_a_job_whose_output_is_being_hashed(project: Project) -> None:

@@ -1,4 +1,4 @@
-"""The script that the project began with is a legal buildscript, unchanged; here its upstreams are stand-ins."""
+"""The unchanged script of the original blog post is a valid buildscript; here with substitute upstreams."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from upstreams import stand_ins
 pytestmark = pytest.mark.system
 
 POSTS = sorted(ROOT.parent.glob("shared/seed/*.txt"))
-"""The post, where the checkout has it beside itself: it is its author's, and not part of this project."""
+"""The blog post, if it is beside the checkout. It belongs to its author and is not part of this project."""
 
-# The same steps as the post's, in our own words: a tag of our own making, looked up and made; three containers of one
-# image; `__file__`; outputs of one that are another's inputs.
+# The steps of the post, rewritten: a computed tag, looked up and created; three containers of one image; `__file__`;
+# outputs of one container that are inputs of another.
 IN_ITS_MANNER = """\
 #!/usr/bin/env buildahscript-py
 import hashlib
@@ -63,7 +63,7 @@ with Container(image) as container:
     container.copy_out("/gt.tar", here / "gt.tar")
 """
 
-# What the script would install under the tag that it computes takes long; this much of it is enough for the stand-ins.
+# The packages that the script installs under its computed tag take long; these are enough for the substitutes.
 PREPARE = """\
 import hashlib
 
@@ -95,7 +95,7 @@ def task_seed():
 
 @pytest.fixture
 def upstreams(tmp_path: Path) -> Iterator[int]:
-    """Serve the stand-ins by git's own daemon; give its port."""
+    """Serve the substitutes with git daemon. Yield its port."""
     with stand_ins(tmp_path / "srv") as (port, _):
         yield port
 

@@ -1,4 +1,4 @@
-"""Failed jobs whose containers are kept, and shells in them: on this machine as root, over SSH as an ordinary user."""
+"""Retained containers of failed jobs, and shells in them: as root on this machine, rootless over SSH."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Place:
         return run
 
     def has_left(self) -> Path:
-        """Have x fail, unless what it has left then is still kept; return its job's folder."""
+        """Let x fail, unless its containers are still retained. Return the job's folder."""
         self.project.write("x.py", self.script)
         if not self._left.is_file():
             self.fail()
@@ -92,7 +92,7 @@ class Place:
 
     @property
     def containers(self) -> int:
-        """How many containers of the jobs that have failed the builder's image store has."""
+        """Number of containers of failed jobs in the builder's image store."""
         is_ours = self.store == self.project.store
         default = Path("/var/lib") if is_ours else self.store.parents[2] / ".local" / "share"
         tops = (self.store, default / "containers")
@@ -103,7 +103,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the containers, which the builder's account can read."""
+    """The files of the containers that the builder's account can read."""
     tree = tmp_path_factory.mktemp("tree") / "files"
     tiny.fill(tree, PROGRAMS)
     for folder in (tree, *tree.parents):
@@ -119,7 +119,7 @@ def here(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place
     project = Project(folder / "project", home=folder / "home")
     place = Place(project, project.store, tree)
     yield place
-    for mark in place.kept:  # root's containers are in a store that other tests use too
+    for mark in place.kept:  # other tests share the store of root's containers
         os.utime(mark, (1, 1))
     trim(Store(place.store))
     assert place.containers == 0
@@ -134,7 +134,7 @@ def there(tree: Path, server: Sshd, home: Path, account: Account, tmp_path_facto
 
 @pytest.fixture(params=["here", "there"])
 def place(request: pytest.FixtureRequest) -> Place:
-    """Each of them."""
+    """Each of both builders."""
     place: Place = request.getfixturevalue(request.param)
     return place
 
@@ -273,7 +273,7 @@ def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
     with here.project.start("x", "keep_failed=yes") as doit:
         wait_for(lambda: "\nbegun\n" in (here.project.folder / "doit.out").read_text(), 60)
         for number in processes(here.store, "build"):
-            with contextlib.suppress(ProcessLookupError):  # the end of one may have been that of the others
+            with contextlib.suppress(ProcessLookupError):  # the end of one may have ended the others
                 os.kill(number, signal.SIGKILL)
         assert doit.wait() == 1
     here.failed.update(path.name for path in (here.store / "jobs").iterdir())
@@ -290,14 +290,14 @@ def test_an_output_that_is_missing_leaves_the_last_containers(here: Place) -> No
     assert "gamebear shell x" in here.fail().text
     with here.shell("x") as keyboard:
         keyboard.see("from scratch, ran no command")
-        assert keyboard.end() != 0  # there is no program in it, not even a shell
+        assert keyboard.end() != 0  # it contains no program, not even a shell
     here.project.write("x.py", here.script)
 
 
 def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote, tree: Path) -> None:
     place = Place(remote.project, remote.store, tree)
     place.project.write("x.py", f"{place.script}# by way of a proxy\n")
-    seconds = 1000 + os.getpid()  # which nobody else sleeps for
+    seconds = 1000 + os.getpid()  # a duration that no other process uses
     place.fail()
     with place.shell("x") as keyboard:
         keyboard.see(r"[$#] ")
@@ -314,7 +314,7 @@ def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote
 
 
 def is_running(*words: str) -> bool:
-    """Say whether there is a process with this command line, whoever it belongs to."""
+    """Return whether any user has a process with this command line."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (process / "cmdline").read_bytes() == "".join(f"{word}\0" for word in words).encode():

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM and SIGHUP are Ctrl-C, and no process is left of a doit that was killed."""
+"""Signals: SIGTERM and SIGHUP act like Ctrl-C, and a killed doit leaves no process."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def begun(project: Project) -> int:
 
 
 def started(project: Project, mode: tuple[str, ...], *arguments: str) -> subprocess.Popen[bytes]:
-    """Start doit and wait until it runs all that it can."""
+    """Start doit and wait until it runs all jobs."""
     client = project.start(*mode, *arguments)
     wait_for(lambda: begun(project) == (3 if mode else 1))
     return client
 
 
 def clients(project: Project) -> list[int]:
-    """The processes of a project's user that are no job: doit, what it has forked, sessions, git."""
+    """Processes of a project's user except jobs: doit, its forks, sessions, git."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -155,7 +155,7 @@ def test_a_process_that_has_nothing_to_build_ends_with_doit(three: Project, numb
 def test_fifteen_signals_end_it_without_a_traceback(three: Project, mode: tuple[str, ...], pause: float) -> None:
     client = started(three, mode)
     for _ in range(15):
-        for pid in [client.pid, *children(client.pid)] if pause != 0.02 else [client.pid]:  # as a terminal does it
+        for pid in [client.pid, *children(client.pid)] if pause != 0.02 else [client.pid]:  # like a terminal
             try:
                 os.kill(pid, signal.SIGINT)
             except ProcessLookupError:
@@ -241,7 +241,7 @@ def test_the_handlers_of_a_program_that_calls_doit_are_as_before_and_its_own_are
 
 
 def test_the_socket_of_a_killed_live_view_is_removed_by_a_later_one(three: Project) -> None:
-    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # the name of a socket may not be longer
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # the maximum length of a socket's path
     three.environment["TMPDIR"] = str(temporary)
 
     def folders() -> list[Path]:

@@ -80,7 +80,7 @@ class Soak:
 
     Attributes:
         versions: every content that each target may have had.
-        counts: what was done, and what was found wrong.
+        counts: numbers of actions and of errors.
     """
 
     project: Project
@@ -92,7 +92,7 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
 
     def edit(self) -> None:
-        """Change some of what goes into the artifacts; sizes stay the same now and then, and times do."""
+        """Change some inputs of the artifacts, sometimes with the same size and mtime."""
         for name in ("in-a", "in-b", "function"):
             path = self.project.folder / name
             if path.exists() and self.random.random() < 0.5:
@@ -112,7 +112,7 @@ class Soak:
         return (self.project.folder / name).read_bytes()
 
     def round(self) -> None:
-        """Start doit, kill something, see what is there; then run it to its end."""
+        """Start doit, inject a kill, check the state; then run doit to its end."""
         self.edit()
         if self.random.random() < 0.2:
             self.project.doit("clean").ok()
@@ -129,7 +129,7 @@ class Soak:
             doit.kill()
             doit.wait()
         said = (self.project.folder / "doit.out").read_text(errors="replace")
-        if "gamebear_tasks" in said and OUR_FRAMES.search(said):  # before that, Ctrl-C has Python's own traceback
+        if "gamebear_tasks" in said and OUR_FRAMES.search(said):  # before that, Ctrl-C causes Python's own traceback
             self.wrong.append(f"{what}: {said}")
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not self._clients(), 20)
@@ -161,7 +161,7 @@ class Soak:
             self.wrong.append(f"{what}: left behind: {error}")
 
     def _inject(self, fault: str, doit: subprocess.Popen[bytes]) -> int:
-        """Inject a fault; return how many processes it hit."""
+        """Inject a fault. Return the number of affected processes."""
         signals = {"client": signal.SIGKILL, "term": signal.SIGTERM, "hup": signal.SIGHUP, "int": signal.SIGINT}
         if fault in signals:
             if doit.poll() is not None:

@@ -1,4 +1,4 @@
-"""`__sources__`: what a program sees of its sources besides their files, and that its job's digest covers it."""
+"""`__sources__`: the metadata of sources for programs, which the job's digest covers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATE = "2020-09-13T12:26:40Z"
 
 @pytest.fixture
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose builder's store is that of the other quick tests."""
+    """A project that shares its builder's store with other fast tests."""
     return Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
 
 
@@ -42,7 +42,7 @@ TELL = "import json\nopen('x', 'w').write(json.dumps(__sources__))\n"
 
 @pytest.mark.parametrize("kind", ["script", "module", "function", "module of a function"])
 def test_a_program_sees_the_metadata_of_its_sources(upstream: Path, project: Project, kind: str) -> None:
-    """Whichever part of it looks."""
+    """In each part of a program."""
     call_git(upstream, "tag", "v1.2")
     head = call_git(upstream, "rev-parse", "HEAD")
     project.write("told.py", f"def tell():\n    {'; '.join(TELL.splitlines())}\n")
@@ -99,7 +99,7 @@ def test_each_kind_of_source_has_its_metadata() -> None:
 
 @pytest.fixture
 def digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """The digest of a job whose program is a text, with one source."""
+    """Return the digest of a job with a program text and one source."""
     monkeypatch.chdir(tmp_path)
 
     def of(text: str, url: str = "https://git.example/x", tag: str = "", module: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Sources: what their trees look like, what pins them, what is said when they cannot be had."""
+"""Sources: their trees, pins and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOTHING_LOCKED = Lock()
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A web server: its folder and its URL. What is called `cut` ends half-way."""
+    """A web server: its folder and URL. The file `cut` ends halfway."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *arguments: object) -> None:
@@ -69,7 +69,7 @@ def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def contents(path: Path) -> dict[str, bytes | str | None]:
-    """Return what is in a tar file: bytes of files, targets of links, None for folders."""
+    """Return the members of a tar file: bytes of files, targets of links, None for folders."""
     with tarfile.open(path) as tar:
         return {
             member.name: member.linkname
@@ -82,7 +82,7 @@ def contents(path: Path) -> dict[str, bytes | str | None]:
 
 
 def left_over(cache: Path) -> list[str]:
-    """Return what is in a cache besides tar files, lock files and what is kept for git and apt."""
+    """Return the entries of a cache besides tar files, lock files and the caches of git and apt."""
     return [
         path.name
         for path in cache.iterdir()
@@ -94,12 +94,12 @@ def left_over(cache: Path) -> list[str]:
 
 
 def make_file(path: str, content: bytes, executable: bool = False) -> deterministic_tar.File:
-    """Make an entry of a tree."""
+    """Create an entry of a tree."""
     return deterministic_tar.File(path, len(content), executable, lambda: contextlib.nullcontext(io.BytesIO(content)))
 
 
 def test_a_tree_has_the_same_bytes_on_every_machine_and_python() -> None:
-    """The hash was taken once; runs on other Pythons must come to it."""
+    """The recorded hash applies to every Python."""
     out = io.BytesIO()
     entries: list[deterministic_tar.Entry] = [
         make_file("z", b"last"),
@@ -116,7 +116,7 @@ def test_a_tree_has_the_same_bytes_on_every_machine_and_python() -> None:
 
 
 def test_a_tree_names_no_owner_and_one_time() -> None:
-    """Nothing of the machine it was made on shows."""
+    """It does not depend on the machine."""
     out = io.BytesIO()
     deterministic_tar.write(out, [make_file("bin/run", b"#!", executable=True), make_file("README", b"")], 12345)
     with tarfile.open(fileobj=io.BytesIO(out.getvalue())) as tar:
@@ -130,7 +130,7 @@ def test_a_tree_names_no_owner_and_one_time() -> None:
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a/./b", "nul\0"])
 def test_a_tree_refuses_names_that_lead_elsewhere(path: str) -> None:
-    """Such a tar file must not even come to be."""
+    """No such tar file is created."""
     with pytest.raises(deterministic_tar.TreeError, match="unsafe name"):
         deterministic_tar.write(io.BytesIO(), [make_file(path, b"")], 0)
 
@@ -145,7 +145,7 @@ def test_a_tree_refuses_to_write_through_a_link() -> None:
 
 
 def test_a_commit_becomes_its_files_without_git(upstream: Path, cache: Path) -> None:
-    """As `git clone` has them: export-ignore and export-subst do not matter, eol, modes and links do."""
+    """As in `git clone`: export-ignore and export-subst are ignored; eol, modes and links apply."""
     path = git(str(upstream), call_git(upstream, "rev-parse", "HEAD")).fetch(cache, NOTHING_LOCKED)
     found = contents(path)
     assert found.pop(".gitattributes")
@@ -163,7 +163,7 @@ def test_a_commit_becomes_its_files_without_git(upstream: Path, cache: Path) -> 
 
 
 def test_the_users_configuration_does_not_change_the_files(upstream: Path, tmp_path: Path, git_settings: Path) -> None:
-    """Neither line ends nor filters nor hooks nor templates nor an exported GIT_DIR."""
+    """Line endings, filters, hooks, templates and GIT_DIR of the user are ignored."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     plain = source.fetch(tmp_path / "one", NOTHING_LOCKED).read_bytes()
     with git_settings.open("a") as settings:
@@ -182,7 +182,7 @@ def test_the_users_configuration_does_not_change_the_files(upstream: Path, tmp_p
 def test_what_is_cached_needs_neither_network_nor_programs(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second time."""
+    """After the first fetch."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     first = source.fetch(cache, NOTHING_LOCKED)
     shutil.rmtree(upstream)
@@ -192,7 +192,7 @@ def test_what_is_cached_needs_neither_network_nor_programs(
 
 
 def test_the_identities_of_2000_sources_are_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No program, no network, next to no time."""
+    """They need no program and no network, and are fast."""
     no_programs(monkeypatch)
     lock = Lock(
         {"https://git.example/x main": GitEntry("a" * 40)}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})}
@@ -207,7 +207,7 @@ def test_the_identities_of_2000_sources_are_cheap(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_identity_says_what_and_never_where() -> None:
-    """The same content has the same identity, wherever it is from."""
+    """The same content from different locations has the same identity."""
     lock = Lock(
         {"https://git.example/x main": GitEntry("a" * 40)}, {"hello/sid": DebianEntry("1-1", {"h.dsc": "b" * 64})}
     )
@@ -219,7 +219,7 @@ def test_an_identity_says_what_and_never_where() -> None:
 
 
 def test_only_the_commit_is_fetched_not_its_history(upstream: Path, cache: Path, daemon: Callable[[str], str]) -> None:
-    """An old commit of a server that gives what is asked for, through the user's insteadOf."""
+    """An old commit of a server that permits fetches by hash, through the user's insteadOf."""
     wanted = call_git(upstream, "rev-parse", "HEAD~0")
     for number in range(3):
         (upstream / "new").write_text(str(number))
@@ -295,7 +295,7 @@ def refusing() -> Iterator[str]:
 def test_the_fix_for_a_repository_that_cannot_be_queried(
     cause: str, method: str, cache: Path, daemon: Callable[[str], str], other_words: None
 ) -> None:
-    """git's status does not tell the causes apart; the hint applies to each, and its command shows the cause."""
+    """git's exit status does not distinguish the causes. The hint applies to each, and its command shows the cause."""
     with refusing() as url:
         if cause != "refused login":
             url = f"git://127.0.0.1:{free_port()}/x" if cause == "unreachable host" else daemon("unknown")
@@ -321,7 +321,7 @@ def test_the_fix_for_a_commit_that_does_not_exist(
 def test_the_fix_for_a_full_disk(
     is_full_before: bool, upstream: Path, tmp_path: Path, daemon: Callable[[str], str], other_words: None
 ) -> None:
-    """A disk that is full from the beginning, and one that git fills."""
+    """A disk that is full initially, and one that git fills."""
     (upstream / "big").write_bytes(os.urandom(20 << 20))
     head = commit(upstream)
     cache = tmp_path / "cache"
@@ -342,7 +342,7 @@ def test_the_fix_for_a_full_disk(
 
 @pytest.mark.system
 def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
-    """Git's own words, what to do, and the alternative."""
+    """The error has git's message, the fix and the alternative."""
     port = free_port()
     source = choose(either(git=git(f"git://127.0.0.1:{port}/x", "2" * 40), debian=debian("hello")), None)
     assert isinstance(source, FetchedSource)
@@ -361,7 +361,7 @@ def test_without_git_it_is_said_how_to_get_it(cache: Path, monkeypatch: pytest.M
 
 
 def test_a_branch_without_an_entry_in_the_lock_file() -> None:
-    """No guess is made."""
+    """No default is assumed."""
     with pytest.raises(SourceError) as caught:
         git("https://git.example/x", "main").identity(NOTHING_LOCKED)
     assert caught.value.message.startswith("git source https://git.example/x main is not pinned")
@@ -379,13 +379,13 @@ def test_a_branch_without_an_entry_in_the_lock_file() -> None:
     ],
 )
 def test_a_user_name_for_ssh_is_no_secret(url: str) -> None:
-    """Nor is an @ in a path."""
+    """Also an @ in a path is not a secret."""
     assert git(url, "main").url == url
 
 
 @pytest.fixture
 def nested(upstream: Path) -> Path:
-    """A repository with a submodule by relative URL, which has one itself."""
+    """A repository with a submodule by relative URL, which has a submodule too."""
     srv = upstream.parent
     for name, module in (("middle", "upstream"), ("outer", "middle")):
         (srv / name).mkdir()
@@ -408,7 +408,7 @@ def test_submodules_come_with_theirs(nested: Path, cache: Path, daemon: Callable
 
 
 def test_submodules_can_be_left_out(nested: Path, cache: Path) -> None:
-    """Their folder is there, as git leaves it."""
+    """Their folder exists, as in git."""
     source = git(str(nested), call_git(nested, "rev-parse", "HEAD"), submodules=False)
     found = contents(source.fetch(cache, NOTHING_LOCKED))
     assert [name for name in found if name.startswith("lib")] == ["lib", "lib/middle"]
@@ -418,7 +418,7 @@ def test_submodules_can_be_left_out(nested: Path, cache: Path) -> None:
 def test_a_submodule_cannot_name_a_command_or_our_own_files(
     nested: Path, cache: Path, daemon: Callable[[str], str], url: str
 ) -> None:
-    """What upstream writes in .gitmodules is not the user's wish."""
+    """The .gitmodules of an upstream is untrusted."""
     call_git(nested, "config", "--file", ".gitmodules", "submodule.a b.url", url)
     rev = commit(nested)
     with pytest.raises(SourceError) as caught:
@@ -492,7 +492,7 @@ def test_a_damaged_tree_in_the_cache_is_fetched_again(upstream: Path, cache: Pat
 
 
 def test_a_damaged_repository_in_the_cache_is_fetched_anew(upstream: Path, cache: Path) -> None:
-    """An object is gone."""
+    """An object is missing."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     path = source.fetch(cache, NOTHING_LOCKED)
     before = path.read_bytes()
@@ -514,7 +514,7 @@ def test_a_damaged_repository_in_the_cache_is_fetched_anew(upstream: Path, cache
 
 
 def tar_bytes(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
-    """Make a plain tar file of what is given, in that order."""
+    """Create a plain tar file of members in their order."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for info, content in members:
@@ -524,7 +524,7 @@ def tar_bytes(members: list[tuple[tarfile.TarInfo, bytes]]) -> bytes:
 
 
 def member(name: str, content: bytes = b"", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
-    """Make a member of a tar file."""
+    """Create a member of a tar file."""
     info = tarfile.TarInfo(name)
     info.mtime = COMMIT_TIME
     for field, value in fields.items():
@@ -542,7 +542,7 @@ RELEASE = [
 
 
 def packed(form: str, members: list[tuple[tarfile.TarInfo, bytes]] | None = None) -> bytes:
-    """Pack a release in one of the forms that are understood."""
+    """Pack a release in one of the supported formats."""
     plain = tar_bytes(members or RELEASE)
     if form == "zip":
         out = io.BytesIO()
@@ -559,7 +559,7 @@ def packed(form: str, members: list[tuple[tarfile.TarInfo, bytes]] | None = None
 
 
 def put(web: Path, data: bytes, name: str = "release") -> str:
-    """Put a file on the web; return its SHA-256."""
+    """Add a file to the web server. Return its SHA-256."""
     (web / name).write_bytes(data)
     return hashlib.sha256(data).hexdigest()
 
@@ -583,7 +583,7 @@ def test_an_archive_becomes_the_same_tree_in_whatever_form(form: str, web: tuple
 
 
 def test_an_archive_with_another_hash_is_refused(web: tuple[Path, str], cache: Path) -> None:
-    """Both hashes are shown and nothing is kept."""
+    """The error shows both hashes, and nothing is cached."""
     folder, url = web
     actual = put(folder, packed("gz"))
     with pytest.raises(SourceError) as caught:
@@ -619,7 +619,7 @@ def test_an_archive_that_would_write_elsewhere_is_refused(
 
 
 def test_an_archive_without_a_top_folder_says_strip_0(web: tuple[Path, str], cache: Path) -> None:
-    """Nothing is left out silently."""
+    """No file is omitted silently."""
     folder, url = web
     digest = put(folder, packed("gz", [member("README", b"x"), member("src/a.c", b"a")]))
     with pytest.raises(SourceError, match=r"it has no single folder at level 1 but README, src; use strip=0"):
@@ -636,7 +636,7 @@ def test_an_archive_without_a_top_folder_says_strip_0(web: tuple[Path, str], cac
     ],
 )
 def test_an_archive_that_cannot_be_downloaded(name: str, reason: str, web: tuple[Path, str], cache: Path) -> None:
-    """The server's words, or how far it came."""
+    """The error has the server's message, or the received number of bytes."""
     with pytest.raises(SourceError) as caught:
         archive(f"{web[1]}/{name}", "0" * 64).fetch(cache, NOTHING_LOCKED)
     assert caught.value.message == f"archive source {web[1]}/{name} cannot be downloaded: {reason}."
@@ -644,7 +644,7 @@ def test_an_archive_that_cannot_be_downloaded(name: str, reason: str, web: tuple
 
 
 def test_an_archive_from_a_server_that_is_down(cache: Path) -> None:
-    """One paragraph."""
+    """Without a traceback."""
     with pytest.raises(SourceError, match=r"cannot be downloaded: .*Connection refused\.\n→ .*network"):
         archive(f"http://127.0.0.1:{free_port()}/x", "0" * 64).fetch(cache, NOTHING_LOCKED)
 
@@ -652,7 +652,7 @@ def test_an_archive_from_a_server_that_is_down(cache: Path) -> None:
 def test_archives_come_through_the_users_proxy(
     web: tuple[Path, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the environment says."""
+    """From the environment."""
     folder, url = web
     monkeypatch.setenv("http_proxy", url)
     monkeypatch.delenv("no_proxy", raising=False)
@@ -663,14 +663,14 @@ def test_archives_come_through_the_users_proxy(
 
 @pytest.mark.parametrize("data", [b"<html>Please log in</html>", packed("gz")[:100], packed("zip")[:200], b""])
 def test_what_is_no_archive_is_refused(data: bytes, tmp_path: Path, cache: Path) -> None:
-    """Though its hash is right."""
+    """Although its hash matches."""
     digest = put(tmp_path, data)
     with pytest.raises(SourceError, match=r"cannot be unpacked: .*\n→ Use a tar file"):
         archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
 
 
 def test_a_damaged_bzip2_archive_is_not_taken_for_a_full_disk(tmp_path: Path, cache: Path) -> None:
-    """Python says OSError of both."""
+    """Python raises OSError for both."""
     data = bytearray(bz2.compress(os.urandom(300_000)))
     data[5000:5100] = bytes(100)
     digest = put(tmp_path, bytes(data))
@@ -704,7 +704,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, web: tuple[Path
 def test_a_debian_source_package_is_unpacked_with_its_patches(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real one; from the second time on without any program."""
+    """A real package; after the first time without any program."""
     cache, lock, own = apt_cache
     monkeypatch.setenv("APT_CONFIG", str(own))
     path = debian("umtp-responder").fetch(cache, lock)
@@ -723,7 +723,7 @@ def test_a_debian_source_package_is_unpacked_with_its_patches(
 def test_a_debian_file_with_another_hash_is_refused(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though apt found its signature good."""
+    """Although apt accepted its signature."""
     cache, lock, own = apt_cache
     monkeypatch.setenv("APT_CONFIG", str(own))
     entry = lock.debian["umtp-responder"]
@@ -765,7 +765,7 @@ def test_a_cache_that_is_a_file_cannot_be_used(system: None, cache: Path) -> Non
 
 
 def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Debian no longer has must come from elsewhere."""
+    """The error names other places that may have it."""
     cache, _, own = apt_cache
     monkeypatch.setenv("APT_CONFIG", str(own))
     lock = Lock({}, {"umtp-responder": DebianEntry("0.1-1", {"x.dsc": "0" * 64})})
@@ -778,7 +778,7 @@ def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monke
 def test_a_package_or_suite_that_debian_does_not_have(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What there is, is said."""
+    """The error lists the available ones."""
     cache, _, own = apt_cache
     monkeypatch.setenv("APT_CONFIG", str(own))
     with pytest.raises(SourceError, match="no apt source of this machine has such a source package"):
@@ -793,14 +793,14 @@ def test_a_package_or_suite_that_debian_does_not_have(
 
 @pytest.mark.system
 def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would wait for ever."""
+    """apt would wait forever."""
     monkeypatch.setattr("gamebear_tasks.sources.debian.SPACE", 1 << 60)
     with pytest.raises(SourceError, match=r"needs \d+ MiB .*\n→ Make room in"):
         debian("hello").resolve(cache)
 
 
 def test_without_apt_there_are_other_sources(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Mac, or Fedora."""
+    """As on macOS or Fedora."""
     no_programs(monkeypatch)
     lock = Lock({}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})})
     with pytest.raises(SourceError) as caught:
@@ -827,7 +827,7 @@ def test_lists_that_apt_could_not_download_whole_are_downloaded_again(
 
 
 def test_lines_of_sources_list_become_deb_src() -> None:
-    """Options for architectures go, keys stay, each line once, no CD-ROMs."""
+    """Architecture options are removed, keys retained, lines unique, CD-ROMs ignored."""
     text = """\
 # deb http://no.example/debian sid main
 deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib # why
@@ -846,7 +846,7 @@ deb http://mirror.example/flat ./
 
 
 def test_stanzas_of_deb822_sources_become_deb_src() -> None:
-    """A key in the text stays as it is; what is switched off stays off."""
+    """An inline key is unchanged; disabled sources remain disabled."""
     text = """\
 Types: deb
 # why
@@ -875,7 +875,7 @@ Components: main
 
 
 def test_one_version_with_two_contents_is_refused() -> None:
-    """Two archives that differ: which is meant must be said."""
+    """If two archives differ, the suite must be specified."""
     stanza = "Package: x\nVersion: 1-1\nChecksums-Sha256:\n {} 10 x_1-1.dsc\n"
     assert entries(stanza.format("a" * 64) + "\n" + stanza.format("a" * 64), "x") == {
         "1-1": DebianEntry("1-1", {"x_1-1.dsc": "a" * 64})
@@ -888,7 +888,7 @@ def test_one_version_with_two_contents_is_refused() -> None:
 
 
 def test_the_setting_chooses_between_alternatives() -> None:
-    """The first is taken where the setting says nothing, or nothing about this one."""
+    """The first is the default, also if the setting has no matching name."""
     declared = either(git=git("https://git.example/x", "main"), debian=debian("hello"))
     assert choose(declared, None) == git("https://git.example/x", "main")
     assert choose(declared, "debian") == debian("hello")

@@ -1,4 +1,4 @@
-"""Apt's sources are read as apt reads them: the same addresses come of a text here and of apt itself."""
+"""Parser of apt's sources: it yields the same addresses as apt itself."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ TEXTS = [
 
 
 def of_apt(text: str, suffix: str, folder: Path) -> set[tuple[str, ...]]:
-    """Return the addresses of what apt would download for a file of sources."""
+    """Return the addresses that apt would download for a sources file."""
     parts = folder / "parts"
     for made in (parts, folder / "lists/partial"):
         made.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""SSH connections, tried against a real sshd."""
+"""SSH connections to a real sshd."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Serve = Callable[..., Sshd]
 
 @pytest.fixture(params=["accelerated", "public"])
 def paramiko_api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Use paramiko's internals, or its public API only, whatever its version."""
+    """Use paramiko's internals, or only its public API, regardless of its version."""
     versions = ((0,), (999,)) if request.param == "accelerated" else ((999,), (999,))
     monkeypatch.setattr(transport, "TESTED", versions)
     return str(request.param)
 
 
 accelerated_only = pytest.mark.parametrize("paramiko_api", ["accelerated"], indirect=True)
-"""Promises that paramiko's public API cannot keep."""
+"""Guarantees that paramiko's public API cannot provide."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def server(serve: Serve) -> Sshd:
 
 @pytest.fixture
 def home(tmp_path: Path, server: Sshd, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Come from a home folder whose key `server` lets in and which knows its host key."""
+    """Use a home folder with a key that `server` accepts, and with its host key."""
     return come_from(client_home(tmp_path, server), monkeypatch)
 
 
@@ -372,7 +372,7 @@ def test_a_program_that_was_asked_for_with_the_log_in_is_not_taken_for_another(
 def test_a_server_that_takes_it_ill_to_be_asked_ahead_is_connected_to_again_without(
     server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paramiko_internals, "FIRST_SESSION", 7)  # sshd hangs up on what it has not given
+    monkeypatch.setattr(paramiko_internals, "FIRST_SESSION", 7)  # sshd disconnects on unknown channels
     builder = registry.open_builder(server.url)
     try:
         assert builder.describe()["python"]
@@ -427,7 +427,7 @@ def test_32_threads_share_one_connection(server: Sshd, home: Path, connect: Conn
 
 @contextlib.contextmanager
 def agent(*keys: Path) -> Iterator[str]:
-    """Run an ssh-agent that holds keys; gives its socket."""
+    """Run an ssh-agent with keys. Yield its socket."""
     folder = keys[0].parent
     path = folder / "agent"
     process = subprocess.Popen(["ssh-agent", "-D", "-a", str(path)], stdout=subprocess.DEVNULL)
@@ -509,7 +509,7 @@ def certify(authority: Path, key: Path, principal: str, *options: str) -> Path:
 
 
 def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
-    """Let a person sit there who gives these answers; returns what is asked."""
+    """Simulate a user at a terminal who enters these answers. Return the prompts."""
     from gamebear_tasks.builders.transports.ssh import authentication
 
     asked: list[str] = []
@@ -545,7 +545,7 @@ ALGORITHMS = {
 
 
 def new_pkcs8_key(path: Path, kind: str, passphrase: str = "") -> Path:
-    """Make a key with OpenSSL, in PKCS #8, and its public half as OpenSSH has it."""
+    """Create a key in PKCS #8 with OpenSSL, and its public key in OpenSSH's format."""
     encryption = ["-aes-256-cbc", "-pass", f"pass:{passphrase}"] if passphrase else []
     command = ["openssl", "genpkey", "-algorithm", *ALGORITHMS[kind], *encryption, "-out", str(path)]
     subprocess.run(command, check=True, capture_output=True)
@@ -709,7 +709,7 @@ def test_a_server_with_several_host_keys_shows_the_one_that_is_known(
 
 @pytest.fixture
 def certified(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sshd]:
-    """Start an sshd that shows a host certificate, whose authority alone is known."""
+    """Start an sshd with a host certificate. Only its authority is known."""
 
     def start(principal: str, *options: str, kind: str = "ed25519", authority: str = "ecdsa") -> Sshd:
         key = new_key(tmp_path / "authority", authority)
@@ -764,7 +764,7 @@ def test_names_in_known_hosts_match_as_sshd_says(hosts: str, name: str, expected
     assert known_hosts.matches(hosts, name) is expected
 
 
-# on the way
+# jump hosts and proxies
 
 
 def test_a_builder_behind_a_jump_host_is_reached_and_both_host_keys_are_checked(
@@ -887,7 +887,7 @@ def sockets() -> int:
     """Return the number of this process's sockets."""
     count = 0
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the folder's own descriptor is closed by now
+        with contextlib.suppress(OSError):  # the descriptor of the folder itself is already closed
             count += os.readlink(entry).startswith("socket:")
     return count
 
@@ -990,7 +990,7 @@ def rekey_after(connection: SSHConnection, size: int) -> None:
 
 
 def there_and_back(connection: SSHConnection, size: int) -> None:
-    """Send `size` bytes through a program that sends them back, and compare."""
+    """Send `size` bytes to a program that returns them, and compare."""
     block = os.urandom(MIB)
     channel = connection.start("cat")
 

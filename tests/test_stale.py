@@ -1,4 +1,4 @@
-"""What is up to date and what is not: the content that was built decides, and never a file's mtime alone."""
+"""Up-to-date checks: the built content decides, never the mtime alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAME_TIME = 1_600_000_000
 
 @pytest.fixture
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project that has not been built; its builder's store is that of the other ones here."""
+    """A project that was not built. It shares its builder's store with the others in this module."""
     project = Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
     project.write("dodo.py", DODO)
     project.write("x.py", COPY)
@@ -46,14 +46,14 @@ def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
 
 
 def write(project: Project, name: str, text: str) -> Path:
-    """Write a file as `cp -p`, `rsync -a` and a reproducible tar do: its mtime is what it was before."""
+    """Write a file with an unchanged mtime, as `cp -p`, `rsync -a` and reproducible tars do."""
     path = project.write(name, text)
     os.utime(path, (SAME_TIME, SAME_TIME))
     return path
 
 
 def add_actions(project: Project, *actions: str, before: bool = False) -> None:
-    """Have the artifact's task run more commands, after the build or before it."""
+    """Add commands to the artifact's task, after or before the build."""
     edited = f"{list(actions)!r} + task['actions']" if before else f"task['actions'] + {list(actions)!r}"
     text = DODO.replace("return artifact", "task = artifact")
     project.write("dodo.py", f"{text}    return {{**task, 'actions': {edited}}}\n")
@@ -64,7 +64,7 @@ def target(project: Project) -> str:
 
 
 def settle() -> None:
-    """Let so much time pass that files are cached."""
+    """Wait until files are old enough to be cached."""
     time.sleep(2 * file_hashes.SETTLED)
 
 
@@ -140,7 +140,7 @@ def test_a_retargeted_script_link_is_built_with_the_modules_beside_its_target(pr
     assert target(project) == "1two"
 
 
-# what was built, and not what is there at the task's end
+# built inputs, and not those at the end of the task
 
 
 @pytest.mark.system
@@ -200,7 +200,7 @@ def test_an_input_that_an_earlier_action_makes_is_what_was_built(project: Projec
 
 @pytest.mark.system
 def test_an_action_of_an_author_in_place_of_the_build_builds_nothing(project: Project) -> None:
-    """Nothing was built from the inputs then, so no later run takes the target for it."""
+    """Nothing was built from the inputs, so later runs do not accept the target."""
     text = DODO.replace("return artifact", "task = artifact")
     project.write("dodo.py", f"{text}    return {{**task, 'actions': ['mkdir -p build && touch build/x']}}\n")
     project.doit().ok()
@@ -222,7 +222,7 @@ def test_an_input_is_looked_at_although_the_author_took_it_out_of_file_dep(proje
 
 @pytest.mark.system
 def test_a_script_and_a_module_that_a_task_of_the_same_run_makes_are_what_is_built(project: Project) -> None:
-    """The modules that were found when dodo.py was loaded are those of the script before."""
+    """The modules found when dodo.py was loaded are those of the old script."""
     make = 'echo \'import more; open("x", "w").write(more.TEXT)\' > x.py; echo \'TEXT = "late"\' > more.py'
     project.write("dodo.py", DODO + f"\ndef task_make():\n    return {{'actions': [{make!r}], 'targets': ['x.py']}}\n")
     project.write("x.py", "open('x', 'w').write('early')")
@@ -232,7 +232,7 @@ def test_a_script_and_a_module_that_a_task_of_the_same_run_makes_are_what_is_bui
 
 @pytest.mark.system
 def test_a_module_that_appears_in_the_same_run_is_built(project: Project) -> None:
-    """The script is as it was; what it imports is not."""
+    """The script is unchanged; its import is new."""
     project.write(
         "x.py",
         "try:\n    from extra import TEXT\nexcept ImportError:\n    TEXT = 'none'\nopen('x', 'w').write(TEXT)\n",
@@ -255,7 +255,7 @@ def test_a_module_that_appears_in_the_same_run_is_built(project: Project) -> Non
 
 @pytest.mark.system
 def test_what_a_killed_run_has_placed_is_not_taken_for_what_was_built_before(project: Project) -> None:
-    """doit is killed between the build and the task's end, and the input is what it was before."""
+    """doit is killed between the build and the end of the task, and the input is restored."""
     add_actions(project, "test ! -e kill || kill -9 $PPID")
     project.doit().ok()
     write(project, "in", "2")
@@ -349,7 +349,7 @@ def test_without_its_caches_a_project_is_up_to_date_all_the_same(project: Projec
 
 @pytest.mark.system
 def test_a_target_that_another_program_changed_is_left_as_doit_leaves_it(project: Project) -> None:
-    """A card's image that was booted, say, or a program that was stripped."""
+    """For example, a booted card image or a stripped program."""
     project.doit().ok()
     project.write("build/x", "mine")
     assert project.doit().ok().ran == []
@@ -451,7 +451,7 @@ def test_a_target_whose_path_is_written_in_several_ways_has_one_mark(
 
 @pytest.fixture
 def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which files are read to be hashed, in a folder without a cache."""
+    """Files that are read for hashing, in a folder without a cache."""
     monkeypatch.chdir(tmp_path)
     found: list[str] = []
     real = atomic_files.sha256
@@ -466,7 +466,7 @@ def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.system
 def test_hashes_are_cached_from_one_doit_to_the_next(project: Project) -> None:
-    """A wrong hash of an unchanged file shows that the cache is believed; one of another version is not."""
+    """A wrong hash of an unchanged file shows that the cache is used; a cache of another version is not."""
     project.doit().ok()
     settle()
     project.doit().ok()
@@ -518,7 +518,7 @@ def test_a_file_that_has_just_changed_is_not_cached(reads: list[str]) -> None:
 
 
 def test_times_of_whole_seconds_are_not_trusted() -> None:
-    """A file system that has no finer ones does not show a second write within a second."""
+    """A file system without finer timestamps hides a second write within a second."""
     about = os.stat("/")
     coarse = os.stat_result([*about[:10]], {"st_ctime": 1e9, "st_ctime_ns": 10**18})
     fine = os.stat_result([*about[:10]], {"st_ctime": 1e9, "st_ctime_ns": 10**18 + 1})
@@ -552,5 +552,5 @@ def test_settings_and_pins_are_read_again_although_size_and_mtime_are_as_before(
 
 
 def test_doit_saves_the_state_under_our_name() -> None:
-    """It is in databases: another name would build everything again."""
+    """Databases contain it: another name would rebuild everything."""
     assert SAVED == "gamebear"

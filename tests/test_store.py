@@ -46,7 +46,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def job(store: Store) -> StoredJob:
-    """A job that was submitted and has no state yet."""
+    """A submitted job without a state."""
     job = store.job("ab" * 32)
     job.folder.mkdir()
     return job
@@ -60,7 +60,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> float:
 
 @pytest.fixture
 def running(job: StoredJob) -> Iterator[StoredJob]:
-    """A job whose supervisor lives."""
+    """A job with a living supervisor."""
     job.write_state({"state": "running", "attempt": "a1"})
     with job.lock():
         yield job

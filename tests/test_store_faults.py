@@ -1,6 +1,6 @@
-"""A store that breaks: reboots, full disks, damage, clocks that jump, logs without end. On this machine.
+"""Faults of the store: reboots, full disks, damage, clock changes, endless logs. On this machine.
 
-The jobs are scripts without a container, but where it is about one, so that a fault costs a run of doit and no more.
+Most jobs are scripts without a container, to save time.
 """
 
 from __future__ import annotations
@@ -74,23 +74,23 @@ def counted(self, command):
 
 local.ProcessConnection.start = counted
 """
-"""Has a client take a builder for dead that says nothing for 2.5 seconds, and counts its sessions."""
+"""Reduces a client's timeout for silent builders to 2.5 seconds, and counts its sessions."""
 
 WAIT = 'while not os.path.exists(HERE + "/go"): time.sleep(0.02)'
-"""Waits for a file called `go` in the project's folder."""
+"""Waits for the file `go` in the project's folder."""
 
 MIB = 1 << 20
 
 
 class Job:
-    """A project with one job, which counts how often it is built.
+    """A project with one job that counts its builds.
 
     Args:
-        folder: the project's.
-        home: whose store it is built in.
-        body: what the script does before it leaves its output.
-        inputs: files by their names.
-        environment: more variables.
+        folder: folder of the project.
+        home: home folder that contains the store.
+        body: code that the script runs before it creates its output.
+        inputs: files by name.
+        environment: additional environment variables.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Job:
 
     @property
     def said(self) -> str:
-        """What a doit that was started has said so far."""
+        """Output of a started doit so far."""
         return (self.folder / "doit.out").read_text()
 
     @property
@@ -136,7 +136,7 @@ class Job:
         self.project.write("go", "")
 
     def started(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start doit, and return it when the job is being built."""
+        """Start doit. Return it when the build has started."""
         before = self.builds
         client = self.project.start(*arguments)
         wait_for(lambda: self.builds > before or client.poll() is not None)
@@ -144,7 +144,7 @@ class Job:
         return client
 
     def supervisors(self) -> list[int]:
-        """Return the supervisors of the store that live."""
+        """Return the living supervisors of the store."""
         return [
             pid
             for pid, words in processes()
@@ -152,7 +152,7 @@ class Job:
         ]
 
     def abandon(self) -> None:
-        """Leave the job as a power cut would: the client, the supervisor and the build are gone at once."""
+        """Simulate a power cut: kill the client, the supervisor and the build at once."""
         client = self.started()
         client.kill()
         client.wait()
@@ -168,14 +168,14 @@ class Job:
         ]
 
     def ok(self, *arguments: str) -> Run:
-        """Run doit, which ends well with the right artifact and leaves nothing behind."""
+        """Run doit. Assert success, the correct artifact, and no leftovers."""
         run = self.project.doit(*arguments).ok()
         assert (self.folder / "build" / "x").read_text() == "the artifact"
         self.assert_nothing_is_left()
         return run
 
     def failed(self, *words: str, arguments: tuple[str, ...] = ()) -> Run:
-        """Run doit, which fails, says some things, and leaves neither a target nor anything half-done behind."""
+        """Run doit. Assert failure with some texts, no target, and no leftovers."""
         run = self.project.doit(*arguments).failed(*words)
         assert not (self.folder / "build" / "x").exists()
         self.assert_nothing_is_left()
@@ -202,12 +202,12 @@ class Job:
 
 
 def known_facts(store: Store) -> capabilities.Facts:
-    """Return what the builder has found out about itself; our own environment would give something else."""
+    """Return the builder's cached probe results; those for our own environment differ."""
     return capabilities.from_json(json.loads((store.root / "facts.json").read_bytes())["facts"])
 
 
 def processes() -> Iterator[tuple[int, list[bytes]]]:
-    """Give every process and the words of its command line."""
+    """Yield every process with its command line."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             yield int(entry.name), (entry / "cmdline").read_bytes().split(b"\0")
@@ -215,13 +215,13 @@ def processes() -> Iterator[tuple[int, list[bytes]]]:
 
 @pytest.fixture(scope="module")
 def home(system: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One person's home, so that what the builder can do is found out once."""
+    """A shared home folder, so that the builder is probed once."""
     return tmp_path_factory.mktemp("home")
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """Give a file system of so many bytes."""
+    """Yield a file system of the specified size in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0755", "tmpfs", str(folder)], check=True)
     try:
@@ -239,14 +239,14 @@ def disk(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 
 @pytest.fixture
 def ballast(disk: Path) -> Iterator[Path]:
-    """A file that takes the disk's room."""
+    """A file that fills the disk."""
     path = disk / "ballast"
     yield path
     path.unlink(missing_ok=True)
 
 
 def fill(ballast: Path, but: int) -> None:
-    """Let a file grow until so many bytes are free."""
+    """Grow a file until the specified number of bytes is free."""
     with ballast.open("ab", buffering=0) as file:
         free = shutil.disk_usage(ballast.parent).free
         while free > but:
@@ -282,8 +282,8 @@ def test_what_a_lost_job_left_is_removed_by_the_next_job(tmp_path: Path, home: P
     container = f"{lost.store.job(lost.stored.name).container_prefix}7"
     known = known_facts(lost.store)
     buildah.outside(lost.store.root, known, "from", "--name", container, "scratch")
-    (lost.store.live / "no digest").touch()  # such as an NFS server leaves
-    (lost.store.live / ("0" * 64)).touch()  # of a job whose folder is gone
+    (lost.store.live / "no digest").touch()  # as left by NFS
+    (lost.store.live / ("0" * 64)).touch()  # of a job without a folder
     assert (lost.stored / "work").is_dir()
     job = Job(tmp_path / "next", home)
     job.project.doit().ok()
@@ -399,7 +399,7 @@ def test_a_full_disk_does_not_keep_a_job_from_being_stopped(
 ) -> None:
     job = Job(tmp_path, home, WAIT, XDG_CACHE_HOME=str(disk))
     client = job.started()
-    (job.store.root / "facts.json").unlink()  # what works there has changed meanwhile, and cannot be written down
+    (job.store.root / "facts.json").unlink()  # the capabilities have changed, and cannot be stored
     fill(ballast, but=0)
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
@@ -434,7 +434,7 @@ def test_a_client_without_room_for_the_log_says_so_and_finds_the_job_later(tmp_p
 
 
 def damage(path: Path, how: str) -> None:
-    """Change a byte in the middle of a file, or cut it, or put something else in its place."""
+    """Change a byte in the middle of a file, truncate it, or replace it."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(
@@ -458,7 +458,7 @@ def test_a_damaged_blob_is_noticed_and_sent_again(tmp_path: Path, home: Path, ho
 
 
 def test_many_damaged_blobs_are_sent_again_in_one_run(tmp_path: Path, home: Path) -> None:
-    """A builder that lost its power may have lost the content of all that it was sent last."""
+    """After a power cut, a builder may have lost the content of all recent uploads."""
     inputs = {f"in{number}": os.urandom(1000) for number in range(8)}
     job = Job(tmp_path, home, "", inputs=inputs)
     job.project.doit("builder=local:", "x").ok()
@@ -667,11 +667,11 @@ def test_those_who_come_at_once_do_not_wait_for_each_other_while_there_are_slots
     assert said == []
 
 
-# 15: a build that hangs, or says nothing
+# 15: a hanging or silent build
 
 
 def test_a_build_that_will_not_end_is_ended_with_all_that_it_has_started(tmp_path: Path, home: Path) -> None:
-    mark = f"1{os.getpid():09}"  # which nothing else has in its command line
+    mark = f"1{os.getpid():09}"  # which is in no other command line
     body = f"""
 import signal, subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -731,7 +731,7 @@ def test_a_build_that_writes_without_end_is_ended_by_its_time_limit(tmp_path: Pa
 def test_a_build_that_writes_more_than_a_log_may_hold_is_ended(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, WAIT + "\nos.ftruncate(1, (1 << 30) + 1)\ntime.sleep(1000)")
     client = job.started()
-    client.kill()  # it need not fetch it
+    client.kill()  # it does not have to fetch it
     client.wait()
     job.go()
     wait_for(lambda: not job.supervisors())
@@ -741,12 +741,12 @@ def test_a_build_that_writes_more_than_a_log_may_hold_is_ended(tmp_path: Path, h
     job.assert_nothing_is_left()
 
 
-# what no run of doit comes to at the right moment
+# races that a run of doit does not reach
 
 
 @pytest.fixture
 def queued(tmp_path: Path) -> StoredJob:
-    """A job that is about to begin, with the attempt a1."""
+    """A job whose attempt a1 is about to start."""
     store = Store(tmp_path / "gamebear" / "v1")
     store.prepare()
     job = store.job("a" * 64)

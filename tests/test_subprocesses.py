@@ -1,4 +1,4 @@
-"""Helper programs: bounded, watched, and ended with all of their descendants."""
+"""Helper programs: bounded, supervised, and killed with all descendants."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_program_that_closes_its_output_is_waited_for() -> None:
 
 
 def test_descendants_that_ignore_sigterm_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a session of their own, and from a parent that has threads."""
+    """Also in separate sessions, and from a parent with threads."""
     monkeypatch.setattr(subprocesses, "GRACE", 0.3)
     monkeypatch.setattr(subprocesses, "OUTPUT_LIMIT", 1 << 16)
     script = tmp_path / "parent.py"

@@ -1,4 +1,4 @@
-"""What is kept of a task that ran: why it did, how it ended, what came of it."""
+"""Task records: reason, result and outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Artifacts as doit's tasks: what doit's commands make of them, what is built again and what is not."""
+"""Artifacts as doit tasks: doit's commands, rebuilds, and the cost of loading."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def tar(path: Path, **files: str) -> str:
 
 @pytest.fixture(scope="module")
 def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The project with three artifacts, all of them built."""
+    """The project with three built artifacts."""
     top = tmp_path_factory.mktemp("template")
     project = Project(top / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
     sha256 = tar(top / "usbgx.tar", version="libusbgx 0.3 ")
@@ -86,14 +86,14 @@ def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture
 def built(template: Project, tmp_path: Path) -> Project:
-    """A copy of it, elsewhere."""
+    """A copy of the built project in another folder."""
     shutil.copytree(template.folder, tmp_path / "project")
     return Project(tmp_path / "project", home=template.home)
 
 
 @pytest.fixture
 def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """An empty project; its builder's store is that of the other ones here."""
+    """An empty project that shares its builder's store with the others in this module."""
     return Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
 
 
@@ -111,7 +111,7 @@ def targets(project: Project) -> dict[str, str]:
     return {path.name: path.read_text() for path in (project.folder / "build").iterdir() if path.is_file()}
 
 
-# what a doit user is used to
+# doit's commands
 
 
 def test_list_shows_the_tasks_with_their_doc_lines(built: Project) -> None:
@@ -191,7 +191,7 @@ def test_in_parallel_everything_is_built_once_and_in_order(
     built: Project, template: Project, arguments: str, request: pytest.FixtureRequest
 ) -> None:
     for name in ("scripts/usbgx.py", "scripts/umtprd.py"):
-        edit(built, name, '"w"', f'"w" {" " * len(arguments)}')  # other jobs than any test's
+        edit(built, name, '"w"', f'"w" {" " * len(arguments)}')  # jobs that no other test uses
     edit(built, "scripts/parts/base.py", "-O2", f"-O2 {arguments}")
     before = builds(template)
     run = built.doit(*arguments.split()).ok()
@@ -217,7 +217,7 @@ def test_doits_json_report_stays_json(built: Project) -> None:
     }
 
 
-# what is built again
+# rebuilds
 
 
 def change_pin(project: Project) -> None:
@@ -239,7 +239,7 @@ def replace(name: str, old: str, new: str) -> Callable[[Project], object]:
 
 
 def touch_all(project: Project) -> None:
-    """Change nothing but the times of the files."""
+    """Change only the timestamps of the files."""
     for path in project.folder.rglob("*.*"):
         os.utime(path, (1, 1))
 
@@ -339,7 +339,7 @@ def test_a_pin_that_gamebear_lock_writes_counts(project: Project) -> None:
     assert (project.folder / "x").read_text() == "2"
 
 
-# what loading costs
+# cost of loading
 
 WATCH = """
 import atexit, os, sys
@@ -366,7 +366,7 @@ def task_x():
 
 
 def watched(project: Project, *arguments: str) -> tuple[Run, list[str], set[str]]:
-    """Run doit; return the sockets and programs it asked for, and the modules it imported."""
+    """Run doit. Return the sockets and programs that it opened, and the modules that it imported."""
     site = project.folder.parent / "site"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(WATCH)
@@ -418,7 +418,7 @@ HEAVY = {
     "urllib",
     "zipfile",
 }
-"""Parts of the standard library that take longer to import than all of ours does."""
+"""Standard modules whose import takes longer than that of the whole package."""
 
 NEEDED = {
     "client",
@@ -450,7 +450,7 @@ NEEDED = {
     "util.process",
     "util.text",
 }
-"""What a dodo.py with artifacts loads of us."""
+"""Modules of the package that a dodo.py with artifacts imports."""
 
 
 def test_an_up_to_date_run_loads_no_more_of_us_than_its_dodo_file_names(built: Project) -> None:
@@ -504,7 +504,7 @@ def test_nothing_is_kept_where_nothing_was_ever_built(project: Project) -> None:
     assert not (project.folder / "build").exists()
 
 
-# an author's own hand
+# changes by an author
 
 
 @pytest.mark.system

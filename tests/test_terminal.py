@@ -1,4 +1,4 @@
-"""Programs on a builder with the terminal of whoever sits here: over SSH and on this machine."""
+"""Interactive programs on a builder with the user's terminal: over SSH and on this machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def command(url: str, *words: str) -> list[str]:
 
 @pytest.fixture(params=["local:", "ssh:"])
 def place(request: pytest.FixtureRequest, project: Project, server: Sshd, home: Path) -> tuple[str, Project]:
-    """A builder's URL, and who uses it."""
+    """A builder's URL, and its user."""
     if request.param == "local:":
         return "local:", project
     return server.url, Project(project.folder, home=home)
@@ -78,7 +78,7 @@ def test_a_large_paste_arrives_whole_while_much_is_printed(place: tuple[str, Pro
 
 
 def test_files_that_a_program_makes_are_as_private_as_its_users(place: tuple[str, Project]) -> None:
-    """Not as the store's: the first program comes with the runner, the second finds it there."""
+    """Unlike the store. The first program uploads the runner, the second reuses it."""
     url, project = place
     for _ in range(2):
         done = subprocess.run(
@@ -124,7 +124,7 @@ def test_what_cannot_be_started_is_said(place: tuple[str, Project]) -> None:
 
 
 def lives(number: int) -> bool:
-    """Say whether there is a process, and not only what is left of one."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""Where the time goes: what a task's record says of it."""
+"""Durations of phases in a task's record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DODO = "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py
 
 
 class Clock:
-    """A monotonic clock that a test puts on."""
+    """A monotonic clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -140,12 +140,12 @@ def test_the_time_of_a_builder_is_put_where_it_was_for_us(clock: Clock, monkeypa
     assert [phase.start for phase in watch.record("x", "", "", "done", "built").phases] == [5, 15]
     watch = Stopwatch()
     clock.now += 25
-    watch.builder_spent(there)  # another had begun it
+    watch.builder_spent(there)  # another client had started it
     assert [phase.start for phase in watch.record("x", "", "", "done", "followed").phases] == [-15, -5]
     watch = Stopwatch()
     with watch.running(), task_record.phase("upload"):
         clock.now += 45
-    watch.builder_spent(there)  # the answer to the upload was the end
+    watch.builder_spent(there)  # the reply to the upload reported the end
     assert watch.record("x", "", "", "done", "built").totals() == {"upload": 5, "queue": 10, "build": 30}
 
 

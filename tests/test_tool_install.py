@@ -1,4 +1,4 @@
-"""`pipx install .` and `uv tool install .` of the checkout: a `gamebear` that builds. They fetch what we depend on."""
+"""`pipx install .` and `uv tool install .` of the checkout yield a working `gamebear`. They download dependencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tutorial and how-tos work as they are written: files, commands in their order, and what these print."""
+"""The tutorial and how-tos work as written: files, commands and their outputs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 UPSTREAM = "https://github.com/"
 
 ENOUGH = ["git", "ca-certificates", "gcc", "libc6-dev", "make", "autoconf", "automake", "libtool", "cmake"]
-"""Packages that the stand-ins need; the seed's test wants them, too, so that they are installed once."""
+"""Packages that the substitutes need. The seed's test needs them too, so they are installed once."""
 
 SSH = """#!/bin/sh
 exec /usr/bin/ssh -F "$HOME/.ssh/config" -o "UserKnownHostsFile=$HOME/.ssh/known_hosts" \\
     -o "IdentityFile=$HOME/.ssh/id_ed25519" "$@"
 """
-"""ssh asks for a person's home where they are registered, and not in HOME."""
+"""ssh reads the user's home folder from the passwd database, not from HOME."""
 
 
 class Reader:
-    """Somebody who reads a document and does what it says.
+    """Simulated reader of a document who follows its instructions.
 
     Args:
-        folder: where they begin.
-        environment: of their shell.
-        change: what is different where they are: a function from the document's text to theirs.
+        folder: initial working folder.
+        environment: environment of the reader's shell.
+        change: function that adapts the document's text to the test's environment.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str], change: Callable[[str], str]) -> None:
@@ -50,7 +50,7 @@ class Reader:
         self.printed = ""
 
     def follow(self, document: Path) -> int:
-        """Write its files, run its commands, and see that they print what it says; return how many commands."""
+        """Write the document's files, run its commands, and compare their output. Return the number of commands."""
         count = 0
         for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", self.change(document.read_text()), re.M | re.S):
             if name := re.match(r"# (\S+\.(?:py|toml))\n", text):
@@ -81,13 +81,13 @@ class Reader:
 
 
 def _pattern(line: str) -> str:
-    """Return what a line of the document stands for; … is any text, or any lines where it is alone."""
+    """Return the pattern of a line of the document; … matches any text, and any lines if it is alone."""
     return "(.*\n)*" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + "\n"
 
 
 @pytest.fixture
 def laptop(tmp_path: Path, home: Path, server: Sshd) -> dict[str, str]:
-    """The environment of somebody whose `ssh buildpi` leads to the builder, and who has installed doit."""
+    """Environment of a user with doit whose `ssh buildpi` connects to the builder."""
     own = tmp_path / "home"
     shutil.copytree(home / ".ssh", own / ".ssh")
     (own / ".ssh" / "config").write_text(f"Host buildpi\n HostName 127.0.0.1\n Port {server.port}\n")
@@ -105,7 +105,7 @@ def laptop(tmp_path: Path, home: Path, server: Sshd) -> dict[str, str]:
 
 
 def lead_to(port: int, laptop: dict[str, str]) -> None:
-    """Let git find a daemon of this machine where GitHub should be."""
+    """Redirect git from GitHub to a daemon on this machine."""
     config = Path(laptop["HOME"], ".gitconfig")
     config.write_text(f'[url "git://127.0.0.1:{port}/"]\n\tinsteadOf = {UPSTREAM}\n')
     laptop["GIT_CONFIG_GLOBAL"] = str(config)

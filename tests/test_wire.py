@@ -1,4 +1,4 @@
-"""The wire format: what one side encodes the other decodes, and nothing else is a message."""
+"""The wire format: encoding, decoding, and rejection of invalid messages."""
 
 from __future__ import annotations
 
