@@ -270,7 +270,11 @@ IMAGES = [
     Row("named an image .iso", "sd_image('base.img', output='card.iso')", "card.iso → .img .img.xz .img.zst"),
     Row("left an image's name empty", "sd_image('base.img', output='build/.img')", "build/.img → .img.xz"),
     Row("used a number as the base", "sd_image(7, output='card.img')", "card.img base 7 → archive(URL"),
-    Row("baked an image from itself", "sd_image('card.img', output='card.img')", "card.img itself → output another"),
+    Row(
+        "baked an image from itself",
+        "sd_image('card.img', output='card.img')",
+        "card.img output input → output another",
+    ),
     Row(
         "used a name in contents instead of file()",
         "sd_image('base.img', output='card.img', contents=['x'])",

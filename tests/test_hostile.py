@@ -280,7 +280,7 @@ def test_an_output_for_which_there_is_no_room_is_not_begun(hostile: Hostile) -> 
 def test_an_output_that_is_longer_than_was_said_is_not_kept(hostile: Hostile) -> None:
     hostile.refused(
         "def follow(request): send(**result(size=5))",
-        "this machine sends 12 bytes where 5 bytes at most were to come; nothing was kept.",
+        "this machine sends 12 bytes, but at most 5 bytes are accepted.",
     )
 
 
@@ -433,7 +433,7 @@ def test_a_header_as_long_as_may_be_takes_no_memory_to_speak_of(hostile: Hostile
 
 JOB: dict[str, Any] = {"digest": "ab" * 32, "state": "done", "attempt": "a1", "log": 100}
 
-NO_END = "come in too many small pieces."
+NO_END = "arrive in too many small pieces."
 
 
 def test_a_builder_that_has_always_a_little_more_is_not_asked_for_ever(hostile: Hostile) -> None:
@@ -670,7 +670,7 @@ def test_a_log_of_which_too_much_comes_at_once_is_refused(hostile: Hostile) -> N
 def submit(request): send(state="running", attempt="a1")
 def follow(request): send(bytes(8 << 20), state="running", attempt="a1")
 """,
-        "sends 8.0 MiB where 1.0 MiB at most were to come",
+        "sends 8.0 MiB, but at most 1.0 MiB are accepted",
     )
 
 
@@ -703,7 +703,7 @@ def test_a_builder_that_does_not_say_what_it_lacks_is_refused(hostile: Hostile, 
 def test_a_builder_that_asks_for_the_same_again_and_again_is_refused(hostile: Hostile) -> None:
     hostile.refused(
         "def submit(request): send(state='absent', missing=[[request['needs'][0], 0]])",
-        "this machine loses uploaded files",
+        "this machine repeatedly loses uploaded files",
     )
     assert len(hostile.asked) < 20
 

@@ -1025,7 +1025,7 @@ def test_what_changes_while_it_is_baked_is_not_placed(project: Project, change: 
     slow.mkdir()
     (slow / "fsck.fat").write_text(f'#!/bin/sh\n{change}\nPATH=/usr/sbin:/sbin exec fsck.fat "$@"\n')
     (slow / "fsck.fat").chmod(0o755)
-    project.doit(PATH=f"{slow}:{os.environ['PATH']}").failed("was not placed: an input changed during the build")
+    project.doit(PATH=f"{slow}:{os.environ['PATH']}").failed("was not installed: an input changed during the build")
     assert not (project.folder / "build" / "card.img").exists()
 
 

@@ -61,7 +61,7 @@ class Output:
         drop(stream)
         if not isinstance(error, BrokenPipeError):  # the reader has exited
             why = error.strerror if isinstance(error, OSError) else error
-            notice(f"nothing more can be shown here ({why}); builds go on, and their logs are in build/logs")
+            notice(f"output stops here ({why}); builds continue, and their logs are in build/logs")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

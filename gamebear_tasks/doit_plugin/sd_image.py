@@ -110,7 +110,7 @@ def sd_image(
         free=size_of("free", free, where),
     )
     if target in recipe.files:
-        raise SettingsError(f"{where}: it would be baked from itself.", "Give the output another name.")
+        raise SettingsError(f"{where}: the output is also an input.", "Give the output another name.")
     if recipe.size is not None and recipe.size % 512:
         raise SettingsError(
             f"{where}: size={size!r} is not a multiple of a sector, 512 bytes.", 'Use MiB or GiB: size="4G".'

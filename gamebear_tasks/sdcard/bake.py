@@ -141,7 +141,7 @@ def _bake(recipe: Recipe, before: list[str], state: str) -> None:
         with task_record.phase("compress" if suffix else "place"):
             pack(image, done, suffix)
         if _stamps(recipe) != before:
-            raise ImageError(f"{target} was not placed: an input changed during the build.", "Run doit again.")
+            raise ImageError(f"{target} was not installed: an input changed during the build.", "Run doit again.")
         with task_record.phase("place"), placing([str(target)], state):
             with done.open("rb") as file:
                 os.fsync(file.fileno())

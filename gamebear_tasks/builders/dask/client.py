@@ -85,7 +85,7 @@ class Stream:
         if greeting.get("protocol") != PROTOCOL:
             theirs = words_of(greeting.get("version", ""))
             raise BuilderError(
-                f"The scheduler {address} has another gamebear-tasks than we ({theirs or 'an older one'}).",
+                f"The scheduler {address} has another release of gamebear-tasks ({theirs or 'an older one'}).",
                 "Install the same release on scheduler, workers and here.",
             )
         return cls(comm)
@@ -180,8 +180,8 @@ class Link:
         """Return a connection that starts programs on a worker: direct, with the scheduler as relay as a fallback."""
         if not worker.startswith(self.address.partition("://")[0] + "://"):
             raise BuilderError(
-                f"{self.url} names a worker {words_of(worker)[:100]}, which is not as safe as itself.",
-                "Start its workers with the scheduler's tls:// address.",
+                f"{self.url} names a worker {words_of(worker)[:100]}, which uses another protocol than the scheduler.",
+                "Start its workers with the scheduler's address, such as tls://HOST:8786.",
             )
         if worker not in self._relayed and not self._reaches(worker):
             time.sleep(SETTLING)  # the scheduler may not have noticed yet that it ended

@@ -264,7 +264,7 @@ def _is_distrust(error: BaseException) -> bool:
 
 
 def _distrusted(address: str, error: BaseException) -> BuilderError:
-    return BuilderError(f"{address} and we do not trust each other: {words_of(error)}.", _TLS)
+    return BuilderError(f"The TLS handshake with {address} failed: {words_of(error)}.", _TLS)
 
 
 def _reason(error: OSError | EOFError) -> str:

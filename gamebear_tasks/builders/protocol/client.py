@@ -153,7 +153,7 @@ class RunnerBuilder:
                     continue
             inline = self._upload(lacks.blobs, files)
         raise BuilderError(
-            f"{self.place} loses uploaded files of job {job.digest[:12]}.",
+            f"{self.place} repeatedly loses uploaded files of job {job.digest[:12]}.",
             "Check its disk (df, dmesg), then run doit again.",
         )
 
@@ -338,7 +338,7 @@ class RunnerBuilder:
     ) -> Pruned:
         """Remove unused entries of the builder's store."""
         done = Pruned()
-        rounds = Rounds(f"The things that {self.place} has pruned")
+        rounds = Rounds(f"The reports of {self.place} on pruned entries")
         while True:
             reply = self._ask(requests.Prune(older=older, size=size, keep=keep, images=images))
             before, done = done, responses.pruned(reply, done)

@@ -30,4 +30,4 @@ class Rounds:
         """
         self._count += not is_worth_it
         if self._count > ROUNDS:
-            raise BuilderError(f"{self._what} come in too many small pieces.", INVALID_REPLY)
+            raise BuilderError(f"{self._what} arrive in too many small pieces.", INVALID_REPLY)

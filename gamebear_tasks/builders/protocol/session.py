@@ -124,7 +124,7 @@ class Session:
         except wire.WireError as error:
             raise BuilderError(
                 f"The request to {self._place} is too long ({error}).",
-                "A job's args and the list of its files are part of it: put what is large into an input file.",
+                "A job's args and the list of its files are part of it: pass large data in an input file.",
             ) from error
         if body is not None and length <= CHUNK:
             start += b"".join(body)
@@ -148,7 +148,7 @@ class Session:
         reply, size_there = message
         if size_there > limit:
             raise BuilderError(
-                f"{self._place} sends {size(size_there)} where {size(limit)} at most were to come; nothing was kept.",
+                f"{self._place} sends {size(size_there)}, but at most {size(limit)} are accepted.",
                 INVALID_REPLY,
             )
         if begun is not None:

@@ -437,7 +437,7 @@ class InternalsTransport(paramiko.Transport):
         channel = message.get_int()
         message.rewind()
         if isinstance(session, _Channel) and session.command and channel != session.remote_chanid:
-            raise paramiko.SSHException("the server begins to number its sessions elsewhere")
+            raise paramiko.SSHException("the server assigned an unexpected session number")
         with self.clear_to_send_lock:
             self._closed_channels.discard(channel)
             self._incarnations[channel] = self._incarnations.get(channel, 0) + 1
