@@ -28,7 +28,7 @@ with written_aside(Path(sys.argv[1])) as file:
 """
 
 
-def test_what_a_writer_that_was_killed_has_left_is_used_by_the_next(tmp_path: Path) -> None:
+def test_a_temporary_file_of_a_killed_writer_is_reused(tmp_path: Path) -> None:
     path = tmp_path / ("ö" * 120)
     path.write_bytes(b"old")
     died = subprocess.run([sys.executable, "-c", DIES_HALFWAY, path], check=False)
@@ -39,7 +39,7 @@ def test_what_a_writer_that_was_killed_has_left_is_used_by_the_next(tmp_path: Pa
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_many_who_write_at_once_leave_what_one_of_them_wrote(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_the_complete_content_of_one_of_them(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     whole = {bytes([number]) * 100_000 for number in range(8)}
     with ThreadPoolExecutor(8) as threads:
@@ -49,7 +49,7 @@ def test_many_who_write_at_once_leave_what_one_of_them_wrote(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["state.json"]
 
 
-def test_a_writer_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     path.write_bytes(b"old")
     with pytest.raises(ZeroDivisionError), written_aside(path) as file:
@@ -59,7 +59,7 @@ def test_a_writer_that_fails_leaves_all_as_it_was(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 3 << 20), st.binary(max_size=3)), max_size=5), st.integers(0, 3 << 20))
-def test_a_sparse_file_has_the_hash_and_the_content_that_reading_it_gives(
+def test_a_sparse_file_is_hashed_and_copied_like_its_content(
     tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[int, bytes]], hole: int
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "sparse"
@@ -77,7 +77,7 @@ def test_a_sparse_file_has_the_hash_and_the_content_that_reading_it_gives(
     assert b"".join(whole[first:last] for first, last in extents).replace(b"\0", b"") == whole.replace(b"\0", b"")
 
 
-def test_the_holes_of_a_file_are_no_data(tmp_path: Path) -> None:
+def test_holes_of_a_file_are_not_data(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(1 << 30)

@@ -44,7 +44,7 @@ def assert_is_one_paragraph(run: Run, said: str) -> None:
 TASK = "artifact('x.py', inputs=['in'], outputs=['build/x'])"
 
 
-def test_a_choice_of_sources_that_there_is_not_is_told_even_if_all_is_up_to_date(project: Project) -> None:
+def test_an_unknown_source_choice_is_an_error_even_if_all_tasks_are_up_to_date(project: Project) -> None:
     tar = project.folder / "up.tar"
     with tarfile.open(tar, "w") as file:
         file.add(project.folder / "x.py", "up/x.py")
@@ -61,7 +61,7 @@ def test_a_choice_of_sources_that_there_is_not_is_told_even_if_all_is_up_to_date
         assert_is_one_paragraph(project.doit(*arguments, "sources=debain"), f"{said} Use one of git, web.")
 
 
-def test_a_choice_where_there_is_none_is_nothing_to_complain_of(project: Project) -> None:
+def test_a_source_choice_without_alternatives_is_accepted(project: Project) -> None:
     project.write("dodo.py", f"{IMPORTS}def task_x():\n    return {TASK}\n")
     project.doit("x", GAMEBEAR_SOURCES="debian").ok()
 
@@ -79,7 +79,7 @@ def test_a_file_that_became_a_fifo_since_the_last_build_does_not_block(project: 
     project.doit("x").failed("in cannot be read: it is not a regular file.")
 
 
-def test_a_fifo_for_a_log_does_not_block(project: Project) -> None:
+def test_a_fifo_in_place_of_a_log_does_not_block(project: Project) -> None:
     project.write("dodo.py", f"{IMPORTS}def task_x():\n    return {TASK}\n")
     (project.folder / "build/logs").mkdir(parents=True)
     os.mkfifo(project.folder / "build/logs/x.log")
@@ -121,7 +121,7 @@ for name in NAMES:
 
 
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-def test_files_with_odd_names_go_there_and_come_back(project: Project, tmp_path: Path, locale: str) -> None:
+def test_files_with_odd_names_are_uploaded_and_downloaded(project: Project, tmp_path: Path, locale: str) -> None:
     outputs = [name for name in NAMES if not is_pattern(name)]
     for name in NAMES:
         (project.folder / "in").unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def test_files_with_odd_names_go_there_and_come_back(project: Project, tmp_path:
     assert not list(tmp_path.rglob("owned"))
 
 
-def test_an_odd_name_in_an_error_is_told_so_that_a_terminal_can_show_it(project: Project) -> None:
+def test_an_odd_name_in_an_error_is_escaped_for_the_terminal(project: Project) -> None:
     odd = os.fsdecode(b"\xff\x1b[31m")
     project.write("dodo.py", f"{IMPORTS}def task_x():\n    return artifact('x.py', inputs=['in'], outputs=[{odd!r}])\n")
     (project.folder / odd).mkdir()
@@ -161,7 +161,7 @@ def test_an_odd_name_in_an_error_is_told_so_that_a_terminal_can_show_it(project:
     project.doit("x", LC_ALL="C.UTF-8").failed("output ", "is missing from the working directory")
 
 
-def test_names_that_would_break_a_line_do_not(project: Project) -> None:
+def test_names_with_newlines_do_not_break_lines(project: Project) -> None:
     odd = "two\nlines\x1b[31m\r"
     project.write(
         "dodo.py",

@@ -43,7 +43,7 @@ def test_a_goal_is_missed_by_the_median() -> None:
     assert RESULTS["memory"].rows[1].is_met is None
 
 
-def test_sides_take_turns_at_being_first() -> None:
+def test_both_sides_alternate_in_running_first() -> None:
     order: list[str] = []
 
     def side(name: str) -> float:
@@ -62,7 +62,7 @@ def test_results_are_read_back_as_they_were(tmp_path: Path) -> None:
         assert report.phase_table({name: read}) == report.phase_table({name: result})
 
 
-def test_the_table_says_what_was_missed() -> None:
+def test_the_table_shows_missed_goals() -> None:
     lines = report.table(RESULTS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[2] == [
@@ -79,7 +79,7 @@ def test_the_table_says_what_was_missed() -> None:
     assert lines[-1] == "[1] of a kind"
 
 
-def test_what_no_phase_says_is_shown_too() -> None:
+def test_time_outside_all_phases_is_shown() -> None:
     lines = report.phase_table(RESULTS).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert cells == [
@@ -101,7 +101,7 @@ def test_the_plot_is_drawn_in_both_formats(drawn: Path) -> None:
     assert (drawn / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_says_what_there_is_to_measure() -> None:
+def test_the_command_lists_the_benchmarks() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
     )

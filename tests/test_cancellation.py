@@ -22,7 +22,7 @@ def interrupted(client: subprocess.Popen[bytes], remote: Remote) -> str:
     return said
 
 
-def test_during_an_upload_nothing_is_begun_and_the_next_doit_goes_on_with_it(remote: Remote) -> None:
+def test_during_an_upload_no_job_starts_and_the_next_doit_resumes_the_upload(remote: Remote) -> None:
     expected = big_input(remote)
     remote.proxy.cut_next(Cut(UP, 2 * MIB, "stall"))
     client = remote.project.start()
@@ -37,7 +37,7 @@ def test_during_an_upload_nothing_is_begun_and_the_next_doit_goes_on_with_it(rem
 
 
 @pytest.mark.parametrize("mode", [(), ("-n", "2"), ("-n", "2", "-P", "thread")], ids=["serial", "processes", "threads"])
-def test_during_a_build_the_job_is_ended_on_the_builder(remote: Remote, mode: tuple[str, ...]) -> None:
+def test_during_a_build_the_job_is_stopped_on_the_builder(remote: Remote, mode: tuple[str, ...]) -> None:
     remote.waits()
     client = remote.project.start(*mode)
     wait_for(lambda: "begin" in remote.said())
@@ -48,7 +48,7 @@ def test_during_a_build_the_job_is_ended_on_the_builder(remote: Remote, mode: tu
     remote.project.doit().ok()
 
 
-def test_during_a_download_there_is_no_target_and_the_next_doit_fetches_the_rest(remote: Remote) -> None:
+def test_during_a_download_no_target_is_installed_and_the_next_doit_resumes(remote: Remote) -> None:
     remote.write(MAKES_BIG)
     remote.project.doit("list").ok()
     remote.proxy.cut_next(Cut(DOWN, 2 * MIB, "stall"))
@@ -63,7 +63,7 @@ def test_during_a_download_there_is_no_target_and_the_next_doit_fetches_the_rest
     remote.assert_nothing_is_left()
 
 
-def test_twice_leaves_at_once_and_says_what_may_be_left(remote: Remote) -> None:
+def test_twice_exits_immediately_and_reports_possible_leftovers(remote: Remote) -> None:
     remote.waits()
     client = remote.project.start()
     wait_for(lambda: "begin" in remote.said())
@@ -88,7 +88,7 @@ def task_x():
 """
 
 
-def test_with_more_threads_than_sessions_the_jobs_are_ended_too(remote: Remote) -> None:
+def test_with_more_threads_than_sessions_all_jobs_are_stopped(remote: Remote) -> None:
     remote.waits(before="#| arg: n: int\nprint('begin', flush=True)")
     remote.project.write("dodo.py", EIGHT)
     client = remote.project.start("-n", "8", "-P", "thread")
@@ -97,7 +97,7 @@ def test_with_more_threads_than_sessions_the_jobs_are_ended_too(remote: Remote) 
     remote.assert_nothing_is_left()
 
 
-def test_right_after_the_job_was_begun_it_is_ended_all_the_same(remote: Remote) -> None:
+def test_right_after_the_start_of_a_job_it_is_stopped(remote: Remote) -> None:
     remote.waits()
     remote.project.doit("list").ok()
     remote.write("open('x', 'w').write('made')")

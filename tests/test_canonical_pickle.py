@@ -504,7 +504,7 @@ def test_functions_with_different_results_have_different_digests(text: str) -> N
 
 
 @pytest.mark.parametrize("text", PAIRS.values(), ids=PAIRS)
-def test_a_function_returns_the_same_where_its_module_is_not_there(text: str) -> None:
+def test_a_function_returns_the_same_without_its_module(text: str) -> None:
     for each in both(text):
         assert called(pickled(each)) == module_of(each).build()
 
@@ -565,7 +565,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("old", "new"), CHANGES)
-def test_what_changes_no_result_changes_no_digest(old: str, new: str) -> None:
+def test_changes_without_effect_on_the_result_keep_the_digest(old: str, new: str) -> None:
     assert old in SUBJECT
     assert digest_of(SUBJECT.replace(old, new)) == digest_of(SUBJECT)
 
@@ -581,7 +581,7 @@ OTHER_RELEASES = ["/usr/bin/python3"]
 """Debian's Python, possibly another patch release of the same minor version."""
 
 
-def test_every_process_folder_hash_seed_and_patch_release_finds_the_same_digest(tmp_path: Path) -> None:
+def test_every_process_folder_hash_seed_and_patch_release_computes_the_same_digest(tmp_path: Path) -> None:
     version = "import sys; print(*sys.version_info[:2])"
     same = subprocess.run([sys.executable, "-c", version], capture_output=True, check=True).stdout
     pythons = [sys.executable] * 3
@@ -640,23 +640,23 @@ def test_modules_that_it_refers_to_or_imports_are_listed() -> None:
 
 
 @pytest.mark.parametrize("value", ["'a text'", "b'some bytes'", "(1, 'a text')", "10 ** 30"])
-def test_equal_immutable_values_are_one(value: str) -> None:
+def test_equal_immutable_values_do_not_change_the_digest(value: str) -> None:
     one = f"A = {value}\nX = [A, A]\ndef build(): return X"
     two = f"A = {value}\nX = [A, eval({value!r})]\ndef build(): return X"
     assert digest_of(one) == digest_of(two)
 
 
-def test_an_object_with_another_ones_name_is_not_taken_for_it() -> None:
+def test_an_object_is_not_pickled_by_the_name_of_another() -> None:
     """The builder would load the other object."""
     text = "import json\ndef build(): return 1\nbuild.__module__, build.__qualname__ = 'json', 'dumps'"
     assert called(pickled(text)) == 1
 
 
-def test_its_file_is_named_as_on_the_builder(tmp_path: Path) -> None:
+def test_the_file_of_a_function_has_its_name_on_the_builder(tmp_path: Path) -> None:
     assert called(pickled("def build(): return __file__")) == "module_of_test.py"
 
 
-def test_lines_are_beside_the_pickle_and_serve_tracebacks() -> None:
+def test_source_lines_for_tracebacks_are_stored_beside_the_pickle() -> None:
     text = "\n\ndef build():\n    '''Not in the pickle: its place.'''\n    raise ValueError\n"
     done = pickled(text)
     with pytest.raises(ValueError) as caught:
@@ -779,7 +779,7 @@ def test_digests_are_equal_if_and_only_if_results_are(texts: tuple[str, str]) ->
     assert (one.data == two.data) == (called(one) == called(two))
 
 
-def test_a_set_has_the_same_order_however_it_was_made() -> None:
+def test_a_set_is_pickled_in_a_canonical_order() -> None:
     orders = {
         json.dumps(called(pickled(f"X = set({[*order]})\ndef build(): return list(X)")))
         for order in itertools.permutations([0, 8, 16, 32])
@@ -840,20 +840,20 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "used", "why"), REFUSED, ids=[why for _, _, why in REFUSED])
-def test_what_cannot_be_pickled_the_same_way_twice_is_refused(text: str, used: str, why: str) -> None:
+def test_an_object_without_a_reproducible_pickle_is_rejected(text: str, used: str, why: str) -> None:
     with pytest.raises(PickleError) as caught:
         pickled(text)
     assert caught.value.used == used
     assert why in caught.value.why
 
 
-def test_an_object_nested_beyond_the_recursion_limit_is_refused() -> None:
+def test_an_object_nested_beyond_the_recursion_limit_is_rejected() -> None:
     text = f"X = []\nfor _ in range({sys.getrecursionlimit()}): X = [X]\ndef build(): return X"
     with pytest.raises(PickleError, match="nested too deeply"):
         pickled(text)
 
 
-def test_pickling_changes_nothing_in_the_process() -> None:
+def test_pickling_has_no_side_effects_on_the_process() -> None:
     import cloudpickle
 
     pickled(SUBJECT)

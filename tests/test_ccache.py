@@ -80,13 +80,13 @@ def hits(stats: dict[str, int]) -> tuple[int, int]:
 HELLO = "echo '#include <stdio.h>\nint main(void) { return puts(\"hello\"); }' > a.c\n"
 
 
-def test_the_second_build_finds_what_the_first_one_compiled(builder: Builder) -> None:
+def test_the_second_build_reuses_compiled_objects_of_the_first(builder: Builder) -> None:
     assert hits(build(builder, HELLO + "both a.c -O2")[1]) == (0, 1)
     assert hits(build(builder, HELLO + "both a.c -O2")[1]) == (1, 0)
     assert len(list((builder.root / "ccache").iterdir())) == 1
 
 
-def test_whatever_changes_the_object_is_compiled_again(builder: Builder) -> None:
+def test_a_change_that_affects_the_object_is_compiled_again(builder: Builder) -> None:
     steps = """
 mkdir -p one two deep
 echo 'int f(void) { return N; }' > rest.h
@@ -110,7 +110,7 @@ SOURCE_DATE_EPOCH=1000000000;                both b.c
     assert hits(stats) == (9, 0)
 
 
-def test_what_the_assembler_reads_by_itself_is_not_forgotten(builder: Builder) -> None:
+def test_files_included_by_the_assembler_are_part_of_the_key(builder: Builder) -> None:
     steps = r"""
 printf '.data\n.include "x.inc"\n' > a.S
 cp a.S b.s
@@ -145,7 +145,7 @@ gcc -c a.c -o cached.o && /usr/local/bin/gcc -c a.c -o plain.o && cmp cached.o p
 """
 
 
-def test_another_compiler_finds_nothing_of_this_one(builder: Builder) -> None:
+def test_another_compiler_does_not_reuse_objects(builder: Builder) -> None:
     build(builder, "echo '' > a.c; both a.c")
     outcome, stats = build(builder, OTHER_COMPILER)
     assert "right" in outcome.log and hits(stats) == (0, 1), "its program is another"
@@ -168,7 +168,7 @@ def test_a_damaged_entry_is_not_used(builder: Builder) -> None:
     assert hits(stats) == (0, 1)
 
 
-def test_jobs_at_the_same_time_share_it(builder: Builder) -> None:
+def test_concurrent_jobs_share_the_cache(builder: Builder) -> None:
     steps = 'for n in 1 2 3 4 5; do echo "int f = $n;" > a.c; both a.c; done'
     script = SCRIPT.format(steps=json.dumps(STEP + steps), image="compiler")
     running = [builder.start(script) for _ in range(3)]
@@ -180,7 +180,7 @@ def test_jobs_at_the_same_time_share_it(builder: Builder) -> None:
     assert hits(build(builder, steps)[1]) == (5, 0)
 
 
-def test_nothing_of_it_stays_in_an_image_or_with_other_users(builder: Builder) -> None:
+def test_the_cache_is_not_in_images_and_not_readable_by_other_users(builder: Builder) -> None:
     outcome = builder.run(
         """
 with Container("compiler") as c:
@@ -213,7 +213,9 @@ with Container("compiler") as c:
         ),
     ],
 )
-def test_what_cannot_be_cached_is_said_at_once(builder: Builder, image: str, before: str, message: str) -> None:
+def test_an_unsupported_use_of_the_cache_is_an_immediate_error(
+    builder: Builder, image: str, before: str, message: str
+) -> None:
     script = f"with Container({image!r}) as c:\n    c.run({before or 'true'!r}, shell=True)\n    c.ccache = True\n"
     outcome = builder.run(script)
     assert outcome.status == 1

@@ -68,7 +68,7 @@ def unread(project: Project, *words: str, errors: bool = False, **environment: s
         ("run -r live -a -v 2 -n 2 x", 0, False),
     ],
 )
-def test_output_that_nobody_reads_is_no_traceback(built: Project, words: str, status: int, errors: bool) -> None:
+def test_a_closed_standard_output_causes_no_traceback(built: Project, words: str, status: int, errors: bool) -> None:
     unbuffered = {"PYTHONUNBUFFERED": "1"} if "-n" in words else {}
     found, said = unread(built, *words.split(), errors=errors, **unbuffered)
     assert found == status, said
@@ -85,7 +85,7 @@ def test_output_that_nobody_reads_is_no_traceback(built: Project, words: str, st
     ],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_nobody_takes_is_no_traceback(
+def test_a_full_standard_output_causes_no_traceback(
     project: Project, into: str, status: int, said: str, unbuffered: str
 ) -> None:
     done = subprocess.run(
@@ -100,7 +100,7 @@ def test_output_that_nobody_takes_is_no_traceback(
 
 
 @pytest.mark.system
-def test_a_letter_that_cannot_be_printed_is_no_traceback(project: Project) -> None:
+def test_a_character_that_cannot_be_encoded_causes_no_traceback(project: Project) -> None:
     project.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n\ndef task_x():\n    return artifact('x.py', outputs=['build/\\xe9'])\n",

@@ -59,7 +59,7 @@ def shell(project: Project, kind: str, script: str, program: str = "gamebear") -
     return done.stdout
 
 
-def test_bash_offers_our_commands_and_tasks_where_they_make_sense(at_the_prompt: Project) -> None:
+def test_bash_completes_commands_and_tasks_where_they_are_valid(at_the_prompt: Project) -> None:
     asked = "".join(f"complete_ gamebear {name[:-1]}\ncomplete_ gamebear {name} hel\n" for name in COMMANDS)
     script = BASH.replace("PROGRAM", "gamebear") + asked + "complete_ gamebear hel\n"
     said = shell(at_the_prompt, "bash", script).splitlines()
@@ -69,12 +69,12 @@ def test_bash_offers_our_commands_and_tasks_where_they_make_sense(at_the_prompt:
     assert "gamebear hel: help hello help_page" in said
 
 
-def test_bash_offers_doits_commands_and_tasks_for_doit(at_the_prompt: Project) -> None:
+def test_bash_completes_commands_and_tasks_of_doit(at_the_prompt: Project) -> None:
     script = BASH.replace("PROGRAM", "doit") + "complete_ doit hel\ncomplete_ doit job\ncomplete_ doit run hel\n"
     said = shell(at_the_prompt, "bash", script, program="doit").splitlines()
     assert said == ["doit hel: help hello help_page", "doit job: ", "doit run hel: hello help_page"]
 
 
-def test_zsh_offers_the_options_of_our_commands_with_what_they_do(at_the_prompt: Project) -> None:
+def test_zsh_completes_options_with_their_descriptions(at_the_prompt: Project) -> None:
     said = shell(at_the_prompt, "zsh", ZSH.replace("COMMAND", "jobs"))
     assert "--lines" in said and "list the jobs as JSON" in said

@@ -57,7 +57,7 @@ def as_set(name: str, given: object) -> object:
     return float(str(given)) if name in ("patience", "time_limit") else given
 
 
-def test_every_setting_is_tried_here() -> None:
+def test_every_setting_has_a_test_value() -> None:
     assert set(OTHER) == set(Settings.__dataclass_fields__)
 
 
@@ -75,7 +75,7 @@ def test_a_doit_variable_wins_then_the_environment_then_pyproject_then_the_defau
     assert value(name) == as_set(name, variable)
 
 
-def test_an_empty_environment_variable_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_environment_variable_counts_as_unset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyproject(folder, '[tool.gamebear]\nbuilder = "ssh://c"\n')
     monkeypatch.setenv("GAMEBEAR_BUILDER", "")
     assert value("builder") == "ssh://c"
@@ -87,7 +87,7 @@ def test_an_empty_architecture_is_the_machines_own(folder: Path) -> None:
     assert value("arch") == own_architecture()
 
 
-def test_without_doit_the_other_places_count(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_doit_settings_come_from_the_other_places(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doit_cmd, "_CMDLINE_VARS", None)
     monkeypatch.setenv("GAMEBEAR_ARCH", "armhf")
     assert value("arch") == "armhf"
@@ -101,7 +101,7 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
     assert value("arch") == "armhf"
 
 
-def test_where_a_value_that_makes_no_sense_was_set_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_value_is_reported_with_its_origin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "arch: unknown architecture 'armv7l' (from {}).\n→ Use Debian's name for it: armhf"
     pyproject(folder, '[tool.gamebear]\narch = "armv7l"\n')
     assert refusal() == said.format("[tool.gamebear] in pyproject.toml")
@@ -117,20 +117,22 @@ def refusal() -> str:
     return str(caught.value)
 
 
-def test_a_tool_that_is_no_table_is_nothing_of_ours(folder: Path) -> None:
+def test_a_tool_entry_that_is_not_a_table_is_ignored(folder: Path) -> None:
     pyproject(folder, "tool = 5\n")
     assert value("builder") == "local:"
 
 
 @pytest.mark.parametrize(("machine", "arch"), ARCHITECTURES.items())
-def test_each_machine_has_debians_name_by_default(
+def test_the_default_architecture_has_debians_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, machine: str, arch: str
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert value("arch") == arch
 
 
-def test_a_machine_without_a_debian_architecture_has_to_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_debian_architecture_needs_the_setting(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "vax")
     assert all(
         part in refusal() for part in ("architecture 'vax'", "→ Set the target architecture, such as arch=armhf")
@@ -140,7 +142,7 @@ def test_a_machine_without_a_debian_architecture_has_to_be_told(folder: Path, mo
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers())))
-def test_seconds_are_a_finite_number_or_refused(given: object) -> None:
+def test_seconds_must_be_a_finite_number(given: object) -> None:
     try:
         count = seconds("patience", given, "a test")
     except SettingsError:
@@ -159,7 +161,7 @@ def task_tell():
 """
 
 
-def test_doit_shows_what_wins(tmp_path: Path) -> None:
+def test_doit_uses_the_setting_with_the_highest_precedence(tmp_path: Path) -> None:
     project = Project(tmp_path / "project", home=tmp_path / "home", GAMEBEAR_BUILDER="ssh://two", GAMEBEAR_ARCH="i386")
     project.write("dodo.py", TELLING)
     project.write("pyproject.toml", '[tool.gamebear]\nbuilder = "ssh://three"\n')
@@ -168,7 +170,7 @@ def test_doit_shows_what_wins(tmp_path: Path) -> None:
     assert "ssh://three i386\n" in project.doit(GAMEBEAR_BUILDER="").ok().out
 
 
-def test_doit_shows_the_paragraph_and_ends_with_status_3(tmp_path: Path) -> None:
+def test_doit_shows_the_error_and_exits_with_status_3(tmp_path: Path) -> None:
     project = Project(tmp_path / "project", home=tmp_path / "home")
     project.write(
         "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
@@ -179,7 +181,7 @@ def test_doit_shows_the_paragraph_and_ends_with_status_3(tmp_path: Path) -> None
     assert (run.status, run.out, run.err) == (3, "", f"{error}→ Use Debian's name for it: armhf\n")
 
 
-def test_a_damaged_pyproject_beside_a_dodo_elsewhere_is_told_by_us(tmp_path: Path) -> None:
+def test_a_damaged_pyproject_beside_another_dodo_is_reported(tmp_path: Path) -> None:
     project = Project(tmp_path / "project", home=tmp_path / "home")
     project.write(
         "sub/dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
@@ -190,7 +192,7 @@ def test_a_damaged_pyproject_beside_a_dodo_elsewhere_is_told_by_us(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("given", "meant"), [("ach", "arch"), ("bulider", "builder"), ("timelimit", "time_limit")])
-def test_a_misspelt_setting_is_pointed_out(project: Project, given: str, meant: str) -> None:
+def test_a_misspelt_setting_is_reported(project: Project, given: str, meant: str) -> None:
     project.write("x.py", "")
     project.write(
         "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
@@ -199,7 +201,7 @@ def test_a_misspelt_setting_is_pointed_out(project: Project, given: str, meant: 
     assert said == f"gamebear: {given}= is not a setting; did you mean {meant}=?\n"
 
 
-def test_a_run_looks_its_settings_up_once_and_the_next_one_again(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_run_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     doit_cmd.set_var("arch", "armhf")
     assert settings_of_this_run().arch == "armhf"
     monkeypatch.setenv("GAMEBEAR_BUILDER", "ssh://pi@buildpi")
@@ -245,13 +247,13 @@ def test_each_architecture_may_have_a_builder(
         "armhf=ssh://a,armhf=ssh://b",
     ],
 )
-def test_builders_that_are_ambiguous_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_ambiguous_builders_are_rejected(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("GAMEBEAR_BUILDER", text)
     with pytest.raises(SettingsError, match=r"builder has more than one URL|two URLs for armhf|unknown architecture"):
         settings()
 
 
-def test_a_builder_of_the_table_is_one_builder(folder: Path) -> None:
+def test_a_builder_in_the_table_is_a_single_builder(folder: Path) -> None:
     table = folder / "pyproject.toml"
     table.write_text('[tool.gamebear.builder]\narmhf = "spool:/a,arm64=b"\n')
     with pytest.raises(SettingsError, match="builder has more than one URL for armhf"):
@@ -260,7 +262,7 @@ def test_a_builder_of_the_table_is_one_builder(folder: Path) -> None:
     assert settings().builder == "armhf=spool:/a,b,arm64=local:"
 
 
-def test_no_password_of_a_builder_is_repeated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_in_a_builder_url_is_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAMEBEAR_BUILDER", "armhf=dask://me:secret@a,")
     with pytest.raises(SettingsError) as caught:
         settings()
@@ -290,7 +292,7 @@ def test_a_size_has_a_unit(text: str, count: int) -> None:
 @pytest.mark.parametrize(
     "text", ["5", "1.5", "00.1", "5GB", "5iB", "-1G", "+1G", "", "G", "1e3G", "1_0G", "٣G", "5 G B", "1" * 16 + "G"]
 )
-def test_what_may_be_another_size_is_none(text: str) -> None:
+def test_an_ambiguous_size_is_rejected(text: str) -> None:
     assert size_in(text) is None
 
 
@@ -345,13 +347,13 @@ def test_an_invalid_setting_is_reported_once_with_its_origin_and_a_fix(
 
 
 @pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "9" * 5000, "\0", "x = 1e999999999"])
-def test_a_pyproject_that_breaks_parsers_is_refused_or_read(folder: Path, text: str) -> None:
+def test_a_hostile_pyproject_is_read_or_rejected(folder: Path, text: str) -> None:
     pyproject(folder, text)
     with contextlib.suppress(SettingsError):
         settings()
 
 
-def test_a_pyproject_that_is_a_fifo_is_refused(folder: Path) -> None:
+def test_a_pyproject_that_is_a_fifo_is_rejected(folder: Path) -> None:
     """Reading it would block, as doit's own read of a pyproject.toml beside dodo.py does."""
     os.mkfifo(folder / "pyproject.toml")
     with pytest.raises(SettingsError, match=r"pyproject\.toml cannot be read: it is not a regular file"):

@@ -156,7 +156,7 @@ def builder(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     remove_tree(made.root, made.facts, made.root)
 
 
-def test_what_a_command_prints_and_what_the_script_prints_are_in_order(builder: Builder) -> None:
+def test_output_of_commands_and_of_the_script_is_in_order(builder: Builder) -> None:
     outcome = builder.run(
         "print('one', end=' ')\n"
         "with Container('tiny') as c:\n"
@@ -169,7 +169,7 @@ def test_what_a_command_prints_and_what_the_script_prints_are_in_order(builder: 
     assert outcome.log == "one two\nthree four\nfive\n\\udcff\n"
 
 
-def test_nothing_of_what_commands_print_is_lost(builder: Builder) -> None:
+def test_no_output_of_commands_is_lost(builder: Builder) -> None:
     """With chroot isolation, buildah itself rarely loses the end. So the test inspects the path of the output."""
     outcome = builder.run(
         "import subprocess\n"
@@ -185,7 +185,7 @@ def test_nothing_of_what_commands_print_is_lost(builder: Builder) -> None:
     assert outcome.log.count("and\n") == 9
 
 
-def test_root_is_in_the_groups_that_the_container_says_and_a_user_stays_one(builder: Builder) -> None:
+def test_root_has_the_containers_groups_and_a_user_keeps_its_identity(builder: Builder) -> None:
     outcome = builder.run(
         "with Container('tiny') as c:\n"
         "    c.run(['id', '-G'])\n"
@@ -199,7 +199,7 @@ def test_root_is_in_the_groups_that_the_container_says_and_a_user_stays_one(buil
     assert outcome.log.splitlines() == ["0", "0 7", "1000"], outcome.message
 
 
-def test_the_output_of_a_command_follows_what_the_script_wrote_to_the_same_file(builder: Builder) -> None:
+def test_the_output_of_a_command_is_appended_to_the_scripts_own_output(builder: Builder) -> None:
     outcome = builder.run(
         "import subprocess\n"
         "with Container('tiny') as c, open('x', 'w') as file:\n"
@@ -228,7 +228,7 @@ def test_an_image_without_a_shell_runs_its_program(builder: Builder) -> None:
     assert lines[-1] == "2"
 
 
-def test_a_command_that_is_not_there_is_named(builder: Builder) -> None:
+def test_a_missing_command_is_named(builder: Builder) -> None:
     outcome = builder.run("with Container('tiny') as c:\n    c.run(['gcc', '-v'])\n")
     assert outcome.message == "`gcc -v` exited with 127."
     assert outcome.result["hint"].startswith("Install the program in the image with packages_image(…)")
@@ -236,12 +236,12 @@ def test_a_command_that_is_not_there_is_named(builder: Builder) -> None:
     assert "gcc: not found" in outcome.log
 
 
-def test_a_container_is_called_by_what_the_script_calls_its_image(builder: Builder) -> None:
+def test_a_container_is_named_after_its_image(builder: Builder) -> None:
     script = "image = Image('tiny')\nwith Container(Image(image)) as c:\n    c.run(['false'])\n"
     assert builder.run(script).result["where"] == "a container of tiny"
 
 
-def test_a_setting_that_is_misspelt_is_an_error_with_a_hint(builder: Builder) -> None:
+def test_a_misspelt_attribute_is_an_error_with_a_hint(builder: Builder) -> None:
     outcome = builder.run("with Container('tiny') as c:\n    c.workdri = '/tmp'\n")
     assert outcome.message == (
         "script.py, line 2: AttributeError: unknown container setting 'workdri'; did you mean workdir?"
@@ -271,7 +271,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_command_in_a_container_asks_no_more_of_buildah_than_it_needs(builder: Builder, lines: Path) -> None:
+def test_a_command_in_a_container_runs_buildah_only_as_needed(builder: Builder, lines: Path) -> None:
     script = "with Container('tiny') as c:\n    c.run(['true'])\n"
     builder.run(script)  # the image's architecture is cached from now on
     lines.unlink()
@@ -281,7 +281,7 @@ def test_a_command_in_a_container_asks_no_more_of_buildah_than_it_needs(builder:
     assert asked == ["images", "from", "run", "rm"], lines.read_text()
 
 
-def test_values_of_variables_are_in_no_command_line(builder: Builder, lines: Path) -> None:
+def test_values_of_variables_are_not_in_command_lines(builder: Builder, lines: Path) -> None:
     outcome = builder.run(
         "import subprocess\n"
         "def seen(c, **more):\n"
@@ -305,7 +305,7 @@ def test_values_of_variables_are_in_no_command_line(builder: Builder, lines: Pat
     assert "secret" not in asked
 
 
-def test_a_file_built_in_a_container_comes_out(builder: Builder) -> None:
+def test_a_file_built_in_a_container_is_copied_out(builder: Builder) -> None:
     outcome = builder.run(
         "output = Path(__file__).resolve().parent\n"
         "with Container('tiny') as c:\n"
@@ -320,7 +320,7 @@ def test_a_file_built_in_a_container_comes_out(builder: Builder) -> None:
     assert (outcome.work / "where").read_text() == "/tmp/tools\n"
 
 
-def test_settings_hold_for_commands_and_for_the_image(builder: Builder) -> None:
+def test_settings_apply_to_commands_and_to_the_image(builder: Builder) -> None:
     outcome = builder.run(
         "with Container('tiny') as c:\n"
         "    assert c.environ['GREETING'] == 'hi' and c.labels['from'] == 'tiny' and c.command == ['sh'], c.inspect()\n"
@@ -376,7 +376,7 @@ def test_settings_hold_for_commands_and_for_the_image(builder: Builder) -> None:
     assert lines[10] == "/etc ['/with,comma'] [] None"
 
 
-def test_an_older_buildah_gets_the_same_settings(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_buildah_applies_the_same_settings(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "facts", builder.facts._replace(version="1.19.6"))
     outcome = builder.run(
         "with Container('tiny') as c:\n"
@@ -433,7 +433,7 @@ def test_an_empty_value_is_a_value(builder: Builder, monkeypatch: pytest.MonkeyP
     assert lines[10:] == ["1 []"]
 
 
-def test_a_name_with_a_dash_at_its_end_is_set_and_not_removed(builder: Builder) -> None:
+def test_a_name_that_ends_with_a_dash_is_set_and_not_removed(builder: Builder) -> None:
     outcome = builder.run(
         "with Container('tiny') as c:\n"
         "    c.environ['A-'] = 'a'\n"
@@ -639,7 +639,7 @@ def test_an_ordinary_user_of_the_builder_has_owners_and_no_network(remote_projec
     assert "not run" not in log.read_text()
 
 
-def test_the_cache_of_the_seed_finds_its_image_the_second_time(builder: Builder) -> None:
+def test_the_seeds_image_cache_is_hit_the_second_time(builder: Builder) -> None:
     script = (
         "try:\n"
         "    img = Image('gamebear-build:abc')\n"
@@ -663,14 +663,14 @@ def test_the_cache_of_the_seed_finds_its_image_the_second_time(builder: Builder)
     builder.buildah("rmi", identity)
 
 
-def test_an_image_that_is_not_there_is_not_looked_for_anywhere_else(builder: Builder) -> None:
+def test_a_missing_image_is_not_pulled(builder: Builder) -> None:
     outcome = builder.run("Image('gamebear-build:nothing')")
     assert outcome.result["kind"] == "image"
     assert outcome.message.startswith("script.py, line 1: image gamebear-build:nothing for ")
     assert outcome.result["hint"] == "Pull it from a registry: Image.pull('gamebear-build:nothing')"
 
 
-def test_an_image_without_a_name_goes_and_one_with_a_name_stays(builder: Builder) -> None:
+def test_unnamed_images_are_removed_and_named_ones_are_retained(builder: Builder) -> None:
     outcome = builder.run(
         "with Container('tiny') as c:\n"
         "    first = c.commit()\n"
@@ -692,7 +692,7 @@ def test_an_image_without_a_name_goes_and_one_with_a_name_stays(builder: Builder
     builder.buildah("rmi", third)
 
 
-def test_a_failed_command_is_one_paragraph_and_no_traceback(builder: Builder) -> None:
+def test_a_failed_command_is_an_error_without_a_traceback(builder: Builder) -> None:
     outcome = builder.run("with Container('tiny') as c:\n    c.run(['sh', '-c', 'exit 3'])\n")
     assert outcome.status == 1
     assert outcome.result == {
@@ -709,7 +709,7 @@ def test_a_failed_command_is_one_paragraph_and_no_traceback(builder: Builder) ->
     assert builder.containers() == []
 
 
-def test_a_failed_command_can_be_caught_as_subprocess_has_it(builder: Builder) -> None:
+def test_a_failed_command_can_be_caught_as_a_subprocess_error(builder: Builder) -> None:
     outcome = builder.run(
         "import subprocess\n"
         "with Container('tiny') as c:\n"
@@ -721,7 +721,7 @@ def test_a_failed_command_can_be_caught_as_subprocess_has_it(builder: Builder) -
     assert outcome.log.splitlines()[-1] == "1 ['false'] True"
 
 
-def test_an_error_in_a_block_whose_container_is_gone_is_reported_itself(builder: Builder) -> None:
+def test_an_error_in_a_block_is_reported_even_if_its_container_was_removed(builder: Builder) -> None:
     script = "with Container('tiny') as c:\n    c.__exit__(None, None, None)\n    raise KeyError('first')\n"
     assert "KeyError: 'first'" in builder.run(script).message
 
@@ -738,7 +738,7 @@ def test_a_traceback_has_the_scripts_frames_only(builder: Builder) -> None:
     assert "    helper.parse('{')\n" in outcome.log
 
 
-def test_a_syntax_error_looks_as_python_shows_it(builder: Builder) -> None:
+def test_a_syntax_error_has_pythons_format(builder: Builder) -> None:
     outcome = builder.run("x = 1\ny = = 2\nreturn\n")
     assert outcome.message == "script.py, line 2: SyntaxError: invalid syntax: y = = 2"
     assert outcome.log.startswith('  File "script.py", line 2\n    y = = 2\n        ^\nSyntaxError')
@@ -759,7 +759,7 @@ def test_a_syntax_error_looks_as_python_shows_it(builder: Builder) -> None:
         ("with Container('scratch').commit() as img: return img", "script", "the script returned an image that its"),
     ],
 )
-def test_what_goes_wrong_is_said_in_one_paragraph(
+def test_an_invalid_call_is_an_error_without_a_traceback(
     builder: Builder, script: str | bytes, kind: str, message: str
 ) -> None:
     outcome = builder.run(script)
@@ -768,7 +768,7 @@ def test_what_goes_wrong_is_said_in_one_paragraph(
     assert builder.containers() == []
 
 
-def test_a_missing_output_is_named_with_what_is_there_instead(builder: Builder) -> None:
+def test_a_missing_output_is_named_with_the_existing_files(builder: Builder) -> None:
     outcome = builder.run("Path('tol').write_text('')\nPath('a b').mkdir()", ("tool",))
     assert outcome.result["kind"] == "output"
     assert outcome.message == ("output tool is missing from the working directory; new files: 'a b', tol.")
@@ -789,7 +789,7 @@ def test_an_output_is_a_regular_file(builder: Builder, script: str, kind: str, f
     assert outcome.result["hint"].startswith(fix)
 
 
-def test_the_scripts_modules_see_what_it_sees(builder: Builder) -> None:
+def test_modules_of_a_script_have_the_same_globals(builder: Builder) -> None:
     outcome = builder.run(
         "import helper\nhelper.build()\n",
         modules={
@@ -833,7 +833,7 @@ def is_asleep() -> bool:
     return SLEEP in subprocess.run(["ps", "axww", "-o", "args"], check=True, capture_output=True, text=True).stdout
 
 
-def test_all_ends_when_the_supervisor_is_gone(builder: Builder) -> None:
+def test_all_processes_end_with_the_supervisor(builder: Builder) -> None:
     process, folder = builder.start(f"with Container('tiny') as c:\n    c.run(['sh', '-c', 'echo go; {SLEEP}'])\n")
     wait_for(lambda: (folder / "log").read_text() == "go\n")
     wait_for(is_asleep)
@@ -846,19 +846,19 @@ def test_all_ends_when_the_supervisor_is_gone(builder: Builder) -> None:
         builder.buildah("rm", name)
 
 
-def test_what_a_build_leaves_running_ends_with_it(builder: Builder) -> None:
+def test_background_processes_of_a_build_end_with_it(builder: Builder) -> None:
     outcome = builder.run(f"import subprocess\nsubprocess.Popen('({SLEEP} &) & exit', shell=True).wait()\n")
     assert outcome.result == {"ok": True}
     wait_for(lambda: not is_asleep())
 
 
-def test_a_build_without_a_pid_namespace_ends_as_completely(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_a_pid_namespace_leaves_no_process(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.getuid():
         pytest.skip("without a PID namespace, `buildah unshare` is between us and the build")
     monkeypatch.setattr(builder, "facts", builder.facts._replace(pid_namespace=False))
     try:
-        test_what_a_build_leaves_running_ends_with_it(builder)
-        test_all_ends_when_the_supervisor_is_gone(builder)
+        test_background_processes_of_a_build_end_with_it(builder)
+        test_all_processes_end_with_the_supervisor(builder)
     finally:  # without a mount namespace, buildah's mounts are visible to all processes
         store = builder.root / "storage" / "overlay"
         subprocess.run(["umount", "--recursive", store], check=False, capture_output=True)

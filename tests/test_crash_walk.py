@@ -258,20 +258,20 @@ def spread(count: int, points: list[str]) -> list[int]:
 SAMPLE = {"client": 3, "session": 4, "supervisor": 4}
 
 
-def test_a_kill_at_a_sample_of_the_points_costs_nothing_that_was_done(walk: Walk) -> None:
+def test_a_kill_at_sampled_points_loses_no_completed_work(walk: Walk) -> None:
     for role, count in SAMPLE.items():
         points = walk.points(role)
         walk.walk(role, spread(count, points), points, "kill")
     walk.figures.assert_all_is_well()
 
 
-def test_a_disk_that_fills_at_a_sample_of_the_points_is_survived(walk: Walk) -> None:
+def test_a_full_disk_at_sampled_points_is_survived(walk: Walk) -> None:
     points = walk.points("supervisor")
     walk.walk("supervisor", spread(3, points), points, "full")
     walk.figures.assert_all_is_well()
 
 
-def test_a_prune_that_is_killed_halfway_leaves_a_store_that_works(walk: Walk) -> None:
+def test_a_killed_prune_leaves_a_usable_store(walk: Walk) -> None:
     walk.command = PRUNE
     points = walk.points("session")
     walk.walk("session", spread(4, points)[1:-1], points, "kill")
@@ -286,7 +286,7 @@ def _may_be_torn(point: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "torn", "full"])
 @pytest.mark.parametrize("role", SAMPLE)
-def test_a_fault_at_any_point_costs_nothing_that_was_done(walk: Walk, role: str, how: str) -> None:
+def test_a_fault_at_any_point_loses_no_completed_work(walk: Walk, role: str, how: str) -> None:
     points = walk.points(role)
     numbers = [number for number, point in enumerate(points, 1) if how != "torn" or _may_be_torn(point)]
     walk.walk(role, numbers, points, how)
@@ -294,7 +294,7 @@ def test_a_fault_at_any_point_costs_nothing_that_was_done(walk: Walk, role: str,
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_point_of_a_prune_leaves_a_store_that_works(walk: Walk) -> None:
+def test_a_kill_at_any_point_of_a_prune_leaves_a_usable_store(walk: Walk) -> None:
     walk.command = PRUNE
     points = walk.points("session")
     walk.walk("session", range(1, len(points) + 1), points, "kill")
@@ -303,7 +303,7 @@ def test_a_kill_at_any_point_of_a_prune_leaves_a_store_that_works(walk: Walk) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["session", "supervisor"])
-def test_a_kill_at_any_point_of_the_first_run_on_a_builder_is_made_good(
+def test_the_next_run_recovers_from_a_kill_at_any_point_of_the_first_run(
     tmp_path: Path, library: Path, role: str
 ) -> None:
     walk = Walk(tmp_path / "projects", library, None)

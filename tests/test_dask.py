@@ -118,7 +118,7 @@ def begun(project: Project) -> int:
     return len(tally.read_text()) if tally.exists() else 0
 
 
-def test_each_job_goes_to_a_worker_of_its_architecture_and_is_found_there_again(shelf: Cluster, tmp_path: Path) -> None:
+def test_each_job_runs_on_a_worker_of_its_architecture_and_is_found_there(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write(
         "dodo.py",
@@ -141,7 +141,7 @@ def test_each_job_goes_to_a_worker_of_its_architecture_and_is_found_there_again(
     assert (len(amd64.digests) - before[0], len(i386.digests) - before[1]) == (2, 2)
 
 
-def test_an_up_to_date_doit_imports_no_dask(shelf: Cluster, tmp_path: Path) -> None:
+def test_an_up_to_date_doit_does_not_import_dask(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write("x.py", "open('x', 'w').close()")
     project.doit().ok()
@@ -163,7 +163,7 @@ def test_the_worker_that_has_built_a_target_before_is_preferred(pair: Cluster, t
 
 
 @pytest.mark.system
-def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path: Path) -> None:
+def test_slots_limit_concurrent_jobs(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
         cluster.start_worker("amd64=2", "--nthreads", "2")
@@ -194,7 +194,7 @@ def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path: Path) -> None:
         cluster.close()
 
 
-def test_a_result_larger_than_anybody_wants_in_memory_streams(shelf: Cluster, tmp_path: Path) -> None:
+def test_a_large_result_is_streamed(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     size = 192 << 20
     project.write("x.py", f"with open('x', 'wb') as file:\n    file.truncate({size})\n")
@@ -221,7 +221,7 @@ def only_reach_the_scheduler(project: Project, cluster: Cluster) -> None:
     )
 
 
-def test_what_cannot_be_reached_directly_comes_through_the_scheduler(shelf: Cluster, tmp_path: Path) -> None:
+def test_unreachable_workers_are_reached_through_the_scheduler(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     only_reach_the_scheduler(project, shelf)
     project.write("x.py", f"with open('x', 'wb') as file:\n    file.truncate({48 << 20})\n")
@@ -232,7 +232,9 @@ def test_what_cannot_be_reached_directly_comes_through_the_scheduler(shelf: Clus
     assert shelf.memory(shelf.scheduler) - before < 24 << 20
 
 
-def test_where_no_worker_has_the_architecture_it_says_which_there_are(shelf: Cluster, tmp_path: Path) -> None:
+def test_without_a_worker_of_the_architecture_the_error_lists_the_available_ones(
+    shelf: Cluster, tmp_path: Path
+) -> None:
     project = project_on(shelf, tmp_path, GAMEBEAR_PATIENCE="1")
     project.write("dodo.py", DODO.replace("amd64", "riscv64"))
     project.write("x.py", "")
@@ -241,7 +243,7 @@ def test_where_no_worker_has_the_architecture_it_says_which_there_are(shelf: Clu
     assert "waiting for one" in run.err
 
 
-def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path: Path) -> None:
+def test_without_a_free_slot_a_job_waits_and_reports_it(shelf: Cluster, tmp_path: Path) -> None:
     first, second = project_on(shelf, tmp_path / "first"), project_on(shelf, tmp_path / "second")
     waiting(first)
     waiting(second)
@@ -260,7 +262,7 @@ def test_where_no_slot_is_free_a_job_waits_and_says_so(shelf: Cluster, tmp_path:
     assert begun(second) == 1
 
 
-def test_the_doctor_looks_at_each_worker(shelf: Cluster, tmp_path: Path) -> None:
+def test_doctor_checks_each_worker(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write("x.py", "")
     run = project.gamebear("doctor", "--json")
@@ -269,7 +271,7 @@ def test_the_doctor_looks_at_each_worker(shelf: Cluster, tmp_path: Path) -> None
     assert all("buildah" in [finding["name"] for finding in place["findings"]] for place in workers)
 
 
-def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
+def test_prune_covers_every_worker(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write("x.py", "open('x', 'w').close()")
     project.doit().ok()
@@ -286,9 +288,7 @@ def test_prune_tidies_every_worker(shelf: Cluster, tmp_path: Path) -> None:
     project.doit().ok()  # missing results are built again
 
 
-def test_a_job_that_is_cancelled_in_the_line_is_not_put_there_again_by_the_thread_that_waits(
-    shelf: Cluster, tmp_path: Path
-) -> None:
+def test_a_job_cancelled_in_the_queue_is_not_queued_again_by_its_waiting_thread(shelf: Cluster, tmp_path: Path) -> None:
     builder = open_builder(shelf.url)
     builder.patience = 60.0
     queued = order(tmp_path, "riscv64")
@@ -300,7 +300,7 @@ def test_a_job_that_is_cancelled_in_the_line_is_not_put_there_again_by_the_threa
     builder.close()
 
 
-def test_a_builder_that_was_closed_connects_again(shelf: Cluster, tmp_path: Path) -> None:
+def test_a_closed_builder_reconnects(shelf: Cluster, tmp_path: Path) -> None:
     builder = open_builder(shelf.url)
     before = builder.describe()
     builder.close()
@@ -308,7 +308,7 @@ def test_a_builder_that_was_closed_connects_again(shelf: Cluster, tmp_path: Path
     builder.close()
 
 
-def test_ctrl_c_ends_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     waiting(project)
     client = project.start("-n", "2", "-P", "thread")
@@ -322,7 +322,7 @@ def test_ctrl_c_ends_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> No
     project.doit().ok()  # the slot is free again
 
 
-def test_a_client_that_dies_leaves_its_job_and_the_next_doit_finds_it(shelf: Cluster, tmp_path: Path) -> None:
+def test_the_job_of_a_killed_client_is_found_by_the_next_doit(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     waiting(project)
     client = project.start()
@@ -349,13 +349,13 @@ def test_the_jobs_of_all_workers_are_listed_and_one_is_cancelled(shelf: Cluster,
     assert "x was cancelled on dask://" in said(project)
 
 
-def test_a_failure_says_where_and_shows_the_log(shelf: Cluster, tmp_path: Path) -> None:
+def test_a_failure_names_the_worker_and_shows_the_log(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path)
     project.write("x.py", "print('about to fail')\nraise ValueError('no')\n")
     project.doit().failed("about to fail", "(worker tcp://127.0.0.1")
 
 
-def test_a_worker_that_dies_has_its_job_built_by_another_once(pair: Cluster, tmp_path: Path) -> None:
+def test_the_job_of_a_dead_worker_is_built_once_by_another(pair: Cluster, tmp_path: Path) -> None:
     project = project_on(pair, tmp_path)
     waiting(project)
     client = project.start()
@@ -372,7 +372,7 @@ def test_a_worker_that_dies_has_its_job_built_by_another_once(pair: Cluster, tmp
 
 
 @pytest.mark.system
-def test_a_job_waits_for_another_worker_of_its_architecture_where_the_only_one_dies(tmp_path: Path) -> None:
+def test_a_job_waits_for_a_worker_when_the_only_one_of_its_architecture_dies(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
         dying, other = cluster.start_worker("amd64=1"), cluster.start_worker("i386=1")
@@ -393,7 +393,7 @@ def test_a_job_waits_for_another_worker_of_its_architecture_where_the_only_one_d
         cluster.close()
 
 
-def test_a_worker_that_comes_back_ends_what_another_builds_by_now(pair: Cluster, tmp_path: Path) -> None:
+def test_a_returning_worker_stops_jobs_that_another_worker_runs(pair: Cluster, tmp_path: Path) -> None:
     project = project_on(pair, tmp_path)
     waiting(project)
     client = project.start()
@@ -408,7 +408,7 @@ def test_a_worker_that_comes_back_ends_what_another_builds_by_now(pair: Cluster,
     assert begun(project) == 2
 
 
-def test_a_scheduler_that_is_restarted_costs_no_build(pair: Cluster, tmp_path: Path) -> None:
+def test_a_restart_of_the_scheduler_repeats_no_build(pair: Cluster, tmp_path: Path) -> None:
     project = project_on(pair, tmp_path)
     waiting(project)
     client = project.start()
@@ -427,7 +427,7 @@ def test_a_scheduler_that_is_restarted_costs_no_build(pair: Cluster, tmp_path: P
     assert said(project).count("begin\n") == said(project).count("end\n") == 1, said(project)
 
 
-def test_a_scheduler_that_stays_away_is_told_and_the_build_goes_on(pair: Cluster, tmp_path: Path) -> None:
+def test_an_unreachable_scheduler_is_reported_and_the_build_continues(pair: Cluster, tmp_path: Path) -> None:
     project = project_on(pair, tmp_path, GAMEBEAR_PATIENCE="2")
     waiting(project)
     client = project.start()
@@ -440,7 +440,7 @@ def test_a_scheduler_that_stays_away_is_told_and_the_build_goes_on(pair: Cluster
 
 
 @pytest.mark.system
-def test_a_worker_without_gamebear_tasks_is_told(tmp_path: Path) -> None:
+def test_a_worker_without_gamebear_tasks_is_reported(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
         cluster.start_worker("amd64=1", code="import sys; sys.modules['gamebear_tasks'] = None")
@@ -453,7 +453,7 @@ def test_a_worker_without_gamebear_tasks_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_over_tls_both_sides_know_each_other(tmp_path: Path) -> None:
+def test_over_tls_both_sides_authenticate(tmp_path: Path) -> None:
     tls = settings_of_tls(tmp_path / "tls")
     cluster = Cluster(tmp_path / "cluster", "tls", **tls)
     try:
@@ -610,7 +610,7 @@ def test_workers_out_of_reach_over_tls_are_reached_through_the_scheduler(tmp_pat
         cluster.close()
 
 
-def test_a_module_that_is_missing_is_told_by_the_type_of_the_error() -> None:
+def test_a_missing_module_is_recognized_by_the_type_of_the_error() -> None:
     assert "pip install" in _why(ModuleNotFoundError("gone"))
     assert "pip install" in _why(Exception(repr(ModuleNotFoundError("gone"))))  # for unpicklable errors
     assert _why(ValueError("No module named x")) == "ValueError: No module named x"
@@ -623,7 +623,7 @@ def test_a_module_that_is_missing_is_told_by_the_type_of_the_error() -> None:
         ("ValueError(\"No module named 'x'\")", "the same release"),
     ],
 )
-def test_a_scheduler_that_cannot_load_the_plug_in_says_why(text: str, fix: str) -> None:
+def test_a_scheduler_that_cannot_load_the_plugin_is_reported_with_the_cause(text: str, fix: str) -> None:
     async def answer(comm: Any) -> None:
         await comm.read()
         await comm.write({"status": "uncaught-error", "exception_text": text})
@@ -642,7 +642,7 @@ def test_a_scheduler_that_cannot_load_the_plug_in_says_why(text: str, fix: str) 
         loop.close()
 
 
-def test_a_release_of_dask_without_a_name_we_need_is_refused() -> None:
+def test_a_release_of_dask_without_a_required_name_is_rejected() -> None:
     class Scheduler:
         address = "tcp://127.0.0.1:1"
         workers: Mapping[str, Any] = {}
@@ -651,7 +651,7 @@ def test_a_release_of_dask_without_a_name_we_need_is_refused() -> None:
         check_scheduler(Scheduler())
 
 
-def test_a_closed_scheduler_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_scheduler_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours: list[weakref.ref[object]] = []
 
@@ -687,19 +687,19 @@ def test_a_closed_scheduler_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monk
         *("dask://host:0", "dask://host:65536", "dask://host:123456", "dask://host:\u0663"),
     ],
 )
-def test_a_url_that_names_no_scheduler_is_refused(url: str) -> None:
+def test_a_url_without_a_scheduler_is_rejected(url: str) -> None:
     with pytest.raises(SettingsError):
         open_builder(url)
 
 
-def test_a_name_that_no_machine_can_have_is_told() -> None:
+def test_an_invalid_host_name_is_reported() -> None:
     builder = open_builder("dask://a..b")
     with pytest.raises(BuilderError, match="is not a valid address"):
         builder.describe()
     builder.close()
 
 
-def test_a_connection_that_is_closed_while_it_is_opened_is_given_up() -> None:
+def test_a_connection_closed_while_it_opens_is_abandoned() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         link = Link("dask://silent", f"tcp://127.0.0.1:{server.getsockname()[1]}")
         asks = pool.submit(link.ask, "workers", 600.0)
@@ -710,13 +710,13 @@ def test_a_connection_that_is_closed_while_it_is_opened_is_given_up() -> None:
                 asks.result()
 
 
-def test_the_port_may_be_left_out() -> None:
+def test_the_port_is_optional() -> None:
     builder = open_builder("dask://shelf")
     assert isinstance(builder, DaskBuilder) and builder.address == "tcp://shelf:8786"
 
 
 @pytest.mark.system
-def test_a_worker_is_not_spoken_to_less_safely_than_its_scheduler(tmp_path: Path) -> None:
+def test_a_worker_is_not_contacted_without_tls_if_its_scheduler_uses_tls(tmp_path: Path) -> None:
     tls = settings_of_tls(tmp_path / "tls")
     names = {
         "distributed.comm.tls.ca-file": tls["DASK_DISTRIBUTED__COMM__TLS__CA_FILE"],
@@ -805,9 +805,7 @@ def test_nothing_that_a_cluster_sends_is_unpickled(kind: str, tmp_path: Path, mo
         loop.close()
 
 
-def test_a_scheduler_that_contradicts_itself_is_not_asked_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retries_against_an_inconsistent_scheduler_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask_builder, "PAUSE", 0.01)
     worker = {"worker": "tcp://127.0.0.1:9"}
     answers: dict[str, Mapping[str, object]] = {"place": worker, "where": worker, "worker": {"there": False}}
@@ -849,7 +847,7 @@ def test_a_scheduler_that_contradicts_itself_is_not_asked_for_ever(
     ],
     ids=["too long", "too many frames", "a frame too long", "not msgpack", "too deep"],
 )
-def test_what_is_no_message_is_refused(frames: bytes) -> None:
+def test_an_invalid_message_is_rejected(frames: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def talk() -> None:
@@ -867,7 +865,7 @@ def test_what_is_no_message_is_refused(frames: bytes) -> None:
         thread.join()
 
 
-def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp_path: Path) -> None:
+def test_a_shell_opens_on_the_worker_that_retained_the_container(shelf: Cluster, tmp_path: Path) -> None:
     project = project_on(shelf, tmp_path, GAMEBEAR_KEEP_FAILED="yes")
     tree = tmp_path / "tree"
     tiny.fill(tree, ("sh", "cat"))
@@ -879,7 +877,7 @@ def test_a_shell_opens_on_the_worker_that_kept_the_container(shelf: Cluster, tmp
     project.gamebear("shell", "x", GAMEBEAR_KEEP_FAILED="no").failed("Task x has no retained container on dask://")
 
 
-def test_slots_that_a_scheduler_claims_are_counted_in_numbers_that_make_sense() -> None:
+def test_slot_counts_from_a_scheduler_are_bounded() -> None:
     claimed = {"armhf": 2, "arm64": -1, "amd64": 1 << 63, "i386": True, "armel": 1.5, "x": 1}
     assert dask_builder._counts(claimed) == {"armhf": 2, "amd64": 999_999}
     assert dask_builder._counts(None) == {}

@@ -117,7 +117,7 @@ def test_there_are_examples_of_each_kind() -> None:
 
 
 @pytest.mark.parametrize("block", SCRIPTS, ids=str)
-def test_a_buildscript_uses_nothing_that_is_not_there(block: Block) -> None:
+def test_a_buildscript_uses_only_existing_names(block: Block) -> None:
     program = read(block.text.encode(), str(block))
     assert _free_names(block.text) - set(dir(builtins)) - SEEN - set(program.arguments) == set()
     for call in _calls(block.text):
@@ -161,7 +161,7 @@ def _check_call(call: ast.Call) -> None:
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_what_an_example_imports_of_ours_is_there(block: Block) -> None:
+def test_names_imported_by_an_example_exist(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gamebear_tasks":
             module = importlib.import_module(node.module or "")
@@ -181,7 +181,7 @@ def _project_of(block: Block, folder: Path) -> Project:
 
 
 @pytest.mark.parametrize("block", DODOS, ids=str)
-def test_no_source_of_an_example_is_in_the_way_of_an_output(block: Block) -> None:
+def test_sources_of_an_example_do_not_clash_with_its_outputs(block: Block) -> None:
     for call in _calls(block.text):
         given = {item.arg: item.value for item in call.keywords}
         if "sources" in given and "outputs" in given:
@@ -201,7 +201,7 @@ def test_doit_loads_an_example(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_the_examples_that_need_no_container_build_what_they_say(tmp_path: Path) -> None:
+def test_examples_without_a_container_build_their_outputs(tmp_path: Path) -> None:
     dodo = next(block for block in DODOS if "def greet(" in block.text)
     project = _project_of(dodo, tmp_path)
     project.doit().ok()
@@ -217,7 +217,7 @@ def test_the_example_of_an_error_shows_one(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("block", _in("toml"), ids=str)
-def test_settings_in_an_example_are_settings(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_in_an_example_exist(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = tomllib.loads(block.text).get("tool", {}).get("gamebear", {})
     (tmp_path / "pyproject.toml").write_text(block.text)
     monkeypatch.chdir(tmp_path)
@@ -228,7 +228,7 @@ def test_settings_in_an_example_are_settings(block: Block, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("block", _in("json"), ids=str)
-def test_json_in_an_example_is_json(block: Block, tmp_path: Path) -> None:
+def test_json_in_an_example_is_valid(block: Block, tmp_path: Path) -> None:
     data = json.loads(block.text)
     if "phases" in data:
         assert {phase["name"] for phase in data["phases"]} < {*task_record.CLIENT, *task_record.BUILDER}
@@ -275,7 +275,7 @@ def _public(owner: type) -> set[str]:
 
 
 @pytest.mark.parametrize(("owner", "short"), [(Container, "c"), (Image, "img")])
-def test_all_that_containers_and_images_have_is_described_and_nothing_else(owner: type, short: str) -> None:
+def test_exactly_the_members_of_containers_and_images_are_documented(owner: type, short: str) -> None:
     text = _section(BUILDSCRIPTS, owner.__name__)
     described = set(re.findall(rf"^### {owner.__name__}\.(\w+)$", text, re.MULTILINE))
     described |= set(re.findall(rf"`{short}\.(\w+)`", text))
@@ -296,17 +296,17 @@ def _without_self(function: Callable[..., object]) -> inspect.Signature:
     return signature.replace(parameters=kept)
 
 
-def test_every_call_is_described() -> None:
+def test_every_call_is_documented() -> None:
     assert set(_described_signatures()) == set(generate.CALLS)
 
 
-def test_what_is_made_from_the_code_is_current() -> None:
+def test_generated_pages_are_current() -> None:
     stale = [path.name for path, text in generate.pages().items() if path.read_text("utf-8") != text]
     assert stale == [], "run docs/generate.py"
 
 
 @pytest.mark.parametrize("name", generate.CALLS)
-def test_every_parameter_is_described(name: str) -> None:
+def test_every_parameter_is_documented(name: str) -> None:
     part = (API if hasattr(gamebear_tasks, name) else BUILDSCRIPTS).read_text("utf-8")
     part = part.partition(f"```text\n{_described_signatures()[name]}\n```")[2]
     part = re.split(r"^##", part, maxsplit=1, flags=re.MULTILINE)[0]
@@ -316,13 +316,13 @@ def test_every_parameter_is_described(name: str) -> None:
     assert wanted - told == set()
 
 
-def test_every_name_of_the_package_is_described() -> None:
+def test_every_public_name_is_documented() -> None:
     text = API.read_text("utf-8")
     headings = set(re.findall(r"^##+ (\w+)$", text, re.MULTILINE))
     assert set(gamebear_tasks.__all__) <= headings
 
 
-def test_every_kind_of_error_is_described() -> None:
+def test_every_kind_of_error_is_documented() -> None:
     kinds = {kind.__name__ for kind in _below(GamebearError) if kind.__module__ == "gamebear_tasks.errors"}
     assert set(_rows(_section(API, "GamebearError"))) == kinds
 
@@ -335,7 +335,7 @@ def _below(kind: type) -> Iterator[type]:
 
 
 @pytest.mark.parametrize("document", [ROOT / "README.md", API], ids=lambda path: path.name)
-def test_every_setting_is_described_with_its_default(document: Path) -> None:
+def test_every_setting_is_documented_with_its_default(document: Path) -> None:
     rows = _rows(_section(document, "Settings"))
     told = {name: cells[-1].strip("`") for name, cells in rows.items() if name in _DEFAULTS}
     assert told == _DEFAULTS
@@ -351,7 +351,7 @@ _DEFAULTS = {item.name: _default(item.default) for item in dataclasses.fields(Se
 _DEFAULTS |= {"arch": "this machine's", "sources": "the first"}
 
 
-def test_what_a_buildscript_sees_is_described() -> None:
+def test_the_globals_of_a_buildscript_are_documented() -> None:
     rows = set(_rows(_section(BUILDSCRIPTS, "Builtins")))
     assert rows == {*SEEN, "__return__", "__args__", "__file__", "__name__"}
     values: dict[str, object] = {}
@@ -390,7 +390,7 @@ LINKS = [
 
 
 @pytest.mark.parametrize(("path", "target"), LINKS, ids=lambda value: getattr(value, "name", str(value)))
-def test_a_link_leads_somewhere(path: Path, target: str) -> None:
+def test_the_target_of_a_link_exists(path: Path, target: str) -> None:
     name, _, anchor = target.partition("#")
     document = (path.parent / name).resolve() if name else path
     assert document.exists() and document.is_relative_to(ROOT)

@@ -126,7 +126,7 @@ def test_a_fresh_account_becomes_a_builder_with_one_command(mine: Project, pi: S
     assert json.loads(again.out)["places"][1]["fixed"] == [], "nothing is left to fix"
 
 
-def test_sudo_asks_for_its_password_at_the_terminal(mine: Project, fresh: Account) -> None:
+def test_sudo_prompts_for_its_password_at_the_terminal(mine: Project, fresh: Account) -> None:
     take_ids(fresh)
     with Keyboard(mine.command("doctor", "--fix"), mine.folder, mine.environment, size=(30, 100)) as keyboard:
         keyboard.see(rf"\[sudo\] password for {fresh.name} on ")
@@ -499,7 +499,7 @@ def test_diagnostics_of_a_hostile_builder_are_sanitized(value: Any) -> None:
 
 
 @pytest.mark.parametrize("user", ["x; reboot", "--root=/", "$(reboot)", "", "a b"])
-def test_root_never_runs_text_of_a_builder(user: str) -> None:
+def test_text_from_a_builder_is_never_run_as_root(user: str) -> None:
     lacks = {"bases/armhf/lacks": {"what": "no keys", "remedy": "x"}, "bases/armhf/keyring": user}
     for finding in checked({"user": user, "subordinate/uids": 0, **lacks, **NO_CONTAINERS}):
         assert all(user not in command for command in finding.commands) or not user
@@ -507,7 +507,7 @@ def test_root_never_runs_text_of_a_builder(user: str) -> None:
 
 
 @pytest.mark.system
-def test_the_architectures_of_a_table_are_each_builders_own(project: Project) -> None:
+def test_each_builder_of_a_table_is_checked_for_its_own_architectures(project: Project) -> None:
     own = own_architecture()
     run = project.gamebear("doctor", "--json", f"builder={own}=local:,loong64=local:", timeout=120)
     assert run.status == 1
@@ -521,7 +521,9 @@ def test_the_architectures_of_a_table_are_each_builders_own(project: Project) ->
     [("5.1.0", "ok", "accelerated"), ("99.0", "warning", "public API")],
     ids=["tested", "new"],
 )
-def test_it_reports_how_paramiko_is_used(monkeypatch: pytest.MonkeyPatch, release: str, state: str, said: str) -> None:
+def test_doctor_reports_how_paramiko_is_used(
+    monkeypatch: pytest.MonkeyPatch, release: str, state: str, said: str
+) -> None:
     monkeypatch.setattr(local_checks, "version", lambda _: release)
     finding = local_checks.findings([], by_ssh=True)[1]
     assert (finding.name, finding.state) == ("paramiko", state)

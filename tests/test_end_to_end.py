@@ -80,7 +80,7 @@ def umtprd(gamebear: Project) -> Path:
     return gamebear.folder / "build" / "umtprd"
 
 
-def test_umtprd_is_an_arm_program_that_runs(umtprd: Path, gamebear: Project) -> None:
+def test_umtprd_is_an_arm_program_and_runs(umtprd: Path, gamebear: Project) -> None:
     about = subprocess.run(["readelf", "--file-header", umtprd], capture_output=True, text=True, check=True).stdout
     assert "ELF32" in about and "ARM" in about
     assert os.access(umtprd, os.X_OK)
@@ -88,16 +88,14 @@ def test_umtprd_is_an_arm_program_that_runs(umtprd: Path, gamebear: Project) -> 
     assert "Version: v1.3.10 compiled" in (gamebear.folder / "build" / "said").read_text()
 
 
-def test_an_emulated_package_image_is_made_with_the_builders_own_apt(umtprd: Path, gamebear: Project) -> None:
+def test_packages_of_an_emulated_image_are_installed_with_the_builders_apt(umtprd: Path, gamebear: Project) -> None:
     log = (gamebear.folder / "build" / "logs" / "umtprd.log").read_text()
     assert "Installing into debian:bookworm for armhf: gcc libc6-dev make pkgconf" in log
     assert "Using the image's apt" not in log
     assert "is not installed" not in log and "E: " not in log
 
 
-def test_what_an_artifact_was_built_from_and_in_is_told_in_a_form_that_others_know(
-    umtprd: Path, gamebear: Project
-) -> None:
+def test_the_provenance_of_an_artifact_has_a_standard_format(umtprd: Path, gamebear: Project) -> None:
     assert gamebear.gamebear("provenance", "umtprd").ok().out == "build/umtprd.intoto.json\n"
     provenance = read_statement(umtprd)
     debian = json.loads((gamebear.folder / "gamebear.lock").read_text())["debian"]["umtp-responder"]
@@ -138,7 +136,7 @@ def test_doit_after_clean_fetches_and_does_not_build(
     assert server.connections == connections + 1
 
 
-def test_nothing_is_left_on_the_builder(umtprd: Path, account: Account) -> None:
+def test_no_process_or_container_remains_on_the_builder(umtprd: Path, account: Account) -> None:
     def alive() -> list[str]:
         found = subprocess.run(
             ["ps", "-u", account.name, "-o", "stat=,args="], capture_output=True, text=True, check=False

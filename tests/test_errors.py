@@ -213,7 +213,7 @@ def test_a_permission_or_limit_of_this_machine(folder: Path, tmp_path: Path, row
 
 @pytest.mark.system
 @pytest.mark.parametrize("into", ["> /dev/full", ">&-", "<&- >&- 2>&-", "2> /dev/full", "2>&1 | true"])
-def test_a_build_goes_on_where_nothing_can_be_shown(folder: Path, tmp_path: Path, into: str) -> None:
+def test_a_build_continues_without_a_usable_output(folder: Path, tmp_path: Path, into: str) -> None:
     project = Project(folder, home=tmp_path.parent / "shown")
     project.write(
         "dodo.py",
@@ -242,7 +242,7 @@ def test_threads_work_without_dev_shm(folder: Path, tmp_path: Path, reporter: st
 
 
 @pytest.mark.system
-def test_nobody_may_read_what_a_person_keeps_from_them(folder: Path, tmp_path: Path) -> None:
+def test_logs_and_records_have_private_permissions(folder: Path, tmp_path: Path) -> None:
     project = Project(folder, home=tmp_path.parent / "shown", GAMEBEAR_PROVENANCE="yes")
     project.write(
         "dodo.py",

@@ -131,7 +131,7 @@ def test_a_result_is_built_again_when_its_package_image_is_too_old(aging: Aging)
     assert "was built on local: before" in aging.project.doit().ok().err and aging.builds == 2
 
 
-def test_a_clock_that_is_wrong_costs_a_question_and_no_build(aging: Aging) -> None:
+def test_a_wrong_clock_causes_a_query_and_no_build(aging: Aging) -> None:
     aging.script("max_age_days=30")
     aging.project.doit(CLOCK_AHEAD=str(5 * 365 * DAY)).ok()
     assert aging.project.doit(CLOCK_AHEAD=str(5 * 365 * DAY)).ok().ran == []
@@ -143,7 +143,7 @@ def test_a_clock_that_is_wrong_costs_a_question_and_no_build(aging: Aging) -> No
     assert "the age of the package images" in aging.project.doit("info", "x", CLOCK_AHEAD="0").out
 
 
-def test_a_result_is_built_again_when_the_base_is_another(aging: Aging) -> None:
+def test_a_result_is_built_again_when_its_base_has_changed(aging: Aging) -> None:
     aging.script("")
     aging.project.doit().ok()
     aging.project.doit("clean").ok()
@@ -159,7 +159,7 @@ def test_a_result_is_built_again_when_the_base_is_another(aging: Aging) -> None:
     assert "built on local: before" in aging.project.doit().ok().err, "a base that is gone is no other one"
 
 
-def test_a_result_that_never_expires_stays(aging: Aging) -> None:
+def test_a_result_without_a_rebuild_policy_does_not_expire(aging: Aging) -> None:
     aging.script('rebuild="never"')
     aging.project.doit().ok()
     aging.make_base("second")
@@ -168,7 +168,7 @@ def test_a_result_that_never_expires_stays(aging: Aging) -> None:
     assert aging.builds == 1
 
 
-def test_what_may_be_no_day_old_is_built_each_time(aging: Aging) -> None:
+def test_a_result_with_a_maximum_age_of_zero_is_built_each_time(aging: Aging) -> None:
     aging.script("max_age_days=0")
     for count in (1, 2):
         assert aging.project.doit().ok().ran == ["x"]
@@ -196,7 +196,7 @@ def state(**more: Any) -> dict[str, Any]:
     ("now", "left"),
     [(1000.0, 500.0), (1499.0, 1.0), (1500.0, 0.0), (9999.0, 0.0), (0.0, 500.0), (-1e12, 500.0)],
 )
-def test_a_result_holds_for_what_is_left_of_the_age_and_never_for_more(
+def test_a_result_is_valid_for_the_rest_of_the_maximum_age_at_most(
     now: float, left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: now)
@@ -204,19 +204,19 @@ def test_a_result_holds_for_what_is_left_of_the_age_and_never_for_more(
     assert bool(expiry.why_expired(state(), lambda name, arch: "a")) is (left == 0)
 
 
-def test_the_first_image_to_grow_old_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_that_expires_first_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     both = {"policies": state(max_age=70.0)["policies"] + state(max_age=None)["policies"] + state()["policies"]}
     assert expiry.seconds_left(both) == 70.0
 
 
 @pytest.mark.parametrize("policies", [[], None, "x", [{}], [{"made": 1}]])
-def test_a_result_without_policies_holds_for_ever(policies: object) -> None:
+def test_a_result_without_policies_is_always_valid(policies: object) -> None:
     assert expiry.seconds_left({"policies": policies}) is None
     assert expiry.seconds_left({}) is None
 
 
-def test_an_image_by_its_id_cannot_come_to_mean_another() -> None:
+def test_an_image_named_by_its_id_never_expires() -> None:
     noted = expiry.policy_of("0123456789ab", "0123", ["make", "gcc", "gcc"], "armhf", {}, None)
     assert expiry.why_expired({"policies": [noted]}, lambda name, arch: "other") == ""
     assert expiry.policy_of("debian", "a", [], "armhf", {}, 3)["max_age"] is None, "that is the base itself"

@@ -35,7 +35,7 @@ HASH = "0123456789abcdef" * 4
         (128, "exited with 128"),
     ],
 )
-def test_an_exit_status_is_a_number_or_a_signal(status: int, how: str) -> None:
+def test_an_exit_status_is_shown_as_a_number_or_a_signal(status: int, how: str) -> None:
     assert ended_by(status) == how
 
 
@@ -78,12 +78,12 @@ def test_internal_commands_of_buildah_are_in_the_log(capfd: pytest.CaptureFixtur
     assert f"`buildah commit {HASH}` exited with 125 in a container: no room" in capfd.readouterr().err
 
 
-def test_a_command_of_many_words_is_cut() -> None:
+def test_a_long_command_is_truncated() -> None:
     failure = worker._failure(CommandError(1, ["sh", "-c", "echo " * 1000]))
     assert len(failure["message"]) < 250 and failure["message"].endswith("…` exited with 1.")
 
 
-def test_the_texts_of_a_failure_are_bounded_and_can_be_encoded() -> None:
+def test_texts_of_a_failure_are_bounded_and_encodable() -> None:
     failure = JobFailed("script", "\udc80" + "x" * 10_000, "y" * 10_000).failure
     assert failure["message"].startswith("\\udc80x") and failure["message"].encode()
     assert len(failure["message"]) < 5000 and len(failure["hint"]) == 1000
@@ -111,7 +111,7 @@ def test_the_hint_of_a_builder_is_untrusted(hint: object, expected: str) -> None
     assert replied(message="no", hint=hint).hint == expected
 
 
-def test_a_builder_without_hints_is_understood() -> None:
+def test_a_failure_without_a_hint_from_an_older_builder_is_accepted() -> None:
     assert replied(message="no") == Failure("", "no")
 
 
@@ -123,7 +123,7 @@ def error_of(failure: Failure | None, state: str = "failed", url: str = "ssh://p
     return building._failure(cast(Any, object()), Status(state, "a", failure=failure), cast(Any, log))
 
 
-def test_an_error_is_the_failure_then_the_fix_then_the_log() -> None:
+def test_an_error_shows_the_failure_the_fix_and_the_log_in_this_order() -> None:
     failure = Failure("command", "`make -j4` exited with 2.", hint="Fix the command.")
     assert str(error_of(failure)).splitlines() == [
         "umtprd failed on ssh://pi: `make -j4` exited with 2.",

@@ -120,7 +120,7 @@ def test_the_cache_file_of_another_folder_is_not_written(
     assert not CACHE_FILE.exists() and not (tmp_path / CACHE_FILE).exists()
 
 
-def test_a_cache_that_cannot_be_written_does_not_end_doit(
+def test_a_cache_that_cannot_be_written_does_not_stop_doit(
     next_doit: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object, **options: object) -> None:
@@ -163,7 +163,7 @@ def test_caching_does_not_wait_for_the_disk(next_doit: Callable[[], None], monke
         '{"version": "2", "files": {"file": "x"}}',
     ],
 )
-def test_a_damaged_cache_is_an_empty_one(next_doit: Callable[[], None], content: str) -> None:
+def test_a_damaged_cache_counts_as_empty(next_doit: Callable[[], None], content: str) -> None:
     CACHE_FILE.write_text(content)
     assert file_hashes._read(str(CACHE_FILE)) == {}
     Path("file").write_text("text")

@@ -54,7 +54,7 @@ def test_a_file_name_is_valid_on_every_file_system(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["umtprd", "usb-gx_2", "gcc+x.tar", "a" * LONGEST, "console"])
-def test_an_ordinary_name_stays_what_it_is(name: str) -> None:
+def test_an_ordinary_name_is_unchanged(name: str) -> None:
     assert file_name(name) == name
 
 
@@ -65,7 +65,7 @@ def test_other_names_stay_readable() -> None:
 
 @given(NAMES, NAMES)
 @example("a", "a.materials")
-def test_no_two_tasks_and_no_two_kinds_share_a_file(one: str, other: str) -> None:
+def test_different_tasks_and_kinds_have_different_files(one: str, other: str) -> None:
     kinds = (path_of, record_of, materials_of, task_log._note_of)
     files = [str(kind(task)).casefold() for task in dict.fromkeys((one, other)) for kind in kinds]
     assert len(set(files)) == len(files)
@@ -92,7 +92,7 @@ WORDS = {"a/b": "slash", "a_b": "underscore", "A_B": "capitals"}
 
 
 @pytest.mark.system
-def test_tasks_of_similar_names_have_logs_records_and_statements_of_their_own(
+def test_tasks_with_similar_names_have_separate_logs_records_and_statements(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.write("dodo.py", DODO)
@@ -119,7 +119,7 @@ def test_tasks_of_similar_names_have_logs_records_and_statements_of_their_own(
     }
 
 
-def test_what_an_older_release_kept_of_another_task_is_not_read(
+def test_files_of_another_task_from_an_older_release_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -144,7 +144,7 @@ def test_what_an_older_release_kept_of_another_task_is_not_read(
         assert log.offset == len("of a_b\n"), "this task's own log is resumed"
 
 
-def test_a_target_has_parts_of_its_own(tmp_path: Path) -> None:
+def test_each_target_has_its_own_partial_downloads(tmp_path: Path) -> None:
     from gamebear_tasks.builders.base import Output
 
     output = Output(1, "ab" * 32, False)
@@ -156,9 +156,7 @@ def test_a_target_has_parts_of_its_own(tmp_path: Path) -> None:
         assert list(tmp_path.glob(part_pattern(target))) == [_part(target, output)]
 
 
-def test_a_task_that_has_run_since_is_not_linked_to_from_an_older_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_run_does_not_link_to_the_log_of_a_later_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gamebear_tasks.html_report.layout import page
     from gamebear_tasks.records.run_reader import Entry, Run
 

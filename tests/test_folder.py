@@ -160,7 +160,7 @@ def test_patterns_exclude_as_in_gitignore(project: Path, patterns: list[str], le
 
 
 @pytest.mark.parametrize("patterns", ["*.o", [""], ["/"], ["../x"], [1], 5])
-def test_what_is_not_a_list_of_patterns_is_rejected(patterns: object) -> None:
+def test_an_invalid_list_of_patterns_is_rejected(patterns: object) -> None:
     with pytest.raises(SettingsError, match="patterns"):
         folder("src", exclude=patterns)  # type: ignore[arg-type]
 
@@ -202,7 +202,7 @@ def test_timestamps_and_other_modes_do_not_change_the_identity(project: Path) ->
     assert sha256(folder("src")) == before
 
 
-def test_an_edit_that_keeps_size_and_mtime_is_noticed(project: Path) -> None:
+def test_an_edit_with_unchanged_size_and_mtime_is_detected(project: Path) -> None:
     write(project, "src/a.c")
     before = sha256(folder("src"))
     about = (project / "src/a.c").stat()
@@ -233,7 +233,7 @@ def test_only_changed_files_are_hashed(project: Path, monkeypatch: pytest.Monkey
     assert hashed == [b"other"]
 
 
-def test_a_file_that_was_written_just_now_is_read_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recently_written_file_is_read_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "SETTLED", 60.0)
     write(project, "src/a.c")
     sha256(folder("src"))
@@ -325,7 +325,7 @@ def test_a_submodule_that_is_not_checked_out_is_an_error(project: Path) -> None:
 
 
 @pytest.mark.system
-def test_a_folder_of_which_git_ignores_everything_is_an_error(project: Path) -> None:
+def test_a_folder_with_only_ignored_files_is_an_error(project: Path) -> None:
     write(project, ".gitignore", "out/a")
     (project / ".gitignore").write_text("out/\n")
     git("init", "-q", cwd=project)
@@ -375,7 +375,7 @@ def built(tmp_path: Path, system: None) -> Project:
     return project
 
 
-def test_a_job_gets_the_folder_and_may_change_it(built: Project) -> None:
+def test_a_job_receives_the_folder_and_may_change_it(built: Project) -> None:
     lines = (built.folder / "build/list").read_text().splitlines()
     expected = [
         "'src/a.c' 100755 315532800 src/a.c",
@@ -409,7 +409,7 @@ def test_a_removed_or_damaged_blob_or_manifest_is_sent_again(built: Project) -> 
         assert f"edit {number}" in (built.folder / "build/list").read_text()
 
 
-def test_a_prune_keeps_the_files_of_jobs_that_it_keeps(built: Project) -> None:
+def test_a_prune_retains_the_files_of_retained_jobs(built: Project) -> None:
     kept = {path.name for path in (built.store / "blobs").iterdir()}
     for path in (built.store / "blobs").iterdir():
         os.utime(path, (0, 0))

@@ -58,7 +58,7 @@ def test_an_unpacked_folder_equals_the_archived_one(folder: Path) -> None:
     assert not os.path.lexists("new")
 
 
-def test_equal_folders_have_equal_archives_whatever_their_times(folder: Path) -> None:
+def test_equal_folders_have_equal_archives_regardless_of_timestamps(folder: Path) -> None:
     before = sha256_of_folder("dist")
     os.utime("dist/bin/program", (1, 1))
     assert sha256_of_folder("dist") == before
@@ -108,7 +108,7 @@ def member(
         [member("long", tarfile.GNUTYPE_LONGNAME, data=b"a" * (1 << 17))],
     ],
 )
-def test_a_hostile_archive_is_rejected_and_nothing_is_outside(
+def test_a_hostile_archive_is_rejected_and_writes_nothing_outside(
     tmp_path: Path, members: list[tuple[tarfile.TarInfo, bytes]]
 ) -> None:
     archive = tmp_path / "inner" / "x.tar"
@@ -156,7 +156,7 @@ def test_old_content_is_replaced_as_a_whole(project: Path) -> None:
     assert sorted(os.listdir("build")) == ["dist", "logs"]
 
 
-def test_a_folder_with_a_file_of_somebody_else_is_not_replaced(project: Path) -> None:
+def test_a_folder_with_a_foreign_file_is_not_replaced(project: Path) -> None:
     install({"a": "1"})
     (project / "build/dist/mine").write_text("precious")
     with pytest.raises(JobError, match="mine"):
@@ -180,7 +180,7 @@ def test_clean_removes_what_was_installed_and_nothing_else(project: Path) -> Non
     assert entries("build/dist") == ["sub", "sub/mine"]
 
 
-def test_clean_removes_the_folder_if_nothing_else_is_in_it(project: Path) -> None:
+def test_clean_removes_a_folder_that_has_become_empty(project: Path) -> None:
     install({"a": "1", "sub/b": "1"})
     remove(Path("build/dist"))
     assert not (project / "build/dist").exists()
@@ -194,7 +194,7 @@ def test_a_missing_file_makes_the_folder_incomplete(project: Path) -> None:
 
 
 @pytest.mark.parametrize("step", range(4))
-def test_after_a_crash_at_any_step_the_folder_can_be_installed(
+def test_the_folder_can_be_installed_after_a_crash_at_any_step(
     project: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install({"a": "1", "b": "1"})
@@ -263,7 +263,7 @@ def test_a_folder_and_matching_files_are_installed(built: Project) -> None:
     assert not list(build.glob(".*.part")) + list(build.glob(".*.tree")) + list(build.glob(".*.old"))
 
 
-def test_a_rebuild_removes_files_that_are_no_longer_made(built: Project) -> None:
+def test_a_rebuild_removes_files_that_are_no_longer_produced(built: Project) -> None:
     built.write("dist.py", SCRIPT.replace("VERSION", "2").replace("sub", "other"))
     assert built.doit().ok().ran == ["dist"]
     assert entries(str(built.folder / "build/dist")) == ["link", "other", "other/program"]
@@ -300,7 +300,7 @@ def test_a_file_that_is_missing_in_the_folder_is_fetched_again(built: Project) -
         ("os.mkdir('c.whl')", ["c.whl", "folder"]),
     ],
 )
-def test_an_output_that_is_no_such_folder_fails_and_leaves_the_old_one(
+def test_an_output_that_is_not_a_folder_fails_and_leaves_the_old_folder(
     built: Project, change: str, words: list[str]
 ) -> None:
     built.write("dist.py", SCRIPT.replace("VERSION", "2") + change)

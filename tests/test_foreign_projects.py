@@ -202,7 +202,9 @@ def environments(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return Environment(folder / "without", project, None), Environment(folder / "with", project, wheel)
 
 
-def test_all_commands_do_the_same_with_and_without_the_package(environments: tuple[Environment, Environment]) -> None:
+def test_all_commands_behave_identically_with_and_without_the_package(
+    environments: tuple[Environment, Environment],
+) -> None:
     told = []
     for environment in environments:
         environment.begin()
@@ -216,7 +218,7 @@ def test_all_commands_do_the_same_with_and_without_the_package(environments: tup
 @pytest.mark.parametrize(
     "command", ["doit", "doit list", "doit help report", "doit tabcompletion", "doit -a -n 2 hello"]
 )
-def test_no_module_of_ours_is_imported(environments: tuple[Environment, Environment], command: str) -> None:
+def test_no_module_of_the_package_is_imported(environments: tuple[Environment, Environment], command: str) -> None:
     _, with_ours = environments
     with_ours.begin()
     status, _, imports = with_ours.run(command, PYTHONPROFILEIMPORTTIME="1")
@@ -224,7 +226,7 @@ def test_no_module_of_ours_is_imported(environments: tuple[Environment, Environm
     assert "gamebear" not in imports
 
 
-def test_the_environment_has_our_package(environments: tuple[Environment, Environment]) -> None:
+def test_the_test_environment_has_the_package(environments: tuple[Environment, Environment]) -> None:
     without, with_ours = environments
     found = [(each.folder / "bin" / "gamebear").exists() for each in (without, with_ours)]
     assert found == [False, True]

@@ -121,7 +121,7 @@ def lay_everything(project: Project) -> None:
         project.write(name, text)
 
 
-def test_a_function_finds_helpers_constants_classes_modules_closure_and_arguments(built: Project) -> None:
+def test_a_function_uses_helpers_constants_classes_modules_closure_and_arguments(built: Project) -> None:
     assert (built.folder / "build/x").read_text() == '["-----", "hoho", "HO", "@", "later", "beside", "?", "!"]'
     assert built.doit().ok().ran == []
 
@@ -138,14 +138,14 @@ def test_a_function_finds_helpers_constants_classes_modules_closure_and_argument
         ("dodo.py", "def task_x", "def unrelated(): return 1\n\ndef task_x", False),
     ],
 )
-def test_doit_sees_what_changes_a_function(built: Project, name: str, old: str, new: str, again: bool) -> None:
+def test_doit_detects_changes_of_a_function(built: Project, name: str, old: str, new: str, again: bool) -> None:
     text = (built.folder / name).read_text()
     assert old in text
     built.write(name, text.replace(old, new, 1) or new)
     assert built.doit("list", "--all", "--status").ok().out == f"{'R' if again else 'U'} x   \n"
 
 
-def test_its_modules_are_dependencies_as_an_author_would_write_them(built: Project) -> None:
+def test_the_modules_of_a_function_are_file_dependencies(built: Project) -> None:
     info = built.doit("info", "--no-status", "x").ok().out
     expected = [f" - {name}" for name in [*MODULES, "build/x"] if name != "unused.py"]
     assert sorted(line for line in info.splitlines() if line.startswith(" - ")) == sorted(expected)
@@ -161,7 +161,7 @@ def task_x():
 
 
 @pytest.mark.system
-def test_a_function_may_come_from_a_module_of_a_package(project: Project) -> None:
+def test_a_function_may_be_imported_from_a_package(project: Project) -> None:
     project.write("dodo.py", FROM_MODULE)
     project.write("tools/__init__.py", "from .build import build\n")
     project.write("tools/build.py", "from . import flags\ndef build():\n    open('x', 'w').write(flags.FLAGS)\n")
@@ -175,7 +175,7 @@ def test_a_function_may_come_from_a_module_of_a_package(project: Project) -> Non
 
 
 @pytest.mark.system
-def test_a_lambda_a_decorated_function_and_a_method_of_no_object_are_functions_too(project: Project) -> None:
+def test_lambdas_decorated_functions_and_static_methods_are_accepted(project: Project) -> None:
     project.write(
         "dodo.py",
         """
@@ -220,7 +220,7 @@ def test_another_process_finds_the_job_again(project: Project, tmp_path: Path) -
 
 
 @pytest.mark.system
-def test_what_was_loaded_is_built_though_the_file_is_edited_meanwhile(project: Project, tmp_path: Path) -> None:
+def test_the_loaded_function_is_built_although_its_file_was_edited(project: Project, tmp_path: Path) -> None:
     project.write(
         "dodo.py",
         f"""
@@ -251,7 +251,7 @@ class Callable_:
         pass
 
 
-def test_a_functions_name_is_a_file_name() -> None:
+def test_the_name_of_a_function_is_used_as_a_file_name() -> None:
     assert function_digest.name_of(load).endswith("load")
     assert function_digest.name_of(Callable_.__call__) == "Callable_.__call__"
     assert function_digest.name_of(functools.partial(load)) == "partial"
@@ -261,7 +261,7 @@ def test_a_functions_name_is_a_file_name() -> None:
     assert function_digest.name_of(odd) == "a_b_c"
 
 
-def test_a_function_takes_the_modules_beside_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_includes_the_modules_beside_its_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "import functools\ndef build():\n    import beside, package.sub\nrest = functools.partial(build)\n"
     (tmp_path / "project" / "package").mkdir(parents=True)
     for name in ("beside.py", "package/sub.py", "package/unused.py"):
@@ -284,7 +284,7 @@ def test_a_function_takes_the_modules_beside_its_own(tmp_path: Path, monkeypatch
     assert function_digest.pickled(module.build).modules["beside.py"] == tmp_path / "project/beside.py"
 
 
-def test_a_function_of_a_package_takes_the_modules_beside_the_package(tmp_path: Path) -> None:
+def test_a_function_of_a_package_includes_the_modules_beside_the_package(tmp_path: Path) -> None:
     for name in ("outer", "outer/inner"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("")
@@ -299,7 +299,7 @@ def test_a_function_of_a_package_takes_the_modules_beside_the_package(tmp_path: 
     assert "beside.py" not in function_digest.pickled(module.build).modules
 
 
-def test_a_function_whose_module_has_no_file_takes_none(tmp_path: Path) -> None:
+def test_a_function_whose_module_has_no_file_includes_no_modules(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("")
     module = load(tmp_path, "def build():\n    import beside\n")
     module.__file__ = None
@@ -334,7 +334,7 @@ def test_a_function_that_cannot_be_sent_is_named_with_the_reason(tmp_path: Path)
     assert "args=" in caught.value.hint
 
 
-def test_a_new_python_has_another_version() -> None:
+def test_another_python_version_has_another_pickle_version() -> None:
     assert function_digest.python_version() == VERSION
 
 
@@ -345,7 +345,7 @@ def digest_of(folder: Path, text: str) -> str:
     return function_digest.pickled(load(folder, text).build).sha256
 
 
-def test_the_digest_of_a_function_that_another_module_makes_covers_what_it_holds(tmp_path: Path) -> None:
+def test_the_digest_of_a_function_from_a_factory_covers_its_closure(tmp_path: Path) -> None:
     factory = "def make(step):\n    def inner():\n        return step\n    return inner\n"
     digests = set()
     for text, step in ((factory, 1), (factory, 2), (factory.replace("step\n", "-step\n"), 1)):
@@ -396,7 +396,7 @@ def task_x():
 
 
 @pytest.mark.system
-def test_what_is_sent_is_what_the_digest_covers(project: Project) -> None:
+def test_exactly_the_bytes_covered_by_the_digest_are_sent(project: Project) -> None:
     def contents() -> dict[str, str]:
         return {path.parent.name: path.read_text() for path in project.folder.glob("*/out")}
 
@@ -415,7 +415,7 @@ def test_what_is_sent_is_what_the_digest_covers(project: Project) -> None:
 # functions that cannot be sent
 
 
-def test_the_refusal_is_shown_when_dodo_is_loaded(project: Project) -> None:
+def test_an_invalid_function_is_rejected_when_dodo_is_loaded(project: Project) -> None:
     project.write(
         "dodo.py",
         "import threading\nfrom gamebear_tasks import artifact\nLOCK = threading.Lock()\n"
@@ -437,7 +437,7 @@ def test_the_refusal_is_shown_when_dodo_is_loaded(project: Project) -> None:
         ("import doit\ndef build():\n    doit.run()", "cannot be loaded on the builder: ModuleNotFoundError"),
     ],
 )
-def test_a_function_that_fails_is_one_paragraph(project: Project, body: str, said: str) -> None:
+def test_a_failed_function_is_an_error_without_a_traceback(project: Project, body: str, said: str) -> None:
     project.write(
         "dodo.py",
         f"from gamebear_tasks import artifact\n{body}\ndef task_x():\n    return artifact(build, outputs=['x'])\n",
@@ -457,7 +457,7 @@ os.execv({python!r}, [{python!r}, *sys.argv[1:code], before + sys.argv[code], *s
 
 
 @pytest.mark.system
-def test_a_builder_with_another_python_is_told_apart_before_anything_is_built(project: Project, tmp_path: Path) -> None:
+def test_a_builder_with_another_python_is_rejected_before_the_build(project: Project, tmp_path: Path) -> None:
     wrapper = tmp_path / "bin" / "python3"
     wrapper.parent.mkdir()
     wrapper.write_text(OTHER_PYTHON.format(python=sys.executable))

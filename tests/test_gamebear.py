@@ -55,7 +55,7 @@ def test_doit_uses_the_live_reporter_of_its_project(project: Project) -> None:
     assert project.doit("-r", "zero").ok().out == ""
 
 
-def test_it_has_the_commands_of_doit(project: Project) -> None:
+def test_gamebear_has_the_commands_of_doit(project: Project) -> None:
     project.write("dodo.py", TASK)
     assert project.gamebear("list").ok().out == project.doit("list").ok().out
     assert project.gamebear("info", "x").status == project.doit("info", "x").status
@@ -67,7 +67,7 @@ def test_it_has_the_commands_of_doit(project: Project) -> None:
 
 
 @pytest.mark.parametrize("name", ["report", "lock"])
-def test_a_task_with_the_name_of_a_command_is_refused_and_doit_runs_it(project: Project, name: str) -> None:
+def test_a_task_named_like_a_command_is_rejected_by_gamebear_and_run_by_doit(project: Project, name: str) -> None:
     project.write("dodo.py", TASK.replace("task_x", f"task_{name}"))
     said = project.gamebear().failed(f"Task can't be called '{name}' because this is a command name")
     assert said.status == 3
@@ -75,7 +75,7 @@ def test_a_task_with_the_name_of_a_command_is_refused_and_doit_runs_it(project: 
 
 
 @pytest.mark.parametrize("name", ["lock", "prune", "sources", "report"])
-def test_a_command_without_arguments_refuses_one(project: Project, name: str) -> None:
+def test_a_command_without_arguments_rejects_an_argument(project: Project, name: str) -> None:
     project.write("dodo.py", TASK)
     run = project.gamebear(name, "x").failed(f"gamebear {name} takes no arguments, got 'x'.", f"gamebear help {name}")
     assert run.status == 2
@@ -138,7 +138,7 @@ def failure(attempt: Callable[[], object]) -> str:
     return str(caught.value).replace("\n→ ", " ")
 
 
-def test_the_database_keeps_what_doit_notes(opened: Callable[[], Any]) -> None:
+def test_the_database_stores_the_values_of_doit(opened: Callable[[], Any]) -> None:
     first = opened()
     first.set("x", "result", 1)
     first.dump()
@@ -148,7 +148,7 @@ def test_the_database_keeps_what_doit_notes(opened: Callable[[], Any]) -> None:
     assert not second.in_("x") and second.get("x", "result") is None
 
 
-def test_a_damaged_entry_of_the_database_is_told(opened: Callable[[], Any]) -> None:
+def test_a_damaged_database_entry_is_reported(opened: Callable[[], Any]) -> None:
     first = opened()
     first._dbm[b"x"] = b'{"result'
     first.dump()
@@ -178,7 +178,7 @@ def test_an_error_of_the_database_names_its_cause_and_fix(
 
 @pytest.mark.parametrize("backend", ["dbm", "json", "sqlite3"])
 @pytest.mark.parametrize("command", ["run", "list --status", "clean", "forget -a", "ignore x", "info x", "reset-dep"])
-def test_a_damaged_database_is_no_traceback(project: Project, command: str, backend: str) -> None:
+def test_a_damaged_database_causes_no_traceback(project: Project, command: str, backend: str) -> None:
     project.write("dodo.py", TASK)
     project.write(".doit.db", "{ no database")
     run = project.gamebear(*command.split(), "--backend", backend)
@@ -188,7 +188,7 @@ def test_a_damaged_database_is_no_traceback(project: Project, command: str, back
 
 @pytest.mark.parametrize("suffix", ["", ".dat", ".db"])
 @pytest.mark.parametrize("command", ["run", "run --backend json", "run --backend sqlite3", "dumpdb"])
-def test_a_fifo_for_a_database_does_not_hang(project: Project, command: str, suffix: str) -> None:
+def test_a_fifo_in_place_of_the_database_does_not_block(project: Project, command: str, suffix: str) -> None:
     project.write("dodo.py", TASK)
     os.mkfifo(project.folder / f".doit.db{suffix}")
     said = project.gamebear(*command.split(), timeout=60).failed(
@@ -198,7 +198,7 @@ def test_a_fifo_for_a_database_does_not_hang(project: Project, command: str, suf
 
 
 @pytest.mark.parametrize("suffix", ["", ".dat", ".db"])
-def test_a_fifo_for_a_database_does_not_hang_doit_itself(project: Project, suffix: str) -> None:
+def test_a_fifo_in_place_of_the_database_does_not_block_doit(project: Project, suffix: str) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", "")
     os.mkfifo(project.folder / f".doit.db{suffix}")
@@ -216,7 +216,7 @@ def test_a_damaged_database_is_not_dumped(project: Project) -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize("program", ["doit", "gamebear"])
-def test_ctrl_c_is_one_line(project: Project, program: str) -> None:
+def test_ctrl_c_prints_one_line(project: Project, program: str) -> None:
     project.write("dodo.py", DODO)
     begun = project.folder / "begun"
     project.write("x.py", f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(1000)\n")
@@ -231,7 +231,7 @@ def test_ctrl_c_is_one_line(project: Project, program: str) -> None:
     assert said.count("interrupted") == 1, said
 
 
-def test_ctrl_c_while_dodo_is_read_is_one_line(project: Project) -> None:
+def test_ctrl_c_while_dodo_is_loaded_prints_one_line(project: Project) -> None:
     project.write("dodo.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     command = project.gamebear_command("list")
     done = subprocess.run(command, cwd=project.folder, env=project.environment, capture_output=True, text=True)
@@ -276,7 +276,7 @@ print(json.dumps([before, state()]))
 
 
 @pytest.mark.system
-def test_nothing_global_of_the_process_is_changed(project: Project) -> None:
+def test_process_global_state_is_unchanged(project: Project) -> None:
     """Neither by an import of the package, nor by a run of doit that builds."""
     project.write(
         "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"

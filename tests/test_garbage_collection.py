@@ -91,7 +91,7 @@ def blob(store: Store, content: bytes, unused: float) -> Path:
 
 
 @pytest.mark.parametrize(("unused", "stays"), [(1000, True), (1001, False), (-1, True)])
-def test_a_job_that_was_not_used_for_longer_goes(store: Store, unused: float, stays: bool) -> None:
+def test_an_expired_job_is_removed(store: Store, unused: float, stays: bool) -> None:
     job = put(store, unused)
     pruned = prune(store, older=1000.0)
     assert (pruned.jobs, pruned.left, pruned.more) == (0 if stays else 1, [], False)
@@ -100,7 +100,7 @@ def test_a_job_that_was_not_used_for_longer_goes(store: Store, unused: float, st
 
 
 @pytest.mark.parametrize(("unused", "stays"), [(0, True), (59, True), (60, False), (61, False), (-1, False)])
-def test_a_job_that_was_used_a_moment_ago_stays(store: Store, unused: float, stays: bool) -> None:
+def test_a_recently_used_job_is_retained(store: Store, unused: float, stays: bool) -> None:
     job = put(store, unused)
     pruned = prune(store, keep=0)
     assert job.folder.exists() is stays
@@ -109,7 +109,7 @@ def test_a_job_that_was_used_a_moment_ago_stays(store: Store, unused: float, sta
     assert len(pruned.left) == (1 if stays else 0)
 
 
-def test_without_limits_nothing_goes(store: Store) -> None:
+def test_without_limits_nothing_is_removed(store: Store) -> None:
     for state in ("done", "failed", "cancelled", "lost", ""):
         put(store, 1000 * DAY, state, arch=state)
     blob(store, b"x", 1000 * DAY)
@@ -128,7 +128,7 @@ def test_a_time_in_the_future_is_reset(store: Store, now: float) -> None:
 # count
 
 
-def test_of_each_target_the_latest_results_stay(store: Store) -> None:
+def test_the_latest_results_of_each_target_are_retained(store: Store) -> None:
     targets: list[dict[str, Any]] = [
         {},
         {"arch": "arm64"},
@@ -142,13 +142,13 @@ def test_of_each_target_the_latest_results_stay(store: Store) -> None:
         assert [job.folder.exists() for job in of_target] == [False, True, True, False]
 
 
-def test_the_order_of_outputs_makes_no_other_target(store: Store) -> None:
+def test_the_order_of_outputs_does_not_matter_for_a_target(store: Store) -> None:
     put(store, outputs=["b", "a"])
     put(store, outputs=["a", "b"])
     assert prune(store, keep=1).jobs == 1
 
 
-def test_each_job_with_a_damaged_description_is_its_own_target(store: Store) -> None:
+def test_each_job_with_a_damaged_description_counts_as_a_separate_target(store: Store) -> None:
     jobs = [put(store, number=number) for number in range(4)]
     for job, text in zip(jobs, ("", "[]", "{}", '{"arch": 1, "script": {"name": 1}, "outputs": 1}'), strict=True):
         (job.folder / "job.json").write_text(text)
@@ -159,7 +159,7 @@ def test_each_job_with_a_damaged_description_is_its_own_target(store: Store) -> 
 
 @pytest.mark.parametrize("is_seen", [False, True])
 @pytest.mark.parametrize("state", ["failed", "cancelled"])
-def test_an_end_that_no_client_has_seen_stays(store: Store, state: str, is_seen: bool) -> None:
+def test_a_result_that_no_client_has_acknowledged_is_retained(store: Store, state: str, is_seen: bool) -> None:
     job = put(store, 300, state)
     if is_seen:
         job.note_seen("a1")
@@ -170,13 +170,13 @@ def test_an_end_that_no_client_has_seen_stays(store: Store, state: str, is_seen:
 
 
 @pytest.mark.parametrize("state", ["lost", ""])
-def test_a_job_without_an_end_goes_when_results_are_counted(store: Store, state: str) -> None:
+def test_a_job_without_a_result_is_removed_when_results_are_limited(store: Store, state: str) -> None:
     put(store, 300, state)
     assert prune(store, keep=5).jobs == 1
 
 
 @pytest.mark.parametrize("state", ["queued", "running"])
-def test_a_job_that_runs_stays(store: Store, state: str) -> None:
+def test_a_running_job_is_retained(store: Store, state: str) -> None:
     job = put(store, 300, state)
     with job.lock():
         assert prune(store, keep=0) == Pruned()
@@ -189,7 +189,7 @@ def test_a_job_that_runs_stays(store: Store, state: str) -> None:
 # jobs in use
 
 
-def test_what_is_fetched_or_built_stays_and_is_counted_once(store: Store) -> None:
+def test_jobs_being_fetched_or_built_are_retained_and_counted_once(store: Store) -> None:
     jobs = [put(store, 300, number=number) for number in range(3)]
     jobs[0].outputs("a1").mkdir()
     with jobs[0].held_outputs("a1"), jobs[1].lock():
@@ -199,7 +199,7 @@ def test_what_is_fetched_or_built_stays_and_is_counted_once(store: Store) -> Non
     assert len(pruned.left) == 1 and pruned.left[0].endswith(": 2.")
 
 
-def test_a_check_of_the_lock_does_not_keep_a_job(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_of_the_lock_does_not_protect_a_job(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     job = put(store, 300)
     checks: list[float] = []
     lock = job.lock()
@@ -215,7 +215,7 @@ def test_a_check_of_the_lock_does_not_keep_a_job(store: Store, monkeypatch: pyte
     assert len(checks) == 4 and 0 < sum(checks) < 1
 
 
-def test_a_job_that_stays_locked_is_given_up_soon(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_job_is_skipped_after_a_short_wait(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     with put(store, 300).lock():
@@ -223,7 +223,7 @@ def test_a_job_that_stays_locked_is_given_up_soon(store: Store, monkeypatch: pyt
     assert 0 < sum(slept) < 1
 
 
-def test_a_job_that_was_replaced_before_its_lock_was_acquired_stays(
+def test_a_job_replaced_before_its_lock_was_acquired_is_retained(
     store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = put(store, 300)
@@ -242,13 +242,13 @@ def test_a_job_that_was_replaced_before_its_lock_was_acquired_stays(
     assert prune(store, keep=0).jobs == 1
 
 
-def test_a_job_that_is_gone_before_its_turn_is_not_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_removed_meanwhile_is_not_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     job = put(store, 300)
     monkeypatch.setattr(Prune, "_go_on", lambda self: shutil.rmtree(job.folder, ignore_errors=True))
     assert prune(store, keep=0) == Pruned()
 
 
-def test_a_job_in_whose_container_a_shell_is_open_stays(store: Store) -> None:
+def test_a_job_with_an_open_shell_is_retained(store: Store) -> None:
     job = put(store, 300, "failed")
     job.kept.touch()
     with job.held_kept():
@@ -260,7 +260,7 @@ def test_a_job_in_whose_container_a_shell_is_open_stays(store: Store) -> None:
 
 
 @pytest.mark.parametrize("can", [True, False])
-def test_a_job_goes_after_what_it_left_in_containers(store: Store, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
+def test_a_job_is_removed_after_its_containers(store: Store, monkeypatch: pytest.MonkeyPatch, can: bool) -> None:
     job = put(store, 300, "failed")
     job.kept.touch()
     cleaned: list[StoredJob] = []
@@ -278,13 +278,15 @@ def test_a_job_goes_after_what_it_left_in_containers(store: Store, monkeypatch: 
     assert job.folder.exists() is not can
 
 
-def test_a_job_that_left_nothing_needs_no_cleanup(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_leftovers_needs_no_cleanup(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, 300)
     monkeypatch.delattr(garbage_collection, "clean_up")
     assert prune(store, keep=0).jobs == 1
 
 
-def test_a_job_goes_from_sight_at_once_and_its_space_is_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_renamed_into_the_trash_atomically_and_its_size_is_counted(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = put(store, 300)
     (job.folder / "big").write_bytes(bytes(1 << 20))
     seen: list[bool] = []
@@ -320,9 +322,7 @@ def test_trash_that_cannot_be_removed_is_removed_as_the_containers_user(
     assert pruned.left == [f"{job.digest} cannot be removed."]
 
 
-def test_what_a_killed_prune_left_in_the_trash_is_removed_and_counted(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trash_of_a_killed_prune_is_removed_and_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     cleaned: list[tuple[Store, str]] = []
     monkeypatch.setattr(garbage_collection, "clean_up_after_lost_jobs", lambda store, but: cleaned.append((store, but)))
     (store.trash / "x").mkdir()
@@ -345,7 +345,7 @@ def test_what_a_killed_prune_left_in_the_trash_is_removed_and_counted(
         (Policy(older=5000.0, keep=9), 3600),
     ],
 )
-def test_a_blob_that_no_job_refers_to_goes_when_it_is_old(store: Store, policy: Policy, limit: int) -> None:
+def test_an_old_unreferenced_blob_is_removed(store: Store, policy: Policy, limit: int) -> None:
     job = put(store, 99, script={"name": "x.py", "sha256": hashlib.sha256(b"script").hexdigest()})
     (job.folder / "order.json").write_text(json.dumps({"trees": [hashlib.sha256(b"tree").hexdigest()]}))
     for name in (b"script", b"tree"):
@@ -360,14 +360,14 @@ def test_a_blob_that_no_job_refers_to_goes_when_it_is_old(store: Store, policy: 
     assert not old.exists() and new.exists() and len(list(store.blobs.iterdir())) == 3
 
 
-def test_blobs_of_a_job_go_with_it(store: Store) -> None:
+def test_blobs_of_a_removed_job_are_removed(store: Store) -> None:
     put(store, 5000, script={"name": "x.py", "sha256": hashlib.sha256(b"script").hexdigest()})
     blob(store, b"script", 5000)
     pruned = prune(store, older=4000.0)
     assert (pruned.jobs, pruned.blobs) == (1, 1)
 
 
-def test_a_blob_that_is_gone_before_its_turn_is_not_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blob_removed_meanwhile_is_not_counted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     path = blob(store, b"old", 5000)
     monkeypatch.setattr(Prune, "_go_on", lambda self: path.unlink(missing_ok=True))
     assert prune(store, older=100.0) == Pruned()
@@ -395,7 +395,7 @@ def entries(store: Store, mib: int, monkeypatch: pytest.MonkeyPatch) -> list[Pat
 
 
 @pytest.mark.parametrize("fitting", range(7))
-def test_the_least_recently_used_goes_until_the_rest_fits(
+def test_the_least_recently_used_jobs_are_removed_until_the_rest_fits(
     store: Store, entries: list[Path], mib: int, fitting: int
 ) -> None:
     for size in (fitting * mib + 600_000, fitting * mib):
@@ -404,7 +404,7 @@ def test_the_least_recently_used_goes_until_the_rest_fits(
     assert pruned == Pruned()
 
 
-def test_what_is_in_use_stays_and_others_go_in_its_place(store: Store, mib: int) -> None:
+def test_jobs_in_use_are_retained_and_others_are_removed_instead(store: Store, mib: int) -> None:
     sha256 = hashlib.sha256(b"script").hexdigest()
     job = put(store, 9000, "running", script={"name": "x.py", "sha256": sha256})
     for content, unused in ((b"script", 8000), (b"held", 7000), (b"x", 6000), (b"y", 5000)):
@@ -462,7 +462,7 @@ KINDS: dict[str, Callable[[Store], Path]] = {
     ("older", "limit"), [(None, DAY), (0.0, DAY), (100.0, DAY), (2.0 * DAY, 2 * DAY)], ids=["none", "0", "100", "2d"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_entries_go_a_day_after_their_last_use_or_later(
+def test_other_entries_are_removed_at_least_a_day_after_their_last_use(
     store: Store, own: Path, kind: str, older: float | None, limit: int
 ) -> None:
     path = KINDS[kind](store)
@@ -478,7 +478,7 @@ def test_other_entries_go_a_day_after_their_last_use_or_later(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_entries_of_the_future_expire_some_day(store: Store, own: Path, now: float, kind: str) -> None:
+def test_other_entries_with_a_time_in_the_future_expire(store: Store, own: Path, now: float, kind: str) -> None:
     path = KINDS[kind](store)
     path.mkdir(parents=True)
     age(path, -2 * DAY)
@@ -487,7 +487,7 @@ def test_other_entries_of_the_future_expire_some_day(store: Store, own: Path, no
 
 
 @pytest.mark.parametrize("kind", ["runner", "compiler cache"])
-def test_a_folder_that_a_process_uses_stays(store: Store, own: Path, kind: str) -> None:
+def test_a_folder_in_use_by_a_process_is_retained(store: Store, own: Path, kind: str) -> None:
     path = KINDS[kind](store)
     path.mkdir(parents=True)
     age(path, 1000 * DAY)
@@ -498,7 +498,7 @@ def test_a_folder_that_a_process_uses_stays(store: Store, own: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", ["scratch folder", "environment"])
-def test_what_a_job_may_use_stays_while_one_runs(store: Store, own: Path, kind: str) -> None:
+def test_entries_that_a_job_may_use_are_retained_while_one_runs(store: Store, own: Path, kind: str) -> None:
     path = KINDS[kind](store)
     path.mkdir(parents=True)
     age(path, 1000 * DAY)
@@ -508,7 +508,7 @@ def test_what_a_job_may_use_stays_while_one_runs(store: Store, own: Path, kind: 
     assert prune(store).others == 1
 
 
-def test_an_incomplete_upload_goes_a_day_after_its_last_byte(store: Store, own: Path) -> None:
+def test_an_incomplete_upload_is_removed_a_day_after_its_last_byte(store: Store, own: Path) -> None:
     path = store.tmp / f"{'0' * 64}.part"
     path.touch()
     age(path, DAY - 1)
@@ -525,7 +525,7 @@ def test_an_incomplete_upload_goes_a_day_after_its_last_byte(store: Store, own: 
     assert path.stat().st_mtime < time.time() + DAY, "it would never expire"
 
 
-def test_an_environment_that_was_used_stays_and_goes_with_its_lock(store: Store, own: Path) -> None:
+def test_a_used_environment_is_retained_and_later_removed_with_its_lock(store: Store, own: Path) -> None:
     path = store.root / "venvs" / "0123"
     path.mkdir(parents=True)
     lock = path.with_name("0123.lock")
@@ -543,7 +543,7 @@ def test_an_environment_that_was_used_stays_and_goes_with_its_lock(store: Store,
     assert list((store.root / "venvs").iterdir()) == []
 
 
-def test_cached_packages_go_by_age(store: Store, own: Path) -> None:
+def test_cached_packages_are_removed_by_age(store: Store, own: Path) -> None:
     pool = store.root / POOL
     pool.mkdir()
     old, new = pool / ("0" * 64), pool / ("1" * 64)
@@ -563,7 +563,7 @@ def test_all_other_entries_are_counted(store: Store, own: Path) -> None:
     assert prune(store).others == len(KINDS)
 
 
-def test_each_call_removes_something_and_says_that_there_is_more(store: Store, own: Path) -> None:
+def test_each_call_removes_something_and_reports_whether_more_remains(store: Store, own: Path) -> None:
     for kind in KINDS:
         path = KINDS[kind](store)
         path.mkdir(parents=True)
@@ -574,7 +574,7 @@ def test_each_call_removes_something_and_says_that_there_is_more(store: Store, o
 
 
 @pytest.mark.parametrize("name", ["jobs", "blobs", "images", "others", "freed"])
-def test_the_time_limit_counts_once_something_was_removed(
+def test_the_time_limit_applies_after_the_first_removal(
     store: Store, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     clock = [100.0]
@@ -644,7 +644,7 @@ def images(store: Store, own: Path, monkeypatch: pytest.MonkeyPatch) -> Images:
 OURS = "localhost/gamebear-packages:1"
 
 
-def test_unused_images_of_the_runner_go(store: Store, images: Images) -> None:
+def test_unused_images_of_the_runner_are_removed(store: Store, images: Images) -> None:
     named = images.put(1, [OURS, "localhost/gamebear-packages:2", "docker.io/mine:1"], 101)
     unnamed = images.put(2, None, 100)
     stay = {
@@ -666,20 +666,20 @@ def test_unused_images_of_the_runner_go(store: Store, images: Images) -> None:
     assert named not in stay
 
 
-def test_images_stay_unless_they_shall_go(store: Store, images: Images) -> None:
+def test_images_are_retained_unless_requested(store: Store, images: Images) -> None:
     images.put(1, [OURS], 1000)
     assert prune(store, older=0.0) == Pruned()
     assert prune(store, images=True).images == 1
 
 
-def test_in_the_runners_own_image_store_all_names_go(store: Store, images: Images) -> None:
+def test_in_the_runners_own_image_store_all_names_are_removed(store: Store, images: Images) -> None:
     images.known.storage = ("--root", "/there")
     images.put(1, [OURS, "docker.io/mine:1"], 1000)
     prune(store, images=True)
     assert images.removed == [(OURS, "docker.io/mine:1")]
 
 
-def test_an_image_that_a_container_uses_stays_and_the_others_go(store: Store, images: Images) -> None:
+def test_images_without_containers_are_removed(store: Store, images: Images) -> None:
     first, second = images.put(1, [OURS], 1000), images.put(2, None, 1000)
     third = images.put(3, None, 1000)
     images.in_use = {OURS, second}
@@ -696,7 +696,7 @@ def test_an_image_store_may_be_empty(store: Store, images: Images, there: None) 
 
 
 @pytest.mark.parametrize("name", [IMAGES_IN_USE, "gamebear-packages-0.lock"])
-def test_images_stay_while_a_job_uses_or_makes_one(
+def test_images_are_retained_while_a_job_uses_or_creates_one(
     store: Store, images: Images, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     images.put(1, [OURS], 1000)
@@ -711,7 +711,7 @@ def test_images_stay_while_a_job_uses_or_makes_one(
     assert [path.exists() for path in locks] == [True, False, False], "locks that nobody holds go"
 
 
-def test_a_disk_that_others_fill_meanwhile_frees_nothing(
+def test_a_disk_filled_by_others_meanwhile_counts_as_nothing_freed(
     store: Store, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images.put(1, [OURS], 1000)

@@ -211,7 +211,7 @@ def hostile(project: Project) -> Hostile:
     return Hostile(project)
 
 
-def test_an_honest_one_would_be_believed(hostile: Hostile) -> None:
+def test_an_honest_builder_is_accepted(hostile: Hostile) -> None:
     hostile.says("")
     hostile.doit().ok()
     assert hostile.target.read_bytes() == DATA
@@ -226,14 +226,14 @@ OTHERS = "failed on local: the builder returned other outputs"
     "name", ["../x", "../../x", "/tmp/x", "x/../../y", "", ".", "\\ud800", "\\0", "\\x1b]0;evil\\x07", "y" * 1000]
 )
 @pytest.mark.parametrize("besides", [False, True], ids=["instead", "besides"])
-def test_an_output_that_nobody_asked_for_goes_nowhere(hostile: Hostile, name: str, besides: bool) -> None:
+def test_an_undeclared_output_is_not_installed(hostile: Hostile, name: str, besides: bool) -> None:
     outputs = f'{{"{name}": result()["outputs"]["x"], **({{}} if not {besides} else result()["outputs"])}}'
     hostile.refused(f"def follow(request): send(**{{**result(), 'outputs': {outputs}}})", OTHERS)
     assert "fetch" not in hostile.asked
 
 
 @pytest.mark.parametrize("outputs", ["{}", "[]", "['x']", "None", "'x'"])
-def test_an_output_that_is_missing_is_not_made_up(hostile: Hostile, outputs: str) -> None:
+def test_a_missing_output_is_an_error(hostile: Hostile, outputs: str) -> None:
     hostile.refused(f"def follow(request): send(**{{**result(), 'outputs': {outputs}}})", OTHERS)
 
 
@@ -263,7 +263,7 @@ NONSENSE = "sends an invalid reply"
         "sha256=['x']",
     ],
 )
-def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: str) -> None:
+def test_an_invalid_description_of_an_output_is_rejected(hostile: Hostile, about: str) -> None:
     hostile.refused(
         f"def follow(request): send(**result({about}))",
         "this machine sends an invalid reply: output 'x'.",
@@ -271,13 +271,13 @@ def test_an_output_is_described_properly_or_not_taken(hostile: Hostile, about: s
     )
 
 
-def test_an_output_for_which_there_is_no_room_is_not_begun(hostile: Hostile) -> None:
+def test_an_output_larger_than_the_free_space_is_not_downloaded(hostile: Hostile) -> None:
     size = shutil.disk_usage(hostile.project.folder).free + 100 * 10**9
     hostile.refused(f"def follow(request): send(**result(size={size}))", "build/x does not fit on the disk: it needs")
     assert "fetch" not in hostile.asked
 
 
-def test_an_output_that_is_longer_than_was_said_is_not_kept(hostile: Hostile) -> None:
+def test_an_output_longer_than_announced_is_discarded(hostile: Hostile) -> None:
     hostile.refused(
         "def follow(request): send(**result(size=5))",
         "this machine sends 12 bytes, but at most 5 bytes are accepted.",
@@ -287,17 +287,17 @@ def test_an_output_that_is_longer_than_was_said_is_not_kept(hostile: Hostile) ->
 NOT_AS_SAID = "build/x did not arrive intact"
 
 
-def test_an_output_that_is_shorter_than_was_said_is_not_kept(hostile: Hostile) -> None:
+def test_an_output_shorter_than_announced_is_discarded(hostile: Hostile) -> None:
     hostile.refused("def follow(request): send(**result(size=20))", NOT_AS_SAID, "12 of 20 bytes")
     assert hostile.asked.count("fetch") == 3, "it was tried again without end, or not at all"
 
 
-def test_an_output_of_another_content_than_was_said_is_not_kept(hostile: Hostile) -> None:
+def test_an_output_with_another_hash_than_announced_is_discarded(hostile: Hostile) -> None:
     hostile.refused("def fetch(request): send(b'x' * 12)", NOT_AS_SAID, "SHA-256")
 
 
 @pytest.mark.parametrize("length", [1 << 40, 1 << 62, 10**400], ids=["1 TiB", "the most", "more"])
-def test_an_output_without_end_is_not_taken(hostile: Hostile, length: int) -> None:
+def test_an_endless_output_is_rejected(hostile: Hostile, length: int) -> None:
     hostile.says(
         f"""
 def fetch(request):
@@ -309,7 +309,7 @@ def fetch(request):
     hostile.doit().failed("this machine")
 
 
-def test_of_a_stream_without_end_only_what_was_said_is_taken(hostile: Hostile) -> None:
+def test_an_endless_stream_is_read_up_to_the_announced_size(hostile: Hostile) -> None:
     hostile.says(
         """
 def follow(request): send(**result(size=32 << 20))
@@ -326,23 +326,23 @@ def fetch(request):
     "holes",
     ["7", "[7]", "[[0, -1]]", "[[-4, 4]]", "[[0, 1 << 62]]", "[[0, 2], [1, 2]]", "[['0', 2]]", "[[0, True]]"],
 )
-def test_holes_that_make_no_sense_are_refused(hostile: Hostile, holes: str) -> None:
+def test_invalid_holes_are_rejected(hostile: Hostile, holes: str) -> None:
     hostile.refused(f"def fetch(request): send(DATA[2:], holes={holes})", "holes of a file")
 
 
-def test_holes_do_not_make_room_for_more_than_was_said(hostile: Hostile) -> None:
+def test_holes_do_not_extend_the_announced_size(hostile: Hostile) -> None:
     hostile.refused("def fetch(request): send(DATA, holes=[[0, 2]])", "sends more of x")
 
 
 @pytest.mark.parametrize("valid", ["1e300", "10**400", "float('inf')"])
-def test_a_result_is_not_believed_to_hold_for_centuries(hostile: Hostile, valid: str) -> None:
+def test_the_validity_of_a_result_is_bounded(hostile: Hostile, valid: str) -> None:
     hostile.says(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")
     hostile.doit().ok()
     assert responses.VALID == 10 * 365 * 86400
     assert f'"seconds": {responses.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
 
 
-def test_what_a_builder_says_of_itself_is_a_few_lines_without_tricks(hostile: Hostile) -> None:
+def test_a_builders_description_of_itself_is_bounded_and_sanitized(hostile: Hostile) -> None:
     hostile.says(
         r"""
 words = "a line\n" * 3 + "\x1b]0;evil\x07" + "x" * 9999
@@ -388,13 +388,13 @@ def follow(request): send(**{**result(), "notices": [f"{n} {words}" for n in ran
         "send()",
     ],
 )
-def test_an_answer_that_makes_no_sense_ends_the_matter_at_once(hostile: Hostile, answer: str) -> None:
+def test_an_invalid_reply_is_an_immediate_error(hostile: Hostile, answer: str) -> None:
     hostile.refused(f"def submit(request): {answer}", NONSENSE, "this machine")
     assert hostile.asked == ["submit"]
 
 
 @pytest.mark.parametrize("depth", [900, 990, 100_000])
-def test_brackets_in_brackets_harm_nothing_wherever_they_are(hostile: Hostile, depth: int) -> None:
+def test_deeply_nested_json_is_rejected_everywhere(hostile: Hostile, depth: int) -> None:
     nested = f"'[' * {depth} + ']' * {depth}"
     hostile.refused(
         f"""
@@ -407,7 +407,7 @@ follow = submit
     hostile.refused(f"""def submit(request): text('{{"state": ' + {nested} + '}}')""")
 
 
-def test_phases_that_make_no_sense_are_passed_over(hostile: Hostile) -> None:
+def test_invalid_phases_are_ignored(hostile: Hostile) -> None:
     spans = (
         "[['build', 1.5, 2.5], ['build', float('nan'), 1], ['build', 0, 10**400], ['build', 0, float('inf')], ['keep'],"
         " ['build', -1, 1], ['build', True, 1], ['build', '1', 1], ['\\x1b', 0, 1], [['build'], 0, 1], 'build', {},"
@@ -426,7 +426,7 @@ def test_phases_that_make_no_sense_are_passed_over(hostile: Hostile) -> None:
     hostile.doit("-a").ok()
 
 
-def test_a_header_as_long_as_may_be_takes_no_memory_to_speak_of(hostile: Hostile) -> None:
+def test_a_header_of_maximum_length_uses_little_memory(hostile: Hostile) -> None:
     hostile.says("""def follow(request): text(json.dumps(result())[:-1] + ', "x": [' + '0,' * 2_000_000 + '0]}')""")
     hostile.doit().ok()
 
@@ -436,7 +436,7 @@ JOB: dict[str, Any] = {"digest": "ab" * 32, "state": "done", "attempt": "a1", "l
 NO_END = "arrive in too many small pieces."
 
 
-def test_a_builder_that_has_always_a_little_more_is_not_asked_for_ever(hostile: Hostile) -> None:
+def test_a_builder_that_always_reports_more_is_not_queried_forever(hostile: Hostile) -> None:
     hostile.says(f"""
 def follow(request): send(b"x", **result())
 def prune(request): send(jobs=1, more=True)
@@ -468,7 +468,7 @@ def list(request): send(total=10**9, jobs=[{{**{JOB}, "digest": "%064x" % reques
         ("[5]", 0),
     ],
 )
-def test_what_was_pruned_is_counted_in_numbers_that_make_sense(hostile: Hostile, freed: str, read: int) -> None:
+def test_the_counts_of_a_prune_are_bounded(hostile: Hostile, freed: str, read: int) -> None:
     hostile.says(f"def prune(request): send(jobs={freed}, freed={freed}, images=-1, left=None)")
     found: list[Pruned] = []
     assert hostile.ask(lambda builder: found.append(builder.prune())) == ""
@@ -477,7 +477,7 @@ def test_what_was_pruned_is_counted_in_numbers_that_make_sense(hostile: Hostile,
 
 
 @pytest.mark.parametrize("number", ["10**400", "-1", "True", "1.0", "'1'", "None"])
-def test_what_is_kept_is_numbered_properly_or_not_taken(hostile: Hostile, number: str) -> None:
+def test_invalid_counts_of_retained_containers_are_rejected(hostile: Hostile, number: str) -> None:
     containers = "[{'image': 'x', 'command': ['true'], 'status': 10**400}] * 2"
     hostile.says(f"def kept(request): send(containers={containers}, last={number}, age=1)")
     assert NONSENSE in hostile.ask(lambda builder: builder.kept("ab" * 32))
@@ -514,7 +514,7 @@ def test_a_message_is_not_nested_deeply(nested: str) -> None:
         wire.decode(io.BytesIO(len(message).to_bytes(4, "big") + message).read)
 
 
-def test_a_builder_that_breaks_off_after_each_little_piece_is_not_asked_for_ever(hostile: Hostile) -> None:
+def test_a_builder_that_disconnects_after_each_piece_is_not_retried_forever(hostile: Hostile) -> None:
     hostile.says("""
 def fetch(request):
     text(json.dumps({"body": 10**9 - request["offset"]}), b"x" * 5000)
@@ -525,7 +525,7 @@ def fetch(request):
     assert hostile.asked.count("fetch") == 21 and len(sink.getvalue()) == 21 * 5000
 
 
-def test_words_of_a_builder_do_nothing_to_the_terminal(hostile: Hostile) -> None:
+def test_text_from_a_builder_is_sanitized_for_the_terminal(hostile: Hostile) -> None:
     evil = r"'\x1b]0;evil\x07 \x1b[2J up' + 'x' * 100_000"
     hostile.says(
         f"""
@@ -550,7 +550,7 @@ SEEN = "red\n1%\n99%\n\N{REPLACEMENT CHARACTER}2Jend \N{REPLACEMENT CHARACTER}\n
 
 @pytest.mark.parametrize("piece", [1, 7, 1000])
 @pytest.mark.parametrize("words", [("run", "-v", "2", "-r", "console"), ("jobs", "follow", "ab" * 32)])
-def test_a_log_does_nothing_to_the_terminal_whoever_shows_it(
+def test_a_log_is_sanitized_for_the_terminal_in_every_view(
     hostile: Hostile, piece: int, words: tuple[str, ...]
 ) -> None:
     hostile.says(f"""
@@ -569,7 +569,7 @@ def follow(request):
 
 
 @pytest.mark.system
-def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
+def test_a_builder_that_never_replies_times_out(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.refused(
         "def submit(request): time.sleep(600)",
@@ -581,13 +581,13 @@ def test_a_builder_that_never_answers_is_given_up(hostile: Hostile) -> None:
 
 
 @pytest.mark.system
-def test_a_builder_that_never_greets_is_given_up(hostile: Hostile) -> None:
+def test_a_builder_that_never_sends_its_greeting_times_out(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.refused("def greet(): time.sleep(600)", "sends no data: timeout after 1 seconds.")
 
 
 @pytest.mark.system
-def test_a_builder_that_stops_in_the_middle_of_an_output_is_given_up(hostile: Hostile) -> None:
+def test_a_builder_that_stalls_during_an_output_times_out(hostile: Hostile) -> None:
     hostile.silence = 1.0
     hostile.says(
         """
@@ -602,7 +602,7 @@ def fetch(request):
     assert hostile.asked.count("fetch") <= 2
 
 
-def test_a_builder_that_talks_without_end_before_it_greets_is_given_up(hostile: Hostile) -> None:
+def test_endless_output_before_the_greeting_is_rejected(hostile: Hostile) -> None:
     hostile.refused(
         """
 def greet():
@@ -614,7 +614,7 @@ def greet():
 
 
 @pytest.mark.system
-def test_of_a_log_without_end_only_so_much_is_kept_and_the_job_is_given_up_after_its_time(hostile: Hostile) -> None:
+def test_an_endless_log_is_stored_up_to_a_limit_and_the_job_times_out(hostile: Hostile) -> None:
     hostile.says(
         """
 def submit(request): send(state="running", attempt="a1")
@@ -629,7 +629,7 @@ def follow(request): send(b"all is well\\n" * 20_000, state="running", attempt="
     assert not hostile.target.exists()
 
 
-def test_of_a_job_that_is_over_no_log_without_end_is_taken(hostile: Hostile) -> None:
+def test_an_endless_log_of_a_finished_job_is_cut_off(hostile: Hostile) -> None:
     hostile.refused(
         """
 def submit(request): send(state="failed", attempt="a1")
@@ -639,7 +639,7 @@ def follow(request): send(b"all is well\\n" * 20_000, state="failed", attempt="a
     )
 
 
-def test_a_long_log_s_last_lines_are_shown_though_they_are_not_kept(hostile: Hostile) -> None:
+def test_the_last_lines_of_a_long_log_are_shown_although_not_stored(hostile: Hostile) -> None:
     hostile.refused(
         """
 LOG = b"all is well\\n" * 300_000 + b"it is not\\n"
@@ -653,7 +653,7 @@ def follow(request):
 
 
 @pytest.mark.system
-def test_a_builder_that_answers_at_once_that_there_is_no_news_is_not_asked_a_thousand_times(hostile: Hostile) -> None:
+def test_polling_backs_off_if_the_builder_replies_immediately_without_news(hostile: Hostile) -> None:
     hostile.says(
         """
 def submit(request): send(state="running", attempt="a1")
@@ -664,7 +664,7 @@ def follow(request): send(state="running", attempt="a1")
     assert hostile.asked.count("follow") < 30
 
 
-def test_a_log_of_which_too_much_comes_at_once_is_refused(hostile: Hostile) -> None:
+def test_an_oversized_log_chunk_is_rejected(hostile: Hostile) -> None:
     hostile.refused(
         """
 def submit(request): send(state="running", attempt="a1")
@@ -674,7 +674,7 @@ def follow(request): send(bytes(8 << 20), state="running", attempt="a1")
     )
 
 
-def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
+def test_a_job_that_is_lost_again_and_again_fails(hostile: Hostile) -> None:
     hostile.refused(
         "def follow(request): send(state='running', attempt='another')", "failed on local: the job was lost 3 times"
     )
@@ -684,7 +684,7 @@ def test_a_job_that_is_always_lost_is_given_up(hostile: Hostile) -> None:
 
 
 @pytest.mark.parametrize("missing", ["['/etc/shadow', 0]", "['0' * 64, 0]", "[None, 0]", "'x'", "[[], 0]", "['x']"])
-def test_a_builder_gets_no_file_that_is_not_the_job_s(hostile: Hostile, missing: str) -> None:
+def test_a_builder_receives_only_files_of_the_job(hostile: Hostile, missing: str) -> None:
     hostile.refused(
         f"def submit(request): send(state='absent', missing=[{missing}])",
         "it requests a file that is not part of the job.",
@@ -693,14 +693,14 @@ def test_a_builder_gets_no_file_that_is_not_the_job_s(hostile: Hostile, missing:
 
 
 @pytest.mark.parametrize("missing", ["None", "7", "{}"])
-def test_a_builder_that_does_not_say_what_it_lacks_is_refused(hostile: Hostile, missing: str) -> None:
+def test_a_builder_that_does_not_list_missing_files_is_rejected(hostile: Hostile, missing: str) -> None:
     hostile.refused(
         f"def submit(request): send(state='absent', missing={missing})",
         "this machine sends an invalid reply: no list of missing files.",
     )
 
 
-def test_a_builder_that_asks_for_the_same_again_and_again_is_refused(hostile: Hostile) -> None:
+def test_a_builder_that_requests_the_same_file_repeatedly_is_rejected(hostile: Hostile) -> None:
     hostile.refused(
         "def submit(request): send(state='absent', missing=[[request['needs'][0], 0]])",
         "this machine repeatedly loses uploaded files",
@@ -709,7 +709,7 @@ def test_a_builder_that_asks_for_the_same_again_and_again_is_refused(hostile: Ho
 
 
 @pytest.mark.parametrize("there", ["-1", "10**30", "'x'", "None", "[]", "0", "1000"])
-def test_a_builder_that_never_has_enough_of_a_file_is_refused(hostile: Hostile, there: str) -> None:
+def test_a_builder_that_never_completes_a_file_is_rejected(hostile: Hostile, there: str) -> None:
     hostile.project.write("x.py", "#" * (3 * MIB))
     hostile.refused(
         f"""

@@ -39,7 +39,7 @@ pytest_plugins = ("upstreams",)
 
 
 @pytest.mark.system
-def test_a_program_that_makes_progress_is_not_cut_however_long_it_takes(tmp_path: Path) -> None:
+def test_a_program_that_makes_progress_does_not_time_out(tmp_path: Path) -> None:
     """Progress is output, or growth of a folder."""
     talks = "for i in 1 2 3 4 5; do echo $i >&2; sleep 1; done; echo done"
     writes = f"for i in 1 2 3 4 5; do echo $i >> {tmp_path}/file; sleep 1; done; echo done"
@@ -48,20 +48,20 @@ def test_a_program_that_makes_progress_is_not_cut_however_long_it_takes(tmp_path
 
 
 @pytest.mark.system
-def test_a_program_that_stalls_is_ended_with_its_children(tmp_path: Path) -> None:
+def test_a_stalled_program_is_killed_with_its_children(tmp_path: Path) -> None:
     with pytest.raises(StalledError, match=r"no progress for 0\.5 seconds"):
         run(["sh", "-c", f"sleep 1000 & echo $! > {tmp_path}/pid; wait"], silence=0.5)
     child = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
     wait_for(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
-def test_a_program_is_not_waited_for_when_a_child_of_it_keeps_its_output_open(tmp_path: Path) -> None:
+def test_a_child_that_holds_the_output_open_does_not_block(tmp_path: Path) -> None:
     """As with ControlPersist of ssh."""
     assert run(["sh", "-c", f"echo out; sleep 1000 & echo $! > {tmp_path}/pid"]) == b"out\n"
     os.kill(int((tmp_path / "pid").read_text()), 9)
 
 
-def test_a_program_may_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_a_program_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gamebear_tasks.util.subprocesses.OUTPUT_LIMIT", 1 << 20)
     with pytest.raises(ProgramError, match="yes wrote more than 1 MiB"):
         run(["yes"])
@@ -83,7 +83,7 @@ def silent() -> Iterator[socket.socket]:
 
 
 @pytest.mark.system
-def test_a_server_that_never_answers_is_given_up(
+def test_a_server_that_never_replies_times_out(
     silent: socket.socket, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For fetches and lookups; it is not queried again."""
@@ -98,7 +98,7 @@ def test_a_server_that_never_answers_is_given_up(
         git(url, "main").resolve()
 
 
-def test_a_git_that_stalls_here_does_not_cost_what_is_in_the_cache(
+def test_a_stalled_git_does_not_remove_the_cached_repository(
     upstream: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a file server that does not respond."""
@@ -138,7 +138,7 @@ def test_the_includes_of_gitmodules_are_not_followed(upstream: Path, cache: Path
             git(str(upstream), rev).fetch(cache, NOTHING_LOCKED)
 
 
-def test_a_link_for_gitmodules_is_not_read(upstream: Path, cache: Path) -> None:
+def test_a_symlink_named_gitmodules_is_not_read(upstream: Path, cache: Path) -> None:
     with_gitmodules(upstream, "")
     (upstream / ".gitmodules").unlink()
     (upstream / ".gitattributes").unlink()  # for these, git uses an index, which cannot contain such a link
@@ -151,14 +151,14 @@ def test_a_link_for_gitmodules_is_not_read(upstream: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[submodule", "\0\xff[[["])
-def test_a_gitmodules_that_is_none_is_refused_and_the_cache_kept(upstream: Path, cache: Path, text: str) -> None:
+def test_an_invalid_gitmodules_is_rejected_and_the_cache_retained(upstream: Path, cache: Path, text: str) -> None:
     rev = with_gitmodules(upstream, text)
     with pytest.raises(SourceError, match=r"is rejected: its \.gitmodules: bad config line \d"):
         git(str(upstream), rev).fetch(cache, NOTHING_LOCKED)
     assert list((cache / "git").glob("*.git"))
 
 
-def test_a_gitmodules_without_end_is_refused(upstream: Path, cache: Path) -> None:
+def test_an_oversized_gitmodules_is_rejected(upstream: Path, cache: Path) -> None:
     rev = with_gitmodules(upstream, "# \n" * 400_000)
     with pytest.raises(SourceError, match=r"is rejected: its \.gitmodules has 1200000 bytes"):
         git(str(upstream), rev).fetch(cache, NOTHING_LOCKED)
@@ -178,7 +178,7 @@ def test_a_relative_url_cannot_lead_out_of_its_host(parent: str, url: str) -> No
     assert relative_url(parent, url) == ""
 
 
-def test_a_submodule_of_itself_at_older_commits_ends(
+def test_a_submodule_recursion_over_older_commits_terminates(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each commit doubles the content of its predecessor."""
@@ -195,7 +195,7 @@ def test_a_submodule_of_itself_at_older_commits_ends(
         git(str(upstream), call_git(upstream, "rev-parse", "HEAD")).fetch(cache, NOTHING_LOCKED)
 
 
-def test_a_tree_with_a_folder_of_gits_is_refused_as_git_does(upstream: Path, cache: Path) -> None:
+def test_a_tree_with_a_git_folder_is_rejected_as_by_git(upstream: Path, cache: Path) -> None:
     blob = call_git(upstream, "hash-object", "-w", str(upstream / "Makefile"))
     inner = call_git_with(upstream, f"100644 blob {blob}\tconfig\n", "mktree")
     outer = call_git_with(upstream, f"040000 tree {inner}\t.GIT\n", "mktree")
@@ -223,12 +223,12 @@ def test_the_target_of_a_link_is_bounded(upstream: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["", "a\0b", "x" * 4096, "\ud800"])
-def test_a_tree_refuses_a_link_that_cannot_be(target: str) -> None:
+def test_a_tree_rejects_an_invalid_link(target: str) -> None:
     with pytest.raises(deterministic_tar.TreeError, match="has no valid target"):
         deterministic_tar.write(io.BytesIO(), [deterministic_tar.Link("link", target)], 0)
 
 
-def test_variables_of_gits_do_not_change_what_is_read(
+def test_git_environment_variables_do_not_change_the_tree(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = git(str(upstream), with_gitmodules(upstream, '[submodule "x"]\npath = lib\nurl = ../x\nupdate = none\n'))
@@ -277,12 +277,12 @@ def test_a_zip_from_unix_may_have_backslashes_in_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["..\\x", "a\\..\\..\\x", "\\x", "C:\\x", "c:x", "\\\\host\\share\\x"])
-def test_a_zip_from_windows_cannot_lead_elsewhere(name: str, tmp_path: Path) -> None:
+def test_a_zip_from_windows_cannot_escape_its_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="it contains the unsafe name"):
         fetched(zip_bytes((name, b"x"), host=0), tmp_path)
 
 
-def test_a_zip_may_say_in_other_ways_that_a_member_is_a_folder(tmp_path: Path) -> None:
+def test_a_zip_may_mark_folders_in_several_ways(tmp_path: Path) -> None:
     """By the DOS attribute or the Unix mode, without a slash."""
     assert fetched(zip_bytes(("a", b""), ("a/b", b"x"), host=0, attributes=0x10), tmp_path / "dos")["a"] is None
     unix = zip_bytes(("a", b""), host=3, attributes=0o040755 << 16)
@@ -299,7 +299,7 @@ def raw_zip(name: bytes, host: int, flags: int = 0, extra: bytes = b"") -> bytes
     return local + central + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local), 0)
 
 
-def test_a_zips_names_are_read_as_unzip_reads_them(tmp_path: Path) -> None:
+def test_zip_names_are_decoded_as_by_unzip(tmp_path: Path) -> None:
     """Code page 437 from DOS, bytes from Unix, UTF-8 with a flag or an extra field; on every Python."""
     raw = "größe".encode("cp437")
     field = b"\1" + struct.pack("<I", zlib.crc32(raw)) + "größer".encode()
@@ -314,7 +314,7 @@ def test_a_zips_names_are_read_as_unzip_reads_them(tmp_path: Path) -> None:
         fetched(raw_zip(b"\xff", 0, 0x800), tmp_path / "6")
 
 
-def test_of_two_members_with_one_name_the_last_counts(tmp_path: Path) -> None:
+def test_the_last_of_two_members_with_one_name_counts(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         data = zip_bytes(("./a", b"first"), ("a", b"second"), ("a", b"third"))
     assert fetched(data, tmp_path) == {"a": b"third"}
@@ -355,16 +355,14 @@ def pax(size: str) -> bytes:
 
 
 @pytest.mark.parametrize("size", ["-5", "-600", "9" * 30, "1" + "0" * 18, "1" * 5000, "x", "1e3", "", "nan"])
-def test_a_tar_file_with_a_size_that_cannot_be_is_damaged(size: str, tmp_path: Path) -> None:
+def test_a_tar_file_with_an_impossible_size_is_damaged(size: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cannot be (used|unpacked)"):
         fetched(pax(size), tmp_path)
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
 @pytest.mark.parametrize("size", [64 << 20, -(64 << 20)])
-def test_a_header_of_a_tar_file_is_not_read_into_memory_whatever_its_size(
-    kind: bytes, size: int, tmp_path: Path
-) -> None:
+def test_an_oversized_tar_header_is_not_read_into_memory(kind: bytes, size: int, tmp_path: Path) -> None:
     header = tarfile.TarInfo("long")
     header.type, header.size = kind, size
     data = gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + b"x" * (65 << 20), 1)
@@ -376,7 +374,7 @@ def test_a_header_of_a_tar_file_is_not_read_into_memory_whatever_its_size(
     assert most < 16 << 20
 
 
-def test_an_archive_that_is_a_fifo_or_a_device_is_refused(tmp_path: Path) -> None:
+def test_an_archive_that_is_a_fifo_or_a_device_is_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
         with pytest.raises(SourceError, match="it is not a regular file"):
@@ -418,7 +416,7 @@ def mutated(seed: bytes, seed_of_random: int) -> bytes:
 @pytest.mark.parametrize("kind", SEEDS)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_archive_is_unpacked_or_refused_and_nothing_else(kind: str, seed: int, tmp_path: Path) -> None:
+def test_a_damaged_archive_is_unpacked_or_rejected(kind: str, seed: int, tmp_path: Path) -> None:
     data = mutated(SEEDS[kind], seed)
     with contextlib.suppress(SourceError):
         fetched(data, tmp_path)
@@ -429,7 +427,7 @@ def test_a_damaged_archive_is_unpacked_or_refused_and_nothing_else(kind: str, se
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_lock_file_is_read_or_refused_and_nothing_else(seed: int, tmp_path: Path) -> None:
+def test_a_damaged_lock_file_is_read_or_rejected(seed: int, tmp_path: Path) -> None:
     good = (
         b'{"version": 1, "git": {"https://git.example/x main": {"commit": "'
         + b"a" * 40
@@ -444,7 +442,7 @@ def test_a_damaged_lock_file_is_read_or_refused_and_nothing_else(seed: int, tmp_
 
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_list_of_source_packages_has_what_is_whole_and_nothing_else(seed: int) -> None:
+def test_a_damaged_list_of_source_packages_yields_its_intact_entries(seed: int) -> None:
     good = b"Package: x\nVersion: 1-1\nChecksums-Sha256:\n " + b"a" * 64 + b" 10 x_1-1.dsc\n\nPackage: y\n"
     with contextlib.suppress(GamebearError):
         entries(mutated(good, seed).decode(errors="replace"), "x")
@@ -452,7 +450,7 @@ def test_a_damaged_list_of_source_packages_has_what_is_whole_and_nothing_else(se
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_gitmodules_is_read_or_refused_and_nothing_else(seed: int, upstream: Path, tmp_path: Path) -> None:
+def test_a_damaged_gitmodules_is_read_or_rejected(seed: int, upstream: Path, tmp_path: Path) -> None:
     good = b'[submodule "x"]\n\tpath = lib\n\turl = ../gone\n\tupdate = none\n'
     (upstream / ".gitmodules").write_bytes(mutated(good, seed))
     head = call_git(upstream, "rev-parse", "HEAD")

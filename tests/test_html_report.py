@@ -72,7 +72,7 @@ class Reader(html.parser.HTMLParser):
 
 
 @pytest.mark.system
-def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
+def test_the_report_shows_the_runs(project: Project) -> None:
     project.gamebear("report").failed("There is no dodo.py here", "gamebear report -f FOLDER/dodo.py")
     assert not (project.folder / "build").exists()
     project.write(
@@ -102,7 +102,7 @@ def test_doit_report_writes_what_the_runs_were(project: Project) -> None:
     project.gamebear("report", "x").failed("gamebear report takes no arguments, got 'x'")
 
 
-def test_times_and_sizes_are_compared_with_the_time_before() -> None:
+def test_times_and_sizes_are_compared_with_the_previous_build() -> None:
     first = record("a")
     slower = record("a", seconds=18.0, outputs=(Made("x", "build/a", 4096, "cd" * 32),))
     fetched = record("a", origin="fetched", seconds=1.0)
@@ -116,7 +116,7 @@ def test_times_and_sizes_are_compared_with_the_time_before() -> None:
     assert "build/a 4.0 KiB (+100.0 %)" in text and "build/a 2.0 KiB (unchanged)" in text
 
 
-def test_only_what_is_not_well_now_is_told_first() -> None:
+def test_only_current_failures_are_shown_first() -> None:
     def bad(task: str) -> Record:
         return record(task, state="failed", failure="no", outputs=())
 
@@ -126,7 +126,7 @@ def test_only_what_is_not_well_now_is_told_first() -> None:
     assert ("bad failed" in told, "left failed" in told, "mended" in told) == (True, True, False)
 
 
-def test_a_timeline_holds_what_another_doit_had_begun_and_no_number_breaks_it() -> None:
+def test_a_timeline_includes_jobs_of_another_doit_and_tolerates_any_number() -> None:
     odd = (Phase("build", -5.0, 10.0), Phase("queue", -1e12, 1e300), Phase("x", 1e300, 1.0))
     assert model.span(run(record("a", phases=(Phase("build", -5.0, 12.0),)))) == (-5.0, 10.0)
     assert model.span(run(record("a", phases=odd))) == (-10.0, 10.0)
@@ -142,7 +142,7 @@ def test_a_timeline_holds_what_another_doit_had_begun_and_no_number_breaks_it() 
 # escaping and bounds
 
 
-def test_nothing_that_a_builder_says_becomes_part_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_from_a_builder_is_escaped_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     odd = record(SECRET, why=(SECRET,), failure=SECRET, builder=SECRET, digest=SECRET, origin=SECRET, attempt=SECRET)
     odd = replace(odd, state="failed", phases=(Phase(SECRET, 0, 1),), outputs=(Made(SECRET, SECRET, 1, SECRET),))
@@ -171,7 +171,7 @@ def test_a_text_is_escaped_and_an_element_is_not() -> None:
     )
 
 
-def test_a_page_is_bounded_however_much_there_was() -> None:
+def test_the_size_of_a_page_is_bounded() -> None:
     many = [record(f"t{number}") for number in range(3 * TASKS)]
     names = tuple(f"u{number}" for number in range(3 * NAMES))
     text = page([run(*many, up_to_date=names, log="x" * 60_000)] * 3, "p", 1e9)
@@ -224,7 +224,7 @@ def shown(system: None, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_browser_shows_it_on_every_screen_with_readable_colours_and_asks_for_nothing_else(shown: Path) -> None:
+def test_a_browser_renders_the_page_on_every_screen_without_further_requests(shown: Path) -> None:
     backgrounds = set()
     with Browser() as browser:
         for dark in (False, True):
@@ -244,7 +244,7 @@ def test_a_browser_shows_it_on_every_screen_with_readable_colours_and_asks_for_n
         assert browser.complaints == []
 
 
-def test_a_log_is_unfolded_with_the_keyboard_and_its_end_is_in_view(shown: Path) -> None:
+def test_a_log_opens_with_the_keyboard_and_shows_its_end(shown: Path) -> None:
     with Browser() as browser:
         browser.open(shown, 800)
         browser.value("document.querySelector('.run .log > summary').focus()")

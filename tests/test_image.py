@@ -95,7 +95,7 @@ def test_the_base_may_have_either_kind_of_table_and_grow(
 
 
 @pytest.mark.parametrize("suffix", ["", ".xz", ".zst"])
-def test_the_same_goes_in_and_the_same_bytes_come_out(
+def test_equal_inputs_give_identical_images(
     base: Path, thing: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
@@ -145,7 +145,7 @@ def test_an_ordinary_user_bakes_the_same_as_root(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.system
-def test_free_space_is_holes_and_what_was_replaced_is_gone(tmp_path: Path, thing: Path) -> None:
+def test_free_and_replaced_blocks_are_holes(tmp_path: Path, thing: Path) -> None:
     secret = os.urandom(4 * MIB)
     first = tmp_path / "first.img"
     (tmp_path / "secret").write_bytes(secret)
@@ -194,7 +194,7 @@ def test_older_and_other_kinds_of_root_file_systems(tmp_path: Path, thing: Path,
 
 
 @pytest.mark.system
-def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thing: Path) -> None:
+def test_a_base_that_was_not_unmounted_is_recovered(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img", options=("-O", "^metadata_csum"))
     with small.open("r+b") as file_:
         file_.seek(17 * MIB + 1024 + 0x10)  # the superblock's count of free inodes
@@ -204,7 +204,7 @@ def test_a_base_that_was_not_unmounted_is_brought_into_order(tmp_path: Path, thi
 
 
 @pytest.mark.system
-def test_what_a_running_base_had_in_its_journal_is_in_the_image(tmp_path: Path, thing: Path) -> None:
+def test_the_journal_of_a_running_base_is_replayed(tmp_path: Path, thing: Path) -> None:
     small = make_base(tmp_path / "base.img")
     data = small.read_bytes()
     (tmp_path / "root").write_bytes(data[17 * MIB :])
@@ -222,7 +222,7 @@ def test_what_a_running_base_had_in_its_journal_is_in_the_image(tmp_path: Path, 
 
 
 @pytest.mark.system
-def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> None:
+def test_a_damaged_root_file_system_is_rejected(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     data = bytearray(small.read_bytes())
     at = data.index(b"systemd\0")
@@ -234,7 +234,7 @@ def test_a_root_file_system_that_is_damaged_is_not_baked_on(tmp_path: Path) -> N
     refused(small, tmp_path / "out.img", "The root file system of the base is damaged: its superblock is invalid")
 
 
-def test_a_root_file_system_that_goes_on_behind_its_partition_is_not_baked_on(base: Path, tmp_path: Path) -> None:
+def test_a_root_file_system_larger_than_its_partition_is_rejected(base: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.img"
     shutil.copy(base, bad)
     command = ["sfdisk", "--quiet", "--partno=2", str(bad)]
@@ -252,7 +252,7 @@ def test_a_root_file_system_that_goes_on_behind_its_partition_is_not_baked_on(ba
         (lambda data: b"", "has no partition table"),
     ],
 )
-def test_what_is_no_image_is_refused(base: Path, tmp_path: Path, damage: object, said: str) -> None:
+def test_a_file_that_is_not_an_image_is_rejected(base: Path, tmp_path: Path, damage: object, said: str) -> None:
     assert callable(damage)
     bad = tmp_path / "bad.img"
     bad.write_bytes(damage(base.read_bytes()))
@@ -260,7 +260,7 @@ def test_what_is_no_image_is_refused(base: Path, tmp_path: Path, damage: object,
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zip", ".zst"])
-def test_a_compressed_base_that_ends_too_early_is_refused(base: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_compressed_base_is_rejected(base: Path, tmp_path: Path, suffix: str) -> None:
     bad = tmp_path / f"bad.img{suffix}"
     pack(bad, base.read_bytes())
     bad.write_bytes(bad.read_bytes()[:-5000])
@@ -268,7 +268,7 @@ def test_a_compressed_base_that_ends_too_early_is_refused(base: Path, tmp_path: 
 
 
 @pytest.mark.system
-def test_a_zip_file_with_damaged_lzma_in_it_is_refused(tmp_path: Path) -> None:
+def test_a_zip_file_with_damaged_lzma_data_is_rejected(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bad.zip", "w", zipfile.ZIP_LZMA) as bad:
         bad.writestr("a.img", os.urandom(1000))
     data = (tmp_path / "bad.zip").read_bytes()
@@ -355,7 +355,7 @@ def test_the_image_grows_as_needed(base: Path, tmp_path: Path) -> None:
     card.check()
 
 
-def test_what_is_asked_for_stays_free(base: Path, tmp_path: Path, thing: Path) -> None:
+def test_the_requested_space_remains_free(base: Path, tmp_path: Path, thing: Path) -> None:
     bake(base, tmp_path / "out.img", contents=[file(thing, "/opt/")], free="200M")
     said = subprocess.run(
         ["dumpe2fs", "-h", f"{tmp_path / 'out.img'}?offset={17 * MIB}"],
@@ -367,7 +367,7 @@ def test_what_is_asked_for_stays_free(base: Path, tmp_path: Path, thing: Path) -
 
 
 @pytest.mark.system
-def test_many_small_files_make_it_grow_for_their_inodes(tmp_path: Path) -> None:
+def test_an_image_grows_for_the_inodes_of_many_small_files(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base.img", size=8, options=("-N", "128"))
     with tarfile.open(tmp_path / "many.tar", "w") as many:
         for number in range(500):
@@ -432,7 +432,7 @@ def test_a_root_in_an_extended_partition_does_not_grow(tmp_path: Path, thing: Pa
 
 
 @pytest.mark.system
-def test_what_is_free_behind_the_root_is_used_before_the_image_grows(tmp_path: Path) -> None:
+def test_free_space_after_the_root_partition_is_used_before_the_image_grows(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     os.truncate(small, 60 * MIB)
     content = big(tmp_path / "big", 24)
@@ -444,7 +444,7 @@ def test_what_is_free_behind_the_root_is_used_before_the_image_grows(tmp_path: P
     assert card.data == (tmp_path / "same.img").read_bytes()
 
 
-def test_a_full_disk_is_one_paragraph_and_nothing_is_left(base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_no_files(base: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     content = big(tmp_path / "big", 30)
@@ -667,7 +667,7 @@ def test_a_user_without_a_password_is_locked_and_one_who_is_there_is_changed(
 
 
 @pytest.mark.system
-def test_lines_that_are_damaged_matter_only_where_they_are_used(tmp_path: Path) -> None:
+def test_damaged_lines_matter_only_if_they_are_used(tmp_path: Path) -> None:
     system = {
         **{name: text for name, text in SYSTEM.items() if name != "etc/hostname"},
         "etc/passwd": f"{SYSTEM['etc/passwd']}+\nhalf:x\nodd:x:some:7::/home/odd:/bin/sh\n",
@@ -689,7 +689,7 @@ def test_lines_that_are_damaged_matter_only_where_they_are_used(tmp_path: Path) 
 
 
 @pytest.mark.system
-def test_raspberry_pi_os_is_told_of_the_user_in_its_own_way(tmp_path: Path) -> None:
+def test_the_user_is_configured_as_raspberry_pi_os_expects(tmp_path: Path) -> None:
     system = {
         **SYSTEM,
         "usr/lib/userconf-pi/userconf": "#!/bin/sh\n",
@@ -707,7 +707,7 @@ def test_raspberry_pi_os_is_told_of_the_user_in_its_own_way(tmp_path: Path) -> N
     refused(small, tmp_path / "no.img", "/home/bear exists", contents=home, user=user("bear"))
 
 
-def test_what_contents_bring_into_a_home_is_in_a_home_of_the_users(tmp_path: Path, thing: Path, base: Path) -> None:
+def test_contents_of_a_home_folder_belong_to_its_user(tmp_path: Path, thing: Path, base: Path) -> None:
     contents = [file(thing, "/home/bear/.config/app/"), file(thing, "/home/bear/.profile", owner=1000, group=1000)]
     bake(base, tmp_path / "out.img", contents=contents, user=user("bear"))
     found = Card(tmp_path / "out.img").files()
@@ -734,7 +734,7 @@ def test_what_contents_bring_into_a_home_is_in_a_home_of_the_users(tmp_path: Pat
         (f"x{KEY}", False),
     ],
 )
-def test_a_public_key_is_whole(base: Path, tmp_path: Path, text: str, is_one: bool) -> None:
+def test_a_truncated_public_key_is_rejected(base: Path, tmp_path: Path, text: str, is_one: bool) -> None:
     (tmp_path / "key.pub").write_bytes(f"\ufeff{text}\r\n".encode())
     failure = baked(base, tmp_path / "out.img", user=user("bear", authorized_keys=[tmp_path / "key.pub"]))
     if not is_one:
@@ -745,7 +745,7 @@ def test_a_public_key_is_whole(base: Path, tmp_path: Path, text: str, is_one: bo
 
 
 @pytest.mark.parametrize("name", ["id_ed25519", "empty"])
-def test_a_file_without_a_public_key_is_refused_and_not_shown(base: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_without_a_public_key_is_rejected_and_not_shown(base: Path, tmp_path: Path, name: str) -> None:
     secret = "c2VjcmV0c2VjcmV0" if name == "id_ed25519" else ""
     (tmp_path / name).write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{secret}\n" if secret else "")
     failure = baked(base, tmp_path / "out.img", user=user("bear", authorized_keys=[tmp_path / name]))
@@ -753,7 +753,7 @@ def test_a_file_without_a_public_key_is_refused_and_not_shown(base: Path, tmp_pa
     assert not secret or secret not in failure.message
 
 
-def test_a_base_of_another_architecture_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_architecture_is_rejected(base: Path, tmp_path: Path) -> None:
     shell = tmp_path / "sh"
     shutil.copy("/bin/sh", shell)
     machine = subprocess.run(
@@ -836,7 +836,7 @@ def test_a_file_with_other_content_and_the_same_mtime_bakes_again(project: Proje
     assert project.doit().ok().ran == []
 
 
-def test_a_file_that_a_later_action_changes_is_not_taken_for_baked(project: Project) -> None:
+def test_a_file_changed_by_a_later_action_counts_as_not_baked(project: Project) -> None:
     text = DODO.format(password=HASH, more="").replace("return sd_image(", "task = sd_image(")
     project.write("dodo.py", f"{text}    return {{**task, 'actions': [*task['actions'], 'echo late > thing']}}\n")
     project.doit("-n", "2").ok()
@@ -844,7 +844,7 @@ def test_a_file_that_a_later_action_changes_is_not_taken_for_baked(project: Proj
     assert project.doit().ok().ran == []
 
 
-def test_what_a_killed_run_has_baked_is_not_taken_for_what_was_baked_before(project: Project) -> None:
+def test_the_image_of_a_killed_run_is_not_mistaken_for_the_previous_one(project: Project) -> None:
     text = DODO.format(password=HASH, more="").replace("return sd_image(", "task = sd_image(")
     kill = "test ! -e kill || kill -9 $PPID"
     project.write("dodo.py", f"{text}    return {{**task, 'actions': [*task['actions'], {kill!r}]}}\n")
@@ -866,7 +866,7 @@ def record_of(project: Project) -> Record:
     return record
 
 
-def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bake_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     project.doit().ok()
     record = record_of(project)
     assert (record.state, record.origin, record.builder) == ("done", "baked", "")
@@ -885,7 +885,7 @@ def test_a_baking_has_a_record(project: Project, monkeypatch: pytest.MonkeyPatch
     assert [[entry.record.state for entry in run.entries] for run in last_runs()] == [["failed"], ["done"]]
 
 
-def test_where_an_image_comes_from_is_told_like_that_of_an_artifact(project: Project) -> None:
+def test_an_image_has_provenance_like_an_artifact(project: Project) -> None:
     project.doit("provenance=true").ok()
     image = project.folder / "build" / "card.img"
     first = read_statement(image)
@@ -905,7 +905,7 @@ def test_where_an_image_comes_from_is_told_like_that_of_an_artifact(project: Pro
     assert not statement.exists()
 
 
-def test_no_secret_is_in_what_doit_shows_or_keeps(project: Project) -> None:
+def test_secrets_are_neither_shown_nor_stored_by_doit(project: Project) -> None:
     said = (
         project.doit("-v2").ok().text + project.doit("info", "image").text + project.doit("list", "--status").ok().text
     )
@@ -914,7 +914,7 @@ def test_no_secret_is_in_what_doit_shows_or_keeps(project: Project) -> None:
         assert HASH.encode() not in path.read_bytes()
 
 
-def test_clean_removes_the_image_and_what_a_killed_baking_has_left(project: Project) -> None:
+def test_clean_removes_the_image_and_leftovers_of_a_killed_bake(project: Project) -> None:
     project.doit().ok()
     left = project.folder / "build" / ".card.img.abc.bake"
     left.mkdir()
@@ -925,7 +925,7 @@ def test_clean_removes_the_image_and_what_a_killed_baking_has_left(project: Proj
     assert {path.name for path in (project.folder / "build").iterdir()} == {others.name, "logs"}
 
 
-def test_a_folder_that_another_baking_takes_for_a_left_one_is_made_again(
+def test_a_temporary_folder_removed_by_another_bake_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = tempfile.mkdtemp
@@ -943,7 +943,7 @@ def test_a_folder_that_another_baking_takes_for_a_left_one_is_made_again(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_is_told_without_a_traceback_and_the_old_image_stays(project: Project) -> None:
+def test_an_error_has_no_traceback_and_leaves_the_old_image(project: Project) -> None:
     project.doit().ok()
     before = (project.folder / "build" / "card.img").read_bytes()
     project.write("dodo.py", DODO.format(password=HASH, more='enable=["nothing.service"],'))
@@ -975,7 +975,7 @@ def users_of(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("options", [(), ("-n2",), ("-n2", "-P", "thread")], ids=["serial", "processes", "threads"])
 @pytest.mark.parametrize("signal", ["KILL", "TERM", "INT"])
-def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
+def test_leftovers_of_an_interrupted_bake_are_removed_by_the_next(
     project: Project, signal: str, options: tuple[str, ...]
 ) -> None:
     slow = project.folder / "bin"
@@ -1006,7 +1006,7 @@ def test_an_interrupted_baking_leaves_nothing_that_the_next_one_does_not_remove(
     assert {path.name for path in (project.folder / "build").iterdir()} == {"card.img", "logs"}
 
 
-def test_a_program_that_hears_of_ctrl_c_before_doit_does_has_not_failed(project: Project) -> None:
+def test_a_program_that_receives_ctrl_c_before_doit_has_not_failed(project: Project) -> None:
     impatient = project.write("bin/resize2fs", "#!/bin/sh\nkill -INT $$\n")
     impatient.chmod(0o755)
     project.write("dodo.py", DODO.format(password=HASH, more='free="90M",'))
@@ -1017,7 +1017,7 @@ def test_a_program_that_hears_of_ctrl_c_before_doit_does_has_not_failed(project:
 
 
 @pytest.mark.parametrize("change", ["echo changed >> ../../thing", "cp -p ../../other ../../thing"])
-def test_what_changes_while_it_is_baked_is_not_placed(project: Project, change: str) -> None:
+def test_an_image_whose_inputs_change_during_the_bake_is_not_installed(project: Project, change: str) -> None:
     project.doit("thing").ok()
     project.write("other", "MADE\n")
     os.utime(project.folder / "other", ns=(1, (project.folder / "thing").stat().st_mtime_ns))
@@ -1029,7 +1029,7 @@ def test_what_changes_while_it_is_baked_is_not_placed(project: Project, change: 
     assert not (project.folder / "build" / "card.img").exists()
 
 
-def test_what_is_missing_here_is_named_with_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_programs_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(ImageError) as error:
         check_installed(["mcopy", "debugfs"])

@@ -72,7 +72,7 @@ class Packed:
         return self.path
 
 
-def test_everything_is_as_the_tar_has_it(base: Path, tmp_path: Path) -> None:
+def test_an_image_has_the_contents_and_metadata_of_the_tar(base: Path, tmp_path: Path) -> None:
     packed = (
         Packed(tmp_path / "all.tar")
         .add("./", tarfile.DIRTYPE, mode=0o700, uid=1000)
@@ -120,7 +120,7 @@ def test_a_tar_may_be_compressed(base: Path, tmp_path: Path, mode: Mode) -> None
     assert Card(tmp_path / "out.img")["opt/file"].content == b"content"
 
 
-def test_what_gnu_tar_packs_comes_out_the_same(base: Path, tmp_path: Path) -> None:
+def test_archives_of_gnu_tar_are_unpacked_unchanged(base: Path, tmp_path: Path) -> None:
     tree = tmp_path / "tree" / "opt"
     tree.mkdir(parents=True)
     (tree / "file").write_bytes(os.urandom(100_000))
@@ -146,7 +146,7 @@ def test_what_gnu_tar_packs_comes_out_the_same(base: Path, tmp_path: Path) -> No
     card.check()
 
 
-def test_the_links_of_the_base_are_followed_and_stay(base: Path, tmp_path: Path) -> None:
+def test_links_of_the_base_are_followed_and_retained(base: Path, tmp_path: Path) -> None:
     packed = Packed(tmp_path / "some.tar").add("lib/", tarfile.DIRTYPE, mode=0o755).add("lib/thing", data=b"1").done()
     bake(base, tmp_path / "out.img", contents=[tar(packed)])
     found = Card(tmp_path / "out.img").files()
@@ -154,7 +154,7 @@ def test_the_links_of_the_base_are_followed_and_stay(base: Path, tmp_path: Path)
     assert found["usr/lib/thing"].content == b"1"
 
 
-def test_a_link_that_a_tar_brings_leads_nowhere_but_into_the_image(base: Path, tmp_path: Path) -> None:
+def test_a_link_in_a_tar_never_leads_out_of_the_image(base: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     packed = (
@@ -171,13 +171,13 @@ def test_a_link_that_a_tar_brings_leads_nowhere_but_into_the_image(base: Path, t
     assert found["etc/elsewhere"].content == b"bear\n", "the host name goes where the link leads"
 
 
-def test_an_absolute_name_is_meant_from_the_images_root(base: Path, tmp_path: Path) -> None:
+def test_an_absolute_name_is_relative_to_the_root_of_the_image(base: Path, tmp_path: Path) -> None:
     packed = Packed(tmp_path / "some.tar").add("/opt//./file", data=b"1").done()
     bake(base, tmp_path / "out.img", contents=[tar(packed, "/srv")])
     assert Card(tmp_path / "out.img")["srv/opt/file"].content == b"1"
 
 
-def test_of_two_with_one_name_the_later_one_stays(base: Path, tmp_path: Path) -> None:
+def test_the_later_of_two_members_with_one_name_counts(base: Path, tmp_path: Path) -> None:
     one = Packed(tmp_path / "one.tar").add("opt/x", data=b"1", mode=0o755).add("opt/x", data=b"2").done()
     two = Packed(tmp_path / "two.tar").add("opt/y", tarfile.SYMTYPE, linkname="x").add("etc/hostname", data=b"b").done()
     three = tmp_path / "y"
@@ -217,7 +217,7 @@ def test_a_folder_of_many_files_grows(base: Path, tmp_path: Path) -> None:
     card.check()
 
 
-def test_what_goes_below_the_mount_point_goes_on_the_boot_file_system(base: Path, tmp_path: Path) -> None:
+def test_files_below_the_mount_point_are_on_the_boot_file_system(base: Path, tmp_path: Path) -> None:
     packed = (
         Packed(tmp_path / "some.tar")
         .add("boot/firmware/", tarfile.DIRTYPE)
@@ -252,7 +252,7 @@ def test_an_inode_without_room_for_later_times_has_the_last_one(tmp_path: Path) 
 
 
 @pytest.mark.system
-def test_a_boot_file_system_has_room_for_what_replaces_as_much(tmp_path: Path) -> None:
+def test_replacing_a_file_needs_no_more_room_on_the_boot_file_system(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img", boot={"Kernel.img": "k" * 15_000_000})
     kernel = tmp_path / "kernel.img"
     kernel.write_bytes(os.urandom(15_001_000))
@@ -262,7 +262,7 @@ def test_a_boot_file_system_has_room_for_what_replaces_as_much(tmp_path: Path) -
     card.check()
 
 
-def test_the_topmost_folder_of_a_boot_file_system_holds_so_many_names(base: Path, tmp_path: Path) -> None:
+def test_the_root_folder_of_a_boot_file_system_has_a_limited_number_of_names(base: Path, tmp_path: Path) -> None:
     many = Packed(tmp_path / "many.tar")
     for number in range(30):
         many.add(f"boot/firmware/{number}{'-' * 240}")
@@ -272,7 +272,7 @@ def test_the_topmost_folder_of_a_boot_file_system_holds_so_many_names(base: Path
 ODD_NAMES = ("opt/caf\udce9", 'opt/"quoted"', "opt/<12>", "opt/-w", "opt/# x", "opt/a\\b", "opt/ ", "opt/\t", "!x")
 
 
-def test_names_of_any_bytes(base: Path, tmp_path: Path) -> None:
+def test_names_may_have_any_bytes(base: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "odd.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as archive:
         for name in ODD_NAMES:
             archive.addfile(tarfile.TarInfo(name))
@@ -281,7 +281,7 @@ def test_names_of_any_bytes(base: Path, tmp_path: Path) -> None:
     assert set(ODD_NAMES) <= set(found)
 
 
-def test_a_file_goes_where_it_is_said(base: Path, tmp_path: Path) -> None:
+def test_a_file_is_placed_at_its_declared_path(base: Path, tmp_path: Path) -> None:
     program = tmp_path / "prog ram"
     program.write_bytes(ELF["armhf"])
     program.chmod(0o700)
@@ -304,7 +304,7 @@ def test_a_file_goes_where_it_is_said(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["armel", "arm64", "amd64"])
-def test_a_program_for_another_architecture_is_refused_by_name(base: Path, tmp_path: Path, arch: str) -> None:
+def test_a_program_for_another_architecture_is_rejected_by_name(base: Path, tmp_path: Path, arch: str) -> None:
     program = tmp_path / "program"
     program.write_bytes(ELF[arch])
     refused(
@@ -317,7 +317,7 @@ def test_a_program_for_another_architecture_is_refused_by_name(base: Path, tmp_p
     refused(base, tmp_path / "out.img", f"{packed}: usr/lib/libx.so is a program for {arch}", contents=[tar(packed)])
 
 
-def test_what_is_for_a_device_of_its_own_is_no_foreign_program(base: Path, tmp_path: Path) -> None:
+def test_firmware_for_another_processor_is_not_a_foreign_program(base: Path, tmp_path: Path) -> None:
     packed = Packed(tmp_path / "some.tar").add("lib/firmware/start.elf", data=VIDEOCORE).done()
     bake(base, tmp_path / "out.img", contents=[tar(packed)])
 
@@ -354,14 +354,14 @@ def test_what_is_for_a_device_of_its_own_is_no_foreign_program(base: Path, tmp_p
         ("x", b"Z", {}, "has the unsupported type b'Z'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_in_an_image_is_refused_by_name(
+def test_unsupported_contents_are_rejected_by_name(
     base: Path, tmp_path: Path, name: str, kind: bytes, fields: dict[str, Any], said: str
 ) -> None:
     packed = Packed(tmp_path / "bad.tar").add("good", data=b"1").add(name, kind, **fields).done()
     refused(base, tmp_path / "out.img", "bad.tar", said, contents=[tar(packed)])
 
 
-def test_a_device_with_a_number_below_zero_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_device_with_a_negative_number_is_rejected(base: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.GNU_FORMAT) as bad:
         member = tarfile.TarInfo("x")
         member.type, member.devmajor, member.devminor = tarfile.CHRTYPE, 1, -1
@@ -369,7 +369,7 @@ def test_a_device_with_a_number_below_zero_is_refused(base: Path, tmp_path: Path
     refused(base, tmp_path / "out.img", "has a number outside of 0 to 65535", contents=[tar(tmp_path / "bad.tar")])
 
 
-def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:
+def test_link_loops_are_rejected(base: Path, tmp_path: Path) -> None:
     packed = (
         Packed(tmp_path / "loop.tar")
         .add("a", tarfile.SYMTYPE, linkname="b")
@@ -381,7 +381,7 @@ def test_links_without_end_are_refused(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_a_tar_that_ends_too_early_or_is_damaged_is_refused(base: Path, tmp_path: Path, mode: Mode) -> None:
+def test_a_truncated_or_damaged_tar_is_rejected(base: Path, tmp_path: Path, mode: Mode) -> None:
     packed = Packed(tmp_path / "bad.tar", mode).add("opt/x", data=b"1" * 512).add("opt/y", data=b"2").done()
     data = packed.read_bytes()
     cuts = (1024, 1300, 2048) if mode == "w" else (len(data) // 2, len(data) - 4)
@@ -394,7 +394,7 @@ def test_a_tar_that_ends_too_early_or_is_damaged_is_refused(base: Path, tmp_path
         refused(base, tmp_path / "out.img", "bad.tar cannot be unpacked", contents=[tar(packed)])
 
 
-def test_a_header_of_a_size_that_there_is_not_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_header_with_an_impossible_size_is_rejected(base: Path, tmp_path: Path) -> None:
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 2**70
     (tmp_path / "bad.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
@@ -402,7 +402,7 @@ def test_a_header_of_a_size_that_there_is_not_is_refused(base: Path, tmp_path: P
     refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "bad.tar")])
 
 
-def test_what_is_no_tar_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_tar_is_rejected(base: Path, tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_bytes(b"hello" * 1000)
     said = "no.tar cannot be unpacked: it is not a tar file"
     refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "no.tar")])
@@ -465,7 +465,7 @@ def members(draw: st.DrawFn) -> list[tuple[str, bytes, dict[str, Any]]]:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(held=members())
-def test_any_tar_is_in_the_image_as_it_is(
+def test_any_tar_is_unpacked_into_the_image_unchanged(
     base: Path, tmp_path_factory: pytest.TempPathFactory, held: list[tuple[str, bytes, dict[str, Any]]]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -506,7 +506,7 @@ def grown(path: Path) -> Path:
 
 
 @pytest.mark.system
-def test_a_file_of_the_base_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+def test_an_oversized_file_of_the_base_is_not_read(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img")
     command = ["/usr/sbin/debugfs", "-w", "-R", f"sif /etc/hosts size {MOST_READ + 1}", f"{small}?offset={17 << 20}"]
     subprocess.run(command, check=True, capture_output=True)
@@ -514,7 +514,7 @@ def test_a_file_of_the_base_that_is_too_long_is_not_read(tmp_path: Path) -> None
     bake(small, tmp_path / "out.img", contents=[file(grown(tmp_path / "long"), "/opt/")])
 
 
-def test_a_file_that_goes_in_is_baked_however_long_it_is_and_not_read(base: Path, tmp_path: Path) -> None:
+def test_a_large_file_is_baked_without_being_read_into_memory(base: Path, tmp_path: Path) -> None:
     long = grown(tmp_path / "long")
     hosts, config = file(long, "/etc/hosts"), file(long, "/boot/firmware/config.txt")
     refused(base, tmp_path / "out.img", "long is too large: 64.0 MiB", contents=[hosts], hostname="bear")
@@ -524,7 +524,7 @@ def test_a_file_that_goes_in_is_baked_however_long_it_is_and_not_read(base: Path
     refused(base, tmp_path / "out.img", said, contents=[tar(packed, "/")], hostname="bear")
 
 
-def test_a_file_or_link_that_is_too_long_is_not_asked_for(tmp_path: Path) -> None:
+def test_an_oversized_file_or_link_is_not_requested(tmp_path: Path) -> None:
     reader = Reader(cast(Debugfs, None), tmp_path)
     with pytest.raises(ImageError, match=r"/etc/hosts is too large: 1024\.0 GiB"):  # and debugfs is not queried for it
         reader.content(Inode(12, stat.S_IFREG | 0o644, 0, 0, 1 << 40), "/etc/hosts")
@@ -539,9 +539,7 @@ def test_a_folder_with_too_many_names_is_not_read(base: Path, tmp_path: Path, mo
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
 @pytest.mark.parametrize("first", [False, True])
-def test_a_header_of_a_tar_is_not_read_where_it_is_too_long(
-    base: Path, tmp_path: Path, kind: bytes, first: bool
-) -> None:
+def test_an_oversized_tar_header_is_rejected_unread(base: Path, tmp_path: Path, kind: bytes, first: bool) -> None:
     path = tmp_path / "odd.tar"
     member = tarfile.TarInfo("opt/x")
     header = tarfile.TarInfo("././@LongLink")

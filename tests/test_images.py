@@ -82,7 +82,7 @@ def elsewhere(arch: str = "amd64", emulated: tuple[str, ...] = ()) -> Facts:
 # Buildah
 
 
-def test_the_builder_is_probed_once_for_all_who_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_callers_share_one_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[Path] = []
 
     def slowly(root: Path) -> Facts:
@@ -99,11 +99,11 @@ def test_the_builder_is_probed_once_for_all_who_ask(tmp_path: Path, monkeypatch:
     assert len(probed) == 1
 
 
-def test_a_build_knows_inside_its_namespace_what_was_found_outside(builder: Builder) -> None:
+def test_probe_results_are_reused_inside_the_namespace(builder: Builder) -> None:
     assert builder.inside("print(json.dumps(found.arch))") == builder.facts.arch
 
 
-def test_the_end_of_a_build_is_the_end_of_all_that_it_started(builder: Builder) -> None:
+def test_all_processes_of_a_build_end_with_it(builder: Builder) -> None:
     if not builder.facts.pid_namespace:
         pytest.skip("no PID namespace here")
     code = "import subprocess; subprocess.Popen(['sleep', '86399.25']); print('started', flush=True); time.sleep(600)"
@@ -165,7 +165,7 @@ def test_a_folder_of_another_user_of_the_namespace_is_removed(builder: Builder) 
     assert not (builder.root / "tmp" / "x").exists()
 
 
-def test_a_builder_without_buildah_is_told_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_buildah_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(subprocesses, "SYSTEM_FOLDERS", ())
     with pytest.raises(RunnerError, match=r"buildah is not installed.*sudo apt install buildah"):
@@ -189,13 +189,13 @@ def test_netavark_is_suggested_only_where_no_network_backend_is_installed(
     assert "buildah unshare true" in caught.value.hint
 
 
-def test_secrets_of_the_environment_stay_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_secrets_are_not_passed_to_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_TOKEN", "secret")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     assert "secret" not in environment(tmp_path, elsewhere()).values()
 
 
-def test_a_program_of_the_own_architecture_runs() -> None:
+def test_a_program_of_the_native_architecture_runs() -> None:
     arch = probe.debian_arch(dict(os.environ))
     assert emulation._runs(arch)
     assert arch not in emulation.emulated(arch)
@@ -214,7 +214,7 @@ def test_a_program_of_the_own_architecture_runs() -> None:
         ("quay.io/a/b@sha256:0", "quay.io/a/b@sha256:0"),
     ],
 )
-def test_short_names_mean_what_they_mean_to_docker(name: str, full: str) -> None:
+def test_short_names_are_resolved_as_by_docker(name: str, full: str) -> None:
     assert qualified(name) == full
 
 
@@ -244,7 +244,7 @@ def test_a_local_tag_is_known_by_its_name(name: str, local: bool) -> None:
         ("alpine", ""),
     ],
 )
-def test_debian_images_that_can_be_bootstrapped_are_known(name: str, suite: str) -> None:
+def test_bootstrappable_debian_images_are_recognized(name: str, suite: str) -> None:
     assert debian_suite(name) == suite
 
 
@@ -261,7 +261,7 @@ def test_archives_are_read_from_both_formats_and_without_credentials() -> None:
     ]
 
 
-def test_a_builder_that_cannot_emulate_says_so_first() -> None:
+def test_missing_emulation_is_reported_first() -> None:
     with pytest.raises(RunnerError, match=r"amd64.*cannot run armhf programs.*qemu-user-static"):
         base_images.check_runs(elsewhere(), "armhf")
     base_images.check_runs(elsewhere(emulated=("armhf",)), "armhf")
@@ -289,7 +289,7 @@ def test_an_image_under_the_right_name_but_of_another_architecture_does_not_matc
     )
 
 
-def test_an_image_that_was_looked_at_and_is_not_used_does_not_become_ours(builder: Builder) -> None:
+def test_an_inspected_but_unused_image_is_not_owned_by_the_runner(builder: Builder) -> None:
     noted = builder.inside(
         "buildah('from', '--name', 'gamebear-unfit', 'scratch')\n"
         "buildah('config', '--arch', 's390x', 'gamebear-unfit')\n"
@@ -318,7 +318,7 @@ def test_a_local_image_is_found_by_its_digest_and_by_the_start_of_its_id(builder
     assert other == absent == ""
 
 
-def test_a_base_that_cannot_be_had_is_told_with_what_was_tried(builder: Builder) -> None:
+def test_an_unavailable_base_is_reported_with_the_attempts(builder: Builder) -> None:
     code = "print(json.dumps(failure(bases.resolve, buildah, found, '127.0.0.1:1/team/base:1', found.arch)))"
     started = time.monotonic()
     message = builder.inside(code)
@@ -337,12 +337,12 @@ def test_the_tag_of_a_package_image_depends_on_the_base_but_not_on_the_order() -
 
 
 @pytest.mark.parametrize("package", ["-o=Dir=/x", "gcc-", "Gcc", "gcc make", "gcc;reboot", ""])
-def test_what_is_no_package_never_reaches_apt(package: str) -> None:
+def test_invalid_package_names_never_reach_apt(package: str) -> None:
     with pytest.raises(ValueError, match="not the name of a Debian package"):
         package_images.packages_image(None, elsewhere(), "debian", [package], arch="amd64")  # type: ignore[arg-type]
 
 
-def test_a_disk_too_small_for_a_bootstrap_is_told_as_that_and_nothing_else_is_tried(
+def test_a_disk_too_small_for_a_bootstrap_is_reported_without_further_attempts(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fills = tmp_path / "mmdebstrap"  # the real one times out after ten seconds
@@ -394,12 +394,12 @@ def test_a_bootstrapped_base_gets_packages_once(builder: Builder) -> None:
     assert not containers
 
 
-def test_facts_survive_their_file() -> None:
+def test_probe_results_survive_the_loss_of_their_file() -> None:
     known = elsewhere(emulated=("armhf",))
     assert from_json(json.loads(json.dumps(known._asdict()))) == known
 
 
-def test_a_builder_whose_apt_names_no_mirror_is_told_to_name_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_without_an_apt_mirror_is_reported_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt_sources, "own_sources", list)
     with pytest.raises(ImageError, match="Debian has no mirror") as caught:
         apt_sources.main_archive("bookworm", "debian")

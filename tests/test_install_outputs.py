@@ -43,7 +43,7 @@ def test_a_target_has_the_content_and_the_mode(tmp_path: Path) -> None:
     assert leftovers(target.parent) == []
 
 
-def test_a_target_that_is_there_already_is_not_fetched(tmp_path: Path) -> None:
+def test_an_existing_target_is_not_fetched(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
     target.write_bytes(CONTENT["umtprd"])
     before = target.stat().st_ino
@@ -55,7 +55,7 @@ def test_a_target_that_is_there_already_is_not_fetched(tmp_path: Path) -> None:
     assert target.stat().st_ino == before
 
 
-def test_another_content_than_was_said_is_not_placed(tmp_path: Path) -> None:
+def test_an_output_with_the_wrong_hash_is_not_installed(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
     target.write_bytes(b"the old one")
     said = output(b"x" * len(CONTENT["umtprd"]))
@@ -65,7 +65,7 @@ def test_another_content_than_was_said_is_not_placed(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_of_two_outputs_none_is_placed_when_one_is_wrong(tmp_path: Path) -> None:
+def test_neither_of_two_outputs_is_installed_if_one_is_wrong(tmp_path: Path) -> None:
     targets = {name: tmp_path / name for name in CONTENT}
     said = {"umtprd": output(CONTENT["umtprd"]), "b.tar": output(b"something else")}
     with pytest.raises(Mismatch):
@@ -73,7 +73,7 @@ def test_of_two_outputs_none_is_placed_when_one_is_wrong(tmp_path: Path) -> None
     assert not any(target.exists() for target in targets.values())
 
 
-def test_of_two_outputs_none_is_left_when_one_cannot_be_renamed(
+def test_neither_of_two_outputs_remains_if_one_cannot_be_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = {name: tmp_path / name for name in CONTENT}
@@ -98,7 +98,7 @@ def broken_after(count: int) -> Callable[[str, int, Sink, int], None]:
     return fetch_some
 
 
-def test_a_broken_download_goes_on_where_it_broke(tmp_path: Path) -> None:
+def test_an_interrupted_download_resumes(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
     said = {"umtprd": output(CONTENT["umtprd"])}
     with pytest.raises(BuilderLost):
@@ -109,7 +109,7 @@ def test_a_broken_download_goes_on_where_it_broke(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_what_is_left_of_a_broken_download_is_checked_and_not_trusted(tmp_path: Path) -> None:
+def test_a_partial_download_is_verified_before_it_is_resumed(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
     said = {"umtprd": output(CONTENT["umtprd"])}
     with pytest.raises(BuilderLost):
@@ -121,7 +121,7 @@ def test_what_is_left_of_a_broken_download_is_checked_and_not_trusted(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_broken_download_of_something_else_has_left_goes_with_the_next_that_succeeds(tmp_path: Path) -> None:
+def test_unused_partial_downloads_are_removed_by_the_next_successful_one(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
     for mine in (".umtprd.0123456789abcdef.part", ".umtprd.more.0123456789abcdef.part"):
         (tmp_path / mine).touch()
@@ -129,7 +129,7 @@ def test_what_a_broken_download_of_something_else_has_left_goes_with_the_next_th
     assert leftovers(tmp_path) == [".umtprd.more.0123456789abcdef.part"], "another target's part is not ours"
 
 
-def test_a_download_that_breaks_behind_a_hole_goes_on_behind_it(tmp_path: Path) -> None:
+def test_a_download_interrupted_after_a_hole_resumes_there(tmp_path: Path) -> None:
     target = tmp_path / "x"
     whole = bytes(5 * MIB) + b"end" + bytes(5 * MIB)
     said = {"x": Output(len(whole), hashlib.sha256(whole).hexdigest(), False, 3)}
@@ -162,13 +162,13 @@ def test_a_sparse_artifact_needs_room_for_its_data_only(tmp_path: Path) -> None:
         place({"x": tmp_path / "x"}, {"x": Output(free * 4, "0" * 64, False, free * 2)}, skips)
 
 
-def test_a_download_that_breaks_before_its_first_byte_leaves_nothing(tmp_path: Path) -> None:
+def test_a_download_interrupted_before_its_first_byte_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(BuilderLost):
         place({"umtprd": tmp_path / "umtprd"}, {"umtprd": output(CONTENT["umtprd"])}, broken_after(0))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_download_that_breaks_leaves_the_part_of_another_doit_alone(tmp_path: Path) -> None:
+def test_an_interrupted_download_leaves_the_part_of_another_doit_alone(tmp_path: Path) -> None:
     target = tmp_path / "b.tar"
 
     def breaks(name: str, offset: int, sink: Sink, limit: int) -> None:
@@ -182,14 +182,14 @@ def test_a_download_that_breaks_leaves_the_part_of_another_doit_alone(tmp_path: 
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"another's"]
 
 
-def test_an_artifact_for_which_there_is_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+def test_an_artifact_larger_than_the_free_space_is_not_fetched(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="does not fit on the disk") as caught:
         place({"umtprd": tmp_path / "umtprd"}, {"umtprd": Output(10**15, "0" * 64, False)}, fetch)
     assert "Free disk space" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_cannot_be_written_is_named_with_a_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(target))
 
@@ -202,7 +202,7 @@ def test_what_cannot_be_written_is_named_with_what_to_do(tmp_path: Path, monkeyp
         place({"x": tmp_path / "build" / "x"}, {"x": output(b"")}, fetch)
 
 
-def test_a_folder_that_one_may_not_write_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, int]] = []
 
     def access(path: Path, mode: int) -> bool:
@@ -216,13 +216,13 @@ def test_a_folder_that_one_may_not_write_to_is_named(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_target_is_named(tmp_path: Path) -> None:
     (tmp_path / "umtprd").mkdir()
     with pytest.raises(JobError, match="is a folder"):
         place({"umtprd": tmp_path / "umtprd"}, {"umtprd": output(b"")}, fetch)
 
 
-def test_a_link_where_the_part_would_be_is_not_written_through(tmp_path: Path) -> None:
+def test_a_link_in_place_of_the_part_is_not_followed(tmp_path: Path) -> None:
     said = output(CONTENT["umtprd"])
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
@@ -260,7 +260,7 @@ def targets(tmp_path: Path) -> Mapping[str, Path]:
     return {name: tmp_path / f"{name}.d" / name for name in CONTENT}
 
 
-def test_every_output_is_fetched_whole_and_placed(targets: Mapping[str, Path]) -> None:
+def test_every_output_is_fetched_completely_and_installed(targets: Mapping[str, Path]) -> None:
     asked: list[tuple[str, int, int]] = []
 
     def noted(name: str, offset: int, target: Sink, limit: int) -> None:
@@ -310,7 +310,7 @@ def test_content_is_synced_before_the_first_rename_and_folders_after_the_last(
     assert sorted(events[-len(targets) :]) == sorted(("sync", str(target.parent)) for target in targets.values())
 
 
-def test_of_several_outputs_the_old_ones_are_removed_before_the_first_new_one_is_seen(
+def test_several_old_outputs_are_removed_before_the_first_new_one_is_visible(
     targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for target in targets.values():
@@ -344,7 +344,7 @@ def test_only_the_outputs_that_are_missing_or_changed_are_fetched(
     assert place(targets, BOTH, fetch) == 0
 
 
-def test_an_output_that_was_there_does_not_stay_alone_when_another_cannot_be_renamed(
+def test_an_existing_output_is_removed_if_another_cannot_be_renamed(
     targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for target in targets.values():
@@ -362,7 +362,7 @@ def test_an_output_that_was_there_does_not_stay_alone_when_another_cannot_be_ren
 
 
 @pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), KeyboardInterrupt()], ids=repr)
-def test_a_single_old_target_stays_when_its_successor_cannot_be_renamed(
+def test_a_single_old_target_is_retained_if_its_successor_cannot_be_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     target = tmp_path / "umtprd"
@@ -377,7 +377,7 @@ def test_a_single_old_target_stays_when_its_successor_cannot_be_renamed(
     assert target.read_bytes() == b"the old one"
 
 
-def test_none_of_several_is_left_when_the_second_rename_is_interrupted(
+def test_no_output_remains_if_the_second_rename_is_interrupted(
     targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.replace
@@ -402,7 +402,7 @@ def test_the_statements_of_the_old_targets_are_removed(targets: Mapping[str, Pat
 
 
 @pytest.mark.parametrize("old", ["a link", "another content of that size"])
-def test_only_a_regular_file_of_that_content_is_kept(tmp_path: Path, old: str) -> None:
+def test_only_a_regular_file_with_the_expected_content_is_retained(tmp_path: Path, old: str) -> None:
     target, elsewhere = tmp_path / "b.tar", tmp_path / "umtprd"
     if old == "a link":
         elsewhere.write_bytes(CONTENT["b.tar"])
@@ -424,7 +424,7 @@ def test_a_part_that_is_longer_than_the_output_is_fetched_from_the_start(tmp_pat
     assert target.read_bytes() == CONTENT["b.tar"]
 
 
-def test_a_complete_part_is_placed_without_fetching_a_byte(tmp_path: Path) -> None:
+def test_a_complete_part_is_installed_without_fetching_a_byte(tmp_path: Path) -> None:
     target = tmp_path / "b.tar"
     size = len(CONTENT["b.tar"])
     with pytest.raises(BuilderLost):
@@ -433,7 +433,7 @@ def test_a_complete_part_is_placed_without_fetching_a_byte(tmp_path: Path) -> No
     assert target.read_bytes() == CONTENT["b.tar"]
 
 
-def test_the_part_of_another_download_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+def test_the_part_of_another_running_download_is_left_alone(tmp_path: Path) -> None:
     target, busy = tmp_path / "b.tar", tmp_path / ".b.tar.0123456789abcdef.part"
     with busy.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -443,7 +443,7 @@ def test_the_part_of_another_download_that_goes_on_is_left_alone(tmp_path: Path)
     assert not busy.exists()
 
 
-def test_an_unused_part_that_cannot_be_removed_does_not_keep_the_target_from_being_placed(
+def test_an_unused_part_that_cannot_be_removed_does_not_prevent_the_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, unused = tmp_path / "b.tar", tmp_path / ".b.tar.0123456789abcdef.part"
@@ -503,7 +503,7 @@ def test_the_pattern_of_parts_finds_this_targets_part_only(tmp_path: Path, name:
     assert len(list(tmp_path.glob(".*.part"))) == 2
 
 
-def test_a_placed_target_that_is_gone_does_not_hide_why_the_others_were_not_placed(
+def test_a_removed_target_does_not_hide_the_error_of_the_others(
     targets: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.replace
@@ -519,7 +519,7 @@ def test_a_placed_target_that_is_gone_does_not_hide_why_the_others_were_not_plac
         place(targets, BOTH, fetch)
 
 
-def test_a_target_that_is_there_counts_although_its_mode_cannot_be_set(
+def test_an_existing_target_counts_although_its_mode_cannot_be_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "b.tar"
@@ -532,7 +532,7 @@ def test_a_target_that_is_there_counts_although_its_mode_cannot_be_set(
     assert place({"b.tar": target}, {"b.tar": BOTH["b.tar"]}, fetch) == 0
 
 
-def test_data_behind_a_hole_is_written_behind_it(tmp_path: Path) -> None:
+def test_data_after_a_hole_is_written_at_its_offset(tmp_path: Path) -> None:
     whole = b"begin" + bytes(3) + b"end"
 
     def sparse(name: str, offset: int, target: Sink, limit: int) -> None:
@@ -544,7 +544,7 @@ def test_data_behind_a_hole_is_written_behind_it(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == whole
 
 
-def test_a_part_for_whose_rest_there_is_no_room_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_removed_if_there_is_no_room_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets, said = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
     with pytest.raises(BuilderLost):
         place(targets, said, broken_after(1000))
@@ -554,7 +554,7 @@ def test_a_part_for_whose_rest_there_is_no_room_is_removed(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_room_for_what_is_missing_of_a_part_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_a_part_needs_room_for_the_rest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets, said = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
     with pytest.raises(BuilderLost):
         place(targets, said, broken_after(1000))

@@ -155,7 +155,7 @@ def test_a_task_or_unique_digits_identify_a_job(mine: Laptop) -> None:
 
 
 @pytest.mark.system
-def test_a_builder_that_is_away_hides_no_job_of_another(mine: Laptop) -> None:
+def test_an_unreachable_builder_hides_no_jobs_of_others(mine: Laptop) -> None:
     mine.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n\n\ndef task_made():\n    return artifact('x.py', outputs=['build/x'])\n",
@@ -172,7 +172,7 @@ def test_a_builder_that_is_away_hides_no_job_of_another(mine: Laptop) -> None:
 
 
 @pytest.mark.system
-def test_what_has_ended_meanwhile_is_not_said_to_be_cancelled(mine: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_ended_meanwhile_is_not_reported_as_cancelled(mine: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(mine.home))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     mine.write(
@@ -191,7 +191,7 @@ def test_what_has_ended_meanwhile_is_not_said_to_be_cancelled(mine: Laptop, monk
 
 
 @pytest.mark.system
-def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(mine: Laptop) -> None:
+def test_a_thousand_jobs_are_listed_in_pages_including_damaged_ones(mine: Laptop) -> None:
     store = Store(mine.store)
     store.root.parent.mkdir(parents=True)
     store.prepare()
@@ -215,7 +215,7 @@ def test_a_thousand_jobs_are_listed_a_page_at_a_time_and_damage_hides_none(mine:
     assert "980 more (list all: gamebear jobs --all)" in mine.jobs().ok().out
 
 
-def test_what_a_builder_lists_is_bounded_and_printable() -> None:
+def test_the_job_list_of_a_builder_is_bounded_and_sanitized() -> None:
     good = {"digest": "a" * 64, "state": "done", "attempt": "b"}
     assert _entry(good) is not None
     assert [_entry({**good, **bad}) for bad in ({"digest": "../x"}, {"state": "odd"}, {"attempt": "a/b"})] == [None] * 3

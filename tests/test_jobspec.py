@@ -73,13 +73,13 @@ def test_a_change_of_any_part_changes_the_digest(job: Job, data: st.DataObject) 
         assert same == (getattr(job, part) == getattr(other, part))
 
 
-def test_true_one_and_one_point_zero_are_three_arguments() -> None:
+def test_true_1_and_1_point_0_are_different_arguments() -> None:
     digests = {Job("armhf", "a.py", "0" * 64, ("x",), args={"n": n}).digest for n in (True, 1, 1.0, "1")}
     assert len(digests) == 4
 
 
 @given(values)
-def test_canonical_json_reads_back_as_it_was(value: Any) -> None:
+def test_canonical_json_is_decoded_to_the_same_value(value: Any) -> None:
     text = canonical_json(value)
     assert text.isascii()
     assert json.loads(text) == value
@@ -87,13 +87,13 @@ def test_canonical_json_reads_back_as_it_was(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_json_does_not_have_is_refused(value: float) -> None:
+def test_nan_and_infinity_are_rejected(value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         canonical_json(value)
 
 
 @pytest.mark.parametrize("value", [{1: "a"}, b"bytes", Path("x"), {"a": {2: 3}}])
-def test_a_value_that_is_not_json_is_refused(value: Any) -> None:
+def test_a_value_that_is_not_json_is_rejected(value: Any) -> None:
     with pytest.raises(TypeError):
         canonical_json(value)
 
@@ -112,7 +112,7 @@ WITNESS = Job(
 WITNESS_DIGEST = "4e5c4a1c83771d73178f40ec14e6d21af7f19fd1e19cd989fe7fc98b1267548b"
 
 
-def test_the_witness_has_the_digest_that_is_written_down() -> None:
+def test_the_reference_job_has_the_recorded_digest() -> None:
     assert WITNESS.digest == WITNESS_DIGEST
 
 

@@ -97,7 +97,7 @@ def test_a_syntax_error_is_pythons_own(source: str, message: str, line: int) -> 
     assert (caught.value.filename, caught.value.lineno) == ("script.py", line)
 
 
-def test_our_own_future_imports_are_not_the_scripts() -> None:
+def test_future_imports_of_the_runner_do_not_affect_the_script() -> None:
     assert run("def f(x: 1 + 1): pass\na = f.__annotations__")[1]["a"] == {"x": 2} or sys.version_info >= (3, 14)
 
 
@@ -114,7 +114,7 @@ def test_a_source_in_another_encoding_is_read_as_python_reads_it() -> None:
 # #| lines
 
 
-def test_pip_lines_are_gathered_in_order() -> None:
+def test_pip_lines_are_collected_in_order() -> None:
     source = (
         b'#!/usr/bin/env buildahscript-py\n#| pip: requests>=2; python_version > "3"\nx = """\n#| pip: no\n"""\n#|pip:b'
     )
@@ -122,7 +122,7 @@ def test_pip_lines_are_gathered_in_order() -> None:
 
 
 @pytest.mark.parametrize("line", ["# arg: x", "#| a note", "#|", "  #| arg: x", "x = 1  #| arg: x"])
-def test_other_comments_are_comments(line: str) -> None:
+def test_other_comments_are_ignored(line: str) -> None:
     assert not read(f"if 1:\n{line}\n  y = 1".encode() if line[0] == " " else line.encode(), "s.py").arguments
 
 
@@ -137,7 +137,7 @@ def test_other_comments_are_comments(line: str) -> None:
         ("#| arg: x = y", "s.py, line 2: default of arg x is not a Python literal: y"),
     ],
 )
-def test_a_line_that_makes_no_sense_is_an_error_with_its_number(line: str, message: str) -> None:
+def test_an_invalid_line_is_an_error_with_its_number(line: str, message: str) -> None:
     with pytest.raises(ScriptError) as caught:
         read(f"\n{line}\n".encode(), "s.py")
     assert str(caught.value).startswith(message)
@@ -167,7 +167,7 @@ def test_a_line_that_makes_no_sense_is_an_error_with_its_number(line: str, messa
         ("x: list = [1]", [2], [2]),
     ],
 )
-def test_an_arg_is_made_what_it_is_declared_as(line: str, given: object, value: object) -> None:
+def test_an_arg_is_converted_to_its_declared_type(line: str, given: object, value: object) -> None:
     program = read(f"#| arg: {line}".encode(), "s.py")
     assert bind(program, {} if given is None else {"x": given}) == {"x": value}
 
@@ -189,7 +189,7 @@ def test_a_wrong_arg_is_an_error_that_names_it(line: str, given: dict[str, objec
     assert str(caught.value).startswith(message)
 
 
-def test_an_arg_for_a_script_that_declares_none_says_how_to() -> None:
+def test_an_arg_for_a_script_without_declarations_is_an_error_with_the_fix() -> None:
     with pytest.raises(ScriptError, match=r"s\.py: unknown arg 'y'\. Declare `#\| arg: y`\."):
         bind(read(b"", "s.py"), {"y": 1})
 
@@ -213,7 +213,7 @@ def test_a_temporary_directory_is_a_path() -> None:
 
 
 @pytest.mark.system
-def test_what_pip_cannot_install_is_an_error_and_leaves_nothing(
+def test_a_failed_pip_install_is_an_error_and_leaves_no_environment(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ScriptError, match=r"pip failed with status 1: ./no-such-folder not installed"):

@@ -119,6 +119,6 @@ def test_one_module_imports_dask() -> None:
     assert found == {"builders.dask.distributed_api"}
 
 
-def test_all_of_ours_is_imported_relatively() -> None:
+def test_modules_of_the_package_are_imported_relatively() -> None:
     found = {module for module in MODULES for _, other in imports(module) if other.startswith("gamebear")}
     assert found == set(), "the runner has another name where it has travelled"

@@ -173,7 +173,7 @@ def test_without_git_lfs_other_sources_work(upstream: Path, cache: Path, tmp_pat
     assert found["small.fw"] == b"raw"
 
 
-def test_a_damaged_lfs_object_in_the_cache_is_fetched_anew(firmware: Path, cache: Path) -> None:
+def test_a_damaged_lfs_object_in_the_cache_is_fetched_again(firmware: Path, cache: Path) -> None:
     source = git(str(firmware), head(firmware))
     path = source.fetch(cache, NOTHING_LOCKED)
     before = path.read_bytes()
@@ -186,7 +186,7 @@ def test_a_damaged_lfs_object_in_the_cache_is_fetched_anew(firmware: Path, cache
 
 
 @pytest.mark.parametrize("extra", ["ext-0-crypt sha256:" + "1" * 64 + "\n", "x y\n"])
-def test_an_lfs_pointer_of_an_unknown_kind_is_refused(upstream: Path, cache: Path, extra: str) -> None:
+def test_an_lfs_pointer_of_an_unknown_kind_is_rejected(upstream: Path, cache: Path, extra: str) -> None:
     (upstream / ".gitattributes").write_text("*.fw filter=lfs -text\n")
     (upstream / "a.fw").write_text(
         f"version https://git-lfs.github.com/spec/v1\n{extra}oid sha256:{'0' * 64}\nsize 12\n"
@@ -198,7 +198,7 @@ def test_an_lfs_pointer_of_an_unknown_kind_is_refused(upstream: Path, cache: Pat
 
 
 @pytest.mark.parametrize("url", ["file:///srv/secret", "/srv/secret", "ext::sh -c id", "-oProxyCommand=x:y"])
-def test_a_repository_cannot_have_its_lfs_files_taken_from_our_own(
+def test_a_repository_cannot_read_lfs_files_from_a_local_repository(
     firmware: Path, cache: Path, daemon: Callable[[str], str], url: str
 ) -> None:
     (firmware / ".lfsconfig").write_text(f'[lfs]\nurl = "{url}"\n')
@@ -226,7 +226,7 @@ def test_the_includes_of_an_lfsconfig_are_not_followed(
     assert contents(source.fetch(cache, NOTHING_LOCKED))["blobs/größe a.fw"] == FIRMWARE
 
 
-def test_files_are_as_a_clone_has_them(upstream: Path, cache: Path, tmp_path: Path, git_settings: Path) -> None:
+def test_files_equal_those_of_a_clone(upstream: Path, cache: Path, tmp_path: Path, git_settings: Path) -> None:
     """Compared with a clone by an unconfigured git; the user's filters are not run."""
     (upstream / ".gitattributes").write_text(
         "* text=auto\n*.bat eol=crlf\n*.id ident\n*.utf16 text working-tree-encoding=UTF-16LE-BOM\n"
@@ -251,7 +251,7 @@ def test_files_are_as_a_clone_has_them(upstream: Path, cache: Path, tmp_path: Pa
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_link_for_gitattributes_is_not_read(upstream: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_symlink_named_gitattributes_is_not_read(upstream: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "attributes").write_text("* eol=crlf\n")
     (upstream / ".gitattributes").unlink()
     (upstream / ".gitattributes").symlink_to(tmp_path / "attributes")

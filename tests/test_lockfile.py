@@ -69,7 +69,7 @@ def test_the_tag_of_a_branchs_commit_is_locked(upstream: Path, lock_path: Path, 
     assert '"tag"' not in lock_path.read_text()
 
 
-def test_the_lock_file_is_made_to_be_committed(lock_path: Path) -> None:
+def test_the_lock_file_has_stable_readable_text(lock_path: Path) -> None:
     """Sorted, indented, readable by all, with a newline at the end."""
     Lock({"https://git.example/ü main": GitEntry("a" * 40)}, {"hello": DebianEntry("1-1", {"h.dsc": "b" * 64})}).write(
         lock_path
@@ -83,7 +83,7 @@ def test_the_lock_file_is_made_to_be_committed(lock_path: Path) -> None:
     assert lock_path.stat().st_mode & 0o777 == 0o644
 
 
-def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Path, cache: Path) -> None:
+def test_a_pin_is_unchanged_until_it_is_updated(upstream: Path, lock_path: Path, cache: Path) -> None:
     """Although the branch has moved. The file is not written without need."""
     source = git(str(upstream), "main")
     first = call_git(upstream, "rev-parse", "HEAD")
@@ -96,7 +96,7 @@ def test_what_is_locked_stays_until_it_is_updated(upstream: Path, lock_path: Pat
     assert source.identity(Lock.read(lock_path)) == {"git": second}
 
 
-def test_what_is_not_declared_is_kept_until_it_is_pruned(upstream: Path, lock_path: Path, cache: Path) -> None:
+def test_an_undeclared_pin_is_retained_until_it_is_pruned(upstream: Path, lock_path: Path, cache: Path) -> None:
     declared = git(str(upstream), "main")
     entry = DebianEntry("1-1", {"hello.dsc": "b" * 64})
     Lock(
@@ -164,7 +164,7 @@ def test_sources_of_tasks_that_are_created_later_are_pinned_and_fetched(late: Pr
     assert len(list((late.home / ".cache/gamebear-tasks/sources").glob("git-*.tar"))) == 1
 
 
-def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> None:
+def test_pins_of_tasks_that_cannot_be_created_yet_are_retained(late: Project) -> None:
     """Their creator needs the target of another task, which existed when they were pinned."""
     late.gamebear("lock").ok()
     text = (late.folder / "dodo.py").read_text()
@@ -188,7 +188,7 @@ def test_pins_of_tasks_that_cannot_be_created_yet_are_kept(late: Project) -> Non
     assert locked(late) == {"main"}
 
 
-def test_pins_of_another_dodo_file_are_kept(late: Project) -> None:
+def test_pins_of_another_dodo_file_are_retained(late: Project) -> None:
     late.gamebear("lock").ok()
     late.write("other.py", "def task_x():\n    return {'actions': []}\n")
     assert late.gamebear("lock", "-f", "other.py").ok().out.count("not declared, kept") == 2
@@ -202,7 +202,7 @@ def test_sources_that_are_pins_need_no_lock_file(lock_path: Path, cache: Path, m
     assert not lock_path.exists()
 
 
-def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Path, cache: Path) -> None:
+def test_a_failure_leaves_the_lock_file_unchanged(upstream: Path, lock_path: Path, cache: Path) -> None:
     """One of two sources does not exist."""
     Lock({"https://git.example/gone main": GitEntry("b" * 40)}).write(lock_path)
     before = lock_path.read_bytes()
@@ -214,20 +214,20 @@ def test_a_failure_leaves_the_lock_file_as_it_was(upstream: Path, lock_path: Pat
     assert lock_path.read_bytes() == before
 
 
-def test_an_abbreviated_commit_is_no_pin(upstream: Path, lock_path: Path, cache: Path) -> None:
+def test_an_abbreviated_commit_is_not_a_pin(upstream: Path, lock_path: Path, cache: Path) -> None:
     """The error contains the fix."""
     with pytest.raises(SourceError, match="Write an abbreviated commit hash in full"):
         resolve([git(str(upstream), call_git(upstream, "rev-parse", "--short", "HEAD"))], lock_path, cache)
 
 
 @pytest.mark.system
-def test_a_repository_that_is_not_there(tmp_path: Path, lock_path: Path, cache: Path) -> None:
+def test_a_missing_repository_is_an_error(tmp_path: Path, lock_path: Path, cache: Path) -> None:
     """The error contains git's message."""
     with pytest.raises(SourceError, match=r"cannot be resolved: '.*/nowhere' does not appear to be a git"):
         resolve([git(str(tmp_path / "nowhere"), "main")], lock_path, cache)
 
 
-def test_an_alternative_that_cannot_be_looked_up_keeps_its_entry(
+def test_an_unavailable_alternative_retains_its_entry(
     lock_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Locking on a machine without apt, in a project that also has a Debian source."""
@@ -278,7 +278,7 @@ def test_a_debian_package_is_locked_without_the_mirrors_name(apt_cache: tuple[Pa
         ('{"version": 1, "git": {"x main": {"commit": "' + "a" * 40 + '", "tag": 1}}}', "in 'git' is invalid"),
     ],
 )
-def test_a_lock_file_that_makes_no_sense_is_refused(text: str, reason: str, lock_path: Path) -> None:
+def test_an_invalid_lock_file_is_rejected(text: str, reason: str, lock_path: Path) -> None:
     """The error names the cause."""
     lock_path.write_bytes(text.encode("latin-1"))
     with pytest.raises(SourceError, match=reason):
@@ -298,7 +298,7 @@ debian_entries = st.builds(
 
 
 @given(st.dictionaries(keys, git_entries, max_size=3), st.dictionaries(keys, debian_entries, max_size=3))
-def test_a_lock_file_is_read_as_it_was_written(
+def test_a_lock_file_is_read_back_unchanged(
     tmp_path_factory: pytest.TempPathFactory, entries: dict[str, GitEntry], packages: dict[str, DebianEntry]
 ) -> None:
     path = tmp_path_factory.mktemp("lock") / "gamebear.lock"
@@ -399,7 +399,7 @@ def test_an_entry_is_shown_with_its_tag() -> None:
     assert str(GitEntry("a" * 40, "v1")) == f"{'a' * 40} (v1)"
 
 
-def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:
+def test_an_oversized_lock_file_is_rejected(lock_path: Path) -> None:
     """By its nesting, or by its size."""
     lock_path.write_text("[" * 200_000)
     with pytest.raises(SourceError, match="is damaged: its values are nested too deeply"):
@@ -409,7 +409,7 @@ def test_a_lock_file_without_end_is_refused(lock_path: Path) -> None:
         Lock.read(lock_path)
 
 
-def test_a_lock_file_that_is_no_regular_file_is_refused(lock_path: Path) -> None:
+def test_a_lock_file_that_is_not_a_regular_file_is_rejected(lock_path: Path) -> None:
     """A FIFO would block, and a device may be endless."""
     os.mkfifo(lock_path)
     with pytest.raises(SourceError, match="cannot be read: it is not a regular file"):
@@ -420,6 +420,6 @@ def test_a_lock_file_that_is_no_regular_file_is_refused(lock_path: Path) -> None
         Lock.read(lock_path)
 
 
-def test_a_lock_file_that_is_not_there_is_empty(lock_path: Path) -> None:
+def test_a_missing_lock_file_counts_as_empty(lock_path: Path) -> None:
     """A project without one."""
     assert Lock.read(lock_path) == Lock()

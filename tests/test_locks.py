@@ -21,7 +21,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_free_is_seized(path: Path) -> None:
+def test_a_free_lock_is_seized(path: Path) -> None:
     with seized(path) as held, seized(path) as twice:
         assert held and not twice
     with seized(path) as held:
@@ -29,14 +29,14 @@ def test_what_is_free_is_seized(path: Path) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_is_held_is_not_seized(path: Path, shared: bool) -> None:
+def test_a_held_lock_is_not_seized(path: Path, shared: bool) -> None:
     fd = hold(path, shared)
     with seized(path) as held:
         assert not held
     os.close(fd)
 
 
-def test_what_is_missing_or_a_link_is_not_seized(path: Path, tmp_path: Path) -> None:
+def test_a_missing_file_or_a_link_is_not_seized(path: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(path)
     for other in ("link", "missing"):
         with seized(tmp_path / other) as held:
@@ -45,7 +45,7 @@ def test_what_is_missing_or_a_link_is_not_seized(path: Path, tmp_path: Path) -> 
         hold(tmp_path / "missing")
 
 
-def test_a_file_that_is_replaced_meanwhile_is_locked_where_it_is_now(path: Path, tmp_path: Path) -> None:
+def test_a_file_replaced_meanwhile_is_locked_under_its_path(path: Path, tmp_path: Path) -> None:
     first = hold(path)
     held: list[int] = []
     thread = threading.Thread(target=lambda: held.append(hold(path)))

@@ -227,7 +227,7 @@ with open("x", "w") as file:
 """
 
 
-def test_links_attributes_holes_and_modes_of_folders_survive_both_ways(
+def test_links_attributes_holes_and_folder_modes_are_preserved_both_ways(
     place: tuple[Project, Path], account: Account
 ) -> None:
     project, store = place

@@ -65,7 +65,7 @@ PACKAGE = ("a.py", "b.py", "pkg/__init__.py", "pkg/mod.py", "pkg/sub/__init__.py
         ("\ufeffimport a", ["a.py"]),
     ],
 )
-def test_an_import_takes_what_it_would_load(tmp_path: Path, text: str, names: list[str]) -> None:
+def test_an_import_includes_the_module_that_python_would_load(tmp_path: Path, text: str, names: list[str]) -> None:
     lay(tmp_path, *PACKAGE)
     assert found(tmp_path, text) == names
 
@@ -100,14 +100,12 @@ def test_imports_are_followed_through_modules_packages_and_circles(tmp_path: Pat
     ]
 
 
-def test_a_module_of_the_project_is_taken_before_one_of_the_same_name_elsewhere(tmp_path: Path) -> None:
+def test_a_module_of_the_project_takes_precedence(tmp_path: Path) -> None:
     lay(tmp_path, "json.py")
     assert found(tmp_path, "import json") == ["json.py"]
 
 
-def test_a_script_beside_dodo_and_one_below_look_beside_themselves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_are_searched_beside_each_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lay(tmp_path, "common.py", "scripts/common.py", scripts__x="import common", y="import common")
     assert local_modules(Path("scripts/x.py")) == {"common.py": Path("scripts/common.py")}
@@ -133,7 +131,7 @@ def test_an_edited_module_is_read_again(tmp_path: Path) -> None:
         (b"x = " + b"-" * 100_000 + b"1", "is not Python:"),
     ],
 )
-def test_a_script_that_is_not_python_is_one_paragraph(
+def test_a_script_that_is_not_python_is_an_error_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -151,7 +149,9 @@ def test_a_module_that_is_not_python_is_named(tmp_path: Path, monkeypatch: pytes
         local_modules(Path("x.py"))
 
 
-def test_a_script_that_is_missing_or_a_folder_is_one_paragraph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_that_is_missing_or_a_folder_is_an_error_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match=r"^The buildscript x\.py cannot be read: No such file or directory\."):
         local_modules(Path("x.py"))
@@ -160,7 +160,7 @@ def test_a_script_that_is_missing_or_a_folder_is_one_paragraph(tmp_path: Path, m
         local_modules(Path("x.py"))
 
 
-def test_what_python_warns_of_is_left_to_the_build(tmp_path: Path) -> None:
+def test_syntax_warnings_are_left_to_the_build(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert found(tmp_path, r"pattern = '\d'; 1 is 1") == []
@@ -191,7 +191,9 @@ for module in list(sys.modules.values()):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_all_that_python_would_load_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_all_modules_that_python_would_load_are_found(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("modules")
     for name in [*FILES, "x.py"]:
         kinds = st.one_of(lines, relative) if "/" in name else lines
@@ -204,7 +206,9 @@ def test_all_that_python_would_load_is_found(tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.system
-def test_the_modules_are_there_when_the_script_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_modules_are_available_when_the_script_runs(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     project = Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
     lay(
         project.folder / "scripts",
@@ -341,7 +345,7 @@ def test_a_file_that_may_change_without_new_timestamps_is_read_again(
 
 
 @pytest.mark.usefixtures("empty")
-def test_the_same_names_are_the_same_object() -> None:
+def test_equal_module_lists_are_one_object() -> None:
     lay(Path(), x="import some.thing")
     first = imported_names("x.py")
     time.sleep(TICK)
@@ -351,7 +355,7 @@ def test_the_same_names_are_the_same_object() -> None:
 
 @pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("settled", [False, True])
-def test_a_module_that_appears_or_goes_is_noticed(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
+def test_a_created_or_removed_module_is_detected(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
     lay(Path(), "scripts/pkg/deep/a.py", scripts__x="import m, pkg.deep.b, pkg.deep.a")
 
@@ -376,7 +380,7 @@ def test_a_module_that_appears_or_goes_is_noticed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("empty")
 @pytest.mark.parametrize("settled", [False, True])
-def test_what_a_module_of_a_module_imports_is_noticed(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
+def test_changed_imports_of_an_imported_module_are_detected(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
     lay(Path(), "b.py", "c.py", x="import a", a="import b")
     assert list(local_modules(Path("x.py"))) == ["a.py", "b.py"]
@@ -390,7 +394,7 @@ def test_what_a_module_of_a_module_imports_is_noticed(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_search_that_holds_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_valid_search_result_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: True)
     lay(Path(), "a.py", x="import a")
     found = modules_named("", "a")
@@ -399,7 +403,7 @@ def test_a_search_that_holds_is_not_repeated(monkeypatch: pytest.MonkeyPatch) ->
     assert modules_named("", "a", but="b.py") is found
 
 
-def test_warnings_of_others_are_shown_as_before(tmp_path: Path) -> None:
+def test_warnings_of_other_code_are_shown_as_before(tmp_path: Path) -> None:
     filters = list(warnings.filters)
     found(tmp_path, r"pattern = '\d'")
     assert warnings.filters == filters

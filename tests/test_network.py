@@ -38,7 +38,7 @@ open("x", "w").close()
 # round trips
 
 
-def test_what_is_done_comes_back_in_six_turns_the_connection_included(remote: Remote) -> None:
+def test_an_existing_result_needs_six_round_trips_including_the_connection(remote: Remote) -> None:
     remote.write("open('x', 'w').write('made')")
     remote.project.doit().ok()
     remote.project.doit("clean").ok()
@@ -51,7 +51,7 @@ def test_what_is_done_comes_back_in_six_turns_the_connection_included(remote: Re
 # cut during upload
 
 
-def test_an_upload_goes_on_where_the_connection_was_cut(remote: Remote) -> None:
+def test_an_upload_resumes_after_a_lost_connection(remote: Remote) -> None:
     expected = big_input(remote)
     remote.proxy.cut_next(Cut(UP, MIB), Cut(UP, MIB + 1, "fin"), Cut(UP, MIB - 1))
     run = remote.project.doit().ok()
@@ -68,7 +68,7 @@ def test_an_upload_goes_on_where_the_connection_was_cut(remote: Remote) -> None:
     [[Cut(UP, 5)], [Cut(DOWN, 60, "fin")], [Cut(UP, 1800)], [Cut(DOWN, 2000, "fin"), Cut(UP, 12_000)]],
     ids=["greeting", "keys", "log-in", "runner"],
 )
-def test_a_first_connection_that_is_cut_is_made_again(remote: Remote, cuts: list[Cut]) -> None:
+def test_a_lost_first_connection_is_retried(remote: Remote, cuts: list[Cut]) -> None:
     shutil.rmtree(remote.store / "runner", ignore_errors=True)
     remote.write("open('x', 'w').write('made')")
     remote.proxy.cut_next(*cuts)
@@ -80,7 +80,7 @@ def test_a_first_connection_that_is_cut_is_made_again(remote: Remote, cuts: list
     remote.assert_nothing_is_left()
 
 
-def test_an_upload_goes_on_though_the_builder_still_waits_on_a_connection_that_is_dead(remote: Remote) -> None:
+def test_an_upload_resumes_while_the_builder_waits_on_a_dead_connection(remote: Remote) -> None:
     (remote.project.home / ".ssh" / "config").write_text("ServerAliveInterval 1\nServerAliveCountMax 1\n")
     expected = big_input(remote)
     remote.proxy.cut_next(Cut(UP, 2 * MIB, "stall"))
@@ -92,7 +92,7 @@ def test_an_upload_goes_on_though_the_builder_still_waits_on_a_connection_that_i
     remote.assert_nothing_is_left()
 
 
-def test_two_clients_that_send_the_same_file_at_once_do_each_other_no_harm(remote: Remote, tmp_path: Path) -> None:
+def test_concurrent_uploads_of_one_file_do_not_interfere(remote: Remote, tmp_path: Path) -> None:
     expected = big_input(remote)
     other = Project(tmp_path / "other", home=remote.project.home, **remote.settings)
     for name in ("dodo.py", "x.py", "big.bin"):
@@ -114,7 +114,7 @@ def numbered() -> str:
     return "".join(f"line {number:06} of a build that takes its time\n" for number in range(LINES))
 
 
-def test_the_log_of_a_build_has_no_line_missing_or_doubled_after_cuts(remote: Remote) -> None:
+def test_reconnects_neither_lose_nor_repeat_log_lines(remote: Remote) -> None:
     remote.write(PRINTS_LINES)
     remote.proxy.cut_next(Cut(DOWN, 60_000), Cut(DOWN, 99_999, "fin"), Cut(DOWN, 12_345), Cut(DOWN, 20_001, "fin"))
     run = remote.project.doit().ok()
@@ -125,7 +125,7 @@ def test_the_log_of_a_build_has_no_line_missing_or_doubled_after_cuts(remote: Re
     remote.assert_nothing_is_left()
 
 
-def test_a_build_is_followed_again_when_the_builder_can_be_reached_again(remote: Remote) -> None:
+def test_a_build_is_reattached_when_the_builder_is_reachable_again(remote: Remote) -> None:
     remote.waits()
     client = remote.project.start()
     wait_for(lambda: "begin" in remote.said())
@@ -145,7 +145,7 @@ def test_a_build_is_followed_again_when_the_builder_can_be_reached_again(remote:
     remote.assert_nothing_is_left()
 
 
-def test_after_the_limit_it_says_that_the_build_goes_on_and_the_next_doit_finds_it(remote: Remote) -> None:
+def test_after_patience_expires_the_build_continues_and_the_next_doit_reattaches(remote: Remote) -> None:
     remote.waits()
     client = remote.project.start("patience=2")
     wait_for(lambda: "begin" in remote.said())
@@ -170,7 +170,7 @@ def test_after_the_limit_it_says_that_the_build_goes_on_and_the_next_doit_finds_
     remote.assert_nothing_is_left()
 
 
-def test_a_session_that_dies_does_not_take_the_connection_with_it(remote: Remote, account: Account) -> None:
+def test_a_lost_session_does_not_close_the_connection(remote: Remote, account: Account) -> None:
     remote.waits()
     client = remote.project.start()
     wait_for(lambda: "begin" in remote.said())
@@ -197,7 +197,7 @@ def sessions_of(account: Account) -> list[int]:
     return found
 
 
-def test_a_slow_network_only_takes_longer(remote: Remote) -> None:
+def test_a_slow_network_is_not_an_error(remote: Remote) -> None:
     remote.write("print('line')\nopen('x', 'w').write('made')")
     remote.proxy.delay = 0.05
     remote.project.doit().ok()
@@ -217,7 +217,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_download_goes_on_where_the_connection_was_cut(remote: Remote) -> None:
+def test_a_download_resumes_after_a_lost_connection(remote: Remote) -> None:
     remote.write(MAKES_BIG)
     remote.proxy.cut_next(Cut(DOWN, MIB), Cut(DOWN, MIB + 1, "fin"), Cut(DOWN, MIB // 2))
     remote.project.doit().ok()
@@ -229,7 +229,7 @@ def test_a_download_goes_on_where_the_connection_was_cut(remote: Remote) -> None
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
-def test_a_client_killed_in_a_download_goes_on_with_what_it_had_if_that_is_sound(remote: Remote, damaged: bool) -> None:
+def test_a_download_of_a_killed_client_resumes_if_its_part_is_intact(remote: Remote, damaged: bool) -> None:
     remote.write(MAKES_BIG)
     remote.proxy.cut_next(Cut(DOWN, 3 * MIB, "stall"))
     client = remote.project.start()
@@ -261,7 +261,7 @@ def test_a_client_killed_in_a_download_goes_on_with_what_it_had_if_that_is_sound
 # the builder's sshd
 
 
-def test_a_build_survives_that_sshd_is_killed_and_refuses_for_a_while(remote: Remote, server: Sshd) -> None:
+def test_a_build_survives_a_killed_and_refusing_sshd(remote: Remote, server: Sshd) -> None:
     remote.waits()
     remote.project.environment["GAMEBEAR_BUILDER"] = server.url
     client = remote.project.start()
@@ -280,9 +280,7 @@ def test_a_build_survives_that_sshd_is_killed_and_refuses_for_a_while(remote: Re
     remote.assert_nothing_is_left()
 
 
-def test_what_ssh_refuses_is_said_once_in_a_paragraph_and_nothing_is_placed(
-    remote: Remote, server: Sshd, tmp_path: Path
-) -> None:
+def test_a_failed_login_is_reported_once_and_nothing_is_installed(remote: Remote, server: Sshd, tmp_path: Path) -> None:
     remote.write("open('x', 'w').close()")
     ssh = remote.project.home / ".ssh"
     right = (ssh / "known_hosts").read_text()
@@ -325,7 +323,7 @@ def task_here():
 
 
 @pytest.mark.parametrize("mode", [(), ("-n", "4", "-P", "thread")], ids=["serial", "threads"])
-def test_a_builder_that_says_nothing_costs_one_time_out_and_what_does_not_need_it_goes_on(
+def test_a_silent_builder_costs_one_timeout_and_independent_tasks_continue(
     project: Project, mode: tuple[str, ...]
 ) -> None:
     (project.home / ".ssh").mkdir(mode=0o700)
@@ -408,7 +406,7 @@ def test_with_one_session_allowed_eight_tasks_at_once_share_it(crowd: Callable[.
     eight.assert_all_is_right()
 
 
-def test_with_one_session_allowed_it_is_had_again_after_it_died(crowd: Callable[..., Crowd], account: Account) -> None:
+def test_with_one_session_allowed_a_lost_session_is_replaced(crowd: Callable[..., Crowd], account: Account) -> None:
     one = crowd(1, MaxSessions=1)
     slow = ONE_OF_MANY.replace("with", "import time; print('begin', flush=True); time.sleep(2)\nwith", 1)
     one.project.write("x.py", slow.format(count=str(one.counted)))
@@ -422,14 +420,14 @@ def test_with_one_session_allowed_it_is_had_again_after_it_died(crowd: Callable[
     one.assert_all_is_right()
 
 
-def test_processes_that_are_refused_because_others_log_in_come_again(crowd: Callable[..., Crowd]) -> None:
+def test_logins_refused_by_maxstartups_are_retried(crowd: Callable[..., Crowd]) -> None:
     four = crowd(4, MaxStartups="1:100:1")
     four.project.doit("-n", "4").ok()
     assert four.server.connections >= 4
     four.assert_all_is_right()
 
 
-def test_a_builder_whose_log_ins_are_taken_for_a_while_is_waited_for(crowd: Callable[..., Crowd]) -> None:
+def test_a_builder_with_all_logins_in_use_is_waited_for(crowd: Callable[..., Crowd]) -> None:
     one = crowd(1, MaxStartups="1:100:1")
     with socket.create_connection(("127.0.0.1", one.server.port)) as in_the_way:
         in_the_way.recv(100)
@@ -475,7 +473,7 @@ def through_and_back(crowd: Crowd, size: int) -> int:
     return most - baseline
 
 
-def test_new_keys_in_the_middle_of_a_job_s_files_harm_no_byte(crowd: Callable[..., Crowd]) -> None:
+def test_re_keying_during_a_transfer_corrupts_no_byte(crowd: Callable[..., Crowd]) -> None:
     one = crowd(1, RekeyLimit="16M", LogLevel="DEBUG1")
     grown = through_and_back(one, 48 * MIB)
     assert one.server.log.count("SSH2_MSG_NEWKEYS received") > 4

@@ -75,7 +75,7 @@ def test_the_wheel_brings_its_builders_and_its_license(wheel: Path) -> None:
     assert "[gamebear_tasks.builders]" in builders and "local = " in builders and "ssh = " in builders
 
 
-def test_a_dodo_file_elsewhere_imports_the_installed_package(elsewhere: Project) -> None:
+def test_a_dodo_file_in_another_folder_imports_the_installed_package(elsewhere: Project) -> None:
     assert where(elsewhere).is_relative_to(elsewhere.folder / "venv")
     listed = elsewhere.doit("list").ok().out.split("\n")
     assert [line.split()[0] for line in listed if line] == ["hello", "tree"]

@@ -141,13 +141,13 @@ def test_the_containers_architecture_and_packages_decide_what_is_installed(root:
     assert {word for word, _ in plan.steps} == {"unpack", "configure"}
 
 
-def test_what_there_is_already_is_not_installed_again(root: Path, repository: Repository) -> None:
+def test_installed_packages_are_not_installed_again(root: Path, repository: Repository) -> None:
     more = INSTALLED + INSTALLED.replace("dpkg", "needed").replace("1.21", "1:2-3")
     (root / "var/lib/dpkg/status").write_text(more)
     assert [package.name for package in ready(root, repository).plan(["tool"], False).packages] == ["tool"]
 
 
-def test_a_package_that_is_not_there_is_apts_error(root: Path, repository: Repository) -> None:
+def test_a_missing_package_is_an_error_of_apt(root: Path, repository: Repository) -> None:
     with pytest.raises(AptError) as caught:
         ready(root, repository).plan(["no-such"], False)
     assert "E: Unable to locate package no-such" in caught.value.said
@@ -164,19 +164,19 @@ def test_packages_without_a_candidate_are_found_without_reading_apts_messages(
     assert _missing(apt.runs, wanted) == ["absent", "needed/no-suite", "no-such", "tool=2"]
 
 
-def test_what_would_remove_something_is_left_to_the_containers_own_apt(root: Path, repository: Repository) -> None:
+def test_removals_are_left_to_the_containers_apt(root: Path, repository: Repository) -> None:
     old = INSTALLED.replace("dpkg", "rival").replace("1.21", "1\nConflicts: tool")
     (root / "var/lib/dpkg/status").write_text(INSTALLED + old)
     with pytest.raises(Unfit, match="remove"):
         ready(root, repository).plan(["tool"], False)
 
 
-def test_packages_that_an_upgrade_would_replace_are_known(root: Path, repository: Repository) -> None:
+def test_upgradable_packages_are_detected(root: Path, repository: Repository) -> None:
     (root / "var/lib/dpkg/status").write_text(INSTALLED + INSTALLED.replace("dpkg", "needed"))
     assert ready(root, repository).outdated() == {"needed"}
 
 
-def test_a_packages_list_that_nobody_signed_is_refused(root: Path, repository: Repository) -> None:
+def test_an_unsigned_packages_list_is_rejected(root: Path, repository: Repository) -> None:
     (root / "etc/apt/sources.list").write_text(f"deb {repository.url} ./\n")
     status, said = opened(root).update()
     assert status != 0
@@ -195,7 +195,7 @@ def test_a_containers_own_settings_count(root: Path) -> None:
     assert found.dpkg_options == ["--force-confold"]
 
 
-def test_what_dockers_images_have_apt_do_is_no_obstacle(root: Path) -> None:
+def test_apt_settings_of_docker_images_are_supported(root: Path) -> None:
     (root / "etc/apt/apt.conf.d/docker-clean").write_text(
         'DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin || true"; };\n'
         'APT::Update::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/*.bin || true"; };\n'
@@ -214,7 +214,7 @@ def test_what_dockers_images_have_apt_do_is_no_obstacle(root: Path) -> None:
         'APT::Architecture "s390x";',
     ],
 )
-def test_a_setting_that_is_not_known_is_left_to_the_containers_own_apt(
+def test_unknown_settings_are_left_to_the_containers_apt(
     root: Path, repository: Repository, tmp_path: Path, setting: str
 ) -> None:
     outside = tmp_path / "outside"
@@ -242,21 +242,21 @@ def test_nothing_that_an_image_names_runs_outside_of_it(root: Path, tmp_path: Pa
         "deb [signed-by+=/k] http://x y z",
     ],
 )
-def test_a_source_that_apt_may_read_otherwise_is_left_to_the_containers_own_apt(root: Path, source: str) -> None:
+def test_ambiguous_sources_are_left_to_the_containers_apt(root: Path, source: str) -> None:
     (root / "etc/apt/sources.list").write_text(f"{source}\n")
     with pytest.raises(Unfit, match="unusual"):
         opened(root)
 
 
 @pytest.mark.parametrize("source", ["deb [trusted=yes] file:/srv ./", "deb cdrom:[Debian]/ bookworm main"])
-def test_a_source_on_the_containers_disk_is_left_to_its_own_apt(root: Path, source: str) -> None:
+def test_local_sources_are_left_to_the_containers_apt(root: Path, source: str) -> None:
     (root / "etc/apt/sources.list").write_text(f"{source}\n")
     with pytest.raises(Unfit, match="not http or https"):
         opened(root)
 
 
 @pytest.mark.parametrize("deb822", [False, True], ids=["one line", "deb822"])
-def test_the_keys_are_the_containers(root: Path, deb822: bool) -> None:
+def test_keys_of_the_container_are_used(root: Path, deb822: bool) -> None:
     (root / "etc/own.gpg").write_bytes(b"its key")
     if deb822:
         text = "Types: deb\nURIs: http://127.0.0.1:9/\nSuites: x\nComponents: main\nSigned-By: /etc/own.gpg\n"
@@ -267,7 +267,7 @@ def test_the_keys_are_the_containers(root: Path, deb822: bool) -> None:
     assert [path.read_bytes() for path in copies] == [b"its key"]
 
 
-def test_a_key_in_the_text_stays_and_what_is_off_needs_none(root: Path) -> None:
+def test_an_inline_key_is_retained_and_a_disabled_source_needs_no_key(root: Path) -> None:
     key = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n /etc/own.gpg\n -----END PGP PUBLIC KEY BLOCK-----"
     source = "Types: deb\nURIs: http://127.0.0.1:9/\nSuites: x\nComponents: main\nSigned-By: "
     off = f"{source.replace('http://127.0.0.1:9/', 'cdrom:[x]/')}/nowhere.gpg\nEnabled: off\n"
@@ -314,7 +314,7 @@ def test_a_package_is_downloaded_once(root: Path, repository: Repository) -> Non
     assert sorted(repository.downloads()) == ["/./needed.deb", "/./tool.deb"]
 
 
-def test_a_package_that_was_damaged_meanwhile_is_downloaded_again(root: Path, repository: Repository) -> None:
+def test_a_damaged_cached_package_is_downloaded_again(root: Path, repository: Repository) -> None:
     found = ready(root, repository)
     found.fetch(found.plan(["common"], False), unpacked=False)
     (kept,) = found.pool.iterdir()
@@ -325,7 +325,7 @@ def test_a_package_that_was_damaged_meanwhile_is_downloaded_again(root: Path, re
     assert laid.read_bytes() == kept.read_bytes() == (repository.folder / "common.deb").read_bytes()
 
 
-def test_a_package_that_is_not_what_was_listed_is_refused(root: Path, repository: Repository) -> None:
+def test_a_package_with_the_wrong_hash_is_rejected(root: Path, repository: Repository) -> None:
     found = ready(root, repository)
     plan = found.plan(["common"], False)
     damaged = repository.folder / "common.deb"
@@ -351,7 +351,7 @@ def test_a_package_without_its_compression_is_the_same_package(tmp_path: Path, c
 
 
 @pytest.mark.system
-def test_a_package_in_a_compression_of_the_future_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_package_with_an_unknown_compression_is_unchanged(tmp_path: Path) -> None:
     package = make_package(tmp_path, "tool", compression="none")
     package.write_bytes(
         package.read_bytes().replace(b"data.tar ", b"data.tar.zst "[:9], 1).replace(b"data.tar", b"data.zst")
@@ -360,7 +360,7 @@ def test_a_package_in_a_compression_of_the_future_is_left_as_it_is(tmp_path: Pat
     assert not (tmp_path / "unpacked.deb").exists()
 
 
-def test_kept_packages_are_bounded_and_grow_old(tmp_path: Path) -> None:
+def test_cached_packages_are_bounded_and_expire(tmp_path: Path) -> None:
     for number in range(4):
         path = tmp_path / f"{number:064}"
         path.write_bytes(bytes(8192))

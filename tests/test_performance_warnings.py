@@ -61,7 +61,7 @@ def set_driver(project: Project, driver: str) -> None:
     path.write_text(json.dumps(probed))
 
 
-def test_it_is_said_once_and_again_when_it_is_so_again(mine: Project) -> None:
+def test_a_warning_is_shown_once_until_its_cause_recurs(mine: Project) -> None:
     set_driver(mine, "vfs")
     assert built(mine).count(VFS) == 1
     assert "gamebear: on local:" not in built(mine)
@@ -74,7 +74,7 @@ def test_it_is_said_once_and_again_when_it_is_so_again(mine: Project) -> None:
     assert "! storage the image store uses the vfs driver" in said
 
 
-def test_where_nothing_can_be_noted_it_is_said_in_each_run(mine: Project) -> None:
+def test_without_a_writable_log_folder_warnings_are_shown_in_each_run(mine: Project) -> None:
     set_driver(mine, "vfs")
     told = mine.home / ".cache" / "gamebear-tasks" / "told"
     told.parent.mkdir(exist_ok=True)
@@ -82,14 +82,14 @@ def test_where_nothing_can_be_noted_it_is_said_in_each_run(mine: Project) -> Non
     assert [built(mine).count(VFS) for _ in range(2)] == [1, 1]
 
 
-def test_a_card_that_is_slow_is_told_with_the_way_out(mine: Project) -> None:
+def test_a_slow_card_is_reported_with_a_fix(mine: Project) -> None:
     (mine.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 2.5}))
     said = built(mine)
     assert "on local: syncing a small file to the disk of" in said
     assert "move the store to a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in said
 
 
-def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mine: Project) -> None:
+def test_invalid_settings_of_a_builder_are_reported_with_a_fix(mine: Project) -> None:
     path = mine.write(str(mine.home / ".config/gamebear/builder.json"), '{"slots": 2,}')
     said = f"{path} is ignored: it is not JSON"
     assert built(mine).count(f"gamebear: on local: {said}") == 1
@@ -118,7 +118,7 @@ def test_what_is_wrong_with_the_builders_own_settings_is_said_with_the_remedy(mi
         ("[" * 100_000, None, "is not JSON"),
     ],
 )
-def test_what_a_builder_json_may_hold(
+def test_the_valid_contents_of_builder_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, heeded: int | None, words: str
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
@@ -131,7 +131,7 @@ def test_what_a_builder_json_may_hold(
     assert "\n" not in said.wrong
 
 
-def test_a_builder_json_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_builder_json_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (tmp_path / "gamebear" / "builder.json").mkdir(parents=True)
     assert "is ignored: it cannot be read (Is a directory)" in builder_config.read().wrong
@@ -161,13 +161,13 @@ def mounted(system: None, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         ("size=2G,nr_inodes=100000", []),
     ],
 )
-def test_a_disk_that_is_nearly_full_is_told(mounted: Callable[[str], Path], options: str, words: list[str]) -> None:
+def test_a_nearly_full_disk_is_reported(mounted: Callable[[str], Path], options: str, words: list[str]) -> None:
     found = list(performance_warnings.notices(mounted(options), GOOD).values())
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
-def test_a_builder_without_namespaces_is_told(mounted: Callable[[str], Path]) -> None:
+def test_missing_namespaces_are_reported(mounted: Callable[[str], Path]) -> None:
     (found,) = performance_warnings.notices(mounted("size=2G"), GOOD._replace(pid_namespace=False)).values()
     assert "PID namespaces are unavailable" in found and "--privileged" in found
 
@@ -175,7 +175,7 @@ def test_a_builder_without_namespaces_is_told(mounted: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("seconds", "best", "asked"), [([0.1], 0.1, 1), ([9.0, 0.01], 0.01, 2), ([9.0, 3.0, 5.0], 3.0, 3)]
 )
-def test_the_best_of_a_few_tries_counts_and_is_remembered_for_a_day(
+def test_the_best_of_several_measurements_is_cached_for_a_day(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: list[float], best: float, asked: int
 ) -> None:
     left = list(seconds)

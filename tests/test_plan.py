@@ -87,7 +87,7 @@ def declared(program: Path | PickledFunction = Path("x.py"), **more: Any) -> Pla
 # contents
 
 
-def test_the_contents_are_those_of_the_files_and_pins_of_now() -> None:
+def test_contents_are_those_of_the_current_files_and_pins() -> None:
     contents = declared().read("armhf")
     assert contents == Contents(
         arch="armhf",
@@ -101,7 +101,7 @@ def test_the_contents_are_those_of_the_files_and_pins_of_now() -> None:
     )
 
 
-def test_modules_are_searched_again_unless_that_was_done() -> None:
+def test_modules_are_searched_again_unless_already_done() -> None:
     Path("x.py").write_text("import m, later\n")
     Path("later.py").write_text("")
     assert sorted(declared().read("armhf").modules) == ["later.py", "m.py"]
@@ -115,7 +115,7 @@ def test_a_declared_architecture_comes_before_the_settings() -> None:
     assert declared().read("armhf").arch == "armhf"
 
 
-def test_a_function_is_as_it_was_when_it_was_declared() -> None:
+def test_a_function_is_sent_as_it_was_declared() -> None:
     contents = declared(FUNCTION).read("armhf")
     assert (contents.program, contents.modules) == (sha256(b"the pickle"), {"m.py": sha256("M = 1\n")})
 
@@ -126,7 +126,7 @@ def test_without_sources_no_lock_file_is_read() -> None:
     assert (contents.sources, contents.metadata, contents.lock) == ({}, {}, None)
 
 
-def test_files_are_read_by_the_function_that_is_given() -> None:
+def test_files_are_read_with_the_passed_function() -> None:
     read: list[str] = []
 
     def content(path: str) -> tuple[str, bool]:
@@ -157,7 +157,7 @@ def state(plan: Plan, **contents: Any) -> str:
     return plan.state(plan.read("armhf")._replace(**contents))
 
 
-def test_a_state_is_another_if_anything_that_is_built_is_another() -> None:
+def test_a_state_changes_with_anything_that_is_built() -> None:
     other = Plan(Path("y.py"), {"out": "build/out", "log": "build/log"})
     plans = [
         declared(),
@@ -183,7 +183,7 @@ def test_a_state_is_another_if_anything_that_is_built_is_another() -> None:
     assert all(len(each) == 64 for each in found)
 
 
-def test_a_state_is_the_same_however_the_same_is_read() -> None:
+def test_a_state_does_not_depend_on_the_way_files_are_read() -> None:
     paths: dict[str, Any] = {"paths": {"m.py": Path("elsewhere/m.py")}, "lock": None}
     assert state(declared()) == state(declared()) == state(declared(), **paths) == state(declared(time_limit=3.0))
 
@@ -195,7 +195,7 @@ def test_a_functions_state_depends_on_the_python_that_pickled_it(monkeypatch: py
     assert state(declared()) == script
 
 
-def test_a_new_format_of_jobs_makes_every_state_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_job_format_changes_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state(declared())
     monkeypatch.setattr(plan, "FORMAT", FORMAT + 1)
     assert state(declared()) != before
@@ -244,7 +244,7 @@ def test_a_declared_time_limit_comes_before_the_settings(declared_limit: float |
     assert order_of(declared(time_limit=declared_limit), Settings(arch="armhf")).time_limit == limit
 
 
-def test_an_order_of_given_contents_reads_no_file_again() -> None:
+def test_an_order_with_known_contents_reads_no_file() -> None:
     contents = declared().read("arm64")
     for name in ("in", "gamebear.lock"):
         Path(name).unlink()
@@ -268,7 +268,7 @@ def test_a_program_that_mentions_the_metadata_of_its_sources_gets_it(where: str)
     assert order_of(declared(program, sources={}), Settings(arch="armhf")).job.metadata == {}
 
 
-def test_a_program_that_goes_before_it_is_searched_for_metadata_is_named() -> None:
+def test_a_program_removed_before_its_metadata_search_is_named() -> None:
     contents = declared().read("armhf")
     Path("x.py").unlink()
     with pytest.raises(JobError, match=r"^x.py .*No such file"):
@@ -298,14 +298,14 @@ def declarations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_alternatives", set())
 
 
-def test_sources_are_known_once_and_in_their_order(declarations: None) -> None:
+def test_sources_are_unique_and_ordered(declarations: None) -> None:
     sources = [git("https://git.example/x", "a" * 40), git("https://git.example/y", "b" * 40)]
     for source in [*sources, *reversed(sources)]:
         declare(source)
     assert list(plan.declared) == sources
 
 
-def test_a_choice_that_no_source_offers_is_refused(declarations: None) -> None:
+def test_a_choice_that_no_source_offers_is_rejected(declarations: None) -> None:
     declare(git("https://git.example/x", "a" * 40))
     check_choice("anything")  # no source has alternatives
     declare(either(git=git("https://git.example/x", "a" * 40), other=git("https://git.example/y", "b" * 40)))

@@ -108,7 +108,7 @@ def test_the_document_shows_the_example_as_it_is() -> None:
         assert blocks[f"user-builder/{path}"] == (EXAMPLE / path).read_text()
 
 
-def test_another_account_builds_with_nothing_of_ours(mine: Project, account: Account) -> None:
+def test_another_account_builds_without_the_package(mine: Project, account: Account) -> None:
     mine.doit(f"builder=user:{account.name}", "x").ok()
     target = mine.folder / "build" / "x"
     assert target.read_text() == f"{account.uid} {account.home} None hello\n"
@@ -117,22 +117,22 @@ def test_another_account_builds_with_nothing_of_ours(mine: Project, account: Acc
     assert {path.stat().st_uid for path in [store, *store.glob("v1/jobs/*/*")]} == {account.uid}
 
 
-def test_an_account_that_is_not_there_is_named(mine: Project) -> None:
+def test_a_missing_account_is_named(mine: Project) -> None:
     mine.doit("builder=user:nobody-at-all", "x").failed("This machine has no user 'nobody-at-all'.", "useradd")
 
 
 @pytest.mark.usefixtures("installed")
-def test_who_is_not_root_is_told_so(monkeypatch: pytest.MonkeyPatch, account: Account) -> None:
+def test_a_user_other_than_root_is_rejected(monkeypatch: pytest.MonkeyPatch, account: Account) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(BuilderError, match=f"Only root may start programs as {account.name}"):
         open_builder(f"user:{account.name}").describe()
 
 
-def test_a_url_without_a_name_is_refused(mine: Project) -> None:
+def test_a_url_without_a_name_is_rejected(mine: Project) -> None:
     mine.doit("builder=user:", "x").failed("The builder 'user:' has no user name", "Use builder=user:NAME.")
 
 
-def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
+def test_an_account_describes_itself(mine: Project, account: Account) -> None:
     said = mine.gamebear("doctor", f"builder=user:{account.name}").ok().out
     assert f"user:{account.name} is ready" in said and f"{account.home}/.cache/gamebear/v1" in said
 
@@ -141,7 +141,7 @@ def test_an_account_says_what_it_is(mine: Project, account: Account) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_an_unknown_scheme_lists_those_that_there_are() -> None:
+def test_an_unknown_scheme_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(
         SettingsError, match=r"scheme 'moon' of 'moon:x'\.\n→ There are: dask, dask\+tls, local, spool, ssh, user\."
     ):
@@ -186,7 +186,7 @@ def builds(spool: Path) -> int:
     return len(list(spool.glob("[!.]*/log")))
 
 
-def test_the_builder_from_scratch_builds_once(mine: Project, spool: Path) -> None:
+def test_the_example_builder_builds_once(mine: Project, spool: Path) -> None:
     mine.doit("x").ok()
     target = mine.folder / "build" / "x"
     assert target.read_text().endswith("hello\n")
@@ -198,7 +198,7 @@ def test_the_builder_from_scratch_builds_once(mine: Project, spool: Path) -> Non
     assert list(spool.glob(".*")) == []
 
 
-def test_its_killed_client_finds_the_job_again(mine: Project, spool: Path) -> None:
+def test_a_killed_client_of_the_example_builder_finds_its_job_again(mine: Project, spool: Path) -> None:
     go = mine.folder / "go"
     mine.write("x.py", SLOW.format(go=str(go)))
     client = mine.start("x")
@@ -212,7 +212,7 @@ def test_its_killed_client_finds_the_job_again(mine: Project, spool: Path) -> No
     assert builds(spool) == 1
 
 
-def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
+def test_ctrl_c_stops_a_job_of_the_example_builder(mine: Project, spool: Path) -> None:
     mine.write("x.py", SLOW.format(go="/proc/nowhere"))
     client = mine.start("x")
     wait_for(lambda: b"begin" in (mine.folder / "doit.out").read_bytes())
@@ -221,7 +221,7 @@ def test_ctrl_c_ends_its_job(mine: Project, spool: Path) -> None:
     wait_for(lambda: list(spool.glob("*/end.json")))
 
 
-def test_its_failure_is_told_and_built_again(mine: Project, spool: Path) -> None:
+def test_a_failure_of_the_example_builder_is_reported_and_built_again(mine: Project, spool: Path) -> None:
     mine.write("x.py", "print('no'); raise SystemExit(3)")
     shown = mine.doit("x").failed("x failed on spool:", ": exited with 3.", "The log is")
     assert shown.out.splitlines().count("no") == 1 and "| no" not in shown.out  # already acknowledged
@@ -229,7 +229,7 @@ def test_its_failure_is_told_and_built_again(mine: Project, spool: Path) -> None
     mine.doit("x").failed(": exited with 3.")
 
 
-def test_its_damaged_output_is_built_again(mine: Project, spool: Path) -> None:
+def test_a_damaged_output_of_the_example_builder_is_built_again(mine: Project, spool: Path) -> None:
     mine.doit("x").ok()
     (output,) = spool.glob("*/out/x")
     content = (mine.folder / "build" / "x").read_text()
@@ -239,12 +239,12 @@ def test_its_damaged_output_is_built_again(mine: Project, spool: Path) -> None:
     assert (mine.folder / "build" / "x").read_text() == content
 
 
-def test_it_says_what_it_does_not_do(mine: Project, spool: Path) -> None:
+def test_the_example_builder_reports_unsupported_operations(mine: Project, spool: Path) -> None:
     mine.write("dodo.py", DODO.replace('"x.py"', "build") + "\ndef build():\n    pass\n")
     mine.doit("x").failed("cannot build build: it supports only buildscripts without sources.")
 
 
-def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
+def test_the_example_builder_removes_old_jobs(mine: Project, spool: Path) -> None:
     mine.doit("x").ok()
     mine.gamebear("prune", "--older", "1").ok()
     assert builds(spool) == 1
@@ -255,10 +255,10 @@ def test_it_forgets_old_jobs(mine: Project, spool: Path) -> None:
     assert list(spool.iterdir()) == []
 
 
-def test_the_doctor_shows_what_it_says_of_itself(mine: Project, spool: Path) -> None:
+def test_doctor_shows_the_description_of_the_example_builder(mine: Project, spool: Path) -> None:
     said = " ".join(mine.gamebear("doctor").ok().out.split())
     assert "this kind of builder has no further checks" in said and f"spool {spool}" in said
 
 
-def test_a_spool_that_is_not_there_is_an_error(mine: Project) -> None:
+def test_a_missing_spool_is_an_error(mine: Project) -> None:
     mine.doit("x", "builder=spool:/proc/nowhere").failed("/proc/nowhere is not a folder.")

@@ -43,7 +43,7 @@ def commands(project: Project, **actions: str) -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize("kind", ["process", "thread"])
-def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project, kind: str) -> None:
+def test_running_tasks_are_below_the_finished_ones(project: Project, kind: str) -> None:
     project.write("dodo.py", JOBS + "def task_c(): return {'actions': ['echo from c'], 'verbosity': 2}\n")
     project.write(str(project.home / ".config/gamebear/builder.json"), '{"slots": 1}')
     gated(project, "a", "print('\\033[31mcc\\033[0m -c a.c', flush=True)")
@@ -77,7 +77,7 @@ def test_what_runs_is_at_the_end_and_what_has_ended_stays_above(project: Project
 
 
 @pytest.mark.system
-def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Project) -> None:
+def test_ctrl_c_reports_cancellations_and_restores_the_terminal(project: Project) -> None:
     project.write("dodo.py", JOB)
     gated(project, "a", "print('begin', flush=True)")
     with terminal(project, NO_COLOR="1") as seen:
@@ -104,7 +104,7 @@ def test_ctrl_c_says_what_happened_and_leaves_the_terminal_as_it_was(project: Pr
 
 
 @pytest.mark.system
-def test_a_failure_is_told_once_with_the_end_of_its_log(project: Project) -> None:
+def test_a_failure_is_shown_once_with_the_end_of_its_log(project: Project) -> None:
     tasks = "def task_c(): return {'actions': ['echo captured; echo shown >&2; exit 3']}\n"
     project.write("dodo.py", JOB + tasks)
     project.write("a.py", "print('about to fail')\nraise SystemExit('it broke')")
@@ -125,7 +125,7 @@ def test_a_failure_is_told_once_with_the_end_of_its_log(project: Project) -> Non
 
 @pytest.mark.system
 @pytest.mark.parametrize("kind", ["process", "thread"])
-def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project: Project, kind: str) -> None:
+def test_lines_of_full_logs_are_prefixed_with_their_task_and_never_mixed(project: Project, kind: str) -> None:
     project.write("dodo.py", JOBS)
     project.write(str(project.home / ".config/gamebear/builder.json"), '{"slots": 2}')
     for name in "ab":
@@ -146,7 +146,7 @@ def test_full_logs_have_their_task_before_each_line_and_are_never_mixed(project:
 
 
 @pytest.mark.system
-def test_a_log_that_is_no_text_is_shown_to_its_end(project: Project) -> None:
+def test_a_binary_log_is_shown_to_its_end(project: Project) -> None:
     project.write("dodo.py", JOB)
     project.write(
         "a.py",
@@ -158,7 +158,7 @@ def test_a_log_that_is_no_text_is_shown_to_its_end(project: Project) -> None:
 
 
 @pytest.mark.system
-def test_more_than_fits_is_counted_and_what_others_write_is_kept(project: Project) -> None:
+def test_tasks_beyond_the_screen_are_counted_and_foreign_output_is_preserved(project: Project) -> None:
     names = [f"t{number}" for number in range(8)]
     commands(project, **dict.fromkeys(names, f"echo from $$; {GATE}"))
     with terminal(project, 60, 6) as seen:
@@ -185,7 +185,7 @@ def test_a_task_may_have_the_terminal_for_itself(project: Project) -> None:
 
 @pytest.mark.system
 @pytest.mark.parametrize("how", [(), ("-n", "2")])
-def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tuple[str, ...]) -> None:
+def test_a_blocked_terminal_does_not_stop_builds(project: Project, how: tuple[str, ...]) -> None:
     less = "from gamebear_tasks.progress import events, live_view\nevents.STOPPED, live_view.PENDING = 0.3, 1 << 16\n"
     project.write("dodo.py", JOBS + less)
     for name in "ab":
@@ -199,7 +199,7 @@ def test_a_terminal_that_takes_nothing_stops_no_build(project: Project, how: tup
     assert (project.folder / "build/logs/a.log").read_text().count("a" * 99) == 20_000
 
 
-def test_a_question_has_the_terminal_for_itself(tmp_path: Path, server: Sshd, home: Path) -> None:
+def test_a_prompt_has_the_terminal_for_itself(tmp_path: Path, server: Sshd, home: Path) -> None:
     own = known(home, tmp_path / "home", server.port, server)
     key = own / ".ssh" / "id_ed25519"
     subprocess.run(
@@ -237,7 +237,7 @@ def test_a_file_gets_plain_lines(project: Project) -> None:
 
 
 @pytest.mark.system
-def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(project: Project) -> None:
+def test_two_thousand_up_to_date_tasks_print_one_line_without_importing_rich(project: Project) -> None:
     project.write(
         "dodo.py",
         HEAD + "import atexit, sys\n"
@@ -253,7 +253,7 @@ def test_two_thousand_tasks_that_are_up_to_date_are_one_line_and_load_no_rich(pr
 
 
 @pytest.mark.system
-def test_a_view_that_breaks_leaves_the_builds_alone(project: Project) -> None:
+def test_a_failed_view_does_not_affect_builds(project: Project) -> None:
     commands(project, x="echo from x", y="echo from y")
     project.write("rich/__init__.py", "raise ImportError('broken')")
     with terminal(project) as seen:
@@ -263,7 +263,7 @@ def test_a_view_that_breaks_leaves_the_builds_alone(project: Project) -> None:
 
 
 @pytest.mark.system
-def test_the_other_reporters_are_as_they_were(project: Project) -> None:
+def test_other_reporters_are_unchanged(project: Project) -> None:
     project.write("dodo.py", JOBS)
     for name in "ab":
         project.write(f"{name}.py", f"print('log of {name}')\nopen({name!r}, 'w').write('made')\n")
@@ -277,7 +277,7 @@ def test_the_other_reporters_are_as_they_were(project: Project) -> None:
 
 
 @pytest.mark.system
-def test_how_long_it_took_the_last_time_is_shown_and_that_it_was_fetched_since_is_no_matter(project: Project) -> None:
+def test_the_last_build_time_is_shown_even_if_the_result_was_fetched_since(project: Project) -> None:
     project.write("dodo.py", JOB)
     gated(project, "a")
     go(project)

@@ -87,7 +87,7 @@ def pair(system: None, project: Project, tmp_path: Path) -> Project:
     return project
 
 
-def test_every_build_says_where_its_artifacts_come_from_where_that_is_set(pair: Project) -> None:
+def test_every_build_writes_provenance_if_configured(pair: Project) -> None:
     pair.doit("pair", "provenance=true").ok()
     files = [pair.folder / "build" / name for name in ("one", "two")]
     for file in files:
@@ -115,7 +115,7 @@ def test_every_build_says_where_its_artifacts_come_from_where_that_is_set(pair: 
     assert [path.name for path in (pair.folder / "build").iterdir()] == ["logs"]
 
 
-def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_else(pair: Project) -> None:
+def test_the_provenance_command_covers_up_to_date_targets_only(pair: Project) -> None:
     pair.gamebear("provenance", "never").failed("never is not up to date", "Run doit never first")
     pair.gamebear("provenance", "plain").failed(
         "Task plain has no provenance: it uses neither artifact() nor sd_image()"
@@ -142,13 +142,13 @@ def test_on_demand_a_statement_is_written_of_what_is_up_to_date_and_of_nothing_e
     pair.gamebear("provenance").failed("is no longer on the builder", "doit clean TASK, then doit TASK")
 
 
-def test_nothing_secret_of_a_url_is_told() -> None:
+def test_provenance_contains_no_secrets_of_urls() -> None:
     assert public_url("https://me:secret@example.com/a.tar.gz?token=secret#secret") == "https://example.com/a.tar.gz"
     assert public_url("https://token@example.com/a.git") == "https://example.com/a.git"
     assert public_url("ssh://git:secret@example.com:22/a.git") == "ssh://git@example.com:22/a.git"
 
 
-def test_repositories_and_packages_have_the_names_that_others_know_them_by() -> None:
+def test_repositories_and_packages_have_standard_identifiers() -> None:
     assert _git_uri("https://example.com/a.git") == "git+https://example.com/a.git"
     assert _git_uri("git@example.com:b/a.git") == "git+ssh://git@example.com/b/a.git"
     assert _git_uri("/srv/a.git") == "git+file:///srv/a.git"
@@ -157,7 +157,7 @@ def test_repositories_and_packages_have_the_names_that_others_know_them_by() -> 
         assert debian_purl(name, version, arch) == known.to_string()
 
 
-def test_what_a_builder_says_that_it_built_in_is_bounded() -> None:
+def test_images_reported_by_a_builder_are_bounded() -> None:
     good = {"id": "a" * 64, "packages": [["gcc", "1", "all"], ["\x1b[2J", "1", ""], ["short"], 5], "names": 7}
     said = {"images": [good, {"id": "../x"}, 5] + [good] * 99, "begun": float("nan"), "ended": "never", "host": ["x"]}
     materials = Materials.of_document(json.loads(json.dumps(said)))

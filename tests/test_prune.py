@@ -65,7 +65,7 @@ def stored(job: Job) -> StoredJob:
     return job.store.job(job.stored.name)
 
 
-def test_what_was_not_used_for_some_days_goes_with_its_inputs(tmp_path: Path, fresh_home: Path) -> None:
+def test_unused_results_expire_with_their_inputs(tmp_path: Path, fresh_home: Path) -> None:
     old = Job(tmp_path / "old", fresh_home, inputs={"a": b"a" * 100_000})
     new = Job(tmp_path / "new", fresh_home, inputs={"b": b"b" * 100_000})
     old.ok()
@@ -90,7 +90,7 @@ def test_a_result_that_is_fetched_again_counts_as_used(tmp_path: Path, fresh_hom
     assert "nothing removed" in prune(job, "--older", "9")
 
 
-def test_a_result_of_the_future_grows_old_from_now_on(tmp_path: Path, fresh_home: Path) -> None:
+def test_a_result_from_the_future_ages_from_now(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path, fresh_home)
     job.ok()
     grow_old(job.store, -1000)
@@ -99,7 +99,7 @@ def test_a_result_of_the_future_grows_old_from_now_on(tmp_path: Path, fresh_home
     assert all(path.stat().st_mtime < time.time() + 1 for path in job.store.blobs.iterdir())
 
 
-def test_of_each_target_the_last_results_stay(tmp_path: Path, fresh_home: Path) -> None:
+def test_the_last_results_of_each_target_are_retained(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path / "one", fresh_home)
     other = Job(tmp_path / "other", fresh_home)
     digests = []
@@ -120,7 +120,7 @@ def test_of_each_target_the_last_results_stay(tmp_path: Path, fresh_home: Path) 
     assert len(left) == 2 and digests[2] in left
 
 
-def test_a_failure_that_nobody_has_seen_stays_when_results_go(tmp_path: Path, fresh_home: Path) -> None:
+def test_an_unacknowledged_failure_is_retained_when_results_are_removed(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path, fresh_home, f"{WAIT}\nraise ValueError('upside down')")
     client = job.started()
     client.kill()
@@ -135,7 +135,7 @@ def test_a_failure_that_nobody_has_seen_stays_when_results_go(tmp_path: Path, fr
     assert "1 job" in prune(job, "--keep", "0")
 
 
-def test_the_least_recently_used_goes_until_the_store_is_small_enough(tmp_path: Path, fresh_home: Path) -> None:
+def test_least_recently_used_results_are_removed_until_the_store_fits(tmp_path: Path, fresh_home: Path) -> None:
     jobs = []
     for number in range(3):
         job = Job(
@@ -169,7 +169,9 @@ def test_a_job_that_runs_is_left_alone(tmp_path: Path, fresh_home: Path) -> None
     job.ok()
 
 
-def test_what_a_lost_job_left_goes_whoever_owns_it(tmp_path: Path, remote_project: Project, account: Account) -> None:
+def test_leftovers_of_a_lost_job_are_removed_regardless_of_their_owner(
+    tmp_path: Path, remote_project: Project, account: Account
+) -> None:
     remote_project.write(
         "dodo.py",
         "from gamebear_tasks import artifact\n\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n",
@@ -205,7 +207,7 @@ def test_trash_of_a_prune_that_was_killed_is_removed_by_the_next_job(tmp_path: P
     job.ok()
 
 
-def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, fresh_home: Path) -> None:
+def test_unused_runners_are_removed(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path, fresh_home)
     job.ok()
     top = job.store.root / "runner"
@@ -222,7 +224,7 @@ def test_other_runners_go_when_nobody_runs_them(tmp_path: Path, fresh_home: Path
     assert sorted(top.iterdir()) == sorted([own, held])
 
 
-def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path, fresh_home: Path) -> None:
+def test_old_incomplete_uploads_and_environments_are_removed(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path, fresh_home)
     job.store.prepare()
     part, fresh = job.store.tmp / f"{'0' * 64}.part", job.store.tmp / f"{'1' * 64}.part"
@@ -236,7 +238,7 @@ def test_broken_off_uploads_and_environments_go_when_they_are_old(tmp_path: Path
     assert not part.exists() and fresh.exists() and not environment.exists()
 
 
-def test_a_compiler_cache_goes_when_it_is_old_and_nobody_has_it(bare_store: Store) -> None:
+def test_an_old_unused_compiler_cache_is_removed(bare_store: Store) -> None:
     caches = bare_store.root / "ccache"
     then = time.time() - 5 * DAY
     for name in ("old", "held", "new"):
@@ -332,7 +334,7 @@ def test_a_lock_of_a_file_that_was_replaced_is_not_held(tmp_path: Path, monkeypa
         assert not held
 
 
-def test_images_that_no_kept_job_uses_go_and_the_others_stay(tmp_path: Path, fresh_home: Path) -> None:
+def test_only_images_without_a_retained_job_are_removed(tmp_path: Path, fresh_home: Path) -> None:
     storage = tmp_path / "storage.conf"
     storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n')
     make = 'with Container("scratch") as c:\n    c.copy_in("x.py", "/x")\n    c.commit().add_tag("gamebear-test:{}")'
@@ -373,7 +375,7 @@ def bare_store(tmp_path: Path) -> Store:
     return store
 
 
-def test_who_waits_for_a_lock_that_is_removed_takes_the_new_one(tmp_path: Path) -> None:
+def test_a_process_waiting_for_a_removed_lock_acquires_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     at_once: list[int] = []
     most: list[int] = []
@@ -415,9 +417,7 @@ def disuse(job: StoredJob) -> None:
         os.utime(path, (time.time() - 300,) * 2)
 
 
-def test_a_result_that_is_being_fetched_stays_however_long_it_takes(
-    bare_store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_is_retained_while_it_is_fetched(bare_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     job = old_result(bare_store, "a")
     written: list[bytes] = []
     used: list[bool] = []
@@ -449,9 +449,7 @@ def test_a_result_that_is_being_fetched_stays_however_long_it_takes(
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 1
 
 
-def test_a_prune_gets_further_with_each_call_however_slow_the_disk(
-    bare_store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_prune_makes_progress_on_a_slow_disk(bare_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for digit in "abc":
         old_result(bare_store, digit)
     walked: list[Path] = []
@@ -467,7 +465,7 @@ def test_a_prune_gets_further_with_each_call_however_slow_the_disk(
     assert len([path for path in walked if path.parent == bare_store.jobs]) == 3, "each once"
 
 
-def test_an_upload_that_stays_is_not_counted_as_gone(bare_store: Store) -> None:
+def test_a_retained_upload_is_not_counted_as_removed(bare_store: Store) -> None:
     part, blob = bare_store.tmp / f"{'0' * 64}.part", bare_store.blobs / ("1" * 64)
     for number, path in enumerate((part, blob)):
         path.write_bytes(bytes(100_000))
@@ -477,7 +475,7 @@ def test_an_upload_that_stays_is_not_counted_as_gone(bare_store: Store) -> None:
     assert part.exists() and not blob.exists()
 
 
-def test_removing_images_ends_when_the_time_is_up(bare_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_removal_of_images_stops_at_the_time_limit(bare_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [{"id": f"{number:064x}", "names": [f"localhost/gamebear-test:{number}"]} for number in range(5)]
     for image in images:
         (bare_store.images / f"{image['id']}.used").touch()
@@ -491,7 +489,7 @@ def test_removing_images_ends_when_the_time_is_up(bare_store: Store, monkeypatch
 # caches of this machine
 
 
-def test_sources_that_this_machine_did_not_use_for_so_long_go_too(tmp_path: Path, fresh_home: Path) -> None:
+def test_unused_sources_of_this_machine_are_removed(tmp_path: Path, fresh_home: Path) -> None:
     job = Job(tmp_path, fresh_home)
     kept = fresh_home / ".cache/gamebear-tasks/sources"
     for name in (
@@ -514,7 +512,7 @@ def test_sources_that_this_machine_did_not_use_for_so_long_go_too(tmp_path: Path
     assert "on this machine" not in prune(job, "--older", "0")
 
 
-def test_a_source_that_is_used_counts_as_new(tmp_path: Path, fresh_home: Path) -> None:
+def test_a_used_source_counts_as_new(tmp_path: Path, fresh_home: Path) -> None:
     project = Project(tmp_path / "project", home=fresh_home)
     (tmp_path / "file").write_text("x")
     subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "a.tar", "file"], check=True)

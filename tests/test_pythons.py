@@ -128,7 +128,7 @@ def follow(builder: RunnerBuilder, order: Order) -> tuple[Status, str]:
 # behaviour on other releases
 
 
-def test_the_runner_is_sent_and_says_where_it_is(release: Debian) -> None:
+def test_the_uploaded_runner_reports_its_location(release: Debian) -> None:
     for _ in range(2):
         there = builder(*release.enter())
         assert str(there.describe()["python"]).startswith(f"{PYTHON[release.suite]}.")
@@ -157,7 +157,7 @@ raise AssertionError
 """
 
 
-def test_a_job_goes_through_from_upload_to_artifact(release: Debian, tmp_path: Path) -> None:
+def test_a_job_runs_from_upload_to_artifact(release: Debian, tmp_path: Path) -> None:
     script = tmp_path / "x.py"
     script.write_text(SCRIPT)
     large = tmp_path / "large"
@@ -177,7 +177,7 @@ def test_a_job_goes_through_from_upload_to_artifact(release: Debian, tmp_path: P
     assert list((store / "jobs").glob("*/work")) == []
 
 
-def test_a_script_that_fails_is_shown_without_our_own_frames(release: Debian, tmp_path: Path) -> None:
+def test_a_failed_script_is_shown_without_frames_of_the_runner(release: Debian, tmp_path: Path) -> None:
     script = tmp_path / "x.py"
     script.write_text("def f():\n    raise ValueError('upside down')\nif 1:\n    f()\n    return\n")
     there = builder(*release.enter())
@@ -188,7 +188,7 @@ def test_a_script_that_fails_is_shown_without_our_own_frames(release: Debian, tm
     assert "gamebear_runner" not in log
 
 
-def test_a_builder_without_buildah_says_how_to_get_it(release: Debian, tmp_path: Path) -> None:
+def test_a_builder_without_buildah_is_reported_with_the_fix(release: Debian, tmp_path: Path) -> None:
     script = tmp_path / "x.py"
     script.write_text("open('x', 'w').close()")
     there = builder(*release.enter(hidden=["/usr/bin/buildah"], HOME="/home"))
@@ -225,7 +225,7 @@ def imported(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
-def test_the_runner_needs_itself_and_the_standard_library_only(release: Debian) -> None:
+def test_the_runner_imports_only_itself_and_the_standard_library(release: Debian) -> None:
     names = {name for path in RUNNER.rglob("*.py") for name in imported(path)}
     assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
     code = "import importlib, sys; list(map(importlib.import_module, sys.argv[1:]))"
@@ -233,7 +233,7 @@ def test_the_runner_needs_itself_and_the_standard_library_only(release: Debian) 
 
 
 @pytest.mark.parametrize("name", ["test_language.py", "test_rootfs.py"])
-def test_its_own_tests_pass_there(release: Debian, name: str) -> None:
+def test_unit_tests_of_the_runner_pass_on_this_python(release: Debian, name: str) -> None:
     shutil.copy(ROOT / "tests" / name, release.root / "srv")
     said = release.run("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"/srv/{name}", PYTHONPATH="/srv")
     assert " passed" in said and " failed" not in said
@@ -242,7 +242,7 @@ def test_its_own_tests_pass_there(release: Debian, name: str) -> None:
 # the client
 
 
-def test_a_job_has_the_same_digest_there(trixie: Debian) -> None:
+def test_a_job_has_the_same_digest_on_this_python(trixie: Debian) -> None:
     package = trixie.root / "srv/gamebear_tasks/jobspec"
     package.mkdir()
     for name in ("spec.py", "canonical_json.py"):
@@ -266,7 +266,7 @@ def task_y():
 """
 
 
-def test_the_client_builds_there_with_what_debian_has(trixie: Debian, wheel: Path) -> None:
+def test_the_client_builds_with_debians_own_packages(trixie: Debian, wheel: Path) -> None:
     project = trixie.root / "srv/project"
     (project / "site").mkdir(parents=True)
     pip("install", "--no-index", "--no-deps", "--target", project / "site", wheel)
@@ -290,7 +290,7 @@ BANNERS = {
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_any_login_shell_starts_it_whatever_it_prints_before(trixie: Debian, shell: str) -> None:
+def test_any_login_shell_starts_the_runner_regardless_of_its_output(trixie: Debian, shell: str) -> None:
     for name, text in BANNERS.items():
         (trixie.root / name).parent.mkdir(parents=True, exist_ok=True)
         (trixie.root / name).write_text(f"{text}\n")
@@ -302,7 +302,7 @@ def test_any_login_shell_starts_it_whatever_it_prints_before(trixie: Debian, she
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_builder_without_python_says_so_in_any_login_shell(trixie: Debian, shell: str) -> None:
+def test_missing_python_is_reported_in_any_login_shell(trixie: Debian, shell: str) -> None:
     words = ("/bin/busybox", "sh") if shell == "busybox" else (f"/bin/{shell}",)
     enter = trixie.enter(PATH="/nowhere", HOME="/nowhere")
     with pytest.raises(BuilderError, match=r"cannot start python3 .+\.\n→ On the builder: sudo apt install"):
@@ -314,7 +314,7 @@ def test_a_shell_that_cannot_be_started_is_quoted(trixie: Debian) -> None:
         RunnerBuilder("test:", "the builder", lambda: LoginShell(*trixie.enter(), "/bin/no-such-shell")).describe()
 
 
-def test_python3_minimal_is_not_enough_and_the_error_says_what_is(releases: Mapping[str, Debian]) -> None:
+def test_python3_minimal_is_rejected_with_the_fix(releases: Mapping[str, Debian]) -> None:
     with pytest.raises(BuilderError, match=r"has an incomplete Python: json is missing"):
         builder(*releases["minimal"].enter()).describe()
     assert not (releases["minimal"].root / "root/.cache").exists()
@@ -334,7 +334,7 @@ def test_a_python_that_is_too_old_is_named(trixie: Debian) -> None:
         builder(*trixie.enter(PATH="/srv/old:/usr/bin")).describe()
 
 
-def test_the_command_is_plain_for_any_shell() -> None:
+def test_the_command_needs_no_quoting_in_any_shell() -> None:
     command = bundle().command
     assert command.isascii() and command.isprintable()
     assert command.count("'") == 2 and command.endswith("'"), "one word in single quotes, and the last"

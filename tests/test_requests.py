@@ -184,7 +184,7 @@ def test_a_field_that_is_missing_is_named(request_: Request, name: str) -> None:
 
 
 @by_operation
-def test_a_field_that_is_unknown_is_refused(request_: Request) -> None:
+def test_an_unknown_field_is_rejected(request_: Request) -> None:
     for name in ("x", "self", "", "x" * 1000, "\x1b[2J", "store"):
         with pytest.raises(RequestError, match="unknown field") as caught:
             received({**on_the_wire(request_.header), name: 1})
@@ -214,7 +214,7 @@ def test_a_field_may_have_each_value_up_to_its_limits(request_: Request, name: s
 
 
 @pytest.mark.parametrize("op", [None, 1, [], {}, "", "Hello", "submit ", "x" * 10_000, "\x1b[2J"])
-def test_an_unknown_operation_is_refused(op: object) -> None:
+def test_an_unknown_operation_is_rejected(op: object) -> None:
     for header in ({"op": op}, {"op": op, "digest": DIGEST}):
         with pytest.raises(RequestError, match="Unknown operation") as caught:
             received(header)
@@ -228,7 +228,7 @@ NAMES = sorted({"op", "body", "x", *(name for _, name in FIELDS)})
 
 @settings(deadline=None)
 @given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(NAMES), json_values, max_size=4))
-def test_a_request_is_valid_or_refused(request_: Request, changes: dict[str, object]) -> None:
+def test_a_request_is_valid_or_rejected(request_: Request, changes: dict[str, object]) -> None:
     header = {**on_the_wire(request_.header), **changes}
     try:
         found = received(header)
@@ -270,7 +270,7 @@ def ask(tmp_path: Path) -> Iterator[Callable[[dict[str, object]], dict[str, obje
         assert runner.wait(10) == 0
 
 
-def test_a_session_refuses_invalid_requests_and_answers_the_next(
+def test_a_session_rejects_invalid_requests_and_answers_the_next(
     ask: Callable[[dict[str, object]], dict[str, object]],
 ) -> None:
     invalid: list[dict[str, object]] = [
@@ -297,14 +297,14 @@ def test_a_session_answers_every_operation(ask: Callable[[dict[str, object]], di
         assert ask(request.header).get("kind") in (None, "runner"), request.op
 
 
-def test_an_offset_beyond_the_size_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_an_offset_beyond_the_size_of_a_file_is_rejected(tmp_path: Path) -> None:
     store = Store(tmp_path / "v1")
     store.prepare()
     with pytest.raises(RequestError, match="offset is larger than size"):
         uploads.put(store, Put(sha256=DIGEST, size=1, offset=2), uploads.Body(0))
 
 
-def test_a_session_that_no_longer_waits_for_a_blob_does_not_end_the_one_that_receives_it(
+def test_a_session_that_stops_waiting_for_a_blob_does_not_stop_the_receiving_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path / "v1")
@@ -337,7 +337,7 @@ def received_by_client(reply: dict[str, object]) -> dict[str, object]:
 
 @settings(deadline=None)
 @given(replies)
-def test_a_reply_is_valid_or_refused(sent: dict[str, object]) -> None:
+def test_a_reply_is_valid_or_rejected(sent: dict[str, object]) -> None:
     reply = received_by_client(sent)
     for validate in (
         lambda: responses.lacks("here", reply),
@@ -360,7 +360,7 @@ def test_a_reply_is_valid_or_refused(sent: dict[str, object]) -> None:
     assert len(entries) <= 2 and total >= 0
 
 
-def test_what_a_builder_lacks() -> None:
+def test_the_missing_blobs_of_a_reply() -> None:
     missing = [[DIGEST, 3], [EMPTY, -1]]
     assert responses.lacks("here", {"missing": missing, "trees_wanted": True}) == responses.Lacks(
         ((DIGEST, 3), (EMPTY, 0)), True
@@ -378,19 +378,19 @@ def test_the_parts_of_a_body() -> None:
         assert responses.parts({"log": wrong}).log is None
 
 
-def test_the_sum_of_what_was_pruned() -> None:
+def test_the_sum_of_pruned_entries() -> None:
     first = responses.pruned({"jobs": 1, "blobs": 2, "images": 3, "others": 4, "freed": 5, "left": ["a"]}, Pruned())
     assert first == Pruned(1, 2, 3, 4, 5, ("a",))
     second = responses.pruned({"jobs": 10, "blobs": -1, "images": True, "others": "4", "freed": 1, "left": [7]}, first)
     assert second == Pruned(11, 2, 3, 4, 6, ("7",))
 
 
-def test_a_page_has_no_more_jobs_than_were_asked_for() -> None:
+def test_a_page_has_at_most_the_requested_number_of_jobs() -> None:
     assert responses.page({"jobs": [{}, {}, {}], "total": 7}, 2) == ([None, None], 7)
     assert responses.page({"jobs": {"a": 1}, "total": -1}, 2) == ([], 0)
 
 
-def test_who_prevents_a_cancellation() -> None:
+def test_the_reasons_that_prevent_a_cancellation() -> None:
     assert responses.cancelled({"state": "done", "others": []}) == responses.Cancelled("done", (), False)
     assert responses.cancelled({"state": [], "others": ["me", 1]}) == responses.Cancelled("", ("me", "1"), True)
     assert responses.cancelled({"others": ["x"] * 1000}).others == ("x",) * responses.WAITING

@@ -67,7 +67,7 @@ def test_a_loop_of_links_is_an_error(root: Path, rootfs: Rootfs, tmp_path: Path)
         rootfs.copy_out("/a/x", tmp_path / "out")
 
 
-def test_what_goes_in_does_not_go_through_a_link_to_the_host(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_copying_in_never_follows_a_link_to_the_host(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (root / "opt").symlink_to(outside)
@@ -81,7 +81,7 @@ def test_what_goes_in_does_not_go_through_a_link_to_the_host(root: Path, rootfs:
     assert (root / "file").read_text() == "new" and not (root / "file").is_symlink()
 
 
-def test_mode_and_time_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_mode_and_time_are_preserved_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     tool = tmp_path / "tool"
     tool.write_bytes(b"x" * 3_000_000)
     tool.chmod(0o4751)
@@ -113,7 +113,7 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.system
-def test_folders_that_are_made_are_755_whatever_the_umask(
+def test_created_folders_have_mode_755_regardless_of_the_umask(
     root: Path, rootfs: Rootfs, tmp_path: Path, umask: None
 ) -> None:
     tree = tmp_path / "tree"
@@ -134,7 +134,9 @@ def test_folders_that_are_made_are_755_whatever_the_umask(
     assert {path.stat().st_gid for path in made} == {os.getegid()}
 
 
-def test_all_bits_of_a_folders_mode_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path, umask: None) -> None:
+def test_all_mode_bits_of_a_folder_are_preserved_both_ways(
+    root: Path, rootfs: Rootfs, tmp_path: Path, umask: None
+) -> None:
     tree = tmp_path / "tree"
     modes = {"": 0o1777, "sticky": 0o1777, "sticky/group": 0o2770, "sticky/group/closed": 0o500}
     for path in modes:
@@ -163,7 +165,7 @@ def both_ways(rootfs: Rootfs, tree: Path, root: Path, out: Path) -> tuple[Path, 
     return root / "opt" / "tree", out
 
 
-def test_hard_links_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_hard_links_are_preserved_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "a/b").mkdir(parents=True)
     (tree / "a/b/first").write_text("one")
@@ -201,7 +203,7 @@ def test_hard_links_into_one_folder_by_two_paths(root: Path, rootfs: Rootfs, tmp
 
 
 @pytest.mark.system
-def test_where_no_link_can_be_made_the_content_is_copied_again(
+def test_content_is_copied_if_it_cannot_be_linked(
     root: Path, rootfs: Rootfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = tmp_path / "tree"
@@ -219,7 +221,7 @@ def test_where_no_link_can_be_made_the_content_is_copied_again(
 
 
 @pytest.mark.system
-def test_attributes_that_are_meant_for_others_are_kept_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_portable_attributes_are_preserved_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     capability = (0x2000001).to_bytes(4, "little") + (1 << 13).to_bytes(4, "little") + bytes(12)
     tree = tmp_path / "tree"
     (tree / "folder").mkdir(parents=True)
@@ -239,7 +241,7 @@ def test_attributes_that_are_meant_for_others_are_kept_both_ways(root: Path, roo
 
 
 @pytest.mark.system
-def test_an_attribute_that_cannot_be_kept_is_an_error_that_names_it(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_an_attribute_that_cannot_be_preserved_is_named(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     (tmp_path / "tool").touch()
     os.setxattr(tmp_path / "tool", "user.a", b"1")
     (root / "mounted").mkdir()
@@ -253,7 +255,7 @@ def test_an_attribute_that_cannot_be_kept_is_an_error_that_names_it(root: Path, 
         subprocess.run(["umount", root / "mounted"], check=True)
 
 
-def test_holes_stay_holes_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_holes_are_preserved_both_ways(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     size = 1 << 30
     places = {0: b"begin", size // 2: b"x" * 3_000_000, size - 4: b"last"}
     tree = tmp_path / "tree"
@@ -285,7 +287,7 @@ def test_files_of_the_kernel_are_copied_to_their_end(root: Path, rootfs: Rootfs)
     assert (root / "copy").exists()
 
 
-def test_a_deep_folder_takes_few_descriptors(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_a_deep_folder_needs_few_file_descriptors(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     deep = Path(*["d"] * 120)
     (tmp_path / "tree" / deep).mkdir(parents=True)
     (tmp_path / "tree" / deep / "file").write_text("deep")
@@ -293,14 +295,14 @@ def test_a_deep_folder_takes_few_descriptors(root: Path, rootfs: Rootfs, tmp_pat
         assert (copy / deep / "file").read_text() == "deep"
 
 
-def test_a_file_goes_into_a_folder_that_is_there(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_a_file_is_copied_into_an_existing_folder(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     rootfs.copy_out("/etc/os-release", tmp_path)
     assert (tmp_path / "os-release").read_text() == "container"
     rootfs.copy_in(tmp_path / "host-secret", "/etc")
     assert (root / "etc/host-secret").exists()
 
 
-def test_a_folder_goes_in_with_its_links_and_merges(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_a_folder_is_copied_in_with_its_links_and_merged(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     (root / "usr/lib").mkdir(parents=True)
     (root / "lib").symlink_to("usr/lib")
     tree = tmp_path / "tree"
@@ -316,7 +318,7 @@ def test_a_folder_goes_in_with_its_links_and_merges(root: Path, rootfs: Rootfs, 
     assert (root / "usr/lib/sub/a.so.1").read_text() == "a"
 
 
-def test_a_folder_comes_out_with_links_that_lead_nowhere_else(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_links_of_a_copied_out_folder_stay_inside_it(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     tree = root / "opt" / "tree"
     (tree / "lib").mkdir(parents=True)
     (tree / "lib" / "a.so.1").write_text("a")
@@ -333,13 +335,13 @@ def test_a_folder_comes_out_with_links_that_lead_nowhere_else(root: Path, rootfs
     assert not (out / "up").is_symlink() and (out / "up").read_text() == "outside"
 
 
-def test_a_folder_that_links_to_what_holds_it_is_an_error(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_an_error(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     (root / "etc" / "again").symlink_to("/etc")
     with pytest.raises(OSError, match="parent folder of itself"):
         rootfs.copy_out("/etc", tmp_path / "out")
 
 
-def test_what_came_out_before_does_not_lead_the_next_copy_astray(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_an_earlier_copy_does_not_redirect_the_next_one(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     out.mkdir()
     elsewhere.mkdir()
@@ -351,7 +353,7 @@ def test_what_came_out_before_does_not_lead_the_next_copy_astray(root: Path, roo
     assert (out / "sub" / "file").read_text() == "x"
 
 
-def test_a_pipe_is_refused_without_waiting_for_a_writer(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
+def test_a_pipe_is_rejected_without_waiting_for_a_writer(root: Path, rootfs: Rootfs, tmp_path: Path) -> None:
     os.mkfifo(root / "pipe")
     with pytest.raises(OSError, match="neither a file"):
         rootfs.copy_out("/pipe", tmp_path / "out")

@@ -47,7 +47,7 @@ def told(run: Run) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.system
 @pytest.mark.parametrize("mode", [(), ("-n", "2", "-P", "thread"), ("-n", "2", "-P", "process")])
-def test_a_run_has_what_ran_and_what_was_up_to_date(
+def test_a_run_lists_executed_and_up_to_date_tasks(
     project: Project, monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
 ) -> None:
     lay(project)
@@ -70,7 +70,7 @@ def test_a_run_has_what_ran_and_what_was_up_to_date(
 
 
 @pytest.mark.system
-def test_a_run_that_failed_is_kept_with_the_end_of_its_log(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_is_stored_with_the_end_of_its_log(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     lay(project)
     project.write(
         "say.py",
@@ -90,7 +90,7 @@ def record(task: str, state: str = "done") -> Record:
     return Record(task, "00" * 32, "local:", state, "built", 1e9, 1.0, 0, 0, ())
 
 
-def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_and_excess_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_journal, "MAX_BYTES", 300_000)
     log = tmp_path / "log"
@@ -116,7 +116,7 @@ def test_old_runs_and_what_is_too_much_are_forgotten(tmp_path: Path, monkeypatch
     assert len(last_runs()) == run_journal.MAX_RUNS
 
 
-def test_what_is_damaged_in_a_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_parts_of_a_run_are_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert last_runs() == []
     lines = [

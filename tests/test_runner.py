@@ -139,7 +139,7 @@ def test_two_clients_of_one_job_get_one_build(counted: Project, tmp_path: Path) 
     assert builds(counted) == 1
 
 
-def test_a_killed_supervisor_means_a_lost_job_which_is_built_again(counted: Project) -> None:
+def test_the_job_of_a_killed_supervisor_is_lost_and_built_again(counted: Project) -> None:
     client = counted.start()
     wait_for(lambda: builds(counted) == 1)
     (pid,) = supervisors(counted)
@@ -152,7 +152,7 @@ def test_a_killed_supervisor_means_a_lost_job_which_is_built_again(counted: Proj
     assert_nothing_is_left(counted)
 
 
-def test_ctrl_c_ends_the_job_on_the_builder(counted: Project) -> None:
+def test_ctrl_c_stops_the_job_on_the_builder(counted: Project) -> None:
     client = counted.start()
     wait_for(lambda: builds(counted) == 1)
     client.send_signal(signal.SIGINT)
@@ -163,7 +163,7 @@ def test_ctrl_c_ends_the_job_on_the_builder(counted: Project) -> None:
 
 
 @pytest.mark.parametrize("mode", ["process", "thread"])
-def test_ctrl_c_ends_the_jobs_of_a_parallel_run(counted: Project, mode: str) -> None:
+def test_ctrl_c_stops_the_jobs_of_a_parallel_run(counted: Project, mode: str) -> None:
     client = counted.start("-n", "2", "-P", mode)
     wait_for(lambda: builds(counted) == 1)
     client.send_signal(signal.SIGINT)
@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_jobs_of_a_parallel_run(counted: Project, mode: str) -> 
     assert_nothing_is_left(counted)
 
 
-def test_ctrl_c_detaches_where_that_is_set(counted: Project) -> None:
+def test_ctrl_c_detaches_if_configured(counted: Project) -> None:
     client = counted.start("interrupt=detach")
     wait_for(lambda: builds(counted) == 1)
     client.send_signal(signal.SIGINT)
@@ -182,7 +182,7 @@ def test_ctrl_c_detaches_where_that_is_set(counted: Project) -> None:
     assert builds(counted) == 1
 
 
-def test_a_failure_says_what_failed_and_where_the_log_is(counted: Project) -> None:
+def test_a_failure_names_its_cause_and_the_log(counted: Project) -> None:
     write_script(counted, "raise ValueError('the thing is upside down')")
     for reporter in ("console", "error-only", "executed-only"):
         said = counted.doit("-r", reporter).failed().text
@@ -195,14 +195,14 @@ def test_a_failure_says_what_failed_and_where_the_log_is(counted: Project) -> No
     assert_nothing_is_left(counted)
 
 
-def test_a_failed_job_is_built_again_when_asked_again(counted: Project) -> None:
+def test_a_failed_job_is_built_again_on_request(counted: Project) -> None:
     write_script(counted, "raise ValueError")
     counted.doit().failed()
     counted.doit().failed()
     assert builds(counted) == 2
 
 
-def test_a_failure_that_nobody_saw_is_told_and_not_built_again(counted: Project) -> None:
+def test_an_unacknowledged_failure_is_reported_and_not_built_again(counted: Project) -> None:
     gate = counted.folder / "go"
     write_script(counted, f"while not os.path.exists({str(gate)!r}): time.sleep(0.02)\nraise ValueError")
     client = counted.start()
@@ -215,7 +215,7 @@ def test_a_failure_that_nobody_saw_is_told_and_not_built_again(counted: Project)
     assert builds(counted) == 1
 
 
-def test_an_output_that_is_missing_is_named(counted: Project) -> None:
+def test_a_missing_output_is_named(counted: Project) -> None:
     counted.write("x.py", "open('y', 'w').close()")
     counted.doit().failed("x", "y")
 
@@ -236,7 +236,7 @@ def test_buildah_works_in_the_jobs_scratch_folder_while_a_job_is_cleaned_up_afte
     assert seen == [str(stored.scratch)] and not stored.scratch.exists()
 
 
-def test_a_job_that_takes_too_long_is_ended(counted: Project) -> None:
+def test_a_job_is_stopped_at_its_time_limit(counted: Project) -> None:
     counted.doit("time_limit=1").failed("time limit of 1 s was exceeded", "Raise time_limit=")
     assert_nothing_is_left(counted)
 
@@ -249,7 +249,7 @@ with open("x", "wb") as file:
 """Creates a sparse output of 200 GiB that takes minutes to hash."""
 
 
-def test_the_time_limit_ends_a_job_whose_output_is_being_hashed(project: Project) -> None:
+def test_the_time_limit_stops_a_job_whose_output_is_being_hashed(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", HUGE)
     project.doit("time_limit=4").failed("time limit of 4 s was exceeded")
@@ -308,7 +308,7 @@ with open("x", "wb") as file:
 
 
 @pytest.mark.parametrize("phase", ["another job's leftovers", "the builder is looked at", "the folder is filled"])
-def test_a_phase_that_does_not_look_whether_it_is_to_end_is_ended_all_the_same(
+def test_a_phase_that_does_not_poll_is_stopped_too(
     project: Project, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     stored = Store(project.store).job("0" * 64)
@@ -336,7 +336,7 @@ def test_a_phase_that_does_not_look_whether_it_is_to_end_is_ended_all_the_same(
     assert stored.written_state()["state"] == "cancelled"
 
 
-def test_a_script_that_changes_while_it_is_built_is_not_taken_for_built(counted: Project) -> None:
+def test_a_script_changed_during_its_build_counts_as_not_built(counted: Project) -> None:
     client = counted.start()
     wait_for(lambda: builds(counted) == 1)
     write_script(counted, "pass")

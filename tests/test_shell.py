@@ -166,7 +166,7 @@ def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
         assert "exit status" not in keyboard.text and "exited with" not in keyboard.text
 
 
-def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
+def test_a_given_command_is_run_and_its_status_returned(there: Place) -> None:
     there.has_left()
     run = there.project.gamebear("shell", "x", "--", "sh", "-c", 'echo "$1"; id -u; exit 5', "sh", "CFLAGS=-O2")
     assert (run.status, run.out) == (5, "CFLAGS=-O2\n1000\n")
@@ -184,7 +184,7 @@ def test_one_command_is_run_instead_and_its_status_passed(there: Place) -> None:
     assert there.project.gamebear("shell", "-c", "1", "x", "--", "cat", "/job/note").ok().out == "in the job's folder\n"
 
 
-def test_what_cannot_be_entered_is_said(here: Place) -> None:
+def test_a_shell_that_cannot_be_opened_is_an_error(here: Place) -> None:
     here.has_left()
     shell = ("shell",)
     here.project.doit(*shell, "-c", "3", "x").failed("Task x has no container 3, only 2.", "from 1 to 2")
@@ -196,7 +196,7 @@ def test_what_cannot_be_entered_is_said(here: Place) -> None:
     )
 
 
-def test_an_open_shell_keeps_its_container(there: Place) -> None:
+def test_an_open_shell_retains_its_container(there: Place) -> None:
     job = there.has_left()
     with there.shell("x") as keyboard:
         keyboard.see(r"[$#] ")
@@ -217,7 +217,7 @@ def test_an_open_shell_keeps_its_container(there: Place) -> None:
     there.project.gamebear("shell", "x").failed("Task x has no retained container")
 
 
-def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
+def test_the_next_build_of_a_job_removes_its_retained_containers(there: Place) -> None:
     there.fail()
     assert len(there.kept) == 1 and there.containers == 2
     said = there.fail("x", "base=auto").text
@@ -227,7 +227,7 @@ def test_the_next_build_of_the_same_removes_what_was_kept(there: Place) -> None:
     assert_nothing_is_left(there.project, there.store)
 
 
-def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
+def test_the_number_of_retained_containers_is_bounded(here: Place) -> None:
     here.fail("-c", "other", "keep_failed=yes")
     assert len(here.kept) == MOST == here.containers
     assert here.project.gamebear("jobs").ok().out.count("failed, kept") == MOST
@@ -239,7 +239,7 @@ def test_what_is_kept_does_not_grow_without_bound(here: Place) -> None:
     assert_nothing_is_left(here.project, here.store)
 
 
-def test_who_opens_a_shell_while_its_container_is_replaced_holds_the_new_one(
+def test_a_shell_opened_while_its_container_is_replaced_holds_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path / "store")
@@ -268,7 +268,7 @@ def test_who_opens_a_shell_while_its_container_is_replaced_holds_the_new_one(
         assert not held
 
 
-def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
+def test_a_killed_build_retains_its_container(here: Place) -> None:
     here.project.write("x.py", here.script.replace("test -e mended", "echo begun; exec sleep 1000"))
     with here.project.start("x", "keep_failed=yes") as doit:
         wait_for(lambda: "\nbegun\n" in (here.project.folder / "doit.out").read_text(), 60)
@@ -285,7 +285,7 @@ def test_a_build_that_was_killed_leaves_its_container_too(here: Place) -> None:
     here.project.write("x.py", here.script)
 
 
-def test_an_output_that_is_missing_leaves_the_last_containers(here: Place) -> None:
+def test_a_missing_output_retains_the_last_containers(here: Place) -> None:
     here.project.write("x.py", "with Container('scratch') as c:\n    c.copy_in('x.py', '/left')\n")
     assert "gamebear shell x" in here.fail().text
     with here.shell("x") as keyboard:
@@ -294,7 +294,7 @@ def test_an_output_that_is_missing_leaves_the_last_containers(here: Place) -> No
     here.project.write("x.py", here.script)
 
 
-def test_a_connection_that_breaks_is_told_and_the_container_stays(remote: Remote, tree: Path) -> None:
+def test_a_lost_connection_is_reported_and_the_container_retained(remote: Remote, tree: Path) -> None:
     place = Place(remote.project, remote.store, tree)
     place.project.write("x.py", f"{place.script}# by way of a proxy\n")
     seconds = 1000 + os.getpid()  # a duration that no other process uses

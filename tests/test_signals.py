@@ -90,7 +90,7 @@ def said(project: Project) -> str:
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("reporter", REPORTERS)
-def test_a_signal_cancels_all_jobs_and_tells_by_the_exit_status(
+def test_a_signal_cancels_all_jobs_and_sets_the_exit_status(
     three: Project, mode: tuple[str, ...], number: signal.Signals, reporter: str
 ) -> None:
     client = started(three, mode, "-r", reporter)
@@ -103,7 +103,7 @@ def test_a_signal_cancels_all_jobs_and_tells_by_the_exit_status(
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_a_signal_leaves_the_jobs_where_that_is_set(three: Project, mode: tuple[str, ...]) -> None:
+def test_a_signal_detaches_from_the_jobs_if_configured(three: Project, mode: tuple[str, ...]) -> None:
     client = started(three, mode, "interrupt=detach")
     client.send_signal(signal.SIGTERM)
     assert client.wait(60) == 128 + signal.SIGTERM
@@ -114,7 +114,7 @@ def test_a_signal_leaves_the_jobs_where_that_is_set(three: Project, mode: tuple[
     assert all(path.read_text() == "built\n" for path in three.folder.glob("begun-*"))
 
 
-def test_of_a_killed_doit_no_process_is_left_and_the_jobs_are_found_again(three: Project) -> None:
+def test_a_killed_doit_leaves_no_process_and_its_jobs_are_found_again(three: Project) -> None:
     client = started(three, PROCESSES)
     client.kill()
     client.wait()
@@ -128,7 +128,7 @@ def test_of_a_killed_doit_no_process_is_left_and_the_jobs_are_found_again(three:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 @pytest.mark.parametrize("after", [0.3, 0.6, 0.8, 1.0, 1.3])
-def test_whenever_the_signal_comes_no_process_is_left(three: Project, number: signal.Signals, after: float) -> None:
+def test_a_signal_at_any_time_leaves_no_process(three: Project, number: signal.Signals, after: float) -> None:
     client = three.start(*PROCESSES)
     time.sleep(after)
     client.send_signal(number)
@@ -152,7 +152,7 @@ def test_a_process_that_has_nothing_to_build_ends_with_doit(three: Project, numb
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("pause", [0.0, 0.02, 0.15])
-def test_fifteen_signals_end_it_without_a_traceback(three: Project, mode: tuple[str, ...], pause: float) -> None:
+def test_fifteen_signals_end_doit_without_a_traceback(three: Project, mode: tuple[str, ...], pause: float) -> None:
     client = started(three, mode)
     for _ in range(15):
         for pid in [client.pid, *children(client.pid)] if pause != 0.02 else [client.pid]:  # like a terminal
@@ -180,7 +180,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_what_was_written_is_shown_before_a_signal_ends_doit(three: Project) -> None:
+def test_output_is_flushed_before_a_signal_ends_doit(three: Project) -> None:
     prints = "\ndef task_a(): return {'actions': [lambda: print('from task a')], 'verbosity': 2}\n"
     three.write("dodo.py", DODO.replace('args={"n": number})}', 'args={"n": number}), "verbosity": 0}') + prints)
     client = started(three, (), "a", "x")
@@ -191,7 +191,7 @@ def test_what_was_written_is_shown_before_a_signal_ends_doit(three: Project) -> 
     assert "terminated by SIGTERM" in said(three)
 
 
-def test_a_signal_that_is_ignored_ends_nothing(three: Project) -> None:
+def test_an_ignored_signal_stops_nothing(three: Project) -> None:
     with (three.folder / "doit.out").open("wb") as out:
         client = subprocess.Popen(
             ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *three.command("-n", "3")],
@@ -223,7 +223,7 @@ print("heard", heard)
 """
 
 
-def test_the_handlers_of_a_program_that_calls_doit_are_as_before_and_its_own_are_respected(three: Project) -> None:
+def test_signal_handlers_of_a_program_that_calls_doit_are_respected_and_restored(three: Project) -> None:
     three.write("main.py", OTHERS_HANDLER)
     three.write("go", "")
     run = [sys.executable, "main.py", "own"]

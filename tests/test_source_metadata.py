@@ -41,7 +41,7 @@ TELL = "import json\nopen('x', 'w').write(json.dumps(__sources__))\n"
 
 
 @pytest.mark.parametrize("kind", ["script", "module", "function", "module of a function"])
-def test_a_program_sees_the_metadata_of_its_sources(upstream: Path, project: Project, kind: str) -> None:
+def test_a_program_can_read_the_metadata_of_its_sources(upstream: Path, project: Project, kind: str) -> None:
     """In each part of a program."""
     call_git(upstream, "tag", "v1.2")
     head = call_git(upstream, "rev-parse", "HEAD")
@@ -69,7 +69,7 @@ def test_a_program_sees_the_metadata_of_its_sources(upstream: Path, project: Pro
 
 
 @pytest.mark.system
-def test_a_program_without_sources_sees_none(project: Project) -> None:
+def test_a_program_without_sources_has_no_metadata(project: Project) -> None:
     project.write("x.py", TELL)
     project.write(
         "dodo.py",
@@ -124,7 +124,7 @@ def test_trees_are_ordered_by_their_sha256(tmp_path: Path, monkeypatch: pytest.M
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_what_a_program_sees_is_in_its_digest(digest: Callable[..., str]) -> None:
+def test_metadata_visible_to_a_program_is_part_of_its_digest(digest: Callable[..., str]) -> None:
     for text, module in ((TELL, ""), ("import m", TELL)):
         seen = {
             digest(text, module=module),
@@ -134,11 +134,11 @@ def test_what_a_program_sees_is_in_its_digest(digest: Callable[..., str]) -> Non
         assert len(seen) == 3
 
 
-def test_a_mirrors_url_is_nothing_to_a_program_that_does_not_look(digest: Callable[..., str]) -> None:
+def test_a_mirrors_url_does_not_matter_to_a_program_without_metadata(digest: Callable[..., str]) -> None:
     assert digest("pass") == digest("pass", tag="v1") == digest("pass", url="https://mirror.example/x")
 
 
-def test_why_a_task_is_built_names_the_metadata(upstream: Path, project: Project) -> None:
+def test_changed_metadata_is_named_as_the_reason_for_a_build(upstream: Path, project: Project) -> None:
     project.write("x.py", TELL)
     project.write(
         "dodo.py",

@@ -115,7 +115,7 @@ def test_a_tree_has_the_same_bytes_on_every_machine_and_python() -> None:
     assert again.getvalue() == out.getvalue()
 
 
-def test_a_tree_names_no_owner_and_one_time() -> None:
+def test_a_tree_has_no_owners_and_one_timestamp() -> None:
     """It does not depend on the machine."""
     out = io.BytesIO()
     deterministic_tar.write(out, [make_file("bin/run", b"#!", executable=True), make_file("README", b"")], 12345)
@@ -129,13 +129,13 @@ def test_a_tree_names_no_owner_and_one_time() -> None:
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "a//b", "", "a/./b", "nul\0"])
-def test_a_tree_refuses_names_that_lead_elsewhere(path: str) -> None:
+def test_a_tree_rejects_names_outside_its_folder(path: str) -> None:
     """No such tar file is created."""
     with pytest.raises(deterministic_tar.TreeError, match="unsafe name"):
         deterministic_tar.write(io.BytesIO(), [make_file(path, b"")], 0)
 
 
-def test_a_tree_refuses_to_write_through_a_link() -> None:
+def test_a_tree_does_not_write_through_links() -> None:
     """A link to a folder elsewhere, and a file below it."""
     with pytest.raises(deterministic_tar.TreeError, match="'etc/passwd' is below 'etc', which is not a folder"):
         deterministic_tar.write(io.BytesIO(), [deterministic_tar.Link("etc", "/etc"), make_file("etc/passwd", b"")], 0)
@@ -179,7 +179,7 @@ def test_the_users_configuration_does_not_change_the_files(upstream: Path, tmp_p
         assert source.fetch(tmp_path / "two", NOTHING_LOCKED).read_bytes() == plain
 
 
-def test_what_is_cached_needs_neither_network_nor_programs(
+def test_cached_sources_need_neither_network_nor_programs(
     upstream: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the first fetch."""
@@ -206,7 +206,7 @@ def test_the_identities_of_2000_sources_are_cheap(monkeypatch: pytest.MonkeyPatc
     assert time.process_time() - started < 1
 
 
-def test_an_identity_says_what_and_never_where() -> None:
+def test_an_identity_covers_the_content_and_never_the_location() -> None:
     """The same content from different locations has the same identity."""
     lock = Lock(
         {"https://git.example/x main": GitEntry("a" * 40)}, {"hello/sid": DebianEntry("1-1", {"h.dsc": "b" * 64})}
@@ -231,7 +231,7 @@ def test_only_the_commit_is_fetched_not_its_history(upstream: Path, cache: Path,
     assert call_git(repository, "rev-list", "--all", "--count") == "2"
 
 
-def test_a_server_that_gives_no_single_commits_is_asked_for_all(
+def test_without_single_commit_fetches_all_commits_are_fetched(
     upstream: Path, cache: Path, daemon: Callable[[str], str], git_settings: Path
 ) -> None:
     """The old protocol only offers branches and tags; also after a first, shallow fetch."""
@@ -244,7 +244,7 @@ def test_a_server_that_gives_no_single_commits_is_asked_for_all(
     assert "new" not in contents(git(daemon("upstream"), old).fetch(cache, NOTHING_LOCKED))
 
 
-def test_a_commit_that_upstream_does_not_have(upstream: Path, cache: Path, daemon: Callable[[str], str]) -> None:
+def test_a_commit_that_upstream_lacks_is_an_error(upstream: Path, cache: Path, daemon: Callable[[str], str]) -> None:
     """The error names the source and the commit."""
     with pytest.raises(SourceError) as caught:
         git(daemon("upstream"), "1" * 40).fetch(cache, NOTHING_LOCKED)
@@ -341,7 +341,7 @@ def test_the_fix_for_a_full_disk(
 
 
 @pytest.mark.system
-def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
+def test_an_unreachable_repository_is_an_error(cache: Path) -> None:
     """The error has git's message, the fix and the alternative."""
     port = free_port()
     source = choose(either(git=git(f"git://127.0.0.1:{port}/x", "2" * 40), debian=debian("hello")), None)
@@ -353,14 +353,14 @@ def test_a_repository_that_cannot_be_reached(cache: Path) -> None:
     assert "`doit sources=debian`" in caught.value.hint
 
 
-def test_without_git_it_is_said_how_to_get_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_git_is_reported_with_the_fix(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without git."""
     no_programs(monkeypatch)
     with pytest.raises(SourceError, match=r"git is not installed\.\n→ Install .*: git$"):
         git("https://git.example/x", "2" * 40).fetch(cache, NOTHING_LOCKED)
 
 
-def test_a_branch_without_an_entry_in_the_lock_file() -> None:
+def test_a_branch_without_a_pin_is_an_error() -> None:
     """No default is assumed."""
     with pytest.raises(SourceError) as caught:
         git("https://git.example/x", "main").identity(NOTHING_LOCKED)
@@ -378,7 +378,7 @@ def test_a_branch_without_an_entry_in_the_lock_file() -> None:
         "https://[::1]:8080/x@y",
     ],
 )
-def test_a_user_name_for_ssh_is_no_secret(url: str) -> None:
+def test_a_user_name_for_ssh_is_not_a_secret(url: str) -> None:
     """Also an @ in a path is not a secret."""
     assert git(url, "main").url == url
 
@@ -397,7 +397,7 @@ def nested(upstream: Path) -> Path:
     return srv / "outer"
 
 
-def test_submodules_come_with_theirs(nested: Path, cache: Path, daemon: Callable[[str], str]) -> None:
+def test_nested_submodules_are_included(nested: Path, cache: Path, daemon: Callable[[str], str]) -> None:
     """By relative URLs, over the network and from a path."""
     rev = call_git(nested, "rev-parse", "HEAD")
     found = contents(git(daemon("outer"), rev).fetch(cache, NOTHING_LOCKED))
@@ -415,7 +415,7 @@ def test_submodules_can_be_left_out(nested: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["ext::sh -c id", "file:///srv/secret", "/srv/secret", "-oProxyCommand=x:y", "fd::17"])
-def test_a_submodule_cannot_name_a_command_or_our_own_files(
+def test_a_submodule_cannot_name_a_command_or_local_files(
     nested: Path, cache: Path, daemon: Callable[[str], str], url: str
 ) -> None:
     """The .gitmodules of an upstream is untrusted."""
@@ -451,7 +451,9 @@ def test_a_repository_of_sha256_commits(tmp_path: Path, cache: Path) -> None:
     assert contents(git(str(folder), commit(folder)).fetch(cache, NOTHING_LOCKED)) == {"a": b"a"}
 
 
-def test_many_at_once_fetch_once(upstream: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_fetches_of_one_source_fetch_once(
+    upstream: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Threads and processes."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     trace = tmp_path / "trace"
@@ -466,7 +468,7 @@ def test_many_at_once_fetch_once(upstream: Path, cache: Path, tmp_path: Path, mo
     assert left_over(cache) == []
 
 
-def test_what_a_killed_fetch_left_is_removed(upstream: Path, cache: Path) -> None:
+def test_leftovers_of_a_killed_fetch_are_removed(upstream: Path, cache: Path) -> None:
     """Temporary files, half a repository and git's locks."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     path = source.fetch(cache, NOTHING_LOCKED)
@@ -491,7 +493,7 @@ def test_a_damaged_tree_in_the_cache_is_fetched_again(upstream: Path, cache: Pat
     assert len([*cache.glob("*.tar")]) == 1
 
 
-def test_a_damaged_repository_in_the_cache_is_fetched_anew(upstream: Path, cache: Path) -> None:
+def test_a_damaged_repository_in_the_cache_is_fetched_again(upstream: Path, cache: Path) -> None:
     """An object is missing."""
     source = git(str(upstream), call_git(upstream, "rev-parse", "HEAD"))
     path = source.fetch(cache, NOTHING_LOCKED)
@@ -565,7 +567,7 @@ def put(web: Path, data: bytes, name: str = "release") -> str:
 
 
 @pytest.mark.parametrize("form", ["plain", "gz", "bz2", "xz", "zip"])
-def test_an_archive_becomes_the_same_tree_in_whatever_form(form: str, web: tuple[Path, str], cache: Path) -> None:
+def test_an_archive_of_any_format_becomes_the_same_tree(form: str, web: tuple[Path, str], cache: Path) -> None:
     """Without its top folder and the packager's name; a hard link is a file."""
     folder, url = web
     path = archive(f"{url}/release", put(folder, packed(form))).fetch(cache, NOTHING_LOCKED)
@@ -582,7 +584,7 @@ def test_an_archive_becomes_the_same_tree_in_whatever_form(form: str, web: tuple
     assert left_over(cache) == []
 
 
-def test_an_archive_with_another_hash_is_refused(web: tuple[Path, str], cache: Path) -> None:
+def test_an_archive_with_the_wrong_hash_is_rejected(web: tuple[Path, str], cache: Path) -> None:
     """The error shows both hashes, and nothing is cached."""
     folder, url = web
     actual = put(folder, packed("gz"))
@@ -606,7 +608,7 @@ def test_an_archive_with_another_hash_is_refused(web: tuple[Path, str], cache: P
         (member("top/file/below", b"x"), "is below 'file', which is not a folder"),
     ],
 )
-def test_an_archive_that_would_write_elsewhere_is_refused(
+def test_an_archive_that_would_escape_its_folder_is_rejected(
     bad: tuple[tarfile.TarInfo, bytes], what: str, web: tuple[Path, str], cache: Path
 ) -> None:
     """Names, devices, links."""
@@ -618,7 +620,7 @@ def test_an_archive_that_would_write_elsewhere_is_refused(
     assert not list(cache.glob("*.tar"))
 
 
-def test_an_archive_without_a_top_folder_says_strip_0(web: tuple[Path, str], cache: Path) -> None:
+def test_an_archive_without_a_top_folder_is_an_error_that_suggests_strip_0(web: tuple[Path, str], cache: Path) -> None:
     """No file is omitted silently."""
     folder, url = web
     digest = put(folder, packed("gz", [member("README", b"x"), member("src/a.c", b"a")]))
@@ -635,7 +637,9 @@ def test_an_archive_without_a_top_folder_says_strip_0(web: tuple[Path, str], cac
         ("cut", "the connection ended after 400 of 1000 bytes"),
     ],
 )
-def test_an_archive_that_cannot_be_downloaded(name: str, reason: str, web: tuple[Path, str], cache: Path) -> None:
+def test_a_failed_download_of_an_archive_is_an_error(
+    name: str, reason: str, web: tuple[Path, str], cache: Path
+) -> None:
     """The error has the server's message, or the received number of bytes."""
     with pytest.raises(SourceError) as caught:
         archive(f"{web[1]}/{name}", "0" * 64).fetch(cache, NOTHING_LOCKED)
@@ -643,13 +647,13 @@ def test_an_archive_that_cannot_be_downloaded(name: str, reason: str, web: tuple
     assert left_over(cache) == []
 
 
-def test_an_archive_from_a_server_that_is_down(cache: Path) -> None:
+def test_an_archive_from_an_unreachable_server_is_an_error(cache: Path) -> None:
     """Without a traceback."""
     with pytest.raises(SourceError, match=r"cannot be downloaded: .*Connection refused\.\n→ .*network"):
         archive(f"http://127.0.0.1:{free_port()}/x", "0" * 64).fetch(cache, NOTHING_LOCKED)
 
 
-def test_archives_come_through_the_users_proxy(
+def test_archives_are_downloaded_through_the_users_proxy(
     web: tuple[Path, str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the environment."""
@@ -662,14 +666,14 @@ def test_archives_come_through_the_users_proxy(
 
 
 @pytest.mark.parametrize("data", [b"<html>Please log in</html>", packed("gz")[:100], packed("zip")[:200], b""])
-def test_what_is_no_archive_is_refused(data: bytes, tmp_path: Path, cache: Path) -> None:
+def test_a_file_that_is_not_an_archive_is_rejected(data: bytes, tmp_path: Path, cache: Path) -> None:
     """Although its hash matches."""
     digest = put(tmp_path, data)
     with pytest.raises(SourceError, match=r"cannot be unpacked: .*\n→ Use a tar file"):
         archive((tmp_path / "release").as_uri(), digest).fetch(cache, NOTHING_LOCKED)
 
 
-def test_a_damaged_bzip2_archive_is_not_taken_for_a_full_disk(tmp_path: Path, cache: Path) -> None:
+def test_a_damaged_bzip2_archive_is_not_mistaken_for_a_full_disk(tmp_path: Path, cache: Path) -> None:
     """Python raises OSError for both."""
     data = bytearray(bz2.compress(os.urandom(300_000)))
     data[5000:5100] = bytes(100)
@@ -679,7 +683,7 @@ def test_a_damaged_bzip2_archive_is_not_taken_for_a_full_disk(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("mtime", ["nan", "inf", "-inf"])
-def test_an_archive_with_a_time_that_is_none_is_damaged(tmp_path: Path, cache: Path, mtime: str) -> None:
+def test_an_archive_with_an_invalid_time_is_damaged(tmp_path: Path, cache: Path, mtime: str) -> None:
     """PAX writes times as text."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -720,7 +724,7 @@ def test_a_debian_source_package_is_unpacked_with_its_patches(
     assert debian("umtp-responder").fetch(cache, lock) == path
 
 
-def test_a_debian_file_with_another_hash_is_refused(
+def test_a_debian_file_with_the_wrong_hash_is_rejected(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Although apt accepted its signature."""
@@ -764,7 +768,9 @@ def test_a_cache_that_is_a_file_cannot_be_used(system: None, cache: Path) -> Non
         debian("hello").resolve(cache)
 
 
-def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_debian_version_is_an_error(
+    apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error names other places that may have it."""
     cache, _, own = apt_cache
     monkeypatch.setenv("APT_CONFIG", str(own))
@@ -775,7 +781,7 @@ def test_a_debian_version_that_is_gone(apt_cache: tuple[Path, Lock, Path], monke
     assert "snapshot.debian.org" in caught.value.hint
 
 
-def test_a_package_or_suite_that_debian_does_not_have(
+def test_an_unknown_package_or_suite_is_an_error(
     apt_cache: tuple[Path, Lock, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error lists the available ones."""
@@ -799,7 +805,7 @@ def test_apt_is_not_run_on_a_full_disk(cache: Path, monkeypatch: pytest.MonkeyPa
         debian("hello").resolve(cache)
 
 
-def test_without_apt_there_are_other_sources(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_apt_is_reported_with_alternatives(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS or Fedora."""
     no_programs(monkeypatch)
     lock = Lock({}, {"hello": DebianEntry("1-1", {"hello.dsc": "b" * 64})})
@@ -812,9 +818,7 @@ def test_without_apt_there_are_other_sources(cache: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.system
-def test_lists_that_apt_could_not_download_whole_are_downloaded_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_incomplete_apt_lists_are_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin/apt-get"
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -874,7 +878,7 @@ Components: main
     )
 
 
-def test_one_version_with_two_contents_is_refused() -> None:
+def test_one_version_with_two_contents_is_rejected() -> None:
     """If two archives differ, the suite must be specified."""
     stanza = "Package: x\nVersion: 1-1\nChecksums-Sha256:\n {} 10 x_1-1.dsc\n"
     assert entries(stanza.format("a" * 64) + "\n" + stanza.format("a" * 64), "x") == {

@@ -124,7 +124,7 @@ def test_sources_are_read_as_apt_reads_them(tmp_path: Path, text: str, suffix: s
 
 
 @pytest.mark.parametrize("word", ["false", "off", "0", "without", "no", "Disable"])
-def test_a_source_that_is_off_is_used_nowhere(word: str) -> None:
+def test_a_disabled_source_is_not_used(word: str) -> None:
     assert is_off(word)
     text = f"{STANZA}Enabled: {word}\n\n{STANZA.replace('a.example', 'on.example')}"
     assert archives(text, deb822=True) == [Archive("http://on.example/debian", "x", ("main",))]

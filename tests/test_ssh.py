@@ -159,7 +159,7 @@ def test_a_url_names_a_user_a_host_and_a_port(url: str, address: Address) -> Non
         "local:pi:secret@host",
     ],
 )
-def test_a_password_in_a_url_is_not_repeated(url: str) -> None:
+def test_a_password_in_a_url_is_not_shown(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
         registry.open_builder(url)
     assert "secret" not in str(caught.value)
@@ -213,9 +213,7 @@ def test_without_ssh_the_configuration_is_read_too(
 
 
 @pytest.mark.system
-def test_without_ssh_an_include_is_refused_rather_than_overlooked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_ssh_an_include_is_rejected_and_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = come_from(client_home(tmp_path), monkeypatch)
     configure(home, "Host *\n Include more\n")
     without_ssh(tmp_path, monkeypatch)
@@ -224,14 +222,14 @@ def test_without_ssh_an_include_is_refused_rather_than_overlooked(
 
 @pytest.mark.system
 @pytest.mark.parametrize("line", ["Port ssh", "Port 65536", "ServerAliveCountMax many", "ServerAliveCountMax -1"])
-def test_without_ssh_a_number_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+def test_without_ssh_an_invalid_number_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     configure(come_from(client_home(tmp_path), monkeypatch), f"Host pi\n {line}\n")
     without_ssh(tmp_path, monkeypatch)
     keyword, value = line.lower().split()
     assert f"has an invalid {keyword}: '{value}' is not a number" in refusal("ssh://pi", SettingsError)
 
 
-def test_an_alias_leads_where_the_configuration_says(server: Sshd, home: Path, connect: Connect) -> None:
+def test_an_alias_is_resolved_by_the_configuration(server: Sshd, home: Path, connect: Connect) -> None:
     key = new_key(home / "keys" / "build key")
     server.authorize(key)
     configure(
@@ -268,7 +266,7 @@ def test_private_names_of_paramiko_are_in_one_module() -> None:
 # programs
 
 
-def test_a_program_reads_what_is_sent_and_its_output_errors_and_status_come_back(
+def test_a_program_receives_input_and_its_output_errors_and_status_are_returned(
     server: Sshd, home: Path, connect: Connect
 ) -> None:
     channel = connect(server.url).start("'sh' '-c' 'head -c 5; echo oops >&2; exit 3'")
@@ -278,7 +276,7 @@ def test_a_program_reads_what_is_sent_and_its_output_errors_and_status_come_back
     assert channel.errors() == b"oops\n"
 
 
-def test_closing_a_channel_ends_the_programs_input(server: Sshd, home: Path, connect: Connect) -> None:
+def test_closing_a_channel_closes_the_input_of_the_program(server: Sshd, home: Path, connect: Connect) -> None:
     connection = connect(server.url)
     channel = connection.start("cat; touch ~/ended")
     channel.close()
@@ -288,17 +286,17 @@ def test_closing_a_channel_ends_the_programs_input(server: Sshd, home: Path, con
     )
 
 
-def test_a_program_that_runs_on_has_no_status_yet(server: Sshd, home: Path, connect: Connect) -> None:
+def test_a_running_program_has_no_status(server: Sshd, home: Path, connect: Connect) -> None:
     assert connect(server.url).start("sleep 60").exit_status(0.1) is None
 
 
-def test_a_program_that_says_nothing_for_too_long_counts_as_lost(server: Sshd, home: Path, connect: Connect) -> None:
+def test_a_silent_program_counts_as_lost_after_a_timeout(server: Sshd, home: Path, connect: Connect) -> None:
     channel = connect(server.url).start("sleep 60")
     with pytest.raises(BuilderLost, match=r"sends no data: timeout after 0\.2 seconds"):
         channel.receive(1, 0.2)
 
 
-def test_a_program_that_takes_nothing_for_too_long_counts_as_lost(
+def test_a_program_that_does_not_read_counts_as_lost_after_a_timeout(
     server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssh, "SEND_SILENCE", 1.0)
@@ -310,7 +308,7 @@ def test_a_program_that_takes_nothing_for_too_long_counts_as_lost(
         channel.close()
 
 
-def test_a_program_that_takes_little_at_a_time_is_not_given_up(
+def test_a_program_that_reads_slowly_does_not_time_out(
     server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssh, "SEND_SILENCE", 1.0)
@@ -325,7 +323,7 @@ def test_a_program_that_takes_little_at_a_time_is_not_given_up(
 
 
 @pytest.mark.usefixtures("home")
-def test_a_server_that_refuses_to_run_programs_is_found_out_when_its_answer_is_read(
+def test_a_refused_exec_request_is_detected_when_its_reply_is_read(
     server: Sshd, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import paramiko
@@ -340,9 +338,7 @@ def test_a_server_that_refuses_to_run_programs_is_found_out_when_its_answer_is_r
 
 
 @accelerated_only
-def test_a_server_that_sends_more_than_it_was_allowed_to_fills_no_memory(
-    server: Sshd, home: Path, connect: Connect
-) -> None:
+def test_a_server_that_exceeds_its_window_does_not_fill_the_memory(server: Sshd, home: Path, connect: Connect) -> None:
     import paramiko
 
     session = connect(server.url).start("sleep 10")._channel
@@ -352,14 +348,14 @@ def test_a_server_that_sends_more_than_it_was_allowed_to_fills_no_memory(
             session._channel.in_buffer.feed(bytes(MIB))
 
 
-def test_a_key_that_is_refused_first_costs_no_session(server: Sshd, home: Path, connect: Connect) -> None:
+def test_a_rejected_key_does_not_lose_the_session(server: Sshd, home: Path, connect: Connect) -> None:
     other = new_key(home / ".ssh" / "other")
     configure(home, f"Host *\n    IdentityFile {other}\n    IdentityFile {home}/.ssh/id_ed25519\n")
     connection = connect(server.url, "echo one")
     assert run(connection, "echo one") + run(connection, "echo two") == "one\ntwo\n"
 
 
-def test_a_program_that_was_asked_for_with_the_log_in_is_not_taken_for_another(
+def test_a_program_requested_with_the_login_is_not_mistaken_for_another(
     server: Sshd, home: Path, connect: Connect
 ) -> None:
     channel = connect(server.url, "cat").start("cat")
@@ -369,7 +365,7 @@ def test_a_program_that_was_asked_for_with_the_log_in_is_not_taken_for_another(
 
 
 @accelerated_only
-def test_a_server_that_takes_it_ill_to_be_asked_ahead_is_connected_to_again_without(
+def test_a_server_that_rejects_pipelined_requests_is_reconnected_without_them(
     server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paramiko_internals, "FIRST_SESSION", 7)  # sshd disconnects on unknown channels
@@ -381,9 +377,7 @@ def test_a_server_that_takes_it_ill_to_be_asked_ahead_is_connected_to_again_with
     assert server.connections == 2
 
 
-def test_a_program_that_has_ended_takes_nothing_and_the_connection_goes_on(
-    server: Sshd, home: Path, connect: Connect
-) -> None:
+def test_writing_to_an_ended_program_does_not_break_the_connection(server: Sshd, home: Path, connect: Connect) -> None:
     connection = connect(server.url)
     channel = connection.start("true")
     with pytest.raises(BuilderLost, match="the runner has ended"):
@@ -443,7 +437,7 @@ def agent(*keys: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa"])
-def test_a_key_of_any_kind_lets_us_in(server: Sshd, home: Path, connect: Connect, kind: str) -> None:
+def test_a_key_of_any_type_authenticates(server: Sshd, home: Path, connect: Connect, kind: str) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
     (home / ".ssh" / "id_ed25519.pub").unlink()
     server.authorize(new_key(home / ".ssh" / f"id_{kind}", kind))
@@ -451,7 +445,7 @@ def test_a_key_of_any_kind_lets_us_in(server: Sshd, home: Path, connect: Connect
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
-def test_a_key_of_the_agent_lets_us_in(
+def test_a_key_of_the_agent_authenticates(
     server: Sshd, home: Path, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     key = new_key(tmp_path / "elsewhere" / "key", kind)
@@ -461,9 +455,7 @@ def test_a_key_of_the_agent_lets_us_in(
         assert run(connect(server.url), "echo in") == "in\n"
 
 
-def test_the_agent_is_found_where_the_configuration_says(
-    server: Sshd, home: Path, tmp_path: Path, connect: Connect
-) -> None:
+def test_the_configured_agent_socket_is_used(server: Sshd, home: Path, tmp_path: Path, connect: Connect) -> None:
     key = new_key(tmp_path / "elsewhere" / "key")
     server.authorize(key)
     with agent(key) as path:
@@ -471,7 +463,7 @@ def test_the_agent_is_found_where_the_configuration_says(
         assert run(connect(server.url), "echo in") == "in\n"
 
 
-def test_with_too_many_keys_in_the_agent_the_error_says_how_to_choose_one(
+def test_too_many_agent_keys_are_an_error_that_suggests_identitiesonly(
     server: Sshd, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paramiko_api: str
 ) -> None:
     keys = [new_key(tmp_path / "elsewhere" / f"key{number}") for number in range(7)]
@@ -490,7 +482,7 @@ def test_with_too_many_keys_in_the_agent_the_error_says_how_to_choose_one(
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
-def test_a_certificate_lets_us_in(server: Sshd, home: Path, tmp_path: Path, connect: Connect, kind: str) -> None:
+def test_a_certificate_authenticates(server: Sshd, home: Path, tmp_path: Path, connect: Connect, kind: str) -> None:
     authority = new_key(tmp_path / "authority")
     server.options["TrustedUserCAKeys"] = f"{authority}.pub"
     server.restart()
@@ -525,7 +517,7 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch, *answers: str) -> list[str]:
     return asked
 
 
-def test_a_passphrase_is_asked_once_for_all_connections(
+def test_the_user_is_prompted_once_for_a_passphrase(
     server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = home / ".ssh" / "id_ed25519"
@@ -558,7 +550,7 @@ def new_pkcs8_key(path: Path, kind: str, passphrase: str = "") -> Path:
 
 
 @pytest.mark.parametrize("kind", ALGORITHMS)
-def test_a_key_in_pkcs8_lets_us_in(server: Sshd, home: Path, connect: Connect, kind: str) -> None:
+def test_a_key_in_pkcs8_authenticates(server: Sshd, home: Path, connect: Connect, kind: str) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
     key = new_pkcs8_key(home / ".ssh" / "id_own", kind)
     assert key.read_text().startswith("-----BEGIN PRIVATE KEY-----")
@@ -569,7 +561,7 @@ def test_a_key_in_pkcs8_lets_us_in(server: Sshd, home: Path, connect: Connect, k
 
 
 @pytest.mark.parametrize("kind", ALGORITHMS)
-def test_the_passphrase_of_a_key_in_pkcs8_is_asked(
+def test_the_user_is_prompted_for_the_passphrase_of_a_key_in_pkcs8(
     server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
@@ -584,7 +576,7 @@ def test_the_passphrase_of_a_key_in_pkcs8_is_asked(
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_a_key_in_pkcs8_that_ssh_cannot_have_is_named(
+def test_an_unsupported_key_in_pkcs8_is_named(
     server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, encrypted: bool
 ) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
@@ -602,7 +594,7 @@ def test_a_key_in_pkcs8_that_ssh_cannot_have_is_named(
     assert f"{key} (a key of a kind or format that cannot be read here" in refusal(server.url)
 
 
-def test_a_password_is_asked_once_for_all_connections(
+def test_the_user_is_prompted_once_for_a_password(
     server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.authorize()
@@ -615,7 +607,7 @@ def test_a_password_is_asked_once_for_all_connections(
     assert asked == [f"{server.account.name}@127.0.0.1's password: "]
 
 
-def test_a_server_that_asks_for_itself_is_answered_at_a_terminal_only(
+def test_prompts_of_a_server_need_a_terminal(
     server: Sshd, home: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.authorize()
@@ -643,7 +635,7 @@ def set_password_field(account: Account, field: str) -> None:
     subprocess.run(["usermod", "-p", field, account.name], check=True, capture_output=True)
 
 
-def test_a_locked_account_is_refused_with_a_word_about_locks(server: Sshd, home: Path) -> None:
+def test_the_error_for_a_failed_login_mentions_locked_accounts(server: Sshd, home: Path) -> None:
     set_password_field(server.account, "!")
     try:
         assert "check that the account is not locked" in refusal(server.url)
@@ -654,7 +646,7 @@ def test_a_locked_account_is_refused_with_a_word_about_locks(server: Sshd, home:
 # host keys
 
 
-def test_an_unknown_host_key_is_refused_with_its_fingerprint_and_the_command(server: Sshd, home: Path) -> None:
+def test_an_unknown_host_key_is_rejected_with_its_fingerprint_and_the_fix(server: Sshd, home: Path) -> None:
     known = home / ".ssh" / "known_hosts"
     known.unlink()
     configure(home, "StrictHostKeyChecking no\n")
@@ -667,7 +659,7 @@ def test_an_unknown_host_key_is_refused_with_its_fingerprint_and_the_command(ser
     assert "Accepted" not in server.log
 
 
-def test_keys_of_the_plain_name_are_good_on_a_port_only_while_it_has_none_of_that_kind(
+def test_keys_of_the_plain_name_apply_to_a_port_without_keys_of_that_type(
     server: Sshd, home: Path, tmp_path: Path, connect: Connect
 ) -> None:
     known = home / ".ssh" / "known_hosts"
@@ -683,21 +675,21 @@ def test_keys_of_the_plain_name_are_good_on_a_port_only_while_it_has_none_of_tha
     assert f"{known}:2" in text
 
 
-def test_hashed_names_are_understood(server: Sshd, home: Path, connect: Connect) -> None:
+def test_hashed_names_are_supported(server: Sshd, home: Path, connect: Connect) -> None:
     known = home / ".ssh" / "known_hosts"
     subprocess.run(["ssh-keygen", "-q", "-H", "-f", str(known)], check=True, capture_output=True)
     assert "127.0.0.1" not in known.read_text()
     assert run(connect(server.url), "echo in") == "in\n"
 
 
-def test_an_alias_for_the_host_key_is_understood(server: Sshd, home: Path, connect: Connect) -> None:
+def test_hostkeyalias_is_supported(server: Sshd, home: Path, connect: Connect) -> None:
     (home / ".ssh" / "pies").write_text(f"pie,*.lan {public(server.host_keys['ed25519'])}\n")
     configure(home, "HostKeyAlias pie\nUserKnownHostsFile ~/.ssh/none ~/.ssh/pies\n")
     assert run(connect(server.url), "echo in") == "in\n"
 
 
 @pytest.mark.parametrize("kind", ["ecdsa", "rsa"])
-def test_a_server_with_several_host_keys_shows_the_one_that_is_known(
+def test_the_known_type_of_host_key_is_negotiated(
     serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     server = serve("ed25519", "ecdsa", "rsa")
@@ -724,23 +716,23 @@ def certified(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("kind", "authority"), [("ed25519", "ecdsa"), ("rsa", "rsa"), ("ecdsa", "ed25519")])
-def test_a_host_certificate_of_a_known_authority_is_enough(
+def test_a_host_certificate_of_a_known_authority_is_accepted(
     certified: Callable[..., Sshd], connect: Connect, kind: str, authority: str
 ) -> None:
     server = certified("127.0.0.1", kind=kind, authority=authority)
     assert run(connect(server.url), "echo in") == "in\n"
 
 
-def test_a_host_certificate_for_another_name_is_refused(certified: Callable[..., Sshd]) -> None:
+def test_a_host_certificate_for_another_name_is_rejected(certified: Callable[..., Sshd]) -> None:
     assert "it is for other, not for 127.0.0.1" in refusal(certified("other").url)
 
 
-def test_a_host_certificate_out_of_date_is_refused(certified: Callable[..., Sshd]) -> None:
+def test_an_expired_host_certificate_is_rejected(certified: Callable[..., Sshd]) -> None:
     server = certified("127.0.0.1", "-V", "20200101:20210101")
     assert "not valid now" in refusal(server.url)
 
 
-def test_a_host_certificate_of_an_unknown_authority_is_refused(certified: Callable[..., Sshd], tmp_path: Path) -> None:
+def test_a_host_certificate_of_an_unknown_authority_is_rejected(certified: Callable[..., Sshd], tmp_path: Path) -> None:
     server = certified("127.0.0.1")
     other = new_key(tmp_path / "other")
     (tmp_path / "home" / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(other)}\n")
@@ -760,7 +752,7 @@ def test_a_host_certificate_of_an_unknown_authority_is_refused(certified: Callab
         ("|1|bad", "pi", False),
     ],
 )
-def test_names_in_known_hosts_match_as_sshd_says(hosts: str, name: str, expected: bool) -> None:
+def test_names_in_known_hosts_match_as_documented_in_sshd_8(hosts: str, name: str, expected: bool) -> None:
     assert known_hosts.matches(hosts, name) is expected
 
 
@@ -818,19 +810,19 @@ def test_a_builder_behind_a_proxy_command_is_reached(server: Sshd, home: Path, c
     connection.close()
 
 
-def test_a_proxy_command_that_fails_is_told_in_its_own_words(home: Path) -> None:
+def test_the_error_output_of_a_failed_proxy_command_is_shown(home: Path) -> None:
     configure(home, "Host pi\n ProxyCommand echo no way to %h >&2; exit 1\n")
     assert "ProxyCommand says: no way to pi" in refusal("ssh://pi", BuilderLost)
 
 
-def test_a_builder_that_is_not_there_may_be_tried_again(home: Path, server: Sshd) -> None:
+def test_an_unreachable_builder_is_a_temporary_error(home: Path, server: Sshd) -> None:
     server.stop()
     assert f"127.0.0.1 port {server.port}: connection refused" in refusal(server.url, BuilderLost)
     server.start()
     SSHConnection(server.url).close()
 
 
-def test_a_builder_that_takes_connections_and_says_nothing_is_given_up(home: Path) -> None:
+def test_a_builder_without_an_ssh_banner_times_out(home: Path) -> None:
     configure(home, "ConnectTimeout 1\n")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         start = time.monotonic()
@@ -839,7 +831,7 @@ def test_a_builder_that_takes_connections_and_says_nothing_is_given_up(home: Pat
     assert "timeout" in text
 
 
-def test_a_builder_with_too_many_connections_may_be_tried_again(
+def test_too_many_connections_are_a_temporary_error(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(MaxStartups="1:100:1")
@@ -849,7 +841,7 @@ def test_a_builder_with_too_many_connections_may_be_tried_again(
         assert "above its MaxStartups" in refusal(server.url, BuilderLost)
 
 
-def test_with_one_session_allowed_a_second_must_wait_and_the_first_works_on(
+def test_with_one_session_allowed_a_second_one_is_refused_and_the_first_works(
     serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(MaxSessions=1)
@@ -870,7 +862,7 @@ def test_with_one_session_allowed_a_second_must_wait_and_the_first_works_on(
         pytest.fail("the session never came free")
 
 
-def test_a_builder_that_gives_no_sessions_at_all_is_refused(
+def test_a_builder_that_allows_no_sessions_is_an_error(
     serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(MaxSessions=0)
@@ -893,7 +885,7 @@ def sockets() -> int:
 
 
 @pytest.mark.parametrize("failure", ["silent", "not SSH", "host key", "known_hosts", "log-in"])
-def test_a_connection_that_fails_leaves_no_socket(
+def test_a_failed_connection_leaves_no_socket(
     server: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, paramiko_api: str, failure: str
 ) -> None:
     configure(home, "ConnectTimeout 1\n")
@@ -918,7 +910,7 @@ def test_a_connection_that_fails_leaves_no_socket(
             assert "is not an SSH server" in str(caught.value)
 
 
-def test_a_connection_that_is_cut_is_noticed_at_once_by_all_who_use_it_and_nothing_is_printed(
+def test_a_lost_connection_is_detected_by_all_users_and_prints_nothing(
     server: Sshd, home: Path, connect: Connect, capfd: pytest.CaptureFixture[str]
 ) -> None:
     connection = connect(server.url)
@@ -941,7 +933,7 @@ def test_a_connection_that_is_cut_is_noticed_at_once_by_all_who_use_it_and_nothi
 
 @accelerated_only
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "sending"])
-def test_a_builder_that_stands_still_is_noticed(server: Sshd, home: Path, connect: Connect, busy: bool) -> None:
+def test_a_frozen_builder_is_detected(server: Sshd, home: Path, connect: Connect, busy: bool) -> None:
     configure(home, "ServerAliveInterval 1\nServerAliveCountMax 1\n")
     connection = connect(server.url)
     channel = connection.start("cat >/dev/null")
@@ -955,12 +947,12 @@ def test_a_builder_that_stands_still_is_noticed(server: Sshd, home: Path, connec
         channel.receive(1, 300.0)
 
 
-def test_a_builder_that_has_nothing_to_say_is_not_given_up(server: Sshd, home: Path, connect: Connect) -> None:
+def test_a_silent_but_live_builder_does_not_time_out(server: Sshd, home: Path, connect: Connect) -> None:
     configure(home, "ServerAliveInterval 1\nServerAliveCountMax 1\n")
     assert output(connect(server.url).start("sleep 3; echo done")) == b"done\n"
 
 
-def test_a_fork_leaves_the_connection_to_its_parent(server: Sshd, home: Path, connect: Connect) -> None:
+def test_a_forked_process_does_not_use_its_parents_connection(server: Sshd, home: Path, connect: Connect) -> None:
     connection = connect(server.url)
     channel = connection.start("cat")
     child = os.fork()
@@ -1012,7 +1004,7 @@ def there_and_back(connection: SSHConnection, size: int) -> None:
 
 
 @accelerated_only
-def test_many_new_keys_on_the_way_harm_no_byte(
+def test_frequent_re_keying_corrupts_no_byte(
     serve: Serve, tmp_path: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(RekeyLimit="1M", LogLevel="DEBUG1")

@@ -149,9 +149,7 @@ def test_a_retargeted_script_link_is_built_with_the_modules_beside_its_target(pr
     [(), ("--backend", "json"), ("--backend", "sqlite3"), ("-n", "2"), ("-n", "2", "-P", "thread")],
     ids=" ".join,
 )
-def test_an_input_that_a_later_action_changes_is_not_taken_for_built(
-    project: Project, arguments: tuple[str, ...]
-) -> None:
+def test_an_input_changed_by_a_later_action_counts_as_not_built(project: Project, arguments: tuple[str, ...]) -> None:
     add_actions(project, "test ! -e change || mv change in")
     write(project, "change", "2")
     project.doit(*arguments).ok()
@@ -179,7 +177,7 @@ def open_builder(url):
 
 
 @pytest.mark.system
-def test_an_input_that_changes_while_the_artifact_is_fetched_is_not_taken_for_built(project: Project) -> None:
+def test_an_input_changed_during_the_download_counts_as_not_built(project: Project) -> None:
     about = project.write("site/slow-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: slow\nVersion: 1\n")
     (about.parent / "entry_points.txt").write_text("[gamebear_tasks.builders]\nslow = slow:open_builder\n")
     project.write("site/slow.py", BUILDER)
@@ -191,7 +189,7 @@ def test_an_input_that_changes_while_the_artifact_is_fetched_is_not_taken_for_bu
 
 
 @pytest.mark.system
-def test_an_input_that_an_earlier_action_makes_is_what_was_built(project: Project) -> None:
+def test_an_input_made_by_an_earlier_action_is_built(project: Project) -> None:
     add_actions(project, "echo made > in", before=True)
     project.doit().ok()
     assert target(project) == "made\na"
@@ -199,7 +197,7 @@ def test_an_input_that_an_earlier_action_makes_is_what_was_built(project: Projec
 
 
 @pytest.mark.system
-def test_an_action_of_an_author_in_place_of_the_build_builds_nothing(project: Project) -> None:
+def test_a_replaced_build_action_builds_nothing(project: Project) -> None:
     """Nothing was built from the inputs, so later runs do not accept the target."""
     text = DODO.replace("return artifact", "task = artifact")
     project.write("dodo.py", f"{text}    return {{**task, 'actions': ['mkdir -p build && touch build/x']}}\n")
@@ -211,7 +209,7 @@ def test_an_action_of_an_author_in_place_of_the_build_builds_nothing(project: Pr
 
 
 @pytest.mark.system
-def test_an_input_is_looked_at_although_the_author_took_it_out_of_file_dep(project: Project) -> None:
+def test_an_input_removed_from_file_dep_is_still_checked(project: Project) -> None:
     text = DODO.replace("return artifact", "task = artifact")
     project.write("dodo.py", f"{text}    return {{**task, 'file_dep': ['x.py']}}\n")
     project.doit().ok()
@@ -221,7 +219,7 @@ def test_an_input_is_looked_at_although_the_author_took_it_out_of_file_dep(proje
 
 
 @pytest.mark.system
-def test_a_script_and_a_module_that_a_task_of_the_same_run_makes_are_what_is_built(project: Project) -> None:
+def test_a_script_and_a_module_made_in_the_same_run_are_built(project: Project) -> None:
     """The modules found when dodo.py was loaded are those of the old script."""
     make = 'echo \'import more; open("x", "w").write(more.TEXT)\' > x.py; echo \'TEXT = "late"\' > more.py'
     project.write("dodo.py", DODO + f"\ndef task_make():\n    return {{'actions': [{make!r}], 'targets': ['x.py']}}\n")
@@ -254,7 +252,7 @@ def test_a_module_that_appears_in_the_same_run_is_built(project: Project) -> Non
 
 
 @pytest.mark.system
-def test_what_a_killed_run_has_placed_is_not_taken_for_what_was_built_before(project: Project) -> None:
+def test_targets_of_a_killed_run_are_not_mistaken_for_those_before_it(project: Project) -> None:
     """doit is killed between the build and the end of the task, and the input is restored."""
     add_actions(project, "test ! -e kill || kill -9 $PPID")
     project.doit().ok()
@@ -270,7 +268,7 @@ def test_what_a_killed_run_has_placed_is_not_taken_for_what_was_built_before(pro
 
 
 @pytest.mark.system
-def test_what_an_interrupted_run_has_placed_is_not_taken_for_what_was_built_before(project: Project) -> None:
+def test_targets_of_an_interrupted_run_are_not_mistaken_for_those_before_it(project: Project) -> None:
     add_actions(project, "test ! -e kill || kill -2 $PPID")
     project.doit().ok()
     write(project, "in", "2")
@@ -285,9 +283,7 @@ def test_what_an_interrupted_run_has_placed_is_not_taken_for_what_was_built_befo
 
 @pytest.mark.system
 @pytest.mark.parametrize("change", ["another database", "another task's name"])
-def test_what_another_database_or_task_has_built_is_not_taken_for_what_was_built_before(
-    project: Project, change: str
-) -> None:
+def test_targets_of_another_database_or_task_are_not_mistaken_for_those_before(project: Project, change: str) -> None:
     arguments = ("--db-file", "other.db") if change == "another database" else ()
     project.doit().ok()
     write(project, "in", "2")
@@ -320,7 +316,7 @@ def test_a_failed_run_does_not_count(project: Project) -> None:
 
 
 @pytest.mark.system
-def test_reset_dep_does_not_mark_as_built_what_was_not(project: Project) -> None:
+def test_reset_dep_does_not_mark_unbuilt_targets_as_built(project: Project) -> None:
     project.doit().ok()
     write(project, "in", "2")
     assert "processed x" in project.doit("reset-dep").ok().out
@@ -333,7 +329,7 @@ def test_reset_dep_does_not_mark_as_built_what_was_not(project: Project) -> None
 
 
 @pytest.mark.system
-def test_without_its_caches_a_project_is_up_to_date_all_the_same(project: Project) -> None:
+def test_a_project_is_up_to_date_without_its_caches(project: Project) -> None:
     project.doit().ok()
     settle()
     project.doit().ok()
@@ -384,7 +380,7 @@ def test_a_target_has_the_mark_of_the_state_that_it_was_placed_from(
     assert len(os.listdir(PLACED)) == 2
 
 
-def test_a_target_that_could_not_be_placed_has_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_could_not_be_installed_has_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     state = "1" * 64
     with placing(["a"], state):
@@ -397,7 +393,7 @@ def test_a_target_that_could_not_be_placed_has_no_state(tmp_path: Path, monkeypa
     assert is_placed(["a"], state)
 
 
-def test_a_target_that_two_runs_have_placed_at_once_has_no_state(
+def test_a_target_installed_by_two_concurrent_runs_has_no_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -407,7 +403,7 @@ def test_a_target_that_two_runs_have_placed_at_once_has_no_state(
     assert not is_placed(["a"], first) and not is_placed(["a"], second)
 
 
-def test_a_target_that_another_run_has_placed_meanwhile_is_not_taken_for_its(
+def test_a_target_installed_by_another_run_meanwhile_is_not_mistaken_for_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -482,14 +478,14 @@ def test_hashes_are_cached_from_one_doit_to_the_next(project: Project) -> None:
 
 
 @pytest.mark.parametrize("name", ["st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"])
-def test_a_version_has_all_that_changes_with_the_content(name: str) -> None:
+def test_a_file_version_has_all_attributes_that_change_with_the_content(name: str) -> None:
     about = {"st_dev": 1, "st_ino": 2, "st_size": 3, "st_mtime_ns": 4, "st_ctime_ns": 5}
     before = file_hashes.version(cast(os.stat_result, SimpleNamespace(**about)))
     assert file_hashes.version(cast(os.stat_result, SimpleNamespace(**about | {name: 6}))) != before
 
 
 @pytest.mark.parametrize("content", [file_hashes.content_of, file_hashes.opened_content_of])
-def test_a_file_is_read_again_only_if_its_inode_size_or_times_are_others(
+def test_a_file_is_read_again_only_if_its_inode_size_or_times_changed(
     reads: list[str], content: Callable[[str], tuple[str, bool]]
 ) -> None:
     path = Path("file")
@@ -525,7 +521,7 @@ def test_times_of_whole_seconds_are_not_trusted() -> None:
     assert not file_hashes.is_settled(coarse) and file_hashes.is_settled(fine)
 
 
-def test_what_is_no_regular_file_is_refused_and_does_not_block(project: Project) -> None:
+def test_an_input_that_is_not_a_regular_file_is_rejected_without_blocking(project: Project) -> None:
     (project.folder / "in").unlink()
     os.mkfifo(project.folder / "in")
     with pytest.raises(OSError, match="it is not a regular file"):
@@ -535,7 +531,7 @@ def test_what_is_no_regular_file_is_refused_and_does_not_block(project: Project)
     project.doit().failed("in cannot be read: it is not a regular file.")
 
 
-def test_settings_and_pins_are_read_again_although_size_and_mtime_are_as_before(
+def test_settings_and_pins_are_read_again_despite_equal_size_and_mtime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -551,6 +547,6 @@ def test_settings_and_pins_are_read_again_although_size_and_mtime_are_as_before(
         settle()
 
 
-def test_doit_saves_the_state_under_our_name() -> None:
+def test_doit_saves_the_state_under_the_packages_name() -> None:
     """Databases contain it: another name would rebuild everything."""
     assert SAVED == "gamebear"

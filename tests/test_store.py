@@ -83,7 +83,7 @@ def test_the_cache_folder_is_the_one_of_the_xdg_specification(
     assert cache_home() == Path("/home/me/.cache")
 
 
-def test_only_its_owner_enters_a_store_whatever_the_umask(tmp_path: Path) -> None:
+def test_a_store_is_private_regardless_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         Store(tmp_path / "a" / "b" / "gamebear" / "v1").prepare()
@@ -267,7 +267,7 @@ def test_a_damaged_state_is_absent(job: StoredJob, state: object) -> None:
     assert job.written_state() == {"state": "absent"}
 
 
-def test_a_description_that_does_not_match_its_digest_is_refused(store: Store) -> None:
+def test_a_description_that_does_not_match_its_digest_is_rejected(store: Store) -> None:
     text = b'{"arch":"armhf"}'
     job = store.job(hashlib.sha256(text).hexdigest())
     job.folder.mkdir()
@@ -281,7 +281,7 @@ def test_a_description_that_does_not_match_its_digest_is_refused(store: Store) -
 # attempts
 
 
-def test_an_attempt_begins_without_what_the_last_one_left(job: StoredJob) -> None:
+def test_an_attempt_starts_without_leftovers_of_the_last_one(job: StoredJob) -> None:
     for name in ("cancel-a0", "seen-a0", ".x.tmp", "images", "phase", "materials.json", "job.json", "lock"):
         (job.folder / name).touch()
     (job.outputs("a0") / "deep").mkdir(parents=True)
@@ -306,7 +306,7 @@ def test_a_forced_attempt_belongs_to_the_run_with_its_token_only(job: StoredJob)
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-def test_an_order_says_whether_the_last_attempt_was_lost(job: StoredJob, is_lost: bool) -> None:
+def test_a_submission_reports_whether_the_last_attempt_was_lost(job: StoredJob, is_lost: bool) -> None:
     if is_lost:
         job.mark.touch()
     job.begin_attempt({"time_limit": 3})
@@ -326,9 +326,7 @@ def test_an_attempt_begins_although_an_old_output_cannot_be_removed(
     assert job.written_state()["attempt"] == attempt
 
 
-def test_an_attempt_begins_without_a_wait_for_the_disk_but_for_its_mark(
-    job: StoredJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_start_of_an_attempt_syncs_only_its_mark(job: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     job.begin_attempt({})
@@ -354,14 +352,14 @@ def test_the_mark_of_a_live_job_is_on_the_disk_before_its_attempt_begins(
         ({"who": "x" * 201}, "x" * 200),
     ],
 )
-def test_the_name_of_whoever_began_an_attempt(job: StoredJob, order: object, name: str) -> None:
+def test_the_starter_of_an_attempt_is_recorded(job: StoredJob, order: object, name: str) -> None:
     assert job.begun_by() == ""
     (job.folder / "order.json").write_text(json.dumps(order))
     assert job.begun_by() == name
 
 
 @pytest.mark.parametrize("attempt", ["", ".", "..", "a/b", "a\0"])
-def test_an_attempt_whose_name_is_a_path_is_refused(job: StoredJob, attempt: str) -> None:
+def test_an_attempt_named_like_a_path_is_rejected(job: StoredJob, attempt: str) -> None:
     with pytest.raises(ValueError, match="is not an attempt"):
         job.outputs(attempt)
     job.ask_to_stop(attempt)
@@ -382,7 +380,7 @@ def test_an_end_is_acknowledged_for_one_attempt(job: StoredJob) -> None:
     assert job.was_seen("a1") and not job.was_seen("a2")
 
 
-def test_notes_about_a_job_that_is_gone_are_dropped(job: StoredJob) -> None:
+def test_notes_about_a_removed_job_are_dropped(job: StoredJob) -> None:
     job.folder.rmdir()
     job.note_seen("a1")
     job.touch_client("me")
@@ -452,7 +450,7 @@ def done(job: StoredJob) -> StoredJob:
     return job
 
 
-def test_outputs_are_sound_until_one_is_changed_cut_or_gone(done: StoredJob) -> None:
+def test_outputs_are_intact_until_one_is_changed_truncated_or_removed(done: StoredJob) -> None:
     state = done.state()
     path = done.outputs("a1") / "y"
     assert done.output_is_sound(state)
@@ -465,7 +463,7 @@ def test_outputs_are_sound_until_one_is_changed_cut_or_gone(done: StoredJob) -> 
     assert done.output_is_sound(state)
 
 
-def test_a_size_that_does_not_match_is_noticed_without_reading_the_content(
+def test_a_size_mismatch_is_detected_without_reading_the_content(
     done: StoredJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
@@ -484,7 +482,7 @@ def test_a_size_that_does_not_match_is_noticed_without_reading_the_content(
     "state",
     [{}, {"attempt": "a1"}, {"attempt": "..", "outputs": {}}, {"attempt": "a1", "outputs": {"x": 1}}],
 )
-def test_outputs_of_a_damaged_state_are_not_sound(done: StoredJob, state: dict[str, Any]) -> None:
+def test_outputs_of_a_damaged_state_are_not_intact(done: StoredJob, state: dict[str, Any]) -> None:
     assert not done.output_is_sound(state)
 
 
@@ -504,9 +502,7 @@ def test_outputs_that_are_being_fetched_are_not_seized(done: StoredJob) -> None:
         assert free
 
 
-def test_what_is_no_folder_of_outputs_or_cannot_be_locked_is_held_by_nobody(
-    done: StoredJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_or_unlockable_output_folder_is_not_held(done: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     (done.folder / "out-file").touch()
     with done.seized_outputs() as free:
         assert free
@@ -537,7 +533,7 @@ def test_a_client_counts_as_waiting_for_a_while_after_its_last_request(
     assert job.other_clients("me", 60) == ([""] if counts else [])
 
 
-def test_other_clients_have_their_names_and_one_is_not_its_own_company(job: StoredJob, now: float) -> None:
+def test_other_clients_are_listed_by_name_without_the_client_itself(job: StoredJob, now: float) -> None:
     for client, name in (("me", "me@here"), ("long", "x" * 201), ("odd", "\udcff\N{SNOWMAN}")):
         aged(job, client, 1, name)
     assert sorted(job.other_clients("me", 60)) == sorted(["x" * 200, "\\udcff\N{SNOWMAN}"])
@@ -551,7 +547,7 @@ def test_other_clients_have_their_names_and_one_is_not_its_own_company(job: Stor
     assert job.other_clients("", 60) == ["me@here"]
 
 
-def test_a_client_cannot_be_forgotten_by_a_path(job: StoredJob) -> None:
+def test_a_client_id_that_is_a_path_removes_nothing(job: StoredJob) -> None:
     (job.folder / "clients").mkdir()
     job.log.touch()
     job.forget_client("../log")
@@ -559,13 +555,13 @@ def test_a_client_cannot_be_forgotten_by_a_path(job: StoredJob) -> None:
 
 
 @pytest.mark.parametrize(("age", "stays"), [(0, True), (86400, True), (86401, False), (-86401, False), (-86400, True)])
-def test_a_client_is_forgotten_after_a_day(job: StoredJob, now: float, age: float, stays: bool) -> None:
+def test_a_client_expires_after_a_day(job: StoredJob, now: float, age: float, stays: bool) -> None:
     aged(job, "other", age)
     job.forget_old_clients()
     assert (job.folder / "clients" / "other").exists() is stays
 
 
-def test_what_a_client_does_is_a_use_of_the_job(job: StoredJob) -> None:
+def test_requests_of_a_client_count_as_use_of_the_job(job: StoredJob) -> None:
     for name in ("job.json", "state.json"):
         (job.folder / name).touch()
     uses: list[Callable[[], None]] = [partial(job.touch_client, "me"), partial(job.touch_client, "me", "x"), job.touch]

@@ -257,7 +257,7 @@ def fill(ballast: Path, but: int) -> None:
 # 7: the builder reboots
 
 
-def test_after_a_reboot_the_job_is_built_again_and_what_it_left_is_gone(tmp_path: Path, home: Path) -> None:
+def test_after_a_reboot_the_job_is_built_again_and_its_leftovers_are_removed(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, WAIT + '\nwith Container("scratch") as c:\n    c.copy_in("x.py", "/x")')
     job.abandon()
     assert job.state["state"] == "running"
@@ -276,7 +276,7 @@ def test_after_a_reboot_the_job_is_built_again_and_what_it_left_is_gone(tmp_path
     assert container not in buildah.outside(job.store.root, known, "containers", "--all", "--json")
 
 
-def test_what_a_lost_job_left_is_removed_by_the_next_job(tmp_path: Path, home: Path) -> None:
+def test_leftovers_of_a_lost_job_are_removed_by_the_next_job(tmp_path: Path, home: Path) -> None:
     lost = Job(tmp_path / "lost", home, WAIT)
     lost.abandon()
     container = f"{lost.store.job(lost.stored.name).container_prefix}7"
@@ -293,13 +293,13 @@ def test_what_a_lost_job_left_is_removed_by_the_next_job(tmp_path: Path, home: P
     assert container not in buildah.outside(lost.store.root, known, "containers", "--all", "--json")
 
 
-def test_a_job_in_another_store_of_the_same_account_has_containers_of_its_own(tmp_path: Path) -> None:
+def test_jobs_in_different_stores_have_different_containers(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("one")
     one, link, other = (Store(tmp_path / name).job("a" * 64).container_prefix for name in ("one", "link", "other"))
     assert one == link != other
 
 
-def test_no_lock_of_the_supervisor_is_inherited_by_what_it_starts(tmp_path: Path, home: Path) -> None:
+def test_child_processes_do_not_inherit_locks_of_the_supervisor(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, 'import subprocess\nsleep = subprocess.Popen(["sleep", "1000"])\n' + WAIT)
     client = job.started()
     (supervisor,) = job.supervisors()
@@ -319,7 +319,7 @@ def test_no_lock_of_the_supervisor_is_inherited_by_what_it_starts(tmp_path: Path
 # 8: the builder's disk is full
 
 
-def test_a_disk_that_is_full_at_upload_is_named_and_the_upload_goes_on_when_there_is_room(
+def test_a_full_disk_at_upload_is_reported_and_the_upload_resumes_later(
     tmp_path: Path, home: Path, disk: Path, ballast: Path
 ) -> None:
     job = Job(tmp_path, home, inputs={"big": os.urandom(5 * MIB)}, XDG_CACHE_HOME=str(disk))
@@ -332,9 +332,7 @@ def test_a_disk_that_is_full_at_upload_is_named_and_the_upload_goes_on_when_ther
     assert list((job.store.root / "tmp").glob("*.part")) == []
 
 
-def test_a_disk_that_is_full_before_the_job_begins_is_named(
-    tmp_path: Path, home: Path, disk: Path, ballast: Path
-) -> None:
+def test_a_full_disk_before_the_job_starts_is_reported(tmp_path: Path, home: Path, disk: Path, ballast: Path) -> None:
     Job(tmp_path / "another", home, XDG_CACHE_HOME=str(disk)).ok()
     job = Job(tmp_path / "this", home, XDG_CACHE_HOME=str(disk))
     fill(ballast, but=0)
@@ -357,7 +355,7 @@ def test_a_disk_that_is_full_before_the_job_begins_is_named(
         ),
     ],
 )
-def test_a_build_that_fills_the_disk_fails_because_of_that(
+def test_a_build_that_fills_the_disk_fails_with_this_cause(
     tmp_path: Path, home: Path, disk: Path, ballast: Path, body: str
 ) -> None:
     (tmp_path / "fill").touch()
@@ -371,7 +369,7 @@ def test_a_build_that_fills_the_disk_fails_because_of_that(
     assert job.builds == 2
 
 
-def test_a_disk_that_is_full_when_the_result_is_kept_costs_no_more_than_the_build(
+def test_a_full_disk_at_storing_the_result_fails_the_build_only(
     tmp_path: Path, home: Path, disk: Path, ballast: Path
 ) -> None:
     body = f"""
@@ -394,9 +392,7 @@ if os.path.exists(HERE + "/fill"):
     assert job.builds == 2
 
 
-def test_a_full_disk_does_not_keep_a_job_from_being_stopped(
-    tmp_path: Path, home: Path, disk: Path, ballast: Path
-) -> None:
+def test_a_full_disk_does_not_prevent_stopping_a_job(tmp_path: Path, home: Path, disk: Path, ballast: Path) -> None:
     job = Job(tmp_path, home, WAIT, XDG_CACHE_HOME=str(disk))
     client = job.started()
     (job.store.root / "facts.json").unlink()  # the capabilities have changed, and cannot be stored
@@ -421,7 +417,7 @@ def test_a_client_without_room_for_the_artifact_fetches_it_later_and_builds_noth
     job.assert_nothing_is_left()
 
 
-def test_a_client_without_room_for_the_log_says_so_and_finds_the_job_later(tmp_path: Path, home: Path) -> None:
+def test_a_client_without_room_for_the_log_reports_it_and_reattaches_later(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, "for number in range(400000): print(number)")
     with small_disk(tmp_path / "build", MIB):
         job.failed("The log build/logs/x.log cannot be written: No space left on device.", "is found")
@@ -443,7 +439,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["changed", "cut"])
-def test_a_damaged_blob_is_noticed_and_sent_again(tmp_path: Path, home: Path, how: str) -> None:
+def test_a_damaged_blob_is_detected_and_sent_again(tmp_path: Path, home: Path, how: str) -> None:
     content = os.urandom(400_000)
     job = Job(
         tmp_path, home, 'assert open("big", "rb").read() == open(HERE + "/big", "rb").read()', inputs={"big": content}
@@ -468,7 +464,7 @@ def test_many_damaged_blobs_are_sent_again_in_one_run(tmp_path: Path, home: Path
     job.ok()
 
 
-def test_a_blob_that_goes_between_submission_and_start_is_sent_again(tmp_path: Path, home: Path) -> None:
+def test_a_blob_removed_between_submission_and_start_is_sent_again(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, inputs={"big": os.urandom(400_000)})
     job.store.prepare()
     with all_slots_taken(job.store):
@@ -489,7 +485,7 @@ def all_slots_taken(store: Store) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", ["changed", "cut"])
-def test_a_damaged_result_is_noticed_and_built_again(tmp_path: Path, home: Path, how: str) -> None:
+def test_a_damaged_result_is_detected_and_built_again(tmp_path: Path, home: Path, how: str) -> None:
     job = Job(tmp_path, home)
     job.ok()
     (output,) = job.stored.glob("out-*/x")
@@ -499,7 +495,7 @@ def test_a_damaged_result_is_noticed_and_built_again(tmp_path: Path, home: Path,
     assert job.builds == 2
 
 
-def test_a_result_is_found_whatever_else_of_its_job_is_damaged(tmp_path: Path, home: Path) -> None:
+def test_a_result_is_found_even_if_other_files_of_its_job_are_damaged(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home)
     job.ok()
     stored = job.stored
@@ -522,7 +518,7 @@ def test_a_result_is_found_whatever_else_of_its_job_is_damaged(tmp_path: Path, h
         pytest.param('{"state": "done", "attempt": "a/../..", "outputs": {}}', id="another folder"),
     ],
 )
-def test_a_damaged_state_means_no_more_than_another_build(tmp_path: Path, home: Path, content: str) -> None:
+def test_a_damaged_state_only_causes_another_build(tmp_path: Path, home: Path, content: str) -> None:
     job = Job(tmp_path, home)
     job.ok()
     (job.stored / "state.json").write_text(content)
@@ -565,9 +561,7 @@ def test_eight_clients_at_once_get_one_build(tmp_path: Path, home: Path) -> None
     assert list((jobs[0].store.root / "tmp").glob("*.part")) == []
 
 
-def test_whoever_knows_how_an_attempt_ended_does_not_keep_ctrl_c_from_ending_the_next(
-    tmp_path: Path, home: Path
-) -> None:
+def test_an_acknowledged_attempt_does_not_prevent_cancelling_the_next(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, f"{WAIT}\nif 'fail' in open(HERE + '/go').read(): sys.exit('failed')")
     (tmp_path / "go").write_text("fail")
     job.project.doit().failed("failed")
@@ -582,7 +576,7 @@ def test_whoever_knows_how_an_attempt_ended_does_not_keep_ctrl_c_from_ending_the
 # 20: clocks
 
 
-def test_files_from_the_future_change_nothing(tmp_path: Path, home: Path) -> None:
+def test_timestamps_in_the_future_have_no_effect(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, inputs={"big": os.urandom(400_000)})
     job.ok()
     later = time.time() + 100_000
@@ -600,7 +594,7 @@ def test_files_from_the_future_change_nothing(tmp_path: Path, home: Path) -> Non
     assert job.builds == 2
 
 
-def test_a_client_of_the_future_does_not_keep_ctrl_c_from_ending_the_job(tmp_path: Path, home: Path) -> None:
+def test_a_client_with_a_future_timestamp_does_not_prevent_cancelling(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, WAIT)
     client = job.started()
     stranger = job.stored / "clients" / "stranger"
@@ -613,7 +607,7 @@ def test_a_client_of_the_future_does_not_keep_ctrl_c_from_ending_the_job(tmp_pat
     job.assert_nothing_is_left()
 
 
-def test_slots_are_given_in_the_order_of_arrival_whoever_died_in_line_or_put_the_clock_back(
+def test_slots_are_granted_in_order_despite_dead_waiters_and_clock_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path / "v1")
@@ -645,9 +639,7 @@ def test_slots_are_given_in_the_order_of_arrival_whoever_died_in_line_or_put_the
     assert list(store.slots.glob("*wait-*")) == []
 
 
-def test_those_who_come_at_once_do_not_wait_for_each_other_while_there_are_slots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_jobs_do_not_wait_while_slots_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "v1")
     store.prepare()
     monkeypatch.setattr(slots, "slot_count", lambda: 8)
@@ -670,7 +662,7 @@ def test_those_who_come_at_once_do_not_wait_for_each_other_while_there_are_slots
 # 15: a hanging or silent build
 
 
-def test_a_build_that_will_not_end_is_ended_with_all_that_it_has_started(tmp_path: Path, home: Path) -> None:
+def test_a_build_that_ignores_signals_is_killed_with_its_descendants(tmp_path: Path, home: Path) -> None:
     mark = f"1{os.getpid():09}"  # which is in no other command line
     body = f"""
 import signal, subprocess
@@ -684,7 +676,7 @@ time.sleep(1000)
     assert [pid for pid, words in processes() if mark.encode() in b" ".join(words)] == []
 
 
-def test_a_build_that_says_nothing_keeps_its_connection(tmp_path: Path, home: Path) -> None:
+def test_a_silent_build_keeps_its_connection_alive(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, "time.sleep(5)")
     job.project.write("dodo.py", IMPATIENT + (tmp_path / "dodo.py").read_text())
     job.ok()
@@ -694,7 +686,7 @@ def test_a_build_that_says_nothing_keeps_its_connection(tmp_path: Path, home: Pa
 # 24: logs
 
 
-def test_a_log_of_100_mb_comes_whole_and_does_not_fill_the_clients_memory(tmp_path: Path, home: Path) -> None:
+def test_a_log_of_100_mb_is_complete_and_does_not_fill_the_memory(tmp_path: Path, home: Path) -> None:
     body = """
 for number in range(1000):
     sys.stdout.write(("%06d " % number + "x" * 92 + "\\n") * 1024)
@@ -715,20 +707,20 @@ for number in range(1000):
     log.unlink()
 
 
-def test_a_binary_log_and_one_without_a_newline_come_byte_for_byte(tmp_path: Path, home: Path) -> None:
+def test_binary_and_unterminated_logs_are_transferred_unchanged(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, 'os.write(1, bytes(range(256)) * 10000 + b"\\r\\n\\xff")\nos.write(2, b"x" * 3_000_000)')
     job.ok()
     expected = bytes(range(256)) * 10000 + b"\r\n\xff" + b"x" * 3_000_000
     assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == expected
 
 
-def test_a_build_that_writes_without_end_is_ended_by_its_time_limit(tmp_path: Path, home: Path) -> None:
+def test_a_build_with_endless_output_is_stopped_at_its_time_limit(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, 'while True:\n    print("y" * 10000)\n    time.sleep(0.001)')
     job.failed("time limit of 2 s was exceeded", arguments=("time_limit=2",))
     assert (tmp_path / "build" / "logs" / "x.log").read_bytes() == (job.stored / "log").read_bytes()
 
 
-def test_a_build_that_writes_more_than_a_log_may_hold_is_ended(tmp_path: Path, home: Path) -> None:
+def test_a_build_that_exceeds_the_log_limit_is_stopped(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, WAIT + "\nos.ftruncate(1, (1 << 30) + 1)\ntime.sleep(1000)")
     client = job.started()
     client.kill()  # it does not have to fetch it
@@ -773,7 +765,7 @@ def of(digest: str, attempt: str) -> Cancel:
     return Cancel(digest=digest, attempt=attempt, client="me", force=False, who="")
 
 
-def test_cancel_says_truthfully_that_a_job_has_not_ended(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_reports_a_job_that_has_not_ended(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cancellation, "CANCEL_SECONDS", 0.1)
     with queued.lock():
         assert cancellation.cancel(queued.store, of(queued.digest, "a1")) == {"state": "running", "others": []}
@@ -781,13 +773,13 @@ def test_cancel_says_truthfully_that_a_job_has_not_ended(queued: StoredJob, monk
     assert cancellation.cancel(queued.store, of("b" * 64, "a1")) == {"state": "absent", "others": []}
 
 
-def test_what_has_ended_is_nobody_s_to_cancel_though_others_waited_a_moment_ago(queued: StoredJob) -> None:
+def test_an_ended_job_cannot_be_cancelled_although_others_waited(queued: StoredJob) -> None:
     queued.write_state({"state": "done", "attempt": "a1", "outputs": {}})
     queued.touch_client("somebody")
     assert cancellation.cancel(queued.store, of(queued.digest, "a1")) == {"state": "done", "others": []}
 
 
-def test_cancel_without_an_attempt_means_whichever_is_there(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_without_an_attempt_stops_the_current_one(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cancellation, "CANCEL_SECONDS", 10.0)
     lock = queued.lock()
     lock.acquire()
@@ -827,9 +819,7 @@ def test_a_job_can_be_stopped_while_its_folder_is_filled(queued: StoredJob) -> N
     os.close(supervisor.log)
 
 
-def test_a_job_that_was_stopped_while_the_builder_was_looked_at_does_not_begin(
-    queued: StoredJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_stopped_during_the_probe_does_not_start(queued: StoredJob, monkeypatch: pytest.MonkeyPatch) -> None:
     supervisor = supervise.Supervisor(queued, "a1")
     known = capabilities.Facts("1", True, (), "overlay", "oci", True, "amd64", ())
 
@@ -860,7 +850,7 @@ def test_only_a_blob_that_was_just_verified_is_not_hashed_again(queued: StoredJo
     assert not blob.exists()
 
 
-def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
+def test_a_source_that_is_not_an_archive_fails_the_job(queued: StoredJob) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         member = tarfile.TarInfo("file")
@@ -875,7 +865,7 @@ def test_a_source_that_is_no_archive_fails_the_job(queued: StoredJob) -> None:
         shutil.rmtree(queued.work)
 
 
-def test_a_disk_that_was_full_during_the_build_is_named_although_it_has_room_again(
+def test_a_disk_full_during_the_build_is_reported_although_it_has_room_again(
     queued: StoredJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, ...]] = []
@@ -894,14 +884,14 @@ def test_a_disk_that_was_full_during_the_build_is_named_although_it_has_room_aga
     os.close(supervisor.log)
 
 
-def test_a_failed_build_says_nothing_of_a_disk_that_has_room_whatever_its_log_says(queued: StoredJob) -> None:
+def test_a_failed_build_blames_no_disk_that_has_room(queued: StoredJob) -> None:
     supervisor = supervise.Supervisor(queued, "a1")
     os.write(supervisor.log, b"write error: No space left on device\n")
     supervisor._check_room("No space left on device", {})
     os.close(supervisor.log)
 
 
-def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_upload_larger_than_the_free_space_is_rejected_immediately(tmp_path: Path) -> None:
     runner = Path(serve.__file__).parents[2]
     program = (
         f"import sys; sys.path.insert(0, {str(runner)!r}); from runner.server import session as serve; serve.main()"
@@ -925,7 +915,7 @@ def test_a_large_upload_for_which_there_is_no_room_is_refused_at_once(tmp_path: 
         assert session.wait(10) == 0
 
 
-def test_an_index_that_unpacks_to_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_as_index_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt_sources, "UNPACKED_LIMIT", 3 * MIB)
     apt_sources._check_xz(lzma.compress(bytes(2 * MIB)) + lzma.compress(b"more"))
     apt_sources._check_xz(lzma.compress(b""))

@@ -37,7 +37,7 @@ def running(folder: Path) -> list[str]:
 # The client's
 
 
-def test_a_program_that_closes_its_output_and_goes_on_counts_as_stalled() -> None:
+def test_a_program_that_closes_its_output_and_keeps_running_counts_as_stalled() -> None:
     with pytest.raises(StalledError):
         run(["sh", "-c", "exec >&- 2>&-; exec sleep 1000"], silence=0.5)
 
@@ -64,7 +64,7 @@ def test_descendants_that_ignore_sigterm_are_killed(tmp_path: Path, monkeypatch:
     wait_for(lambda: not running(tmp_path))
 
 
-def test_all_descendants_receive_sigterm_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_descendants_receive_sigterm_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They can clean up, although their parent ignores it."""
     monkeypatch.setattr(subprocesses, "OUTPUT_LIMIT", 1 << 16)
     script = tmp_path / "parent.py"
@@ -112,7 +112,7 @@ def test_a_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyP
     )
 
 
-def test_input_output_and_errors_go_where_they_are_asked_to(tmp_path: Path) -> None:
+def test_input_output_and_errors_can_be_redirected(tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     with copied.open("wb") as out:
         assert run(["cat"], stdin=b"data", stdout=out) == b""
@@ -128,7 +128,7 @@ def test_input_output_and_errors_go_where_they_are_asked_to(tmp_path: Path) -> N
 ENV = {"PATH": os.environ["PATH"]}
 
 
-def test_a_timeout_is_told_from_every_exit_status() -> None:
+def test_a_timeout_is_distinguished_from_every_exit_status() -> None:
     assert captured(["sh", "-c", "echo no >&2; exit 124"], ENV) == (124, "", "no\n")
     assert captured(["sleep", "1000"], ENV, timeout=0.2) == (-9, "", "timeout after 0 seconds")
 
@@ -144,7 +144,7 @@ def test_a_silent_program_is_killed_with_its_descendants(tmp_path: Path) -> None
     wait_for(lambda: not running(tmp_path))
 
 
-def test_a_daemon_of_a_program_that_has_ended_lives_on(tmp_path: Path) -> None:
+def test_a_daemon_of_an_ended_program_keeps_running(tmp_path: Path) -> None:
     daemon = f"until [ -e {tmp_path}/stop ]; do sleep 0.1; done"
     words = ["sh", "-c", f"sh -c {shlex.quote(daemon)} >&- 2>&- &"]
     assert (run(words), captured(words, ENV)) == (b"", (0, "", ""))

@@ -52,7 +52,7 @@ def assert_it_says_what_came_of_what(record: Record) -> None:
 
 
 @pytest.mark.system
-def test_a_record_says_why_the_task_was_run(project: Project) -> None:
+def test_a_record_has_the_reason_of_the_run(project: Project) -> None:
     lay(project)
 
     def why(*arguments: str) -> list[str]:
@@ -106,7 +106,7 @@ def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None
 
 
 @pytest.mark.system
-def test_what_does_not_come_to_a_builder_is_an_error_in_the_record(project: Project) -> None:
+def test_an_error_before_the_submission_is_in_the_record(project: Project) -> None:
     lay(project)
     project.doit("builder=ssh://127.0.0.1:1", "patience=0").failed()
     record = record_of(project)
@@ -116,7 +116,7 @@ def test_what_does_not_come_to_a_builder_is_an_error_in_the_record(project: Proj
     assert "its last build ended with an error" in record_of(project).why
 
 
-def test_a_record_reads_as_it_was_written_and_a_damaged_one_is_none(tmp_path: Path) -> None:
+def test_a_record_is_read_back_unchanged_and_a_damaged_one_is_absent(tmp_path: Path) -> None:
     made = (Made("x", "build/x", 3, "00" * 32),)
     spans = (Phase("build", 0.5, 2.25),)
     record = Record("é/x", "d", "local:", "done", "built", 1580472000.125, 3.5, 1, 2, spans, "a", ("b",), "c", made)

@@ -122,7 +122,7 @@ def test_list_shows_the_tasks_with_their_doc_lines(built: Project) -> None:
     ]
 
 
-def test_list_tells_what_is_up_to_date(built: Project) -> None:
+def test_list_shows_up_to_date_tasks(built: Project) -> None:
     def status() -> list[str]:
         return [line[:8].rstrip() for line in built.doit("list", "--all", "--status").ok().out.splitlines()]
 
@@ -131,7 +131,7 @@ def test_list_tells_what_is_up_to_date(built: Project) -> None:
     assert status() == ["R gt", "U umtprd", "U usbgx"]
 
 
-def test_info_tells_files_targets_and_why_it_would_run(built: Project) -> None:
+def test_info_shows_files_targets_and_the_reason_to_run(built: Project) -> None:
     info = built.doit("info", "gt").ok().out
     for line in ("the tool", "up-to-date", "scripts/gt.py", "scripts/common.py", "build/usbgx.tar", "build/gt.tar"):
         assert line in info
@@ -141,7 +141,7 @@ def test_info_tells_files_targets_and_why_it_would_run(built: Project) -> None:
     assert "the job of gt.py: its files, arguments, sources, architecture, names, or the function" in changed.out
 
 
-def test_our_own_dodo_lists_the_artifacts_and_the_images(tmp_path: Path) -> None:
+def test_the_projects_dodo_lists_the_artifacts_and_the_images(tmp_path: Path) -> None:
     own = Project(tmp_path / "project", home=tmp_path / "home")
     own.take("dodo.py", "buildscripts", "gamebear.lock")
     lines = {line.split()[0]: line.split(None, 1)[1] for line in own.doit("list").ok().out.splitlines()}
@@ -154,7 +154,7 @@ def test_our_own_dodo_lists_the_artifacts_and_the_images(tmp_path: Path) -> None
     assert "umtprd" in own.doit("list", "--all", "--status", "sources=debian").ok().out
 
 
-def test_clean_removes_the_targets_and_what_broken_downloads_left(built: Project) -> None:
+def test_clean_removes_the_targets_and_partial_downloads(built: Project) -> None:
     part = built.write(f"build/.gt.tar.{'0' * 16}.part", "half")
     other = built.write("build/mine", "not a target")
     assert "gt - removing file 'build/gt.tar'" in built.doit("clean", "-n", "gt").ok().out
@@ -168,7 +168,7 @@ def test_clean_removes_the_targets_and_what_broken_downloads_left(built: Project
 
 
 @pytest.mark.parametrize("commands", [["clean", "run"], ["forget -a", "run"], ["run -a"]])
-def test_what_is_lost_or_forgotten_is_fetched_and_not_built(
+def test_missing_targets_and_forgotten_tasks_are_fetched_and_not_built(
     built: Project, template: Project, commands: list[str]
 ) -> None:
     before = builds(template)
@@ -187,7 +187,7 @@ def test_a_task_that_doit_ignores_is_left_alone(built: Project) -> None:
 
 
 @pytest.mark.parametrize("arguments", ["-n 4", "-n 4 -P thread"])
-def test_in_parallel_everything_is_built_once_and_in_order(
+def test_parallel_runs_build_every_task_once_and_in_order(
     built: Project, template: Project, arguments: str, request: pytest.FixtureRequest
 ) -> None:
     for name in ("scripts/usbgx.py", "scripts/umtprd.py"):
@@ -201,7 +201,7 @@ def test_in_parallel_everything_is_built_once_and_in_order(
     assert built.doit(*arguments.split()).ok().ran == []
 
 
-def test_a_failure_in_parallel_is_one_paragraph_too(built: Project) -> None:
+def test_a_failure_in_a_parallel_run_is_shown_once(built: Project) -> None:
     built.write("scripts/umtprd.py", "raise ValueError('upside down')")
     for mode in ("process", "thread"):
         built.doit("-n", "2", "-P", mode).failed("umtprd failed on local: ", "upside down")
@@ -260,14 +260,14 @@ def touch_all(project: Project) -> None:
         pytest.param(replace("dodo.py", "build/gt.tar", "build/gt/gt.tar"), ["gt"], id="target's-place"),
     ],
 )
-def test_a_change_builds_again_what_depends_on_it_and_nothing_else(
+def test_a_change_rebuilds_exactly_its_dependents(
     built: Project, change: Callable[[Project], object], again: list[str]
 ) -> None:
     change(built)
     assert built.doit().ok().ran == again
 
 
-def test_what_is_not_part_of_a_job_builds_nothing_again(built: Project) -> None:
+def test_changes_outside_a_job_rebuild_nothing(built: Project) -> None:
     for change in (
         append("scripts/unused.py", "x = 1\n"),
         append("dodo.py", "\n# why\n"),
@@ -293,7 +293,7 @@ def test_another_architecture_is_another_artifact(built: Project) -> None:
     assert would_run() == ["umtprd"]
 
 
-def test_another_builder_builds_nothing_again(built: Project) -> None:
+def test_another_builder_rebuilds_nothing(built: Project) -> None:
     assert built.doit("builder=ssh://nobody@nowhere.invalid").ok().ran == []
 
 
@@ -380,9 +380,7 @@ def watched(project: Project, *arguments: str) -> tuple[Run, list[str], set[str]
 
 
 @pytest.mark.parametrize("command", [["run"], ["list", "--all", "--status"]])
-def test_loading_and_an_up_to_date_run_start_nothing_connect_nowhere_and_write_no_home(
-    built: Project, command: list[str]
-) -> None:
+def test_loading_and_an_up_to_date_run_start_no_program_and_use_no_network(built: Project, command: list[str]) -> None:
     run, events, _ = watched(built, *command, "builder=ssh://pi@buildpi")
     assert run.ran == []
     assert events == []
@@ -394,7 +392,7 @@ def test_the_watch_sees_programs(built: Project) -> None:
     assert any("subprocess.Popen" in event for event in events)
 
 
-def test_an_up_to_date_run_imports_nothing_besides_the_standard_library_and_ourselves(built: Project) -> None:
+def test_an_up_to_date_run_imports_only_the_standard_library_and_the_package(built: Project) -> None:
     _, _, ours = watched(built, "run", "builder=ssh://pi@buildpi")
     built.write("control.py", CONTROL)
     _, _, plain = watched(built, "-f", "control.py", "run")
@@ -453,7 +451,7 @@ NEEDED = {
 """Modules of the package that a dodo.py with artifacts imports."""
 
 
-def test_an_up_to_date_run_loads_no_more_of_us_than_its_dodo_file_names(built: Project) -> None:
+def test_an_up_to_date_run_imports_only_modules_that_dodo_needs(built: Project) -> None:
     def loaded() -> set[str]:
         _, _, modules = watched(built, "run")
         return {name.partition(".")[2] for name in modules if name.startswith("gamebear_tasks.")}
@@ -487,7 +485,7 @@ def task_umtprd""",
     assert reads(built, "list") == 7
 
 
-def test_what_an_earlier_doit_has_read_of_a_file_does_not_hide_what_it_imports_now(built: Project) -> None:
+def test_cached_imports_of_a_file_do_not_hide_its_current_imports(built: Project) -> None:
     time.sleep(0.2)
     built.doit("list").ok()
     append("scripts/umtprd.py", "import late\n")(built)
@@ -496,7 +494,7 @@ def test_what_an_earlier_doit_has_read_of_a_file_does_not_hide_what_it_imports_n
     assert "scripts/late.py" in built.doit("info", "umtprd").out
 
 
-def test_nothing_is_kept_where_nothing_was_ever_built(project: Project) -> None:
+def test_listing_writes_no_files_in_a_project_without_builds(project: Project) -> None:
     project.write("dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x', outputs=['y'])")
     project.write("x", "")
     time.sleep(0.2)
@@ -555,7 +553,7 @@ def task_x():
 
 @pytest.mark.system
 @pytest.mark.parametrize("arguments", [(), ("-n", "2")])
-def test_artifacts_may_be_subtasks_and_may_be_made_late(project: Project, arguments: tuple[str, ...]) -> None:
+def test_artifacts_may_be_subtasks_and_created_late(project: Project, arguments: tuple[str, ...]) -> None:
     project.write(
         "dodo.py",
         f"""
@@ -608,7 +606,7 @@ def task_tell():
 
 
 @pytest.mark.system
-def test_a_task_that_depends_on_an_artifacts_result_sees_other_outputs_of_the_same_job(project: Project) -> None:
+def test_a_task_that_depends_on_an_artifacts_result_detects_other_outputs_of_the_job(project: Project) -> None:
     project.write(
         "dodo.py",
         """
@@ -632,7 +630,7 @@ def task_tell():
 
 
 @pytest.mark.system
-def test_an_input_that_another_task_makes_is_made_first(project: Project) -> None:
+def test_an_input_made_by_another_task_is_made_first(project: Project) -> None:
     project.write(
         "dodo.py",
         """

@@ -51,7 +51,7 @@ def sit_down(place: tuple[str, Project], *words: str, size: tuple[int, int] = (2
     return Keyboard(command(url, *words), project.folder, project.environment, size)
 
 
-def test_a_shell_on_the_builder_is_as_one_here(place: tuple[str, Project]) -> None:
+def test_a_remote_shell_behaves_like_a_local_one(place: tuple[str, Project]) -> None:
     with sit_down(place, "sh", size=(31, 97)) as keyboard:
         keyboard.see(r"[$#] ")
         keyboard.type("echo $TERM; stty size; tty; test -t 0 && test -t 1 && test -t 2 && echo all three\r")
@@ -77,7 +77,7 @@ def test_a_large_paste_arrives_whole_while_much_is_printed(place: tuple[str, Pro
         assert keyboard.end() == 0
 
 
-def test_files_that_a_program_makes_are_as_private_as_its_users(place: tuple[str, Project]) -> None:
+def test_files_created_by_a_program_obey_the_users_umask(place: tuple[str, Project]) -> None:
     """Unlike the store. The first program uploads the runner, the second reuses it."""
     url, project = place
     for _ in range(2):
@@ -95,7 +95,7 @@ def test_files_that_a_program_makes_are_as_private_as_its_users(place: tuple[str
         keyboard.see("0022\r\n")
 
 
-def test_without_a_terminal_it_is_a_pipe(place: tuple[str, Project]) -> None:
+def test_without_a_terminal_a_pipe_is_used(place: tuple[str, Project]) -> None:
     url, project = place
     data = os.urandom(1 << 20)
     done = subprocess.run(
@@ -111,12 +111,12 @@ def test_without_a_terminal_it_is_a_pipe(place: tuple[str, Project]) -> None:
     assert done.stderr == b"wrong\n"
 
 
-def test_a_signal_that_ends_the_program_shows_in_the_status(place: tuple[str, Project]) -> None:
+def test_a_signal_that_ends_the_program_is_in_the_status(place: tuple[str, Project]) -> None:
     with sit_down(place, "sh", "-c", "kill -SEGV $$") as keyboard:
         assert keyboard.end() == 128 + signal.SIGSEGV
 
 
-def test_what_cannot_be_started_is_said(place: tuple[str, Project]) -> None:
+def test_a_program_that_cannot_be_started_is_an_error(place: tuple[str, Project]) -> None:
     with sit_down(place, "/proc/nowhere/at-all") as keyboard:
         assert keyboard.end() == 1
         assert "/proc/nowhere/at-all cannot be started: No such file or directory." in keyboard.text
@@ -131,7 +131,7 @@ def lives(number: int) -> bool:
         return False
 
 
-def test_being_told_to_end_leaves_the_terminal_as_it_was(place: tuple[str, Project]) -> None:
+def test_a_termination_signal_restores_the_terminal(place: tuple[str, Project]) -> None:
     with sit_down(place, "sh", "-c", "echo $$; exec sleep 1000") as keyboard:
         number = int(keyboard.see(r"\d+\r\n"))
         keyboard.process.send_signal(signal.SIGTERM)
@@ -140,12 +140,12 @@ def test_being_told_to_end_leaves_the_terminal_as_it_was(place: tuple[str, Proje
         wait_for(lambda: not lives(number))
 
 
-def test_what_a_program_leaves_behind_does_not_keep_its_terminal(place: tuple[str, Project]) -> None:
+def test_background_processes_do_not_hold_the_terminal(place: tuple[str, Project]) -> None:
     with sit_down(place, "sh", "-c", "trap '' HUP; (while echo more; do :; done) & echo begun; exit 4") as keyboard:
         assert keyboard.end() == 4
 
 
-def test_a_lost_connection_is_told_and_leaves_the_terminal_as_it_was(remote: Remote) -> None:
+def test_a_lost_connection_is_reported_and_restores_the_terminal(remote: Remote) -> None:
     url = remote.project.environment["GAMEBEAR_BUILDER"]
     with sit_down((url, remote.project), "sh", "-c", "echo begun; exec sleep 1000") as keyboard:
         keyboard.see("begun\r\n")

@@ -58,7 +58,7 @@ def test_a_phase_within_another_interrupts_it(clock: Clock) -> None:
     assert spent.spans == [("build", 0, 1), ("container", 1, 2), ("build", 3, 4)]
 
 
-def test_a_phase_that_fails_is_noted_as_well(clock: Clock) -> None:
+def test_a_failed_phase_is_recorded(clock: Clock) -> None:
     spent = Phases()
     with pytest.raises(ValueError), spent.phase("build"), spent.phase("commit"):
         clock.now += 3
@@ -79,7 +79,7 @@ def test_a_phase_that_fails_is_noted_as_well(clock: Clock) -> None:
         (200_000.0, "55 h 33 min", "55:33:20", "2 d"),
     ],
 )
-def test_a_time_has_one_form_in_sentences_and_a_shorter_one_in_columns(
+def test_durations_have_a_long_form_and_a_short_form_for_columns(
     seconds: float, sentence: str, column: str, ago: str
 ) -> None:
     assert (duration(seconds), clock_of(seconds), age(seconds)) == (sentence, column, ago)
@@ -89,7 +89,7 @@ def test_a_time_has_one_form_in_sentences_and_a_shorter_one_in_columns(
     assert f" {column} " in f"{render.status_line(board, board.begun + seconds, 80, render.ASCII).plain} "
 
 
-def test_what_goes_on_is_one_span_and_what_takes_no_time_none(clock: Clock) -> None:
+def test_consecutive_intervals_merge_and_empty_ones_are_dropped(clock: Clock) -> None:
     spent = Phases()
     with spent.phase("build"):
         for _ in range(9):
@@ -101,7 +101,7 @@ def test_what_goes_on_is_one_span_and_what_takes_no_time_none(clock: Clock) -> N
     assert spent.spans == [("build", 0, 9)]
 
 
-def test_a_thousand_containers_lose_no_second_and_are_not_a_thousand_spans(clock: Clock) -> None:
+def test_spans_of_a_thousand_containers_are_merged_without_losing_time(clock: Clock) -> None:
     spent = Phases()
     for _ in range(1000):
         for name in ("container", "build"):
@@ -111,7 +111,7 @@ def test_a_thousand_containers_lose_no_second_and_are_not_a_thousand_spans(clock
     assert sum(seconds for _, _, seconds in spent.spans) == 2000
 
 
-def test_threads_take_their_time_apart() -> None:
+def test_threads_are_timed_separately() -> None:
     spent = Phases()
     inside = threading.Event()
 
@@ -131,7 +131,7 @@ def test_threads_take_their_time_apart() -> None:
 # the record
 
 
-def test_the_time_of_a_builder_is_put_where_it_was_for_us(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_a_builder_are_mapped_to_the_clients_clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_record, "_loaded", True)
     there = [Phase("queue", 0, 10), Phase("build", 10, 30)]
     watch = Stopwatch()
@@ -149,7 +149,7 @@ def test_the_time_of_a_builder_is_put_where_it_was_for_us(clock: Clock, monkeypa
     assert watch.record("x", "", "", "done", "built").totals() == {"upload": 5, "queue": 10, "build": 30}
 
 
-def test_a_task_without_a_watch_takes_no_time(clock: Clock) -> None:
+def test_a_task_without_a_stopwatch_records_no_time(clock: Clock) -> None:
     with task_record.phase("connect"):
         task_record.sent(1)
         task_record.received(1)
@@ -158,7 +158,7 @@ def test_a_task_without_a_watch_takes_no_time(clock: Clock) -> None:
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.3, "41 s"), (61.0, "1 min 1 s"), (7260.0, "2 h 1 min")]
 )
-def test_a_record_is_a_line_in_plain_words(seconds: float, said: str) -> None:
+def test_a_timing_record_is_one_readable_line(seconds: float, said: str) -> None:
     spans = (
         Phase("load", -1, 1),
         Phase("queue", 0, 0.12),
@@ -182,7 +182,7 @@ def names(record: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.system
-def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> None:
+def test_a_built_task_reports_its_phases(project: Project) -> None:
     project.write("dodo.py", DODO + "    # a word\n")
     project.write("x.py", "import time; time.sleep(0.06); open('x', 'w').write('x' * 3000)")
     before = time.time()
@@ -206,7 +206,7 @@ def test_a_task_that_was_built_says_where_its_time_went(project: Project) -> Non
 
 
 @pytest.mark.system
-def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: Project) -> None:
+def test_an_existing_result_is_fetched_without_phases_of_a_builder(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write("x.py", "open('x', 'w').write('x')")
     project.doit().ok()
@@ -220,7 +220,7 @@ def test_a_result_that_was_there_is_fetched_without_a_builders_phases(project: P
 
 
 @pytest.mark.system
-def test_a_build_that_another_doit_began_is_followed_and_its_phases_begin_before_ours(project: Project) -> None:
+def test_phases_of_a_build_started_by_another_doit_may_begin_earlier(project: Project) -> None:
     go, runs = project.folder / "go", project.folder / "runs"
     project.write("dodo.py", DODO)
     project.write(
@@ -255,7 +255,7 @@ def test_a_task_that_failed_has_a_record_too(project: Project) -> None:
 
 
 @pytest.mark.system
-def test_containers_and_commits_have_phases_of_their_own(project: Project) -> None:
+def test_containers_and_commits_are_separate_phases(project: Project) -> None:
     project.write("tree.tar", "something")
     project.write(
         "dodo.py",
@@ -280,7 +280,7 @@ open("x", "w").close()
 
 
 @pytest.mark.system
-def test_a_script_that_writes_over_its_result_gets_no_say_over_the_phases(project: Project) -> None:
+def test_a_script_that_overwrites_its_result_cannot_set_phases(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write(
         "x.py",

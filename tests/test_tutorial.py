@@ -111,9 +111,7 @@ def lead_to(port: int, laptop: dict[str, str]) -> None:
     laptop["GIT_CONFIG_GLOBAL"] = str(config)
 
 
-def test_the_tutorial_works_with_upstreams_that_stand_in(
-    tmp_path: Path, laptop: dict[str, str], account: Account
-) -> None:
+def test_the_tutorial_works_with_substitute_upstreams(tmp_path: Path, laptop: dict[str, str], account: Account) -> None:
     with stand_ins(tmp_path / "srv") as (port, commits):
         lead_to(port, laptop)
 
@@ -143,7 +141,7 @@ def task_hello():
 
 
 @pytest.mark.parametrize("name", ["ci", "completion", "offline", "prune"])
-def test_a_how_to_works_as_it_is_written(tmp_path: Path, laptop: dict[str, str], name: str) -> None:
+def test_a_how_to_works_as_written(tmp_path: Path, laptop: dict[str, str], name: str) -> None:
     reader = Reader(tmp_path / "project", laptop, str)
     (reader.folder / "dodo.py").write_text(HOW_TO)
     (reader.folder / "hello.py").write_text("open('hello', 'w').close()")
@@ -151,7 +149,9 @@ def test_a_how_to_works_as_it_is_written(tmp_path: Path, laptop: dict[str, str],
 
 
 @pytest.mark.slow  # a quarter of an hour, mostly of emulation
-def test_the_tutorial_works_as_it_is(tmp_path: Path, laptop: dict[str, str], account: Account, emulation: None) -> None:
+def test_the_tutorial_works_with_its_real_upstreams(
+    tmp_path: Path, laptop: dict[str, str], account: Account, emulation: None
+) -> None:
     """The upstreams are GitHub's, or mirrors in the folder that the environment's UPSTREAMS names."""
     origin = os.environ.get("UPSTREAMS", UPSTREAM).rstrip("/")
     for name, commit in re.findall(rf'git\(\s*"{UPSTREAM}([^"]+)",\s+rev="(\w+)"', TUTORIAL.read_text()):

@@ -96,7 +96,7 @@ def test_a_header_has_a_maximum_length() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "1", "null", '"x"', "[[" * 100_000, b"\xff", b'{"\xff": 1}', "{'a': 1}"]
 )
-def test_what_is_no_json_object_is_refused(text: str | bytes) -> None:
+def test_a_message_that_is_not_a_json_object_is_rejected(text: str | bytes) -> None:
     with pytest.raises(WireError) as caught:
         decoded(message(text))
     assert not isinstance(caught.value, CutOff)
@@ -141,7 +141,7 @@ def test_other_numbers_are_clamped(text: str, number: float) -> None:
     assert decoded(message(f'{{"n": {text}}}')) == ({"n": number}, 0)
 
 
-def test_not_a_number_stays_one() -> None:
+def test_nan_is_decoded_as_nan() -> None:
     found = decoded(message('{"n": NaN}'))
     assert found is not None
     number = found[0]["n"]
@@ -149,7 +149,7 @@ def test_not_a_number_stays_one() -> None:
 
 
 @pytest.mark.parametrize("body", ["-1", str(MAX_BODY + 1), "1.0", "true", "false", '"1"', "null", "[]", "NaN"])
-def test_a_body_without_a_proper_length_is_refused(body: str) -> None:
+def test_a_body_with_an_invalid_length_is_rejected(body: str) -> None:
     with pytest.raises(WireError):
         decoded(message(f'{{"body": {body}}}'))
 
