@@ -117,9 +117,9 @@ class Browser:
             assert byte, "the browser is gone"
             data += byte
         message: dict[str, Any] = json.loads(data)
-        said = message.get("params", {})
+        params = message.get("params", {})
         if message.get("method") == "Network.requestWillBeSent":
-            self.requests.append(said["request"]["url"])
+            self.requests.append(params["request"]["url"])
         elif message.get("method") in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
-            self.complaints.append(json.dumps(said))
+            self.complaints.append(json.dumps(params))
         return message

@@ -65,9 +65,9 @@ class Run:
         """Assert failure without a traceback, and that the output contains the words. Return the run."""
         assert self.status != 0, self.text
         assert not OUR_FRAMES.search(self.text), self.text
-        said = " ".join(self.text.replace("\n→ ", "\n").split())
+        output = " ".join(self.text.replace("\n→ ", "\n").split())
         for word in words:
-            assert word in said, self.text
+            assert word in output, self.text
         return self
 
 

@@ -91,7 +91,7 @@ class Remote:
     def settings(self) -> dict[str, str]:
         return {name: value for name, value in self.project.environment.items() if name.startswith("GAMEBEAR_")}
 
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.project.folder / "doit.out").read_text()
 
     def assert_nothing_is_left(self) -> None:

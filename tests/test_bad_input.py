@@ -29,9 +29,9 @@ def project(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Project
     return made
 
 
-def assert_is_one_paragraph(run: Run, said: str) -> None:
+def assert_is_one_paragraph(run: Run, message: str) -> None:
     """See that a run failed saying something, once, and nothing else but what doit says."""
-    run.failed(said)
+    run.failed(message)
     assert "Traceback" not in run.text
     lines = [
         line for line in run.text.splitlines() if line and not line.startswith((".  ", "TaskError - ", "TaskFailed - "))
@@ -56,9 +56,9 @@ def test_an_unknown_source_choice_is_an_error_even_if_all_tasks_are_up_to_date(p
     )
     project.doit("x").ok()
     assert project.doit("x", "sources=web").ok().ran == []
-    said = "sources must be an alternative of a source, got 'debain' (from the doit variable sources)."
+    message = "sources must be an alternative of a source, got 'debain' (from the doit variable sources)."
     for arguments in (["x"], ["-n", "2", "x"]):
-        assert_is_one_paragraph(project.doit(*arguments, "sources=debain"), f"{said} Use one of git, web.")
+        assert_is_one_paragraph(project.doit(*arguments, "sources=debain"), f"{message} Use one of git, web.")
 
 
 def test_a_source_choice_without_alternatives_is_accepted(project: Project) -> None:
@@ -170,13 +170,13 @@ def test_names_with_newlines_do_not_break_lines(project: Project) -> None:
         "    yield {'basename': ODD, **artifact('x.py', inputs=['in'], outputs=[f'build/{ODD}/x'])}\n"
         "    yield {'basename': f'bad {ODD}', **artifact('x.py', inputs=[], outputs=[f'build/{ODD}/y'])}\n",
     )
-    said = [project.doit(*words).text for words in ([], [odd], ["shell", odd], ["jobs"], ["provenance"])]
-    assert "two lines" in said[0] and "two lines" in said[2]
+    message = [project.doit(*words).text for words in ([], [odd], ["shell", odd], ["jobs"], ["provenance"])]
+    assert "two lines" in message[0] and "two lines" in message[2]
     assert "removing file 'build/two lines" in project.doit("clean").ok().out
     with terminal(project, 100, 30) as seen:
         seen.type("clear; doit -n 2", "Enter")
-        said.append(seen.showed("failed: bad two lines"))
-    for text in said:
+        message.append(seen.showed("failed: bad two lines"))
+    for text in message:
         assert not re.search(r"^ *lines", text, re.MULTILINE) and "\x1b" not in text and "\r" not in text, text
 
 

@@ -17,9 +17,9 @@ def interrupted(client: subprocess.Popen[bytes], remote: Remote) -> str:
     """Press Ctrl-C, wait until doit exits, and return its output."""
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    said = remote.said()
-    assert not OUR_FRAMES.search(said.partition("KeyboardInterrupt")[0]), said
-    return said
+    output = remote.output()
+    assert not OUR_FRAMES.search(output.partition("KeyboardInterrupt")[0]), output
+    return output
 
 
 def test_during_an_upload_no_job_starts_and_the_next_doit_resumes_the_upload(remote: Remote) -> None:
@@ -40,7 +40,7 @@ def test_during_an_upload_no_job_starts_and_the_next_doit_resumes_the_upload(rem
 def test_during_a_build_the_job_is_stopped_on_the_builder(remote: Remote, mode: tuple[str, ...]) -> None:
     remote.waits()
     client = remote.project.start(*mode)
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     assert "cancelling x on" in interrupted(client, remote)
     assert not remote.target.exists()
     remote.assert_nothing_is_left()
@@ -66,12 +66,12 @@ def test_during_a_download_no_target_is_installed_and_the_next_doit_resumes(remo
 def test_twice_exits_immediately_and_reports_possible_leftovers(remote: Remote) -> None:
     remote.waits()
     client = remote.project.start()
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     remote.proxy.stall()
     client.send_signal(signal.SIGINT)
-    wait_for(lambda: "cancelling x on" in remote.said())
-    said = interrupted(client, remote)
-    assert "x may still run on ssh://" in said
+    wait_for(lambda: "cancelling x on" in remote.output())
+    output = interrupted(client, remote)
+    assert "x may still run on ssh://" in output
     remote.proxy.cut()
     remote.proxy.go_on()
     remote.go()
@@ -92,7 +92,7 @@ def test_with_more_threads_than_sessions_all_jobs_are_stopped(remote: Remote) ->
     remote.waits(before="#| arg: n: int\nprint('begin', flush=True)")
     remote.project.write("dodo.py", EIGHT)
     client = remote.project.start("-n", "8", "-P", "thread")
-    wait_for(lambda: "begin" in remote.said() and remote.said().count("waiting for a free slot") == 7)
+    wait_for(lambda: "begin" in remote.output() and remote.output().count("waiting for a free slot") == 7)
     interrupted(client, remote)
     remote.assert_nothing_is_left()
 

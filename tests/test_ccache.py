@@ -219,6 +219,6 @@ def test_an_unsupported_use_of_the_cache_is_an_immediate_error(
     script = f"with Container({image!r}) as c:\n    c.run({before or 'true'!r}, shell=True)\n    c.ccache = True\n"
     outcome = builder.run(script)
     assert outcome.status == 1
-    said = f"{outcome.message} {outcome.result['hint']}"
-    assert said.startswith("script.py, line 3: ") and message in said
+    text = f"{outcome.message} {outcome.result['hint']}"
+    assert text.startswith("script.py, line 3: ") and message in text
     assert "Traceback" not in outcome.log

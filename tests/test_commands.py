@@ -70,14 +70,14 @@ def unread(project: Project, *words: str, errors: bool = False, **environment: s
 )
 def test_a_closed_standard_output_causes_no_traceback(built: Project, words: str, status: int, errors: bool) -> None:
     unbuffered = {"PYTHONUNBUFFERED": "1"} if "-n" in words else {}
-    found, said = unread(built, *words.split(), errors=errors, **unbuffered)
-    assert found == status, said
-    assert "Error" not in said and "Traceback" not in said
+    found, message = unread(built, *words.split(), errors=errors, **unbuffered)
+    assert found == status, message
+    assert "Error" not in message and "Traceback" not in message
 
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("into", "status", "said"),
+    ("into", "status", "message"),
     [
         (">&-", 0, ""),
         ("<&- >&- 2>&-", 0, ""),
@@ -86,7 +86,7 @@ def test_a_closed_standard_output_causes_no_traceback(built: Project, words: str
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_full_standard_output_causes_no_traceback(
-    project: Project, into: str, status: int, said: str, unbuffered: str
+    project: Project, into: str, status: int, message: str, unbuffered: str
 ) -> None:
     done = subprocess.run(
         ["bash", "-c", f"{shlex.join(project.command('jobs'))} {into}"],
@@ -96,7 +96,7 @@ def test_a_full_standard_output_causes_no_traceback(
         text=True,
     )
     assert done.returncode == status and not OUR_FRAMES.search(done.stderr), done.stderr
-    assert done.stderr.replace("\n→ ", " ").startswith(said) and bool(done.stderr) == bool(said)
+    assert done.stderr.replace("\n→ ", " ").startswith(message) and bool(done.stderr) == bool(message)
 
 
 @pytest.mark.system

@@ -62,19 +62,19 @@ def shell(project: Project, kind: str, script: str, program: str = "gamebear") -
 def test_bash_completes_commands_and_tasks_where_they_are_valid(at_the_prompt: Project) -> None:
     asked = "".join(f"complete_ gamebear {name[:-1]}\ncomplete_ gamebear {name} hel\n" for name in COMMANDS)
     script = BASH.replace("PROGRAM", "gamebear") + asked + "complete_ gamebear hel\n"
-    said = shell(at_the_prompt, "bash", script).splitlines()
+    output = shell(at_the_prompt, "bash", script).splitlines()
     for name in COMMANDS:
-        assert name in next(line for line in said if line.startswith(f"gamebear {name[:-1]}: ")).split()[2:]
-    assert "gamebear jobs hel: hello help_page" in said
-    assert "gamebear hel: help hello help_page" in said
+        assert name in next(line for line in output if line.startswith(f"gamebear {name[:-1]}: ")).split()[2:]
+    assert "gamebear jobs hel: hello help_page" in output
+    assert "gamebear hel: help hello help_page" in output
 
 
 def test_bash_completes_commands_and_tasks_of_doit(at_the_prompt: Project) -> None:
     script = BASH.replace("PROGRAM", "doit") + "complete_ doit hel\ncomplete_ doit job\ncomplete_ doit run hel\n"
-    said = shell(at_the_prompt, "bash", script, program="doit").splitlines()
-    assert said == ["doit hel: help hello help_page", "doit job: ", "doit run hel: hello help_page"]
+    output = shell(at_the_prompt, "bash", script, program="doit").splitlines()
+    assert output == ["doit hel: help hello help_page", "doit job: ", "doit run hel: hello help_page"]
 
 
 def test_zsh_completes_options_with_their_descriptions(at_the_prompt: Project) -> None:
-    said = shell(at_the_prompt, "zsh", ZSH.replace("COMMAND", "jobs"))
-    assert "--lines" in said and "list the jobs as JSON" in said
+    output = shell(at_the_prompt, "zsh", ZSH.replace("COMMAND", "jobs"))
+    assert "--lines" in output and "list the jobs as JSON" in output

@@ -102,13 +102,13 @@ def test_a_pyproject_without_our_table_and_one_that_changes_are_read(folder: Pat
 
 
 def test_an_invalid_value_is_reported_with_its_origin(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "arch: unknown architecture 'armv7l' (from {}).\n→ Use Debian's name for it: armhf"
+    message = "arch: unknown architecture 'armv7l' (from {}).\n→ Use Debian's name for it: armhf"
     pyproject(folder, '[tool.gamebear]\narch = "armv7l"\n')
-    assert refusal() == said.format("[tool.gamebear] in pyproject.toml")
+    assert refusal() == message.format("[tool.gamebear] in pyproject.toml")
     monkeypatch.setenv("GAMEBEAR_ARCH", "armv7l")
-    assert refusal() == said.format("GAMEBEAR_ARCH")
+    assert refusal() == message.format("GAMEBEAR_ARCH")
     doit_cmd.set_var("arch", "armv7l")
-    assert refusal() == said.format("the doit variable arch")
+    assert refusal() == message.format("the doit variable arch")
 
 
 def refusal() -> str:
@@ -197,8 +197,8 @@ def test_a_misspelt_setting_is_reported(project: Project, given: str, meant: str
     project.write(
         "dodo.py", "from gamebear_tasks import artifact\ndef task_x(): return artifact('x.py', outputs=['x'])"
     )
-    said = project.doit("list", f"{given}=x", "colour=red", "arch=armhf").ok().err
-    assert said == f"gamebear: {given}= is not a setting; did you mean {meant}=?\n"
+    message = project.doit("list", f"{given}=x", "colour=red", "arch=armhf").ok().err
+    assert message == f"gamebear: {given}= is not a setting; did you mean {meant}=?\n"
 
 
 def test_a_run_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -76,7 +76,7 @@ class Figures:
             f" failed afterwards: {len(self.failed)}"
         )
 
-    def assert_all_is_well(self) -> None:
+    def assert_no_errors(self) -> None:
         print(self)
         assert self.injected
         assert [*self.wrong, *self.built_twice, *self.left, *self.failed] == [], str(self)
@@ -163,16 +163,16 @@ class Walk:
         run = project.doit(timeout=100)
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not supervised(project))
-        said = f"{name}: {faulty.text[-1500:]} --- {run.text[-1500:]}"
+        text = f"{name}: {faulty.text[-1500:]} --- {run.text[-1500:]}"
         if run.status:
-            self.figures.failed.append(said)
+            self.figures.failed.append(text)
             return
         for output, source in (("x", "big"), ("y", "small")):
             path = project.folder / "build" / output
             if not path.is_file() or path.read_bytes() != (project.folder / source).read_bytes()[::-1]:
-                self.figures.wrong.append(said)
+                self.figures.wrong.append(text)
         if builds(project) - built > (0 if was_done else 1) or builds(project) > 2:
-            self.figures.built_twice.append(f"{builds(project)} builds, {built} before: {said}")
+            self.figures.built_twice.append(f"{builds(project)} builds, {built} before: {text}")
         left = self._left(project)
         if left:
             self.figures.left.append(f"{name}: {left}")
@@ -262,20 +262,20 @@ def test_a_kill_at_sampled_points_loses_no_completed_work(walk: Walk) -> None:
     for role, count in SAMPLE.items():
         points = walk.points(role)
         walk.walk(role, spread(count, points), points, "kill")
-    walk.figures.assert_all_is_well()
+    walk.figures.assert_no_errors()
 
 
 def test_a_full_disk_at_sampled_points_is_survived(walk: Walk) -> None:
     points = walk.points("supervisor")
     walk.walk("supervisor", spread(3, points), points, "full")
-    walk.figures.assert_all_is_well()
+    walk.figures.assert_no_errors()
 
 
 def test_a_killed_prune_leaves_a_usable_store(walk: Walk) -> None:
     walk.command = PRUNE
     points = walk.points("session")
     walk.walk("session", spread(4, points)[1:-1], points, "kill")
-    walk.figures.assert_all_is_well()
+    walk.figures.assert_no_errors()
 
 
 def _may_be_torn(point: str) -> bool:
@@ -290,7 +290,7 @@ def test_a_fault_at_any_point_loses_no_completed_work(walk: Walk, role: str, how
     points = walk.points(role)
     numbers = [number for number, point in enumerate(points, 1) if how != "torn" or _may_be_torn(point)]
     walk.walk(role, numbers, points, how)
-    walk.figures.assert_all_is_well()
+    walk.figures.assert_no_errors()
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_a_kill_at_any_point_of_a_prune_leaves_a_usable_store(walk: Walk) -> Non
     walk.command = PRUNE
     points = walk.points("session")
     walk.walk("session", range(1, len(points) + 1), points, "kill")
-    walk.figures.assert_all_is_well()
+    walk.figures.assert_no_errors()
 
 
 @pytest.mark.slow
@@ -309,4 +309,4 @@ def test_the_next_run_recovers_from_a_kill_at_any_point_of_the_first_run(
     walk = Walk(tmp_path / "projects", library, None)
     points = walk.points(role)
     walk.walk(role, range(1, len(points) + 1), points, "kill")
-    walk.figures.assert_all_is_well()
+    walk.figures.assert_no_errors()

@@ -107,7 +107,7 @@ def order(folder: Path, arch: str) -> Order:
     return Order(Job(arch, script.name, sha256, ("x",)), {sha256: script}, dict)
 
 
-def said(project: Project) -> str:
+def output(project: Project) -> str:
     """Return the output of the started doit."""
     return (project.folder / "doit.out").read_text(errors="replace")
 
@@ -250,13 +250,13 @@ def test_without_a_free_slot_a_job_waits_and_reports_it(shelf: Cluster, tmp_path
     running = first.start()
     wait_for(lambda: begun(first), 60)
     queued = second.start()
-    wait_for(lambda: "has no free slot for amd64 now" in said(second), 60)
+    wait_for(lambda: "has no free slot for amd64 now" in output(second), 60)
     assert begun(second) == 0
     queued.send_signal(signal.SIGINT)  # a job that waits for a slot is released at once
     assert queued.wait(60) != 0
-    assert not OUR_FRAMES.search(said(second)), said(second)
+    assert not OUR_FRAMES.search(output(second)), output(second)
     (first.folder / "go").touch()
-    assert running.wait(60) == 0, said(first)
+    assert running.wait(60) == 0, output(first)
     (second.folder / "go").touch()
     second.doit().ok()
     assert begun(second) == 1
@@ -312,11 +312,11 @@ def test_ctrl_c_stops_the_job_on_the_worker(shelf: Cluster, tmp_path: Path) -> N
     project = project_on(shelf, tmp_path)
     waiting(project)
     client = project.start("-n", "2", "-P", "thread")
-    wait_for(lambda: "begin" in said(project), 60)
+    wait_for(lambda: "begin" in output(project), 60)
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "cancelling x on" in said(project)
-    assert not OUR_FRAMES.search(said(project).partition("KeyboardInterrupt")[0]), said(project)
+    assert "cancelling x on" in output(project)
+    assert not OUR_FRAMES.search(output(project).partition("KeyboardInterrupt")[0]), output(project)
     assert_nothing_is_left(project, shelf.workers[0].store)
     (project.folder / "go").touch()
     project.doit().ok()  # the slot is free again
@@ -330,9 +330,9 @@ def test_the_job_of_a_killed_client_is_found_by_the_next_doit(shelf: Cluster, tm
     client.kill()
     client.wait()
     again = project.start()
-    wait_for(lambda: "is already being built on" in said(project), 60)
+    wait_for(lambda: "is already being built on" in output(project), 60)
     (project.folder / "go").touch()
-    assert again.wait(60) == 0, said(project)
+    assert again.wait(60) == 0, output(project)
     assert begun(project) == 1
 
 
@@ -340,13 +340,13 @@ def test_the_jobs_of_all_workers_are_listed_and_one_is_cancelled(shelf: Cluster,
     project = project_on(shelf, tmp_path)
     waiting(project)
     client = project.start()
-    wait_for(lambda: "begin" in said(project))
+    wait_for(lambda: "begin" in output(project))
     entry = json.loads(project.gamebear("jobs", "--json").ok().out)[0]
     assert (entry["state"], entry["program"]) == ("running", "x.py")
     assert entry["where"].startswith("tcp://") and entry["where"] != shelf.address
     project.gamebear("jobs", "cancel", entry["digest"], "--force").ok()
     assert client.wait() != 0
-    assert "x was cancelled on dask://" in said(project)
+    assert "x was cancelled on dask://" in output(project)
 
 
 def test_a_failure_names_the_worker_and_shows_the_log(shelf: Cluster, tmp_path: Path) -> None:
@@ -364,11 +364,11 @@ def test_the_job_of_a_dead_worker_is_built_once_by_another(pair: Cluster, tmp_pa
     dying.kill()
     wait_for(lambda: begun(project) == 2, 60)
     (project.folder / "go").touch()
-    assert client.wait(60) == 0, said(project)
+    assert client.wait(60) == 0, output(project)
     assert (project.folder / "build/x").read_text() == "built"
     assert begun(project) == 2
-    assert not OUR_FRAMES.search(said(project)), said(project)
-    assert "distributed" not in said(project)
+    assert not OUR_FRAMES.search(output(project)), output(project)
+    assert "distributed" not in output(project)
 
 
 @pytest.mark.system
@@ -382,11 +382,11 @@ def test_a_job_waits_for_a_worker_when_the_only_one_of_its_architecture_dies(tmp
         client = project.start()
         wait_for(lambda: begun(project) == 1, 60)
         dying.kill()
-        wait_for(lambda: "waiting for one" in said(project), 60)
+        wait_for(lambda: "waiting for one" in output(project), 60)
         next_one = cluster.start_worker("amd64=1")
         wait_for(lambda: begun(project) == 2, 60)
         (project.folder / "go").touch()
-        assert client.wait(60) == 0, said(project)
+        assert client.wait(60) == 0, output(project)
         assert (len(next_one.digests), len(other.digests)) == (1, 0)
         assert "KeyError" not in (cluster.folder / "scheduler" / "log").read_text()
     finally:
@@ -404,7 +404,7 @@ def test_a_returning_worker_stops_jobs_that_another_worker_runs(pair: Cluster, t
     pair.start_worker("amd64=1", name=dying.folder.name)
     wait_for(lambda: not processes(dying.store), 60)
     (project.folder / "go").touch()
-    assert client.wait(60) == 0, said(project)
+    assert client.wait(60) == 0, output(project)
     assert begun(project) == 2
 
 
@@ -412,19 +412,19 @@ def test_a_restart_of_the_scheduler_repeats_no_build(pair: Cluster, tmp_path: Pa
     project = project_on(pair, tmp_path)
     waiting(project)
     client = project.start()
-    wait_for(lambda: "begin" in said(project), 60)
+    wait_for(lambda: "begin" in output(project), 60)
     pair.stop_scheduler()
-    wait_for(lambda: "lost the connection" in said(project), 60)
+    wait_for(lambda: "lost the connection" in output(project), 60)
     for worker in pair.workers:  # they end with their scheduler; systemd starts them again
         worker.process.wait(60)
     pair.start_scheduler()
     for worker in list(pair.workers):
         pair.start_worker("amd64=1", name=worker.folder.name)
-    wait_for(lambda: "again" in said(project), 60)
+    wait_for(lambda: "again" in output(project), 60)
     (project.folder / "go").touch()
-    assert client.wait(60) == 0, said(project)
+    assert client.wait(60) == 0, output(project)
     assert begun(project) == 1
-    assert said(project).count("begin\n") == said(project).count("end\n") == 1, said(project)
+    assert output(project).count("begin\n") == output(project).count("end\n") == 1, output(project)
 
 
 def test_an_unreachable_scheduler_is_reported_and_the_build_continues(pair: Cluster, tmp_path: Path) -> None:
@@ -434,8 +434,8 @@ def test_an_unreachable_scheduler_is_reported_and_the_build_continues(pair: Clus
     wait_for(lambda: begun(project) == 1, 60)
     pair.stop_scheduler()
     assert client.wait(60) != 0
-    assert "cannot be reached for 2 seconds" in said(project) and "run doit again" in said(project).lower()
-    assert not OUR_FRAMES.search(said(project)), said(project)
+    assert "cannot be reached for 2 seconds" in output(project) and "run doit again" in output(project).lower()
+    assert not OUR_FRAMES.search(output(project)), output(project)
     project.doit().failed("The scheduler of dask://", "cannot be reached", "dask scheduler")
 
 

@@ -245,7 +245,7 @@ def test_slow_diagnostics_are_polled(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (
             ["local:"],
@@ -254,8 +254,8 @@ def test_slow_diagnostics_are_polled(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["builder=moon:x"], "has an unknown scheme: 'moon'"),
     ],
 )
-def test_invalid_arguments_are_rejected(project: Project, arguments: list[str], said: str) -> None:
-    assert " ".join(said.split()) in " ".join(project.gamebear("doctor", *arguments).failed().text.split())
+def test_invalid_arguments_are_rejected(project: Project, arguments: list[str], output: str) -> None:
+    assert " ".join(output.split()) in " ".join(project.gamebear("doctor", *arguments).failed().text.split())
 
 
 # this machine
@@ -354,7 +354,7 @@ WELL: dict[str, Any] = {
     "programs": dict.fromkeys(
         ["apt-get", "buildah", "mmdebstrap", "newuidmap", "newgidmap", "usermod", "timedatectl"], "/usr/bin/it"
     ),
-    "namespaces": {"works": True, "said": "", "settings": {}},
+    "namespaces": {"works": True, "output": "", "settings": {}},
     "subordinate": {"uids": 65536, "gids": 65536, "enough": 65536, "free": 165536},
     "memory": {"total": GIB, "swap": 0},
     "heat": {"degrees": 50.0, "throttled": 0},
@@ -379,14 +379,14 @@ NO_CONTAINERS = {"containers": None, "failure": {"what": "No container can be ru
 
 
 def checked(changes: dict[str, Any], base: str = "auto", arch: str = "armhf") -> list[Finding]:
-    said = copy.deepcopy(WELL)
+    output = copy.deepcopy(WELL)
     for path, value in changes.items():
         *groups, name = path.split("/")
-        part = said
+        part = output
         for group in groups:
             part = part[group]
         part[name] = value
-    return findings_of(facts(said), [arch], base)
+    return findings_of(facts(output), [arch], base)
 
 
 def test_a_complete_builder_passes_all_checks() -> None:
@@ -517,14 +517,14 @@ def test_each_builder_of_a_table_is_checked_for_its_own_architectures(project: P
 
 
 @pytest.mark.parametrize(
-    ("release", "state", "said"),
+    ("release", "state", "output"),
     [("5.1.0", "ok", "accelerated"), ("99.0", "warning", "public API")],
     ids=["tested", "new"],
 )
 def test_doctor_reports_how_paramiko_is_used(
-    monkeypatch: pytest.MonkeyPatch, release: str, state: str, said: str
+    monkeypatch: pytest.MonkeyPatch, release: str, state: str, output: str
 ) -> None:
     monkeypatch.setattr(local_checks, "version", lambda _: release)
     finding = local_checks.findings([], by_ssh=True)[1]
     assert (finding.name, finding.state) == ("paramiko", state)
-    assert said in finding.message and ("pip install" in finding.fix) is (state != "ok")
+    assert output in finding.message and ("pip install" in finding.fix) is (state != "ok")

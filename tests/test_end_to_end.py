@@ -25,9 +25,9 @@ bind(S, sockaddr_un("/dev/log")) or die $!;
 my $umtprd = fork;
 exec "/umtprd" unless $umtprd;
 alarm 60;
-while (defined recv(S, $said, 4096, 0)) {
-    print "$said\\\\n";
-    last if $said =~ /Version/;
+while (defined recv(S, $output, 4096, 0)) {
+    print "$output\\\\n";
+    last if $output =~ /Version/;
 }
 kill KILL => $umtprd;
 '''
@@ -36,8 +36,8 @@ with Container("debian:bookworm") as c:
     c.copy_in("umtprd", "/umtprd")
     c.copy_in("listen.pl", "/listen.pl")
     # `run` gives a container a /dev that cannot be written to: this must have a socket there
-    with c.mount() as root, open("said", "wb") as said:
-        subprocess.run(["chroot", root, "perl", "/listen.pl"], stdout=said, check=True)
+    with c.mount() as root, open("output", "wb") as output:
+        subprocess.run(["chroot", root, "perl", "/listen.pl"], stdout=output, check=True)
 """
 """Runs umtprd with a listener on the system log, to which alone it writes its version."""
 
@@ -45,7 +45,7 @@ with Container("debian:bookworm") as c:
 RUN_IT_TASK = """
 
 def task_run_it():
-    return artifact("run_it.py", inputs=["build/umtprd"], outputs=["build/said"])
+    return artifact("run_it.py", inputs=["build/umtprd"], outputs=["build/output"])
 """
 
 
@@ -85,7 +85,7 @@ def test_umtprd_is_an_arm_program_and_runs(umtprd: Path, gamebear: Project) -> N
     assert "ELF32" in about and "ARM" in about
     assert os.access(umtprd, os.X_OK)
     gamebear.doit("run_it").ok()
-    assert "Version: v1.3.10 compiled" in (gamebear.folder / "build" / "said").read_text()
+    assert "Version: v1.3.10 compiled" in (gamebear.folder / "build" / "output").read_text()
 
 
 def test_packages_of_an_emulated_image_are_installed_with_the_builders_apt(umtprd: Path, gamebear: Project) -> None:

@@ -206,9 +206,9 @@ def test_a_permission_or_limit_of_this_machine(folder: Path, tmp_path: Path, row
         text=True,
         check=False,
     )
-    said = done.stdout + done.stderr
-    assert done.returncode != 0 and not OUR_FRAMES.search(said), said
-    check(row, without_doits_lines(said).replace(str(tmp_path / "home"), "~"))
+    message = done.stdout + done.stderr
+    assert done.returncode != 0 and not OUR_FRAMES.search(message), message
+    check(row, without_doits_lines(message).replace(str(tmp_path / "home"), "~"))
 
 
 @pytest.mark.system

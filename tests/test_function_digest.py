@@ -103,7 +103,7 @@ MODULES = {
 def template(system: None, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A built project with a function that uses everything a function may use."""
     made = Project(tmp_path_factory.mktemp("functions"), home=tmp_path_factory.getbasetemp() / "quick-home")
-    lay_everything(made)
+    write_project(made)
     made.doit().ok()
     return made
 
@@ -115,7 +115,7 @@ def built(template: Project, tmp_path: Path) -> Project:
     return Project(tmp_path / "built", home=template.home)
 
 
-def lay_everything(project: Project) -> None:
+def write_project(project: Project) -> None:
     project.write("dodo.py", EVERYTHING)
     for name, text in MODULES.items():
         project.write(name, text)
@@ -210,7 +210,7 @@ def task_x():
 
 @pytest.mark.system
 def test_another_process_finds_the_job_again(project: Project, tmp_path: Path) -> None:
-    lay_everything(project)
+    write_project(project)
     project.write("dodo.py", EVERYTHING.replace('"?"', repr(str(tmp_path))))
     project.doit().ok(), project.doit("clean").ok(), project.doit("forget", "-a").ok()
     jobs = project.home / ".cache/gamebear/v1/jobs"
@@ -429,7 +429,7 @@ def test_an_invalid_function_is_rejected_when_dodo_is_loaded(project: Project) -
 
 @pytest.mark.system
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("def build():\n    raise ValueError('upside down')", "ValueError: upside down"),
         ("def build(word):\n    pass", "missing 1 required positional argument: 'word'"),
@@ -437,12 +437,12 @@ def test_an_invalid_function_is_rejected_when_dodo_is_loaded(project: Project) -
         ("import doit\ndef build():\n    doit.run()", "cannot be loaded on the builder: ModuleNotFoundError"),
     ],
 )
-def test_a_failed_function_is_an_error_without_a_traceback(project: Project, body: str, said: str) -> None:
+def test_a_failed_function_is_an_error_without_a_traceback(project: Project, body: str, message: str) -> None:
     project.write(
         "dodo.py",
         f"from gamebear_tasks import artifact\n{body}\ndef task_x():\n    return artifact(build, outputs=['x'])\n",
     )
-    project.doit().failed("x failed on local: ", said)
+    project.doit().failed("x failed on local: ", message)
 
 
 OTHER_PYTHON = """#!{python}

@@ -18,7 +18,7 @@ from project import OUR_FRAMES, Project, wait_for
 from gamebear_tasks.cli.dep_file import DatabaseError, guarded
 from gamebear_tasks.cli.main import COMMANDS
 
-TASK = "def task_x():\n    return {'actions': ['echo said']}\n"
+TASK = "def task_x():\n    return {'actions': ['echo output']}\n"
 
 DODO = "from gamebear_tasks import artifact\ndef task_x():\n    return artifact('x.py', outputs=['build/x'])\n"
 
@@ -69,8 +69,8 @@ def test_gamebear_has_the_commands_of_doit(project: Project) -> None:
 @pytest.mark.parametrize("name", ["report", "lock"])
 def test_a_task_named_like_a_command_is_rejected_by_gamebear_and_run_by_doit(project: Project, name: str) -> None:
     project.write("dodo.py", TASK.replace("task_x", f"task_{name}"))
-    said = project.gamebear().failed(f"Task can't be called '{name}' because this is a command name")
-    assert said.status == 3
+    output = project.gamebear().failed(f"Task can't be called '{name}' because this is a command name")
+    assert output.status == 3
     assert project.doit("run", name).ok().ran == [name]
 
 
@@ -152,8 +152,8 @@ def test_a_damaged_database_entry_is_reported(opened: Callable[[], Any]) -> None
     first = opened()
     first._dbm[b"x"] = b'{"result'
     first.dump()
-    said = "doit's database .doit.db cannot be read: it is damaged, or was written by another Python."
-    assert failure(lambda: opened().get("x", "result")) == f"{said} {REMOVE}"
+    output = "doit's database .doit.db cannot be read: it is damaged, or was written by another Python."
+    assert failure(lambda: opened().get("x", "result")) == f"{output} {REMOVE}"
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_an_error_of_the_database_names_its_cause_and_fix(
         raise error
 
     monkeypatch.setattr(DbmDB, "dump", fails)
-    said = failure(opened().dump)
-    assert said.startswith("doit's database .doit.db cannot be written: ") and says in said
+    output = failure(opened().dump)
+    assert output.startswith("doit's database .doit.db cannot be written: ") and says in output
 
 
 @pytest.mark.parametrize("backend", ["dbm", "json", "sqlite3"])
@@ -191,10 +191,10 @@ def test_a_damaged_database_causes_no_traceback(project: Project, command: str, 
 def test_a_fifo_in_place_of_the_database_does_not_block(project: Project, command: str, suffix: str) -> None:
     project.write("dodo.py", TASK)
     os.mkfifo(project.folder / f".doit.db{suffix}")
-    said = project.gamebear(*command.split(), timeout=60).failed(
+    output = project.gamebear(*command.split(), timeout=60).failed(
         f".doit.db{suffix} cannot be opened: it is not a regular file."
     )
-    assert said.status == 3
+    assert output.status == 3
 
 
 @pytest.mark.parametrize("suffix", ["", ".dat", ".db"])
@@ -202,8 +202,8 @@ def test_a_fifo_in_place_of_the_database_does_not_block_doit(project: Project, s
     project.write("dodo.py", DODO)
     project.write("x.py", "")
     os.mkfifo(project.folder / f".doit.db{suffix}")
-    said = project.doit(timeout=60).failed(f".doit.db{suffix} cannot be opened: it is not a regular file.")
-    assert said.status == 3
+    output = project.doit(timeout=60).failed(f".doit.db{suffix} cannot be opened: it is not a regular file.")
+    assert output.status == 3
 
 
 def test_a_damaged_database_is_not_dumped(project: Project) -> None:
@@ -225,10 +225,10 @@ def test_ctrl_c_prints_one_line(project: Project, program: str) -> None:
     with subprocess.Popen(command, cwd=project.folder, env=project.environment, stdout=pipe, stderr=pipe) as client:
         wait_for(begun.exists)
         client.send_signal(signal.SIGINT)
-        said = b"".join(client.communicate(timeout=60)).decode()
+        output = b"".join(client.communicate(timeout=60)).decode()
     assert client.returncode == -signal.SIGINT, "a shell's loop ends with it"
-    assert not OUR_FRAMES.search(said) and "Traceback" not in said, said
-    assert said.count("interrupted") == 1, said
+    assert not OUR_FRAMES.search(output) and "Traceback" not in output, output
+    assert output.count("interrupted") == 1, output
 
 
 def test_ctrl_c_while_dodo_is_loaded_prints_one_line(project: Project) -> None:

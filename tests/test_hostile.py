@@ -72,7 +72,7 @@ def have(request): send(have=0)
 def cancel(request): send(state="cancelled", others=0)
 def greet(): raw(b"gamebear-runner: ready\\n")
 
-{lies}
+{replies}
 
 greet()
 while True:
@@ -118,10 +118,10 @@ class Hostile:
         project.environment["PATH"] = f"{project.folder / 'bin'}:{os.environ['PATH']}"
         project.write("x.py", "open('x', 'w').close()")
 
-    def says(self, lies: str) -> None:
+    def replies_with(self, replies: str) -> None:
         """Replace replies of an honest builder."""
         self.project.write("dodo.py", DODO.format(log_limit=2 * MIB, silence=self.silence))
-        script = RUNNER.format(python=sys.executable, data=DATA, lies=lies, asked=str(self._asked))
+        script = RUNNER.format(python=sys.executable, data=DATA, replies=replies, asked=str(self._asked))
         self.project.write("bin/python3", script).chmod(0o755)
 
     @property
@@ -146,16 +146,16 @@ class Hostile:
             failure = action.Build(made).execute(None)
             for builder in building._builders.values():
                 builder.close()
-        said = str(failure.get_msg()) if failure else ""
-        assert "\x1b" not in said and "\x07" not in said
-        return said
+        message = str(failure.get_msg()) if failure else ""
+        assert "\x1b" not in message and "\x07" not in message
+        return message
 
-    def ask(self, question: Callable[[RunnerBuilder], object]) -> str:
+    def request(self, operation: Callable[[RunnerBuilder], object]) -> str:
         """Send a request. Return the error that the reply caused."""
         with self._checked(), self._patched():
             builder = local.open_builder("local:")
             try:
-                question(builder)
+                operation(builder)
             except GamebearError as error:
                 return str(error)
             finally:
@@ -191,14 +191,14 @@ class Hostile:
         assert all(path in after for path in before if not path.name.startswith(mine))
         assert not self.target.exists() or self.target.read_bytes() == DATA
 
-    def refused(self, lies: str, *words: str) -> None:
+    def refused(self, replies: str, *words: str) -> None:
         """Assert that the reply is rejected, with an error."""
-        self.says(lies)
-        said = " ".join(self.build().split())
-        assert said
-        assert "Traceback" not in said
+        self.replies_with(replies)
+        message = " ".join(self.build().split())
+        assert message
+        assert "Traceback" not in message
         for word in words:
-            assert word in said
+            assert word in message
         assert not self.target.exists()
 
 
@@ -212,7 +212,7 @@ def hostile(project: Project) -> Hostile:
 
 
 def test_an_honest_builder_is_accepted(hostile: Hostile) -> None:
-    hostile.says("")
+    hostile.replies_with("")
     hostile.doit().ok()
     assert hostile.target.read_bytes() == DATA
 
@@ -237,7 +237,7 @@ def test_a_missing_output_is_an_error(hostile: Hostile, outputs: str) -> None:
     hostile.refused(f"def follow(request): send(**{{**result(), 'outputs': {outputs}}})", OTHERS)
 
 
-NONSENSE = "sends an invalid reply"
+INVALID_REPLY = "sends an invalid reply"
 
 
 @pytest.mark.parametrize(
@@ -284,21 +284,21 @@ def test_an_output_longer_than_announced_is_discarded(hostile: Hostile) -> None:
     )
 
 
-NOT_AS_SAID = "build/x did not arrive intact"
+CORRUPT = "build/x did not arrive intact"
 
 
 def test_an_output_shorter_than_announced_is_discarded(hostile: Hostile) -> None:
-    hostile.refused("def follow(request): send(**result(size=20))", NOT_AS_SAID, "12 of 20 bytes")
+    hostile.refused("def follow(request): send(**result(size=20))", CORRUPT, "12 of 20 bytes")
     assert hostile.asked.count("fetch") == 3, "it was tried again without end, or not at all"
 
 
 def test_an_output_with_another_hash_than_announced_is_discarded(hostile: Hostile) -> None:
-    hostile.refused("def fetch(request): send(b'x' * 12)", NOT_AS_SAID, "SHA-256")
+    hostile.refused("def fetch(request): send(b'x' * 12)", CORRUPT, "SHA-256")
 
 
 @pytest.mark.parametrize("length", [1 << 40, 1 << 62, 10**400], ids=["1 TiB", "the most", "more"])
 def test_an_endless_output_is_rejected(hostile: Hostile, length: int) -> None:
-    hostile.says(
+    hostile.replies_with(
         f"""
 def fetch(request):
     text(json.dumps({{"body": {length}}}))
@@ -310,7 +310,7 @@ def fetch(request):
 
 
 def test_an_endless_stream_is_read_up_to_the_announced_size(hostile: Hostile) -> None:
-    hostile.says(
+    hostile.replies_with(
         """
 def follow(request): send(**result(size=32 << 20))
 def fetch(request):
@@ -319,7 +319,7 @@ def fetch(request):
         raw(bytes(1 << 20))
 """
     )
-    hostile.doit().failed(NOT_AS_SAID)
+    hostile.doit().failed(CORRUPT)
 
 
 @pytest.mark.parametrize(
@@ -336,23 +336,23 @@ def test_holes_do_not_extend_the_announced_size(hostile: Hostile) -> None:
 
 @pytest.mark.parametrize("valid", ["1e300", "10**400", "float('inf')"])
 def test_the_validity_of_a_result_is_bounded(hostile: Hostile, valid: str) -> None:
-    hostile.says(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")
+    hostile.replies_with(f"def follow(request): send(**{{**result(), 'valid': {valid}}})")
     hostile.doit().ok()
     assert responses.VALID == 10 * 365 * 86400
     assert f'"seconds": {responses.VALID}' in hostile.project.doit("dumpdb").out.replace("'", '"')
 
 
 def test_a_builders_description_of_itself_is_bounded_and_sanitized(hostile: Hostile) -> None:
-    hostile.says(
+    hostile.replies_with(
         r"""
 words = "a line\n" * 3 + "\x1b]0;evil\x07" + "x" * 9999
 def follow(request): send(**{**result(), "notices": [f"{n} {words}" for n in range(40)] + [7, None, ["x"]]})
 """
     )
-    said = hostile.project.doit().ok().err
-    assert (said.count("gamebear: on local: "), len(said.splitlines())) == (10, 11)
-    assert len(said) < 10 * 600 and "\x1b" not in said
-    hostile.says("def follow(request): send(**{**result(), 'notices': {'a': 1}})")
+    message = hostile.project.doit().ok().err
+    assert (message.count("gamebear: on local: "), len(message.splitlines())) == (10, 11)
+    assert len(message) < 10 * 600 and "\x1b" not in message
+    hostile.replies_with("def follow(request): send(**{**result(), 'notices': {'a': 1}})")
     hostile.project.doit("clean").ok()
     assert "gamebear: on" not in hostile.project.doit().ok().err
 
@@ -389,7 +389,7 @@ def follow(request): send(**{**result(), "notices": [f"{n} {words}" for n in ran
     ],
 )
 def test_an_invalid_reply_is_an_immediate_error(hostile: Hostile, answer: str) -> None:
-    hostile.refused(f"def submit(request): {answer}", NONSENSE, "this machine")
+    hostile.refused(f"def submit(request): {answer}", INVALID_REPLY, "this machine")
     assert hostile.asked == ["submit"]
 
 
@@ -414,7 +414,7 @@ def test_invalid_phases_are_ignored(hostile: Hostile) -> None:
         " ['keep', 0, 1e12]] + [['queue', 0, 1]] * 9999"
     )
     submit = "def submit(request): send(**result(), started=True)"
-    hostile.says(f"{submit}\ndef follow(request): send(**result(), phases={spans})")
+    hostile.replies_with(f"{submit}\ndef follow(request): send(**result(), phases={spans})")
     hostile.doit().ok()
     assert hostile.target.read_bytes() == DATA
     record = json.loads((hostile.project.folder / "build/logs/x.json").read_text())
@@ -422,12 +422,13 @@ def test_invalid_phases_are_ignored(hostile: Hostile) -> None:
     assert phases.count(("build", 2.5)) == 1
     assert set(phases) == {("build", 2.5), ("queue", 1.0)}
     assert len(phases) <= 128
-    hostile.says("def follow(request): send(**result(), phases={'build': 1.0})")
+    hostile.replies_with("def follow(request): send(**result(), phases={'build': 1.0})")
     hostile.doit("-a").ok()
 
 
 def test_a_header_of_maximum_length_uses_little_memory(hostile: Hostile) -> None:
-    hostile.says("""def follow(request): text(json.dumps(result())[:-1] + ', "x": [' + '0,' * 2_000_000 + '0]}')""")
+    reply = """text(json.dumps(result())[:-1] + ', "x": [' + '0,' * 2_000_000 + '0]}')"""
+    hostile.replies_with(f"def follow(request): {reply}")
     hostile.doit().ok()
 
 
@@ -437,20 +438,20 @@ NO_END = "arrive in too many small pieces."
 
 
 def test_a_builder_that_always_reports_more_is_not_queried_forever(hostile: Hostile) -> None:
-    hostile.says(f"""
+    hostile.replies_with(f"""
 def follow(request): send(b"x", **result())
 def prune(request): send(jobs=1, more=True)
 def list(request): send(total=10**9, jobs=[{{**{JOB}, "digest": "%064x" % request["skip"]}}])
 """)
     assert hostile.build().startswith(f"The lines of the log of x.py on local: {NO_END}")
     assert hostile.asked.count("follow") == 21
-    assert NO_END in hostile.ask(lambda builder: builder.jobs())
+    assert NO_END in hostile.request(lambda builder: builder.jobs())
     assert hostile.asked.count("list") == 21
-    assert NO_END in hostile.ask(lambda builder: builder.prune())
+    assert NO_END in hostile.request(lambda builder: builder.prune())
     entry = responses.entry(JOB)
     assert entry is not None
     for lines in (-1, 10):
-        assert NO_END in hostile.ask(lambda builder: jobs._follow(jobs.Found(builder, entry), lines))  # noqa: B023
+        assert NO_END in hostile.request(lambda builder: jobs._follow(jobs.Found(builder, entry), lines))  # noqa: B023
 
 
 @pytest.mark.parametrize(
@@ -469,9 +470,9 @@ def list(request): send(total=10**9, jobs=[{{**{JOB}, "digest": "%064x" % reques
     ],
 )
 def test_the_counts_of_a_prune_are_bounded(hostile: Hostile, freed: str, read: int) -> None:
-    hostile.says(f"def prune(request): send(jobs={freed}, freed={freed}, images=-1, left=None)")
+    hostile.replies_with(f"def prune(request): send(jobs={freed}, freed={freed}, images=-1, left=None)")
     found: list[Pruned] = []
-    assert hostile.ask(lambda builder: found.append(builder.prune())) == ""
+    assert hostile.request(lambda builder: found.append(builder.prune())) == ""
     assert found == [Pruned(jobs=read, freed=read)]
     assert size(found[0].freed)
 
@@ -479,13 +480,13 @@ def test_the_counts_of_a_prune_are_bounded(hostile: Hostile, freed: str, read: i
 @pytest.mark.parametrize("number", ["10**400", "-1", "True", "1.0", "'1'", "None"])
 def test_invalid_counts_of_retained_containers_are_rejected(hostile: Hostile, number: str) -> None:
     containers = "[{'image': 'x', 'command': ['true'], 'status': 10**400}] * 2"
-    hostile.says(f"def kept(request): send(containers={containers}, last={number}, age=1)")
-    assert NONSENSE in hostile.ask(lambda builder: builder.kept("ab" * 32))
+    hostile.replies_with(f"def kept(request): send(containers={containers}, last={number}, age=1)")
+    assert INVALID_REPLY in hostile.request(lambda builder: builder.kept("ab" * 32))
     for age in ("10**400", "-1", "float('nan')", "True", "None"):
-        hostile.says(f"def kept(request): send(containers={containers}, last=1, age={age})")
-        assert NONSENSE in hostile.ask(lambda builder: builder.kept("ab" * 32))
-    hostile.says(f"def kept(request): send(containers={containers}, last=1, age=3)")
-    assert hostile.ask(lambda builder: builder.kept("ab" * 32)) == ""
+        hostile.replies_with(f"def kept(request): send(containers={containers}, last=1, age={age})")
+        assert INVALID_REPLY in hostile.request(lambda builder: builder.kept("ab" * 32))
+    hostile.replies_with(f"def kept(request): send(containers={containers}, last=1, age=3)")
+    assert hostile.request(lambda builder: builder.kept("ab" * 32)) == ""
 
 
 @pytest.mark.parametrize(
@@ -515,19 +516,19 @@ def test_a_message_is_not_nested_deeply(nested: str) -> None:
 
 
 def test_a_builder_that_disconnects_after_each_piece_is_not_retried_forever(hostile: Hostile) -> None:
-    hostile.says("""
+    hostile.replies_with("""
 def fetch(request):
     text(json.dumps({"body": 10**9 - request["offset"]}), b"x" * 5000)
     sys.exit()
 """)
     sink = Memory()
-    assert NO_END in hostile.ask(lambda builder: builder.fetch(JOB["digest"], "a1", "x", 0, sink, 10**9))
+    assert NO_END in hostile.request(lambda builder: builder.fetch(JOB["digest"], "a1", "x", 0, sink, 10**9))
     assert hostile.asked.count("fetch") == 21 and len(sink.getvalue()) == 21 * 5000
 
 
 def test_text_from_a_builder_is_sanitized_for_the_terminal(hostile: Hostile) -> None:
     evil = r"'\x1b]0;evil\x07 \x1b[2J up' + 'x' * 100_000"
-    hostile.says(
+    hostile.replies_with(
         f"""
 def submit(request):
     send(state="failed", attempt="a1", failure={{"kind": {evil}, "message": {evil}, "hint": {evil}}})
@@ -553,7 +554,7 @@ SEEN = "red\n1%\n99%\n\N{REPLACEMENT CHARACTER}2Jend \N{REPLACEMENT CHARACTER}\n
 def test_a_log_is_sanitized_for_the_terminal_in_every_view(
     hostile: Hostile, piece: int, words: tuple[str, ...]
 ) -> None:
-    hostile.says(f"""
+    hostile.replies_with(f"""
 def submit(request): send(state="running", attempt="a1", started=True)
 def list(request): send(total=1, jobs=[{JOB}])
 def follow(request):
@@ -589,7 +590,7 @@ def test_a_builder_that_never_sends_its_greeting_times_out(hostile: Hostile) -> 
 @pytest.mark.system
 def test_a_builder_that_stalls_during_an_output_times_out(hostile: Hostile) -> None:
     hostile.silence = 1.0
-    hostile.says(
+    hostile.replies_with(
         """
 def fetch(request):
     text('{"body": %d}' % (12 - request["offset"]))
@@ -615,7 +616,7 @@ def greet():
 
 @pytest.mark.system
 def test_an_endless_log_is_stored_up_to_a_limit_and_the_job_times_out(hostile: Hostile) -> None:
-    hostile.says(
+    hostile.replies_with(
         """
 def submit(request): send(state="running", attempt="a1")
 def follow(request): send(b"all is well\\n" * 20_000, state="running", attempt="a1")
@@ -654,7 +655,7 @@ def follow(request):
 
 @pytest.mark.system
 def test_polling_backs_off_if_the_builder_replies_immediately_without_news(hostile: Hostile) -> None:
-    hostile.says(
+    hostile.replies_with(
         """
 def submit(request): send(state="running", attempt="a1")
 def follow(request): send(state="running", attempt="a1")

@@ -208,11 +208,11 @@ def test_the_journal_of_a_running_base_is_replayed(tmp_path: Path, thing: Path) 
     small = make_base(tmp_path / "base.img")
     data = small.read_bytes()
     (tmp_path / "root").write_bytes(data[17 * MIB :])
-    said = subprocess.run(
+    message = subprocess.run(
         ["/usr/sbin/debugfs", "-R", "blocks /etc/hostname", "root"], cwd=tmp_path, capture_output=True, check=True
     ).stdout
     (tmp_path / "block").write_bytes(b"late\n".ljust(1024, b"\0"))
-    commands = b"journal_open\njournal_write -b %s block\njournal_close\n" % said.strip()
+    commands = b"journal_open\njournal_write -b %s block\njournal_close\n" % message.strip()
     subprocess.run(["/usr/sbin/debugfs", "-w", "-f", "-", "root"], cwd=tmp_path, input=commands, check=True)
     small.write_bytes(data[: 17 * MIB] + (tmp_path / "root").read_bytes())
     bake(small, tmp_path / "out.img", contents=[file(thing, "/opt/")])
@@ -243,7 +243,7 @@ def test_a_root_file_system_larger_than_its_partition_is_rejected(base: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda data: data[: 30 * MIB], "is truncated: partition 2"),
         (lambda data: bytes(MIB) + data[MIB:], "has no partition table"),
@@ -252,11 +252,11 @@ def test_a_root_file_system_larger_than_its_partition_is_rejected(base: Path, tm
         (lambda data: b"", "has no partition table"),
     ],
 )
-def test_a_file_that_is_not_an_image_is_rejected(base: Path, tmp_path: Path, damage: object, said: str) -> None:
+def test_a_file_that_is_not_an_image_is_rejected(base: Path, tmp_path: Path, damage: object, message: str) -> None:
     assert callable(damage)
     bad = tmp_path / "bad.img"
     bad.write_bytes(damage(base.read_bytes()))
-    refused(bad, tmp_path / "out.img", "bad.img", said)
+    refused(bad, tmp_path / "out.img", "bad.img", message)
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zip", ".zst"])
@@ -357,11 +357,11 @@ def test_the_image_grows_as_needed(base: Path, tmp_path: Path) -> None:
 
 def test_the_requested_space_remains_free(base: Path, tmp_path: Path, thing: Path) -> None:
     bake(base, tmp_path / "out.img", contents=[file(thing, "/opt/")], free="200M")
-    said = subprocess.run(
+    message = subprocess.run(
         ["dumpe2fs", "-h", f"{tmp_path / 'out.img'}?offset={17 * MIB}"],
         capture_output=True, text=True, check=True, env={"PATH": "/usr/sbin:/sbin"},
     ).stdout  # fmt: skip
-    numbers = {name: int(number) for name, number in re.findall(r"^(.+?):\s+(\d+)$", said, re.MULTILINE)}
+    numbers = {name: int(number) for name, number in re.findall(r"^(.+?):\s+(\d+)$", message, re.MULTILINE)}
     free = (numbers["Free blocks"] - numbers["Reserved block count"]) * numbers["Block size"]
     assert 200 * MIB <= free < 240 * MIB
 
@@ -596,7 +596,7 @@ def test_systemctl_itself_agrees(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("unit", "said"),
+    ("unit", "message"),
     [
         ("nothing.service", "nothing.service cannot be enabled: the image has no such unit"),
         ("static.service", "it has no [Install] section"),
@@ -605,10 +605,10 @@ def test_systemctl_itself_agrees(tmp_path: Path) -> None:
         ("astray.service", "astray.service cannot be enabled: '../../passwd' in [Install]"),
     ],
 )
-def test_a_unit_that_cannot_be_enabled_is_named(base: Path, tmp_path: Path, unit: str, said: str) -> None:
+def test_a_unit_that_cannot_be_enabled_is_named(base: Path, tmp_path: Path, unit: str, message: str) -> None:
     astray = tmp_path / "astray.service"
     astray.write_text("[Install]\nAlias=../../passwd\n")
-    refused(base, tmp_path / "out.img", said, contents=[file(astray, "/etc/systemd/system/")], enable=[unit])
+    refused(base, tmp_path / "out.img", message, contents=[file(astray, "/etc/systemd/system/")], enable=[unit])
 
 
 def test_the_image_has_a_host_name_and_a_user_who_may_log_in(base: Path, tmp_path: Path) -> None:
@@ -679,12 +679,12 @@ def test_damaged_lines_matter_only_if_they_are_used(tmp_path: Path) -> None:
     small = make_base(tmp_path / "base.img", system=system)
     bake(small, tmp_path / "out.img", user=user("bear", password=HASH))
     assert b"\n+\nhalf:x\nodd:x:some:" in Card(tmp_path / "out.img")["etc/passwd"].content
-    for name, groups, said in (
+    for name, groups, message in (
         ("half", [], "/etc/passwd of the image is damaged: the line of 'half'"),
         ("odd", [], "/etc/passwd of the image is damaged: the line of 'odd'"),
         ("bear", ["bits"], "/etc/group of the image is damaged: the line of 'bits'"),
     ):
-        refused(small, tmp_path / "no.img", said, user=user(name, password=HASH, groups=groups))
+        refused(small, tmp_path / "no.img", message, user=user(name, password=HASH, groups=groups))
     refused(small, tmp_path / "no.img", "/etc/hostname is not a regular file", hostname="bear")
 
 
@@ -906,10 +906,10 @@ def test_an_image_has_provenance_like_an_artifact(project: Project) -> None:
 
 
 def test_secrets_are_neither_shown_nor_stored_by_doit(project: Project) -> None:
-    said = (
+    message = (
         project.doit("-v2").ok().text + project.doit("info", "image").text + project.doit("list", "--status").ok().text
     )
-    assert HASH not in said
+    assert HASH not in message
     for path in [*project.folder.glob(".doit.db*"), *(project.folder / "build/logs").rglob("*.json*")]:
         assert HASH.encode() not in path.read_bytes()
 
@@ -993,9 +993,9 @@ def test_leftovers_of_an_interrupted_bake_are_removed_by_the_next(
         os.killpg(process.pid, 2)  # a terminal signals all processes
     else:
         process.send_signal(9 if signal == "KILL" else 15)
-    said = process.communicate()[0].decode()
+    message = process.communicate()[0].decode()
     wait_for(lambda: not users_of(slow))
-    assert "Traceback" not in said, said
+    assert "Traceback" not in message, message
     left = list((project.folder / "build").glob(".*.bake"))
     assert bool(left) == (signal == "KILL" and options != ("-n2",)), "a process of doit -n clears up"
     assert not (project.folder / "build" / "card.img").exists()

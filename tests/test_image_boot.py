@@ -120,12 +120,12 @@ def test_the_baked_image_boots_and_has_the_artifacts_in_place(
     console, booting = booted(build / "reporting.img", project.folder)
     found = re.search("^BEGIN\n(.*)^END\n", console, re.MULTILINE | re.DOTALL)
     assert found, f"the machine did not say what is in it:\n{console[-4000:]}"
-    said = found[1]
-    assert "host: gamebear" in said
-    assert "gt: 0" in said and re.search(r"usage:.*gt", said, re.IGNORECASE), said
-    assert "uMTP Responder" in said
-    assert "/usr/local/bin/umtprd 755 root" in said
-    assert "modules-load=dwc2" in said and "dtoverlay=dwc2" in said
+    output = found[1]
+    assert "host: gamebear" in output
+    assert "gt: 0" in output and re.search(r"usage:.*gt", output, re.IGNORECASE), output
+    assert "uMTP Responder" in output
+    assert "/usr/local/bin/umtprd 755 root" in output
+    assert "modules-load=dwc2" in output and "dtoverlay=dwc2" in output
     with capsys.disabled():
         print(f"\n{figures(build, built, booting)}")
 
@@ -156,7 +156,7 @@ def booted(image: Path, folder: Path) -> tuple[str, float]:
     """Boot an image with its own kernel, until it is off again.
 
     Returns:
-        What its console said, with plain line ends, and the seconds until it said what is in it.
+        What its console output, with plain line ends, and the seconds until it output what is in it.
     """
     boot = Card(image).boot()
     for name in ("vmlinuz", "initrd.img"):

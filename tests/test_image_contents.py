@@ -323,7 +323,7 @@ def test_firmware_for_another_processor_is_not_a_foreign_program(base: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "fields", "said"),
+    ("name", "kind", "fields", "message"),
     [
         ("../x", tarfile.REGTYPE, {}, "unsafe name '../x'"),
         ("a/../../x", tarfile.REGTYPE, {}, "unsafe name"),
@@ -355,10 +355,10 @@ def test_firmware_for_another_processor_is_not_a_foreign_program(base: Path, tmp
     ],
 )  # fmt: skip
 def test_unsupported_contents_are_rejected_by_name(
-    base: Path, tmp_path: Path, name: str, kind: bytes, fields: dict[str, Any], said: str
+    base: Path, tmp_path: Path, name: str, kind: bytes, fields: dict[str, Any], message: str
 ) -> None:
     packed = Packed(tmp_path / "bad.tar").add("good", data=b"1").add(name, kind, **fields).done()
-    refused(base, tmp_path / "out.img", "bad.tar", said, contents=[tar(packed)])
+    refused(base, tmp_path / "out.img", "bad.tar", message, contents=[tar(packed)])
 
 
 def test_a_device_with_a_negative_number_is_rejected(base: Path, tmp_path: Path) -> None:
@@ -398,14 +398,14 @@ def test_a_header_with_an_impossible_size_is_rejected(base: Path, tmp_path: Path
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 2**70
     (tmp_path / "bad.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    said = "bad.tar cannot be unpacked: a header is invalid"
-    refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "bad.tar")])
+    message = "bad.tar cannot be unpacked: a header is invalid"
+    refused(base, tmp_path / "out.img", message, contents=[tar(tmp_path / "bad.tar")])
 
 
 def test_a_file_that_is_not_a_tar_is_rejected(base: Path, tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_bytes(b"hello" * 1000)
-    said = "no.tar cannot be unpacked: it is not a tar file"
-    refused(base, tmp_path / "out.img", said, contents=[tar(tmp_path / "no.tar")])
+    message = "no.tar cannot be unpacked: it is not a tar file"
+    refused(base, tmp_path / "out.img", message, contents=[tar(tmp_path / "no.tar")])
 
 
 # arbitrary tars
@@ -520,8 +520,8 @@ def test_a_large_file_is_baked_without_being_read_into_memory(base: Path, tmp_pa
     refused(base, tmp_path / "out.img", "long is too large: 64.0 MiB", contents=[hosts], hostname="bear")
     refused(base, tmp_path / "out.img", "long is too large: 64.0 MiB", contents=[config], config=["a=1"])
     packed = Packed(tmp_path / "long.tar").add("etc/hosts", data=bytes(MOST_READ + 1)).done()
-    said = "long.tar: etc/hosts is too large: 64.0 MiB"
-    refused(base, tmp_path / "out.img", said, contents=[tar(packed, "/")], hostname="bear")
+    message = "long.tar: etc/hosts is too large: 64.0 MiB"
+    refused(base, tmp_path / "out.img", message, contents=[tar(packed, "/")], hostname="bear")
 
 
 def test_an_oversized_file_or_link_is_not_requested(tmp_path: Path) -> None:
@@ -548,5 +548,5 @@ def test_an_oversized_tar_header_is_rejected_unread(base: Path, tmp_path: Path, 
         out.write(b"" if first else member.tobuf(tarfile.USTAR_FORMAT))
         out.write(header.tobuf(tarfile.USTAR_FORMAT) + b"a" * header.size)
         out.write(member.tobuf(tarfile.USTAR_FORMAT) + bytes(10240))
-    said = "odd.tar cannot be unpacked: a header is invalid"
-    refused(base, tmp_path / "out.img", said, contents=[tar(path, "/")])
+    message = "odd.tar cannot be unpacked: a header is invalid"
+    refused(base, tmp_path / "out.img", message, contents=[tar(path, "/")])

@@ -281,9 +281,9 @@ def test_an_image_under_the_right_name_but_of_another_architecture_does_not_matc
         "print(json.dumps([there == made == by_id, "
         "failure(bases.resolve, buildah, found, 'gamebear-cache:x', found.arch)]))"
     )
-    is_same, said = failed
+    is_same, output = failed
     assert is_same
-    assert said == (
+    assert output == (
         f"image gamebear-cache:x for {builder.facts.arch} is not on the builder."
         " The name is local: build the image and tag it first."
     )
@@ -353,15 +353,15 @@ def test_a_disk_too_small_for_a_bootstrap_is_reported_without_further_attempts(
     monkeypatch.setitem(builder.environment, "PATH", f"{tmp_path}:{builder.environment['PATH']}")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", disk], check=True)
     try:
-        said, left = builder.inside(
-            "said = failure(bases.resolve, buildah, found, 'debian:bookworm', found.arch)\n"
-            "print(json.dumps([said, buildah('containers', '--quiet')]))"
+        output, left = builder.inside(
+            "output = failure(bases.resolve, buildah, found, 'debian:bookworm', found.arch)\n"
+            "print(json.dumps([output, buildah('containers', '--quiet')]))"
         )
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
     arch = builder.facts.arch
-    assert said.startswith(f"debian bookworm for {arch} cannot be bootstrapped: the disk is full.")
-    assert "gamebear prune" in said
+    assert output.startswith(f"debian bookworm for {arch} cannot be bootstrapped: the disk is full.")
+    assert "gamebear prune" in output
     assert not left
 
 

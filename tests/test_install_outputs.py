@@ -58,18 +58,18 @@ def test_an_existing_target_is_not_fetched(tmp_path: Path) -> None:
 def test_an_output_with_the_wrong_hash_is_not_installed(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
     target.write_bytes(b"the old one")
-    said = output(b"x" * len(CONTENT["umtprd"]))
+    announced = output(b"x" * len(CONTENT["umtprd"]))
     with pytest.raises(Mismatch, match="did not arrive intact"):
-        place({"umtprd": target}, {"umtprd": said}, fetch)
+        place({"umtprd": target}, {"umtprd": announced}, fetch)
     assert target.read_bytes() == b"the old one"
     assert leftovers(tmp_path) == []
 
 
 def test_neither_of_two_outputs_is_installed_if_one_is_wrong(tmp_path: Path) -> None:
     targets = {name: tmp_path / name for name in CONTENT}
-    said = {"umtprd": output(CONTENT["umtprd"]), "b.tar": output(b"something else")}
+    announced = {"umtprd": output(CONTENT["umtprd"]), "b.tar": output(b"something else")}
     with pytest.raises(Mismatch):
-        place(targets, said, fetch)
+        place(targets, announced, fetch)
     assert not any(target.exists() for target in targets.values())
 
 
@@ -100,24 +100,24 @@ def broken_after(count: int) -> Callable[[str, int, Sink, int], None]:
 
 def test_an_interrupted_download_resumes(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
-    said = {"umtprd": output(CONTENT["umtprd"])}
+    announced = {"umtprd": output(CONTENT["umtprd"])}
     with pytest.raises(BuilderLost):
-        place({"umtprd": target}, said, broken_after(1000))
+        place({"umtprd": target}, announced, broken_after(1000))
     assert not target.exists()
-    assert place({"umtprd": target}, said, fetch) == len(CONTENT["umtprd"]) - 1000
+    assert place({"umtprd": target}, announced, fetch) == len(CONTENT["umtprd"]) - 1000
     assert target.read_bytes() == CONTENT["umtprd"]
     assert leftovers(tmp_path) == []
 
 
 def test_a_partial_download_is_verified_before_it_is_resumed(tmp_path: Path) -> None:
     target = tmp_path / "umtprd"
-    said = {"umtprd": output(CONTENT["umtprd"])}
+    announced = {"umtprd": output(CONTENT["umtprd"])}
     with pytest.raises(BuilderLost):
-        place({"umtprd": target}, said, broken_after(1000))
+        place({"umtprd": target}, announced, broken_after(1000))
     (part,) = tmp_path.glob(part_pattern(target))
     part.write_bytes(b"?" * 1000)
     with pytest.raises(Mismatch, match="an earlier run"):
-        place({"umtprd": target}, said, fetch)
+        place({"umtprd": target}, announced, fetch)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +132,7 @@ def test_unused_partial_downloads_are_removed_by_the_next_successful_one(tmp_pat
 def test_a_download_interrupted_after_a_hole_resumes_there(tmp_path: Path) -> None:
     target = tmp_path / "x"
     whole = bytes(5 * MIB) + b"end" + bytes(5 * MIB)
-    said = {"x": Output(len(whole), hashlib.sha256(whole).hexdigest(), False, 3)}
+    announced = {"x": Output(len(whole), hashlib.sha256(whole).hexdigest(), False, 3)}
 
     def breaks(name: str, offset: int, target: Sink, limit: int) -> None:
         target.skip(5 * MIB)
@@ -144,8 +144,8 @@ def test_a_download_interrupted_after_a_hole_resumes_there(tmp_path: Path) -> No
         target.skip(5 * MIB)
 
     with pytest.raises(BuilderLost):
-        place({"x": target}, said, breaks)
-    place({"x": target}, said, the_rest)
+        place({"x": target}, announced, breaks)
+    place({"x": target}, announced, the_rest)
     assert target.read_bytes() == whole
     assert target.stat().st_blocks * 512 < MIB
 
@@ -223,16 +223,16 @@ def test_a_folder_in_place_of_a_target_is_named(tmp_path: Path) -> None:
 
 
 def test_a_link_in_place_of_the_part_is_not_followed(tmp_path: Path) -> None:
-    said = output(CONTENT["umtprd"])
+    announced = output(CONTENT["umtprd"])
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
     with pytest.raises(BuilderLost):
-        place({"umtprd": tmp_path / "umtprd"}, {"umtprd": said}, broken_after(1))
+        place({"umtprd": tmp_path / "umtprd"}, {"umtprd": announced}, broken_after(1))
     (part,) = tmp_path.glob(part_pattern(tmp_path / "umtprd"))
     part.unlink()
     part.symlink_to(victim)
     with pytest.raises(JobError):
-        place({"umtprd": tmp_path / "umtprd"}, {"umtprd": said}, fetch)
+        place({"umtprd": tmp_path / "umtprd"}, {"umtprd": announced}, fetch)
     assert victim.read_bytes() == b"mine"
 
 
@@ -545,19 +545,19 @@ def test_data_after_a_hole_is_written_at_its_offset(tmp_path: Path) -> None:
 
 
 def test_a_part_is_removed_if_there_is_no_room_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets, said = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
+    targets, announced = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
     with pytest.raises(BuilderLost):
-        place(targets, said, broken_after(1000))
+        place(targets, announced, broken_after(1000))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT["umtprd"]) - 1001))
     with pytest.raises(JobError, match="does not fit on the disk"):
-        place(targets, said, fetch)
+        place(targets, announced, fetch)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_resuming_a_part_needs_room_for_the_rest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets, said = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
+    targets, announced = {"umtprd": tmp_path / "umtprd"}, {"umtprd": BOTH["umtprd"]}
     with pytest.raises(BuilderLost):
-        place(targets, said, broken_after(1000))
+        place(targets, announced, broken_after(1000))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT["umtprd"]) - 1000))
-    place(targets, said, fetch)
+    place(targets, announced, fetch)
     assert targets["umtprd"].read_bytes() == CONTENT["umtprd"]

@@ -67,11 +67,11 @@ def begun(remote: Remote, after: str = "print('end')") -> subprocess.Popen[bytes
     """Start a doit whose job runs until it is released."""
     remote.waits(before="print('begin \\x1b[31mred', flush=True)", after=after)
     client = remote.project.start()
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     return client
 
 
-def said(laptop: Project) -> str:
+def output(laptop: Project) -> str:
     return (laptop.folder / "doit.out").read_text()
 
 
@@ -83,10 +83,10 @@ def test_a_job_is_listed_and_followed_to_its_end_from_another_laptop(remote: Rem
     line = other.jobs().ok().out.splitlines()[2].split()
     assert line[:5] == [first["digest"][: first["digits"]], "running", "x.py", "->", "x,"]
     follower = other.start("jobs", "follow", line[0])
-    wait_for(lambda: "begin red\n" in said(other))
+    wait_for(lambda: "begin red\n" in output(other))
     remote.go()
     assert (client.wait(), follower.wait()) == (0, 0)
-    assert "\nend\n" in said(other) and "succeeded" in said(other)
+    assert "\nend\n" in output(other) and "succeeded" in output(other)
     again = other.jobs("follow", line[0], "--lines", "1").ok()
     assert again.out == "end\n"
     entry = other.listed()[0]
@@ -102,7 +102,7 @@ def test_force_cancels_a_job_from_another_laptop_while_a_user_waits(remote: Remo
     )
     assert "was cancelled" in other.jobs("cancel", name, "--force").ok().err
     assert client.wait() != 0
-    assert "x was cancelled on" in remote.said()
+    assert "x was cancelled on" in remote.output()
     other.jobs("cancel", name).failed("cannot be cancelled: its state is cancelled")
     remote.assert_nothing_is_left()
 
@@ -114,18 +114,18 @@ def test_following_a_job_does_not_count_as_waiting(remote: Remote, other: Laptop
     digest = other.listed()[0]["digest"]
     for stop in (True, False):
         follower = other.start("jobs", "follow", digest)
-        wait_for(lambda: "begin" in said(other))
+        wait_for(lambda: "begin" in output(other))
         if stop:
             follower.send_signal(signal.SIGINT)
             assert follower.wait() == 130
-            assert "continues; cancel it with: gamebear jobs cancel" in said(other)
+            assert "continues; cancel it with: gamebear jobs cancel" in output(other)
     assert len(other.listed()[0]["waiting"]) == 1
     client.kill()
     client.wait()
     wait_for(lambda: not served.intersection(sessions_of(account)))  # the builder has detected it
     remote.go()
     assert follower.wait() == 1
-    assert "the job failed" in said(other)
+    assert "the job failed" in output(other)
     remote.project.doit().failed("the job failed")  # no waiting client had acknowledged it
     assert remote.builds == 1
     remote.project.doit().failed("the job failed")

@@ -156,8 +156,8 @@ def locked(project: Project) -> set[str]:
 
 
 def test_sources_of_tasks_that_are_created_later_are_pinned_and_fetched(late: Project) -> None:
-    said = late.gamebear("lock").ok().out
-    assert "known" not in said and "kept" not in said
+    message = late.gamebear("lock").ok().out
+    assert "known" not in message and "kept" not in message
     assert locked(late) == {"main", "v1"}
     assert "skipped" not in late.gamebear("sources").ok().out
     assert not (late.folder / "first").exists(), "no task was run"
@@ -172,13 +172,13 @@ def test_pins_of_tasks_that_cannot_be_created_yet_are_retained(late: Project) ->
     text = text.replace("    yield inner()", f"{needs}    yield inner()")
     late.write("dodo.py", text.replace('    for name in ("named"', f'{needs}    for name in ("named"'))
     for arguments in (("lock",), ("lock", "--update"), ("lock", "--prune")):
-        said = late.doit(*arguments).ok().out
+        message = late.doit(*arguments).ok().out
         for name in ("late", "named"):
             why = f"task {name} was skipped, because it cannot be created: FileNotFoundError: "
-            assert said.count(why) == 1
-        assert "task also" not in said, "it has the same creator"
-        assert "(run doit first, then this command again)" in said
-        assert ("no pin was removed" in said) == ("--prune" in arguments)
+            assert message.count(why) == 1
+        assert "task also" not in message, "it has the same creator"
+        assert "(run doit first, then this command again)" in message
+        assert ("no pin was removed" in message) == ("--prune" in arguments)
         assert locked(late) == {"main", "v1"}
     late.doit("first").ok()
     assert "skipped" not in late.gamebear("lock", "--prune").ok().out

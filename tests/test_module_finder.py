@@ -21,7 +21,7 @@ from gamebear_tasks.jobspec.module_finder import imported_names, local_modules, 
 from gamebear_tasks.util import file_hashes
 
 
-def lay(folder: Path, *names: str, **texts: str) -> None:
+def write_modules(folder: Path, *names: str, **texts: str) -> None:
     """Write Python files: empty ones by path, others with `__` for `/` and `INIT` for `__init__` in their names."""
     paths = {name: name.replace("__", "/").replace("INIT", "__init__") for name in texts}
     contents = dict.fromkeys(names, "") | {f"{paths[name]}.py": text for name, text in texts.items()}
@@ -32,7 +32,7 @@ def lay(folder: Path, *names: str, **texts: str) -> None:
 
 def found(folder: Path, text: str) -> list[str]:
     """Return the modules found for a script of a folder."""
-    lay(folder, x=text)
+    write_modules(folder, x=text)
     modules = local_modules(folder / "x.py")
     assert modules == {name: folder / name for name in modules}
     return list(modules)
@@ -66,12 +66,12 @@ PACKAGE = ("a.py", "b.py", "pkg/__init__.py", "pkg/mod.py", "pkg/sub/__init__.py
     ],
 )
 def test_an_import_includes_the_module_that_python_would_load(tmp_path: Path, text: str, names: list[str]) -> None:
-    lay(tmp_path, *PACKAGE)
+    write_modules(tmp_path, *PACKAGE)
     assert found(tmp_path, text) == names
 
 
 def test_imports_are_followed_through_modules_packages_and_circles(tmp_path: Path) -> None:
-    lay(
+    write_modules(
         tmp_path,
         "pkg/sub/leaf.py",
         one="import two",
@@ -101,26 +101,26 @@ def test_imports_are_followed_through_modules_packages_and_circles(tmp_path: Pat
 
 
 def test_a_module_of_the_project_takes_precedence(tmp_path: Path) -> None:
-    lay(tmp_path, "json.py")
+    write_modules(tmp_path, "json.py")
     assert found(tmp_path, "import json") == ["json.py"]
 
 
 def test_modules_are_searched_beside_each_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lay(tmp_path, "common.py", "scripts/common.py", scripts__x="import common", y="import common")
+    write_modules(tmp_path, "common.py", "scripts/common.py", scripts__x="import common", y="import common")
     assert local_modules(Path("scripts/x.py")) == {"common.py": Path("scripts/common.py")}
     assert local_modules(Path("y.py")) == {"common.py": Path("common.py")}
 
 
 def test_an_edited_module_is_read_again(tmp_path: Path) -> None:
-    lay(tmp_path, "a.py", "b.py")
+    write_modules(tmp_path, "a.py", "b.py")
     assert found(tmp_path, "import a") == ["a.py"]
     (tmp_path / "a.py").write_text("import b")
     assert found(tmp_path, "import a") == ["a.py", "b.py"]
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "output"),
     [
         (b"c.run([\n", "x.py, line 1, is not Python: '[' was never closed."),
         (b"a = 1\nif a\n", "x.py, line 2, is not Python: expected ':'."),
@@ -132,19 +132,19 @@ def test_an_edited_module_is_read_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_script_that_is_not_python_is_an_error_without_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, output: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("x.py").write_bytes(content)
     with pytest.raises(SettingsError) as caught:
         local_modules(Path("x.py"))
-    assert said in str(caught.value)
+    assert output in str(caught.value)
     assert str(caught.value).count("\n") == 1, "what failed, and the fix"
 
 
 def test_a_module_that_is_not_python_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lay(tmp_path, x="import a", a="def f(:\n")
+    write_modules(tmp_path, x="import a", a="def f(:\n")
     with pytest.raises(SettingsError, match=r"^a\.py, line 1, is not Python: invalid syntax\.\n→ Fix it there\.$"):
         local_modules(Path("x.py"))
 
@@ -198,7 +198,7 @@ def test_all_modules_that_python_would_load_are_found(
     for name in [*FILES, "x.py"]:
         kinds = st.one_of(lines, relative) if "/" in name else lines
         text = "\n".join(data.draw(st.lists(kinds, min_size=name == "x.py", max_size=2)))
-        lay(folder, **{name[:-3].replace("__init__", "INIT").replace("/", "__"): text})
+        write_modules(folder, **{name[:-3].replace("__init__", "INIT").replace("/", "__"): text})
     done = subprocess.run(
         [sys.executable, "-ISB", "-c", LOADED, str(folder)], capture_output=True, text=True, check=True
     )
@@ -210,7 +210,7 @@ def test_the_modules_are_available_when_the_script_runs(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     project = Project(tmp_path / "project", home=tmp_path_factory.getbasetemp() / "quick-home")
-    lay(
+    write_modules(
         project.folder / "scripts",
         x="import parts.flags\nfrom common import write\nwrite(parts.flags.FLAGS)",
         common="from parts import NAME\ndef write(text): open(NAME, 'w').write(text)",
@@ -233,7 +233,9 @@ def imported_by_python(script: Path) -> str:
 
 
 def test_modules_of_a_linked_script_are_searched_beside_its_target_as_python_does(tmp_path: Path) -> None:
-    lay(tmp_path, "real/near.py", scripts__a="print('link')", real__a="print('target')", real__x="import a, near")
+    write_modules(
+        tmp_path, "real/near.py", scripts__a="print('link')", real__a="print('target')", real__x="import a, near"
+    )
     script = tmp_path / "scripts/x.py"
     script.symlink_to("../real/x.py")
     assert imported_by_python(script) == "target\n"
@@ -244,13 +246,13 @@ def test_modules_of_a_linked_script_below_the_current_folder_have_relative_paths
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lay(tmp_path, "real/a.py", real__x="import a", scripts__b="")
+    write_modules(tmp_path, "real/a.py", real__x="import a", scripts__b="")
     Path("scripts/x.py").symlink_to(tmp_path / "real/x.py")
     assert local_modules(Path("scripts/x.py")) == {"a.py": Path("real/a.py")}
 
 
 def test_a_retargeted_script_link_has_the_modules_of_its_new_target(tmp_path: Path) -> None:
-    lay(tmp_path, "one/a.py", "two/a.py", one__x="import a", two__x="import a")
+    write_modules(tmp_path, "one/a.py", "two/a.py", one__x="import a", two__x="import a")
     script = tmp_path / "x.py"
     for folder in ("one", "two"):
         script.unlink(missing_ok=True)
@@ -259,7 +261,7 @@ def test_a_retargeted_script_link_has_the_modules_of_its_new_target(tmp_path: Pa
 
 
 def test_a_linked_script_may_import_its_target_by_its_own_name(tmp_path: Path) -> None:
-    lay(tmp_path, real__y="if __name__ == '__main__':\n    import y\nelse:\n    print('imported')")
+    write_modules(tmp_path, real__y="if __name__ == '__main__':\n    import y\nelse:\n    print('imported')")
     script = tmp_path / "x.py"
     script.symlink_to("real/y.py")
     assert imported_by_python(script) == "imported\n"
@@ -267,8 +269,10 @@ def test_a_linked_script_may_import_its_target_by_its_own_name(tmp_path: Path) -
 
 
 def test_linked_modules_and_packages_are_found_under_their_links_names(tmp_path: Path) -> None:
-    lay(tmp_path, "shared/pkg/sub.py", shared__m="import n", shared__pkg__INIT="from . import sub", shared__n="wrong")
-    lay(tmp_path, scripts__n="", scripts__x="import module, package")
+    write_modules(
+        tmp_path, "shared/pkg/sub.py", shared__m="import n", shared__pkg__INIT="from . import sub", shared__n="wrong"
+    )
+    write_modules(tmp_path, scripts__n="", scripts__x="import module, package")
     (tmp_path / "scripts/module.py").symlink_to("../shared/m.py")
     (tmp_path / "scripts/package").symlink_to("../shared/pkg")
     assert imported_by_python(tmp_path / "scripts/x.py") == ""
@@ -311,7 +315,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.usefixtures("empty")
 def test_an_unchanged_file_is_parsed_once(parsed: list[str]) -> None:
-    lay(Path(), x="import a", a="import json")
+    write_modules(Path(), x="import a", a="import json")
     time.sleep(2 * file_hashes.SETTLED)
     for _ in range(2):
         assert local_modules(Path("x.py")) == {"a.py": Path("a.py")}
@@ -320,7 +324,7 @@ def test_an_unchanged_file_is_parsed_once(parsed: list[str]) -> None:
 
 @pytest.mark.usefixtures("empty")
 def test_a_file_of_the_same_size_and_mtime_is_read_again() -> None:
-    lay(Path(), "a.py", "b.py", x="import a")
+    write_modules(Path(), "a.py", "b.py", x="import a")
     time.sleep(2 * file_hashes.SETTLED)
     assert list(local_modules(Path("x.py"))) == ["a.py"]
     before = os.stat("x.py")
@@ -333,7 +337,7 @@ def test_a_file_of_the_same_size_and_mtime_is_read_again() -> None:
 def test_a_file_that_may_change_without_new_timestamps_is_read_again(
     parsed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lay(Path(), x="import a")
+    write_modules(Path(), x="import a")
     monkeypatch.setattr(module_finder, "version", lambda _about: "the same ")
     monkeypatch.setattr(module_finder, "is_settled", lambda _about: False)
     assert imported_names("x.py") == "a"
@@ -346,10 +350,10 @@ def test_a_file_that_may_change_without_new_timestamps_is_read_again(
 
 @pytest.mark.usefixtures("empty")
 def test_equal_module_lists_are_one_object() -> None:
-    lay(Path(), x="import some.thing")
+    write_modules(Path(), x="import some.thing")
     first = imported_names("x.py")
     time.sleep(TICK)
-    lay(Path(), x="import some.thing  # again")
+    write_modules(Path(), x="import some.thing  # again")
     assert imported_names("x.py") is first
 
 
@@ -357,18 +361,18 @@ def test_equal_module_lists_are_one_object() -> None:
 @pytest.mark.parametrize("settled", [False, True])
 def test_a_created_or_removed_module_is_detected(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
-    lay(Path(), "scripts/pkg/deep/a.py", scripts__x="import m, pkg.deep.b, pkg.deep.a")
+    write_modules(Path(), "scripts/pkg/deep/a.py", scripts__x="import m, pkg.deep.b, pkg.deep.a")
 
     def found_now() -> list[str]:
         time.sleep(TICK)
         return list(local_modules(Path("scripts/x.py")))
 
     assert found_now() == ["pkg/deep/a.py"]
-    lay(Path("scripts"), "m.py")
+    write_modules(Path("scripts"), "m.py")
     assert found_now() == ["m.py", "pkg/deep/a.py"]
-    lay(Path("scripts"), "pkg/deep/b.py")
+    write_modules(Path("scripts"), "pkg/deep/b.py")
     assert found_now() == ["m.py", "pkg/deep/a.py", "pkg/deep/b.py"]
-    lay(Path("scripts"), "pkg/deep/__init__.py")
+    write_modules(Path("scripts"), "pkg/deep/__init__.py")
     assert found_now() == ["m.py", "pkg/deep/__init__.py", "pkg/deep/a.py", "pkg/deep/b.py"]
     Path("scripts/m.py").unlink()
     assert found_now() == ["pkg/deep/__init__.py", "pkg/deep/a.py", "pkg/deep/b.py"]
@@ -382,10 +386,10 @@ def test_a_created_or_removed_module_is_detected(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("settled", [False, True])
 def test_changed_imports_of_an_imported_module_are_detected(monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: settled)
-    lay(Path(), "b.py", "c.py", x="import a", a="import b")
+    write_modules(Path(), "b.py", "c.py", x="import a", a="import b")
     assert list(local_modules(Path("x.py"))) == ["a.py", "b.py"]
     time.sleep(TICK)
-    lay(Path(), a="import c")
+    write_modules(Path(), a="import c")
     assert list(local_modules(Path("x.py"))) == ["a.py", "c.py"]
     Path("a.py").write_text("import (")
     for _ in range(2):
@@ -396,7 +400,7 @@ def test_changed_imports_of_an_imported_module_are_detected(monkeypatch: pytest.
 @pytest.mark.usefixtures("empty")
 def test_a_valid_search_result_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_finder, "is_settled", lambda about: True)
-    lay(Path(), "a.py", x="import a")
+    write_modules(Path(), "a.py", x="import a")
     found = modules_named("", "a")
     assert modules_named("", ["a"]) is found
     assert dict(modules_named("", "a", but="a.py")) == {}
@@ -410,12 +414,12 @@ def test_warnings_of_other_code_are_shown_as_before(tmp_path: Path) -> None:
 
 
 def test_several_names_are_searched_at_once(tmp_path: Path) -> None:
-    lay(tmp_path, "a.py", "b.py", "c.py")
+    write_modules(tmp_path, "a.py", "b.py", "c.py")
     assert list(modules_named(str(tmp_path), ["a", "b"])) == ["a.py", "b.py"]
 
 
 def test_modules_of_a_script_in_a_linked_folder_have_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lay(tmp_path, "real/a.py", real__x="import a")
+    write_modules(tmp_path, "real/a.py", real__x="import a")
     Path("link").symlink_to("real")
     assert local_modules(Path("link/x.py")) == {"a.py": Path("link/a.py")}

@@ -99,7 +99,7 @@ def test_concurrent_uploads_of_one_file_do_not_interfere(remote: Remote, tmp_pat
         shutil.copy(remote.project.folder / name, other.folder / name)
     remote.proxy.delay = 0.01
     clients = [project.start() for project in (remote.project, other)]
-    assert [client.wait(60) for client in clients] == [0, 0], remote.said()
+    assert [client.wait(60) for client in clients] == [0, 0], remote.output()
     assert remote.target.read_text() == (other.folder / "build" / "x").read_text() == expected
     assert remote.builds == 1
     for blob in (remote.store / "blobs").iterdir():
@@ -128,17 +128,17 @@ def test_reconnects_neither_lose_nor_repeat_log_lines(remote: Remote) -> None:
 def test_a_build_is_reattached_when_the_builder_is_reachable_again(remote: Remote) -> None:
     remote.waits()
     client = remote.project.start()
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     remote.proxy.refuse()
     remote.proxy.cut()
-    wait_for(lambda: "lost the connection to" in remote.said())
+    wait_for(lambda: "lost the connection to" in remote.output())
     remote.go()
     time.sleep(1.0)
     remote.proxy.accept()
-    assert client.wait(60) == 0, remote.said()
-    assert "trying again for 600 seconds" in remote.said()
-    assert "connected to" in remote.said()
-    assert remote.said().count("begin\n") == remote.said().count("end\n") == 1
+    assert client.wait(60) == 0, remote.output()
+    assert "trying again for 600 seconds" in remote.output()
+    assert "connected to" in remote.output()
+    assert remote.output().count("begin\n") == remote.output().count("end\n") == 1
     assert remote.log.read_text() == "begin\nend\n"
     assert remote.target.read_text() == "made"
     assert remote.builds == 1
@@ -148,15 +148,15 @@ def test_a_build_is_reattached_when_the_builder_is_reachable_again(remote: Remot
 def test_after_patience_expires_the_build_continues_and_the_next_doit_reattaches(remote: Remote) -> None:
     remote.waits()
     client = remote.project.start("patience=2")
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     remote.proxy.refuse()
     remote.proxy.cut()
     assert client.wait(60) != 0
-    said = " ".join(remote.said().split())
-    assert f"{remote.project.environment['GAMEBEAR_BUILDER']} cannot be reached" in said
-    assert "cannot be reached for 2 seconds" in said
-    assert "it reattaches to the job, which continues." in said
-    assert not OUR_FRAMES.search(said)
+    output = " ".join(remote.output().split())
+    assert f"{remote.project.environment['GAMEBEAR_BUILDER']} cannot be reached" in output
+    assert "cannot be reached for 2 seconds" in output
+    assert "it reattaches to the job, which continues." in output
+    assert not OUR_FRAMES.search(output)
     assert not remote.target.exists()
     assert len(processes(remote.store, "supervise")) == 1
 
@@ -173,13 +173,13 @@ def test_after_patience_expires_the_build_continues_and_the_next_doit_reattaches
 def test_a_lost_session_does_not_close_the_connection(remote: Remote, account: Account) -> None:
     remote.waits()
     client = remote.project.start()
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     sessions = sessions_of(account)
     assert len(sessions) == 1
     os.kill(sessions[0], signal.SIGKILL)
     wait_for(lambda: sessions_of(account) not in ([], sessions))
     remote.go()
-    assert client.wait(60) == 0, remote.said()
+    assert client.wait(60) == 0, remote.output()
     assert remote.proxy.connections == 1
     assert remote.log.read_text() == "begin\nend\n"
     assert remote.builds == 1
@@ -265,15 +265,15 @@ def test_a_build_survives_a_killed_and_refusing_sshd(remote: Remote, server: Ssh
     remote.waits()
     remote.project.environment["GAMEBEAR_BUILDER"] = server.url
     client = remote.project.start()
-    wait_for(lambda: "begin" in remote.said())
+    wait_for(lambda: "begin" in remote.output())
     server.hang_up()
     try:
         remote.go()
         time.sleep(10.0)
-        assert client.poll() is None, remote.said()
+        assert client.poll() is None, remote.output()
     finally:
         server.start()
-    assert client.wait(60) == 0, remote.said()
+    assert client.wait(60) == 0, remote.output()
     assert remote.log.read_text() == "begin\nend\n"
     assert remote.target.read_text() == "made"
     assert remote.builds == 1
@@ -378,7 +378,7 @@ class Crowd:
         (folder / "builder.json").write_text(f'{{"slots": {count}}}')
         subprocess.run(["chown", "-R", self.server.account.name, self.server.account.home / ".config"], check=True)
 
-    def assert_all_is_right(self) -> None:
+    def assert_built_once(self) -> None:
         for number in range(self.count):
             path = self.project.folder / "build" / f"x{number}"
             assert path.read_text() == f"the artifact {number}"
@@ -403,7 +403,7 @@ def test_with_one_session_allowed_eight_tasks_at_once_share_it(crowd: Callable[.
     eight = crowd(8, MaxSessions=1)
     eight.project.doit("-n", "8", "-P", "thread").ok()
     assert eight.server.connections == 1
-    eight.assert_all_is_right()
+    eight.assert_built_once()
 
 
 def test_with_one_session_allowed_a_lost_session_is_replaced(crowd: Callable[..., Crowd], account: Account) -> None:
@@ -411,20 +411,20 @@ def test_with_one_session_allowed_a_lost_session_is_replaced(crowd: Callable[...
     slow = ONE_OF_MANY.replace("with", "import time; print('begin', flush=True); time.sleep(2)\nwith", 1)
     one.project.write("x.py", slow.format(count=str(one.counted)))
     client = one.project.start()
-    said = one.project.folder / "doit.out"
-    wait_for(lambda: "begin" in said.read_text())
+    output = one.project.folder / "doit.out"
+    wait_for(lambda: "begin" in output.read_text())
     (session,) = sessions_of(account)
     os.kill(session, signal.SIGKILL)
-    assert client.wait(60) == 0, said.read_text()
+    assert client.wait(60) == 0, output.read_text()
     assert one.server.connections == 1
-    one.assert_all_is_right()
+    one.assert_built_once()
 
 
 def test_logins_refused_by_maxstartups_are_retried(crowd: Callable[..., Crowd]) -> None:
     four = crowd(4, MaxStartups="1:100:1")
     four.project.doit("-n", "4").ok()
     assert four.server.connections >= 4
-    four.assert_all_is_right()
+    four.assert_built_once()
 
 
 def test_a_builder_with_all_logins_in_use_is_waited_for(crowd: Callable[..., Crowd]) -> None:
@@ -435,7 +435,7 @@ def test_a_builder_with_all_logins_in_use_is_waited_for(crowd: Callable[..., Cro
         time.sleep(4.0)  # longer than an unreachable one is tried
         assert client.poll() is None, (one.project.folder / "doit.out").read_text()
     assert client.wait(60) == 0
-    one.assert_all_is_right()
+    one.assert_built_once()
 
 
 def test_32_tasks_at_once_use_one_connection(crowd: Callable[..., Crowd]) -> None:
@@ -443,7 +443,7 @@ def test_32_tasks_at_once_use_one_connection(crowd: Callable[..., Crowd]) -> Non
     many.take_slots(4)
     many.project.doit("-n", "32", "-P", "thread").ok()
     assert many.server.connections == 1
-    many.assert_all_is_right()
+    many.assert_built_once()
 
 
 # much on one connection

@@ -121,8 +121,8 @@ def ready(root: Path, repository: Repository, number: int = 1) -> Apt:
     """Return apt with the repository's list."""
     (root / "etc/apt/sources.list").write_text(f"deb [trusted=yes] {repository.url} ./\n")
     found = opened(root, number)
-    status, said = found.update()
-    assert status == 0, said
+    status, output = found.update()
+    assert status == 0, output
     return found
 
 
@@ -178,9 +178,9 @@ def test_upgradable_packages_are_detected(root: Path, repository: Repository) ->
 
 def test_an_unsigned_packages_list_is_rejected(root: Path, repository: Repository) -> None:
     (root / "etc/apt/sources.list").write_text(f"deb {repository.url} ./\n")
-    status, said = opened(root).update()
+    status, output = opened(root).update()
     assert status != 0
-    assert "does not have a Release file" in said
+    assert "does not have a Release file" in output
 
 
 # Settings
@@ -321,8 +321,8 @@ def test_a_damaged_cached_package_is_downloaded_again(root: Path, repository: Re
     kept.write_bytes(b"damaged")
     again = ready(root, repository, 2)
     again.fetch(again.plan(["common"], False), unpacked=False)
-    (laid,) = again.debs.iterdir()
-    assert laid.read_bytes() == kept.read_bytes() == (repository.folder / "common.deb").read_bytes()
+    (placed,) = again.debs.iterdir()
+    assert placed.read_bytes() == kept.read_bytes() == (repository.folder / "common.deb").read_bytes()
 
 
 def test_a_package_with_the_wrong_hash_is_rejected(root: Path, repository: Repository) -> None:

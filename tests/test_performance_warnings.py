@@ -36,8 +36,8 @@ def mine(system: None, project: Project) -> Project:
     project.write("dodo.py", DODO)
     for name in "xy":
         project.write(f"{name}.py", f"open({name!r}, 'w').close()")
-    said = [line for line in project.doit().ok().err.splitlines() if line.startswith("gamebear: on ")]
-    assert all("to reach the disk" in line for line in said), (
+    output = [line for line in project.doit().ok().err.splitlines() if line.startswith("gamebear: on ")]
+    assert all("to reach the disk" in line for line in output), (
         "an ordinary machine, if not a busy one, has nothing to tell"
     )
     assert json.loads((project.store / "sync.json").read_text())["seconds"] > 0
@@ -70,8 +70,8 @@ def test_a_warning_is_shown_once_until_its_cause_recurs(mine: Project) -> None:
     assert "gamebear: on local:" not in built(mine)
     set_driver(mine, "vfs")
     assert built(mine, "-n", "2").count(VFS) == 1
-    said = " ".join(mine.gamebear("doctor").out.split())
-    assert "! storage the image store uses the vfs driver" in said
+    output = " ".join(mine.gamebear("doctor").out.split())
+    assert "! storage the image store uses the vfs driver" in output
 
 
 def test_without_a_writable_log_folder_warnings_are_shown_in_each_run(mine: Project) -> None:
@@ -84,20 +84,20 @@ def test_without_a_writable_log_folder_warnings_are_shown_in_each_run(mine: Proj
 
 def test_a_slow_card_is_reported_with_a_fix(mine: Project) -> None:
     (mine.store / "sync.json").write_text(json.dumps({"boot": boot(), "at": time.time(), "seconds": 2.5}))
-    said = built(mine)
-    assert "on local: syncing a small file to the disk of" in said
-    assert "move the store to a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in said
+    output = built(mine)
+    assert "on local: syncing a small file to the disk of" in output
+    assert "move the store to a USB disk (XDG_CACHE_HOME=/its/folder in /etc/environment there)" in output
 
 
 def test_invalid_settings_of_a_builder_are_reported_with_a_fix(mine: Project) -> None:
     path = mine.write(str(mine.home / ".config/gamebear/builder.json"), '{"slots": 2,}')
-    said = f"{path} is ignored: it is not JSON"
-    assert built(mine).count(f"gamebear: on local: {said}") == 1
-    assert (mine.folder / "build" / "logs" / "x.log").read_text().count(said) == 1
-    assert said not in built(mine), "that was said before"
+    output = f"{path} is ignored: it is not JSON"
+    assert built(mine).count(f"gamebear: on local: {output}") == 1
+    assert (mine.folder / "build" / "logs" / "x.log").read_text().count(output) == 1
+    assert output not in built(mine), "shown before"
     run = mine.gamebear("doctor", "--json", "builder=local:")
     found = {finding["name"]: finding for finding in json.loads(run.out)["places"][1]["findings"]}
-    assert found["builder.json"]["state"] == "warning" and said in found["builder.json"]["message"]
+    assert found["builder.json"]["state"] == "warning" and output in found["builder.json"]["message"]
     assert found["builder.json"]["fix"] == 'Write for example {"slots": 2}, or remove the file.'
 
 
@@ -125,10 +125,10 @@ def test_the_valid_contents_of_builder_json(
     default = slots.slot_count()
     (tmp_path / "gamebear").mkdir()
     (tmp_path / "gamebear" / "builder.json").write_text(text)
-    said = builder_config.read()
-    assert said.slots == heeded and slots.slot_count() == (heeded or default)
-    assert words in said.wrong and bool(said.wrong) == bool(said.remedy) == bool(words)
-    assert "\n" not in said.wrong
+    output = builder_config.read()
+    assert output.slots == heeded and slots.slot_count() == (heeded or default)
+    assert words in output.wrong and bool(output.wrong) == bool(output.remedy) == bool(words)
+    assert "\n" not in output.wrong
 
 
 def test_an_unreadable_builder_json_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,8 +133,8 @@ def test_a_url_without_a_name_is_rejected(mine: Project) -> None:
 
 
 def test_an_account_describes_itself(mine: Project, account: Account) -> None:
-    said = mine.gamebear("doctor", f"builder=user:{account.name}").ok().out
-    assert f"user:{account.name} is ready" in said and f"{account.home}/.cache/gamebear/v1" in said
+    output = mine.gamebear("doctor", f"builder=user:{account.name}").ok().out
+    assert f"user:{account.name} is ready" in output and f"{account.home}/.cache/gamebear/v1" in output
 
 
 # entry points
@@ -256,8 +256,8 @@ def test_the_example_builder_removes_old_jobs(mine: Project, spool: Path) -> Non
 
 
 def test_doctor_shows_the_description_of_the_example_builder(mine: Project, spool: Path) -> None:
-    said = " ".join(mine.gamebear("doctor").ok().out.split())
-    assert "this kind of builder has no further checks" in said and f"spool {spool}" in said
+    output = " ".join(mine.gamebear("doctor").ok().out.split())
+    assert "this kind of builder has no further checks" in output and f"spool {spool}" in output
 
 
 def test_a_missing_spool_is_an_error(mine: Project) -> None:

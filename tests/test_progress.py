@@ -61,14 +61,14 @@ def test_running_tasks_are_below_the_finished_ones(project: Project, kind: str) 
         seen.resize(90, 12)
         assert seen.shows("[0/3] ", "cc -c").count("building") == 1
         go(project)
-        said = seen.showed(" 1 done in").split("\n")
-        assert "from c" in said
+        output = seen.showed(" 1 done in").split("\n")
+        assert "from c" in output
         for name in "ab":
             assert (
-                len([line for line in said if re.match(rf"[✓↓] {name}  (built|fetched) +[0-9.]+ s  ↑ ", line)]) == 1
-            ), said
-        assert not [row for row in seen.rows if row.startswith((*"⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏◦", "["))], said
-        assert re.search(r"^✓ c  done ", "\n".join(said), re.M)
+                len([line for line in output if re.match(rf"[✓↓] {name}  (built|fetched) +[0-9.]+ s  ↑ ", line)]) == 1
+            ), output
+        assert not [row for row in seen.rows if row.startswith((*"⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏◦", "["))], output
+        assert re.search(r"^✓ c  done ", "\n".join(output), re.M)
         assert seen.has_cursor
         seen.type("clear; doit clean; doit", "Enter")
         assert re.search(r"^↓ a  fetched ", seen.shows("2 fetched, 1 done in"), re.M)
@@ -85,19 +85,19 @@ def test_ctrl_c_reports_cancellations_and_restores_the_terminal(project: Project
         seen.shows("building", "begin")
         assert not re.search(r"\x1b\[([0-9;]*;)?(3|4|9)[0-7]m", seen.coloured), "no colour, but live"
         seen.type("C-c")
-        said = seen.shows("interrupted after", "$")
+        output = seen.shows("interrupted after", "$")
         assert re.search(
-            r"gamebear: cancelling a on local: .*\n✗ interrupted after [0-9.]+ s: 1 not finished\n", said
-        ), said
-        assert said.count("interrupted") == 1 and "Traceback" not in said and "building" not in said
+            r"gamebear: cancelling a on local: .*\n✗ interrupted after [0-9.]+ s: 1 not finished\n", output
+        ), output
+        assert output.count("interrupted") == 1 and "Traceback" not in output and "building" not in output
         assert seen.has_cursor
         seen.type("clear; doit -n 2 a", "Enter")
         seen.shows("building", "begin")
         seen.type("C-c")
         seen.shows("cancelling a on")
         seen.type("C-c")
-        said = seen.shows("interrupted after", "$")
-        assert "✗ interrupted after" in said and "✓" not in said and said.count("interrupted") == 1
+        output = seen.shows("interrupted after", "$")
+        assert "✗ interrupted after" in output and "✓" not in output and output.count("interrupted") == 1
         go(project)
         seen.type("echo $((40 + 2))", "Enter")
         seen.shows("$ echo $((40 + 2))\n42\n")
@@ -110,7 +110,7 @@ def test_a_failure_is_shown_once_with_the_end_of_its_log(project: Project) -> No
     project.write("a.py", "print('about to fail')\nraise SystemExit('it broke')")
     with terminal(project, 100, 30) as seen:
         seen.type("clear; doit -c a c", "Enter")
-        said = seen.shows("2 failed in", "failed: a, c")
+        output = seen.shows("2 failed in", "failed: a, c")
         for word in (
             "about to fail",
             "it broke",
@@ -120,7 +120,7 @@ def test_a_failure_is_shown_once_with_the_end_of_its_log(project: Project) -> No
             "✗ a  failed",
             "✗ c  failed",
         ):
-            assert said.count(word) == 1, f"{word} in {said}"
+            assert output.count(word) == 1, f"{word} in {output}"
 
 
 @pytest.mark.system
@@ -140,8 +140,8 @@ def test_lines_of_full_logs_are_prefixed_with_their_task_and_never_mixed(project
     assert re.search(r"^2 built in .* sent, .* received$", run.out.splitlines()[-1]), run.out
     with terminal(project) as seen:
         seen.type(f"clear; rm -r build ~/.cache/gamebear/v1/jobs; gamebear -n 2 -P {kind} -v 2", "Enter")
-        said = seen.showed("2 built in").split("\n")
-        logs = [line for line in said if " │ " in line]
+        output = seen.showed("2 built in").split("\n")
+        logs = [line for line in output if " │ " in line]
         assert sorted(logs) == ["a │ a aaa"] * 300 + ["b │ b bbb"] * 300
 
 
@@ -165,9 +165,9 @@ def test_tasks_beyond_the_screen_are_counted_and_foreign_output_is_preserved(pro
         seen.type("clear; doit -n 8", "Enter")
         seen.shows("+ 5 more", "[0/8]", "8 running")
         go(project)
-        said = seen.showed("8 done in")
-        assert len(re.findall("^from [0-9]+$", said, re.M)) == 8
-        assert len(re.findall("^✓ t[0-9]  done ", said, re.M)) == 8
+        output = seen.showed("8 done in")
+        assert len(re.findall("^from [0-9]+$", output, re.M)) == 8
+        assert len(re.findall("^✓ t[0-9]  done ", output, re.M)) == 8
 
 
 @pytest.mark.system
@@ -231,9 +231,9 @@ def test_dumb_terminals_and_ci_get_plain_lines(project: Project, name: str, valu
 
 def test_a_file_gets_plain_lines(project: Project) -> None:
     commands(project, x="echo hello")
-    run = project.doit("-o", "said").ok()
+    run = project.doit("-o", "output").ok()
     assert run.out == "hello\n"
-    assert re.match(r"\.  x\nx: done in [0-9.]+ s\n1 done in ", (project.folder / "said").read_text())
+    assert re.match(r"\.  x\nx: done in [0-9.]+ s\n1 done in ", (project.folder / "output").read_text())
 
 
 @pytest.mark.system
@@ -258,8 +258,8 @@ def test_a_failed_view_does_not_affect_builds(project: Project) -> None:
     project.write("rich/__init__.py", "raise ImportError('broken')")
     with terminal(project) as seen:
         seen.type("clear; doit -n 2; doit list", "Enter")
-        said = seen.shows("the live view failed (ImportError: broken)", "\ny", "from x", "from y")
-        assert "Traceback" not in said and seen.has_cursor
+        output = seen.shows("the live view failed (ImportError: broken)", "\ny", "from x", "from y")
+        assert "Traceback" not in output and seen.has_cursor
 
 
 @pytest.mark.system

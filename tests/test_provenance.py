@@ -136,7 +136,7 @@ def test_the_provenance_command_covers_up_to_date_targets_only(pair: Project) ->
     pair.write("in/word", "another")
     pair.gamebear("provenance", "pair").failed("pair is not up to date")
     pair.doit("pair").ok()
-    assert not list(pair.folder.glob("build/*.intoto.json")), "what was said is about other files"
+    assert not list(pair.folder.glob("build/*.intoto.json")), "the old statements are about other files"
     for path in pair.store.glob("jobs/*/state.json"):
         path.unlink()
     pair.gamebear("provenance").failed("is no longer on the builder", "doit clean TASK, then doit TASK")
@@ -159,8 +159,8 @@ def test_repositories_and_packages_have_standard_identifiers() -> None:
 
 def test_images_reported_by_a_builder_are_bounded() -> None:
     good = {"id": "a" * 64, "packages": [["gcc", "1", "all"], ["\x1b[2J", "1", ""], ["short"], 5], "names": 7}
-    said = {"images": [good, {"id": "../x"}, 5] + [good] * 99, "begun": float("nan"), "ended": "never", "host": ["x"]}
-    materials = Materials.of_document(json.loads(json.dumps(said)))
+    output = {"images": [good, {"id": "../x"}, 5] + [good] * 99, "begun": float("nan"), "ended": "never", "host": ["x"]}
+    materials = Materials.of_document(json.loads(json.dumps(output)))
     assert (materials.begun, materials.ended, materials.host) == (0.0, 0.0, "")
     assert len(materials.images) == 18
     first = materials.images[0]

@@ -161,10 +161,10 @@ def test_a_job_that_runs_is_left_alone(tmp_path: Path, fresh_home: Path) -> None
     job = Job(tmp_path, fresh_home, WAIT, inputs={"big": os.urandom(300_000)})
     client = job.started()
     grow_old(job.store, 10)
-    said = prune(job, "--older", "0", "--size", "0", "--keep", "0")
-    assert "Kept jobs that are in use or were used a moment ago: 1." in said
+    output = prune(job, "--older", "0", "--size", "0", "--keep", "0")
+    assert "Kept jobs that are in use or were used a moment ago: 1." in output
     job.go()
-    assert client.wait(60) == 0, job.said
+    assert client.wait(60) == 0, job.output
     assert job.builds == 1
     job.ok()
 
@@ -504,8 +504,8 @@ def test_unused_sources_of_this_machine_are_removed(tmp_path: Path, fresh_home: 
     (kept / "apt/all/.lock").touch()
     for name in ("git-old.tar", "git/old.git", "apt/all"):
         os.utime(kept / name, (time.time() - 11 * 86400,) * 2)
-    said = prune(job, "--older", "10")
-    assert "3 sources removed on this machine, 3.0 KiB freed" in said
+    output = prune(job, "--older", "10")
+    assert "3 sources removed on this machine, 3.0 KiB freed" in output
     assert not (kept / "git-old.tar").exists() and not (kept / "git/old.git").exists()
     assert [path.name for path in (kept / "apt/all").iterdir()] == [".lock"]
     assert (kept / "git-new.tar").exists() and (kept / "git/new.git/HEAD").exists()

@@ -147,11 +147,11 @@ with Container("scratch") as c:
     c.copy_in("/bin/busybox", "/bin/busybox")
     c.copy_in("word", "/in/word")
     c.copy_in("large", "/in/large")
-    said = c.run(["/bin/busybox", "sh", "-c", "cat /in/word; sha256sum < /in/large"], stdout=-1, text=True).stdout
+    output = c.run(["/bin/busybox", "sh", "-c", "cat /in/word; sha256sum < /in/large"], stdout=-1, text=True).stdout
     c.run(["/bin/busybox", "sh", "-c", "cat /in/word > /out"])
     c.copy_out("/out", "x")
-assert hashlib.sha256(open("large", "rb").read()).hexdigest() in said
-if said:
+assert hashlib.sha256(open("large", "rb").read()).hexdigest() in output
+if output:
     return
 raise AssertionError
 """
@@ -235,8 +235,8 @@ def test_the_runner_imports_only_itself_and_the_standard_library(release: Debian
 @pytest.mark.parametrize("name", ["test_language.py", "test_rootfs.py"])
 def test_unit_tests_of_the_runner_pass_on_this_python(release: Debian, name: str) -> None:
     shutil.copy(ROOT / "tests" / name, release.root / "srv")
-    said = release.run("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"/srv/{name}", PYTHONPATH="/srv")
-    assert " passed" in said and " failed" not in said
+    output = release.run("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"/srv/{name}", PYTHONPATH="/srv")
+    assert " passed" in output and " failed" not in output
 
 
 # the client
@@ -351,6 +351,6 @@ def test_a_store_that_cannot_be_used_is_named(trixie: Debian) -> None:
 
 
 def test_a_home_that_cannot_be_written_to_is_named(trixie: Debian) -> None:
-    said = r"the builder cannot store the runner: .*/proc/none.*\.\n→ Free disk space"
-    with pytest.raises(BuilderError, match=said):
+    output = r"the builder cannot store the runner: .*/proc/none.*\.\n→ Free disk space"
+    with pytest.raises(BuilderError, match=output):
         builder(*trixie.enter(HOME="/proc/none")).describe()

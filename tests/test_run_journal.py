@@ -30,7 +30,7 @@ open(name, "w").write(name)
 """
 
 
-def lay(project: Project) -> None:
+def create_tasks(project: Project) -> None:
     project.write("dodo.py", DODO)
     project.write("say.py", SAY)
     project.write("in", "1")
@@ -50,7 +50,7 @@ def told(run: Run) -> dict[str, tuple[str, str]]:
 def test_a_run_lists_executed_and_up_to_date_tasks(
     project: Project, monkeypatch: pytest.MonkeyPatch, mode: tuple[str, ...]
 ) -> None:
-    lay(project)
+    create_tasks(project)
     project.doit(*mode).ok()
     if not mode:
         project.doit().ok()  # nothing to do: no run
@@ -71,7 +71,7 @@ def test_a_run_lists_executed_and_up_to_date_tasks(
 
 @pytest.mark.system
 def test_a_failed_run_is_stored_with_the_end_of_its_log(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    lay(project)
+    create_tasks(project)
     project.write(
         "say.py",
         SAY.replace("open(", "for number in range(20_000): print(number)\n1 / 0\nopen("),

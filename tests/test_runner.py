@@ -185,13 +185,13 @@ def test_ctrl_c_detaches_if_configured(counted: Project) -> None:
 def test_a_failure_names_its_cause_and_the_log(counted: Project) -> None:
     write_script(counted, "raise ValueError('the thing is upside down')")
     for reporter in ("console", "error-only", "executed-only"):
-        said = counted.doit("-r", reporter).failed().text
+        output = counted.doit("-r", reporter).failed().text
         error = (
             "x failed on local: x.py, line 6: ValueError: the thing is upside down.\n"
             "→ Fix the script at x.py, line 6; the log has the traceback.\n"
             "The log is build/logs/x.log.\n"
         )
-        assert error in said and said.count("x.py, line 6: ValueError") == 1, said
+        assert error in output and output.count("x.py, line 6: ValueError") == 1, output
     assert_nothing_is_left(counted)
 
 

@@ -140,10 +140,10 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 
 def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
-    said = place.fail().text
-    assert "x failed on " in said and ": `sh -c 'test -e mended'` exited with 1.\n" in said
-    assert "the last line" in said and "The log is build/logs/x.log" in said
-    assert "The container is kept. Open a shell in it: gamebear shell x" in said
+    output = place.fail().text
+    assert "x failed on " in output and ": `sh -c 'test -e mended'` exited with 1.\n" in output
+    assert "the last line" in output and "The log is build/logs/x.log" in output
+    assert "The container is kept. Open a shell in it: gamebear shell x" in output
     with place.shell("x", size=(31, 97)) as keyboard:
         keyboard.see("container 2 of 2 of x on .* failed with status 1")
         keyboard.see(r"[$#] ")
@@ -159,8 +159,8 @@ def test_a_shell_opens_where_the_command_failed(place: Place) -> None:
         keyboard.type("\x1b[A\x1b[A\x1b[A\x1b[A")
         keyboard.see("sh -c 'test -e mended'")
         keyboard.type("\r")
-        keyboard.type("echo said $?; exit 7\r")
-        keyboard.see("said 1")
+        keyboard.type("echo output $?; exit 7\r")
+        keyboard.see("output 1")
         assert keyboard.end() == 7
         assert keyboard.is_as_before
         assert "exit status" not in keyboard.text and "exited with" not in keyboard.text
@@ -203,8 +203,8 @@ def test_an_open_shell_retains_its_container(there: Place) -> None:
         there.project.doit("x").failed("a shell is open in a container", "Exit that shell")
         for name in ("state.json", "clients", "job.json"):
             os.utime(job / name, (1, 1))
-        said = there.project.gamebear("prune", "--older", "0.5").ok().out
-        assert "was kept: a shell is open in its container" in said
+        output = there.project.gamebear("prune", "--older", "0.5").ok().out
+        assert "was kept: a shell is open in its container" in output
         assert there.project.gamebear("shell", "x", "--", "sh", "-c", "echo beside").ok().out == "beside\n"
         keyboard.type("echo still here; exit 6\r")
         keyboard.see("still here\r\n")
@@ -220,9 +220,9 @@ def test_an_open_shell_retains_its_container(there: Place) -> None:
 def test_the_next_build_of_a_job_removes_its_retained_containers(there: Place) -> None:
     there.fail()
     assert len(there.kept) == 1 and there.containers == 2
-    said = there.fail("x", "base=auto").text
+    output = there.fail("x", "base=auto").text
     again = "doit x base=auto keep_failed=yes; gamebear shell x base=auto"
-    assert f"To keep its container for a shell: {again}" in said
+    assert f"To keep its container for a shell: {again}" in output
     assert there.kept == [] and there.containers == 0
     assert_nothing_is_left(there.project, there.store)
 

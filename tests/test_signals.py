@@ -83,7 +83,7 @@ def states(project: Project) -> list[str]:
     return [json.loads(path.read_bytes())["state"] for path in project.store.glob("jobs/*/state.json")]
 
 
-def said(project: Project) -> str:
+def output(project: Project) -> str:
     return (project.folder / "doit.out").read_text()
 
 
@@ -99,7 +99,7 @@ def test_a_signal_cancels_all_jobs_and_sets_the_exit_status(
     wait_for(lambda: not clients(three))
     assert set(states(three)) == {"cancelled"}
     assert_nothing_is_left(three)
-    assert "Traceback" not in said(three)
+    assert "Traceback" not in output(three)
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
@@ -163,8 +163,8 @@ def test_fifteen_signals_end_doit_without_a_traceback(three: Project, mode: tupl
         time.sleep(pause)
     assert client.wait(60) in (-signal.SIGINT, 128 + signal.SIGINT)
     wait_for(lambda: not clients(three))
-    assert "Traceback" not in said(three) and "Exception ignored" not in said(three), said(three)
-    assert not OUR_FRAMES.search(said(three))
+    assert "Traceback" not in output(three) and "Exception ignored" not in output(three), output(three)
+    assert not OUR_FRAMES.search(output(three))
 
 
 def children(pid: int) -> list[int]:
@@ -184,11 +184,11 @@ def test_output_is_flushed_before_a_signal_ends_doit(three: Project) -> None:
     prints = "\ndef task_a(): return {'actions': [lambda: print('from task a')], 'verbosity': 2}\n"
     three.write("dodo.py", DODO.replace('args={"n": number})}', 'args={"n": number}), "verbosity": 0}') + prints)
     client = started(three, (), "a", "x")
-    assert "from task a" not in said(three), "it is still in a buffer"
+    assert "from task a" not in output(three), "it is still in a buffer"
     client.send_signal(signal.SIGTERM)
     assert client.wait(60) == 128 + signal.SIGTERM
-    assert "from task a" in said(three)
-    assert "terminated by SIGTERM" in said(three)
+    assert "from task a" in output(three)
+    assert "terminated by SIGTERM" in output(three)
 
 
 def test_an_ignored_signal_stops_nothing(three: Project) -> None:

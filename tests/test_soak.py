@@ -128,9 +128,11 @@ class Soak:
             self.wrong.append(f"{what}: it does not end")
             doit.kill()
             doit.wait()
-        said = (self.project.folder / "doit.out").read_text(errors="replace")
-        if "gamebear_tasks" in said and OUR_FRAMES.search(said):  # before that, Ctrl-C causes Python's own traceback
-            self.wrong.append(f"{what}: {said}")
+        output = (self.project.folder / "doit.out").read_text(errors="replace")
+        if "gamebear_tasks" in output and OUR_FRAMES.search(
+            output
+        ):  # before that, Ctrl-C causes Python's own traceback
+            self.wrong.append(f"{what}: {output}")
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not self._clients(), 20)
         if left := self._clients():

@@ -397,13 +397,13 @@ def test_100_mb_of_errors_do_not_hold_up_the_output(server: Sshd, home: Path, co
 def test_32_threads_share_one_connection(server: Sshd, home: Path, connect: Connect) -> None:
     connection = connect(server.url)
     places = threading.Semaphore(10)
-    said: list[str] = []
+    message: list[str] = []
 
     def work(number: int) -> None:
         with places:
             for _ in range(50):
                 with contextlib.suppress(BuilderBusy):
-                    said.append(run(connection, f"echo {number}"))
+                    message.append(run(connection, f"echo {number}"))
                     return
                 time.sleep(0.1)
 
@@ -412,7 +412,7 @@ def test_32_threads_share_one_connection(server: Sshd, home: Path, connect: Conn
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(map(int, said)) == list(range(32))
+    assert sorted(map(int, message)) == list(range(32))
     assert server.connections == 1
 
 

@@ -111,7 +111,7 @@ class Job:
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Output of a started doit so far."""
         return (self.folder / "doit.out").read_text()
 
@@ -140,7 +140,7 @@ class Job:
         before = self.builds
         client = self.project.start(*arguments)
         wait_for(lambda: self.builds > before or client.poll() is not None)
-        assert client.poll() is None, self.said
+        assert client.poll() is None, self.output
         return client
 
     def supervisors(self) -> list[int]:
@@ -201,7 +201,7 @@ class Job:
             assert len(list(job.glob("out-*"))) <= 1, f"outputs of more than one attempt are in {job}"
 
 
-def known_facts(store: Store) -> capabilities.Facts:
+def probed_facts(store: Store) -> capabilities.Facts:
     """Return the builder's cached probe results; those for our own environment differ."""
     return capabilities.from_json(json.loads((store.root / "facts.json").read_bytes())["facts"])
 
@@ -261,7 +261,7 @@ def test_after_a_reboot_the_job_is_built_again_and_its_leftovers_are_removed(tmp
     job = Job(tmp_path, home, WAIT + '\nwith Container("scratch") as c:\n    c.copy_in("x.py", "/x")')
     job.abandon()
     assert job.state["state"] == "running"
-    known = known_facts(job.store)
+    known = probed_facts(job.store)
     container = f"{job.store.job(job.stored.name).container_prefix}1"
     buildah.outside(job.store.root, known, "from", "--name", container, "scratch")
     other_boot = job.store.root / "run" / "11111111-2222-3333-4444-555555555555"
@@ -280,7 +280,7 @@ def test_leftovers_of_a_lost_job_are_removed_by_the_next_job(tmp_path: Path, hom
     lost = Job(tmp_path / "lost", home, WAIT)
     lost.abandon()
     container = f"{lost.store.job(lost.stored.name).container_prefix}7"
-    known = known_facts(lost.store)
+    known = probed_facts(lost.store)
     buildah.outside(lost.store.root, known, "from", "--name", container, "scratch")
     (lost.store.live / "no digest").touch()  # as left by NFS
     (lost.store.live / ("0" * 64)).touch()  # of a job without a folder
@@ -399,7 +399,7 @@ def test_a_full_disk_does_not_prevent_stopping_a_job(tmp_path: Path, home: Path,
     fill(ballast, but=0)
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "may still run" not in job.said
+    assert "may still run" not in job.output
     job.assert_nothing_is_left()
     assert job.state["state"] == "cancelled"
 
@@ -471,7 +471,7 @@ def test_a_blob_removed_between_submission_and_start_is_sent_again(tmp_path: Pat
         client = job.project.start()
         wait_for(lambda: list(job.store.slots.glob("wait-*")))
         (job.store.blobs / hashlib.sha256((tmp_path / "big").read_bytes()).hexdigest()).unlink()
-    assert client.wait(60) == 0, job.said
+    assert client.wait(60) == 0, job.output
     assert job.builds == 1
     job.ok()
 
@@ -539,9 +539,9 @@ def test_a_description_that_is_damaged_while_the_job_waits_is_sent_again(
         client = job.project.start()
         wait_for(lambda: list(job.store.slots.glob("wait-*")))
         (job.stored / name).write_text(content)
-    assert client.wait(60) == 0, job.said
+    assert client.wait(60) == 0, job.output
     assert job.builds == 1
-    assert "lost" not in job.said
+    assert "lost" not in job.output
 
 
 # 12: many clients, one job, one moment
@@ -554,7 +554,7 @@ def test_eight_clients_at_once_get_one_build(tmp_path: Path, home: Path) -> None
         shutil.copy(jobs[0].folder / "x.py", job.folder / "x.py")
     runs = [job.project.start() for job in jobs]
     for job, run in zip(jobs, runs, strict=True):
-        assert run.wait(120) == 0, job.said
+        assert run.wait(120) == 0, job.output
         assert (job.folder / "build" / "x").read_text() == "the artifact"
     assert jobs[0].builds == 1
     jobs[0].assert_nothing_is_left()
@@ -569,7 +569,7 @@ def test_an_acknowledged_attempt_does_not_prevent_cancelling_the_next(tmp_path: 
     client = job.started()
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "another client waits" not in job.said
+    assert "another client waits" not in job.output
     job.assert_nothing_is_left()
 
 
@@ -603,7 +603,7 @@ def test_a_client_with_a_future_timestamp_does_not_prevent_cancelling(tmp_path: 
     os.utime(stranger, (later, later))
     client.send_signal(signal.SIGINT)
     assert client.wait(60) != 0
-    assert "another client waits" not in job.said
+    assert "another client waits" not in job.output
     job.assert_nothing_is_left()
 
 
@@ -620,10 +620,10 @@ def test_slots_are_granted_in_order_despite_dead_waiters_and_clock_changes(
     for path in dead:
         path.touch()
     order: list[str] = []
-    said: list[str] = []
+    output: list[str] = []
 
     def work(name: str) -> None:
-        with slots.wait_for_one(store, name, lambda: None, said.append):
+        with slots.wait_for_one(store, name, lambda: None, output.append):
             order.append(name)
 
     threads = []
@@ -635,7 +635,7 @@ def test_slots_are_granted_in_order_despite_dead_waiters_and_clock_changes(
     for thread in threads:
         thread.join(20)
     assert order == ["c", "b", "a"]
-    assert said == ["waiting for a free slot on the builder"] * 3
+    assert output == ["waiting for a free slot on the builder"] * 3
     assert list(store.slots.glob("*wait-*")) == []
 
 
@@ -643,12 +643,12 @@ def test_concurrent_jobs_do_not_wait_while_slots_are_free(tmp_path: Path, monkey
     store = Store(tmp_path / "v1")
     store.prepare()
     monkeypatch.setattr(slots, "slot_count", lambda: 8)
-    said: list[str] = []
+    output: list[str] = []
     together = threading.Barrier(8)
 
     def take(name: str) -> Lock:
         together.wait()
-        return slots.wait_for_one(store, name, lambda: None, said.append)
+        return slots.wait_for_one(store, name, lambda: None, output.append)
 
     for _ in range(20):
         with ThreadPoolExecutor(8) as threads:
@@ -656,7 +656,7 @@ def test_concurrent_jobs_do_not_wait_while_slots_are_free(tmp_path: Path, monkey
         assert len({lock.path for lock in held}) == 8
         for lock in held:
             lock.release()
-    assert said == []
+    assert output == []
 
 
 # 15: a hanging or silent build
@@ -694,7 +694,7 @@ for number in range(1000):
     job = Job(tmp_path, home, body)
     with (tmp_path / "doit.out").open("wb") as out:
         status, most = measured(job.project.command(), tmp_path, job.project.environment, out, out)
-    assert status == 0, job.said[-3000:]
+    assert status == 0, job.output[-3000:]
     expected = hashlib.sha256()
     for number in range(1000):
         expected.update(f"{number:06} {'x' * 92}\n".encode() * 1024)
@@ -805,17 +805,17 @@ def test_a_job_can_be_stopped_while_its_folder_is_filled(queued: StoredJob) -> N
     file = {"name": "x.py", "sha256": digest}
     job = {"script": file, "modules": {}, "inputs": {"a": file, "b": file}, "sources": {}}
     supervisor = supervise.Supervisor(queued, "a1")
-    laid: list[str] = []
+    copied: list[str] = []
 
     def check() -> None:
-        laid[:] = [path.name for path in queued.work.iterdir()]
-        if "a" in laid:
+        copied[:] = [path.name for path in queued.work.iterdir()]
+        if "a" in copied:
             queued.ask_to_stop("a1")
         supervisor._check_stop()
 
     with pytest.raises(supervise.Cancelled):
         Workspace(queued, job, {}, check).fill()
-    assert "b" not in laid
+    assert "b" not in copied
     os.close(supervisor.log)
 
 

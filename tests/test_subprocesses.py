@@ -139,8 +139,8 @@ def test_a_timeout_kills_the_descendants_too(tmp_path: Path) -> None:
 
 
 def test_a_silent_program_is_killed_with_its_descendants(tmp_path: Path) -> None:
-    status, said = streamed(["sh", "-c", f"{stubborn(tmp_path)}; wait"], ENV, silence=lambda _: 1.6)
-    assert status == -9 and "no output for" in said
+    status, message = streamed(["sh", "-c", f"{stubborn(tmp_path)}; wait"], ENV, silence=lambda _: 1.6)
+    assert status == -9 and "no output for" in message
     wait_for(lambda: not running(tmp_path))
 
 

@@ -28,7 +28,7 @@ for name in "xy":
 """
 
 
-def lay(project: Project) -> None:
+def create_tasks(project: Project) -> None:
     project.write("dodo.py", DODO.replace("LEVEL", "1"))
     project.write("x.py", SCRIPT)
     project.write("common.py", "")
@@ -41,7 +41,7 @@ def record_of(project: Project, task: str = "x") -> Record:
     return record
 
 
-def assert_it_says_what_came_of_what(record: Record) -> None:
+def assert_outputs_are_recorded(record: Record) -> None:
     both = hashlib.sha256(b"x").hexdigest(), hashlib.sha256(b"y").hexdigest()
     assert record.outputs == (Made("x", "build/x", 1, both[0]), Made("y", "build/y", 1, both[1]))
     assert record.attempt and not record.failure
@@ -53,14 +53,14 @@ def assert_it_says_what_came_of_what(record: Record) -> None:
 
 @pytest.mark.system
 def test_a_record_has_the_reason_of_the_run(project: Project) -> None:
-    lay(project)
+    create_tasks(project)
 
     def why(*arguments: str) -> list[str]:
         project.doit(*arguments).ok()
         return list(record_of(project).why)
 
     assert why() == ["not built here before"]
-    assert_it_says_what_came_of_what(record_of(project))
+    assert_outputs_are_recorded(record_of(project))
     assert why("-a") == ["forced (doit -a, doit forget or its own uptodate); the job is unchanged"]
     (project.folder / "build/y").unlink()
     assert why() == ["build/y was missing"]
@@ -88,7 +88,7 @@ def test_a_record_has_the_reason_of_the_run(project: Project) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize("mode", [(), ("-n", "2", "-P", "thread"), ("-n", "2", "-P", "process")])
 def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None:
-    lay(project)
+    create_tasks(project)
     project.write("x.py", "#| arg: level: int\nimport time\nprint('begun', flush=True)\ntime.sleep(60)")
     log = project.folder / "build/logs/x.log"
     client = subprocess.Popen(
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_a_record(project: Project, mode: tuple[str, ...]) -> None
 
 @pytest.mark.system
 def test_an_error_before_the_submission_is_in_the_record(project: Project) -> None:
-    lay(project)
+    create_tasks(project)
     project.doit("builder=ssh://127.0.0.1:1", "patience=0").failed()
     record = record_of(project)
     assert (record.state, record.builder) == ("error", "ssh://127.0.0.1:1")

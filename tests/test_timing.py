@@ -156,9 +156,10 @@ def test_a_task_without_a_stopwatch_records_no_time(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.3, "41 s"), (61.0, "1 min 1 s"), (7260.0, "2 h 1 min")]
+    ("seconds", "output"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (41.3, "41 s"), (61.0, "1 min 1 s"), (7260.0, "2 h 1 min")],
 )
-def test_a_timing_record_is_one_readable_line(seconds: float, said: str) -> None:
+def test_a_timing_record_is_one_readable_line(seconds: float, output: str) -> None:
     spans = (
         Phase("load", -1, 1),
         Phase("queue", 0, 0.12),
@@ -167,7 +168,7 @@ def test_a_timing_record_is_one_readable_line(seconds: float, said: str) -> None
         Phase("build", 4, 1),
     )
     record = Record("umtprd", "", "ssh://pi@buildpi", "done", "built", 0, seconds, 0, 0, spans)
-    assert record.line() == f"umtprd: built in {said} on ssh://pi@buildpi (queue 0.1, build 3.0)"
+    assert record.line() == f"umtprd: built in {output} on ssh://pi@buildpi (queue 0.1, build 3.0)"
     assert record.totals() == {"load": 1, "queue": 0.12, "build": 3, "keep": 0.01}
 
 

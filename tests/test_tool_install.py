@@ -44,5 +44,5 @@ def test_pipx_and_uv_install_a_gamebear_that_builds(tmp_path: Path) -> None:
         program = tmp_path / f"{name}-bin" / "gamebear"
         subprocess.run([program], cwd=folder, env=environment, check=True)
         assert (folder / "build" / "hello").read_text() == "hello"
-        said = subprocess.run([program, "--version"], env=environment, check=True, capture_output=True, text=True)
-        assert said.stdout.startswith("gamebear-tasks 0.") and "\ndoit 0." in said.stdout
+        output = subprocess.run([program, "--version"], env=environment, check=True, capture_output=True, text=True)
+        assert output.stdout.startswith("gamebear-tasks 0.") and "\ndoit 0." in output.stdout
