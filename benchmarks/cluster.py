@@ -169,10 +169,10 @@ class _Network:
             self._look()
 
     def _look(self) -> None:
-        said = subprocess.run(
+        output = subprocess.run(
             ["ss", "-tinH", f"sport = :{self._port}"], capture_output=True, text=True, check=True
         ).stdout
-        for line, about in zip(said.splitlines()[::2], said.splitlines()[1::2], strict=False):
+        for line, about in zip(output.splitlines()[::2], output.splitlines()[1::2], strict=False):
             counts = dict(re.findall(r"bytes_(sent|received):(\d+)", about))
             self._seen[line.split()[4]] = int(counts.get("sent", 0)), int(counts.get("received", 0))
 

@@ -208,8 +208,8 @@ class Podman:
     def run(self) -> None:
         """Run the job in a container, whose standard output becomes the file."""
         image = "docker.io/library/debian:bookworm"
-        said = self._podman("run", "--rm", "--pull=never", "--network=host", image, "sh", "-c", "true && echo made")
-        (self.folder / "small").write_text(said)
+        output = self._podman("run", "--rm", "--pull=never", "--network=host", image, "sh", "-c", "true && echo made")
+        (self.folder / "small").write_text(output)
 
     def build(self) -> None:
         """Build an image that contains the file, and copy it from a container."""

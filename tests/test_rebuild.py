@@ -226,7 +226,7 @@ def test_over_a_network_that_breaks_a_forced_job_is_built_once(remote: Remote) -
     wait_for(lambda: remote.builds == 2)
     remote.proxy.cut()
     remote.go()
-    assert client.wait(120) == 0, remote.said()
+    assert client.wait(120) == 0, remote.output()
     assert remote.builds == 2
     remote.assert_nothing_is_left()
 

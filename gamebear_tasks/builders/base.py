@@ -29,7 +29,7 @@ class Order:
         time_limit: seconds after which the builder stops the job; 0 for no limit.
         base: origin of Debian's base images: `auto`, `registry` or `bootstrap`.
         python: `major.minor` version of the Python that a pickled function needs; None for a buildscript.
-        keep_failed: whether to keep the job's containers if it fails (see `Keeper`).
+        keep_failed: whether to retain the job's containers if it fails (see `Keeper`).
         fresh: token (alphanumeric, at most 64 characters) of a run that forces a rebuild; empty if it does not. A
             result counts only if it was built for the same token: a retry with it does not build twice. A running job
             is joined.
@@ -79,7 +79,7 @@ class Failure:
         status: exit status of that command, negative for a signal.
         where: the container or image concerned.
         containers: whether the job had containers.
-        kept: whether these containers are kept (see `Keeper`).
+        kept: whether these containers are retained (see `Keeper`).
         hint: the command or edit that fixes it; empty if the builder suggests none.
     """
 
@@ -170,7 +170,7 @@ class JobEntry:
         age: seconds since the job entered its state.
         took: seconds from start to end; None if unknown.
         used: seconds since a client last requested the job.
-        kept: whether the job failed and its containers are kept.
+        kept: whether the job failed and its containers are retained.
         size: bytes of its outputs.
         log: bytes of its log.
         by: client that started the build, as `user@host`; empty if unknown.
@@ -274,7 +274,7 @@ class Builder(Protocol):
         Args:
             older: remove entries that were not used for this many seconds.
             size: remove the least recently used entries until jobs and inputs occupy at most this many bytes.
-            keep: remove all but the last this many results of each target (architecture, program and outputs).
+            keep: number of latest results to retain of each target (architecture, program and outputs).
             images: also remove images that no remaining job has used and that were not used for `older` seconds.
         """
         ...
@@ -290,7 +290,7 @@ class Builder(Protocol):
 
 @dataclass(frozen=True)
 class KeptContainer:
-    """A container kept from a failed job.
+    """A retained container of a failed job.
 
     Attributes:
         image: the image from which it was created.
@@ -305,7 +305,7 @@ class KeptContainer:
 
 @dataclass(frozen=True)
 class Kept:
-    """The containers kept from a failed job.
+    """The retained containers of a failed job.
 
     Attributes:
         containers: the containers, in order of creation.
@@ -320,14 +320,14 @@ class Kept:
 
 @runtime_checkable
 class Keeper(Protocol):
-    """Optional capability: keeps the containers of failed jobs for which `Order.keep_failed` is set."""
+    """Optional capability: retains the containers of failed jobs for which `Order.keep_failed` is set."""
 
     def kept(self, digest: str) -> Kept | None:
-        """Return what is kept of a job's last attempt; None if nothing is."""
+        """Return the retained containers of a job's last attempt; None if there are none."""
         ...
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
-        """Run a command in a kept container, with the terminal of the caller as in `Terminal.run_program`.
+        """Run a command in a retained container, with the terminal of the caller as in `Terminal.run_program`.
 
         The command runs with the working directory, user, mounts and variables of the container's last command. The
         container is not removed while it runs.

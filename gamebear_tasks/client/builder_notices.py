@@ -1,6 +1,6 @@
 """Builder notices: warnings that a builder reports about itself, each shown once.
 
-The notices that were shown last are kept per builder in the user's cache, under a file lock.
+The notices that were shown last are stored per builder in the user's cache, under a file lock.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ class _Graph:
         self._cells: dict[int, object] = {}
         """The empty cell that each cell of a closure is made as, by the cell's id."""
         self._alive: list[object] = []
-        """What was made on the way: an id names nothing once its object is gone."""
+        """Temporary objects, referenced so that their ids stay valid."""
         self.orders: dict[Node, list[Node]] = {}
         """The members of each set in the order in which they are written."""
 
@@ -374,7 +374,7 @@ class _Graph:
         return value.__reduce_ex__(PROTOCOL)
 
     def _global(self, value: Any, name: str) -> Node:
-        """Return the number of what is known by a name in a module."""
+        """Return the node of an object that is pickled by its module and name."""
         module = "builtins" if value is ... or value is NotImplemented else str(getattr(value, "__module__", None))
         found: object = sys.modules.get(module)
         with contextlib.suppress(AttributeError):
@@ -578,7 +578,7 @@ _CONSTANTS: dict[type, Callable[[Any], bytes]] = {
 
 
 MEMBER_STATE = {"_value_", "_name_", "__objclass__", "_sort_order_", "_inverted_"}
-"""What the enum module itself keeps in an enum's member."""
+"""Attributes of an enum member that the enum module sets."""
 
 
 def _with_aliases(kind: enum.EnumMeta, arguments: tuple[Any, ...], state: Any) -> Any:

@@ -39,10 +39,10 @@ VERSION = 1
 """Format version of the journals."""
 
 MAX_RUNS = 20
-"""Maximum number of runs that are kept."""
+"""Maximum number of stored runs."""
 
 MAX_BYTES = 16 << 20
-"""Maximum bytes of all journals together. The newest one is kept regardless of its size."""
+"""Maximum bytes of all journals together. The newest one is retained regardless of its size."""
 
 ENOUGH = 4 << 20
 """Bytes of a journal from which on no log excerpts are added."""

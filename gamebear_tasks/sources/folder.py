@@ -246,7 +246,7 @@ def _walked(top: str, excluded: Callable[[str], bool]) -> Iterator[tuple[str, os
 
 
 def _matcher(patterns: Collection[str]) -> Callable[[str], bool]:
-    """Return a function that tells whether a path matches one of several patterns, or is below a folder that does."""
+    """Return a function that checks whether a path matches one of several patterns, or is below a folder that does."""
     if not patterns:
         return lambda path: False
     match = re.compile("|".join(map(_regex, patterns))).match

@@ -268,8 +268,8 @@ def query(url: str, *refs: str) -> dict[str, str]:
         refs: Full names, or patterns.
 
     Raises:
-        ProgramError: The host is unreachable, has no such repository, or refused the login. git does not tell these
-            apart by its status. The hint applies to each.
+        ProgramError: The host is unreachable, has no such repository, or refused the login. git's status does not
+            distinguish these. The hint applies to each.
     """
     try:
         listing = git("ls-remote", "--", location(url), *refs).decode(errors="replace")

@@ -252,12 +252,12 @@ class DaskBuilder:
             self._forget(worker)  # its result is gone too
 
     def kept(self, digest: str) -> Kept | None:
-        """Return the containers that the job's worker keeps."""
+        """Return the containers that the job's worker retains."""
         runner = self._builder_of(digest)
         return None if runner is None else runner.kept(digest)
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
-        """Run a command in a kept container, on the worker that has it."""
+        """Run a command in a retained container, on the worker that has it."""
         runner = self._builder_of(digest)
         if runner is None:
             raise WorkerGone(f"{self.url} has lost the worker with the retained container.", "Restart the worker.")
@@ -287,12 +287,12 @@ class DaskBuilder:
 
     def describe(self) -> Mapping[str, object]:
         """Return the workers and their properties."""
-        said = self._each(lambda runner: runner.describe())
+        descriptions = self._each(lambda runner: runner.describe())
         about: dict[str, object] = {"scheduler": self.address}
         for item in self._workers():
             counts = [f"{arch} {item.busy.get(arch, 0)} of {count} busy" for arch, count in sorted(item.slots.items())]
             slots = ", ".join(counts) or "no architecture"
-            found = said.get(item.address)
+            found = descriptions.get(item.address)
             if item.error or isinstance(found, BuilderError):
                 about[item.address] = f"{slots}; {item.error or found}"
                 continue

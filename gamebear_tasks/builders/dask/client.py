@@ -69,14 +69,14 @@ class Stream:
         )
         answer = await comm.read()
         if "exception_text" in answer:
-            said = words_of(answer["exception_text"])
-            if is_missing_module(said):
+            reason = words_of(answer["exception_text"])
+            if is_missing_module(reason):
                 raise BuilderError(
-                    f"The scheduler {address} has no gamebear-tasks: {said}.",
+                    f"The scheduler {address} has no gamebear-tasks: {reason}.",
                     "On the scheduler's machine: pip install 'gamebear-tasks[dask]', then restart it.",
                 )
             raise BuilderError(
-                f"The scheduler {address} cannot load gamebear-tasks: {said}.",
+                f"The scheduler {address} cannot load gamebear-tasks: {reason}.",
                 "Install the same releases of gamebear-tasks and dask there as here, and enable its handler"
                 " register_scheduler_plugin.",
             )
@@ -208,11 +208,11 @@ class Link:
         try:
             return self.loop.wait_for(Stream.open(self.address, self._tls, self._client), 3 * GREETING)
         except (BuilderLost, TimeoutError) as error:
-            said = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} does not answer.")
+            reason = error if isinstance(error, BuilderLost) else BuilderLost(f"{self.address} does not answer.")
             if self._stream.met:
-                raise said from error
+                raise reason from error
             raise BuilderLost(
-                f"The scheduler of {self.url} cannot be reached: {said.message}",
+                f"The scheduler of {self.url} cannot be reached: {reason.message}",
                 "Check that it runs (dask scheduler) and that its port is open to this machine.",
             ) from error
 

@@ -54,7 +54,7 @@ _HANDSHAKE = {
     "python": tuple(sys.version_info[:3]),
     "pickle-protocol": pickle.HIGHEST_PROTOCOL,
 }
-"""What each side of a Dask connection tells the other first. Nothing is pickled; Dask requires the entry."""
+"""Handshake message of each side of a Dask connection. Nothing is pickled; Dask requires the entry."""
 
 
 class Loop:
@@ -153,7 +153,7 @@ class Comm:
         self.peer_address = peer_address
         self._reader = reader
         self._writer = writer
-        writer.transport.set_write_buffer_limits(high=1, low=0)  # drain() waits; with 0, asyncio's TLS pauses for ever
+        writer.transport.set_write_buffer_limits(high=1, low=0)  # drain() waits; with 0, asyncio's TLS pauses forever
 
     async def write(self, message: Mapping[str, object]) -> None:
         """Send a message, and wait until it is flushed, so that at most one message is buffered in memory.
@@ -312,9 +312,9 @@ class DaskChannel:
                     "Run doit again: another worker builds it.",
                 )
             if "error" in message or "exception_text" in message:
-                said = message.get("error") or message.get("exception_text")
+                reason = message.get("error") or message.get("exception_text")
                 raise BuilderError(
-                    f"{self._comm.peer_address} cannot start the runner: {words_of(said)}.",
+                    f"{self._comm.peer_address} cannot start the runner: {words_of(reason)}.",
                     "Read the worker's log, then restart it.",
                 )
         data, self._buffer = self._buffer[:size], self._buffer[size:]

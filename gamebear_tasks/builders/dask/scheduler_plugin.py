@@ -226,11 +226,11 @@ class Cluster:
             return
         try:
             client = await self.client()
-            (said,) = (await client.run(worker_plugin.install, workers=[worker], on_error="return")).values()
-            if isinstance(said, BaseException):
-                known.error = _why(said)
-            elif said != version("gamebear-tasks"):
-                known.error = f"it has gamebear-tasks {said}, and the scheduler {version('gamebear-tasks')}"
+            (answer,) = (await client.run(worker_plugin.install, workers=[worker], on_error="return")).values()
+            if isinstance(answer, BaseException):
+                known.error = _why(answer)
+            elif answer != version("gamebear-tasks"):
+                known.error = f"it has gamebear-tasks {answer}, and the scheduler {version('gamebear-tasks')}"
             else:
                 jobs, known.blobs = _checked_listing(
                     await distributed_api.call_worker(self.scheduler, worker, _LIST_STORE)
@@ -559,7 +559,7 @@ def _checked_listing(found: object) -> tuple[dict[str, tuple[str, str]], set[str
 
 def _why(error: BaseException | None) -> str:
     # Dask sends `Exception(repr(error))` for an error that the worker cannot pickle.
-    said = str(error) if type(error) is Exception else repr(error)
-    if distributed_api.is_missing_module(said):
-        return f"gamebear-tasks or a dependency is missing ({said}); there: pip install 'gamebear-tasks[dask]'"
+    answer = str(error) if type(error) is Exception else repr(error)
+    if distributed_api.is_missing_module(answer):
+        return f"gamebear-tasks or a dependency is missing ({answer}); there: pip install 'gamebear-tasks[dask]'"
     return f"{type(error).__name__}: {error}"

@@ -115,7 +115,7 @@ class RunnerBuilder:
         asked: set[str] = set()
         tries = 0
         while tries < TRIES:
-            reply = self._ask(
+            reply = self._request(
                 requests.Submit(
                     digest=job.digest,
                     job=job.canonical.decode("ascii"),
@@ -173,7 +173,7 @@ class RunnerBuilder:
 
         asked = time.monotonic()
         known = self._now.get((digest, attempt))
-        reply = self._ask(
+        reply = self._request(
             requests.Follow(
                 digest=digest,
                 attempt=attempt,
@@ -257,7 +257,7 @@ class RunnerBuilder:
             request = requests.Fetch(digest=digest, attempt=attempt, name=name, offset=offset + got)
             before = got
             try:
-                self._ask_once(request, None, take, limit - got, begun)
+                self._request_once(request, None, take, limit - got, begun)
                 take(b"")  # holes at the end of the file
                 return
             except BuilderLost as error:
@@ -267,7 +267,7 @@ class RunnerBuilder:
     def cancel(self, digest: str, attempt: str) -> bool:
         """Cancel a job, unless another client waits for it."""
         request = requests.Cancel(digest=digest, attempt=attempt, client=self.client, force=False, who="")
-        cancelled = responses.cancelled(self._ask(request))
+        cancelled = responses.cancelled(self._request(request))
         if not cancelled.has_others and cancelled.state == "running":
             raise BuilderError(
                 f"{self.place} has not stopped the job yet.", "Run `gamebear jobs` to see whether it still runs."
@@ -281,7 +281,7 @@ class RunnerBuilder:
         rounds = Rounds(f"The jobs of {self.place}")
         while True:
             most = PAGE if limit is None else min(PAGE, limit - skip)
-            reply = self._ask(requests.List(skip=skip, limit=most, prefix=prefix))
+            reply = self._request(requests.List(skip=skip, limit=most, prefix=prefix))
             page, total = responses.page(reply, most)
             for entry in page:
                 if entry is not None and entry.digest.startswith(prefix):
@@ -298,7 +298,7 @@ class RunnerBuilder:
     def end(self, digest: str, attempt: str, force: bool = False) -> tuple[str, ...]:
         """Cancel a job, unless others wait for it; return those who do."""
         request = requests.Cancel(digest=digest, attempt=attempt, client=self.client, force=force, who=_who())
-        cancelled = responses.cancelled(self._ask(request))
+        cancelled = responses.cancelled(self._request(request))
         if cancelled.others:
             return cancelled.others
         if cancelled.state == "running":
@@ -315,18 +315,18 @@ class RunnerBuilder:
 
     def materials(self, digest: str, attempt: str) -> Mapping[str, object]:
         """Return the materials of a result, not validated: see `Materials.of_document`."""
-        return self._ask(requests.Materials(digest=digest, attempt=attempt))
+        return self._request(requests.Materials(digest=digest, attempt=attempt))
 
     def discard(self, digest: str, attempt: str) -> None:
         """Verify a result on the builder, and drop it if it is damaged."""
         self._ends.pop((digest, attempt), None)
-        self._ask(requests.Discard(digest=digest, attempt=attempt))
+        self._request(requests.Discard(digest=digest, attempt=attempt))
 
     def forget(self, digest: str) -> int | None:
         """Remove a job that does not run; return the bytes freed, None if there is no such job."""
         for key in [key for key in list(self._ends) if key[0] == digest]:
             self._ends.pop(key, None)
-        return responses.forgotten(self._ask(requests.Forget(digest=digest)))
+        return responses.forgotten(self._request(requests.Forget(digest=digest)))
 
     @property
     def has_given_up(self) -> bool:
@@ -340,7 +340,7 @@ class RunnerBuilder:
         done = Pruned()
         rounds = Rounds(f"The reports of {self.place} on pruned entries")
         while True:
-            reply = self._ask(requests.Prune(older=older, size=size, keep=keep, images=images))
+            reply = self._request(requests.Prune(older=older, size=size, keep=keep, images=images))
             before, done = done, responses.pruned(reply, done)
             if not reply.get("more") or replace(done, left=before.left) == before:
                 return done
@@ -348,8 +348,8 @@ class RunnerBuilder:
 
     def describe(self) -> Mapping[str, object]:
         """Return properties of the builder by name."""
-        said = self._ask(requests.Hello())
-        return {words_of(name): value if responses.is_size(value) else words_of(value) for name, value in said.items()}
+        reply = self._request(requests.Hello())
+        return {words_of(name): value if responses.is_size(value) else words_of(value) for name, value in reply.items()}
 
     def run_program(self, words: Sequence[str]) -> int:
         """Run a program on the builder with the local terminal; return its exit status."""
@@ -359,9 +359,9 @@ class RunnerBuilder:
         """Return the builder's diagnostics."""
         until = time.monotonic() + EXAMINATION
         while True:
-            said = self._ask(requests.Examine(arches=list(arches), base=base, wait=FOLLOW))
+            reply = self._request(requests.Examine(arches=list(arches), base=base, wait=FOLLOW))
             received_at = time.time()
-            if not said.get("more"):
+            if not reply.get("more"):
                 break
             if time.monotonic() > until:
                 raise BuilderError(
@@ -369,7 +369,7 @@ class RunnerBuilder:
                     "Check its load there (top, dmesg), then run gamebear doctor again.",
                 )
             time.sleep(SHORT)  # throttle: a runner holds its answer until the diagnostics are complete
-        about = responses.facts(said)
+        about = responses.facts(reply)
         clock = about.pop("time", None)
         about["ahead"] = clock - received_at if isinstance(clock, int | float) and not isinstance(clock, bool) else None
         about["connection"] = self._sessions.described
@@ -393,8 +393,8 @@ class RunnerBuilder:
         return status
 
     def kept(self, digest: str) -> Kept | None:
-        """Return the containers kept from a failed job."""
-        return responses.kept(self.place, self._ask(requests.Kept(digest=digest)))
+        """Return the retained containers of a failed job."""
+        return responses.kept(self.place, self._request(requests.Kept(digest=digest)))
 
     def enter(self, digest: str, container: int, words: Sequence[str]) -> int:
         """Run a command in a container of a failed job with the local terminal; return its exit status."""
@@ -455,7 +455,7 @@ class RunnerBuilder:
 
     def _upload_small(self, batch: Sequence[tuple[str, bytes]]) -> None:
         blobs = [(sha256, len(data)) for sha256, data in batch]
-        self._ask(requests.PutSmall(blobs=blobs), lambda: [data for _, data in batch])
+        self._request(requests.PutSmall(blobs=blobs), lambda: [data for _, data in batch])
 
     def _upload_large(self, sha256: str, path: Path, length: int, have: int) -> None:
         setbacks = _Setbacks(self)
@@ -466,7 +466,7 @@ class RunnerBuilder:
                 have = 0
             request = requests.Put(sha256=sha256, size=length, offset=have)
             try:
-                reply = self._ask_once(request, FileFrom(path, have, length))
+                reply = self._request_once(request, FileFrom(path, have, length))
             except BuilderLost as error:
                 before = have
                 have = self._size_there(sha256)
@@ -484,11 +484,11 @@ class RunnerBuilder:
                 raise _changed(path, self.place)
 
     def _size_there(self, sha256: str) -> int:
-        return responses.count(self._ask(requests.Have(sha256=sha256)).get("have"))
+        return responses.count(self._request(requests.Have(sha256=sha256)).get("have"))
 
     # requests
 
-    def _ask(
+    def _request(
         self,
         request: requests.Request,
         body: Callable[[], Sequence[bytes]] | None = None,
@@ -499,11 +499,11 @@ class RunnerBuilder:
         setbacks = _Setbacks(self)
         while True:
             try:
-                return self._ask_once(request, Bytes(body()) if body is not None else None, sink, limit)
+                return self._request_once(request, Bytes(body()) if body is not None else None, sink, limit)
             except BuilderLost as error:
                 setbacks.another(error)
 
-    def _ask_once(
+    def _request_once(
         self,
         request: requests.Request,
         body: Body | None = None,
@@ -513,7 +513,7 @@ class RunnerBuilder:
     ) -> dict[str, object]:
         session = self._sessions.borrow()
         try:
-            reply = session.ask(request, body, sink, limit, begun)
+            reply = session.request(request, body, sink, limit, begun)
         except BuilderLost as error:
             self._sessions.drop(session, broken=True)
             if session.channel_says:

@@ -84,38 +84,38 @@ class Materials:
     isolation: str = ""
 
     @classmethod
-    def of_document(cls, said: Mapping[str, Any]) -> Materials:
+    def of_document(cls, reply: Mapping[str, Any]) -> Materials:
         """Parse a builder's reply; invalid entries are left out."""
-        images = [_image(item) for item in _items(said.get("images"), IMAGES)]
+        images = [_image(item) for item in _items(reply.get("images"), IMAGES)]
         return cls(
             images=tuple(image for image in images if image is not None),
-            begun=_time(said.get("begun")),
-            ended=_time(said.get("ended")),
-            host=_text(said.get("host")),
-            machine=_text(said.get("machine")),
-            python=_text(said.get("python")),
-            buildah=_text(said.get("buildah")),
-            isolation=_text(said.get("isolation")),
+            begun=_time(reply.get("begun")),
+            ended=_time(reply.get("ended")),
+            host=_text(reply.get("host")),
+            machine=_text(reply.get("machine")),
+            python=_text(reply.get("python")),
+            buildah=_text(reply.get("buildah")),
+            isolation=_text(reply.get("isolation")),
         )
 
 
 def _image(item: object) -> UsedImage | None:
-    said = item if isinstance(item, dict) else {}
-    identity, notes = said.get("id"), said.get("notes")
+    reply = item if isinstance(item, dict) else {}
+    identity, notes = reply.get("id"), reply.get("notes")
     if not isinstance(identity, str) or not is_sha256(identity):
         return None
     packages = [
         Package(*map(_text, words))
-        for words in _items(said.get("packages"), PACKAGES)
+        for words in _items(reply.get("packages"), PACKAGES)
         if isinstance(words, list | tuple) and len(words) == 3 and words[0] and words[1]
     ]
     return UsedImage(
         id=identity,
-        name=_text(said.get("name")),
-        used=said.get("used") is True,
-        gone=said.get("gone") is True,
-        names=tuple(map(_text, _items(said.get("names"), IMAGES))),
-        manifest=_text(said.get("manifest")),
+        name=_text(reply.get("name")),
+        used=reply.get("used") is True,
+        gone=reply.get("gone") is True,
+        names=tuple(map(_text, _items(reply.get("names"), IMAGES))),
+        manifest=_text(reply.get("manifest")),
         notes={
             _text(key).removeprefix("gamebear."): _text(value)
             for key, value in (list(notes.items())[:IMAGES] if isinstance(notes, dict) else ())

@@ -34,7 +34,7 @@ STATES = ("queued", "running", "done", "failed", "cancelled", "lost")
 """States of a job."""
 
 MAX_CONTAINERS = 100
-"""Maximum number of containers accepted in the list of a job's kept containers."""
+"""Maximum number of containers accepted in the list of a job's retained containers."""
 
 MAX_LEFTOVERS = 1000
 """Maximum number of reasons accepted for what a prune has left."""
@@ -68,7 +68,7 @@ class Parts:
 
     Attributes:
         log: bytes of log; None if that is the whole body.
-        log_size: bytes of log that the builder has; None if it does not tell.
+        log_size: bytes of log that the builder has; None if it does not report it.
         contents: name and size in bytes of each output.
     """
 
@@ -82,7 +82,7 @@ class Cancelled:
     """Result of a cancellation.
 
     Attributes:
-        state: state of the job; empty if the builder does not tell a valid one.
+        state: state of the job; empty if the builder reports no valid one.
         others: display names of other clients that wait for the job.
         has_others: whether others wait for the job.
     """
@@ -163,7 +163,7 @@ def page(reply: Mapping[str, object], most: int) -> tuple[list[JobEntry | None],
 
 
 def kept(place: str, reply: Mapping[str, object]) -> Kept | None:
-    """Return the containers kept from a failed job; None if there are none.
+    """Return the retained containers of a failed job; None if there are none.
 
     Raises:
         BuilderError: the reply is invalid.
@@ -323,29 +323,29 @@ def _now(value: object) -> tuple[str, int | None]:
 
 def entry(item: object) -> JobEntry | None:
     """Return an entry of a builder's job list; None if it is invalid."""
-    said = mapping(item)
-    digest, state, attempt = said.get("digest"), said.get("state"), said.get("attempt")
+    reply = mapping(item)
+    digest, state, attempt = reply.get("digest"), reply.get("state"), reply.get("attempt")
     attempt = "" if attempt == "" else attempt if _is_name(attempt) else None
     if not _is_digest(digest) or not _is_state(state) or attempt is None:
         return None
-    outputs, waiting = said.get("outputs"), said.get("waiting")
+    outputs, waiting = reply.get("outputs"), reply.get("waiting")
     return JobEntry(
         digest,
-        min(max(count(said.get("digits")), 8), len(digest)),
+        min(max(count(reply.get("digits")), 8), len(digest)),
         state,
         attempt,
-        program=line(said.get("program", "")),
+        program=line(reply.get("program", "")),
         outputs=tuple(map(line, outputs[:WAITING])) if isinstance(outputs, list) else (),
-        more=count(said.get("more")),
-        arch=line(said.get("arch", ""))[:20],
-        place=count(said.get("place")) or None,
-        age=seconds(said.get("age")) or 0.0,
-        took=seconds(said.get("took")),
-        used=seconds(said.get("used")) or 0.0,
-        kept=said.get("kept") is True,
-        size=count(said.get("size")),
-        log=count(said.get("log")),
-        by=line(said.get("by", "")),
+        more=count(reply.get("more")),
+        arch=line(reply.get("arch", ""))[:20],
+        place=count(reply.get("place")) or None,
+        age=seconds(reply.get("age")) or 0.0,
+        took=seconds(reply.get("took")),
+        used=seconds(reply.get("used")) or 0.0,
+        kept=reply.get("kept") is True,
+        size=count(reply.get("size")),
+        log=count(reply.get("log")),
+        by=line(reply.get("by", "")),
         waiting=tuple(map(line, waiting[:WAITING])) if isinstance(waiting, list) else (),
     )
 

@@ -96,17 +96,17 @@ class Session:
 
     def _no_runner(self, seen: bytes) -> BuilderError:
         status = self._channel.exit_status(5.0)
-        said = last_lines_of(self._channel.errors() or seen)
+        errors = last_lines_of(self._channel.errors() or seen)
         if status is None:
-            return BuilderLost(f"{self._place} closed the connection before the runner started. {said}".rstrip())
+            return BuilderLost(f"{self._place} closed the connection before the runner started. {errors}".rstrip())
         # Login shells differ in status and words, so one fix fits all.
         return PythonError(
-            f"{self._place} cannot start python3 (exit status {status}): {said.rstrip('.')}.",
+            f"{self._place} cannot start python3 (exit status {status}): {errors.rstrip('.')}.",
             "On the builder: sudo apt install python3. If the account has no login shell: "
             "sudo chsh --shell /bin/sh ACCOUNT",
         )
 
-    def ask(
+    def request(
         self,
         request: requests.Request,
         body: Body | None,
@@ -130,7 +130,9 @@ class Session:
             start += b"".join(body)
             body = None
         if body is not None and not self._has_begun:
-            self.ask(requests.Hello(), None, None, 0)  # the bootstrap may need the first request twice: keep it short
+            self.request(
+                requests.Hello(), None, None, 0
+            )  # the bootstrap may need the first request twice: keep it short
         try:
             self._send(start)
             for piece in body or ():

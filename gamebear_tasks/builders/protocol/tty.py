@@ -70,7 +70,7 @@ def attend(session: Session, request: Run | Enter, place: str) -> int:
         BuilderLost: the connection broke.
     """
     has_terminal = request.terminal is not None
-    refused = refusal(session.ask(request, None, None, 0), place)
+    refused = refusal(session.request(request, None, None, 0), place)
     if refused is not None:
         raise refused
     sys.stdout.flush()

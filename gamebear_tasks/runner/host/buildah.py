@@ -218,7 +218,7 @@ def remove_containers(
         root: The versioned store folder.
         facts: Capabilities of the builder.
         prefix: Prefix of the names.
-        but: Names of containers to keep.
+        but: Names of containers to retain.
         scratch: Folder for buildah's temporary files, which it leaves if it is killed; by default the store's.
 
     Raises:

@@ -71,20 +71,20 @@ exec "$@" >"$f/out" 2>"$f/err"
 _NOISE = re.compile(rb"(?m)^(?:subprocess exited with status \d+|Error: exit status \d+|exit status \d+)\n?")
 
 
-def without_noise(said: bytes) -> bytes:
+def without_noise(output: bytes) -> bytes:
     """Return buildah's error output without its lines on the command's exit status, which is reported anyway."""
-    return _NOISE.sub(b"", said.replace(b"\r\n", b"\n"))
+    return _NOISE.sub(b"", output.replace(b"\r\n", b"\n"))
 
 
-def without_panic(said: bytes, status: int) -> tuple[bytes, int]:
+def without_panic(output: bytes, status: int) -> tuple[bytes, int]:
     """Return buildah's error output and status, corrected if buildah panicked during the cleanup after a command.
 
     Debian 12's release (1.28) panics if another run in the same container ended earlier: two concurrent shells, for
     example. The command's exit status is then only in the text before the panic.
     """
-    before, panic, where = said.partition(b"panic: runtime error: ")
+    before, panic, where = output.partition(b"panic: runtime error: ")
     if not panic or b"buildah.(*Builder).Run.func" not in where:
-        return said, status
+        return output, status
     statuses = re.findall(rb"(?m)^subprocess exited with status (\d+)", before)
     return before, int(statuses[-1]) if statuses else 0
 
@@ -186,18 +186,18 @@ def _through_fifos(
     With `by="number"`, the command runs only if the container's root is in no group but its own.
     """
     begun = False
-    said = bytearray()
+    output = bytearray()
 
     def begin(_: bytes) -> None:
         nonlocal begun
         begun = True
 
     def listen(data: bytes) -> None:
-        said.extend(data[: _PIECE - len(said)])
-        asked = re.search(rb"(?m)^" + re.escape(os.fsencode(folder)) + rb" (\d{1,10})\n", said)
-        if asked and not begun:
-            user = int(asked[1])
-            del said[asked.start() : asked.end()]
+        output.extend(data[: _PIECE - len(output)])
+        request = re.search(rb"(?m)^" + re.escape(os.fsencode(folder)) + rb" (\d{1,10})\n", output)
+        if request and not begun:
+            user = int(request[1])
+            del output[request.start() : request.end()]
             for name in ("begun", "err", "out"):  # in this order: the script waits for `out`
                 with contextlib.suppress(OSError):
                     os.chown(folder / name, user, -1, follow_symlinks=False)
@@ -228,7 +228,7 @@ def _through_fifos(
         status = _pumped(process, sinks)
     if not begun and status:
         return None  # the container has no shell, or a separate /dev/shm
-    rest, status = without_panic(bytes(said), status)
+    rest, status = without_panic(bytes(output), status)
     if rest := without_noise(rest):
         (err or out)(rest)
     return status

@@ -61,9 +61,9 @@ class CommandError(subprocess.CalledProcessError):
         self.where = where
 
     def __str__(self) -> str:
-        said = last_lines(self.stderr) if isinstance(self.stderr, str) else ""
+        output = last_lines(self.stderr) if isinstance(self.stderr, str) else ""
         where = self.where and f" in {self.where}"
-        return f"`{shlex.join(self.cmd)}` {ended_by(self.returncode)}{where}{said and f': {said}'}"
+        return f"`{shlex.join(self.cmd)}` {ended_by(self.returncode)}{where}{output and f': {output}'}"
 
     @property
     def is_buildahs(self) -> bool:
@@ -73,11 +73,11 @@ class CommandError(subprocess.CalledProcessError):
     @property
     def cause(self) -> str:
         """The failure in a short line: long commands are cut, and buildah's options, names and ids are left out."""
-        said = self.stderr.decode("utf-8", "replace") if isinstance(self.stderr, bytes) else self.stderr or ""
-        said = LONG_ID.sub("…", last_lines(said, 1).removeprefix("Error: "))
+        output = self.stderr.decode("utf-8", "replace") if isinstance(self.stderr, bytes) else self.stderr or ""
+        output = LONG_ID.sub("…", last_lines(output, 1).removeprefix("Error: "))
         command = shlex.join(self.cmd[:2] if self.is_buildahs else self.cmd)
         command = command if len(command) <= LONGEST else f"{command[: LONGEST - 1]}…"
-        return f"`{command}` {ended_by(self.returncode)}{said and f': {said}'}"
+        return f"`{command}` {ended_by(self.returncode)}{output and f': {output}'}"
 
 
 def programs(known: Facts) -> Programs:

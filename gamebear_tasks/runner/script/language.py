@@ -395,7 +395,7 @@ def inject(names: Mapping[str, object]) -> None:
     """
     for name, value in names.items():
         setattr(builtins, name, value)
-    module = types.ModuleType("__buildah__", "What a buildscript sees, for modules that import it by name.")
+    module = types.ModuleType("__buildah__", "Globals of a buildscript, for modules that import them by name.")
     vars(module).update(names)
     module.__dict__["__return__"] = finish
     module.__dict__["__all__"] = [*names, "__return__"]

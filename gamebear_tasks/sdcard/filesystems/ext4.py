@@ -188,7 +188,7 @@ class Debugfs:
 
     def __enter__(self) -> Debugfs:
         try:
-            (output,) = self.ask([b"stat <2>"])
+            (output,) = self.query([b"stat <2>"])
             if not output.startswith(b"Inode: 2 "):
                 raise self._failed(output)
         except BaseException:
@@ -209,7 +209,7 @@ class Debugfs:
         if output.strip():
             raise self._failed(output)
 
-    def ask(self, commands: Sequence[bytes]) -> list[bytes]:
+    def query(self, commands: Sequence[bytes]) -> list[bytes]:
         """Send commands and return debugfs's answer to each.
 
         Raises:
@@ -265,7 +265,7 @@ class Debugfs:
         Raises:
             ImageError: A command failed.
         """
-        for command, answer in zip(commands, self.ask(commands), strict=True):
+        for command, answer in zip(commands, self.query(commands), strict=True):
             if not re.fullmatch(rb"\s*(Allocated inode: \d+)?\s*", answer):
                 _, quote, name = command.partition(b'"')
                 shown = name.partition(b'"')[0].decode("utf-8", "replace") if quote else "The root file system"
@@ -321,7 +321,7 @@ class Reader:
     def listing(self, number: int) -> Mapping[str, Inode]:
         """Return the entries of a folder by name."""
         if number not in self._folders:
-            (output,) = self._session.ask([b"ls -p <%d>" % number])
+            (output,) = self._session.query([b"ls -p <%d>" % number])
             found = {}
             for inode, mode, uid, gid, name, size in ENTRY.findall(output):
                 if name not in (b".", b"..", b"") and int(inode):
@@ -354,9 +354,9 @@ class Reader:
                 f"The base is damaged: the symbolic link of inode {inode.number} has {inode.size} bytes.",
                 "Download or copy the base image again.",
             )
-        (output,) = self._session.ask([b"stat <%d>" % inode.number])
+        (output,) = self._session.query([b"stat <%d>" % inode.number])
         match = re.search(rb'^Fast link dest: "(.*)"$', output, re.MULTILINE | re.DOTALL)
         if match:
             return match[1].decode("utf-8", "surrogateescape")
-        (output,) = self._session.ask([b"cat <%d>" % inode.number])
+        (output,) = self._session.query([b"cat <%d>" % inode.number])
         return output[: inode.size].decode("utf-8", "surrogateescape")

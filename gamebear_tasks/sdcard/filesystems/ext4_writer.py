@@ -151,7 +151,7 @@ def _here(name: str) -> bytes:
 def _leaves_attributes(session: Debugfs, tree: Tree) -> bool:
     """Return whether a file to be replaced has an attribute block, which debugfs does not free."""
     inodes = {inode.number for name in tree.added if (inode := tree.inode(name)) and not stat.S_ISDIR(inode.mode)}
-    answers = session.ask([b"stat <%d>" % number for number in sorted(inodes)])
+    answers = session.query([b"stat <%d>" % number for number in sorted(inodes)])
     return any(re.search(rb"^File ACL: [1-9]", output, re.MULTILINE) for output in answers)
 
 
@@ -181,7 +181,7 @@ def _creation(name: str, entry: Entry) -> bytes:
 
 def _numbers(session: Debugfs, tree: Tree, names: list[str]) -> list[int]:
     """Return the inode numbers of existing names."""
-    answers = session.ask(_in_folders(tree, ((name, [b"stat " + _here(name)]) for name in names)))
+    answers = session.query(_in_folders(tree, ((name, [b"stat " + _here(name)]) for name in names)))
     return [int(match[1]) for output in answers if (match := re.match(rb"Inode: (\d+) ", output))]
 
 
@@ -190,7 +190,7 @@ def _link(session: Debugfs, tree: Tree, name: str, number: int) -> None:
     cd = _in_folders(tree, [(name, [])])
     command = b"ln <%d> %s" % (number, _last(name))
     session.do(cd)
-    (output,) = session.ask([command])
+    (output,) = session.query([command])
     if output.strip():  # a full directory, or another error, which the second attempt raises
         session.do([b"expand_dir .", command])
 

@@ -179,7 +179,7 @@ class PublicSession:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the server has announced the end of the output, which the public API does not tell."""
+        """Whether the server has announced the end of the output, which the public API does not report."""
         return False
 
     def _read_errors(self) -> None:
