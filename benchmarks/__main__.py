@@ -38,16 +38,16 @@ def main() -> int:
     """Run the benchmarks, print the results, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="benchmarks/run",
-        description="Measures this checkout against what one would do without it. As root, on a machine of its own.",
+        description="Compare this checkout with the manual alternatives. Requires root on a disposable machine.",
     )
     known = ", ".join(BENCHMARKS)
-    parser.add_argument("name", nargs="*", metavar="NAME", help=f"which benchmarks, by default all: {known}")
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"benchmarks to run, by default all: {known}")
     chosen = parser.parse_args().name or list(BENCHMARKS)
     unknown = [name for name in chosen if name not in BENCHMARKS]
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {known}")
     if os.geteuid():
-        parser.error("it makes users, an sshd and mounts: run it as root, on a machine of its own")
+        parser.error("run it as root on a disposable machine: it creates users, an sshd and mounts")
     for name in list(os.environ):  # of PYTHON*, PYTHONDONTWRITEBYTECODE would compile the checkout in every run
         if name.startswith(("GAMEBEAR_", "PYTHON", "SSH_", "XDG_")):
             del os.environ[name]

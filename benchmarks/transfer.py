@@ -42,8 +42,8 @@ with open('big', 'wb') as file:
         file.write(os.urandom(min(1 << 20, size - file.tell())))
 """
 
-WHOLE_UP = "ours: a whole run of doit: hashing by doit and by us, sending, hashing there, a job that takes the file"
-WHOLE_DOWN = "ours: a whole run of doit, which hashes what comes, and syncs it to disk; scp alone does not"
+WHOLE_UP = "ours: a whole run of doit: hashing by doit and the client, upload, hashing there, a job that reads the file"
+WHOLE_DOWN = "ours: a whole run of doit, which hashes the received file and syncs it to disk; scp alone does not"
 NET = "each less what the same run takes with 1 kB instead (medians): the start of programs, connecting, the job"
 
 

@@ -101,10 +101,7 @@ def far(place: Place) -> Result:
         )
 
 
-VFS = (
-    "vfs is what Debian's buildah uses for an ordinary user unless it is told otherwise;"
-    " the runner finds overlay by itself"
-)
+VFS = "vfs is what Debian's buildah uses for an ordinary user by default; the runner finds overlay by itself"
 
 BY_HAND = (
     "the job handed on the builder to the runner's own standard input, by a program that already runs:"

@@ -112,7 +112,7 @@ def unchanged(place: Place) -> Result:
             *rows,
             Row("… its connections", "", [place.bare.server.connections - before], goal=Goal("most", 0), unit=""),
             Row(
-                "… packages imported, ours aside",
+                "… packages imported, without gamebear_tasks",
                 "plain doit",
                 [len([name for name in heavy if name != "gamebear_tasks"])],
                 goal=Goal("most", 0),
