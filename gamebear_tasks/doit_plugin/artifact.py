@@ -21,7 +21,6 @@ from ..jobspec.canonical_json import Json, canonical_json
 from ..jobspec.module_finder import local_modules
 from ..jobspec.plan import NONE, SAVED, Plan, check_choice, declare, read_lock
 from ..records.run_journal import REPORT, up_to_date
-from ..runner.executor.outputs import is_pattern
 from ..runner.util.atomic_files import is_file_name
 from ..sources.declare import LOCK_FILE
 from ..util.file_hashes import content_of
@@ -282,6 +281,8 @@ def _named(
             if key is not None:
                 unusual.append((key, what))
         elif _is_path(path):
+            from ..runner.executor.outputs import is_pattern  # here, because most paths are plain
+
             place, own = str(Path(path)), Path(path).name
             unusual.append((own if key is None else key, what))
             if folders is not None and is_pattern(own):
@@ -378,6 +379,8 @@ def _check_name(name: object, what: str, plan: Plan) -> None:
 
 def _check_folder(name: str, plan: Plan) -> None:
     """Reject the target of a folder output if it contains other files of the project; raises SettingsError."""
+    from ..runner.executor.outputs import is_pattern
+
     place = os.path.relpath(plan.targets[name] or ".")
     others = [path for other, path in plan.targets.items() if other != name]
     if any(not os.path.relpath(path, place).startswith("..") for path in (".", str(LOGS), *others)):
