@@ -435,7 +435,7 @@ def test_a_result_is_retained_while_it_is_fetched(bare_store: Store, monkeypatch
     touch = StoredJob.touch
     monkeypatch.setattr(outputs, "write", written.append)
     monkeypatch.setattr(outputs, "_pass_on", pass_on)
-    monkeypatch.setattr(outputs, "USE_NOTED", -1.0)
+    monkeypatch.setattr(outputs, "USE_INTERVAL", -1.0)
     monkeypatch.setattr(StoredJob, "touch", note_use)
     reply, send = outputs.fetch(bare_store, Fetch(digest=job.digest, attempt="a1", name="x", offset=0))
     assert Prune(bare_store, Policy(size=0), 15).run().jobs == 0
