@@ -530,6 +530,11 @@ SCRIPTS = [
         "Container('scratch').copy_in('x.py', '/x', owner='pi')",
         "x.py 1 copy_in user pi → useradd number",
     ),
+    Row(
+        "copied a missing file in a Containerfile",
+        r"Path('Containerfile').write_text('FROM scratch\nCOPY nosuch /\n'); Image.build()",
+        "Containerfile COPY nosuch no such file → Containerfile step",
+    ),
     Row("declared an arg without a name", "#| arg: = 3", "x.py 1 arg: → default"),
     Row("declared an arg of an unknown type", "#| arg: level: number = 3", "x.py 1 level number → pathlib.Path"),
     Row("set no value for an arg without a default", "#| arg: level = ...", "x.py 1 level → args="),

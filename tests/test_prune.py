@@ -365,6 +365,30 @@ def test_only_images_without_a_retained_job_are_removed(tmp_path: Path, fresh_ho
     made[1].ok()
 
 
+def test_an_image_built_from_a_containerfile_goes_with_its_layers(tmp_path: Path, fresh_home: Path) -> None:
+    storage = tmp_path / "storage.conf"
+    storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n')
+    text = "FROM scratch AS one\\nCOPY x.py /x\\nCOPY x.py /y\\nFROM scratch\\nCOPY --from=one /x /\\nCOPY x.py /z\\n"
+    script = f"Path('Containerfile').write_text('{text}')\nImage.build()"
+    job = Job(tmp_path / "job", fresh_home, script, None, CONTAINERS_STORAGE_CONF=str(storage))
+    job.ok()
+    command = ["buildah", "images", "--all", "--quiet"]
+    variables = {**os.environ, "CONTAINERS_STORAGE_CONF": str(storage)}
+
+    def count() -> int:
+        return len(subprocess.run(command, env=variables, capture_output=True, check=True).stdout.splitlines())
+
+    assert count() == 4
+    assert "image" not in prune(job, "--older", "9", "--images")
+    assert count() == 4
+    grow_old(job.store, 10)
+    said = prune(job, "--older", "9", "--images")
+    assert "4 images " in said
+    assert "kept" not in said
+    assert count() == 0
+    assert not list(job.store.images.glob("*.used"))
+
+
 # races that a run of doit does not reach
 
 

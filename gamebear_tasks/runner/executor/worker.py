@@ -432,7 +432,7 @@ def _failure(error: BaseException) -> dict[str, Any]:
         details = {"command": command, "status": error.returncode, "where": error.where}
         if error.is_buildahs:
             print(f"gamebear: {error}", file=sys.stderr)
-        return failure("command", f"{error.cause}.", _command_hint(error, at), **details)
+        return failure("command", f"{error.cause}.", error.hint or _command_hint(error, at), **details)
     if isinstance(error, BuildahError):
         print(f"gamebear: {error}", file=sys.stderr)
         own = CommandError(error.status, ["buildah", *error.command], stderr=error.stderr)

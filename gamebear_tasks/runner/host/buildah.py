@@ -27,6 +27,14 @@ IMAGES_IN_USE = "in-use.lock"
 Jobs that search for an image share the lock; garbage collection of images holds it exclusively.
 """
 
+BUILD_MARKER = "gamebear-build-of-"
+"""Prefix of the id of a secret, followed by the prefix of a job's containers, that marks the containers of
+`buildah build`.
+
+Buildah chooses the names of these containers. It stores the ids of secrets, but not their content, in the container's
+state.
+"""
+
 
 class BuildahError(RunnerError):
     """A buildah command failed.
@@ -245,12 +253,21 @@ def remove_containers(
         return {container["id"]: container["containername"] for container in listed}
 
     for identity, name in names().items():
-        if name.startswith(prefix) and name not in but:
+        if (name.startswith(prefix) and name not in but) or _is_of_build(facts, identity, prefix):
             try:
                 run("rm", identity)
             except BuildahError:
                 if identity in names():  # race: another process may have removed it
                     raise
+
+
+def _is_of_build(facts: Facts, identity: str, prefix: str) -> bool:
+    """Return whether a container belongs to `buildah build` of a job; see `BUILD_MARKER`."""
+    state = Path(facts.graph_root, f"{facts.driver}-containers", identity, "userdata", "buildah.json")
+    try:
+        return f'"id={BUILD_MARKER}{prefix}'.encode() in state.read_bytes()
+    except OSError:
+        return False  # removed meanwhile, or another release of buildah
 
 
 def remove_tree(root: Path, facts: Facts, path: Path) -> None:

@@ -52,7 +52,10 @@ class CommandError(subprocess.CalledProcessError):
         where: The container or image that the command was for, as messages call it.
         stdout: Captured output, if `stdout=PIPE`.
         stderr: Captured errors, if `stderr=PIPE`; for buildah's own commands, its error output.
+        hint: Suggested fix; empty for the usual one.
     """
+
+    hint = ""
 
     def __init__(
         self, returncode: int, cmd: Sequence[str], where: str = "", output: Any = None, stderr: Any = None

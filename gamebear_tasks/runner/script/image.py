@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..host.buildah import BuildahError, ImageError
 from ..images import base_images, package_images
 from ..store.expiry import policy_of
+from ..util.atomic_files import written_aside
 from .context import CommandError, current, run_buildah
 
 
@@ -152,6 +157,49 @@ class Image:
         return image_of(resolve(name), name)
 
     @classmethod
+    def build(
+        cls,
+        containerfile: str | os.PathLike[str] = "Containerfile",
+        *,
+        context: str | os.PathLike[str] = ".",
+        target: str | None = None,
+        args: Mapping[str, object] | None = None,
+    ) -> Image:
+        """Build a Containerfile (or Dockerfile) and return the image.
+
+        Base images are found as by `Container`: on the builder, in a registry, or by a bootstrap. The layers are cached
+        on the builder, for all jobs. The image stays there, and `gamebear prune --images` removes it with its layers
+        when no job uses it any longer. The format is OCI, or Docker if an instruction needs it.
+
+        Args:
+            containerfile: Path of the file; a relative path starts in the working directory.
+            context: Folder that `COPY` and `ADD` copy from; a relative path starts in the working directory. Its
+                `.containerignore` or `.dockerignore` applies.
+            target: Name of the stage to build; None: the last one.
+            args: Values of the build arguments (`ARG`), by name. The image's history records them: not for secrets.
+
+        Raises:
+            CommandError: A step failed; the message names it.
+            ImageNotFoundError: A base image does not exist or cannot be fetched.
+            FileNotFoundError: The Containerfile or the context does not exist.
+            ValueError: The name of an argument is invalid.
+
+        Example:
+            ```python
+            image = Image.build("source/Containerfile", context="source", args={"VERSION": "1.2"})
+            ```
+        """
+        from . import containerfile as files  # deferred: needed by few scripts, and it imports `container`
+
+        path, values = Path(containerfile), {name: str(value) for name, value in (args or {}).items()}
+        try:
+            return image_of(files.build(path, Path(context), target or "", values), str(path))
+        except ImageError as error:
+            raise ImageNotFoundError(error.message, error.hint) from None
+        except BuildahError as error:
+            raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
+
+    @classmethod
     def list(cls, name: str | None = None, *, all: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the images on the builder, of every architecture.
 
@@ -204,6 +252,43 @@ class Image:
             CommandError: buildah failed.
         """
         run_buildah(f"image {self.id[:12]}", "tag", self.id, tag)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the image to a file, an uncompressed tar in the OCI image layout, for `podman load` and others.
+
+        The same image gives the same bytes on builders with the same release of buildah, which compresses the layers.
+        An image that is built again differs in its creation times.
+
+        Args:
+            path: Path of the file; a relative path starts in the working directory. An existing file is replaced.
+
+        Raises:
+            CommandError: buildah failed.
+            OSError: The file cannot be written.
+
+        Example:
+            ```python
+            image.save("hello.tar")  # the output hello.tar
+            ```
+        """
+        import tarfile  # deferred: slow to import, and few scripts save an image
+
+        target = Path(path)
+        folder = Path(tempfile.mkdtemp(prefix="save-", dir=current().buildah.environment["TMPDIR"]))
+        try:
+            run_buildah(f"image {self.id[:12]}", "push", "--quiet", "--format", "oci", self.id, f"oci:{folder}/layout")
+            with written_aside(target, 0o644, sync=False) as file, tarfile.open(fileobj=file, mode="w") as tar:
+                for found in sorted((folder / "layout").rglob("*")):
+                    member = tarfile.TarInfo(str(found.relative_to(folder / "layout")))
+                    if found.is_dir():
+                        member.type, member.mode = tarfile.DIRTYPE, 0o755
+                        tar.addfile(member)
+                    else:
+                        member.size = found.stat().st_size
+                        with found.open("rb") as content:
+                            tar.addfile(member, content)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def inspect(self) -> dict[str, Any]:
         """Return the output of `buildah inspect` for the image, as a dict.
