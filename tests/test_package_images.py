@@ -19,7 +19,7 @@ import pytest
 from gamebear_tasks.runner.host.rootfs import Rootfs
 from gamebear_tasks.runner.images import apt
 from gamebear_tasks.runner.images.apt import Apt, AptError, Package, Unfit, trim
-from gamebear_tasks.runner.images.package_images import _missing
+from gamebear_tasks.runner.images.package_images import _missing, _Step
 
 INSTALLED = """\
 Package: dpkg
@@ -161,7 +161,9 @@ def test_packages_without_a_candidate_are_found_without_reading_apts_messages(
     repository.publish()
     apt = ready(root, repository)
     wanted = ["tool=2", "tool=1:2-3", "no-such", "common", "needed/no-suite", "broken", "absent", "virtual"]
-    assert _missing(apt.runs, wanted) == ["absent", "needed/no-suite", "no-such", "tool=2"]
+    steps = [_Step(("install",), tuple(wanted)), _Step(("build-dep",), ("no-source", "/a/folder"))]
+    missing = ["absent", "needed/no-suite", "no-such", "tool=2", "src:no-source"]
+    assert _missing(apt.runs, steps) == missing
 
 
 def test_removals_are_left_to_the_containers_apt(root: Path, repository: Repository) -> None:

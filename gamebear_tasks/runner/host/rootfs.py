@@ -220,6 +220,11 @@ class Rootfs:
             found = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), os.readlink(f"/proc/self/fd/{self.fd}"))
         return f"/{found}", new
 
+    def remove(self, path: str) -> None:
+        """Remove a file or link; a missing one is not an error."""
+        with contextlib.suppress(FileNotFoundError), self.place(path, follow=False) as place:
+            os.unlink(place.name, dir_fd=place.folder)
+
     def remove_empty(self, path: str) -> None:
         """Remove a folder if it is empty."""
         with contextlib.suppress(OSError), self.place(path, follow=False) as place:

@@ -283,12 +283,19 @@ class Apt:
         """Fetch the package lists; return apt's status and output, which is also logged."""
         return streamed(["apt-get", "--quiet", *options, "update"], self.environment)
 
-    def plan(self, packages: Sequence[str], recommends: bool) -> Plan:
+    def refresh(self, rootfs: Rootfs) -> None:
+        """Copy the list of installed packages out of the container again."""
+        with contextlib.suppress(FileNotFoundError):
+            rootfs.copy_out("var/lib/apt/extended_states", self.folder / "state")
+        rootfs.copy_out("var/lib/dpkg/status", self.folder)
+
+    def plan(self, packages: Sequence[str], recommends: bool, action: Sequence[str] = ("install",)) -> Plan:
         """Return the steps that install packages.
 
         Args:
             packages: Names of the packages.
             recommends: Whether to install recommended packages too.
+            action: Command of apt-get, with options.
 
         Raises:
             AptError: The packages cannot be installed.
@@ -296,7 +303,7 @@ class Apt:
         """
         # An explicit value instead of --no-install-recommends overrides the base's own configuration in both cases.
         option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
-        command = (option, "install", "--", *packages)
+        command = (option, *action, "--", *packages)
         said = self._said("--simulate", *command)
         steps: list[tuple[str, list[Package]]] = []
         for word, package in _planned(said):

@@ -26,7 +26,9 @@ from ..host.rootfs import Rootfs
 from ..host.subprocesses import last_lines
 from ..util.free_space import is_full
 from ..util.locks import locked
+from . import apt_settings
 from .apt import POOL, Apt, AptError, Plan, Unfit, trim
+from .apt_settings import Settings
 from .base_images import MAKE_ROOM, check_runs, resolve
 
 RECIPE = 2
@@ -80,6 +82,7 @@ def packages_image(
     recommends: bool = False,
     max_age_days: float | None = None,
     rebuild: str = "base",
+    settings: Settings = apt_settings.NONE,
 ) -> str:
     """Return the full id of an image with packages installed into a base; it is built if necessary.
 
@@ -92,6 +95,7 @@ def packages_image(
         recommends: Whether to install recommended packages too.
         max_age_days: Days after which the image is rebuilt; None: never because of its age.
         rebuild: `base`: rebuild the image if the base's name refers to another image now; `never`: keep it even then.
+        settings: Additional apt settings.
 
     Raises:
         ImageError: The base or a package cannot be fetched; the attempt leaves no image and no container.
@@ -109,9 +113,18 @@ def packages_image(
     for package in wanted:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+.](:[a-z0-9-]+)?([=/][A-Za-z0-9.+:~-]+)?", package):
             raise ValueError(f"packages_image: {package!r} is not the name of a Debian package")
+    settings.check()
     with buildah.looking_for_image():
         identity = _found_or_built(
-            buildah, facts, base, wanted, arch=arch, recommends=recommends, max_age_days=max_age_days, rebuild=rebuild
+            buildah,
+            facts,
+            base,
+            wanted,
+            settings,
+            arch=arch,
+            recommends=recommends,
+            max_age_days=max_age_days,
+            rebuild=rebuild,
         )
         buildah.note_use(identity)
         return identity
@@ -122,22 +135,24 @@ def _found_or_built(
     facts: Facts,
     base: str,
     wanted: Sequence[str],
+    settings: Settings,
     *,
     arch: str,
     recommends: bool,
     max_age_days: float | None,
     rebuild: str,
 ) -> str:
-    by_name = _tag(base, arch, wanted, recommends)
-    if rebuild == "never" and wanted:
+    by_name = _tag(base, arch, wanted, recommends, settings)
+    is_base = not wanted and settings == apt_settings.NONE
+    if rebuild == "never" and not is_base:
         found = _kept(buildah, by_name, None)
         if found:
             return found
     identity = resolve(buildah, facts, base, arch)
-    if not wanted:
+    if is_base:
         return identity
     check_runs(facts, arch)
-    tag = _tag(identity, arch, wanted, recommends)
+    tag = _tag(identity, arch, wanted, recommends, settings)
     folder = buildah.root / "images"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(folder / f"{NAME}-{tag.rpartition(':')[2]}.lock"):
@@ -145,7 +160,7 @@ def _found_or_built(
         if found:
             return found
         stale = _kept(buildah, tag, None)
-        built = _build(buildah, facts, base, identity, wanted, tag, arch=arch, recommends=recommends)
+        built = _build(buildah, facts, base, identity, wanted, settings, tag, arch=arch, recommends=recommends)
         buildah("tag", built, by_name)
         if stale and stale != built:
             # It stays if a container of another job still uses it.
@@ -154,9 +169,12 @@ def _found_or_built(
         return built
 
 
-def _tag(base: str, arch: str, packages: Sequence[str], recommends: bool) -> str:
+def _tag(
+    base: str, arch: str, packages: Sequence[str], recommends: bool, settings: Settings = apt_settings.NONE
+) -> str:
     """Return the tag of a package image; `base` is the base's id, or its name for the policy `never`."""
     recipe = {"base": base, "arch": arch, "packages": packages, "recommends": recommends, "recipe": RECIPE}
+    recipe |= settings.recipe()
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return f"{NAME}:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -190,13 +208,15 @@ def _build(
     base: str,
     identity: str,
     packages: Sequence[str],
+    settings: Settings,
     tag: str,
     *,
     arch: str,
     recommends: bool,
 ) -> str:
     started = time.monotonic()
-    print(f"Installing into {base} for {arch}: {' '.join(packages)}", flush=True)
+    named = [*packages, *([f"build dependencies of {settings.build_dep}"] if settings.build_dep else [])]
+    print(f"Installing into {base} for {arch}: {' '.join(named)}", flush=True)
     notes = {
         "gamebear.base": base,
         "gamebear.base-id": identity,
@@ -204,13 +224,14 @@ def _build(
         "gamebear.recipe": str(RECIPE),
         "gamebear.recommends": str(recommends).lower(),
         ARCHITECTURE_ANNOTATION: arch,
+        **{f"gamebear.{name}": value for name, value in settings.recipe().items()},
     }
     part = _part(buildah, notes)
     built = ""
     if part:
         with contextlib.suppress(_Unsuitable):
-            built = _installed(buildah, facts, part, packages, tag, notes, recommends=recommends)
-    built = built or _installed(buildah, facts, _Part(identity), packages, tag, notes, recommends=recommends)
+            built = _installed(buildah, facts, part, packages, settings, tag, notes, recommends=recommends)
+    built = built or _installed(buildah, facts, _Part(identity), packages, settings, tag, notes, recommends=recommends)
     print(f"Installed in {time.monotonic() - started:.0f} s", flush=True)
     return built
 
@@ -231,7 +252,8 @@ class _Part(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts
 
 def _part(buildah: Buildah, notes: Mapping[str, str]) -> _Part | None:
     """Return the package image of the same base that has the most of the wanted packages and no other ones."""
-    same = ("gamebear.base-id", "gamebear.recipe", "gamebear.recommends", ARCHITECTURE_ANNOTATION)
+    same = ["gamebear.base-id", "gamebear.recipe", "gamebear.recommends", ARCHITECTURE_ANNOTATION]
+    same += ["gamebear.sources", "gamebear.keys", "gamebear.snapshot"]
     wanted = set(notes["gamebear.packages"].split())
     parts = []
     for image in buildah.images():
@@ -241,7 +263,10 @@ def _part(buildah: Buildah, notes: Mapping[str, str]) -> _Part | None:
             identity = image["id"]
             found = json.loads(buildah("inspect", "--type", "image", identity)).get("ImageAnnotations") or {}
             has = tuple(found.get("gamebear.packages", "").split())
-            if set(has) < wanted and has and all(found.get(key) == notes[key] for key in same):
+            is_subset = set(has) <= wanted if "gamebear.build-dep" in notes else set(has) < wanted
+            if "gamebear.build-dep" in found or not has or not is_subset:
+                continue
+            if all(found.get(key) == notes.get(key) for key in same):
                 parts.append(_Part(identity, has, frozenset(found.get("gamebear.added", "").split())))
     return max(parts, key=lambda part: (len(part.packages), part.identity), default=None)
 
@@ -251,6 +276,7 @@ def _installed(
     facts: Facts,
     part: _Part,
     packages: Sequence[str],
+    settings: Settings,
     tag: str,
     notes: Mapping[str, str],
     *,
@@ -271,6 +297,14 @@ def _installed(
         rootfs_folder = buildah("mount", container).rstrip("\n")
         rootfs = Rootfs(rootfs_folder)
         before = _versions(installed(rootfs, folder))
+        control = folder / "build-dep"
+        if not part.added:
+            apt_settings.apply(settings, rootfs, folder, base)
+        if settings.control:
+            apt_settings.write_control(settings, control)
+        elif settings.build_dep:
+            apt_settings.add_source_indexes(rootfs, folder)
+        steps = _steps(packages, settings, str(control), bool(part.added))
         try:
             apt = Apt(folder / "apt", buildah.root / POOL, rootfs, buildah.environment)
             _update(apt.update, lambda: is_full(folder, rootfs_folder))
@@ -278,17 +312,24 @@ def _installed(
                 if part.added & apt.outdated():
                     raise _Unsuitable
                 print(f"Extending the image with {' '.join(part.packages)}", flush=True)
-            plan = apt.plan(packages, recommends)
+            for number, step in enumerate(steps):
+                if number:
+                    apt.refresh(rootfs)
+                plan = apt.plan(step.names, recommends, step.action)
+                apt.fetch(plan, unpacked=apt.arch != facts.arch)
+                _install(buildah, facts, container, apt, plan, base, arch)
+                if step.action[0] == "install":
+                    _mark_automatic(rootfs, folder, apt, plan, packages)
+            trim(apt.pool)
         except Unfit as reason:
             if part.added:
                 raise _Unsuitable from None
             print(f"Using the image's apt instead of the builder's: {reason}", flush=True)
-            _install_inside(buildah, facts, container, packages, recommends, base, arch)
-        else:
-            apt.fetch(plan, unpacked=apt.arch != facts.arch)
-            _install(buildah, facts, container, apt, plan, base, arch)
-            _mark_automatic(rootfs, folder, apt, plan, packages)
-            trim(apt.pool)
+            if settings.control:
+                rootfs.copy_in(control, apt_settings.CONTROL)
+            steps = _steps(packages, settings, apt_settings.CONTROL, False)
+            _install_inside(buildah, facts, container, steps, recommends, base, arch)
+        apt_settings.remove_source_indexes(rootfs)
         now = installed(rootfs, folder)
         after = _versions(now)
         own = {name.partition(":")[0] for name in after if after[name] != before.get(name)}
@@ -307,13 +348,41 @@ def _installed(
     except AptError as error:
         if is_full(folder, rootfs_folder):
             raise _no_room(base, arch) from None
-        raise _installation_error(base, arch, error.status, error.said, _missing(apt.runs, packages)) from None
+        raise _installation_error(base, arch, error.status, error.said, _missing(apt.runs, steps)) from None
     finally:
         if rootfs is not None:
             rootfs.close()
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(BuildahError):
             buildah("rm", container)
+
+
+class _Step(NamedTuple):  # NamedTuple, not a dataclass: see `capabilities.Facts`
+    """A command of apt-get: its words before `--`, and those after it."""
+
+    action: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def _steps(packages: Sequence[str], settings: Settings, control: str, is_extended: bool) -> list[_Step]:
+    """Return the commands that install everything.
+
+    Args:
+        packages: Names of the packages.
+        settings: Additional settings.
+        control: Folder with the debian/control that states the build dependencies.
+        is_extended: Whether the image already has some of the packages.
+    """
+    steps = []
+    if settings.snapshot and not is_extended:
+        steps.append(_Step(("dist-upgrade", "--allow-downgrades"), ()))
+    if packages:
+        # A pinned version, and the dependencies of a snapshot's packages, may be older than the installed ones.
+        may_downgrade = settings.snapshot or any("=" in name for name in packages)
+        steps.append(_Step(("install", *(["--allow-downgrades"] if may_downgrade else [])), tuple(packages)))
+    if settings.build_dep:
+        steps.append(_Step(("build-dep",), (control if settings.control else settings.build_dep,)))
+    return steps
 
 
 def _install(buildah: Buildah, facts: Facts, container: str, apt: Apt, plan: Plan, base: str, arch: str) -> None:
@@ -360,7 +429,7 @@ def _mark_automatic(rootfs: Rootfs, folder: Path, apt: Apt, plan: Plan, wanted: 
 
 
 def _install_inside(
-    buildah: Buildah, facts: Facts, container: str, packages: Sequence[str], recommends: bool, base: str, arch: str
+    buildah: Buildah, facts: Facts, container: str, steps: Sequence[_Step], recommends: bool, base: str, arch: str
 ) -> None:
     """Install packages with the container's own apt.
 
@@ -378,11 +447,12 @@ def _install_inside(
     _update(lambda *options: run(*APT, *options, "update"), buildah.is_disk_full)
     # An explicit value instead of --no-install-recommends overrides the base's own configuration in both cases.
     option = f"--option=APT::Install-Recommends={'true' if recommends else 'false'}"
-    status, said = run(*APT, option, "install", "--", *packages)
-    if status:
-        if buildah.is_disk_full():
-            raise _no_room(base, arch)
-        raise _installation_error(base, arch, status, said, _missing(runs, packages))
+    for step in steps:
+        status, said = run(*APT, option, *step.action, "--", *step.names)
+        if status:
+            if buildah.is_disk_full():
+                raise _no_room(base, arch)
+            raise _installation_error(base, arch, status, said, _missing(runs, steps))
     run("sh", "-c", REMOVE_LEFTOVERS)
 
 
@@ -461,22 +531,26 @@ def _update(update: Callable[..., tuple[int, str]], is_disk_full: Callable[[], b
     )
 
 
-def _missing(runs: Callable[..., bool], packages: Iterable[str]) -> list[str]:
+def _missing(runs: Callable[..., bool], steps: Iterable[_Step]) -> list[str]:
     """Return the packages that apt has no candidate for.
 
     apt-get exits with 100 for every error, so each package is tested alone.
 
     Args:
         runs: Returns whether `apt-get` succeeds with some arguments.
-        packages: Names of the wanted packages.
+        steps: The commands that name the packages.
     """
     # `download` does not resolve dependencies; `install` also accepts a virtual package.
     options = ("--quiet", "--print-uris")
-    return [
-        name
-        for name in sorted(packages)
-        if not runs(*options, "download", "--", name) and not runs("--simulate", "install", "--", name)
-    ]
+    missing = []
+    for action, names in steps:
+        for name in sorted(names):
+            if action[0] == "build-dep":
+                if "/" not in name and not runs(*options, "source", "--", name):
+                    missing.append(f"src:{name}")
+            elif not runs(*options, "download", "--", name) and not runs("--simulate", *action, "--", name):
+                missing.append(name)
+    return missing
 
 
 def _installation_error(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..host.buildah import BuildahError, ImageError
 from ..images import base_images, package_images
+from ..images.apt_settings import NONE, Settings, build_dependencies
 from ..store.expiry import policy_of
 from ..util.atomic_files import written_aside
 from .context import CommandError, current, run_buildah
@@ -317,8 +318,12 @@ def called(image: Image) -> str:
 
 def packages_image(
     base: str | Image,
-    names: Iterable[str],
+    names: Iterable[str] = (),
     *,
+    build_dep: str | os.PathLike[str] | None = None,
+    sources: Iterable[str] = (),
+    keys: Iterable[str | os.PathLike[str]] = (),
+    snapshot: str | None = None,
     recommends: bool = False,
     max_age_days: float | None = None,
     rebuild: str = "base",
@@ -331,7 +336,13 @@ def packages_image(
     Args:
         base: Base image, or its name. It must contain `apt-get`.
         names: The packages, in any order; `name=version`, `name/suite` and `name:architecture` are possible. Without
-            packages, the result is the base.
+            packages and the options below, the result is the base.
+        build_dep: Also install the build dependencies of a Debian source package: its name, or a folder in the working
+            directory with its `debian/control`.
+        sources: Additional apt sources: lines (`deb URL SUITE main`) or deb822 stanzas.
+        keys: Files in the working directory with the public keys that sign those of `sources` without `Signed-By`.
+        snapshot: Install the versions that Debian had at a time, such as `20261101T000000Z`, from snapshot.debian.org.
+            The base's packages are replaced by these versions, too.
         recommends: Also install the recommended packages.
         max_age_days: Days after which the image is rebuilt; None: never because of its age.
         rebuild: `"base"`: rebuild the image if the base's name refers to another image now. `"never"`: keep it even
@@ -340,6 +351,7 @@ def packages_image(
     Raises:
         ImageNotFoundError: The base or a package does not exist or cannot be fetched.
         ValueError: An argument is invalid, or `rebuild="never"` is combined with `max_age_days`.
+        OSError: A file of `keys` or a `debian/control` cannot be read.
         CommandError: buildah failed.
 
     Example:
@@ -351,6 +363,11 @@ def packages_image(
     """
     job = current()
     wanted = names if isinstance(names, str) else list(names)
+    for name, value in (("sources", sources), ("keys", keys)):
+        if isinstance(value, (str, bytes)):
+            raise ValueError(f"packages_image: {name} is a string, expected a list of strings")
+    package, control = _build_dependencies(build_dep)
+    settings = Settings(tuple(sources), tuple(Path(key).read_bytes() for key in keys), snapshot or "", package, control)
     try:
         with job.phases.phase("packages"):
             identity = package_images.packages_image(
@@ -362,16 +379,38 @@ def packages_image(
                 recommends=recommends,
                 max_age_days=max_age_days,
                 rebuild=rebuild,
+                settings=settings,
             )
     except ImageError as error:
         raise ImageNotFoundError(error.message, error.hint) from None
     except BuildahError as error:
         raise CommandError(error.status, ["buildah", *error.command], stderr=error.stderr) from None
-    image = image_of(identity, f"{called(base) if isinstance(base, Image) else base} with {' '.join(wanted)}".rstrip())
+    contents = [*wanted, *([f"src:{package}"] if package else [])]
+    image = image_of(
+        identity, f"{called(base) if isinstance(base, Image) else base} with {' '.join(contents)}".rstrip()
+    )
     if rebuild != "never":
         notes = image.inspect().get("ImageAnnotations") or {}
-        if wanted:
+        is_base = not contents and settings == NONE
+        if not is_base:
             job.note_image(identity, notes=notes)
-        base_id = notes.get("gamebear.base-id", identity) if wanted else identity
-        job.policies.append(policy_of(str(base), base_id, wanted, job.arch, notes, max_age_days))
+        base_id = identity if is_base else notes.get("gamebear.base-id", identity)
+        job.policies.append(policy_of(str(base), base_id, contents, job.arch, notes, max_age_days))
     return image
+
+
+def _build_dependencies(build_dep: str | os.PathLike[str] | None) -> tuple[str, str]:
+    """Return a source package's name, and its build dependencies as fields if they come from a folder.
+
+    Raises:
+        FileNotFoundError: The folder has no debian/control.
+        ValueError: That file is invalid.
+    """
+    if build_dep is None:
+        return "", ""
+    folder = Path(build_dep)
+    if folder.is_dir() or len(folder.parts) > 1 or not isinstance(build_dep, str):
+        return build_dependencies((folder / "debian/control").read_text("utf-8", "surrogateescape"))
+    if not build_dep:
+        raise ValueError("packages_image: build_dep is empty, expected the name of a source package or a folder")
+    return build_dep, ""
