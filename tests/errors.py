@@ -112,7 +112,6 @@ DODO = [
     Row("wrote a line break in a file name", r"artifact('a\nb', outputs=['x'])", r"a\nb no such file → dodo.py"),
     Row("used a file name that is not Unicode", r"artifact('\ud800', outputs=['x'])", r"'\ud800' → artifact"),
     Row("wrote outputs without a list", "artifact('x.py', outputs='build/x')", "outputs build/x → ['build/x']"),
-    Row("left outputs empty", "artifact('x.py', outputs=[])", "x.py outputs → outputs"),
     Row("set outputs to None", "artifact('x.py', outputs=None)", "outputs None → PATH"),
     Row("set outputs to a dict", "artifact('x.py', outputs={'x': 'build/x'})", "outputs build/x → PATH"),
     Row("used a number as an output", "artifact('x.py', outputs=[3])", "outputs 3 → PATH"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from project import wait_for
+from project import Project, wait_for
 from test_containers import Builder
 
 from gamebear_tasks.runner.host.buildah import ImageError, remove_containers, remove_tree
@@ -269,3 +269,35 @@ def test_an_image_is_saved_as_the_same_archive_each_time(builder: Builder) -> No
     pulled = builder.buildah("pull", "--quiet", f"oci-archive:{one}").strip()
     assert pulled.rpartition(":")[2] == (outcome.work / "id").read_text()
     assert not list((builder.root / "tmp").glob("*save-*"))
+
+
+# Tasks
+
+
+def test_a_task_may_make_only_an_image(system: None, project: Project, tmp_path: Path) -> None:
+    storage = tmp_path / "storage.conf"
+    storage.write_text(f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/images"\nrunroot = "{tmp_path}/run"\n')
+    project.environment["CONTAINERS_STORAGE_CONF"] = str(storage)
+    script = (
+        "with Container('scratch') as c:\n    c.copy_in('base.py', '/x')\n    c.commit().add_tag('gamebear-mine:1')\n"
+    )
+    project.write("base.py", script)
+    project.write("use.py", "with Container('gamebear-mine:1') as c:\n    c.copy_out('/x', 'x')\n")
+    project.write(
+        "dodo.py",
+        "from gamebear_tasks import artifact\n"
+        "def task_base():\n    return artifact('base.py', outputs=[])\n"
+        "def task_use():\n    return {**artifact('use.py', outputs=['build/x']), 'task_dep': ['base']}\n",
+    )
+    runs = [project.doit() for _ in range(2)]
+    assert runs[0].ran == ["base", "use"], runs[0].err
+    assert runs[1].ran == [], runs[1].err
+    assert (project.folder / "build/x").read_text() == script
+    project.write("base.py", f"{script}# changed\n")
+    changed = project.doit()
+    assert changed.ran == ["base"] and changed.status == 0, changed.err
+    listed = project.gamebear("jobs")
+    assert listed.status == 0 and "base" in listed.out, listed
+    assert project.doit("clean").status == 0
+    rebuilt = project.doit()
+    assert rebuilt.ran == ["use"] and rebuilt.status == 0, rebuilt.err  # base has nothing to clean

@@ -86,6 +86,7 @@ def artifact(
     Args:
         program: Path of a buildscript, or a function, which is sent with cloudpickle.
         outputs: Paths of the targets. The program leaves each in its working directory under the target's file name.
+            Empty for a program that only makes an image on the builder.
         inputs: Paths of files for the program. Each is in its working directory under its file name, or under its key
             in a mapping.
         sources: Upstream trees, by the name of their folder in the working directory.
@@ -101,8 +102,6 @@ def artifact(
     folders: list[str] = []
     unusual: list[tuple[object, str]] = []
     targets = _named(outputs, "outputs", unusual, folders)
-    if not targets:
-        raise SettingsError(f"artifact({_called(program)}) has no outputs.", 'Add outputs=["build/NAME"].')
     chosen = settings_of_this_run()
     upstream = _chosen_sources(sources, chosen.sources, targets.values())
     pickled = program if isinstance(program, Path) else _pickled(program)
