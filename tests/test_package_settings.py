@@ -27,6 +27,29 @@ from gamebear_tasks.runner.images import apt_settings, package_images, sources_l
 from gamebear_tasks.runner.images.apt_settings import Settings, build_dependencies
 
 PROGRAMS = ("sh", "cat", "diff", "env", "rm", "dpkg", "dpkg-deb", "dpkg-split", "dpkg-trigger", "tar", "true")
+APT = ("apt-get", "apt-config", "gpgv")
+APT_KEY = (
+    "awk",
+    "base64",
+    "cp",
+    "head",
+    "ln",
+    "mv",
+    "tail",
+    "tr",
+    "wc",
+    "chmod",
+    "cmp",
+    "cut",
+    "find",
+    "grep",
+    "mktemp",
+    "readlink",
+    "sed",
+    "sort",
+    "touch",
+)
+METHODS = ("copy", "file", "gpgv", "http", "store")
 
 LINE = "deb http://127.0.0.1:9/ x main"
 STANZA = "Types: deb\nURIs: http://127.0.0.1:9/\nSuites: x\nComponents: main\n"
@@ -268,13 +291,23 @@ class Site:
 
     def make_base(self, tree: Path) -> None:
         """Make the image `mini`: dpkg, a newer `lib`, and sources that nothing signed is available from."""
-        tiny.fill(tree, PROGRAMS)
+        methods = [f"/usr/lib/apt/methods/{name}" for name in METHODS]
+        tiny.fill(tree, (*PROGRAMS, *APT, *APT_KEY, *methods))
+        (tree / "usr/lib/apt/methods").mkdir(parents=True)
+        for name in METHODS:
+            (tree / "bin" / name).rename(tree / "usr/lib/apt/methods" / name)
+        for name in ("apt-key", "gpgv"):
+            shutil.copy(f"/usr/bin/{name}", tree / "bin")
+        (tree / "usr/bin").symlink_to("../bin")
+        shutil.copytree("/usr/share/dpkg", tree / "usr/share/dpkg")
         for name in ("ldconfig", "start-stop-daemon"):
             (tree / "bin" / name).write_text("#!/bin/sh\n")
             (tree / "bin" / name).chmod(0o755)
         for name in ("info", "updates", "triggers"):
             (tree / "var/lib/dpkg" / name).mkdir(parents=True)
-        for name in ("etc/apt/sources.list.d", "etc/apt/trusted.gpg.d", "usr/share", "var/lib/apt", "var/cache/apt"):
+        for name in ("sources.list.d", "trusted.gpg.d", "apt.conf.d", "preferences.d", "auth.conf.d"):
+            (tree / "etc/apt" / name).mkdir(parents=True)
+        for name in ("var/lib/apt", "var/cache/apt", "var/log"):
             (tree / name).mkdir(parents=True)
         (tree / "etc/apt/trusted.gpg.d/test.asc").write_text(self.key)
         status = "".join(
@@ -298,7 +331,7 @@ class Site:
             f"{patch}{self.url + '/archive'!r}\nPath('key.asc').write_text({self.key!r})\n{before}\nimage = {call}\n"
             "print('ID', image.id)\nprint('NOTES', __import__('json').dumps(image.inspect()['ImageAnnotations']))\n"
             "with Container(image) as c:\n"
-            "    c.run('for f in /usr/share/*; do echo FILE ${f##*/} $(cat $f); done', shell=True)\n"
+            "    c.run('for f in /usr/share/*; do [ -d $f ] || echo FILE ${f##*/} $(cat $f); done', shell=True)\n"
             "    c.run('cd /etc/apt/sources.list.d; echo SOURCES *', shell=True)\n"
         )
 
@@ -389,6 +422,34 @@ def test_packages_of_an_additional_source_are_verified_with_its_key(site: Site) 
     assert files == {"lib": "2", "helper": "1", "extra": "1"}
     assert notes["gamebear.keys"] == hashlib.sha256(site.key.encode()).hexdigest()
     assert notes["gamebear.sources"] == f"deb {site.url}/other bookworm main"
+
+
+CONTROL = "Path('source/debian/control').write_text('Source: own\\nBuild-Depends: helper\\n')\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "before", "expected"),
+    [
+        ("['tool'], snapshot='20260101T000000Z'", "", {"lib": "1", "tool": "1"}),
+        ("['tool=1']", "", {"lib": "2", "tool": "1"}),
+        ("build_dep='program'", "", {"lib": "2", "tool": "2", "helper": "1", "build-essential": "1"}),
+        (
+            "['tool'], build_dep='source'",
+            "Path('source/debian').mkdir(parents=True)\n" + CONTROL,
+            {"lib": "2", "tool": "2", "helper": "1", "build-essential": "1"},
+        ),
+    ],
+)
+def test_the_images_own_apt_follows_the_same_settings(
+    site: Site, call: str, before: str, expected: dict[str, str]
+) -> None:
+    unfit = (
+        "packages = sys.modules['gamebear_tasks.runner.images.package_images']\n"
+        "def unfit(*_): raise packages.Unfit('a test')\npackages.Apt = unfit\n"
+    )
+    files, notes = site.made(f"packages_image('mini', {call}, recommends=True)", before + unfit)
+    assert files == expected
+    assert notes["gamebear.begun-from"] == notes["gamebear.base-id"]
 
 
 def test_an_image_is_extended_only_by_one_with_the_same_settings(site: Site) -> None:
