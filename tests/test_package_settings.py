@@ -390,12 +390,13 @@ def test_build_dependencies_of_a_source_package_are_installed(site: Site) -> Non
 
 
 def test_build_dependencies_of_a_folder_are_installed_and_only_they_count(site: Site) -> None:
-    control = "Source: mine\\nBuild-Depends: helper\\nHomepage: {}\\n\\nPackage: mine\\n"
+    control = "Source: mine\\nBuild-Depends: helper, tool (>= 2)\\nHomepage: {}\\n\\nPackage: mine\\n"
     ids = []
     for page in ("a", "b"):
         before = f"Path('source/debian').mkdir(parents=True)\nPath('source/debian/control').write_text('{control}')\n"
         outcome = site.run("packages_image('mini', ['tool'], build_dep='source')", before.format(page))
         assert outcome.result["ok"], (outcome.message, outcome.log)
+        assert outcome.log.count("Unpacking tool") == (page == "a")
         ids += re.findall(r"^ID (.*)$", outcome.log, re.MULTILINE)
         assert "FILE helper 1" in outcome.log and "FILE tool 2" in outcome.log
     assert len(ids) == 2 and len(set(ids)) == 1
@@ -454,8 +455,16 @@ def test_the_images_own_apt_follows_the_same_settings(
 
 def test_an_image_is_extended_only_by_one_with_the_same_settings(site: Site) -> None:
     first = site.made("packages_image('mini', ['helper'])")[1]
-    more = site.made("packages_image('mini', ['helper', 'tool'], build_dep='program')")[1]
-    assert more["gamebear.begun-from"] != first["gamebear.base-id"]
-    dated = site.made("packages_image('mini', ['tool', 'lib'], snapshot='20260101T000000Z')")[1]
-    assert dated["gamebear.base-id"] == first["gamebear.base-id"]
-    assert "lib=1" in dated["gamebear.installed"]
+    base = first["gamebear.base-id"]
+    more = site.made("packages_image('mini', ['helper', 'lib'], build_dep='program')")[1]
+    assert more["gamebear.begun-from"] != base
+    source = f"sources=['deb {site.url}/now bookworm main']"
+    for setting in (source, f"{source}, keys=['key.asc']", "snapshot='20260101T000000Z'"):
+        names = "['tool']" if "snapshot" in setting else "['helper']"
+        smaller = site.made(f"packages_image('mini', {names})")[1]
+        assert "gamebear.sources" not in smaller
+        larger = site.made(f"packages_image('mini', {names[:-1]}, 'lib'], {setting})")[1]
+        assert larger["gamebear.begun-from"] == larger["gamebear.base-id"] == base
+    site.made(f"packages_image('mini', ['helper'], {source})")
+    same = site.made(f"packages_image('mini', ['helper', 'tool'], {source})")[1]
+    assert same["gamebear.begun-from"] not in (base, first["gamebear.begun-from"])
