@@ -298,8 +298,7 @@ def _installed(
         rootfs = Rootfs(rootfs_folder)
         before = _versions(installed(rootfs, folder))
         control = folder / "build-dep"
-        if not part.added:
-            apt_settings.apply(settings, rootfs, folder, base)
+        apt_settings.apply(settings, rootfs, folder, base)
         if settings.control:
             apt_settings.write_control(settings, control)
         elif settings.build_dep:
