@@ -324,6 +324,12 @@ class Site:
         self.builder.buildah("copy", "make-mini", str(tree), "/")
         self.builder.buildah("commit", "--rm", "make-mini", "mini")
 
+    def new_base(self, name: str) -> None:
+        """Make another image like `mini`, so that no package image of it exists."""
+        self.builder.buildah("from", "--name", "make-new", "mini")
+        self.builder.buildah("config", "--label", f"name={name}", "make-new")
+        self.builder.buildah("commit", "--rm", "make-new", name)
+
     def run(self, call: str, before: str = "") -> Outcome:
         """Run a script that makes a package image and prints its installed packages and its files."""
         patch = "import sys\nsys.modules['gamebear_tasks.runner.images.apt_settings'].SNAPSHOTS = "
@@ -391,18 +397,19 @@ def test_build_dependencies_of_a_source_package_are_installed(site: Site) -> Non
 
 
 def test_build_dependencies_of_a_folder_are_installed_and_only_they_count(site: Site) -> None:
+    site.new_base("folder")
     control = "Source: mine\\nBuild-Depends: helper, tool (>= 2)\\nHomepage: {}\\n\\nPackage: mine\\n"
     ids = []
     for page in ("a", "b"):
         before = f"Path('source/debian').mkdir(parents=True)\nPath('source/debian/control').write_text('{control}')\n"
-        outcome = site.run("packages_image('mini', ['tool'], build_dep='source')", before.format(page))
+        outcome = site.run("packages_image('folder', ['tool'], build_dep='source')", before.format(page))
         assert outcome.result["ok"], (outcome.message, outcome.log)
         assert outcome.log.count("Unpacking tool") == (page == "a")
         assert "Using the image's apt" not in outcome.log
         ids += re.findall(r"^ID (.*)$", outcome.log, re.MULTILINE)
         assert "FILE helper 1" in outcome.log and "FILE tool 2" in outcome.log
     assert len(ids) == 2 and len(set(ids)) == 1
-    failed = site.run("packages_image('mini', build_dep='source')", "Path('source').mkdir()")
+    failed = site.run("packages_image('folder', build_dep='source')", "Path('source').mkdir()")
     assert "source/debian/control" in failed.message
 
 
@@ -456,17 +463,18 @@ def test_the_images_own_apt_follows_the_same_settings(
 
 
 def test_an_image_is_extended_only_by_one_with_the_same_settings(site: Site) -> None:
-    first = site.made("packages_image('mini', ['helper'])")[1]
+    site.new_base("extended")
+    first = site.made("packages_image('extended', ['helper'])")[1]
     base = first["gamebear.base-id"]
-    more = site.made("packages_image('mini', ['helper'], build_dep='program')")[1]
+    more = site.made("packages_image('extended', ['helper'], build_dep='program')")[1]
     assert more["gamebear.begun-from"] != base
     source = f"sources=['deb {site.url}/now bookworm main']"
     for setting in (source, f"{source}, keys=['key.asc']", "snapshot='20260101T000000Z'"):
         names = "['tool']" if "snapshot" in setting else "['helper']"
-        smaller = site.made(f"packages_image('mini', {names})")[1]
+        smaller = site.made(f"packages_image('extended', {names})")[1]
         assert "gamebear.sources" not in smaller
-        larger = site.made(f"packages_image('mini', {names[:-1]}, 'lib'], {setting})")[1]
+        larger = site.made(f"packages_image('extended', {names[:-1]}, 'lib'], {setting})")[1]
         assert larger["gamebear.begun-from"] == larger["gamebear.base-id"] == base
-    site.made(f"packages_image('mini', ['helper'], {source})")
-    same = site.made(f"packages_image('mini', ['helper', 'tool'], {source})")[1]
+    site.made(f"packages_image('extended', ['helper'], {source})")
+    same = site.made(f"packages_image('extended', ['helper', 'tool'], {source})")[1]
     assert same["gamebear.begun-from"] not in (base, first["gamebear.begun-from"])
