@@ -415,6 +415,13 @@ DOIT = [
         f"{X} → gamebear doctor ssh://pi@buildpi",
         "task ssh://pi@buildpi → gamebear list builder=URL",
     ),
+    Row("set up a project again", f"{X} → gamebear init", "dodo.py exists → artifact folder"),
+    Row("set up a missing folder", f"{X} → gamebear init nowhere", "nowhere no such file → folder URL"),
+    Row(
+        "set up a folder without a build system",
+        f"{X} → gamebear init folder",
+        "folder build system CMake Containerfile → Makefile dodo.py",
+    ),
     Row("set keep_failed to an unknown value", f"{X} → doit x keep_failed=maybe", "keep_failed maybe → true false"),
     Row("set fresh to an unknown value", f"{X} → doit x fresh=maybe", "fresh maybe → true false"),
 ]

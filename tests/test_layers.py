@@ -41,6 +41,7 @@ LAYERS = (
     "doit_plugin",
     "cli",
     "cli.doctor",
+    "cli.init",
     "",
 )
 """The packages, lowest first; the last is the public API. Each imports only from those before it."""

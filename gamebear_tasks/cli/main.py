@@ -19,9 +19,10 @@ from doit.doit_cmd import DoitMain
 from doit.version import VERSION
 
 from ..client.cancellation import Terminated, end_interrupted
+from ..config import settings
 from ..errors import SettingsError
-from ..util.messages import drop
-from .command import BROKEN_PIPE
+from ..util.messages import drop, print_error
+from .command import BROKEN_PIPE, FAILED
 from .dep_file import check_regular, errors_of, guarded
 
 REPORTER = "live"
@@ -29,6 +30,7 @@ REPORTER = "live"
 
 COMMANDS = {
     "doctor": "gamebear_tasks.cli.doctor.command:Doctor",
+    "init": "gamebear_tasks.cli.init.command:Init",
     "jobs": "gamebear_tasks.cli.jobs:Jobs",
     "lock": "gamebear_tasks.cli.lock:Lock",
     "provenance": "gamebear_tasks.cli.provenance:Provenance",
@@ -147,10 +149,28 @@ class Main(DoitMain):  # type: ignore[misc]  # doit has no types
         print(f"doit {'.'.join(map(str, VERSION))}")
 
 
+def _program() -> Main:
+    """Return doit's main program, which reads pyproject.toml.
+
+    Raises:
+        SettingsError: That file is invalid.
+    """
+    try:
+        return Main()
+    except (ValueError, AttributeError) as error:  # doit does not handle them
+        settings()
+        raise SettingsError(
+            "pyproject.toml is invalid: tool or tool.doit is not a table.", "Correct pyproject.toml."
+        ) from error
+
+
 def main() -> None:
     """Run the command line of this process, and exit."""
     try:
-        status = Main().run(sys.argv[1:])
+        status = _program().run(sys.argv[1:])
+    except SettingsError as error:
+        print_error(error)
+        status = FAILED
     except Terminated as error:
         status = end_interrupted(error.number)
     except KeyboardInterrupt:
