@@ -1,0 +1,14 @@
+"""Build hello. Run `doit`."""
+
+from gamebear_tasks import artifact, folder, live
+
+DOIT_CONFIG = {"default_tasks": ["hello"], "reporter": live}
+
+
+def task_hello():
+    """Build hello with Cargo."""
+    return artifact(
+        "buildscripts/hello.py",
+        sources={"src": folder(exclude=["/dodo.py", "/buildscripts/"])},
+        outputs=["build/hello"],
+    )

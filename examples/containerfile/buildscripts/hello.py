@@ -1,0 +1,4 @@
+"""Build the Containerfile hello."""
+
+image = Image.build("src/Containerfile", context="src")
+image.save("hello.tar")

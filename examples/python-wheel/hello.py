@@ -1,0 +1,6 @@
+"""Say hello."""
+
+
+def main() -> None:
+    """Print a line."""
+    print("hello")
