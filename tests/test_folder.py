@@ -439,3 +439,13 @@ def test_a_build_of_a_local_checkout_warns_if_its_files_differ_from_the_pinned_c
     assert "up has uncommitted changes" in run.err and "folder('up')" in run.err
     git("commit", "-qam", "two", cwd=project.folder / "up")
     assert f"pinned commit {commit[:12]}" in project.doit("-a", "x").ok().err
+
+
+def test_a_build_warns_if_the_folder_leaves_out_tracked_files(project: Path, system: None) -> None:
+    write(project, "a.c", "build/generated.c")
+    assert folder().warning(LOCK) == ""  # not a checkout
+    git("init", "-q", cwd=project)
+    assert folder().warning(LOCK) == ""
+    git("add", "build/generated.c", cwd=project)
+    assert "build/" in folder().warning(LOCK)
+    assert folder("build").warning(LOCK) == ""

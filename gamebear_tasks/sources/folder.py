@@ -138,6 +138,17 @@ class Folder(BaseSource[FolderPin]):
         found = {entry.value: Path(f"{self.path}/{entry.path}") for entry in snapshot.entries if entry.is_file}
         return {**found, snapshot.sha256: keep(snapshot.manifest)}
 
+    def warning(self, lock: Lock) -> str:
+        """Return a warning if git tracks files in the project's `build` folder, which is excluded."""
+        excluded = os.path.relpath(LOGS.parent, self.path)
+        if excluded == "." or excluded.startswith(".."):
+            return ""
+        try:
+            tracked = run(["git", "-C", self.path, "ls-files", "-z", "--", f"{excluded}/"], env=git_environment())
+        except ProgramError:
+            return ""  # not a checkout
+        return f"{self} leaves out {excluded}/, in which git tracks files" if tracked else ""
+
     def without(self, targets: Iterable[str]) -> Folder:
         """Return the folder without a task's targets."""
         return dataclasses.replace(self, targets=tuple(targets))
