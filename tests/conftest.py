@@ -85,6 +85,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("system")
 
 
+PATH = pytest.StashKey[str]()
+"""Value of `PATH` before a test."""
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Undo what a test changes in the environment; hide programs from unit tests that may be missing elsewhere.
@@ -92,6 +96,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     Only for the test itself: a fixture of the whole module may be torn down after a unit test.
     """
     before = dict(os.environ)
+    item.stash[PATH] = os.environ["PATH"]
     try:
         if not item.get_closest_marker("system"):
             os.environ["PATH"] = str(item.config.stash[PROGRAMS])
@@ -99,6 +104,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Restore `PATH` after monkeypatch, which restores the value that it has found during the test."""
+    try:
+        return (yield)
+    finally:
+        os.environ["PATH"] = item.stash.get(PATH, os.environ["PATH"])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
