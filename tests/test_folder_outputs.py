@@ -12,14 +12,8 @@ from project import Project
 
 from gamebear_tasks import artifact
 from gamebear_tasks.client import installed_folders
-from gamebear_tasks.client.installed_folders import (
-    ArchiveError,
-    check_replaceable,
-    is_complete,
-    remove,
-    swap_in,
-    unpack,
-)
+from gamebear_tasks.client.installed_folders import check_replaceable, is_complete, remove, swap_in
+from gamebear_tasks.client.unpacking import ArchiveError, unpack
 from gamebear_tasks.errors import JobError, SettingsError
 from gamebear_tasks.runner.util.folder_archive import FolderError, entries, sha256_of_folder, write
 

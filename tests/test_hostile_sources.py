@@ -89,12 +89,16 @@ def test_a_server_that_never_replies_times_out(
     """For fetches and lookups; it is not queried again."""
     monkeypatch.setattr("gamebear_tasks.sources.git_repository.SILENCE", 1.0)
     url = f"git://127.0.0.1:{silent.getsockname()[1]}/x"
-    with pytest.raises(SourceError, match=r"cannot be fetched: no progress for 1 seconds\.\n→ Check the network and the server"):
+    with pytest.raises(
+        SourceError, match=r"cannot be fetched: no progress for 1 seconds\.\n→ Check the network and the server"
+    ):
         git(url, "1" * 40).fetch(cache, NOTHING_LOCKED)
     silent.accept()[0].close()
     with pytest.raises(BlockingIOError):
         silent.accept()
-    with pytest.raises(SourceError, match=r"cannot be resolved: no progress for 1 seconds\.\n→ Check the network and the server"):
+    with pytest.raises(
+        SourceError, match=r"cannot be resolved: no progress for 1 seconds\.\n→ Check the network and the server"
+    ):
         git(url, "main").resolve()
 
 

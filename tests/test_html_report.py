@@ -73,7 +73,9 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.mark.system
 def test_the_report_shows_the_runs(project: Project) -> None:
-    project.gamebear("report").failed("gamebear report needs a project: dodo.py does not exist", "gamebear report -f FOLDER/dodo.py")
+    project.gamebear("report").failed(
+        "gamebear report needs a project: dodo.py does not exist", "gamebear report -f FOLDER/dodo.py"
+    )
     assert not (project.folder / "build").exists()
     project.write(
         "dodo.py",

@@ -898,7 +898,7 @@ def test_an_image_has_provenance_like_an_artifact(project: Project) -> None:
     assert read_statement(image) == first
     assert HASH not in statement.read_text()
     os.utime(image, (1, 1))
-    project.gamebear("provenance").failed("build/card.img is not the file that image made")
+    project.gamebear("provenance").failed("build/card.img does not match the record of image")
     project.write("key.pub", f"{KEY}er\n")
     project.gamebear("provenance", "image").failed("image is not up to date")
     project.doit().ok()

@@ -533,7 +533,7 @@ def test_an_oversized_file_or_link_is_not_requested(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_too_many_names_is_not_read(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ext4, "MOST_SAID", 300)
+    monkeypatch.setattr(ext4, "MAX_OUTPUT", 300)
     refused(base, tmp_path / "out.img", "A folder of the root file system is too large", hostname="bear")
 
 

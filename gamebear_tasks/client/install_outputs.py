@@ -293,11 +293,13 @@ def _rename(parts: list[_Part], kept: list[Path]) -> None:
 
 def _unpack(part: _Part) -> None:
     """Unpack the archive of a folder beside its target; raises Mismatch or OSError."""
+    from .unpacking import ArchiveError, unpack  # here, because most outputs are files
+
     for stale in (part.tree, part.old):  # left by a process that was killed
         installed_folders.remove_tree(stale)
     try:
-        installed_folders.unpack(part.path, part.tree)
-    except installed_folders.ArchiveError as error:
+        unpack(part.path, part.tree)
+    except ArchiveError as error:
         part.path.unlink()
         installed_folders.remove_tree(part.tree)
         raise Mismatch(

@@ -11,7 +11,6 @@ import hashlib
 import os
 import posixpath
 import stat
-import tarfile
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
@@ -72,6 +71,8 @@ def write(out: BinaryIO, top: str, paths: Iterable[str], check_stop: Callable[[]
         FolderError: an entry is neither a folder, a regular file nor a link within the folder.
         OSError: an entry cannot be read, or changes meanwhile; or writing failed.
     """
+    import tarfile  # slow to import, and most jobs have no folder
+
     with tarfile.open(
         fileobj=out, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
     ) as tar:
