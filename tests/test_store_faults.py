@@ -420,7 +420,7 @@ def test_a_client_without_room_for_the_artifact_fetches_it_later_and_builds_noth
 def test_a_client_without_room_for_the_log_reports_it_and_reattaches_later(tmp_path: Path, home: Path) -> None:
     job = Job(tmp_path, home, "for number in range(400000): print(number)")
     with small_disk(tmp_path / "build", MIB):
-        job.failed("The log build/logs/x.log cannot be written: No space left on device.", "is found")
+        job.failed("build/logs/x.log cannot be written: No space left on device.", "doit reattaches")
     job.ok()
     assert job.builds == 1
     assert (tmp_path / "build" / "logs" / "x.log").read_text() == "".join(f"{number}\n" for number in range(400000))
