@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,16 @@ def settings_of_tls(folder: Path) -> dict[str, Any]:
         **{f"{tls}__{role}__CERT": str(cert) for role in ("SCHEDULER", "WORKER", "CLIENT")},
         **{f"{tls}__{role}__KEY": str(key) for role in ("SCHEDULER", "WORKER", "CLIENT")},
     }
+
+
+@contextlib.contextmanager
+def running(folder: Path, *resources: str) -> Iterator[Cluster]:
+    """Start a scheduler and one worker with each of the resources, and close them after the block."""
+    cluster = Cluster(folder)
+    try:
+        for resource in resources:
+            cluster.start_worker(resource)
+        cluster.wait_for_workers()
+        yield cluster
+    finally:
+        cluster.close()

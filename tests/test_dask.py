@@ -24,7 +24,7 @@ import dask
 import distributed
 import pytest
 import tiny
-from cluster import Cluster, settings_of_tls
+from cluster import Cluster, running, settings_of_tls
 from distributed.protocol import Serialize, ToPickle
 from project import OUR_FRAMES, Memory, Project, assert_nothing_is_left, processes, wait_for
 
@@ -64,27 +64,15 @@ open("x", "w").write("built")
 @pytest.fixture(scope="module")
 def shelf(system: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A scheduler and two workers that simulate machines of two architectures."""
-    cluster = Cluster(tmp_path_factory.mktemp("shelf"))
-    try:
-        cluster.start_worker("amd64=1")
-        cluster.start_worker("i386=1")
-        cluster.wait_for_workers()
+    with running(tmp_path_factory.mktemp("shelf"), "amd64=1", "i386=1") as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.fixture
 def pair(system: None, tmp_path: Path) -> Iterator[Cluster]:
     """A scheduler and two workers of one architecture, for fault injection."""
-    cluster = Cluster(tmp_path / "pair")
-    try:
-        cluster.start_worker("amd64=1")
-        cluster.start_worker("amd64=1")
-        cluster.wait_for_workers()
+    with running(tmp_path / "pair", "amd64=1", "amd64=1") as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 def project_on(cluster: Cluster, folder: Path, **settings: str) -> Project:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from project import Project
+from upstreams import call_git, commit
 
 from gamebear_tasks import folder
 from gamebear_tasks.errors import SettingsError, SourceError
@@ -18,6 +18,8 @@ from gamebear_tasks.runner.protocol.manifest import HEADER, Entry, ManifestError
 from gamebear_tasks.sources import folder as folders
 from gamebear_tasks.sources.folder import Folder
 from gamebear_tasks.sources.lockfile import Lock
+
+pytest_plugins = ("upstreams",)
 
 SHA = "0123456789abcdef" * 4
 LOCK = Lock({}, {})
@@ -273,30 +275,27 @@ def test_an_empty_or_missing_folder_or_a_pipe_is_an_error(project: Path) -> None
 # checkouts
 
 
-def git(*words: str, cwd: Path) -> None:
-    options = ("-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "protocol.file.allow=always")
-    subprocess.run(["git", *options, *words], cwd=cwd, check=True, capture_output=True)
+def repository(folder: Path) -> str:
+    """Create a repository with everything that is in a folder, and return the commit."""
+    call_git(folder, "init", "--quiet")
+    return commit(folder)
 
 
-@pytest.mark.system
-def test_a_checkout_contains_tracked_and_not_ignored_files_and_submodules(project: Path) -> None:
+def test_a_checkout_contains_tracked_and_not_ignored_files_and_submodules(project: Path, git_settings: Path) -> None:
     module = project / "module"
     write(module, "m.c")
-    git("init", "-q", cwd=module)
-    git("add", "-A", cwd=module)
-    git("commit", "-qm", "m", cwd=module)
+    repository(module)
     top = project / "top"
     write(top, "tracked.c", "deleted.c", "sub/inner.c", ".gitignore", "forced.o", "replaced")
     (top / ".gitignore").write_text("*.o\n")
-    git("init", "-q", cwd=top)
-    git("submodule", "add", "-q", str(module), "vendor/module", cwd=top)
-    git("add", "-A", cwd=top)
-    git("add", "-f", "forced.o", cwd=top)
-    git("commit", "-qm", "t", cwd=top)
+    call_git(top, "init", "--quiet")
+    call_git(top, "submodule", "add", "--quiet", str(module), "vendor/module")
+    call_git(top, "add", "--force", "forced.o")
+    commit(top)
     (top / "deleted.c").unlink()
     (top / "replaced").unlink()
     write(top, "replaced/by-folder", "untracked.c", "ignored.o", "nested/n.c", "vendor/module/new.c")
-    git("init", "-q", cwd=top / "nested")
+    call_git(top / "nested", "init", "--quiet")
     expected = [
         ".gitignore", ".gitmodules", "forced.o", "nested/n.c", "replaced/by-folder", "sub/inner.c", "tracked.c",
         "untracked.c", "vendor/module/m.c", "vendor/module/new.c",
@@ -306,17 +305,14 @@ def test_a_checkout_contains_tracked_and_not_ignored_files_and_submodules(projec
     assert "vendor/module/.git" not in names(folder("top"))
 
 
-@pytest.mark.system
-def test_a_submodule_that_is_not_checked_out_is_an_error(project: Path) -> None:
+def test_a_submodule_that_is_not_checked_out_is_an_error(project: Path, git_settings: Path) -> None:
     module = project / "module"
     write(module, "m.c")
-    git("init", "-q", cwd=module)
-    git("add", "-A", cwd=module)
-    git("commit", "-qm", "m", cwd=module)
-    git("init", "-q", cwd=project)
-    git("submodule", "add", "-q", str(module), "vendor", cwd=project)
-    git("commit", "-qm", "t", cwd=project)
-    git("clone", "-q", ".", "clone", cwd=project)
+    repository(module)
+    call_git(project, "init", "--quiet")
+    call_git(project, "submodule", "add", "--quiet", str(module), "vendor")
+    call_git(project, "commit", "--quiet", "--message", "t")
+    call_git(project, "clone", "--quiet", ".", "clone")
     with pytest.raises(SourceError) as caught:
         folder("clone").identity(LOCK)
     assert "vendor" in caught.value.message
@@ -324,11 +320,10 @@ def test_a_submodule_that_is_not_checked_out_is_an_error(project: Path) -> None:
     folder("clone", exclude=["vendor"]).identity(LOCK)
 
 
-@pytest.mark.system
-def test_a_folder_with_only_ignored_files_is_an_error(project: Path) -> None:
+def test_a_folder_with_only_ignored_files_is_an_error(project: Path, git_settings: Path) -> None:
     write(project, ".gitignore", "out/a")
     (project / ".gitignore").write_text("out/\n")
-    git("init", "-q", cwd=project)
+    call_git(project, "init", "--quiet")
     with pytest.raises(SourceError, match="no files"):
         folder("out").identity(LOCK)
 
@@ -418,34 +413,30 @@ def test_a_prune_retains_the_files_of_retained_jobs(built: Project) -> None:
 
 
 def test_a_build_of_a_local_checkout_warns_if_its_files_differ_from_the_pinned_commit(
-    tmp_path: Path, system: None
+    tmp_path: Path, git_settings: Path
 ) -> None:
     project = Project(tmp_path / "project", tmp_path / "home")
     write(project.folder, "up/a.c")
-    git("init", "-q", cwd=project.folder / "up")
-    git("add", "-A", cwd=project.folder / "up")
-    git("commit", "-qm", "one", cwd=project.folder / "up")
-    words = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(words, cwd=project.folder / "up", check=True, capture_output=True, text=True).stdout.strip()
+    pinned = repository(project.folder / "up")
     project.write("x.py", "open('x', 'w').write(open('up/a.c').read())")
     project.write(
         "dodo.py",
         "from gamebear_tasks import artifact, git\n"
-        f"def task_x(): return artifact('x.py', sources={{'up': git('up', '{commit}')}}, outputs=['x'])\n",
+        f"def task_x(): return artifact('x.py', sources={{'up': git('up', '{pinned}')}}, outputs=['x'])\n",
     )
     assert "pinned" not in project.doit("x").ok().text
     (project.folder / "up/a.c").write_text("edited")
     run = project.doit("-a", "x").ok()
     assert "up has uncommitted changes" in run.err and "folder('up')" in run.err
-    git("commit", "-qam", "two", cwd=project.folder / "up")
-    assert f"pinned commit {commit[:12]}" in project.doit("-a", "x").ok().err
+    commit(project.folder / "up")
+    assert f"pinned commit {pinned[:12]}" in project.doit("-a", "x").ok().err
 
 
-def test_a_build_warns_if_the_folder_leaves_out_tracked_files(project: Path, system: None) -> None:
+def test_a_build_warns_if_the_folder_leaves_out_tracked_files(project: Path, git_settings: Path) -> None:
     write(project, "a.c", "build/generated.c")
     assert folder().warning(LOCK) == ""  # not a checkout
-    git("init", "-q", cwd=project)
+    call_git(project, "init", "--quiet")
     assert folder().warning(LOCK) == ""
-    git("add", "build/generated.c", cwd=project)
+    call_git(project, "add", "build/generated.c")
     assert "build/" in folder().warning(LOCK)
     assert folder("build").warning(LOCK) == ""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, running
 from project import Memory, Project, assert_nothing_is_left, wait_for
 from remote import Remote
 
@@ -234,14 +234,8 @@ def test_over_a_network_that_breaks_a_forced_job_is_built_once(remote: Remote) -
 @pytest.fixture
 def pair(system: None, tmp_path: Path) -> Iterator[Cluster]:
     """A scheduler and two workers of one architecture."""
-    cluster = Cluster(tmp_path / "pair")
-    try:
-        cluster.start_worker("amd64=1")
-        cluster.start_worker("amd64=1")
-        cluster.wait_for_workers()
+    with running(tmp_path / "pair", "amd64=1", "amd64=1") as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 def test_a_cluster_replaces_a_result_where_it_is_and_forgets_it(pair: Cluster, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ..builders.base import Output, Sink
 from ..errors import JobError
 from ..runner.util.atomic_files import content, sha256_of, sync_folder, zeros
 from ..runner.util.folder_archive import FolderError, sha256_of_folder
+from ..runner.util.free_space import FULL
 from ..runner.util.locks import opened_alone, seized
 from ..util.process import file_mode
 from ..util.text import size
@@ -358,7 +359,7 @@ def _reason(error: OSError) -> str:
 
 
 def _remedy(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return NO_SPACE
     if error.errno == errno.EROFS:
         return "Mount the file system read-write, then run doit again: it downloads and does not build."

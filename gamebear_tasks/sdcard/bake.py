@@ -21,7 +21,7 @@ from ..jobspec.canonical_json import Json
 from ..progress.events import EventSender
 from ..records import run_journal, task_record
 from ..runner.util.atomic_files import CHUNK, data_extents, sync_folder
-from ..util.disk_space import FULL
+from ..runner.util.free_space import FULL
 from ..util.file_hashes import version
 from ..util.messages import notice
 from ..util.text import printable, size

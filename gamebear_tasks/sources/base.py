@@ -20,7 +20,6 @@ from typing import BinaryIO, Generic, TypeVar
 from ..errors import SettingsError, SourceError
 from ..runner.util.atomic_files import sha256_of, sync_folder
 from ..runner.util.locks import locked
-from ..util.disk_space import FULL, room_hint
 from ..util.subprocesses import ProgramError
 from .declare import LOCK_FILE
 from .lockfile import Lock
@@ -180,6 +179,8 @@ class FetchedSource(BaseSource[PinT]):
             sync_folder(cache)
             return target
         except ProgramError as error:
+            from ..util.disk_space import room_hint
+
             raise self.error(f"cannot be fetched: {error.reason}", error.hint or room_hint(cache)) from error
         finally:
             remove(scratch)
@@ -187,6 +188,8 @@ class FetchedSource(BaseSource[PinT]):
 
 def storage_error(path: Path, error: OSError) -> SourceError:
     """Return the error for a file or folder of this machine that cannot be read or written."""
+    from ..runner.util.free_space import FULL
+
     if error.errno in FULL:
         hint = f"Make room in {path}, then run doit again."
     elif error.errno in (errno.EACCES, errno.EPERM):

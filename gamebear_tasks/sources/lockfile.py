@@ -19,7 +19,6 @@ from typing import Any
 
 from ..errors import SourceError
 from ..runner.util.atomic_files import is_file_name, is_sha256, open_regular, write_bytes
-from ..util.disk_space import room_hint
 from ..util.process import file_mode
 
 VERSION = 1
@@ -145,6 +144,8 @@ class Lock:
         try:
             write_bytes(path, text.encode(), mode=file_mode())
         except OSError as error:
+            from ..util.disk_space import room_hint
+
             hint = room_hint(path.parent) or f"Check the permissions of {path.parent.absolute()}."
             raise SourceError(f"{path} cannot be written: {error.strerror}.", hint) from error
 

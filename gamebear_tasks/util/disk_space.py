@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from pathlib import Path
 
+from ..runner.util.free_space import FULL
+
 PROBE = 4 << 20
 """Bytes that must fit. The failed program may leave a little space free."""
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of an exhausted disk or quota."""
 
 
 def room_hint(folder: Path) -> str:

@@ -35,7 +35,7 @@ from ..store.store import Store, StoredJob, StoreError, hold_runner, runner_fold
 from ..util import folder_archive
 from ..util.atomic_files import content, data_extents, read_json, sync_folder
 from ..util.errors import OUT_OF_MEMORY, RunnerError, ended_by
-from ..util.free_space import is_full
+from ..util.free_space import FULL, is_full
 from . import outputs
 from .workspace import JobFailed, Workspace, failure
 
@@ -421,7 +421,7 @@ class Supervisor:
             hint = "Remove it, or pack the folder into a tar file and make that the output."
             raise JobFailed("output", f"output {name}: {error.path} {error.reason}.", hint) from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL:
                 raise
             message = f"output {name} cannot be read: {error.strerror or error}."
             raise JobFailed("output", message, "Leave readable regular files.") from error

@@ -43,6 +43,7 @@ from typing import Any
 
 from ..util.atomic_files import is_file_name, is_sha256, read_json, sha256_of, sync_folder, write_json
 from ..util.errors import RunnerError
+from ..util.free_space import FULL
 from ..util.locks import Lock, hold
 
 VERSION = "v1"
@@ -88,7 +89,7 @@ class StoreError(RunnerError):
 def storage_failure(error: OSError) -> StoreError:
     """Return the error to report to the user for an OSError of the store's file system, classified by errno."""
     where = cache_home() / "gamebear"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return StoreError(
             f"The builder's disk is full ({where}).",
             "Free space there (gamebear prune --older 30 removes files unused for 30 days), then run doit again.",

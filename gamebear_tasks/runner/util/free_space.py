@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of an exhausted disk or quota."""
 
 NO_ROOM = 1 << 20
 """Free bytes below which a disk counts as full."""
