@@ -82,8 +82,8 @@ def test_containers_of_one_job_share_a_cache(builder: Builder) -> None:
 
 
 def test_a_relative_path_starts_in_the_workdir(builder: Builder) -> None:
-    built(builder, "c.workdir = '/work'\nc.cache('target')\nc.run('echo 1 > /work/target/file', shell=True)")
-    assert built(builder, "c.cache('/work/target/')\nc.run(['cat', '/work/target/file'])") == "1\n"
+    built(builder, "c.workdir = '/project'\nc.cache('target')\nc.run('echo 1 > /project/target/file', shell=True)")
+    assert built(builder, "c.cache('/project/target/')\nc.run(['cat', '/project/target/file'])") == "1\n"
 
 
 def test_jobs_at_the_same_time_have_separate_instances(builder: Builder, tmp_path: Path) -> None:
